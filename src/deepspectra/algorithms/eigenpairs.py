@@ -1,0 +1,296 @@
+"""Extreme eigenpairs until converged: residuals measured, completeness challenged."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from deepspectra.algorithms.lanczos import Krylov, Ritz, as_operator, basis_capacity, basis_dtype, check_count
+from deepspectra.errors import ConvergenceWarning, DataError, MemoryBudgetError, OptionError, ShapeError
+from deepspectra.operators.base import Operator
+from deepspectra.results import Eigenpairs, Provenance
+
+Progress = Callable[[int, int | None], object]
+
+ENDS = ("largest", "smallest", "magnitude", "both")
+STAND_STILL = 3  # products over which converged pairs must not change any more
+SHORTEST_CHALLENGE = 5  # products of the search for missing copies, or a quarter of the basis if that is more
+SPARE_VECTORS = 8  # the fewest basis vectors beyond `num` with which a restart makes headway
+
+
+def eigenpairs(
+    A: Operator | Tensor,
+    num: int = 10,
+    which: str = "largest",
+    rtol: float = 1e-3,
+    start: Tensor | str | None = None,
+    max_products: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Eigenpairs:
+    """Extreme eigenpairs of a symmetric operator, until converged.
+
+    A pair has converged when its measured residual ‖A v − λ v‖ is at most rtol·|λ|. (Of eigenvalues below
+    ε^(2/3)·‖A‖, which are zero to working precision ε, only max(rtol·ε^(2/3), 8 ε)·‖A‖ is asked.) All wanted pairs must
+    then stand still over 3 further products and survive a challenge: a fresh random vector and at least 5
+    products along it, which would reveal a missed pair or a further copy of a multiple eigenvalue. Completeness is
+    therefore probabilistic, unless the basis has grown to span R^P, when it is certain.
+
+    Args:
+        A: an operator, or a symmetric matrix (P, P).
+        num: how many pairs, K.
+        which: "largest" | "smallest" | "magnitude" | "both" (⌈K/2⌉ largest and ⌊K/2⌋ smallest).
+        rtol: residual relative to |λ|.
+        start: None for a random vector, (P,) or (P, k) to start from a subspace (Rayleigh-Ritz on it costs k
+            products), or the name of a start block the operator knows.
+        max_products: when to give up; max(20 K, 300) unless given.
+        seed: of the random vectors.
+        progress: called with (products so far, max_products) after every product.
+
+    Returns:
+        Eigenpairs, values descending. With `converged=False` and a ConvergenceWarning when something is missing.
+
+    Raises:
+        OptionError, ShapeError, DataError: an argument out of range, or of a wrong shape, or not finite.
+        NonFiniteError: a product is NaN or infinite.
+        MemoryBudgetError: fewer than K + 8 vectors fit `A.memory`.
+
+    Cost: products as counted in the result; a basis of at most `A.memory` bytes, restarted when it is full; 4 P m flops
+    a product for reorthogonalising twice against m vectors.
+
+    Source: thick-restart Lanczos (Wu and Simon, SIAM J. Matrix Anal. Appl. 22, 2000). Departures: (1) the projected
+    matrix is recorded in full, so that residuals are measured; (2) several residual directions may be pending, as in
+    Ruhe's band Lanczos (Math. Comp. 33, 1979), and the one with the largest unconverged residual is multiplied next;
+    (3) the challenge.
+    """
+    began = time.perf_counter()
+    operator = as_operator(A)
+    _check_options(operator, num, which, rtol, max_products)
+    budget = max(20 * num, 300) if max_products is None else max_products
+    first = _start_rows(operator, start, budget)
+    search = _Search(operator, num, which, rtol, budget, torch.Generator().manual_seed(seed), progress)
+    outcome = search.run(first)
+    values, vectors, residual_norms = search.extract()
+    result = Eigenpairs(
+        values=values,
+        vectors=vectors,
+        residual_norms=residual_norms,
+        converged=outcome == "converged",
+        num_products=search.krylov.num_products,
+        seconds=time.perf_counter() - began,
+        which=which,
+        rtol=rtol,
+        provenance=Provenance.of(operator, seed),
+    )
+    if not result.converged:
+        warnings.warn(_complaint(outcome, result, budget), ConvergenceWarning, stacklevel=2)
+    return result
+
+
+class _Search:
+    """The state of one run: the basis, the wanted end, and the budget of products."""
+
+    def __init__(
+        self,
+        operator: Operator,
+        num: int,
+        which: str,
+        rtol: float,
+        budget: int,
+        generator: torch.Generator,
+        progress: Progress | None,
+    ) -> None:
+        self.num, self.which, self.rtol, self.budget = num, which, rtol, budget
+        self.generator, self.progress = generator, progress
+        self.eps = torch.finfo(basis_dtype(operator)).eps
+        self.capacity = min(basis_capacity(operator), operator.shape[0], budget + num + SPARE_VECTORS)
+        if self.capacity < min(num + SPARE_VECTORS, operator.shape[0]):
+            raise MemoryBudgetError(
+                f"num={num} needs room for {num + SPARE_VECTORS} vectors of length {operator.shape[0]:,}; "
+                f"A.memory = {operator.memory:,} bytes holds {self.capacity}. Ask for fewer pairs or raise A.memory."
+            )
+        self.krylov = Krylov(operator, self.capacity)
+        self.norm = 0.0  # ‖A‖ as far as seen
+
+    def run(self, first: Tensor | None) -> str:
+        """Search until the outcome is known: "converged", "budget", "challenge" or "stagnation"."""
+        if first is not None:
+            self._begin(first)
+        while True:
+            outcome = self._settle()
+            if outcome != "settled":
+                return outcome
+            before = self._wanted(self.krylov.ritz())[0]
+            if not self._challenge():
+                return "challenge"
+            values, tolerances, residual_norms = self._wanted(self.krylov.ritz())
+            if bool((residual_norms <= tolerances).all()) and not _moved(values, before, tolerances):
+                return "converged"
+
+    def _begin(self, first: Tensor) -> None:
+        self.krylov.append(first)
+        if self.krylov.num_pending == 0:
+            raise DataError("start is zero. Pass start=None for a random vector.")
+        while self.krylov.num_basis < min(len(first), self.budget) and self.krylov.num_pending > 1:
+            self._multiply()
+
+    def _settle(self) -> str:
+        """Multiply until the wanted pairs have converged and stand still, or cannot."""
+        still, since, best, best_at = None, 0, float("inf"), 0
+        while True:
+            if self.krylov.num_basis == self.krylov.operator.shape[0]:
+                return self._judge_complete()
+            if self.krylov.num_products >= self.budget:
+                return "budget"
+            self._multiply()
+            done = self.krylov.num_products
+            if done % (1 + self.krylov.num_basis // 100):  # large eigenproblems are not solved at every product
+                continue
+            ritz = self.krylov.ritz()
+            self._aim(ritz)
+            if len(ritz.values) < self.num:
+                continue
+            values, tolerances, residual_norms = self._wanted(ritz)
+            excess = float((residual_norms / tolerances.clamp_min(torch.finfo(torch.float64).tiny)).max())
+            if excess > 1:
+                still = None
+                if excess < 0.9 * best:
+                    best, best_at = excess, done
+                elif done - best_at >= 10 and float(residual_norms.max()) <= 1e3 * self.eps * self.norm:
+                    return "stagnation"
+            elif still is None or _moved(values, still, tolerances):
+                still, since = values, done
+            elif done - since >= STAND_STILL:
+                return "settled"
+
+    def _judge_complete(self) -> str:
+        """The basis spans R^P: every pair is there, with rounding as its residual."""
+        _, tolerances, residual_norms = self._wanted(self.krylov.ritz())
+        return "converged" if bool((residual_norms <= tolerances).all()) else "stagnation"
+
+    def _challenge(self) -> bool:
+        """Follow a fresh random vector; False if the budget ends first."""
+        if not self.krylov.spans_all:
+            self._make_room()
+            self.krylov.append_random(self.generator)
+        for _ in range(max(SHORTEST_CHALLENGE, self.krylov.num_basis // 4)):
+            if self.krylov.num_basis == self.krylov.operator.shape[0]:
+                break
+            if self.krylov.num_products >= self.budget:
+                return False
+            if self.krylov.num_pending > 1:  # the newest one continues the fresh vector
+                self.krylov.turn(torch.eye(self.krylov.num_pending, dtype=torch.float64)[-1])
+            self._multiply()
+        return True
+
+    def _multiply(self) -> None:
+        """One product, with a restart before it if the basis is full and a random vector if none is pending."""
+        self._make_room()
+        if self.krylov.num_pending == 0:
+            self.krylov.append_random(self.generator)
+        self._make_room()
+        self.krylov.expand(1)
+        if self.progress is not None:
+            self.progress(self.krylov.num_products, self.budget)
+
+    def _make_room(self) -> None:
+        krylov = self.krylov
+        if krylov.num_rows < self.capacity or krylov.spans_all:
+            return
+        available = self.capacity - krylov.num_pending - 1
+        keep = min(max(self.num, (self.num + available) // 2), krylov.num_basis - 1)
+        ritz = krylov.ritz()
+        krylov.contract(ritz.coefficients[:, select(ritz.values, self.which, keep)])
+
+    def _aim(self, ritz: Ritz) -> None:
+        """Of several pending vectors, put first the direction of the largest unconverged wanted residual."""
+        if self.krylov.num_pending < 2:
+            return
+        chosen = select(ritz.values, self.which, min(self.num, len(ritz.values)))
+        residuals = self.krylov.projected[self.krylov.num_basis :] @ ritz.coefficients[:, chosen]
+        unmet = residuals.norm(dim=0) > self._tolerances(ritz.values)[chosen]
+        if bool(unmet.any()):
+            self.krylov.turn(torch.linalg.svd(residuals[:, unmet])[0][:, 0])
+
+    def _wanted(self, ritz: Ritz) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, tolerances and residual norms of the wanted pairs."""
+        chosen = select(ritz.values, self.which, self.num)
+        return ritz.values[chosen], self._tolerances(ritz.values)[chosen], ritz.residual_norms[chosen]
+
+    def _tolerances(self, values: Tensor) -> Tensor:
+        sizes = values.abs()
+        self.norm = max(self.norm, float(sizes.max()))
+        small = self.eps ** (2 / 3) * self.norm
+        floor = max(self.rtol * small, 8 * self.eps * self.norm)
+        return torch.where(sizes > small, self.rtol * sizes, floor)
+
+    def extract(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Values descending, vectors (P, K) and residual norms of the wanted pairs, as many as there are."""
+        ritz = self.krylov.ritz()
+        chosen = select(ritz.values, self.which, min(self.num, len(ritz.values)))
+        self.krylov.contract(ritz.coefficients[:, chosen])
+        vectors = self.krylov.rows[: len(chosen)].T.contiguous()
+        return ritz.values[chosen], vectors, ritz.residual_norms[chosen]
+
+
+def select(values: Tensor, which: str, num: int) -> Tensor:
+    """Indices of `num` of the ascending values (m,) at the wanted end, by descending value."""
+    order = torch.arange(len(values)).flip(0)
+    if which == "smallest":
+        return order[len(values) - num :]
+    if which == "both":
+        return torch.cat([order[: (num + 1) // 2], order[len(values) - num // 2 :]])
+    if which == "magnitude":
+        return values.abs().argsort(descending=True)[:num].sort(descending=True).values
+    return order[:num]
+
+
+def _moved(values: Tensor, before: Tensor, tolerances: Tensor) -> bool:
+    return bool(((values - before).abs() > tolerances).any())
+
+
+def _check_options(operator: Operator, num: int, which: str, rtol: float, max_products: int | None) -> None:
+    check_count("num", num, largest=operator.shape[0])
+    if which not in ENDS:
+        raise OptionError(f"which must be one of {', '.join(map(repr, ENDS))}; got {which!r}.")
+    if not 0 < rtol < 1:
+        raise OptionError(f"rtol must lie between 0 and 1; got {rtol!r}.")
+    if max_products is not None:
+        check_count("max_products", max_products, smallest=num)
+
+
+def _start_rows(operator: Operator, start: Tensor | str | None, budget: int) -> Tensor | None:
+    """The start as rows (k, P)."""
+    if start is None:
+        return None
+    block = operator.start_block(start) if isinstance(start, str) else start
+    size = operator.shape[0]
+    if not isinstance(block, Tensor) or block.ndim not in (1, 2) or block.shape[0] != size or block.numel() == 0:
+        given = tuple(block.shape) if isinstance(block, Tensor) else type(block).__name__
+        raise ShapeError(f"start must be None, a name, or a tensor ({size},) or ({size}, k); got {given}.")
+    rows = block.detach().reshape(size, -1).T
+    largest = min(budget, basis_capacity(operator) - SPARE_VECTORS, size)
+    if len(rows) > largest:
+        raise OptionError(f"start has {len(rows)} vectors; at most {max(largest, 0)} fit P, max_products and A.memory.")
+    if not bool(torch.isfinite(rows).all()):
+        raise DataError("start has NaN or infinite entries.")
+    return rows
+
+
+def _complaint(outcome: str, result: Eigenpairs, budget: int) -> str:
+    worst = f"worst residual |Av − λv|/|λ| = {result.worst:.1e}, rtol = {result.rtol:.1e}"
+    if outcome == "challenge":
+        return (
+            f"eigenpairs: residuals are small ({worst}) but max_products={budget} left no products to check that no "
+            "pair is missing. Raise max_products."
+        )
+    if outcome == "stagnation":
+        return f"eigenpairs: {worst}: the rounding of this dtype allows no less. Raise rtol or use float64."
+    return (
+        f"eigenpairs: not converged after max_products={budget}: {worst}. "
+        "Raise max_products, ask for fewer pairs, or raise rtol."
+    )

@@ -1,0 +1,210 @@
+"""A Krylov basis with everything recorded: the one recurrence behind `eigenpairs` and `density`.
+
+The basis keeps, for an orthonormal block Q of multiplied vectors and a block W of pending ones (orthonormal,
+orthogonal to Q, not multiplied yet),
+
+    A Q = [Q, W] H        with the whole of H, not its three diagonals.
+
+H records every coefficient of the full reorthogonalisation, so the residual of a Ritz pair is measured, with the
+rounding and any asymmetry of A in it, at no further product. Single-vector Lanczos is W of one column, block
+Lanczos multiplies all of W at once, a breakdown is an empty W, a fresh start is one more column in it, and a
+thick restart rotates Q. Vectors are stored as rows: each is contiguous, and memory not reached is not touched.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepspectra.errors import DataError, NonFiniteError, OptionError, ShapeError
+from deepspectra.operators.base import Matrix, Operator
+
+COLUMNS_PER_CHUNK = 2**16  # of the basis, when it is rotated in place
+
+
+class Ritz(NamedTuple):
+    """Rayleigh-Ritz on the basis: values (m,) ascending, coefficients (m, m), measured residual norms (m,)."""
+
+    values: Tensor
+    coefficients: Tensor
+    residual_norms: Tensor
+
+
+class Krylov:
+    """The basis and its projected operator.
+
+    Attributes:
+        num_fixed: leading rows that are only orthogonalised against: A acts projected on their complement.
+        num_basis: multiplied vectors, the columns of Q.
+        num_pending: vectors waiting to be multiplied, the columns of W.
+        num_products: products spent so far.
+        projected: H (num_basis + num_pending, num_basis), float64 on the CPU.
+    """
+
+    def __init__(self, operator: Operator, capacity: int) -> None:
+        self.operator = operator
+        self.rows = torch.empty(capacity, operator.shape[0], dtype=basis_dtype(operator), device=operator.device)
+        self.num_fixed = self.num_basis = self.num_pending = self.num_products = 0
+        self.projected = torch.zeros(0, 0, dtype=torch.float64)
+        self._lost = torch.zeros(0, 0, dtype=torch.float64)  # Gram matrix of what restarts dropped of A Q
+        self._scale = 0.0  # largest ‖A q‖ seen: the yardstick of a breakdown
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in use."""
+        return self.num_fixed + self.num_basis + self.num_pending
+
+    @property
+    def spans_all(self) -> bool:
+        """Whether the rows in use span R^P, so that nothing can be added."""
+        return self.num_rows == self.operator.shape[0]
+
+    def append(self, vectors: Tensor) -> Tensor:
+        """Add what the rows `vectors` (k, P) have beyond the basis as r ≤ k pending vectors; their coefficients (r, k)."""
+        block = vectors.to(self.rows)
+        norm = float(torch.linalg.vector_norm(block, dtype=torch.float64))
+        _, coefficients = self._absorb(block, norm)
+        rows = torch.zeros(coefficients.shape[0], self.num_basis, dtype=torch.float64)
+        self.projected = torch.cat([self.projected, rows])
+        return coefficients
+
+    def append_random(self, generator: torch.Generator) -> None:
+        """Add one random pending vector."""
+        self.append(gaussian_rows(1, self.operator.shape[0], generator))
+
+    def turn(self, coefficients: Tensor) -> None:
+        """Rotate the pending vectors so that the first is their combination with `coefficients` (w,)."""
+        start = torch.eye(self.num_pending, dtype=torch.float64)
+        rotation = torch.linalg.qr(torch.cat([coefficients[:, None], start], dim=1))[0]
+        pending = self.rows[self.num_fixed + self.num_basis : self.num_rows]
+        pending.copy_(rotation.T.to(pending) @ pending)
+        self.projected[self.num_basis :] = rotation.T @ self.projected[self.num_basis :]
+
+    def expand(self, count: int) -> None:
+        """Multiply the first `count` pending vectors and keep what their products add as pending vectors."""
+        first = self.num_fixed + self.num_basis
+        block = self.rows[first : first + count].T.contiguous()
+        products = (self.operator @ block).detach().T.to(self.rows, copy=True)
+        self.num_products += count
+        largest = float(torch.linalg.vector_norm(products, dim=1, dtype=torch.float64).max())
+        if not largest < float("inf"):
+            raise NonFiniteError(
+                f"product {self.num_products} with {self.operator.name} is NaN or infinite. "
+                "Check the weights and the data, or use a wider dtype."
+            )
+        self._scale = max(self._scale, largest)
+        within, beyond = self._absorb(products, self._scale)
+        left = torch.cat([self.projected, torch.zeros(beyond.shape[0], self.num_basis, dtype=torch.float64)])
+        self.projected = torch.cat([left, torch.cat([within[self.num_fixed :], beyond])], dim=1)
+        self.num_basis += count
+        self.num_pending -= count
+        self._lost = torch.nn.functional.pad(self._lost, (0, count, 0, count))
+
+    def _absorb(self, block: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Split rows (k, P) as withinᵀ·(rows in use) + beyondᵀ·(r ≤ k new pending rows); overwrites `block`."""
+        used = self.rows[: self.num_rows]
+        within = used @ block.T
+        block.addmm_(within.T, used, alpha=-1)
+        new, beyond = _orthonormal_rows(block)
+        # Directions at the level of rounding are none: an invariant subspace ends here. Never more than fit in R^P.
+        keep = beyond.norm(dim=1) > 10 * torch.finfo(block.dtype).eps * scale
+        keep[self.operator.shape[0] - self.num_rows :] = False
+        new, beyond = new[keep.to(new.device)], beyond[keep]
+        # Twice is enough, and the second pass acts on unit rows, so that small remainders are orthogonal too.
+        again = used @ new.T
+        new.addmm_(again.T, used, alpha=-1)
+        new, turn = _orthonormal_rows(new)
+        self.rows[self.num_rows : self.num_rows + len(new)] = new
+        self.num_pending += len(new)
+        return _small(within) + _small(again) @ beyond, turn @ beyond
+
+    def ritz(self) -> Ritz:
+        """Ritz values, coefficients and residuals: ‖A y − θ y‖² = ‖(H_top − θ)s‖² + ‖H_bottom s‖²."""
+        top, bottom = self.projected[: self.num_basis], self.projected[self.num_basis :]
+        values, s = torch.linalg.eigh((top + top.T) / 2)
+        squares = (top @ s - s * values).square().sum(0) + (bottom @ s).square().sum(0) + (s * (self._lost @ s)).sum(0)
+        return Ritz(values, s, squares.clamp_min(0).sqrt())
+
+    def contract(self, coefficients: Tensor) -> None:
+        """Thick restart: replace Q by Q s for orthonormal columns s (m, k); pending vectors stay."""
+        s, m, k = coefficients, self.num_basis, coefficients.shape[1]
+        small = s.T.to(self.rows)
+        kept = self.rows[self.num_fixed :]
+        for columns in torch.split(kept, COLUMNS_PER_CHUNK, dim=1):
+            columns[:k] = small @ columns[:m]
+            columns[k : k + self.num_pending] = columns[m : m + self.num_pending].clone()
+        top, bottom = self.projected[:m], self.projected[m:]
+        image = s.T @ top @ s
+        dropped = top @ s - s @ image  # zero for a symmetric A in exact arithmetic; kept as part of the residual
+        self._lost = s.T @ self._lost @ s + dropped.T @ dropped
+        self.projected = torch.cat([image, bottom @ s])
+        self.num_basis = k
+
+    def fix(self) -> None:
+        """Make the multiplied vectors fixed ones and forget the rest."""
+        self.num_fixed += self.num_basis
+        self.num_basis = self.num_pending = 0
+        self.projected = self._lost = torch.zeros(0, 0, dtype=torch.float64)
+
+
+def _orthonormal_rows(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of rows (k, P) = coefficientsᵀ · orthonormal rows (k, P), coefficients (k, k) by falling norm of rows."""
+    if len(block) == 1:
+        norm = torch.linalg.vector_norm(block, dtype=torch.float64)
+        return block / norm.clamp_min(torch.finfo(block.dtype).tiny).to(block), _small(norm.reshape(1, 1))
+    q, r = torch.linalg.qr(block.T)
+    u, sizes, vh = torch.linalg.svd(_small(r), full_matrices=False)
+    return (q @ u.to(q)).T, sizes[:, None] * vh
+
+
+def _small(matrix: Tensor) -> Tensor:
+    return matrix.to(dtype=torch.float64, device="cpu")
+
+
+def basis_dtype(operator: Operator) -> torch.dtype:
+    """The operator's own type, or float32 when that is shorter: bases of half precision are not orthogonal."""
+    return torch.promote_types(operator.dtype, torch.float32)
+
+
+def basis_capacity(operator: Operator) -> int:
+    """Vectors of length P that fit the operator's memory budget."""
+    return int(operator.memory // (operator.shape[0] * torch.finfo(basis_dtype(operator)).bits // 8))
+
+
+def gaussian_rows(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Standard normal rows (count, P), float64 on the CPU, so that every device gets the same ones."""
+    return torch.randn(count, size, generator=generator, dtype=torch.float64)
+
+
+def as_operator(A: Operator | Tensor) -> Operator:
+    """`A` itself, or a symmetric matrix (P, P) as an operator.
+
+    Raises:
+        ShapeError: neither an operator nor a square matrix, or of size 0.
+        DataError: the matrix is complex or not symmetric.
+        NonFiniteError: it has NaN or infinite entries.
+    """
+    if isinstance(A, Operator):
+        return A
+    if not isinstance(A, Tensor):
+        raise ShapeError(f"A must be an Operator or a symmetric (P, P) tensor, got {type(A).__name__}.")
+    if A.ndim != 2 or A.shape[0] != A.shape[1] or A.shape[0] == 0:
+        raise ShapeError(f"A must be a square matrix (P, P) with P ≥ 1, got {tuple(A.shape)}.")
+    if A.is_complex():
+        raise DataError(f"A must be real, got {A.dtype}.")
+    matrix = A.detach() if A.is_floating_point() else A.to(torch.float64)
+    if not bool(torch.isfinite(matrix).all()):
+        raise NonFiniteError("A has NaN or infinite entries.")
+    asymmetry = float((matrix - matrix.T).abs().max())
+    if asymmetry > torch.finfo(matrix.dtype).eps ** 0.5 * float(matrix.abs().max()):
+        raise DataError(f"A must be symmetric, but |A − Aᵀ| reaches {asymmetry:.2g}. Pass (A + A.T) / 2 if that is meant.")
+    return Matrix(matrix)
+
+
+def check_count(name: str, value: object, smallest: int = 1, largest: int | None = None) -> None:
+    """Raise OptionError unless `value` is an integer of [smallest, largest]."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < smallest or (largest or value) < value:
+        limit = f"at least {smallest}" + ("" if largest is None else f" and at most {largest:,}")
+        raise OptionError(f"{name} must be an integer, {limit}; got {value!r}.")

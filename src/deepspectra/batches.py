@@ -1,0 +1,210 @@
+"""Data as a fixed set of batches: the same examples at every pass, whatever they came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from deepspectra.errors import DataError, NondeterminismError, OptionError
+
+LARGEST_DEFAULT_BATCH = 512
+NUMBERS_PER_BATCH = 2**18  # a default batch holds about this many input numbers
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Apply a function to every tensor of nested lists, tuples and mappings."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_tensors(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_tensors(function, value) for value in tree))
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map_tensors(function, value) for value in tree)
+    return tree
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """Every tensor of nested lists, tuples and mappings."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from tensors(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from tensors(value)
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of every tensor in a tree."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(tree))
+
+
+@dataclass(frozen=True)
+class Move:
+    """Brings a batch to a device, and its floating-point tensors to a dtype."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def __call__(self, batch: Any) -> Any:
+        """The batch, moved."""
+        return map_tensors(self._one, batch)
+
+    def _one(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+class Batches:
+    """The batches of a data source, held in memory when they fit and read anew at each pass when not.
+
+    Args:
+        source: DataLoader, Dataset, (x, y) tensors, or a list of batches.
+        batch_size: examples a batch for tensors and data sets; DataLoaders and lists bring their own.
+        move: brings a batch to its device and dtype.
+        budget: bytes the batches may occupy in memory.
+
+    Raises:
+        DataError: nothing to read, or a source that cannot be read twice.
+        NondeterminismError: a second pass brings other examples, or the source is too large to be held and
+            brings them in another order.
+    """
+
+    def __init__(self, source: Any, *, batch_size: int | None, move: Move, budget: int) -> None:
+        self._move = move
+        self._read = _reader(source, batch_size)
+        held: list[Any] | None = []
+        size, marks = 0, []
+        for batch in self._read():
+            marks.append(_fingerprint(batch))
+            if held is not None:
+                held.append(move(batch))
+                size += num_bytes(held[-1])
+                held = held if size <= budget else None
+        if not marks:
+            raise DataError("the data is empty: it yielded no batch.")
+        self.held = held
+        self.num_batches = len(marks)
+        if isinstance(source, (DataLoader, Dataset)) or held is None:
+            self._check_second_pass(marks)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.held is not None:
+            return iter(self.held)
+        return (self._move(batch) for batch in self._read())
+
+    def sort_by_label(self) -> None:
+        """Put labelled examples in order of class, so that most batches hold one class.
+
+        Sums over a class then touch its own batches only. Nothing happens unless every batch is held and is
+        a pair of one input tensor and integer labels (B,), of equal shapes but for B.
+        """
+        if self.held is None or not all(map(_is_labelled, self.held)):
+            return
+        if len({(x.shape[1:], x.dtype) for x, _ in self.held}) > 1:
+            return
+        batch_size = max(len(y) for _, y in self.held)
+        labels = torch.cat([y for _, y in self.held])
+        order = labels.argsort(stable=True)
+        inputs = torch.cat([x for x, _ in self.held])[order]
+        self.held = list(zip(inputs.split(batch_size), labels[order].split(batch_size), strict=True))
+        self.num_batches = len(self.held)
+
+    def _check_second_pass(self, marks: list[tuple[float, float]]) -> None:
+        again = [_fingerprint(batch) for batch in self._read()]
+        totals = [(sum(a for a, _ in m), sum(b for _, b in m)) for m in (marks, again)]
+        if not _close(totals[0][0], totals[1][0]) or not _close(totals[0][1], totals[1][1]):
+            raise NondeterminismError(
+                "the data differs between two passes (random augmentation, or a shuffling loader with "
+                "drop_last or a weighted sampler?); every product would use another operator. Turn that off, "
+                "or freeze one pass: data=list(loader)."
+            )
+        same_order = len(marks) == len(again) and all(
+            _close(a, c) and _close(b, d) for (a, b), (c, d) in zip(marks, again, strict=True)
+        )
+        if self.held is None and not same_order:
+            raise NondeterminismError(
+                "the loader shuffles and the data is too large to be held in memory. "
+                "Use shuffle=False, or raise memory=."
+            )
+
+
+def _is_labelled(batch: Any) -> bool:
+    return (
+        isinstance(batch, (tuple, list))
+        and len(batch) == 2
+        and all(isinstance(part, Tensor) for part in batch)
+        and batch[1].ndim == 1
+        and not batch[1].is_floating_point()
+        and len(batch[0]) == len(batch[1])
+    )
+
+
+def _fingerprint(batch: Any) -> tuple[float, float]:
+    """Two numbers that tell whether batches hold the same examples, in any order within the batch.
+
+    Each example is hashed to one number u, over all its tensors; the mark is (Σ u, Σ u²).
+    """
+    leaves = [leaf for leaf in tensors(batch) if leaf.ndim and len(leaf)]
+    if not leaves:
+        return 0.0, 0.0
+    rows = torch.zeros(max(len(leaf) for leaf in leaves), dtype=torch.float64)
+    for position, leaf in enumerate(leaves):
+        flat = leaf.detach().reshape(len(leaf), -1).to("cpu", torch.float64).nan_to_num(nan=math.pi)
+        weights = torch.cos(torch.arange(1, flat.shape[1] + 1, dtype=torch.float64) * (position + 1.37))
+        rows[: len(leaf)] += flat @ weights
+    return float(rows.sum()), float(rows.square().sum())
+
+
+def _close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-7, abs_tol=1e-9)
+
+
+def _reader(source: Any, batch_size: int | None) -> Callable[[], Iterable[Any]]:
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise OptionError(f"batch_size must be a positive integer, got {batch_size!r}.")
+    if isinstance(source, DataLoader):
+        return lambda: source
+    if isinstance(source, (tuple, list)) and len(source) == 2 and isinstance(source[1], Tensor):
+        return _tensor_reader(source, batch_size)
+    if isinstance(source, list) or (isinstance(source, tuple) and source):
+        return lambda: source
+    if isinstance(source, Dataset):
+        if not hasattr(source, "__len__"):
+            return lambda: DataLoader(source, batch_size=batch_size or LARGEST_DEFAULT_BATCH)
+        if not len(source):
+            raise DataError("the data set is empty.")
+        size = batch_size or default_batch_size(source[0])
+        return lambda: DataLoader(source, batch_size=size, shuffle=False)
+    raise DataError(
+        f"data of type {type(source).__name__} cannot be read; expected a DataLoader, a Dataset, a pair of "
+        "tensors (x, y), or a list of batches."
+    )
+
+
+def _tensor_reader(pair: Any, batch_size: int | None) -> Callable[[], Iterable[Any]]:
+    leaves = list(tensors(pair))
+    lengths = {leaf.shape[0] if leaf.ndim else -1 for leaf in leaves}
+    if len(lengths) != 1 or -1 in lengths:
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
+        raise DataError(f"data tensors must have one row an example; their shapes are {shapes}.")
+    (length,) = lengths
+    if not length:
+        raise DataError("the data is empty: its tensors have no rows.")
+    size = batch_size or default_batch_size(map_tensors(lambda leaf: leaf[0], pair))
+    return lambda: (
+        map_tensors(lambda leaf: leaf[start : start + size], tuple(pair)) for start in range(0, length, size)
+    )
+
+
+def default_batch_size(example: Any) -> int:
+    """Examples a batch when the user names none: large for small inputs, at most 512, at least 32."""
+    numbers = max(1, sum(leaf.numel() for leaf in tensors(example)))
+    return min(LARGEST_DEFAULT_BATCH, max(32, NUMBERS_PER_BATCH // numbers))

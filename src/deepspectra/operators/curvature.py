@@ -1,0 +1,105 @@
+"""Hessian, Gauss-Newton, residual and empirical Fisher of a problem."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepspectra.errors import LossError
+from deepspectra.operators.base import Operator
+from deepspectra.problem import Problem
+from deepspectra.products import products_of
+
+
+class Curvature(Operator):
+    """An operator on the parameters of a problem."""
+
+    def __init__(self, problem: Problem, name: str) -> None:
+        dtype = torch.promote_types(problem.dtype, torch.float32)
+        super().__init__(problem.num_parameters, dtype=dtype, device=problem.device, name=name)
+        self.problem = problem
+        self.products = products_of(problem)
+        self.memory = problem.memory // 4
+
+    def start_block(self, kind: str) -> Tensor:
+        """The averaged means as starting vectors: "class_means" or "cross_class_means"."""
+        from deepspectra.operators.classes import averaged_directions  # noqa: PLC0415  (it imports this file)
+
+        return averaged_directions(self.problem, kind)
+
+
+class Hessian(Curvature):
+    """H = ∂²L/∂θ², symmetric, of the mean loss over all the data.
+
+    H = G + R with `GaussNewton` and `Residual` (Papyan 2019, arXiv 1901.08244, section 2).
+
+    Raises:
+        CurvatureError: no way of differentiating the network twice is right; found at the first product.
+
+    Cost: 1.5–2.7 gradients a product with a vector; a block shares the primal pass of batches whose graphs
+    do not fit in memory.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem, "Hessian")
+        self.products.way()
+
+    def _apply(self, block: Tensor) -> Tensor:
+        return self.products.hessian(block) / self.problem.total_weight
+
+
+class Residual(Curvature):
+    """R = H − G = (1/N) Σ_i Σ_k (∂ℓ_i/∂z_k) ∂²z_{ik}/∂θ²: what the curvature of the network itself adds.
+
+    Computed by itself, not as a difference: the second derivative of Σ_k r_k z_k with r = ∂ℓ/∂z held fixed.
+    Cost: as `Hessian`.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem, "residual")
+        self.products.way()
+
+    def _apply(self, block: Tensor) -> Tensor:
+        return self.products.residual(block) / self.problem.total_weight
+
+
+class GaussNewton(Curvature):
+    """G = (1/N) Σ_i J_iᵀ (∂²ℓ_i/∂z²) J_i; for softmax cross-entropy the Fisher matrix of the model.
+
+    Not the empirical Fisher matrix. Cost: 1.2–1.9 gradients a product.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem, "Gauss-Newton")
+        self.products.linearize()
+
+    def _apply(self, block: Tensor) -> Tensor:
+        return self.products.sandwich(self.problem.loss_function.curvature, block) / self.problem.total_weight
+
+
+class EmpiricalFisher(Curvature):
+    """F = (1/N) Σ_i ω_i ∇ℓ_i ∇ℓ_iᵀ with the labels of the data; a different matrix from G.
+
+    One gradient a row. With class weights ω, ∇ℓ_i is that of the unweighted loss of row i.
+    Cost: as `GaussNewton`.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem, "empirical Fisher")
+        self.products.linearize()
+
+    def _apply(self, block: Tensor) -> Tensor:
+        return self.products.sandwich(self._outer, block) / self.problem.total_weight
+
+    def _outer(self, outputs: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:
+        """r_i (r_iᵀ t_i) / ω_i with r_i the gradient of ω_i ℓ_i in the outputs of row i."""
+        loss = self.problem.loss_function
+        slope = loss.gradient(outputs, targets).detach()
+        weights = loss.weights(outputs, targets)
+        if (weights <= 0).any():
+            if not loss.is_cross_entropy:
+                raise LossError("the empirical Fisher matrix needs positive row weights.")
+            weights = torch.where(weights > 0, weights, 1)
+        shape = (-1, *[1] * (slope.ndim - 1))
+        inner = (slope * tangents).flatten(1).sum(1) / weights
+        return slope * inner.view(shape)

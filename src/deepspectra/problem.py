@@ -1,0 +1,386 @@
+"""One bundle of model, loss and data: everything a spectrum depends on, checked once."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from deepspectra import losses
+from deepspectra.batches import Batches, Move, default_batch_size, map_tensors, num_bytes
+from deepspectra.errors import (
+    DataError,
+    FallbackWarning,
+    NondeterminismError,
+    NonFiniteError,
+    OptionError,
+    ParameterError,
+    ShapeError,
+)
+
+Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+
+
+class Problem:
+    """A model, its loss and its data: L(θ) = Σ_i ω_i ℓ(f(x_i; θ), y_i) / Σ_i ω_i.
+
+    The model is copied, in evaluation mode, so that later training does not change the problem and the
+    problem does not change the model. Each *row* i is one prediction: an example, or a token that is not
+    ignored.
+
+    Args:
+        model: any module; tied weights, buffers, batch norm and attention are fine.
+        data: a DataLoader, a Dataset, a pair (x, y) of tensors, or a list of batches (x, y). Shuffled loaders
+            are fine; random augmentation is not.
+        loss: "cross_entropy", "mse", an nn loss module, or a callable (outputs, targets) → mean loss.
+        parameters: a glob or several over parameter names; the trainable ones among the matches are used.
+        forward: function (model, batch) → (outputs, targets), for batches that are not pairs (x, y).
+        batch_size: examples a batch, for tensors and Datasets; by default from the size of an example.
+        device: where to compute; by default where the model's parameters are.
+        dtype: floating-point type of weights, data and products; by default the model's.
+        memory: bytes, or text such as "8GiB", for data, retained graphs and basis vectors together; by
+            default half of what is free on the device.
+
+    Attributes:
+        num_parameters: P, the selected parameters, tied ones counted once.
+        num_examples: N, rows that count.
+        num_classes: C, the number of outputs of a row.
+        parameter_names: names of the selected parameters, in the order of the vector.
+        layers: names of the modules that own them.
+        memory: the budget in bytes.
+
+    Raises:
+        ParameterError: nothing is selected, or nothing selected is trainable.
+        DataError: no data, labels out of range, values not finite.
+        ShapeError: outputs and targets do not fit.
+        NonFiniteError: a weight, an output or the loss is NaN or infinite.
+        NondeterminismError: two passes differ.
+        LossError: the loss is unknown or not a mean.
+
+    Cost: two forward passes over the data, and a second reading of a loader.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Any,
+        loss: str | nn.Module | Callable[[Any, Tensor], Tensor] | losses.Loss = "cross_entropy",
+        *,
+        parameters: str | Sequence[str] | None = None,
+        forward: Forward | None = None,
+        batch_size: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        memory: int | str | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ParameterError(f"model must be an nn.Module, got {type(model).__name__}.")
+        reference = next((p for p in model.parameters() if p.is_floating_point()), None)
+        if reference is None:
+            raise ParameterError("the model has no parameters.")
+        self.device = torch.device(device) if device is not None else reference.device
+        self.dtype = dtype or reference.dtype
+        self.memory = parse_bytes(memory) if memory is not None else _free_memory(self.device) // 2
+        self.loss_function = losses.resolve(loss)
+        self._module = _Forward(_evaluation_copy(model, self.device, self.dtype), forward or _forward_pair)
+        self._select(parameters)
+        self.batches = Batches(
+            data, batch_size=batch_size, move=Move(self.device, self.dtype), budget=self.memory // 4
+        )
+        if self.loss_function.is_cross_entropy and forward is None:
+            self.batches.sort_by_label()
+        self._check()
+
+    @property
+    def model(self) -> nn.Module:
+        """The problem's own copy of the model."""
+        return self._module.model
+
+    # -- parameters ------------------------------------------------------------------------------------------
+
+    def _select(self, parameters: str | Sequence[str] | None) -> None:
+        """Choose the parameters by glob; a tied parameter answers to each of its names."""
+        patterns = [parameters] if isinstance(parameters, str) else parameters
+        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if patterns is not None:
+            names: dict[int, set[str]] = {}
+            for name, p in self.model.named_parameters(remove_duplicate=False):
+                names.setdefault(id(p), set()).add(name)
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for group in names.values() for name in group):
+                    known = ", ".join(list(trainable)[:8]) + (", …" if len(trainable) > 8 else "")
+                    raise ParameterError(f"parameters={pattern!r} matches no parameter; there are: {known}.")
+            trainable = {
+                name: p
+                for name, p in trainable.items()
+                if any(fnmatchcase(alias, pattern) for alias in names[id(p)] for pattern in patterns)
+            }
+        if not trainable:
+            raise ParameterError(
+                f"no trainable parameter is selected (parameters={parameters!r}); frozen parameters "
+                "(requires_grad=False) are held fixed. Unfreeze some, or select others."
+            )
+        self.parameters = {name: p.detach() for name, p in trainable.items()}
+        for name, value in self.parameters.items():
+            if not torch.isfinite(value).all():
+                raise NonFiniteError(f"parameter {name!r} holds NaN or infinite values.")
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the selected parameters, in the order of the vector."""
+        return tuple(self.parameters)
+
+    @property
+    def num_parameters(self) -> int:
+        """P."""
+        return sum(value.numel() for value in self.parameters.values())
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the modules that own the selected parameters; "" is the model itself."""
+        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in self.parameters))
+
+    def flatten(self, tree: dict[str, Tensor]) -> Tensor:
+        """The vector (P,) of a mapping from every parameter name to a tensor of its shape."""
+        if set(tree) != set(self.parameters):
+            odd = sorted(set(tree) ^ set(self.parameters))
+            raise ShapeError(f"flatten needs exactly the selected parameters; these differ: {odd[:5]}.")
+        for name, value in self.parameters.items():
+            if tree[name].shape != value.shape:
+                raise ShapeError(f"{name}: expected {tuple(value.shape)}, got {tuple(tree[name].shape)}.")
+        return torch.cat([tree[name].reshape(-1) for name in self.parameters])
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """The mapping from parameter names to tensors of a vector (P,)."""
+        if vector.shape != (self.num_parameters,):
+            raise ShapeError(f"expected a vector ({self.num_parameters},), got {tuple(vector.shape)}.")
+        sizes = [value.numel() for value in self.parameters.values()]
+        parts = vector.split(sizes)
+        return {
+            name: part.view(value.shape)
+            for (name, value), part in zip(self.parameters.items(), parts, strict=True)
+        }
+
+    def restrict(self, parameters: str | Sequence[str]) -> Problem:
+        """The same problem in fewer parameters; the others are held fixed. Model and data are shared."""
+        other = copy.copy(self)
+        other._select(parameters)
+        unknown = set(other.parameters) - set(self.parameters)
+        other.parameters = {name: value for name, value in other.parameters.items() if name not in unknown}
+        if not other.parameters:
+            raise ParameterError(f"parameters={parameters!r} selects none of this problem's parameters.")
+        return other
+
+    # -- evaluation ------------------------------------------------------------------------------------------
+
+    def evaluate(self, parameters: dict[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
+        """Outputs (n, C) and targets of a batch's rows at the given parameters."""
+        renamed = {f"model.{name}": value for name, value in parameters.items()}
+        outputs, targets = torch.func.functional_call(self._module, renamed, (batch,))
+        return self.loss_function.rows(outputs, targets)
+
+    def row_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Outputs and targets of each batch, at the problem's own parameters."""
+        with torch.no_grad(), differentiable():
+            for batch in self.batches:
+                yield self.evaluate(self.parameters, batch)
+
+    def loss(self) -> float:
+        """L(θ)."""
+        total = 0.0
+        for outputs, targets in self.row_batches():
+            total += float(self.loss_function.total(outputs, targets).double())
+        return total / self.total_weight
+
+    def gradient(self) -> Tensor:
+        """∇L(θ), (P,). Cost: one gradient."""
+        total = torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
+        for batch in self.batches:
+            leaves = {name: value.requires_grad_() for name, value in self._leaves().items()}
+            with differentiable():
+                value = self.loss_function.total(*self.evaluate(leaves, batch))
+            parts = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+            total += torch.cat([part.reshape(-1) for part in parts])
+        return total / self.total_weight
+
+    def accuracy(self) -> float:
+        """Share of rows whose largest output is the label; NaN when targets are not labels."""
+        hits, rows = 0, 0
+        for outputs, targets in self.row_batches():
+            if targets.is_floating_point() or targets.ndim != 1 or outputs.ndim != 2:
+                return float("nan")
+            counted = self.loss_function.weights(outputs, targets) > 0
+            hits += int((outputs.argmax(-1) == targets)[counted].sum())
+            rows += int(counted.sum())
+        return hits / rows
+
+    def _leaves(self) -> dict[str, Tensor]:
+        return {name: value.detach() for name, value in self.parameters.items()}
+
+    # -- checks ----------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """One pass over the data: shapes, labels, finiteness; the first batch twice for determinism."""
+        self.num_examples, self.total_weight, value = 0, 0.0, 0.0
+        first: Tensor | None = None
+        for batch, (outputs, targets) in zip(self.batches, self.row_batches(), strict=True):
+            _check_finite_inputs(batch)
+            self.num_classes = outputs.shape[1] if outputs.ndim > 1 else 1
+            self.loss_function.check_targets(targets, self.num_classes)
+            if not torch.isfinite(outputs).all():
+                raise NonFiniteError(
+                    "the model's outputs contain NaN or infinite values; check weights, inputs and dtype."
+                )
+            if not len(outputs):
+                continue
+            first = outputs if first is None else first
+            weights = self.loss_function.weights(outputs, targets).double()
+            self.num_examples += int((weights > 0).sum())
+            self.total_weight += float(weights.sum())
+            value += float(self.loss_function.total(outputs, targets).double())
+        if first is None or self.total_weight <= 0:
+            raise DataError("no row counts: every target is ignored or has weight 0.")
+        if not torch.isfinite(torch.tensor(value)):
+            raise NonFiniteError("the loss is NaN or infinite on this data.")
+        again = next(outputs for outputs, _ in self.row_batches() if len(outputs))
+        if not torch.allclose(first, again, rtol=1e-5, atol=1e-6 * float(first.abs().max())):
+            raise NondeterminismError(
+                "the model gives different outputs for one batch in evaluation mode (functional dropout with "
+                "training=True, or random noise in forward?). Make forward deterministic."
+            )
+
+    def sample(self, num_rows: int, dtype: torch.dtype) -> Problem:
+        """This problem on the first rows of its first batch, in another dtype, for checks."""
+        batch = next(iter(self.batches))
+        if self._module.function is _forward_pair and isinstance(batch[0], Tensor):
+            batch = map_tensors(lambda leaf: leaf[:: max(1, len(leaf) // num_rows)][:num_rows], batch)
+        other = copy.copy(self)
+        other.dtype = dtype
+        other._module = _Forward(_evaluation_copy(self.model, self.device, dtype), self._module.function)
+        own = dict(other.model.named_parameters())
+        other.parameters = {name: own[name].detach() for name in self.parameters}
+        move = Move(self.device, dtype)
+        other.batches = Batches([move(batch)], batch_size=None, move=move, budget=num_bytes(batch) * 4 + 1)
+        other._check()
+        return other
+
+    def __repr__(self) -> str:
+        return (
+            f"<Problem: {type(self.model).__name__}, {self.num_parameters:,} parameters, "
+            f"{self.num_examples:,} examples, {self.num_classes} classes, {self.loss_function.name}>"
+        )
+
+
+class _Forward(nn.Module):
+    """A model with its forward function, so that parameters are replaced however the function reaches them."""
+
+    def __init__(self, model: nn.Module, function: Forward) -> None:
+        super().__init__()
+        self.model = model
+        self.function = function
+
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Outputs and targets."""
+        return self.function(self.model, batch)
+
+
+def _forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        kind = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+        raise DataError(
+            f"a batch is a {kind}; expected a pair (x, y). For other batches pass "
+            "forward=lambda model, batch: (outputs, targets)."
+        )
+    outputs = model(batch[0])
+    if not isinstance(outputs, Tensor):
+        raise DataError(
+            f"the model returns {type(outputs).__name__}, not a tensor; pass "
+            "forward=lambda model, batch: (outputs, targets) to pick the outputs."
+        )
+    return outputs, batch[1]
+
+
+def _check_finite_inputs(batch: Any) -> None:
+    for leaf in (leaf for leaf in _floats(batch) if not torch.isfinite(leaf).all()):
+        raise DataError(f"the data contains NaN or infinite values, in a tensor {tuple(leaf.shape)}.")
+
+
+def _floats(batch: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(lambda leaf: found.append(leaf) or leaf if leaf.is_floating_point() else leaf, batch)
+    return found
+
+
+def _evaluation_copy(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy of the model in evaluation mode; says so when the model was in training mode and it matters."""
+    random = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+    if any(module.training and isinstance(module, random) for module in model.modules()):
+        warnings.warn(
+            "the model is in training mode with dropout or batch norm; the spectrum is that of evaluation "
+            "mode (dropout off, running statistics). Call model.eval() to say so yourself.",
+            FallbackWarning,
+            stacklevel=4,
+        )
+    try:
+        twin = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ParameterError(f"the model cannot be copied: {error}") from error
+    trainable = {name: p.requires_grad for name, p in twin.named_parameters()}
+    twin = twin.eval().to(device=device, dtype=dtype)
+    for name, p in twin.named_parameters():
+        p.requires_grad_(trainable[name])
+        p.grad = None
+    return twin
+
+
+@contextlib.contextmanager
+def differentiable() -> Iterator[None]:
+    """Evaluate by operations that have second derivatives: plain attention instead of the fused kernels."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(memory: int | str) -> int:
+    """Bytes of a number or of a text such as "8GiB" or "500 MB"."""
+    text = str(memory).strip()
+    number = text.rstrip("BKMGIbkmgi ").strip()
+    unit = text[len(number) :].strip().upper()
+    try:
+        size = int(float(number) * UNITS[unit])
+    except (ValueError, KeyError):
+        raise OptionError(f"memory={memory!r} is not a size; write bytes, or text such as '8GiB'.") from None
+    if size <= 0:
+        raise OptionError(f"memory={memory!r} must be positive.")
+    return size
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as lines:
+            available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as limit:
+        available = min(available, int(limit.read()))
+    return available
+
+
+__all__ = ["Problem", "default_batch_size", "differentiable", "parse_bytes"]

@@ -1,0 +1,762 @@
+"""One function per chart: a saved analysis in, a Vega-Lite chart out.
+
+No mathematics lives here beyond what drawing needs: placing eigenvalues on an axis, cosines from inner
+products, sums for captions. Every chart names the variables it draws and raises `DataError` when the analysis
+does not hold them, so a page can leave a figure out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from deepspectra.errors import DataError, OptionError
+
+Row = dict[str, Any]
+Array = NDArray[np.float64]
+
+# Okabe and Ito's palette: told apart under every common colour-vision deficiency. One colour per part, everywhere.
+PART_COLOURS = {
+    "class": "#0072B2",
+    "logit": "#E69F00",
+    "interaction": "#CC79A7",
+    "within": "#009E73",
+    "true": "#56B4E9",
+    "residual": "#D55E00",
+}
+OPERATOR_COLOURS = {"hessian": "#1f2933", "gauss_newton": "#6a3d9a", "residual": PART_COLOURS["residual"]}
+OPERATOR_NAMES = {"hessian": "Hessian H", "gauss_newton": "Gauss-Newton G", "residual": "residual R"}
+LABEL_INKS = {"logit": "#1f2933", "true": "#1f2933", "interaction": "#1f2933"}  # on light colours; white elsewhere
+LEVEL_COLOURS = {"class": PART_COLOURS["class"], "cross_class": "#882255"}
+LEVEL_NAMES = {"class": "class means", "cross_class": "cross-class means"}
+
+INK, MUTED, GRID = "#1f2933", "#5f6c7b", "#e4e8ed"
+FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
+WIDTH = 720
+MOST_CLASSES = 40  # more rows than this cannot be labelled legibly
+FORMATS = ("svg", "pdf", "png", "html", "json")
+LANES = {"hessian": 0.34, "gauss_newton": 0.25, "residual": 0.16}  # lollipop heights, so that operators do not hide one another
+
+
+# ---------------------------------------------------------------------------------------------- numbers as text
+
+
+def number(value: float, digits: int = 3) -> str:
+    """`value` to some significant digits: 0.0213, −1.5, 2.3×10⁻⁷."""
+    if not math.isfinite(value):
+        return "–"
+    text = f"{value:.{digits}g}"
+    if "e" not in text:
+        return text.replace("-", "−")
+    if 1e3 <= abs(float(text)) < 1e6:
+        return f"{float(text):,.0f}".replace("-", "−")
+    mantissa, exponent = text.split("e")
+    power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    if mantissa in ("1", "-1"):
+        return mantissa.replace("-1", "−").replace("1", "") + power
+    return f"{mantissa}×{power}".replace("-", "−")
+
+
+def left(count: float, upper: float) -> str:
+    """How many outliers a knock-out leaves, as the words that belong to what is known."""
+    if not math.isfinite(count):
+        return ""
+    if not math.isfinite(upper):
+        return f"at least {count:.0f}" if count else "none found"
+    if upper > count:
+        return f"{count:.0f} to {upper:.0f} left"
+    return f"{count:.0f} left" if count else "none left"
+
+
+# ------------------------------------------------------------------------------------------- reading the dataset
+
+
+def holds(dataset: xr.Dataset, *names: str) -> bool:
+    """Whether every named variable is there and has a finite value."""
+    return all(name in dataset and bool(np.isfinite(dataset[name].values).any()) for name in names)
+
+
+def rows(dataset: xr.Dataset, *names: str, need: Iterable[str] | None = None) -> list[Row]:
+    """Variables as records, one per cell of their common grid; cells where a needed variable is NaN are left out."""
+    present = [name for name in names if name in dataset]
+    frame = dataset[present].to_dataframe().reset_index().dropna(subset=list(need or names[:1]))
+    return [{key: _plain(value) for key, value in row.items()} for row in frame.to_dict("records")]
+
+
+def outliers(dataset: xr.Dataset) -> list[Row]:
+    """Outlier eigenpairs by operator and descending eigenvalue, each with its residual norm and shares."""
+    if not holds(dataset, "eigenvalue", "is_outlier"):
+        return []
+    found = [row for row in rows(dataset, "eigenvalue", "is_outlier", "residual_norm") if row["is_outlier"] == 1]
+    shares = {(row["operator"], row["pair"]): row for row in _shares_by_pair(dataset)}
+    found.sort(key=lambda row: (list(OPERATOR_NAMES).index(row["operator"]), -row["eigenvalue"]))
+    rank: dict[str, int] = {}
+    for row in found:
+        row["rank"] = rank[row["operator"]] = rank.get(row["operator"], 0) + 1
+        row |= shares.get((row["operator"], row["pair"]), {})
+    return found
+
+
+def _shares_by_pair(dataset: xr.Dataset) -> list[Row]:
+    if not holds(dataset, "share"):
+        return []
+    table: dict[tuple[str, int], Row] = {}
+    for row in rows(dataset, "share"):
+        pair = table.setdefault((row["operator"], row["pair"]), {"operator": row["operator"], "pair": row["pair"]})
+        pair[f"share {row['part']}"] = row["share"]
+    return list(table.values())
+
+
+def _plain(value: Any) -> Any:
+    """A value JSON can hold, floats to nine digits."""
+    if isinstance(value, (float, np.floating)):
+        return float(f"{value:.9g}") if math.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _require(dataset: xr.Dataset, *names: str) -> None:
+    missing = [name for name in names if not holds(dataset, name)]
+    if missing:
+        raise DataError(
+            f"this chart draws {', '.join(names)}; the analysis has no values of {', '.join(missing)}. "
+            "Run the step that computes them, or leave the chart out."
+        )
+
+
+# --------------------------------------------------------------------------------------------- shared ingredients
+
+
+def _styled(chart: Any) -> Any:
+    """One visual language: quiet axes, a light grid, text that stays legible in print."""
+    text = {"labelColor": INK, "titleColor": INK, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": 500}
+    return chart.configure(
+        font=FONT,
+        background="white",
+        padding=4,
+        view=alt.ViewConfig(stroke=None),
+        axis=alt.AxisConfig(**text, gridColor=GRID, domainColor="#9aa5b1", tickColor="#9aa5b1", titlePadding=10),
+        legend=alt.LegendConfig(
+            **text, orient="top", title=None, columns=3, symbolSize=110, labelLimit=400, columnPadding=18
+        ),
+        title=alt.TitleConfig(anchor="start", fontSize=13, fontWeight=600, color=INK, subtitleColor=MUTED),
+    )
+
+
+def _colour(names: Sequence[str], labels: dict[str, str], colours: dict[str, str], **options: Any) -> alt.Color:
+    """The fixed colours of `names`, with their labels in the legend."""
+    shown = [labels.get(name, name) for name in names]
+    return alt.Color(
+        "label:N",
+        scale=alt.Scale(domain=shown, range=[colours.get(name, MUTED) for name in names]),
+        legend=alt.Legend(**options),
+        sort=None,
+    )
+
+
+def _operator_selector(operators: Sequence[str], *, everything: bool) -> alt.Parameter:
+    """A choice of operator: a row of buttons on the page, the first choice in a still picture."""
+    options = (["all"] if everything else []) + list(operators)
+    labels = [OPERATOR_NAMES.get(name, name) for name in options]
+    if len(operators) == 1:
+        return alt.param(name="shown", value=options[-1])
+    return alt.param(name="shown", value=options[0], bind=alt.binding_radio(options=options, labels=labels, name=" "))
+
+
+def _operators(table: Iterable[Row]) -> list[str]:
+    present = {row["operator"] for row in table}
+    return [name for name in OPERATOR_NAMES if name in present]
+
+
+def _labelled(table: list[Row]) -> list[Row]:
+    return [row | {"label": OPERATOR_NAMES.get(row["operator"], row["operator"])} for row in table]
+
+
+def _ticks(values: Sequence[float], labels: Sequence[str], **options: Any) -> alt.Axis:
+    """An axis with exactly these ticks and labels."""
+    places = [float(f"{value:.9g}") for value in values]
+    return alt.Axis(values=places, labelExpr=f"{list(labels)!r}[indexof({places}, datum.value)]", **options)
+
+
+def _decades(low: float, high: float, most: int = 6) -> list[float]:
+    """At most about `most` powers of ten within [low, high]."""
+    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+    stride = max(1, math.ceil((last - first + 1) / most))
+    return [10.0**power for power in range(last, first - 1, -stride)][::-1]
+
+
+def _log_axis(low: float, high: float, most: int = 6, **options: Any) -> alt.Axis:
+    ticks = _decades(low, high, most)
+    if len(ticks) < 2:  # too narrow for decades
+        ticks = [factor * 10.0**power for power in range(-30, 30) for factor in (1, 2, 5)]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+    return _ticks(ticks, [number(tick) for tick in ticks], **options)
+
+
+# ------------------------------------------------------------------------------------------------------ spectrum
+
+
+@dataclass(frozen=True)
+class _Line:
+    """The eigenvalue axis: where an eigenvalue is drawn, and the encoding that labels it."""
+
+    place: Callable[[float], float]
+    x: alt.X
+
+
+def spectrum(dataset: xr.Dataset) -> alt.LayerChart:
+    """Densities of H, G and R over a symmetric-log eigenvalue axis, outliers as lollipops."""
+    _require(dataset, "curve_grid", "curve_density")
+    table = rows(dataset, "curve_grid", "curve_density", "curve_standard_error", need=("curve_grid", "curve_density"))
+    for row in table:
+        row |= {"eigenvalue": row["curve_grid"], "density": row["curve_density"]}
+        row["error"] = row.get("curve_standard_error") or 0.0
+    line = _symmetric_log(dataset, [row["eigenvalue"] for row in table])
+    return _spectrum(dataset, table, line, "density (fraction of eigenvalues per unit of λ)")
+
+
+def log_spectrum(dataset: xr.Dataset) -> alt.LayerChart:
+    """Densities per decade of |λ|, negative eigenvalues mirrored to the left."""
+    _require(dataset, "log_grid", "log_density")
+    table = rows(dataset, "log_grid", "log_density", "log_standard_error", need=("log_grid", "log_density"))
+    for row in table:
+        sign = -1.0 if row["side"] == "negative" else 1.0
+        row |= {"eigenvalue": sign * abs(row["log_grid"]), "density": row["log_density"]}
+        row["error"] = row.get("log_standard_error") or 0.0
+    line = _mirrored_log([row["eigenvalue"] for row in table])
+    return _spectrum(dataset, table, line, "density (fraction of eigenvalues per decade of |λ|)")
+
+
+def _spectrum(dataset: xr.Dataset, table: list[Row], line: _Line, title: str) -> alt.LayerChart:
+    operators = _operators(table)
+    low, high = _density_range(table, int(dataset.attrs.get("num_parameters", 1)))
+    selector = _operator_selector(operators, everything=True)
+    curves = _curves(_labelled(table), operators, line, (low, high), title)
+    above = [*_lollipops(dataset, line), *_edges(dataset, operators, line)]
+    layers = [curves, alt.layer(*above)] if above else [curves]
+    chart = alt.layer(*layers).resolve_scale(y="independent").add_params(selector)
+    return _styled(chart.properties(width=WIDTH, height=340))
+
+
+def _density_range(table: list[Row], num_parameters: int) -> tuple[float, float]:
+    """From a tenth of one eigenvalue spread over the axis (at most nine decades down) to well above the peak."""
+    densities = [row["density"] for row in table if row["density"] > 0]
+    peak = max(densities, default=1.0)
+    spread = max((abs(row["eigenvalue"]) for row in table), default=1.0)
+    smallest = max(0.1 / num_parameters / max(spread, 1.0), peak * 1e-9)
+    return 10.0 ** math.floor(math.log10(smallest)), peak * 30
+
+
+def _curves(
+    table: list[Row], operators: list[str], line: _Line, span: tuple[float, float], title: str
+) -> alt.LayerChart:
+    low, high = span
+    keep = ("operator", "label", "side", "eigenvalue", "density", "error")
+    points = [{key: row[key] for key in keep if key in row} for row in table]
+    for row in points:
+        density, error = row["density"], row.pop("error")
+        row["x"] = _plain(line.place(row["eigenvalue"]))
+        row["upper"], row["lower"] = (
+            _plain(max(density + 2 * error, low / 10)),
+            _plain(max(density - 2 * error, low / 10)),
+        )
+        row["density"] = _plain(max(density, low / 10))
+    scale = alt.Scale(type="log", domain=[low, high], nice=False)
+    y = alt.Y("density:Q", scale=scale, axis=_log_axis(low, high, title=title))
+    base = (
+        alt.Chart(alt.Data(values=points))
+        .transform_filter("shown == 'all' || datum.operator == shown")
+        .encode(x=line.x, color=_colour(operators, OPERATOR_NAMES, OPERATOR_COLOURS), detail="side:N")
+    )
+    band = base.mark_area(opacity=0.22, clip=True).encode(y=alt.Y("lower:Q", scale=scale), y2="upper:Q")
+    curve = base.mark_line(strokeWidth=1.6, clip=True).encode(
+        y=y, tooltip=["label:N", _tip("eigenvalue", "λ"), _tip("density", "density")]
+    )
+    return alt.layer(band, curve)
+
+
+def _tip(field: str, title: str, form: str = ".3~g") -> alt.Tooltip:
+    return alt.Tooltip(field=field, type="quantitative", title=title, format=form)
+
+
+def _lollipops(dataset: xr.Dataset, line: _Line) -> list[alt.Chart]:
+    found = _labelled(outliers(dataset))
+    if not found:
+        return []
+    parts = [part for part in PART_COLOURS if any(f"share {part}" in row for row in found)]
+    for row in found:
+        row |= {"x": _plain(line.place(row["eigenvalue"])), "lane": LANES.get(row["operator"], 0.16)}
+    base = (
+        alt.Chart(alt.Data(values=found))
+        .transform_filter("shown == 'all' || datum.operator == shown")
+        .encode(
+            x=line.x,
+            y=alt.Y("lane:Q", scale=alt.Scale(domain=[0, 1]), axis=None),
+            color=alt.Color("label:N", sort=None),
+            tooltip=[
+                alt.Tooltip("label:N", title="outlier of"),
+                _tip("rank", "rank"),
+                _tip("eigenvalue", "λ", ".4~g"),
+                _tip("residual_norm", "‖Av − λv‖", ".2~g"),
+                *(_tip(f"share {part}", part, ".1~%") for part in parts),
+            ],
+        )
+    )
+    stem = base.mark_rule(strokeWidth=1.2, opacity=0.7).encode(y2=alt.datum(0))
+    dot = base.mark_circle(size=70, opacity=1, stroke="white", strokeWidth=1)
+    return [stem, dot]
+
+
+def _edges(dataset: xr.Dataset, operators: list[str], line: _Line) -> list[alt.Chart]:
+    """Bulk edge and outlier threshold of the selected operator (of the first one when all are shown)."""
+    sides = {"bulk_edge": ("bulk edge", "right", -5), "outlier_threshold": ("outlier threshold", "left", 5)}
+    marks = []
+    for name, (text, align, offset) in sides.items():
+        if not holds(dataset, name):
+            continue
+        table = [row for row in rows(dataset, name) if row["operator"] in operators]
+        for row in table:
+            row |= {"x": _plain(line.place(row[name])), "text": f"{text} {number(row[name])}"}
+        base = (
+            alt.Chart(alt.Data(values=table))
+            .transform_filter(f"datum.operator == (shown == 'all' ? '{operators[0]}' : shown)")
+            .encode(x=line.x)
+        )
+        marks.append(base.mark_rule(color=MUTED, strokeDash=[5, 3] if align == "left" else [2, 2]))
+        marks.append(
+            base.mark_text(align=align, dx=offset, color=MUTED, fontSize=11).encode(
+                y=alt.value(8), text="text:N"
+            )
+        )
+    return marks
+
+
+def _symmetric_log(dataset: xr.Dataset, eigenvalues: Sequence[float]) -> _Line:
+    """Linear within ± the grid's own resolution, logarithmic outside."""
+    grid = dataset["curve_grid"].values
+    resolution = float(np.nanmedian(np.abs(np.diff(grid, axis=-1))))
+    low, high = min(eigenvalues), max(eigenvalues)
+    largest = max(abs(low), abs(high))
+    constant = 10.0 ** round(math.log10(max(resolution, largest * 1e-6)))
+    ticks = [0.0]
+    for bound, sign in ((high, 1.0), (-low, -1.0)):
+        if bound > constant:
+            ticks += [sign * tick for tick in _decades(constant * 10, bound * 1.001, most=4)]
+    ticks.sort()
+    x = alt.X(
+        "x:Q",
+        scale=alt.Scale(type="symlog", constant=constant, domain=[low, high], nice=False),
+        axis=_ticks(ticks, [number(tick) for tick in ticks], title="eigenvalue λ (symmetric-log axis)"),
+    )
+    return _Line(lambda value: value, x)
+
+
+def _mirrored_log(eigenvalues: Sequence[float]) -> _Line:
+    """Distance from the centre is log₁₀|λ|; the centre is the smallest |λ| of the grid."""
+    smallest = min(abs(value) for value in eigenvalues if value)
+    reach = {sign: max([sign * value for value in eigenvalues], default=0.0) for sign in (-1.0, 1.0)}
+
+    def place(value: float) -> float:
+        return math.copysign(max(math.log10(max(abs(value), smallest) / smallest), 0.0), value)
+
+    ticks = [
+        sign * tick
+        for sign, bound in reach.items()
+        if bound > smallest
+        for tick in _decades(smallest * 3, bound * 1.001, most=4)
+    ]
+    ticks.sort()
+    domain = [place(sign * bound) if bound > 0 else 0.0 for sign, bound in reach.items()]
+    title = f"eigenvalue λ (logarithmic on both sides; |λ| ≤ {number(smallest, 1)} at the centre)"
+    x = alt.X(
+        "x:Q",
+        scale=alt.Scale(domain=domain, nice=False),
+        axis=_ticks([place(tick) for tick in ticks], [number(tick) for tick in ticks], title=title),
+    )
+    return _Line(place, x)
+
+
+# ------------------------------------------------------------------------------------------------------- shares
+
+
+def shares(dataset: xr.Dataset) -> alt.LayerChart:
+    """What each outlier is made of: one stacked bar per outlier, and their mean."""
+    _require(dataset, "share", "eigenvalue", "is_outlier")
+    table = [row for row in outliers(dataset) if any(key.startswith("share ") for key in row)]
+    if not table:
+        raise DataError("the analysis attributes no outlier: none was found, or none has shares")
+    parts = [str(part) for part in dataset["part"].values]
+    bars = [bar for row in table for bar in _bars(row, parts)] + _mean_bars(dataset)
+    order = list(dict.fromkeys(bar["row"] for bar in bars if bar["row"] not in (" ", "mean"))) + [" ", "mean"]
+    operators = _operators(bars)
+    step = 22 if len(table) / len(operators) <= 30 else 10
+    base = alt.Chart(alt.Data(values=bars)).transform_filter("datum.operator == shown")
+    bar = base.mark_bar(stroke="white", strokeWidth=0.8, height={"band": 0.82}).encode(
+        y=alt.Y("row:N", sort=order, title="outlier, by rank: λ", axis=alt.Axis(ticks=False, domain=False)),
+        x=alt.X("share:Q", stack="zero", title="share of the eigenvalue", axis=alt.Axis(format=".0%", tickCount=5)),
+        color=_colour(parts, {}, PART_COLOURS),
+        order=alt.Order("index:Q"),
+        tooltip=[
+            alt.Tooltip("row:N", title="outlier"),
+            alt.Tooltip("label:N", title="part"),
+            _tip("share", "share", ".1~%"),
+        ],
+    )
+    text = (
+        base.transform_filter("datum.text")
+        .mark_text(fontSize=10.5)
+        .encode(
+            y=alt.Y("row:N", sort=order), x="middle:Q", text="text:N", color=alt.Color("ink:N", scale=None, legend=None)
+        )
+    )
+    chart = alt.layer(bar, text).add_params(_operator_selector(operators, everything=False))
+    return _styled(chart.properties(width=WIDTH, height=alt.Step(step)))
+
+
+def _bars(row: Row, parts: list[str]) -> list[Row]:
+    name = f"{row['rank']}:  {number(row['eigenvalue'])}"
+    return _stack(row["operator"], name, {part: row[f"share {part}"] for part in parts if f"share {part}" in row})
+
+
+def _mean_bars(dataset: xr.Dataset) -> list[Row]:
+    bars = []
+    for operator, means in mean_shares(dataset).items():
+        gap = {"operator": operator, "row": " ", "label": next(iter(means)), "index": 0, "share": 0}
+        bars += [gap, *_stack(operator, "mean", means)]
+    return bars
+
+
+def mean_shares(dataset: xr.Dataset) -> dict[str, dict[str, float]]:
+    """Mean share of each part over the outliers, by operator."""
+    if not holds(dataset, "mean_share"):
+        return {}
+    out: dict[str, dict[str, float]] = {}
+    for row in rows(dataset, "mean_share"):
+        out.setdefault(row["operator"], {})[row["part"]] = row["mean_share"]
+    return out
+
+
+def _stack(operator: str, name: str, parts: dict[str, float]) -> list[Row]:
+    """The segments of one bar; those wide enough carry their percentage."""
+    bars, start = [], 0.0
+    for index, (part, share) in enumerate(parts.items()):
+        bar = {"operator": operator, "row": name, "label": part, "index": index, "share": share}
+        if share >= 0.1:
+            bar |= {"text": f"{share:.0%}", "middle": start + share / 2, "ink": LABEL_INKS.get(part, "white")}
+        start += max(share, 0.0)
+        bars.append(bar)
+    return bars
+
+
+# ----------------------------------------------------------------------------------------------------- knock-outs
+
+
+def knockout_summary(dataset: xr.Dataset) -> list[Row]:
+    """One record per operator, knock-out and method: largest eigenvalue left, its residual, outliers left."""
+    names = ("knockout_value", "knockout_residual_norm", "knockout_outliers", "knockout_upper")
+    table: dict[tuple[str, str, str], Row] = {}
+    for row in rows(dataset, *names):
+        key = (row["operator"], row["knockout"], row["method"])
+        best = table.get(key)
+        if best is None or row["knockout_value"] > best["knockout_value"]:
+            table[key] = row
+    first: dict[tuple[str, float], Row] = {}
+    return [
+        row
+        for row in table.values()
+        if row["knockout"] != "nothing" or first.setdefault((row["operator"], 0.0), row) is row
+    ]
+
+
+def knockouts(dataset: xr.Dataset) -> alt.LayerChart:
+    """Eigenvalues that stay when parts are removed, against the outlier threshold."""
+    _require(dataset, "knockout_value")
+    summary = knockout_summary(dataset)
+    names = {(row["operator"], row["knockout"], row["method"]): _knockout_name(row) for row in summary}
+    thresholds = {row["operator"]: row for row in _thresholds(dataset)}
+    table = [row for row in rows(dataset, "knockout_value") if (row["operator"], row["knockout"], row["method"]) in names]
+    for row in table:
+        limit = thresholds.get(row["operator"], {}).get("outlier_threshold", math.inf)
+        row |= {"row": names[row["operator"], row["knockout"], row["method"]]}
+        row |= {"label": "above the threshold" if row["knockout_value"] > limit else "below"}
+    table = [row for row in table if row["knockout_value"] > 0]
+    values = [row["knockout_value"] for row in table] + [row["outlier_threshold"] for row in thresholds.values()]
+    low, high = max(min(values), max(values) * 1e-5) / 1.5, max(values) * 1.5
+    x = alt.X(
+        "knockout_value:Q",
+        scale=alt.Scale(type="log", domain=[low, high], nice=False),
+        axis=_log_axis(low, high, title="eigenvalues left (logarithmic axis)"),
+    )
+    order = list(dict.fromkeys(names.values()))
+    split = alt.Axis(labelExpr="split(datum.label, ' | ')", ticks=False, domain=False, grid=True, labelLineHeight=14)
+    y = alt.Y("row:N", sort=order, title=None, axis=split)
+    layers = [_knockout_dots(table, x, y), *_knockout_rules(list(thresholds.values()))]
+    layers.append(_knockout_counts(summary, names, y))
+    chart = alt.layer(*layers).add_params(_operator_selector(_operators(table), everything=False))
+    return _styled(chart.properties(width=WIDTH, height=alt.Step(40), padding={"left": 4, "top": 18, "bottom": 4, "right": 86}))
+
+
+def _knockout_name(row: Row) -> str:
+    return "nothing removed" if row["knockout"] == "nothing" else f"{row['knockout']} | by {row['method']}"
+
+
+def _thresholds(dataset: xr.Dataset) -> list[Row]:
+    return rows(dataset, "outlier_threshold") if holds(dataset, "outlier_threshold") else []
+
+
+def _knockout_dots(table: list[Row], x: alt.X, y: alt.Y) -> alt.Chart:
+    colours = alt.Scale(domain=["above the threshold", "below"], range=[INK, "#b8c1cb"])
+    base = alt.Chart(alt.Data(values=table)).transform_filter("datum.operator == shown")
+    return base.mark_circle(size=60, opacity=0.8, clip=True).encode(
+        x=x,
+        y=y,
+        color=alt.Color("label:N", scale=colours, sort=None),
+        tooltip=[alt.Tooltip("row:N", title="removed"), _tip("knockout_value", "λ left", ".4~g")],
+    )
+
+
+def _knockout_rules(thresholds: list[Row]) -> list[alt.Chart]:
+    table = [row | {"text": f"outlier threshold {number(row['outlier_threshold'])}"} for row in thresholds]
+    base = (
+        alt.Chart(alt.Data(values=table)).transform_filter("datum.operator == shown").encode(x="outlier_threshold:Q")
+    )
+    rule = base.mark_rule(color=MUTED, strokeDash=[5, 3])
+    text = base.mark_text(color=MUTED, fontSize=11, align="center").encode(y=alt.value(-8), text="text:N")
+    return [rule, text]
+
+
+def _knockout_counts(summary: list[Row], names: dict[tuple[str, str, str], str], y: alt.Y) -> alt.Chart:
+    table = [
+        {
+            "operator": row["operator"],
+            "row": names[row["operator"], row["knockout"], row["method"]],
+            "text": left(_known(row, "knockout_outliers"), _known(row, "knockout_upper")),
+        }
+        for row in summary
+    ]
+    base = alt.Chart(alt.Data(values=table)).transform_filter("datum.operator == shown")
+    mark = base.mark_text(align="left", dx=10, fontSize=12, fontWeight=600, color=INK)
+    return mark.encode(x=alt.value("width"), y=y, text="text:N")
+
+
+def _known(row: Row, name: str) -> float:
+    value = row.get(name)
+    return math.nan if value is None else float(value)
+
+
+# ------------------------------------------------------------------------------------------------------ averaging
+
+
+def averaging(dataset: xr.Dataset) -> alt.LayerChart:
+    """Eigenvalues found by averaging alone, over the true ones, by rank."""
+    _require(dataset, "subspace_value")
+    table = _scree(rows(dataset, "subspace_value"), "level", "subspace_value", LEVEL_NAMES, "averaging: {}")
+    if holds(dataset, "eigenvalue"):
+        known = [row for row in rows(dataset, "eigenvalue") if row["operator"] in ("hessian", "gauss_newton")]
+        table = _scree(known, "operator", "eigenvalue", OPERATOR_NAMES, "{}") + table
+    overlaps = _overlaps(dataset)
+    for row in table:
+        row["overlap"] = overlaps.get(row["name"], "")
+    names = list(dict.fromkeys(row["name"] for row in table))
+    labels = {row["name"]: row["label"] for row in table}
+    values = [row["value"] for row in table]
+    low, high = max(min(values), max(values) * 1e-8) / 1.3, max(values) * 1.3
+    last = max(row["rank"] for row in table)
+    ranks = alt.Scale(type="log" if last > 150 else "linear", domain=[0.8 if last > 150 else 0, last + 1], nice=False)
+    colours = {**OPERATOR_COLOURS, **LEVEL_COLOURS}
+    shapes = {"hessian": "circle", "gauss_newton": "circle", "class": "diamond", "cross_class": "triangle-up"}
+    legend = alt.Legend(columns=2)
+    base = alt.Chart(alt.Data(values=table)).encode(
+        x=alt.X("rank:Q", scale=ranks, axis=alt.Axis(tickMinStep=1, format="d", grid=False), title="rank"),
+        y=alt.Y(
+            "value:Q",
+            scale=alt.Scale(type="log", domain=[low, high], nice=False),
+            axis=_log_axis(low, high, title="eigenvalue (logarithmic axis)"),
+        ),
+        color=_colour(names, labels, colours, columns=2),
+        shape=alt.Shape(
+            "label:N",
+            scale=alt.Scale(domain=[labels[name] for name in names], range=[shapes[name] for name in names]),
+            legend=legend,
+            sort=None,
+        ),
+        tooltip=["label:N", _tip("rank", "rank"), _tip("value", "λ", ".4~g"), alt.Tooltip("overlap:N", title="overlap")],
+    )
+    line = base.mark_line(strokeWidth=1.2, opacity=0.6, clip=True).encode(shape=alt.Undefined)
+    point = base.mark_point(size=60, filled=False, strokeWidth=1.8, fill="white", clip=True)
+    return _styled(alt.layer(line, point).properties(width=WIDTH, height=320))
+
+
+def _scree(table: list[Row], group: str, value: str, labels: dict[str, str], form: str) -> list[Row]:
+    """Positive values of each group by descending size."""
+    out: list[Row] = []
+    for name in dict.fromkeys(row[group] for row in table):
+        values = sorted((row[value] for row in table if row[group] == name and row[value] > 0), reverse=True)
+        label = form.format(labels.get(name, name))
+        out += [{"name": name, "label": label, "rank": rank, "value": item} for rank, item in enumerate(values, 1)]
+    return out
+
+
+def _overlaps(dataset: xr.Dataset) -> dict[str, str]:
+    if not holds(dataset, "subspace_overlap"):
+        return {}
+    out: dict[str, list[str]] = {}
+    for row in rows(dataset, "subspace_overlap", "subspace_dimension"):
+        size = row.get("subspace_dimension")
+        top = f"top {size:.0f} of" if size else "top of"
+        name = OPERATOR_NAMES.get(row["operator"], row["operator"]).split()[-1]
+        out.setdefault(row["level"], []).append(f"{row['subspace_overlap']:.1%} with the {top} {name}")
+    return {level: ", ".join(texts) for level, texts in out.items()}
+
+
+# -------------------------------------------------------------------------------------------------------- classes
+
+
+def cosines(dataset: xr.Dataset) -> Array:
+    """(C, C) cosines between class means, from their inner products."""
+    gram = np.asarray(dataset["mean_gram"].values, dtype=np.float64)
+    norms = np.sqrt(np.clip(np.diag(gram), 0, None))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosine: Array = gram / np.outer(norms, norms)
+    return cosine
+
+
+def class_cosines(dataset: xr.Dataset) -> alt.Chart:
+    """Cosines between the mean gradients of classes."""
+    _require(dataset, "mean_gram")
+    scale = alt.Scale(scheme="purpleorange", domain=[-1, 1], reverse=True)
+    return _heat_map(dataset, cosines(dataset), scale, ("class", "class", "cosine"))
+
+
+def cross_class_weights(dataset: xr.Dataset) -> alt.Chart:
+    """Weight of examples of one class under the label of another: how much each confusion counts."""
+    _require(dataset, "cross_class_weight")
+    weights = np.array(dataset["cross_class_weight"].values, dtype=np.float64)
+    np.fill_diagonal(weights, np.nan)
+    weights[weights <= 0] = np.nan
+    if not np.isfinite(weights).any():
+        raise DataError("every cross-class weight is zero: no example puts any probability on a wrong class")
+    scale = alt.Scale(scheme="blues", type="log")
+    return _heat_map(dataset, weights, scale, ("true class", "potential class", "weight"))
+
+
+def _chosen_classes(dataset: xr.Dataset) -> list[int]:
+    """All classes, or those of largest weight when there are too many to label."""
+    count = int(dataset.sizes["class"])
+    if count <= MOST_CLASSES:
+        return list(range(count))
+    source = dataset["class_weight"].values if holds(dataset, "class_weight") else np.arange(count)[::-1]
+    heaviest = np.argsort(-np.nan_to_num(source))[:MOST_CLASSES]
+    return sorted(int(index) for index in heaviest)
+
+
+def _heat_map(dataset: xr.Dataset, matrix: Array, scale: alt.Scale, titles: tuple[str, str, str]) -> alt.Chart:
+    """A square of classes by classes; `titles` name the rows, the columns and the value."""
+    names, chosen = class_names(dataset), _chosen_classes(dataset)
+    cells = [
+        {"row": names[i], "column": names[j], "value": _plain(matrix[i, j])}
+        for i in chosen
+        for j in chosen
+        if np.isfinite(matrix[i, j])
+    ]
+    order = [names[i] for i in chosen]
+    upright = max(map(len, order)) <= 2 and len(order) <= 20
+    axis = {"labelLimit": 90, "ticks": False, "domain": False, "titlePadding": 8}
+    down, across = alt.Axis(**axis), alt.Axis(**axis, labelAngle=0 if upright else -90)
+    chart = alt.Chart(alt.Data(values=cells)).mark_rect(stroke="white", strokeWidth=0.5 if len(order) > 20 else 1)
+    chart = chart.encode(
+        x=alt.X("column:N", sort=order, scale=alt.Scale(domain=order), title=titles[1], axis=across),
+        y=alt.Y("row:N", sort=order, scale=alt.Scale(domain=order), title=titles[0], axis=down),
+        color=alt.Color("value:Q", scale=scale, legend=_gradient(scale, titles[2], [cell["value"] for cell in cells])),
+        tooltip=[
+            alt.Tooltip("row:N", title=titles[0]),
+            alt.Tooltip("column:N", title=titles[1] if titles[1] != titles[0] else "and"),
+            _tip("value", titles[2]),
+        ],
+    )
+    if len(chosen) < len(names):
+        chart = chart.properties(title=f"{len(chosen)} of {len(names)} classes: those of largest weight")
+    return _styled(chart.properties(width=420, height=380))
+
+
+def _gradient(scale: alt.Scale, title: str, values: list[float]) -> alt.Legend:
+    look = {"title": title, "orient": "top", "gradientLength": 200, "gradientThickness": 10}
+    if scale.to_dict().get("type") == "log":
+        return alt.Legend(**look, values=_decades(min(values), max(values), most=4), format=".0e")
+    return alt.Legend(**look, values=[-1, -0.5, 0, 0.5, 1], format="~g")
+
+
+def class_names(dataset: xr.Dataset) -> list[str]:
+    """Names of the classes, or their numbers."""
+    named = dataset["class"].values if "class" in dataset.coords else range(dataset.sizes["class"])
+    return [str(name) for name in named]
+
+
+# ----------------------------------------------------------------------------------------------------------- cost
+
+
+def cost(dataset: xr.Dataset) -> alt.LayerChart:
+    """What each stage cost, in full-data gradients."""
+    _require(dataset, "cost_gradients")
+    table = rows(dataset, "cost_gradients", "cost_products", "cost_seconds")
+    order = [row["stage"] for row in table]
+    for row in table:
+        row["text"] = number(row["cost_gradients"])
+    base = alt.Chart(alt.Data(values=table)).encode(
+        y=alt.Y("stage:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=150)),
+        x=alt.X("cost_gradients:Q", title="cost in full-data gradients", axis=alt.Axis(tickCount=5, format="~s")),
+        tooltip=[
+            "stage:N",
+            _tip("cost_gradients", "gradients", ".4~g"),
+            _tip("cost_products", "products", ",.0f"),
+            _tip("cost_seconds", "seconds", ".3~g"),
+        ],
+    )
+    bar = base.mark_bar(color="#7b8794", height={"band": 0.7})
+    text = base.mark_text(align="left", dx=5, color=INK).encode(text="text:N")
+    return _styled(alt.layer(bar, text).properties(width=WIDTH, height=alt.Step(26)))
+
+
+# ----------------------------------------------------------------------------------------------------- everything
+
+CHARTS: dict[str, Callable[[xr.Dataset], alt.TopLevelMixin]] = {
+    "spectrum": spectrum,
+    "log_spectrum": log_spectrum,
+    "shares": shares,
+    "knockouts": knockouts,
+    "averaging": averaging,
+    "class_cosines": class_cosines,
+    "cross_class_weights": cross_class_weights,
+    "cost": cost,
+}
+
+
+def charts(dataset: xr.Dataset) -> dict[str, alt.TopLevelMixin]:
+    """Every chart whose variables the analysis holds, by name."""
+    drawn = {}
+    for name, draw in CHARTS.items():
+        try:
+            drawn[name] = draw(dataset)
+        except DataError:  # the analysis did not compute what this chart draws
+            continue
+    return drawn
+
+
+def save_chart(chart: alt.TopLevelMixin, path: str | Path) -> None:
+    """Save a chart as .svg, .pdf, .png, .html or .json, without a browser.
+
+    Raises:
+        OptionError: the suffix is none of these.
+    """
+    suffix = Path(path).suffix.lower().removeprefix(".")
+    if suffix not in FORMATS:
+        raise OptionError(f"cannot save a chart as {Path(path).name!r}: use one of .{', .'.join(FORMATS)}")
+    options: dict[str, Any] = {"html": {"inline": True}, "png": {"scale_factor": 2}}.get(suffix, {})
+    chart.save(str(path), format=suffix, **options)  # type: ignore[arg-type]

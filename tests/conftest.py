@@ -1,0 +1,53 @@
+"""One thread, fixed seeds, no global dtype; `slow` tests and tests on real data skip unless asked for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+
+settings.register_profile(
+    "exact",
+    max_examples=12,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("exact")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", default=False, help="also run tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    skip = pytest.mark.skip(reason="slow: pass --slow to run it")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Each test starts from the same global seed, so that none depends on the order they run in."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def data_root() -> Path:
+    """The folder that holds the real data sets."""
+    given = os.environ.get("DEEPSPECTRA_DATA")
+    if not given:
+        pytest.skip("DEEPSPECTRA_DATA is unset: set it to the folder that holds the data sets")
+    root = Path(given)
+    if not root.is_dir():
+        pytest.skip(f"DEEPSPECTRA_DATA={given} is not a folder")
+    return root

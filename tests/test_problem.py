@@ -1,0 +1,538 @@
+"""Bad input gets an error that says what was given, or a warning and the right number."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import deepspectra as ds
+from deepspectra import errors
+from nets import CASES, Case, chunks, labels
+from reference import Reference, case_and_reference, error
+
+X, Y = (
+    torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+    torch.arange(12) % 3,
+)
+
+
+def mlp(*middle: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 6), *(middle or (nn.Tanh(),)), nn.Linear(6, 3)).double()
+
+
+def use(problem: Any) -> None:
+    """What a user does with a problem, for faults that may be found only then."""
+    problem.loss()
+    problem.gradient()
+    v = torch.ones(problem.num_parameters, dtype=torch.float64)
+    for operator in (ds.Hessian, ds.GaussNewton):
+        operator(problem) @ v
+
+
+def refused(kinds: type | tuple[type, ...], words: str, build: Callable[[], Any]) -> BaseException:
+    """The error that building or using a problem raises: of this tree and kind, naming what was given."""
+    with pytest.raises(kinds, match=f"(?is){words}") as caught:
+        use(build())
+    assert isinstance(caught.value, errors.DeepSpectraError)
+    assert any(isinstance(caught.value, kind) for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+    assert len(str(caught.value)) > 30, "an error says what was given, what was expected and what to do"
+    return caught.value
+
+
+BUILTINS = {
+    errors.ShapeError: ValueError,
+    errors.DataError: ValueError,
+    errors.NonFiniteError: ArithmeticError,
+    errors.NondeterminismError: RuntimeError,
+    errors.ParameterError: ValueError,
+    errors.LossError: ValueError,
+    errors.CurvatureError: RuntimeError,
+    errors.MemoryBudgetError: MemoryError,
+    errors.OptionError: ValueError,
+    errors.FileError: OSError,
+    errors.TargetError: ImportError,
+}
+
+
+def test_every_error_is_also_the_builtin_a_caller_expects() -> None:
+    tree = {
+        e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.DeepSpectraError)
+    }
+    assert tree - {errors.DeepSpectraError} == set(BUILTINS)
+    for kind, builtin in BUILTINS.items():
+        assert issubclass(kind, builtin)
+    assert issubclass(errors.FallbackWarning, errors.DeepSpectraWarning)
+    assert issubclass(errors.DeepSpectraWarning, UserWarning)
+
+
+# ------------------------------------------------------------------------------------------- shapes and labels
+
+
+def test_more_inputs_than_labels() -> None:
+    refused((errors.ShapeError, errors.DataError), "12.*11|11.*12", lambda: ds.Problem(mlp(), (X, Y[:11])))
+
+
+def test_logits_of_another_length_than_the_labels() -> None:
+    refused(
+        (errors.ShapeError, errors.DataError),
+        "4.*3|3.*4",
+        lambda: ds.Problem(mlp(), [(X[:4], Y[:3])]),
+    )
+
+
+def test_labels_with_a_column_too_many() -> None:
+    refused((errors.ShapeError, errors.DataError), r"\(12, 1\)", lambda: ds.Problem(mlp(), (X, Y[:, None])))
+
+
+def test_a_scalar_output_is_not_broadcast_against_its_targets() -> None:
+    """(N, 1) against (N,) would be a mean over N² pairs."""
+    model = nn.Linear(5, 1).double()
+    for loss in ("mse", nn.MSELoss()):
+        refused(
+            errors.ShapeError,
+            r"\(12, 1\).*\(12,\)|\(12,\).*\(12, 1\)",
+            lambda loss=loss: ds.Problem(model, (X, X[:, 0]), loss=loss),
+        )
+
+
+@pytest.mark.parametrize("label", [-1, 3, 1000])
+def test_labels_out_of_range(label: int) -> None:
+    wrong = Y.clone()
+    wrong[7] = label
+    refused(errors.DataError, str(label), lambda: ds.Problem(mlp(), (X, wrong)))
+    refused(errors.DataError, str(label), lambda: ds.Problem(mlp(), chunks(X, wrong, [6, 6])))
+
+
+def test_labels_out_of_range_in_tokens() -> None:
+    case = CASES["token_classes"]()
+    tokens, targets = case.tensors
+    targets = targets.clone()
+    targets[1, 2] = 5
+    refused(errors.DataError, "5", lambda: case.problem((tokens, targets)))
+
+
+def test_float_labels() -> None:
+    refused((errors.DataError, errors.ShapeError), "float", lambda: ds.Problem(mlp(), (X, Y.double())))
+
+
+def test_integer_targets_of_a_regression() -> None:
+    """A class index is no target of a squared error: refused, or an error of shape."""
+    refused((errors.DataError, errors.ShapeError), ".", lambda: ds.Problem(mlp(), (X, Y), loss="mse"))
+
+
+def test_a_model_that_fails_on_its_data() -> None:
+    """What the network says about the shape is kept."""
+    with pytest.raises((errors.DeepSpectraError, RuntimeError), match="mat1 and mat2"):
+        ds.Problem(mlp(), (X[:, :4], Y))
+
+
+def test_every_label_ignored() -> None:
+    refused(errors.DataError, "ignore", lambda: ds.Problem(mlp(), (X, torch.full((12,), -100))))
+
+
+# ------------------------------------------------------------------------------------------------- not finite
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_not_finite(value: float) -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight[1, 1] = value
+    caught = refused(errors.NonFiniteError, "2.weight", lambda: ds.Problem(model, (X, Y)))
+    assert isinstance(caught, ArithmeticError)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_inputs_not_finite(value: float) -> None:
+    spoilt = X.clone()
+    spoilt[3, 2] = value
+    refused(
+        (errors.DataError, errors.NonFiniteError), "nan|inf|finite", lambda: ds.Problem(mlp(), (spoilt, Y))
+    )
+
+
+def test_a_buffer_not_finite() -> None:
+    """A NaN that only the outputs show."""
+    case = CASES["conv_batchnorm"]()
+    case.model[1].running_mean[0] = float("nan")
+    refused(errors.NonFiniteError, "nan|finite", case.problem)
+
+
+# ------------------------------------------------------------------------------------------------------- data
+
+
+def test_an_empty_loader() -> None:
+    empty = TensorDataset(X[:0], Y[:0])
+    for data in (DataLoader(empty), empty, [], (X[:0], Y[:0])):
+        refused(
+            errors.DataError, "empty|no (data|example|batch)|0 ", lambda data=data: ds.Problem(mlp(), data)
+        )
+
+
+@pytest.mark.parametrize("data", [None, 3, "mnist", X], ids=["None", "int", "str", "tensor"])
+def test_data_of_an_unknown_kind(data: Any) -> None:
+    refused(errors.DataError, type(data).__name__, lambda: ds.Problem(mlp(), data))
+
+
+def test_a_generator_is_used_up_after_one_pass() -> None:
+    """It cannot be read again, so it is refused; or it is kept, and every number is right."""
+    ref = Reference(Case(mlp(), [(X, Y)]))
+    try:
+        problem = ds.Problem(ref.case.model, (batch for batch in chunks(X, Y, [6, 6])))
+    except errors.DataError:
+        return
+    assert error(ds.Hessian(problem).dense(), ref.hessian) < 1e-9
+
+
+def test_an_absent_class_changes_nothing_else() -> None:
+    case, ref = case_and_reference("absent_class")
+    problem = case.problem()
+    assert problem.num_classes == 4
+    assert error(ds.Hessian(problem).dense(), ref.hessian) < 1e-9
+
+
+class Noisy(Dataset):
+    """Random augmentation: another input at every reading."""
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return X[index] + 0.1 * torch.randn(5, dtype=torch.float64), Y[index]
+
+
+def test_random_augmentation() -> None:
+    for data in (DataLoader(Noisy(), batch_size=4), DataLoader(Noisy(), batch_size=4, shuffle=True)):
+        refused(
+            errors.NondeterminismError, "augment|random|differ", lambda data=data: ds.Problem(mlp(), data)
+        )
+
+
+def test_a_shuffling_loader_that_drops_its_last_batch() -> None:
+    """Each pass leaves other examples out, so it is not one data set."""
+    loader = DataLoader(TensorDataset(X, Y), batch_size=5, shuffle=True, drop_last=True)
+    refused(errors.NondeterminismError, "differ|other|drop|shuffle", lambda: ds.Problem(mlp(), loader))
+
+
+def test_a_shuffling_loader_gives_the_numbers_of_its_data() -> None:
+    ref = Reference(Case(mlp(), [(X, Y)]))
+    loader = DataLoader(TensorDataset(X, Y), batch_size=5, shuffle=True)
+    problem = ds.Problem(ref.case.model, loader)
+    assert problem.loss() == pytest.approx(ref.loss, rel=1e-12)
+    for _ in range(2):
+        assert error(ds.Hessian(problem).dense(), ref.hessian) < 1e-9
+
+
+def test_reading_the_data_leaves_the_global_random_state_alone() -> None:
+    """No draw from the global generator: a training run around a measurement is the run without it."""
+    case = CASES["relu_mlp"]()
+    before = torch.get_rng_state()
+    use(case.problem())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ------------------------------------------------------------------------------------------------- parameters
+
+
+@pytest.mark.parametrize("glob", ["encoder.*", "", ["nothing", "here.*"]])
+def test_a_glob_that_matches_nothing(glob: Any) -> None:
+    word = glob if isinstance(glob, str) else glob[0]
+    caught = refused(errors.ParameterError, word, lambda: ds.Problem(mlp(), (X, Y), parameters=glob))
+    assert "0.weight" in str(caught), "the message lists what there is"
+    problem = ds.Problem(mlp(), (X, Y))
+    with pytest.raises(errors.ParameterError):
+        problem.restrict(glob)
+
+
+def test_nothing_left_to_differentiate() -> None:
+    model = mlp()
+    model.requires_grad_(False)
+    refused(errors.ParameterError, "grad|frozen|train", lambda: ds.Problem(model, (X, Y)))
+
+
+def test_a_glob_that_matches_only_frozen_parameters() -> None:
+    case = CASES["frozen_parameter"]()
+    refused(errors.ParameterError, "2.weight", lambda: case.problem(parameters="2.weight"))
+
+
+def test_frozen_parameters_stay_frozen_and_are_held_fixed() -> None:
+    case, ref = CASES["frozen_parameter"](), case_and_reference("frozen_parameter")[1]
+    problem = case.problem()
+    assert error(ds.Hessian(problem).dense(), ref.hessian) < 1e-9
+    assert [n for n, p in case.model.named_parameters() if not p.requires_grad] == ["0.bias", "2.weight"]
+
+
+def test_unused_parameters_alone_have_no_curvature() -> None:
+    case = CASES["unused_parameter"]()
+    problem = case.problem(parameters="unused.*")
+    assert problem.gradient().abs().max() == 0
+    for operator in (ds.Hessian, ds.GaussNewton, ds.Residual, ds.EmpiricalFisher):
+        assert operator(problem).dense().abs().max() == 0
+
+
+def test_flatten_refuses_other_names_and_shapes() -> None:
+    problem = ds.Problem(mlp(), (X, Y))
+    tree = problem.unflatten(problem.gradient())
+    missing = {n: t for n, t in tree.items() if n != "0.bias"}
+    with pytest.raises((errors.ParameterError, errors.ShapeError), match=r"0\.bias"):
+        problem.flatten(missing)
+    with pytest.raises(errors.ShapeError, match=r"0\.weight"):
+        problem.flatten(tree | {"0.weight": torch.zeros(5, 6, dtype=torch.float64)})
+    with pytest.raises(errors.ShapeError, match=str(problem.num_parameters)):
+        problem.unflatten(torch.zeros(problem.num_parameters + 1, dtype=torch.float64))
+
+
+# ---------------------------------------------------------------------------------------- train mode, dropout
+
+
+def test_dropout_left_on_is_switched_off_with_a_warning() -> None:
+    model = mlp(nn.Tanh(), nn.Dropout(0.5)).train()
+    ref = Reference(Case(model, [(X, Y)]))
+    with pytest.warns(errors.DeepSpectraWarning, match=r"(?i)dropout"):
+        problem = ds.Problem(model, (X, Y))
+    assert problem.loss() == pytest.approx(ref.loss, rel=1e-12)
+    assert error(ds.Hessian(problem).dense(), ref.hessian) < 1e-9
+    assert model.training
+    assert model[2].training
+
+
+def test_batch_norm_in_train_mode_is_evaluated_with_a_warning() -> None:
+    case, ref = CASES["conv_batchnorm"](), case_and_reference("conv_batchnorm")[1]
+    case.model.train()
+    before = copy.deepcopy(case.model.state_dict())
+    with pytest.warns(errors.DeepSpectraWarning, match=r"(?i)batch.?norm"):
+        problem = case.problem()
+    assert problem.loss() == pytest.approx(ref.loss, rel=1e-12)
+    assert error(ds.Hessian(problem).dense(), ref.hessian) < 1e-9
+    assert case.model.training
+    assert case.model[1].training
+    assert all(torch.equal(case.model.state_dict()[key], kept) for key, kept in before.items())
+
+
+def test_modes_set_by_hand_are_left_as_they_were() -> None:
+    model = mlp(nn.Tanh(), nn.Dropout(0.5)).train()
+    model[2].eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", errors.DeepSpectraWarning)
+        use(ds.Problem(model, (X, Y)))
+    assert model.training
+    assert not model[2].training
+
+
+def test_train_mode_without_noise_needs_no_warning() -> None:
+    """Warnings are errors here, so that passing means none was given."""
+    use(ds.Problem(mlp().train(), (X, Y)))
+
+
+def test_dropout_that_is_always_on() -> None:
+    class AlwaysOn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.dropout(self.inner(x), 0.3, training=True)
+
+    refused(errors.NondeterminismError, "dropout|random|differ", lambda: ds.Problem(AlwaysOn(), (X, Y)))
+
+
+def test_a_model_whose_state_moves_with_every_call() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.inner(x) * (1 + 0.01 * self.calls)
+
+    refused(errors.NondeterminismError, "differ", lambda: ds.Problem(Counting(), (X, Y)))
+
+
+# --------------------------------------------------------------------------------------- no second derivative
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """tanh, whose backward refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = torch.tanh(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return g * (1 - y**2)
+
+
+class WrongTwice(torch.autograd.Function):
+    """tanh, whose backward is right and whose second derivative is silently zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = torch.tanh(x)
+        ctx.slope = (1 - y**2).detach()
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.slope
+
+
+class Custom(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function.apply(x)
+
+
+@pytest.mark.parametrize("function", [OnceDifferentiable, WrongTwice])
+def test_an_op_with_no_or_a_wrong_second_derivative(function: Any) -> None:
+    torch.manual_seed(3)
+    model = mlp(Custom(function))
+
+    def product() -> Any:
+        problem = ds.Problem(model, (X, Y))
+        return ds.Hessian(problem) @ torch.randn(problem.num_parameters, dtype=torch.float64)
+
+    with pytest.raises(errors.CurvatureError, match=r"(?i)second|deriv|finite difference") as caught:
+        product()
+    assert isinstance(caught.value, RuntimeError)
+
+
+@pytest.mark.parametrize("function", [OnceDifferentiable, WrongTwice])
+def test_gauss_newton_needs_first_derivatives_only(function: Any) -> None:
+    """Right, or refused; not wrong."""
+    torch.manual_seed(3)
+    model, right = mlp(Custom(function)), mlp()
+    right.load_state_dict(model.state_dict())
+    try:
+        dense = ds.GaussNewton(ds.Problem(model, (X, Y))).dense()
+    except errors.CurvatureError:
+        return
+    assert error(dense, Reference(Case(right, [(X, Y)])).gauss_newton) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["attention_module", "attention_function", "layernorm_gelu"])
+def test_transformers_pass_the_curvature_check(name: str) -> None:
+    """Fused attention and layer norm are known traps, and no fault of the user's."""
+    use(CASES[name]().problem())
+
+
+# ------------------------------------------------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize("loss", ["huber", "", 3, None])
+def test_an_unknown_loss(loss: Any) -> None:
+    refused(errors.LossError, str(loss), lambda: ds.Problem(mlp(), (X, Y), loss=loss))
+
+
+def per_example(z: Tensor, y: Tensor) -> Tensor:
+    return functional.cross_entropy(z, y, reduction="none")
+
+
+def test_a_loss_that_returns_one_number_an_example() -> None:
+    refused(errors.LossError, "mean|scalar|12", lambda: ds.Problem(mlp(), (X, Y), loss=per_example))
+
+
+def test_a_loss_that_returns_no_tensor() -> None:
+    refused(errors.LossError, "float", lambda: ds.Problem(mlp(), (X, Y), loss=lambda z, y: 0.5))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_loss_module_that_is_not_a_mean(reduction: str) -> None:
+    for module, target in (
+        (nn.CrossEntropyLoss(reduction=reduction), Y),
+        (nn.MSELoss(reduction=reduction), X[:, :3]),
+    ):
+        refused(
+            errors.LossError,
+            reduction,
+            lambda module=module, target=target: ds.Problem(mlp(), (X, target), loss=module),
+        )
+
+
+def test_the_names_of_losses_are_the_modules() -> None:
+    for name, module, target in (
+        ("cross_entropy", nn.CrossEntropyLoss(), Y),
+        ("mse", nn.MSELoss(), X[:, :3]),
+    ):
+        model = mlp()
+        named, given = (ds.Problem(model, (X, target), loss=loss) for loss in (name, module))
+        assert named.loss() == pytest.approx(given.loss(), rel=1e-14)
+        assert error(named.gradient(), given.gradient()) < 1e-13
+
+
+# ---------------------------------------------------------------------------------------------------- forward
+
+
+def test_dictionary_batches_are_read_by_forward() -> None:
+    case, ref = case_and_reference("dict_batches")
+    problem = case.problem()
+    assert problem.num_examples == 13
+    assert error(ds.Hessian(problem).dense(), ref.hessian) < 1e-9
+
+
+def test_dictionary_batches_without_forward_say_what_to_pass() -> None:
+    case = CASES["dict_batches"]()
+    refused(
+        (errors.DataError, errors.ShapeError),
+        "forward",
+        lambda: ds.Problem(case.model, case.batches, loss=case.loss),
+    )
+
+
+def test_a_loader_of_dictionaries() -> None:
+    case, ref = case_and_reference("dict_batches")
+    x = torch.cat([b["inputs"] for b in case.batches])
+    y = torch.cat([b["labels"] for b in case.batches])
+    rows = [{"inputs": a, "labels": b} for a, b in zip(x, y, strict=True)]
+    problem = case.problem(DataLoader(rows, batch_size=4, shuffle=True))
+    assert error(ds.Hessian(problem).dense(), ref.hessian) < 1e-9
+
+
+def test_forward_must_return_outputs_and_targets() -> None:
+    refused(
+        (errors.DataError, errors.ShapeError),
+        "forward",
+        lambda: ds.Problem(mlp(), (X, Y), forward=lambda model, batch: model(batch[0])),
+    )
+
+
+def test_outputs_may_be_anything_a_loss_of_one_s_own_understands() -> None:
+    """A scalar output for each example, and a loss of one's own."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0)).double()
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return functional.softplus(-z * (2.0 * y - 1.0)).mean()
+
+    y = (Y == 1).double()
+    problem = ds.Problem(model, chunks(X, y, [7, 5]), loss=loss)
+    parameters = list(model.parameters())
+    total = loss(model(X), y)
+    gradient = torch.autograd.grad(total, parameters, create_graph=True)
+    flat = torch.cat([g.flatten() for g in gradient])
+    rows = [
+        torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True) for entry in flat
+    ]
+    expected = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    assert problem.loss() == pytest.approx(total.item(), rel=1e-12)
+    assert error(ds.Hessian(problem).dense(), expected) < 1e-9
+
+
+def test_labels_helper_covers_every_class() -> None:
+    assert set(labels(9, 4).tolist()) == {0, 1, 2, 3}

@@ -1,0 +1,221 @@
+"""The report: what a dataset says is what the charts and the page show, and nothing is fetched to show it."""
+
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from deepspectra import report
+from deepspectra.errors import DataError, FileError, OptionError
+
+OPERATORS = ["hessian", "gauss_newton", "residual"]
+PARTS = ["class", "logit", "interaction", "within", "true", "residual"]
+KNOCKOUTS = ["nothing", "class", "class + logit", "all means"]
+METHODS = ["subtraction", "projection"]
+STAGES = ["eigenpairs", "density", "class means", "attribution", "knock-outs", "averaging"]
+VERDICT = (
+    "Nine outliers of the Hessian stand above a bulk that ends at 0.085, and 89 % of them is additive: class means 55 %, "
+    "logit means 34 %. Removing the class means alone leaves nine outliers standing; removing class and logit means "
+    "leaves none. Averaging gradients by class finds 87 % of the outlier eigenspace for the price of one gradient, and "
+    "the cross-class means find 97.5 %."
+)
+
+
+def gaussian_mixture(at, centres, masses, width):
+    """Density at `at` of point masses smoothed by a normal of some width."""
+    return (masses * np.exp(-0.5 * ((at[:, None] - centres) / width) ** 2)).sum(1) / (
+        width * math.sqrt(2 * math.pi)
+    )
+
+
+def bulk(rng, operator, num):
+    """Eigenvalues of the bulk: of G positive and heavy-tailed, of R on both sides of zero."""
+    positive = np.minimum(rng.lognormal(math.log(2e-4), 2.0, num), 0.085)
+    both = np.clip(rng.standard_t(3, num) * 3e-3, -0.05, 0.06)
+    return {"gauss_newton": positive, "residual": both, "hessian": np.clip(positive + both, -0.05, 0.085)}[
+        operator
+    ]
+
+
+def padded(dims, values, num_pairs):
+    """Values with the dimension `pair` filled up with NaN."""
+    if "pair" not in dims:
+        return values
+    missing = [(0, num_pairs - size if dim == "pair" else 0) for dim, size in zip(dims, values.shape, strict=True)]
+    return np.pad(values, missing, constant_values=np.nan)
+
+
+def make_dataset(num_classes=10, num_known=16, seed=0):
+    """A whole analysis by the schema, with numbers like those of a converged MNIST network."""
+    rng = np.random.default_rng(seed)
+    num_parameters = 269_322
+    count = num_classes - 1
+    top = np.sort(0.67 * rng.uniform(0.25, 1.0, count))[::-1]
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    classes = names if num_classes == 10 else [f"class {index}" for index in range(num_classes)]
+    data, coords = (
+        {},
+        {"operator": OPERATORS, "part": PARTS, "level": ["class", "cross_class"], "class": classes},
+    )
+    coords |= {"side": ["negative", "positive"], "knockout": KNOCKOUTS, "method": METHODS, "stage": STAGES}
+    coords |= {"cross_class": classes, "class_other": classes}
+    _add_pairs(data, rng, top, num_known)
+    _add_curves(data, rng, num_parameters)
+    _add_shares(data, rng, count, num_known)
+    _add_knockouts(data, rng, top, num_known)
+    _add_averaging(data, rng, top, num_classes)
+    _add_classes(data, rng, num_classes)
+    data["trace"] = ("operator", [41.2, 38.9, 2.3])
+    data["trace_standard_error"] = ("operator", [0.8, 0.5, 0.6])
+    data["part_trace"] = ("part", [3.1, 2.0, 1.4, 31.9, 0.5, np.nan])
+    data["cost_products"] = ("stage", [320, 1536, 0, 120, 260, 0])
+    data["cost_gradients"] = ("stage", [812.0, 3890.0, 1.0, 96.0, 655.0, 9.0])
+    data["cost_seconds"] = ("stage", [61.0, 292.0, 0.1, 7.2, 49.0, 0.7])
+    num_pairs = max(array[1].shape[array[0].index("pair")] for array in data.values() if "pair" in array[0])
+    data = {name: (dims, padded(dims, values, num_pairs)) for name, (dims, values) in data.items()}
+    return xr.Dataset(data, coords, _attributes(num_parameters, num_classes))
+
+
+def _attributes(num_parameters, num_classes):
+    provenance = {
+        "versions": {"deepspectra": "0.1.0", "torch": "2.9.1", "python": "3.12.3"},
+        "batch_size": 512,
+        "differentiation": "double backward, graph kept",
+        "checks": {"deterministic": "two products agree to 3e-8", "symmetric": "uᵀHv = vᵀHu to 1e-7"},
+        "converged": True,
+        "probes": 8,
+        "steps": 128,
+    }
+    thresholds = {
+        "outlier": [2.0, "an outlier is at least this many times the bulk edge"],
+        "rtol": [1e-3, "largest ‖Av − λv‖ / |λ| of a converged eigenpair"],
+    }
+    return {
+        "title": "784-256-256-10 perceptron on MNIST",
+        "verdict": VERDICT,
+        "created": "2025-11-03 14:22 UTC",
+        "model": "MLP 784-256-256-10, ReLU",
+        "data": "MNIST, 5,100 training images",
+        "loss": "cross-entropy",
+        "num_parameters": num_parameters,
+        "num_examples": 5100,
+        "num_classes": num_classes,
+        "dtype": "float32",
+        "device": "cpu",
+        "seed": 0,
+        "loss_value": 0.0312,
+        "accuracy": 0.9967,
+        "gradient_norm": 0.00412,
+        "gradient_seconds": 0.075,
+        "memory_bytes": 4_000_000_000,
+        "peak_memory_bytes": 2_310_000_000,
+        "provenance": json.dumps(provenance),
+        "thresholds": json.dumps(thresholds),
+    }
+
+
+def _add_pairs(data, rng, top, num_pairs):
+    value, outlier = np.full((3, num_pairs), np.nan), np.zeros((3, num_pairs))
+    tail = np.sort(rng.uniform(0.04, 0.085, num_pairs - len(top)))[::-1]
+    value[0] = np.concatenate([top * 1.04, tail])
+    value[1] = np.concatenate([top, tail * 0.97])
+    value[2] = np.sort(rng.uniform(0.03, 0.06, num_pairs))[::-1]
+    outlier[:2, : len(top)] = 1
+    data["eigenvalue"] = (("operator", "pair"), value)
+    data["residual_norm"] = (("operator", "pair"), value * rng.uniform(1e-5, 8e-4, value.shape))
+    data["is_outlier"] = (("operator", "pair"), outlier)
+    data["bulk_edge"] = ("operator", [0.085, 0.082, 0.06])
+    data["outlier_threshold"] = ("operator", [0.12, 0.12, 0.12])
+    data["num_outliers"] = ("operator", outlier.sum(1))
+
+
+def _add_curves(data, rng, num_parameters, num_points=1024):
+    grid, density, error = (np.zeros((3, num_points)) for _ in range(3))
+    log_grid, log_density, log_error = (np.full((3, 2, num_points), np.nan) for _ in range(3))
+    node, weight, probe = np.full((3, 64), np.nan), np.full((3, 64), np.nan), np.full((3, 64), -2)
+    for index, operator in enumerate(OPERATORS):
+        value = data["eigenvalue"][1][index]
+        lonely = value[data["is_outlier"][1][index] == 1]
+        nodes = np.concatenate([bulk(rng, operator, 300), lonely])
+        mass = np.concatenate([np.full(300, 1 / 300), np.full(len(lonely), 1 / num_parameters)])
+        mass /= mass.sum()
+        grid[index] = np.linspace(nodes.min() - 0.02, nodes.max() + 0.05, num_points)
+        density[index] = gaussian_mixture(grid[index], nodes, mass, 0.004)
+        error[index] = density[index] * rng.uniform(0.05, 0.2)
+        for side, sign in enumerate((-1, 1)):
+            here = sign * nodes > 0
+            if here.any():
+                log_grid[index, side] = np.geomspace(1e-6, 1.0, num_points)
+                at, centres = np.log10(log_grid[index, side]), np.log10(sign * nodes[here])
+                log_density[index, side] = gaussian_mixture(at, centres, mass[here], 0.12)
+                log_error[index, side] = 0.12 * log_density[index, side]
+        node[index, :60], weight[index, :60], probe[index, :60] = (
+            nodes[-60:],
+            mass[-60:],
+            np.repeat(np.arange(4), 15),
+        )
+    for name, values in (("grid", grid), ("density", density), ("standard_error", error)):
+        data[f"curve_{name}"] = (("operator", "point"), values)
+    for name, values in (("grid", log_grid), ("density", log_density), ("standard_error", log_error)):
+        data[f"log_{name}"] = (("operator", "side", "log_point"), values)
+    for name, values in (("node", node), ("weight", weight), ("probe", probe)):
+        data[f"density_{name}"] = (("operator", "node"), values)
+
+
+def _add_shares(data, rng, count, num_pairs):
+    share = np.full((3, num_pairs, 6), np.nan)
+    base = np.array([0.52, 0.33, 0.02, 0.08, 0.02, 0.03])
+    for index, parts in ((0, base), (1, np.append(base[:5], 0))):
+        drawn = rng.dirichlet(parts * 40 + 1e-3, count)
+        drawn[:, 5] *= index == 0
+        share[index, :count] = drawn / drawn.sum(1, keepdims=True)
+    mean = np.full((3, 6), np.nan)
+    mean[:2] = np.nanmean(share[:2], axis=1)
+    data["share"] = (("operator", "pair", "part"), share)
+    data["mean_share"] = (("operator", "part"), mean)
+
+
+def _add_knockouts(data, rng, top, num_pairs):
+    dims = ("operator", "knockout", "method", "pair")
+    value, upper = np.full((3, 4, 2, num_pairs), np.nan), np.full((3, 4, 2), np.nan)
+    for operator in (0, 1):
+        before = data["eigenvalue"][1][operator]
+        for knockout, factor in enumerate((1, 0.46, 0.12, 0.1)):
+            for method in (0, 1) if knockout else (0,):
+                after = np.concatenate([top * factor, before[len(top) :] * 0.9]) if knockout else before
+                value[operator, knockout, method] = np.sort(after * rng.uniform(0.95, 1, num_pairs))[::-1]
+    data["knockout_value"] = (dims, value)
+    data["knockout_residual_norm"] = (dims, value * 4e-4)
+    left = (value > 0.12).sum(-1).astype(float)
+    left[np.isnan(value).all(-1)] = np.nan
+    upper[:, 2:] = left[:, 2:]
+    upper[0, 1, 0] = left[0, 1, 0] + 1
+    data["knockout_outliers"] = (dims[:3], left)
+    data["knockout_upper"] = (dims[:3], upper)
+
+
+def _add_averaging(data, rng, top, num_classes):
+    num = min(num_classes * (num_classes - 1), 90)
+    value = np.full((2, num), np.nan)
+    value[0, : len(top) + 1] = np.append(top * 0.62, 0.02)
+    value[1] = np.concatenate([top * 0.97, 0.07 * np.exp(-np.arange(num - len(top)) / 18)])
+    data["subspace_value"] = (("level", "pair"), value)
+    data["subspace_overlap"] = (("level", "operator"), [[0.868, 0.881, np.nan], [0.975, 0.986, np.nan]])
+    data["subspace_dimension"] = (("level", "operator"), [[len(top), len(top), np.nan]] * 2)
+    data["subspace_gradients"] = ("level", [1.0, float(num_classes - 1)])
+
+
+def _add_classes(data, rng, num_classes):
+    factors = rng.normal(size=(num_classes, max(6, num_classes // 2))) + 0.5
+    data["mean_gram"] = (("class", "class_other"), factors @ factors.T * 1e-3)
+    weight = rng.lognormal(math.log(2e-5), 1.4, (num_classes, num_classes))
+    np.fill_diagonal(weight, 1 / num_classes)
+    data["class_count"] = ("class", np.full(num_classes, 5100 // num_classes))
+    data["class_weight"] = ("class", weight.sum(1) - np.diag(weight))
+    data["cross_class_weight"] = (("class", "cross_class"), weight)

@@ -145,11 +145,19 @@ class Reference:
         return self._second_derivative((self.output_gradient * self.outputs[0]).sum())
 
     @cached_property
+    def shares_of_rows(self) -> Tensor:
+        """ω_i / Σ ω (n,): 1/n, or the class weight of each label over their sum."""
+        loss, y = self.case.loss, self.outputs[1]
+        if isinstance(loss, nn.CrossEntropyLoss) and loss.weight is not None:
+            return loss.weight[y] / loss.weight[y].sum()
+        return torch.full((len(y),), 1 / len(y), dtype=self.outputs[0].dtype)
+
+    @cached_property
     def empirical_fisher(self) -> Tensor:
-        """(1/n) Σ_i g_i g_iᵀ with g_i the gradient of prediction i's loss, n·∂L/∂θ's summand i."""
-        n = len(self.outputs[0])
-        gradients = n * torch.einsum("ik,ikp->ip", self.output_gradient, self.jacobian)
-        return gradients.T @ gradients / n
+        """Σ_i (ω_i / Σ ω) g_i g_iᵀ with g_i the gradient of ℓ_i, so that L = Σ_i (ω_i / Σ ω) ℓ_i."""
+        gradients = torch.einsum("ik,ikp->ip", self.output_gradient, self.jacobian)
+        gradients = gradients / self.shares_of_rows[:, None]
+        return torch.einsum("i,ip,iq->pq", self.shares_of_rows, gradients, gradients)
 
     def block(self, matrix: Tensor, *globs: str) -> Tensor:
         """Rows and columns of the parameters whose name matches one of the globs."""

@@ -73,7 +73,7 @@ def test_every_error_is_also_the_builtin_a_caller_expects() -> None:
     assert issubclass(errors.DeepSpectraWarning, UserWarning)
 
 
-# ------------------------------------------------------------------------------------------- shapes and labels
+# ------------------------------------------------------------------------------------------ shapes and labels
 
 
 def test_more_inputs_than_labels() -> None:

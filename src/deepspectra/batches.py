@@ -106,7 +106,7 @@ class Batches:
         Sums over a class then touch its own batches only. Nothing happens unless every batch is held and is
         a pair of one input tensor and integer labels (B,), of equal shapes but for B.
         """
-        if self.held is None or not all(map(_is_labelled, self.held)):
+        if self.held is None or not all(map(is_labelled, self.held)):
             return
         if len({(x.shape[1:], x.dtype) for x, _ in self.held}) > 1:
             return
@@ -136,7 +136,8 @@ class Batches:
             )
 
 
-def _is_labelled(batch: Any) -> bool:
+def is_labelled(batch: Any) -> bool:
+    """Whether a batch is a pair of one input tensor (B, ...) and integer labels (B,)."""
     return (
         isinstance(batch, (tuple, list))
         and len(batch) == 2

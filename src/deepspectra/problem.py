@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deepspectra import losses
-from deepspectra.batches import Batches, Move, default_batch_size, map_tensors, num_bytes
+from deepspectra.batches import Batches, Move, is_labelled, map_tensors, num_bytes
 from deepspectra.errors import (
     DataError,
     FallbackWarning,
@@ -192,6 +192,16 @@ class Problem:
         with torch.no_grad(), differentiable():
             for batch in self.batches:
                 yield self.evaluate(self.parameters, batch)
+
+    def class_batches(self) -> Iterator[Any]:
+        """The batches, split so that each holds one class where batches can be split at all."""
+        for batch in self.batches:
+            if self._module.function is not _forward_pair or not is_labelled(batch):
+                yield batch
+                continue
+            for label in batch[1].unique():
+                kept = batch[1] == label
+                yield batch if kept.all() else (batch[0][kept], batch[1][kept])
 
     def loss(self) -> float:
         """L(θ)."""
@@ -382,5 +392,3 @@ def _free_memory(device: torch.device) -> int:
         available = min(available, int(limit.read()))
     return available
 
-
-__all__ = ["Problem", "default_batch_size", "differentiable", "parse_bytes"]

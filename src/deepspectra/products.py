@@ -99,30 +99,53 @@ WAYS: tuple[type[DoubleBackward] | type[Linearized], ...] = (DoubleBackward, Lin
 # -- the Jacobian of the outputs -----------------------------------------------------------------------------
 
 
-class Jacobian:
-    """J = ∂z/∂θ of one batch: outputs, targets, v ↦ J v and u ↦ Jᵀ u."""
+class Forward:
+    """Outputs of one batch with their graph: outputs, targets and u ↦ Jᵀ u."""
+
+    def __init__(self, problem: Problem, batch: Any) -> None:
+        leaves = {name: value.detach().requires_grad_() for name, value in problem.parameters.items()}
+        self.names, self.leaves = list(leaves), list(leaves.values())
+        with torch.enable_grad(), differentiable():
+            self.graph, self.targets = problem.evaluate(leaves, batch)
+        self.outputs = self.graph.detach()
+
+    def pull(self, cotangent: Tensor, *, batched: bool = False) -> list[Tensor]:
+        """Jᵀ u, one tensor a parameter; with `batched`, of K cotangents stacked in front."""
+        if not self.graph.requires_grad:
+            lead = cotangent.shape[:1] if batched else ()
+            return [leaf.new_zeros((*lead, *leaf.shape)) for leaf in self.leaves]
+        with differentiable():
+            return list(
+                torch.autograd.grad(
+                    self.graph,
+                    self.leaves,
+                    cotangent,
+                    retain_graph=True,
+                    materialize_grads=True,
+                    is_grads_batched=batched,
+                )
+            )
+
+
+class Jacobian(Forward):
+    """J = ∂z/∂θ of one batch: v ↦ J v beside u ↦ Jᵀ u."""
 
     def __init__(self, problem: Problem, batch: Any, *, linearize: bool) -> None:
-        leaves = {name: value.detach().requires_grad_() for name, value in problem.parameters.items()}
-        self.leaves = list(leaves.values())
-        with torch.enable_grad(), differentiable():
-            self._graph, self.targets = problem.evaluate(leaves, batch)
-        self.outputs = self._graph.detach()
+        super().__init__(problem, batch)
         self._linear: Callable[[Tree], Tensor] | None = None
-        self._transposed: list[tuple[int, Tensor]] | None = None
-        self.names = list(leaves)
+        self._transposed: list[tuple[int, Tensor]] = []
         if linearize:
             with warnings.catch_warnings(), differentiable():
                 warnings.simplefilter("ignore")
                 _, self._linear = torch.func.linearize(
                     lambda p: problem.evaluate(p, batch)[0], problem.parameters
                 )
-        elif self._graph.requires_grad:
+        elif self.graph.requires_grad:
             # J v as the derivative of the linear map u ↦ Jᵀ u, by reverse mode alone
             self._dummy = torch.zeros_like(self.outputs, requires_grad=True)
             with torch.enable_grad(), differentiable():
                 parts = torch.autograd.grad(
-                    self._graph, self.leaves, self._dummy, create_graph=True, allow_unused=True
+                    self.graph, self.leaves, self._dummy, create_graph=True, allow_unused=True
                 )
             self._transposed = [(j, part) for j, part in enumerate(parts) if part is not None]
 
@@ -142,23 +165,6 @@ class Jacobian:
             is_grads_batched=batched,
         )
         return product
-
-    def pull(self, cotangent: Tensor, *, batched: bool = False) -> list[Tensor]:
-        """Jᵀ u, one tensor a parameter; with `batched`, of K cotangents stacked in front."""
-        if not self._graph.requires_grad:
-            lead = cotangent.shape[:1] if batched else ()
-            return [leaf.new_zeros((*lead, *leaf.shape)) for leaf in self.leaves]
-        with differentiable():
-            return list(
-                torch.autograd.grad(
-                    self._graph,
-                    self.leaves,
-                    cotangent,
-                    retain_graph=True,
-                    materialize_grads=True,
-                    is_grads_batched=batched,
-                )
-            )
 
 
 # -- products over all batches -------------------------------------------------------------------------------
@@ -329,6 +335,23 @@ class Products:
             pushed = self._push(jacobian, rows)
             bent = [middle(jacobian.outputs, jacobian.targets, tangent) for tangent in pushed]
             self._pull(total, jacobian, torch.stack(bent))
+        return total.T
+
+    def pull_each(self, cotangent: Callable[[Tensor, Tensor], Tensor], num_columns: int) -> Tensor:
+        """Jᵀ U with U (n, C, K) = cotangent(outputs, targets) a batch, each batch of one class: (P, K).
+
+        For one pass: no graph is kept, and columns that are zero on a batch cost nothing there.
+        """
+        total = self.zeros(num_columns)
+        store = self.stores.setdefault("forward", Store({}))
+        for batch in self.problem.class_batches():
+            graph, size = _measured(lambda batch=batch: Forward(self.problem, batch))
+            store.bytes_each = max(size, store.bytes_each or 0)
+            rows = cotangent(graph.outputs, graph.targets).movedim(-1, 0)
+            (live,) = rows.flatten(1).any(1).nonzero(as_tuple=True)
+            part = self.zeros(len(live))
+            self._through(part, rows[live].to(graph.outputs.dtype), store.bytes_each, graph.pull)
+            total.index_add_(0, live, part)
         return total.T
 
     # the choice

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
+
+from deepspectra.errors import OptionError
 
 if TYPE_CHECKING:
     from deepspectra.operators.base import Operator
@@ -64,7 +67,7 @@ class Eigenpairs:
 
     Attributes:
         values: (K,) descending, float64.
-        vectors: (P, K) orthonormal columns, in the operator's dtype and on its device.
+        vectors: (P, K) orthonormal columns, on the operator's device and in its dtype (float32 for shorter ones).
         residual_norms: (K,) ‖A v − λ v‖, measured.
         converged: every pair met its tolerance and none is thought missing.
         num_products: products spent.
@@ -83,3 +86,262 @@ class Eigenpairs:
     which: str
     rtol: float
     provenance: Provenance
+
+    @property
+    def worst(self) -> float:
+        """The largest relative residual ‖A v − λ v‖/|λ|; pairs that are exact count 0."""
+        relative = self.residual_norms / self.values.abs()
+        return float(torch.where(self.residual_norms == 0, 0.0, relative).max())
+
+    def __str__(self) -> str:
+        rows = [f"{'':>4} {'λ':>12} {'‖Av − λv‖':>12}"]
+        pairs = zip(self.values.tolist(), self.residual_norms.tolist(), strict=True)
+        rows += [f"{j:>4} {value:>12.5g} {residual:>12.2g}" for j, (value, residual) in enumerate(pairs, 1)]
+        state = "converged" if self.converged else "NOT converged"
+        rows.append(
+            f"{self.which} {len(self.values)} of {self.provenance.operator}: {state}, worst residual/|λ| "
+            f"{self.worst:.1e} (rtol {self.rtol:.1e}), {_cost(self.num_products, self.seconds)}"
+        )
+        return "\n".join(rows)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A smoothed spectral density with its error band.
+
+    Attributes:
+        grid: (num_points,) ascending, float64: λ on the linear scale, |λ| + ε on the logarithmic one.
+        density: (num_points,) mass per unit of λ, or per decade of |λ| + ε.
+        standard_error: (num_points,) of `density` over probes; NaN with fewer than two probes.
+        scale: "linear" | "log".
+        width: standard deviation of the Gaussian kernel, in units of λ or in decades.
+        mass: what the curve integrates to: the mass of the nodes it shows.
+    """
+
+    grid: Tensor
+    density: Tensor
+    standard_error: Tensor
+    scale: str
+    width: float
+    mass: float
+
+
+@dataclass(frozen=True)
+class Density:
+    """A spectral density (1/P) Σ_i δ(λ − λ_i) as a quadrature: nodes and weights.
+
+    Attributes:
+        nodes: (M,) float64; an eigenvalue or a quadrature node.
+        weights: (M,) non-negative, sum to 1.
+        probes: (M,) which probe a node belongs to; −1 for an eigenvalue known by itself, of weight 1/P.
+        num_probes: random probes averaged over.
+        num_steps: Krylov steps a probe was given.
+        deflation_residual: the largest ‖A v − λ v‖/|λ| of the deflated pairs, 0 without.
+        num_products: products spent.
+        seconds: wall-clock time spent.
+        provenance: where it came from.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    probes: Tensor
+    num_probes: int
+    num_steps: int
+    deflation_residual: float
+    num_products: int
+    seconds: float
+    provenance: Provenance
+
+    @property
+    def size(self) -> int:
+        """P, the number of eigenvalues."""
+        return self.provenance.size
+
+    @property
+    def exact(self) -> Tensor:
+        """The eigenvalues known one by one, ascending."""
+        return self.nodes[self.probes < 0].sort().values
+
+    @property
+    def mean(self) -> float:
+        """The mean eigenvalue, tr A / P."""
+        return float(self.nodes @ self.weights)
+
+    @overload
+    def cdf(self, x: float) -> float: ...
+    @overload
+    def cdf(self, x: Tensor) -> Tensor: ...
+    def cdf(self, x: float | Tensor) -> float | Tensor:
+        """The mass at or below `x`, a number or a tensor of any shape: a step function from 0 to 1."""
+        nodes, order = self.nodes.sort()
+        steps = torch.cat([torch.zeros(1, dtype=torch.float64), self.weights[order].cumsum(0)])
+        where = torch.as_tensor(x, dtype=torch.float64, device="cpu")
+        mass = (steps / steps[-1])[torch.searchsorted(nodes, where.contiguous(), right=True)]
+        return mass if isinstance(x, Tensor) else float(mass)
+
+    def count_above(self, x: float) -> tuple[float, float]:
+        """How many eigenvalues lie above `x`, and the standard error of that over probes (NaN with one probe)."""
+        above = torch.where(self.nodes > x, self.weights, 0.0)
+        sums = self._by_probe(above[:, None])[:, 0] * self.size
+        return float(self.size * above.sum()), float(_standard_error(sums))
+
+    def smooth(
+        self,
+        scale: Literal["linear", "log"] = "linear",
+        width: float | None = None,
+        num_points: int = 1024,
+        sign: int | None = None,
+        epsilon: float = 1e-5,
+    ) -> Curve:
+        """The density convolved with a Gaussian: a view for drawing; compute with the nodes.
+
+        "linear": mass per unit of λ, over the bulk. Nodes off the bulk (further from it than a tenth of its
+        range, or 4/num_steps of it) are left out, to be drawn one by one, so that no outlier sets the width or the grid.
+        "log": mass per decade of |λ| + ε, over all nodes, or those of one sign. The integral over λ, or over
+        log10 of the grid, is `Curve.mass`: 1 less what was left out.
+
+        Args:
+            scale: "linear" | "log".
+            width: standard deviation of the Gaussian, in units of λ or decades. Default d·(2/(M−1))/√(8 ln 3)
+                with d half the range shown, widened by 5 % on each side, and M = num_steps.
+            num_points: points of the grid.
+            sign: +1 or −1 keeps the positive or negative nodes only.
+            epsilon: ε relative to the largest |λ|; for "log" only.
+
+        Raises:
+            OptionError: an argument out of range, or no node of that sign.
+
+        Source: Papyan, JMLR 21 (2020), appendix C.3 (Lin, Saad and Yang's width, κ = 3), C.7 (log spectrum, ε = 1e-5),
+        D.2. Departures: the kernel is not truncated; the width comes from the bulk.
+        """
+        _check_smooth(scale, width, num_points, sign, epsilon)
+        shown = torch.ones_like(self.nodes, dtype=torch.bool) if sign is None else self.nodes * sign > 0
+        if not bool(shown.any()):
+            raise OptionError(f"sign={sign}: there are no eigenvalues of that sign. Use sign=None.")
+        positions = self.nodes
+        if scale == "log":
+            positions = (self.nodes.abs() + epsilon * self.nodes.abs().max().clamp_min(TINY)).log10()
+        else:
+            low, high = _bulk(self.nodes[shown], self.weights[shown], self.num_steps)
+            shown &= (self.nodes >= low) & (self.nodes <= high)
+        low, high = positions[shown].aminmax()
+        width = width or _default_width(float(low), float(high), self.num_steps)
+        grid = torch.linspace(float(low) - 4 * width, float(high) + 4 * width, num_points, dtype=torch.float64)
+        weights = torch.where(shown, self.weights, 0.0)
+        curves = torch.stack([_broaden(grid, positions[r], weights[r], width) for r in self._rows_by_probe()])
+        exact, probes = curves[0], curves[1:] * self.num_probes
+        return Curve(
+            grid=10**grid if scale == "log" else grid,
+            density=exact + probes.mean(0),
+            standard_error=_standard_error(probes),
+            scale=scale,
+            width=width,
+            mass=float(weights.sum()),
+        )
+
+    def _rows_by_probe(self) -> list[Tensor]:
+        """Indices of the exact nodes, then of each probe's."""
+        order = self.probes.argsort(stable=True)
+        counts = torch.bincount(self.probes + 1, minlength=self.num_probes + 1)
+        return list(order.split(counts.tolist()))
+
+    def _by_probe(self, terms: Tensor) -> Tensor:
+        """Each probe's own estimate (num_probes, ...) of the random part of Σ_m terms_m."""
+        sums = torch.zeros(self.num_probes + 1, *terms.shape[1:], dtype=torch.float64)
+        return sums.index_add_(0, self.probes + 1, terms)[1:] * self.num_probes
+
+    def __str__(self) -> str:
+        negative = float(torch.where(self.nodes < 0, self.weights, 0.0).sum())
+        rows = [
+            f"{'smallest, largest node':<26} {float(self.nodes.min()):>12.5g} {float(self.nodes.max()):>12.5g}",
+            f"{'mean eigenvalue':<26} {self.mean:>12.5g}",
+            f"{'mass below zero':<26} {negative:>12.4g}",
+            f"{'eigenvalues known exactly':<26} {len(self.exact):>12,} of {self.size:,}",
+            f"density of {self.provenance.operator}: {self.num_probes} probes × {self.num_steps} steps, "
+            + ("no error band from one probe" if self.num_probes == 1 else "error band over probes")
+            + (f", deflated pairs to {self.deflation_residual:.1e}" if self.deflation_residual else "")
+            + f", {_cost(self.num_products, self.seconds)}",
+        ]
+        return "\n".join(rows)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A trace with its standard error.
+
+    Attributes:
+        value: the estimate of tr A.
+        standard_error: of `value`; 0 when exact, NaN when a single product allows none.
+        num_products: products spent.
+        seconds: wall-clock time spent.
+        method: "exact" | "XTrace" | "Hutchinson".
+        provenance: where it came from.
+    """
+
+    value: float
+    standard_error: float
+    num_products: int
+    seconds: float
+    method: str
+    provenance: Provenance
+
+    def __str__(self) -> str:
+        return (
+            f"{'trace':<16} {self.value:>12.6g}\n{'standard error':<16} {self.standard_error:>12.2g}\n"
+            f"trace of {self.provenance.operator} by {self.method}, {_cost(self.num_products, self.seconds)}"
+        )
+
+
+TINY = 1e-300  # keeps the logarithm of a zero spectrum finite
+
+
+def _cost(num_products: int, seconds: float) -> str:
+    return f"{num_products} products, {seconds:.3g} s"
+
+
+def _standard_error(samples: Tensor) -> Tensor:
+    """Of the mean over the first dimension; NaN from one sample."""
+    if len(samples) < 2:
+        return torch.full(samples.shape[1:], math.nan, dtype=torch.float64)
+    return samples.std(0) / math.sqrt(len(samples))
+
+
+def _broaden(grid: Tensor, positions: Tensor, weights: Tensor, width: float) -> Tensor:
+    kernel = (-0.5 * ((grid[:, None] - positions) / width).square()).exp()
+    return kernel @ weights / (width * math.sqrt(2 * math.pi))
+
+
+def _default_width(low: float, high: float, num_steps: int) -> float:
+    half_range = 0.55 * (high - low)
+    width = half_range * 2 / max(num_steps - 1, 1) / math.sqrt(8 * math.log(3))
+    return max(width, 1e-3 * max(abs(low), abs(high))) if width == 0 else width
+
+
+def _bulk(nodes: Tensor, weights: Tensor, num_steps: int) -> tuple[float, float]:
+    """The range of the bulk: of the middle 90 % of the mass, grown over nodes until a gap too wide for it."""
+    nodes, order = nodes.sort()
+    mass = weights[order].cumsum(0)
+    first, last = torch.searchsorted(mass, torch.tensor([0.05, 0.95], dtype=torch.float64) * mass[-1]).tolist()
+    last = min(last, len(nodes) - 1)
+    values, gap = nodes.tolist(), max(0.1, 4 / num_steps)
+    while True:
+        reach = gap * (values[last] - values[first])
+        if first > 0 and values[first] - values[first - 1] <= reach:
+            first -= 1
+        elif last + 1 < len(values) and values[last + 1] - values[last] <= reach:
+            last += 1
+        else:
+            return values[first], values[last]
+
+
+def _check_smooth(scale: str, width: float | None, num_points: int, sign: int | None, epsilon: float) -> None:
+    if scale not in ("linear", "log"):
+        raise OptionError(f"scale must be 'linear' or 'log'; got {scale!r}.")
+    if width is not None and not 0 < width < math.inf:
+        raise OptionError(f"width must be positive; got {width!r}. Pass width=None for the default.")
+    if not isinstance(num_points, int) or num_points < 2:
+        raise OptionError(f"num_points must be an integer, at least 2; got {num_points!r}.")
+    if sign not in (None, 1, -1):
+        raise OptionError(f"sign must be None, +1 or -1; got {sign!r}.")
+    if not 0 < epsilon < 1:
+        raise OptionError(f"epsilon must lie between 0 and 1, relative to the largest |λ|; got {epsilon!r}.")

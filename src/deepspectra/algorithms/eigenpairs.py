@@ -71,8 +71,10 @@ def eigenpairs(
     operator = as_operator(A)
     _check_options(operator, num, which, rtol, max_products)
     budget = max(20 * num, 300) if max_products is None else max_products
-    first = _start_rows(operator, start, budget)
-    search = _Search(operator, num, which, rtol, budget, torch.Generator().manual_seed(seed), progress)
+    first = _start_rows(operator, start, num, budget)
+    num_start = 1 if first is None else len(first)
+    generator = torch.Generator().manual_seed(seed)
+    search = _Search(operator, num, which, rtol, budget, num_start, generator, progress)
     outcome = search.run(first)
     values, vectors, residual_norms = search.extract()
     result = Eigenpairs(
@@ -101,13 +103,14 @@ class _Search:
         which: str,
         rtol: float,
         budget: int,
+        num_start: int,
         generator: torch.Generator,
         progress: Progress | None,
     ) -> None:
         self.num, self.which, self.rtol, self.budget = num, which, rtol, budget
         self.generator, self.progress = generator, progress
         self.eps = torch.finfo(basis_dtype(operator)).eps
-        self.capacity = min(basis_capacity(operator), operator.shape[0], budget + num + SPARE_VECTORS)
+        self.capacity = min(basis_capacity(operator), operator.shape[0], budget + max(num, num_start) + SPARE_VECTORS)
         if self.capacity < min(num + SPARE_VECTORS, operator.shape[0]):
             raise MemoryBudgetError(
                 f"num={num} needs room for {num + SPARE_VECTORS} vectors of length {operator.shape[0]:,}; "
@@ -135,8 +138,9 @@ class _Search:
         self.krylov.append(first)
         if self.krylov.num_pending == 0:
             raise DataError("start is zero. Pass start=None for a random vector.")
-        while self.krylov.num_basis < min(len(first), self.budget) and self.krylov.num_pending > 1:
-            self._multiply()
+        if self.krylov.num_pending > 1:  # Rayleigh-Ritz on the whole start, in one block product
+            self.krylov.expand(self.krylov.num_pending)
+            self._aim(self.krylov.ritz())
 
     def _settle(self) -> str:
         """Multiply until the wanted pairs have converged and stand still, or cannot."""
@@ -263,7 +267,7 @@ def _check_options(operator: Operator, num: int, which: str, rtol: float, max_pr
         check_count("max_products", max_products, smallest=num)
 
 
-def _start_rows(operator: Operator, start: Tensor | str | None, budget: int) -> Tensor | None:
+def _start_rows(operator: Operator, start: Tensor | str | None, num: int, budget: int) -> Tensor | None:
     """The start as rows (k, P)."""
     if start is None:
         return None
@@ -273,7 +277,8 @@ def _start_rows(operator: Operator, start: Tensor | str | None, budget: int) -> 
         given = tuple(block.shape) if isinstance(block, Tensor) else type(block).__name__
         raise ShapeError(f"start must be None, a name, or a tensor ({size},) or ({size}, k); got {given}.")
     rows = block.detach().reshape(size, -1).T
-    largest = min(budget, basis_capacity(operator) - SPARE_VECTORS, size)
+    room = basis_capacity(operator) - SPARE_VECTORS  # for the start, its products, and what a restart keeps
+    largest = min(budget, size, size if room >= size else min(room // 2, room - num))
     if len(rows) > largest:
         raise OptionError(f"start has {len(rows)} vectors; at most {max(largest, 0)} fit P, max_products and A.memory.")
     if not bool(torch.isfinite(rows).all()):

@@ -63,7 +63,7 @@ class Krylov:
 
     def append(self, vectors: Tensor) -> Tensor:
         """Add what the rows `vectors` (k, P) have beyond the basis as r ≤ k pending vectors; their coefficients (r, k)."""
-        block = vectors.to(self.rows)
+        block = vectors.to(self.rows, copy=True)
         norm = float(torch.linalg.vector_norm(block, dtype=torch.float64))
         _, coefficients = self._absorb(block, norm)
         rows = torch.zeros(coefficients.shape[0], self.num_basis, dtype=torch.float64)
@@ -142,15 +142,22 @@ class Krylov:
         self.projected = torch.cat([image, bottom @ s])
         self.num_basis = k
 
+    def drop_pending(self) -> None:
+        """Forget the pending vectors."""
+        self.num_pending = 0
+        self.projected = self.projected[: self.num_basis]
+
     def fix(self) -> None:
-        """Make the multiplied vectors fixed ones and forget the rest."""
-        self.num_fixed += self.num_basis
+        """Make every row in use a fixed one."""
+        self.num_fixed = self.num_rows
         self.num_basis = self.num_pending = 0
         self.projected = self._lost = torch.zeros(0, 0, dtype=torch.float64)
 
 
 def _orthonormal_rows(block: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of rows (k, P) = coefficientsᵀ · orthonormal rows (k, P), coefficients (k, k) by falling norm of rows."""
+    if len(block) == 0:
+        return block, torch.zeros(0, 0, dtype=torch.float64)
     if len(block) == 1:
         norm = torch.linalg.vector_norm(block, dtype=torch.float64)
         return block / norm.clamp_min(torch.finfo(block.dtype).tiny).to(block), _small(norm.reshape(1, 1))

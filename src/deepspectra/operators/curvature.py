@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepspectra.errors import LossError
+from deepspectra.errors import LossError, OptionError
 from deepspectra.operators.base import Operator
+from deepspectra.operators.projections import Projections
+from deepspectra.operators.rows import GradientRows
 from deepspectra.problem import Problem
 from deepspectra.products import products_of
 
@@ -23,9 +25,13 @@ class Curvature(Operator):
 
     def start_block(self, kind: str) -> Tensor:
         """The averaged means as starting vectors: "class_means" or "cross_class_means"."""
-        from deepspectra.operators.classes import averaged_directions  # noqa: PLC0415  (it imports this file)
-
-        return averaged_directions(self.problem, kind)
+        rows = GradientRows(self.problem)
+        projections = Projections(rows.weights, rows.labels)
+        if kind == "class_means":
+            return rows.factor(projections, projections.basis("class"))
+        if kind == "cross_class_means":
+            return rows.cells(projections)
+        raise OptionError(f"start={kind!r}; it is None, a tensor, 'class_means' or 'cross_class_means'.")
 
 
 class Hessian(Curvature):

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from deepspectra.errors import DataError, OptionError
 
 Row = dict[str, Any]
+Mark = Any  # a chart under construction: Altair's annotations lose its type when calls are chained
 Array = NDArray[np.float64]
 
-# Okabe and Ito's palette: told apart under every common colour-vision deficiency. One colour per part, everywhere.
+# Okabe and Ito's palette, safe for colour-vision deficiencies. One colour per part, everywhere.
 PART_COLOURS = {
     "class": "#0072B2",
     "logit": "#E69F00",
@@ -34,7 +35,11 @@ PART_COLOURS = {
 }
 OPERATOR_COLOURS = {"hessian": "#1f2933", "gauss_newton": "#6a3d9a", "residual": PART_COLOURS["residual"]}
 OPERATOR_NAMES = {"hessian": "Hessian H", "gauss_newton": "Gauss-Newton G", "residual": "residual R"}
-LABEL_INKS = {"logit": "#1f2933", "true": "#1f2933", "interaction": "#1f2933"}  # on light colours; white elsewhere
+LABEL_INKS = {
+    "logit": "#1f2933",
+    "true": "#1f2933",
+    "interaction": "#1f2933",
+}  # on light colours; white elsewhere
 LEVEL_COLOURS = {"class": PART_COLOURS["class"], "cross_class": "#882255"}
 LEVEL_NAMES = {"class": "class means", "cross_class": "cross-class means"}
 
@@ -43,10 +48,14 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 WIDTH = 720
 MOST_CLASSES = 40  # more rows than this cannot be labelled legibly
 FORMATS = ("svg", "pdf", "png", "html", "json")
-LANES = {"hessian": 0.34, "gauss_newton": 0.25, "residual": 0.16}  # lollipop heights, so that operators do not hide one another
+LANES = {
+    "hessian": 0.34,
+    "gauss_newton": 0.25,
+    "residual": 0.16,
+}  # lollipop heights, so that operators do not hide one another
 
 
-# ---------------------------------------------------------------------------------------------- numbers as text
+# ------------------------------------------------------------------------------------------- numbers as text
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -65,18 +74,31 @@ def number(value: float, digits: int = 3) -> str:
     return f"{mantissa}×{power}".replace("-", "−")
 
 
-def left(count: float, upper: float) -> str:
-    """How many outliers a knock-out leaves, as the words that belong to what is known."""
-    if not math.isfinite(count):
-        return ""
-    if not math.isfinite(upper):
+def tick(value: float) -> str:
+    """An axis label in characters every font has: 0.01, −10, 1e−5."""
+    text = (
+        f"{value:g}"
+        if value == 0 or 1e-4 <= abs(value) < 1e5
+        else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    )
+    return text.replace("-", "−")
+
+
+def outliers_left(row: Row) -> str:
+    """How many outliers a knock-out leaves, in the words that fit what is known."""
+    count, upper = row.get("knockout_outliers"), row.get("knockout_upper")
+    if count is None or not math.isfinite(count):
+        return "not counted"
+    if row["knockout"] == "nothing":
+        return f"{count:.0f} outliers"
+    if upper is None or not math.isfinite(upper):
         return f"at least {count:.0f}" if count else "none found"
     if upper > count:
         return f"{count:.0f} to {upper:.0f} left"
     return f"{count:.0f} left" if count else "none left"
 
 
-# ------------------------------------------------------------------------------------------- reading the dataset
+# --------------------------------------------------------------------------------------- reading the dataset
 
 
 def holds(dataset: xr.Dataset, *names: str) -> bool:
@@ -85,7 +107,7 @@ def holds(dataset: xr.Dataset, *names: str) -> bool:
 
 
 def rows(dataset: xr.Dataset, *names: str, need: Iterable[str] | None = None) -> list[Row]:
-    """Variables as records, one per cell of their common grid; cells where a needed variable is NaN are left out."""
+    """Variables as records, one per cell of their grid, without cells where a needed one is NaN."""
     present = [name for name in names if name in dataset]
     frame = dataset[present].to_dataframe().reset_index().dropna(subset=list(need or names[:1]))
     return [{key: _plain(value) for key, value in row.items()} for row in frame.to_dict("records")]
@@ -95,13 +117,15 @@ def outliers(dataset: xr.Dataset) -> list[Row]:
     """Outlier eigenpairs by operator and descending eigenvalue, each with its residual norm and shares."""
     if not holds(dataset, "eigenvalue", "is_outlier"):
         return []
-    found = [row for row in rows(dataset, "eigenvalue", "is_outlier", "residual_norm") if row["is_outlier"] == 1]
+    found = [
+        row for row in rows(dataset, "eigenvalue", "is_outlier", "residual_norm") if row["is_outlier"] == 1
+    ]
     shares = {(row["operator"], row["pair"]): row for row in _shares_by_pair(dataset)}
     found.sort(key=lambda row: (list(OPERATOR_NAMES).index(row["operator"]), -row["eigenvalue"]))
     rank: dict[str, int] = {}
     for row in found:
         row["rank"] = rank[row["operator"]] = rank.get(row["operator"], 0) + 1
-        row |= shares.get((row["operator"], row["pair"]), {})
+        row.update(shares.get((row["operator"], row["pair"]), {}))
     return found
 
 
@@ -110,7 +134,9 @@ def _shares_by_pair(dataset: xr.Dataset) -> list[Row]:
         return []
     table: dict[tuple[str, int], Row] = {}
     for row in rows(dataset, "share"):
-        pair = table.setdefault((row["operator"], row["pair"]), {"operator": row["operator"], "pair": row["pair"]})
+        pair = table.setdefault(
+            (row["operator"], row["pair"]), {"operator": row["operator"], "pair": row["pair"]}
+        )
         pair[f"share {row['part']}"] = row["share"]
     return list(table.values())
 
@@ -131,26 +157,34 @@ def _require(dataset: xr.Dataset, *names: str) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------- shared ingredients
+# ---------------------------------------------------------------------------------------- shared ingredients
 
 
-def _styled(chart: Any) -> Any:
+def _chart(table: list[Row]) -> Mark:
+    """An empty chart that carries its rows itself."""
+    return alt.Chart(alt.InlineData(values=table))
+
+
+def _finished(chart: Mark, **properties: Any) -> alt.LayerChart:
     """One visual language: quiet axes, a light grid, text that stays legible in print."""
-    text = {"labelColor": INK, "titleColor": INK, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": 500}
-    return chart.configure(
+    text: dict[str, Any] = {"labelColor": INK, "titleColor": INK, "labelFontSize": 12, "titleFontSize": 12}
+    line: dict[str, Any] = {"gridColor": GRID, "domainColor": "#9aa5b1", "tickColor": "#9aa5b1"}
+    legend: dict[str, Any] = {"symbolSize": 110, "symbolOpacity": 1, "labelLimit": 400, "columnPadding": 18}
+    finished: alt.LayerChart = chart.properties(**properties).configure(
         font=FONT,
         background="white",
         padding=4,
         view=alt.ViewConfig(stroke=None),
-        axis=alt.AxisConfig(**text, gridColor=GRID, domainColor="#9aa5b1", tickColor="#9aa5b1", titlePadding=10),
-        legend=alt.LegendConfig(
-            **text, orient="top", title=None, columns=3, symbolSize=110, labelLimit=400, columnPadding=18
-        ),
+        axis=alt.AxisConfig(**text, **line, titleFontWeight=500, titlePadding=10),
+        legend=alt.LegendConfig(**text, **legend, titleFontWeight=500, orient="top", title=None, columns=3),
         title=alt.TitleConfig(anchor="start", fontSize=13, fontWeight=600, color=INK, subtitleColor=MUTED),
     )
+    return finished
 
 
-def _colour(names: Sequence[str], labels: dict[str, str], colours: dict[str, str], **options: Any) -> alt.Color:
+def _colour(
+    names: Sequence[str], labels: dict[str, str], colours: dict[str, str], **options: Any
+) -> alt.Color:
     """The fixed colours of `names`, with their labels in the legend."""
     shown = [labels.get(name, name) for name in names]
     return alt.Color(
@@ -167,7 +201,9 @@ def _operator_selector(operators: Sequence[str], *, everything: bool) -> alt.Par
     labels = [OPERATOR_NAMES.get(name, name) for name in options]
     if len(operators) == 1:
         return alt.param(name="shown", value=options[-1])
-    return alt.param(name="shown", value=options[0], bind=alt.binding_radio(options=options, labels=labels, name=" "))
+    return alt.param(
+        name="shown", value=options[0], bind=alt.binding_radio(options=options, labels=labels, name=" ")
+    )
 
 
 def _operators(table: Iterable[Row]) -> list[str]:
@@ -186,21 +222,22 @@ def _ticks(values: Sequence[float], labels: Sequence[str], **options: Any) -> al
 
 
 def _decades(low: float, high: float, most: int = 6) -> list[float]:
-    """At most about `most` powers of ten within [low, high]."""
-    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
-    stride = max(1, math.ceil((last - first + 1) / most))
-    return [10.0**power for power in range(last, first - 1, -stride)][::-1]
+    """Round numbers within [low, high]: 1, 2, 5 a decade, else 1, 3, else powers of ten, else every n-th."""
+    first, last = math.floor(math.log10(low)), math.floor(math.log10(high) + 1e-9)
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [float(f"{factor}e{power}") for power in range(first, last + 1) for factor in factors]
+        ticks = [value for value in ticks if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
+        if len(ticks) <= most:
+            return ticks
+    return ticks[:: -math.ceil(len(ticks) / most)][::-1]
 
 
 def _log_axis(low: float, high: float, most: int = 6, **options: Any) -> alt.Axis:
     ticks = _decades(low, high, most)
-    if len(ticks) < 2:  # too narrow for decades
-        ticks = [factor * 10.0**power for power in range(-30, 30) for factor in (1, 2, 5)]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-    return _ticks(ticks, [number(tick) for tick in ticks], **options)
+    return _ticks(ticks, [tick(value) for value in ticks], **options)
 
 
-# ------------------------------------------------------------------------------------------------------ spectrum
+# -------------------------------------------------------------------------------------------------- spectrum
 
 
 @dataclass(frozen=True)
@@ -208,13 +245,16 @@ class _Line:
     """The eigenvalue axis: where an eigenvalue is drawn, and the encoding that labels it."""
 
     place: Callable[[float], float]
+    along: Callable[[float], float]  # as a fraction of the axis, 0 at its left end
     x: alt.X
 
 
 def spectrum(dataset: xr.Dataset) -> alt.LayerChart:
     """Densities of H, G and R over a symmetric-log eigenvalue axis, outliers as lollipops."""
     _require(dataset, "curve_grid", "curve_density")
-    table = rows(dataset, "curve_grid", "curve_density", "curve_standard_error", need=("curve_grid", "curve_density"))
+    table = rows(
+        dataset, "curve_grid", "curve_density", "curve_standard_error", need=("curve_grid", "curve_density")
+    )
     for row in table:
         row |= {"eigenvalue": row["curve_grid"], "density": row["curve_density"]}
         row["error"] = row.get("curve_standard_error") or 0.0
@@ -230,54 +270,64 @@ def log_spectrum(dataset: xr.Dataset) -> alt.LayerChart:
         sign = -1.0 if row["side"] == "negative" else 1.0
         row |= {"eigenvalue": sign * abs(row["log_grid"]), "density": row["log_density"]}
         row["error"] = row.get("log_standard_error") or 0.0
-    line = _mirrored_log([row["eigenvalue"] for row in table])
+    floor, _ = _density_range(dataset, table)
+    seen = [row["eigenvalue"] for row in table if row["density"] > floor]
+    smallest = min(abs(row["eigenvalue"]) for row in table)
+    line = _mirrored_log([smallest, *seen, *(row["eigenvalue"] for row in outliers(dataset))])
     return _spectrum(dataset, table, line, "density (fraction of eigenvalues per decade of |λ|)")
 
 
 def _spectrum(dataset: xr.Dataset, table: list[Row], line: _Line, title: str) -> alt.LayerChart:
     operators = _operators(table)
-    low, high = _density_range(table, int(dataset.attrs.get("num_parameters", 1)))
-    selector = _operator_selector(operators, everything=True)
-    curves = _curves(_labelled(table), operators, line, (low, high), title)
+    limits = {row["operator"]: row["outlier_threshold"] for row in _thresholds(dataset)}
+    for row in table:
+        row["beyond"] = abs(row["eigenvalue"]) > limits.get(row["operator"], math.inf)
+    curves = _curves(_labelled(table), operators, line, _density_range(dataset, table), title)
     above = [*_lollipops(dataset, line), *_edges(dataset, operators, line)]
     layers = [curves, alt.layer(*above)] if above else [curves]
+    selector = _operator_selector(operators, everything=True)
     chart = alt.layer(*layers).resolve_scale(y="independent").add_params(selector)
-    return _styled(chart.properties(width=WIDTH, height=340))
+    return _finished(chart, width=WIDTH, height=340))
 
 
-def _density_range(table: list[Row], num_parameters: int) -> tuple[float, float]:
-    """From a tenth of one eigenvalue spread over the axis (at most nine decades down) to well above the peak."""
+def _density_range(dataset: xr.Dataset, table: list[Row]) -> tuple[float, float]:
+    """From a tenth of one eigenvalue spread over the axis (nine decades down at most) to above the peak."""
     densities = [row["density"] for row in table if row["density"] > 0]
     peak = max(densities, default=1.0)
     spread = max((abs(row["eigenvalue"]) for row in table), default=1.0)
+    num_parameters = int(dataset.attrs.get("num_parameters", 1))
     smallest = max(0.1 / num_parameters / max(spread, 1.0), peak * 1e-9)
-    return 10.0 ** math.floor(math.log10(smallest)), peak * 30
+    low = 10.0 ** math.floor(math.log10(smallest))
+    return low, peak * (peak / low) ** 0.12
 
 
 def _curves(
     table: list[Row], operators: list[str], line: _Line, span: tuple[float, float], title: str
 ) -> alt.LayerChart:
     low, high = span
-    keep = ("operator", "label", "side", "eigenvalue", "density", "error")
+    keep = ("operator", "label", "side", "eigenvalue", "density", "error", "beyond")
     points = [{key: row[key] for key in keep if key in row} for row in table]
     for row in points:
         density, error = row["density"], row.pop("error")
         row["x"] = _plain(line.place(row["eigenvalue"]))
-        row["upper"], row["lower"] = (
-            _plain(max(density + 2 * error, low / 10)),
-            _plain(max(density - 2 * error, low / 10)),
-        )
+        row["upper"] = _plain(max(density + 2 * error, low / 10))
+        row["lower"] = _plain(max(density - 2 * error, low / 10))
         row["density"] = _plain(max(density, low / 10))
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
     y = alt.Y("density:Q", scale=scale, axis=_log_axis(low, high, title=title))
     base = (
-        alt.Chart(alt.Data(values=points))
+        _chart(points)
         .transform_filter("shown == 'all' || datum.operator == shown")
-        .encode(x=line.x, color=_colour(operators, OPERATOR_NAMES, OPERATOR_COLOURS), detail="side:N")
+        .encode(
+            x=line.x,
+            color=_colour(operators, OPERATOR_NAMES, OPERATOR_COLOURS),
+            detail=["side:N", "beyond:N"],
+        )
     )
+    faded = alt.condition("datum.beyond", alt.value(0.3), alt.value(1))  # there the lollipops tell it better
     band = base.mark_area(opacity=0.22, clip=True).encode(y=alt.Y("lower:Q", scale=scale), y2="upper:Q")
     curve = base.mark_line(strokeWidth=1.6, clip=True).encode(
-        y=y, tooltip=["label:N", _tip("eigenvalue", "λ"), _tip("density", "density")]
+        y=y, opacity=faded, tooltip=["label:N", _tip("eigenvalue", "λ"), _tip("density", "density")]
     )
     return alt.layer(band, curve)
 
@@ -294,7 +344,7 @@ def _lollipops(dataset: xr.Dataset, line: _Line) -> list[alt.Chart]:
     for row in found:
         row |= {"x": _plain(line.place(row["eigenvalue"])), "lane": LANES.get(row["operator"], 0.16)}
     base = (
-        alt.Chart(alt.Data(values=found))
+        _chart(found)
         .transform_filter("shown == 'all' || datum.operator == shown")
         .encode(
             x=line.x,
@@ -316,74 +366,81 @@ def _lollipops(dataset: xr.Dataset, line: _Line) -> list[alt.Chart]:
 
 def _edges(dataset: xr.Dataset, operators: list[str], line: _Line) -> list[alt.Chart]:
     """Bulk edge and outlier threshold of the selected operator (of the first one when all are shown)."""
-    sides = {"bulk_edge": ("bulk edge", "right", -5), "outlier_threshold": ("outlier threshold", "left", 5)}
-    marks = []
-    for name, (text, align, offset) in sides.items():
-        if not holds(dataset, name):
-            continue
-        table = [row for row in rows(dataset, name) if row["operator"] in operators]
-        for row in table:
-            row |= {"x": _plain(line.place(row[name])), "text": f"{text} {number(row[name])}"}
-        base = (
-            alt.Chart(alt.Data(values=table))
-            .transform_filter(f"datum.operator == (shown == 'all' ? '{operators[0]}' : shown)")
-            .encode(x=line.x)
-        )
-        marks.append(base.mark_rule(color=MUTED, strokeDash=[5, 3] if align == "left" else [2, 2]))
-        marks.append(
-            base.mark_text(align=align, dx=offset, color=MUTED, fontSize=11).encode(
-                y=alt.value(8), text="text:N"
+    names = {"bulk_edge": "bulk edge", "outlier_threshold": "outlier threshold"}
+    table = []
+    for name, text in names.items():
+        known = rows(dataset, name) if holds(dataset, name) else []
+        for row in known:
+            late = line.along(row[name]) > 0.62  # no room for a label to its right
+            edge = {"operator": row["operator"], "x": _plain(line.place(row[name])), "kind": name}
+            edge |= {"text": f"{text} {number(row[name])}", "left": late or name == "bulk_edge"}
+            table.append(edge | {"height": 22 if late and name == "bulk_edge" else 8})
+    base = (
+        _chart([row for row in table if row["operator"] in operators])
+        .transform_filter(f"datum.operator == (shown == 'all' ? '{operators[0]}' : shown)")
+        .encode(x=line.x)
+    )
+    dash = alt.StrokeDash("kind:N", scale=alt.Scale(domain=list(names), range=[[2, 2], [6, 3]]), legend=None)
+    marks = [base.mark_rule(color=MUTED).encode(strokeDash=dash)]
+    for side, align, offset in ((True, "right", -5), (False, "left", 5)):
+        for halo in ({"stroke": "white", "strokeWidth": 4}, {"color": MUTED}):
+            text = base.transform_filter(f"datum.left == {str(side).lower()}").mark_text(
+                align=align, dx=offset, fontSize=11, **halo
             )
-        )
-    return marks
+            height = alt.Y("height:Q", scale=None, axis=None)
+            marks.append(text.encode(y=height, text="text:N"))
+    return marks if table else []
 
 
 def _symmetric_log(dataset: xr.Dataset, eigenvalues: Sequence[float]) -> _Line:
     """Linear within ± the grid's own resolution, logarithmic outside."""
-    grid = dataset["curve_grid"].values
-    resolution = float(np.nanmedian(np.abs(np.diff(grid, axis=-1))))
+    resolution = float(np.nanmedian(np.abs(np.diff(dataset["curve_grid"].values, axis=-1))))
     low, high = min(eigenvalues), max(eigenvalues)
-    largest = max(abs(low), abs(high))
-    constant = 10.0 ** round(math.log10(max(resolution, largest * 1e-6)))
+    constant = 10.0 ** round(math.log10(max(resolution, max(abs(low), abs(high)) * 1e-6)))
     ticks = [0.0]
     for bound, sign in ((high, 1.0), (-low, -1.0)):
-        if bound > constant:
-            ticks += [sign * tick for tick in _decades(constant * 10, bound * 1.001, most=4)]
+        if bound > constant * 10:
+            ticks += [sign * tick for tick in _decades(constant * 10, bound, most=4)]
     ticks.sort()
+
+    def along(value: float) -> float:
+        first, here, last = (math.copysign(math.log1p(abs(x / constant)), x) for x in (low, value, high))
+        return (here - first) / (last - first)
+
     x = alt.X(
         "x:Q",
         scale=alt.Scale(type="symlog", constant=constant, domain=[low, high], nice=False),
-        axis=_ticks(ticks, [number(tick) for tick in ticks], title="eigenvalue λ (symmetric-log axis)"),
+        axis=_ticks(ticks, [tick(value) for value in ticks], title="eigenvalue λ (symmetric-log axis)"),
     )
-    return _Line(lambda value: value, x)
+    return _Line(lambda value: value, along, x)
 
 
 def _mirrored_log(eigenvalues: Sequence[float]) -> _Line:
     """Distance from the centre is log₁₀|λ|; the centre is the smallest |λ| of the grid."""
     smallest = min(abs(value) for value in eigenvalues if value)
-    reach = {sign: max([sign * value for value in eigenvalues], default=0.0) for sign in (-1.0, 1.0)}
+    low = min([-smallest, *eigenvalues])
+    high = max([smallest, *eigenvalues])
 
     def place(value: float) -> float:
-        return math.copysign(max(math.log10(max(abs(value), smallest) / smallest), 0.0), value)
+        return math.copysign(math.log10(max(abs(value) / smallest, 1.0)), value)
 
-    ticks = [
-        sign * tick
-        for sign, bound in reach.items()
-        if bound > smallest
-        for tick in _decades(smallest * 3, bound * 1.001, most=4)
-    ]
-    ticks.sort()
-    domain = [place(sign * bound) if bound > 0 else 0.0 for sign, bound in reach.items()]
-    title = f"eigenvalue λ (logarithmic on both sides; |λ| ≤ {number(smallest, 1)} at the centre)"
+    def along(value: float) -> float:
+        return (place(value) - place(low)) / (place(high) - place(low))
+
+    ticks = [-value for value in _decades(smallest * 3, max(-low, smallest * 3), most=4)][::-1]
+    ticks += [0.0, *_decades(smallest * 3, max(high, smallest * 3), most=4)]
+    labels = [tick(value) if value else f"±{tick(smallest)}" for value in ticks]
     x = alt.X(
         "x:Q",
-        scale=alt.Scale(domain=domain, nice=False),
-        axis=_ticks([place(tick) for tick in ticks], [number(tick) for tick in ticks], title=title),
+        scale=alt.Scale(domain=[place(low), place(high)], nice=False),
+        axis=_ticks(
+            [place(value) for value in ticks], labels, title="eigenvalue λ (logarithmic on both sides)"
+        ),
     )
-    return _Line(place, x)
+    return _Line(place, along, x)
 
 
-# ------------------------------------------------------------------------------------------------------- shares
+# ---------------------------------------------------------------------------------------------------- shares
 
 
 def shares(dataset: xr.Dataset) -> alt.LayerChart:
@@ -394,15 +451,22 @@ def shares(dataset: xr.Dataset) -> alt.LayerChart:
         raise DataError("the analysis attributes no outlier: none was found, or none has shares")
     parts = [str(part) for part in dataset["part"].values]
     bars = [bar for row in table for bar in _bars(row, parts)] + _mean_bars(dataset)
-    order = list(dict.fromkeys(bar["row"] for bar in bars if bar["row"] not in (" ", "mean"))) + [" ", "mean"]
+    reach = [math.floor(20 * min(bar["from"] for bar in bars) + 1e-6) / 20]
+    reach.append(math.ceil(20 * max(bar["to"] for bar in bars) - 1e-6) / 20)
+    order = [*dict.fromkeys(bar["row"] for bar in bars if bar["row"] not in (" ", "mean")), " ", "mean"]
     operators = _operators(bars)
     step = 22 if len(table) / len(operators) <= 30 else 10
-    base = alt.Chart(alt.Data(values=bars)).transform_filter("datum.operator == shown")
+    base = _chart(bars).transform_filter("datum.operator == shown")
     bar = base.mark_bar(stroke="white", strokeWidth=0.8, height={"band": 0.82}).encode(
         y=alt.Y("row:N", sort=order, title="outlier, by rank: λ", axis=alt.Axis(ticks=False, domain=False)),
-        x=alt.X("share:Q", stack="zero", title="share of the eigenvalue", axis=alt.Axis(format=".0%", tickCount=5)),
+        x=alt.X(
+            "from:Q",
+            scale=alt.Scale(domain=reach, nice=False),
+            title="share of the eigenvalue",
+            axis=alt.Axis(format=".0%", tickCount=5),
+        ),
+        x2="to:Q",
         color=_colour(parts, {}, PART_COLOURS),
-        order=alt.Order("index:Q"),
         tooltip=[
             alt.Tooltip("row:N", title="outlier"),
             alt.Tooltip("label:N", title="part"),
@@ -413,22 +477,27 @@ def shares(dataset: xr.Dataset) -> alt.LayerChart:
         base.transform_filter("datum.text")
         .mark_text(fontSize=10.5)
         .encode(
-            y=alt.Y("row:N", sort=order), x="middle:Q", text="text:N", color=alt.Color("ink:N", scale=None, legend=None)
+            y=alt.Y("row:N", sort=order),
+            x="middle:Q",
+            text="text:N",
+            color=alt.Color("ink:N", scale=None, legend=None),
         )
     )
     chart = alt.layer(bar, text).add_params(_operator_selector(operators, everything=False))
-    return _styled(chart.properties(width=WIDTH, height=alt.Step(step)))
+    return _finished(chart, width=WIDTH, height=alt.Step(step)))
 
 
 def _bars(row: Row, parts: list[str]) -> list[Row]:
     name = f"{row['rank']}:  {number(row['eigenvalue'])}"
-    return _stack(row["operator"], name, {part: row[f"share {part}"] for part in parts if f"share {part}" in row})
+    return _stack(
+        row["operator"], name, {part: row[f"share {part}"] for part in parts if f"share {part}" in row}
+    )
 
 
 def _mean_bars(dataset: xr.Dataset) -> list[Row]:
     bars = []
     for operator, means in mean_shares(dataset).items():
-        gap = {"operator": operator, "row": " ", "label": next(iter(means)), "index": 0, "share": 0}
+        gap = {"operator": operator, "row": " ", "label": next(iter(means)), "from": 0, "to": 0}
         bars += [gap, *_stack(operator, "mean", means)]
     return bars
 
@@ -444,18 +513,21 @@ def mean_shares(dataset: xr.Dataset) -> dict[str, dict[str, float]]:
 
 
 def _stack(operator: str, name: str, parts: dict[str, float]) -> list[Row]:
-    """The segments of one bar; those wide enough carry their percentage."""
-    bars, start = [], 0.0
-    for index, (part, share) in enumerate(parts.items()):
-        bar = {"operator": operator, "row": name, "label": part, "index": index, "share": share}
-        if share >= 0.1:
-            bar |= {"text": f"{share:.0%}", "middle": start + share / 2, "ink": LABEL_INKS.get(part, "white")}
-        start += max(share, 0.0)
+    """The segments of one bar, negative shares to the left of zero; wide ones carry their percentage."""
+    bars, ends = [], {True: 0.0, False: 0.0}
+    for part, share in parts.items():
+        start = ends[share >= 0]
+        ends[share >= 0] = start + share
+        low, high = sorted((start, start + share))
+        bar: Row = {"operator": operator, "row": name, "label": part, "share": share, "from": low, "to": high}
+        if high - low >= 0.1:
+            ink = LABEL_INKS.get(part, "white")
+            bar |= {"text": f"{share:.0%}".replace("-", "−"), "middle": (low + high) / 2, "ink": ink}
         bars.append(bar)
     return bars
 
 
-# ----------------------------------------------------------------------------------------------------- knock-outs
+# ------------------------------------------------------------------------------------------------ knock-outs
 
 
 def knockout_summary(dataset: xr.Dataset) -> list[Row]:
@@ -481,13 +553,19 @@ def knockouts(dataset: xr.Dataset) -> alt.LayerChart:
     summary = knockout_summary(dataset)
     names = {(row["operator"], row["knockout"], row["method"]): _knockout_name(row) for row in summary}
     thresholds = {row["operator"]: row for row in _thresholds(dataset)}
-    table = [row for row in rows(dataset, "knockout_value") if (row["operator"], row["knockout"], row["method"]) in names]
+    table = [
+        row
+        for row in rows(dataset, "knockout_value")
+        if (row["operator"], row["knockout"], row["method"]) in names
+    ]
     for row in table:
         limit = thresholds.get(row["operator"], {}).get("outlier_threshold", math.inf)
         row |= {"row": names[row["operator"], row["knockout"], row["method"]]}
         row |= {"label": "above the threshold" if row["knockout_value"] > limit else "below"}
     table = [row for row in table if row["knockout_value"] > 0]
-    values = [row["knockout_value"] for row in table] + [row["outlier_threshold"] for row in thresholds.values()]
+    values = [row["knockout_value"] for row in table] + [
+        row["outlier_threshold"] for row in thresholds.values()
+    ]
     low, high = max(min(values), max(values) * 1e-5) / 1.5, max(values) * 1.5
     x = alt.X(
         "knockout_value:Q",
@@ -495,16 +573,29 @@ def knockouts(dataset: xr.Dataset) -> alt.LayerChart:
         axis=_log_axis(low, high, title="eigenvalues left (logarithmic axis)"),
     )
     order = list(dict.fromkeys(names.values()))
-    split = alt.Axis(labelExpr="split(datum.label, ' | ')", ticks=False, domain=False, grid=True, labelLineHeight=14)
+    split = alt.Axis(
+        labelExpr="split(datum.label, ' | ')",
+        ticks=False,
+        domain=False,
+        grid=True,
+        labelLineHeight=14,
+        labelOffset=-7,
+    )
     y = alt.Y("row:N", sort=order, title=None, axis=split)
     layers = [_knockout_dots(table, x, y), *_knockout_rules(list(thresholds.values()))]
     layers.append(_knockout_counts(summary, names, y))
     chart = alt.layer(*layers).add_params(_operator_selector(_operators(table), everything=False))
-    return _styled(chart.properties(width=WIDTH, height=alt.Step(40), padding={"left": 4, "top": 18, "bottom": 4, "right": 86}))
+    return _styled(
+        chart.properties(
+            width=WIDTH, height=alt.Step(40), padding={"left": 4, "top": 18, "bottom": 4, "right": 86}
+        )
+    )
 
 
 def _knockout_name(row: Row) -> str:
-    return "nothing removed" if row["knockout"] == "nothing" else f"{row['knockout']} | by {row['method']}"
+    if row["knockout"] == "nothing":
+        return "nothing | removed"
+    return f"without {row['knockout']} | by {row['method']}"
 
 
 def _thresholds(dataset: xr.Dataset) -> list[Row]:
@@ -513,7 +604,7 @@ def _thresholds(dataset: xr.Dataset) -> list[Row]:
 
 def _knockout_dots(table: list[Row], x: alt.X, y: alt.Y) -> alt.Chart:
     colours = alt.Scale(domain=["above the threshold", "below"], range=[INK, "#b8c1cb"])
-    base = alt.Chart(alt.Data(values=table)).transform_filter("datum.operator == shown")
+    base = _chart(table).transform_filter("datum.operator == shown")
     return base.mark_circle(size=60, opacity=0.8, clip=True).encode(
         x=x,
         y=y,
@@ -524,9 +615,7 @@ def _knockout_dots(table: list[Row], x: alt.X, y: alt.Y) -> alt.Chart:
 
 def _knockout_rules(thresholds: list[Row]) -> list[alt.Chart]:
     table = [row | {"text": f"outlier threshold {number(row['outlier_threshold'])}"} for row in thresholds]
-    base = (
-        alt.Chart(alt.Data(values=table)).transform_filter("datum.operator == shown").encode(x="outlier_threshold:Q")
-    )
+    base = _chart(table).transform_filter("datum.operator == shown").encode(x="outlier_threshold:Q")
     rule = base.mark_rule(color=MUTED, strokeDash=[5, 3])
     text = base.mark_text(color=MUTED, fontSize=11, align="center").encode(y=alt.value(-8), text="text:N")
     return [rule, text]
@@ -537,21 +626,16 @@ def _knockout_counts(summary: list[Row], names: dict[tuple[str, str, str], str],
         {
             "operator": row["operator"],
             "row": names[row["operator"], row["knockout"], row["method"]],
-            "text": left(_known(row, "knockout_outliers"), _known(row, "knockout_upper")),
+            "text": outliers_left(row),
         }
         for row in summary
     ]
-    base = alt.Chart(alt.Data(values=table)).transform_filter("datum.operator == shown")
+    base = _chart(table).transform_filter("datum.operator == shown")
     mark = base.mark_text(align="left", dx=10, fontSize=12, fontWeight=600, color=INK)
     return mark.encode(x=alt.value("width"), y=y, text="text:N")
 
 
-def _known(row: Row, name: str) -> float:
-    value = row.get(name)
-    return math.nan if value is None else float(value)
-
-
-# ------------------------------------------------------------------------------------------------------ averaging
+# ------------------------------------------------------------------------------------------------- averaging
 
 
 def averaging(dataset: xr.Dataset) -> alt.LayerChart:
@@ -569,29 +653,32 @@ def averaging(dataset: xr.Dataset) -> alt.LayerChart:
     values = [row["value"] for row in table]
     low, high = max(min(values), max(values) * 1e-8) / 1.3, max(values) * 1.3
     last = max(row["rank"] for row in table)
-    ranks = alt.Scale(type="log" if last > 150 else "linear", domain=[0.8 if last > 150 else 0, last + 1], nice=False)
-    colours = {**OPERATOR_COLOURS, **LEVEL_COLOURS}
+    ranks = alt.Scale(type="log" if last > 30 else "linear", domain=[0.8, last * 1.1], nice=False)
+    across = (
+        _log_axis(1, last, 7, grid=False) if last > 30 else alt.Axis(tickMinStep=1, format="d", grid=False)
+    )
     shapes = {"hessian": "circle", "gauss_newton": "circle", "class": "diamond", "cross_class": "triangle-up"}
-    legend = alt.Legend(columns=2)
-    base = alt.Chart(alt.Data(values=table)).encode(
-        x=alt.X("rank:Q", scale=ranks, axis=alt.Axis(tickMinStep=1, format="d", grid=False), title="rank"),
+    shape_scale = alt.Scale(domain=[labels[name] for name in names], range=[shapes[name] for name in names])
+    base = _chart(table).encode(
+        x=alt.X("rank:Q", scale=ranks, axis=across, title="rank"),
         y=alt.Y(
             "value:Q",
             scale=alt.Scale(type="log", domain=[low, high], nice=False),
             axis=_log_axis(low, high, title="eigenvalue (logarithmic axis)"),
         ),
-        color=_colour(names, labels, colours, columns=2),
-        shape=alt.Shape(
+        color=_colour(names, labels, {**OPERATOR_COLOURS, **LEVEL_COLOURS}, columns=2),
+        shape=alt.Shape("label:N", scale=shape_scale, legend=alt.Legend(columns=2), sort=None),
+        tooltip=[
             "label:N",
-            scale=alt.Scale(domain=[labels[name] for name in names], range=[shapes[name] for name in names]),
-            legend=legend,
-            sort=None,
-        ),
-        tooltip=["label:N", _tip("rank", "rank"), _tip("value", "λ", ".4~g"), alt.Tooltip("overlap:N", title="overlap")],
+            _tip("rank", "rank"),
+            _tip("value", "λ", ".4~g"),
+            alt.Tooltip("overlap:N", title="overlap"),
+        ],
     )
-    line = base.mark_line(strokeWidth=1.2, opacity=0.6, clip=True).encode(shape=alt.Undefined)
-    point = base.mark_point(size=60, filled=False, strokeWidth=1.8, fill="white", clip=True)
-    return _styled(alt.layer(line, point).properties(width=WIDTH, height=320))
+    true = base.transform_filter("indexof(['hessian', 'gauss_newton'], datum.name) >= 0")
+    line = true.mark_line(strokeWidth=1, opacity=0.5, clip=True).encode(shape=alt.Undefined)
+    point = base.mark_point(size=50, strokeWidth=1.6, opacity=1, clip=True)
+    return _finished(alt.layer(line, point), width=WIDTH, height=320))
 
 
 def _scree(table: list[Row], group: str, value: str, labels: dict[str, str], form: str) -> list[Row]:
@@ -600,7 +687,9 @@ def _scree(table: list[Row], group: str, value: str, labels: dict[str, str], for
     for name in dict.fromkeys(row[group] for row in table):
         values = sorted((row[value] for row in table if row[group] == name and row[value] > 0), reverse=True)
         label = form.format(labels.get(name, name))
-        out += [{"name": name, "label": label, "rank": rank, "value": item} for rank, item in enumerate(values, 1)]
+        out += [
+            {"name": name, "label": label, "rank": rank, "value": item} for rank, item in enumerate(values, 1)
+        ]
     return out
 
 
@@ -616,7 +705,7 @@ def _overlaps(dataset: xr.Dataset) -> dict[str, str]:
     return {level: ", ".join(texts) for level, texts in out.items()}
 
 
-# -------------------------------------------------------------------------------------------------------- classes
+# --------------------------------------------------------------------------------------------------- classes
 
 
 def cosines(dataset: xr.Dataset) -> Array:
@@ -657,7 +746,9 @@ def _chosen_classes(dataset: xr.Dataset) -> list[int]:
     return sorted(int(index) for index in heaviest)
 
 
-def _heat_map(dataset: xr.Dataset, matrix: Array, scale: alt.Scale, titles: tuple[str, str, str]) -> alt.Chart:
+def _heat_map(
+    dataset: xr.Dataset, matrix: Array, scale: alt.Scale, titles: tuple[str, str, str]
+) -> alt.Chart:
     """A square of classes by classes; `titles` name the rows, the columns and the value."""
     names, chosen = class_names(dataset), _chosen_classes(dataset)
     cells = [
@@ -668,13 +759,15 @@ def _heat_map(dataset: xr.Dataset, matrix: Array, scale: alt.Scale, titles: tupl
     ]
     order = [names[i] for i in chosen]
     upright = max(map(len, order)) <= 2 and len(order) <= 20
-    axis = {"labelLimit": 90, "ticks": False, "domain": False, "titlePadding": 8}
+    axis: dict[str, Any] = {"labelLimit": 90, "ticks": False, "domain": False, "titlePadding": 8}
     down, across = alt.Axis(**axis), alt.Axis(**axis, labelAngle=0 if upright else -90)
-    chart = alt.Chart(alt.Data(values=cells)).mark_rect(stroke="white", strokeWidth=0.5 if len(order) > 20 else 1)
+    chart = _chart(cells).mark_rect(stroke="white", strokeWidth=0.5 if len(order) > 20 else 1)
     chart = chart.encode(
         x=alt.X("column:N", sort=order, scale=alt.Scale(domain=order), title=titles[1], axis=across),
         y=alt.Y("row:N", sort=order, scale=alt.Scale(domain=order), title=titles[0], axis=down),
-        color=alt.Color("value:Q", scale=scale, legend=_gradient(scale, titles[2], [cell["value"] for cell in cells])),
+        color=alt.Color(
+            "value:Q", scale=scale, legend=_gradient(scale, titles[2], [cell["value"] for cell in cells])
+        ),
         tooltip=[
             alt.Tooltip("row:N", title=titles[0]),
             alt.Tooltip("column:N", title=titles[1] if titles[1] != titles[0] else "and"),
@@ -683,11 +776,11 @@ def _heat_map(dataset: xr.Dataset, matrix: Array, scale: alt.Scale, titles: tupl
     )
     if len(chosen) < len(names):
         chart = chart.properties(title=f"{len(chosen)} of {len(names)} classes: those of largest weight")
-    return _styled(chart.properties(width=420, height=380))
+    return _finished(chart, width=420, height=380))
 
 
 def _gradient(scale: alt.Scale, title: str, values: list[float]) -> alt.Legend:
-    look = {"title": title, "orient": "top", "gradientLength": 200, "gradientThickness": 10}
+    look: dict[str, Any] = {"title": title, "orient": "top", "gradientLength": 200, "gradientThickness": 10}
     if scale.to_dict().get("type") == "log":
         return alt.Legend(**look, values=_decades(min(values), max(values), most=4), format=".0e")
     return alt.Legend(**look, values=[-1, -0.5, 0, 0.5, 1], format="~g")
@@ -699,7 +792,7 @@ def class_names(dataset: xr.Dataset) -> list[str]:
     return [str(name) for name in named]
 
 
-# ----------------------------------------------------------------------------------------------------------- cost
+# ------------------------------------------------------------------------------------------------------ cost
 
 
 def cost(dataset: xr.Dataset) -> alt.LayerChart:
@@ -709,9 +802,14 @@ def cost(dataset: xr.Dataset) -> alt.LayerChart:
     order = [row["stage"] for row in table]
     for row in table:
         row["text"] = number(row["cost_gradients"])
-    base = alt.Chart(alt.Data(values=table)).encode(
+    base = _chart(table).encode(
         y=alt.Y("stage:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=150)),
-        x=alt.X("cost_gradients:Q", title="cost in full-data gradients", axis=alt.Axis(tickCount=5, format="~s")),
+        x=alt.X(
+            "cost_gradients:Q",
+            scale=alt.Scale(domain=[0, 1.12 * max(row["cost_gradients"] for row in table)], nice=False),
+            title="cost in full-data gradients",
+            axis=alt.Axis(tickCount=4, format=","),
+        ),
         tooltip=[
             "stage:N",
             _tip("cost_gradients", "gradients", ".4~g"),
@@ -721,10 +819,10 @@ def cost(dataset: xr.Dataset) -> alt.LayerChart:
     )
     bar = base.mark_bar(color="#7b8794", height={"band": 0.7})
     text = base.mark_text(align="left", dx=5, color=INK).encode(text="text:N")
-    return _styled(alt.layer(bar, text).properties(width=WIDTH, height=alt.Step(26)))
+    return _finished(alt.layer(bar, text), width=WIDTH, height=alt.Step(26)))
 
 
-# ----------------------------------------------------------------------------------------------------- everything
+# ------------------------------------------------------------------------------------------------ everything
 
 CHARTS: dict[str, Callable[[xr.Dataset], alt.TopLevelMixin]] = {
     "spectrum": spectrum,

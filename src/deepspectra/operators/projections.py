@@ -1,0 +1,136 @@
+"""The one idea: averages over the indices of an array (example i, true class c, potential class k).
+
+Rows a_{i,k} = √w_{i,k} g_{i,k} make a matrix A with AᵀA = Σ w g gᵀ. Averaging the rows over some of their
+indices is an orthogonal projection Π of sample space R^{N×C}, with weights in the unit vectors:
+
+    b_{c,k} ∝ √w_{i,k}  on {i ∈ c, k}        one a cell (c, k)
+    b_c     ∝ √w_{i,k}  on {i ∈ c, k ≠ c}    one a class
+    b'_k    ∝ √w_{i,k}  on {i ∉ k, k}        one a logit
+
+    true         cells (c, c)
+    class        span of the b_c
+    logit        span of the b'_k, made orthogonal to the b_c
+    interaction  the other cells (c, k ≠ c): cross without logit
+    within       what no average reaches
+
+They are mutually orthogonal and sum to the identity, so AᵀA = Σ AᵀΠA splits exactly into positive
+semi-definite parts, whatever the rows are: gradients, features or errors. The published four parts (Papyan 2019
+arXiv 1901.08244; 2020, JMLR 21:252, section 6) have cross = logit + interaction. Two-way effects do not commute
+exactly: `first` says whether class or logit keeps what both could explain.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepspectra.errors import OptionError
+
+FOUR_WAY = ("class", "cross", "within", "true")
+TWO_WAY = ("class", "logit", "interaction", "within", "true")
+RANK_TOLERANCE = 1e-9
+
+
+class Projections:
+    """The projections of sample space for given weights and labels.
+
+    Args:
+        weights: (N, C) w_{i,k} ≥ 0.
+        labels: (N,) true class of each row.
+        first: "class" or "logit", the effect that takes the overlap of the two.
+
+    Attributes:
+        cell_weights: (C, C) w_{c,k} = Σ_{i∈c} w_{i,k}.
+        class_weights: (C,) w_c = Σ_{k≠c} w_{c,k}.
+
+    Cost: arrays of N × C × K numbers; no parameter-sized vector is touched.
+    """
+
+    def __init__(self, weights: Tensor, labels: Tensor, *, first: str = "class") -> None:
+        if first not in ("class", "logit"):
+            raise OptionError(f"first={first!r}; it is 'class' or 'logit'.")
+        self.first = first
+        self.labels = labels
+        self.num_classes = weights.shape[1]
+        weights = weights.double()
+        self.cell_weights = weights.new_zeros(self.num_classes, self.num_classes).index_add_(
+            0, labels, weights
+        )
+        self._root = self.cell_weights.sqrt()
+        # α_{i,k} = √(w_{i,k}/w_{c,k}) β_{c,k} carries a cell coordinate to its rows, and back
+        self._unit = (weights / _positive(self.cell_weights)[labels]).sqrt()
+        off = self.cell_weights.clone().fill_diagonal_(0)
+        self.class_weights, self.logit_weights = off.sum(1), off.sum(0)
+        self._by_class = off.sqrt() / _positive(self.class_weights).sqrt()[:, None]  # b_c over cells
+        self._by_logit = off.sqrt() / _positive(self.logit_weights).sqrt()  # b'_k over cells
+        self._mixing = self._by_class * self._by_logit  # ⟨b_c, b'_k⟩
+        self._logit_mix = self._orthogonal_to(self._mixing if first == "class" else self._mixing.T)
+
+    def _orthogonal_to(self, mixing: Tensor) -> Tensor:
+        """Q (C, r) such that the second effect's unit vectors, freed of the first's, times Q are orthonormal."""
+        size = self.logit_weights if self.first == "class" else self.class_weights
+        gram = torch.diag((size > 0).to(mixing)) - mixing.T @ mixing
+        values, vectors = torch.linalg.eigh(gram)
+        kept = values > RANK_TOLERANCE
+        return vectors[:, kept] / values[kept].sqrt()
+
+    # -- between rows and cells ------------------------------------------------------------------------------
+
+    def coordinates(self, rows: Tensor) -> Tensor:
+        """⟨b_{c,k}, α⟩ for α (N, C, K): (C, C, K)."""
+        scaled = self._unit.to(rows)[:, :, None] * rows
+        return scaled.new_zeros(self.num_classes, *rows.shape[1:]).index_add_(0, self.labels, scaled)
+
+    def expand(self, cells: Tensor) -> Tensor:
+        """Σ_{c,k} b_{c,k} β_{c,k} for β (C, C, K): (N, C, K)."""
+        return self._unit.to(cells)[:, :, None] * cells[self.labels]
+
+    # -- the projections -------------------------------------------------------------------------------------
+
+    def project(self, part: str, rows: Tensor) -> Tensor:
+        """Π_part α for α (N, C, K)."""
+        if part == "within":
+            return rows - self.expand(self.coordinates(rows))
+        return self.expand(self.project_cells(part, self.coordinates(rows)))
+
+    def project_cells(self, part: str, cells: Tensor) -> Tensor:
+        """Π_part on cell coordinates β (C, C, K); "within" has none there."""
+        if part in ("class", "logit", "true"):
+            basis = self.basis(part).to(cells)
+            return torch.einsum("ckr,rm->ckm", basis, torch.einsum("ckr,ckm->rm", basis, cells))
+        others = {"cross": ("class", "true"), "interaction": ("class", "logit", "true")}
+        if part not in others:
+            raise OptionError(f"unknown part {part!r}; there are {', '.join(dict.fromkeys(FOUR_WAY + TWO_WAY))}.")
+        return cells - sum((self.project_cells(other, cells) for other in others[part]), torch.zeros_like(cells))
+
+    def squared_norms(self, rows: Tensor, parts: tuple[str, ...]) -> Tensor:
+        """|Π_part α|² for every part, (parts, K): the analysis of variance of α (N, C, K)."""
+        cells = self.coordinates(rows.double())
+        norms = []
+        for part in parts:
+            if part == "within":
+                norms.append((rows.double() - self.expand(cells)).square().sum((0, 1)))
+            else:
+                norms.append(self.project_cells(part, cells).square().sum((0, 1)))
+        return torch.stack(norms)
+
+    def basis(self, part: str) -> Tensor:
+        """Orthonormal basis (C, C, r) of "class", "logit" or "true" in cell coordinates."""
+        eye = torch.eye(self.num_classes, dtype=self._root.dtype, device=self._root.device)
+        by_class = self._by_class[:, :, None] * eye[:, None, :]
+        by_logit = self._by_logit[:, :, None] * eye[None, :, :]
+        if part == "true":
+            return eye[:, :, None] * eye[:, None, :]
+        if part == self.first:
+            basis = by_class if part == "class" else by_logit
+            return basis[:, :, basis.square().sum((0, 1)) > 0]
+        if part == "logit":
+            return (by_logit - torch.einsum("ckd,dr->ckr", by_class, self._mixing)) @ self._logit_mix
+        if part == "class":
+            return (by_class - torch.einsum("ckd,rd->ckr", by_logit, self._mixing)) @ self._logit_mix
+        raise OptionError(f"{part!r} has no small basis; there are 'class', 'logit' and 'true'.")
+
+
+def _positive(weights: Tensor) -> Tensor:
+    """Weights with zeros replaced by one: an absent class divides nothing by one."""
+    return weights.where(weights > 0, 1)

@@ -130,7 +130,7 @@ def conv_pool(dtype: torch.dtype = torch.float64) -> Case:
     x, y = torch.randn(12, 1, 6, 6, dtype=dtype), labels(12, 3)
     model = nn.Sequential(
         nn.Conv2d(1, 3, 3),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         nn.MaxPool2d(2),
         nn.Conv2d(3, 4, 2),
         nn.ReLU(),
@@ -344,6 +344,21 @@ def frozen_parameter(dtype: torch.dtype = torch.float64) -> Case:
     return Case(model, chunks(x, y, [6, 6]))
 
 
+class Exponential(nn.Module):
+    """A weight that is the exponential of what trains."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.exp(x)
+
+
+def reparametrised(dtype: torch.dtype = torch.float64) -> Case:
+    """A weight computed from another by `torch.nn.utils.parametrize`."""
+    torch.manual_seed(25)
+    x, y = torch.randn(10, 4, dtype=dtype), labels(10, 3)
+    inner = nn.utils.parametrize.register_parametrization(nn.Linear(4, 5), "weight", Exponential())
+    return Case(nn.Sequential(inner, nn.Tanh(), nn.Linear(5, 3)).to(dtype), chunks(x, y, [6, 4]))
+
+
 def recurrent(dtype: torch.dtype = torch.float64) -> Case:
     """A recurrent network, whose kernels not every way of differentiating knows."""
     torch.manual_seed(24)
@@ -440,6 +455,7 @@ CLASSIFICATION = {
         token_classes,
         unused_parameter,
         frozen_parameter,
+        reparametrised,
         recurrent,
         unbalanced,
         absent_class,

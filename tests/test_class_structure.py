@@ -56,7 +56,9 @@ def test_the_weights_of_all_pairs_sum_to_one() -> None:
     case, _ = case_and_reference("unbalanced")
     means = ds.class_means(case.problem())
     assert means.cross_class_weights.sum().item() == pytest.approx(1, rel=1e-12)
-    assert means.cross_class_weights.sum(1) == pytest.approx(torch.tensor([14, 5, 2, 1]) / 22, rel=1e-12)
+    assert means.cross_class_weights.sum(1) == pytest.approx(
+        torch.tensor([14, 5, 2, 1]).double() / 22, rel=1e-12
+    )
 
 
 def test_an_absent_class_has_weight_zero_and_finite_means() -> None:
@@ -206,6 +208,16 @@ def test_two_classes_have_no_cross_part() -> None:
         assert error(sum(parts.values()), ref.gauss_newton) < RTOL
 
 
+@pytest.mark.parametrize("name", ["unbalanced", "absent_class", "every_option"])
+def test_logits_first_is_the_other_order(name: str) -> None:
+    case, ref = case_and_reference(name)
+    parts = dense(ds.decompose(case.problem(), effects="two-way", first="logit"))
+    assert close(parts["logit"], ref.parts["logit_first"], ref.gauss_newton)
+    assert close(parts["class"], ref.parts["class_second"], ref.gauss_newton)
+    for part in ("interaction", "within", "true"):
+        assert close(parts[part], ref.parts[part], ref.gauss_newton), part
+
+
 @pytest.mark.parametrize("name", ["unbalanced", "absent_class", "relu_mlp"])
 def test_class_plus_logit_does_not_depend_on_the_order(name: str) -> None:
     """The additive space is the classes' and then the logits', or the logits' and then the classes'."""
@@ -260,16 +272,16 @@ def test_identity_1_extended_gradients_average_to_zero(case: Case) -> None:
 @given(case=problems())
 def test_identity_2_true_class_means_are_the_class_means_turned(case: Case) -> None:
     """w_{c,c} g_{c,c} = −w_c g_c, so G_class + G_true = Σ_c w_c (1 + w_c / w_{c,c}) g_c g_cᵀ."""
-    problem = case.problem()
+    ref, problem = Reference(case), case.problem()
     means, parts = ds.class_means(problem), ds.decompose(problem)
     w_c, g_c = means.class_weights, means.class_means
     w_cc, g_cc = means.cross_class_weights.diagonal(), torch.einsum("ccp->cp", means.cross_class_means)
     left, right = w_cc[:, None] * g_cc, -w_c[:, None] * g_c
-    assert (left - right).abs().max() < 1e-12 * (1e-30 + right.abs().max())
+    assert (left - right).abs().max() < 1e-13 * ref.gradients.abs().max()
     seen = w_cc > 0
     factor = (w_c * (1 + w_c / w_cc))[seen]
     both = parts["class"].dense() + parts["true"].dense()
-    assert error(torch.einsum("c,cp,cq->pq", factor, g_c[seen], g_c[seen]), both) < 1e-9
+    assert close(torch.einsum("c,cp,cq->pq", factor, g_c[seen], g_c[seen]), both, ref.gauss_newton)
 
 
 @given(seed=st.integers(0, 2**31), num_classes=st.integers(3, 5))
@@ -330,6 +342,23 @@ def test_probabilities_that_underflow_leave_everything_finite() -> None:
         assert (sum(products) - ref.gauss_newton @ V).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("margin", [10.0, 40.0, 90.0])
+def test_a_class_whose_label_is_thought_impossible(margin: float, dtype: torch.dtype) -> None:
+    """p of about e^−margin on the true class: the true part is tiny, and rounding does not blow it up."""
+    case = CASES["softmax_regression"]()
+    with torch.no_grad():
+        case.model.bias.copy_(torch.tensor([0.0, 0.0, -margin]))
+    ref = Reference(case)
+    assert ref.means[2][2, 2] < 0.1 * ref.means[0][2]
+    parts = dense(ds.decompose(case.problem(dtype=dtype)))
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-9
+    scale = ref.gauss_newton.abs().max()
+    assert (sum(parts.values()) - ref.gauss_newton).abs().max() < tolerance * scale
+    for part, matrix in parts.items():
+        assert (matrix - ref.parts[part]).abs().max() < tolerance * scale, part
+
+
 def test_one_dominant_example_does_not_swamp_a_small_class() -> None:
     """Weights of 1e-6 against 1: each part keeps its relative accuracy."""
     case = CASES["unbalanced"]()
@@ -358,13 +387,15 @@ def test_unknown_effects_and_levels() -> None:
     problem = CASES["softmax_regression"]().problem()
     with pytest.raises(OptionError, match="three-way"):
         ds.decompose(problem, effects="three-way")
+    with pytest.raises(OptionError, match="chance"):
+        ds.decompose(problem, effects="two-way", first="chance")
     with pytest.raises(OptionError, match="superclass"):
         ds.principal_subspace(problem, level="superclass")
     with pytest.raises(OptionError, match="colours"):
         ds.class_means(problem, of="colours")
 
 
-# ------------------------------------------------------------------------------------------- principal subspace
+# ----------------------------------------------------------------------------------------- principal subspace
 
 
 @pytest.mark.parametrize("level", ["class", "cross_class"])
@@ -459,8 +490,8 @@ def test_theorem_8_1_holds_exactly_in_an_exact_design() -> None:
 
 
 def test_theorem_8_1_holds_within_sampling_error() -> None:
-    """20,000 Gaussian examples: deviations below twice the ‖G − E[G]‖ that random matrix theory expects."""
-    n = 20_000
+    """40,000 Gaussian examples: deviations below twice the ‖G − E[G]‖ that random matrix theory expects."""
+    n = 40_000
     labels = torch.arange(n) % C8
     noise = torch.randn(n, D8, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
     found = torch.linalg.eigvalsh(ds.GaussNewton(regression_at_zero(noise, labels).problem()).dense()).flip(0)
@@ -468,7 +499,7 @@ def test_theorem_8_1_holds_within_sampling_error() -> None:
     tolerance = 2 * expected[0] * (2 * (D8 / n) ** 0.5)
     assert (found - expected).abs().max() < tolerance
     gaps = [expected[j] - expected[j + 1] for j in (C8 - 1, C8 * (C8 - 1) - 1)]
-    assert tolerance < min(gaps) / 4, "the tolerance tells outliers, bump and bulk apart"
+    assert tolerance < min(gaps) / 3, "the tolerance tells outliers, bump and bulk apart"
 
 
 def test_theorem_8_1_attributes_outliers_bump_and_bulk() -> None:
@@ -514,17 +545,50 @@ def clustered() -> Case:
     return Case(model, [(x, y)])
 
 
-def test_shares_sum_to_one_and_are_quadratic_forms() -> None:
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("effects", ["four-way", "two-way"])
+def test_shares_sum_to_one_and_are_quadratic_forms(kind: str, effects: str) -> None:
     """share_j(B) = u_jᵀ B u_j / λ_j over G's parts and the residual."""
     case = clustered()
-    problem = case.problem()
-    attribution = ds.attribute(ds.Hessian(problem), ds.decompose(problem))
-    ref = Reference(case)
-    values, U = torch.linalg.eigh(ref.hessian)
+    problem, ref = case.problem(), Reference(case)
+    operator = {"hessian": ds.Hessian, "gauss_newton": ds.GaussNewton}[kind](problem)
+    parts = ds.decompose(problem, effects=effects)
+    found = ds.attribute(operator, parts, pairs=ds.eigenpairs(operator, num=7, rtol=1e-9))
+    values, U = torch.linalg.eigh(getattr(ref, kind))
     values, U = values.flip(0), U.flip(1)
-    shares = attribution.shares
-    assert shares is not None
-    assert attribution.knockouts
-    assert attribution.verdicts
-    assert values is not None
-    assert U is not None
+    assert found.num_outliers >= 2
+    assert found.shares.shape == (found.num_outliers, len(parts) + 1)
+    assert (found.shares.sum(1) - 1).abs().max() < 1e-6
+    expected = {
+        **{name: ref.parts[name] for name in parts},
+        "residual": getattr(ref, kind) - ref.gauss_newton,
+    }
+    for column, name in enumerate(found.part_names):
+        for j in range(found.num_outliers):
+            share = (U[:, j] @ expected[name] @ U[:, j] / values[j]).item()
+            assert found.shares[j, column].item() == pytest.approx(share, abs=1e-5), (name, j)
+    assert found.verdicts
+    assert all(isinstance(sentence, str) for sentence in found.verdicts)
+
+
+def test_knock_outs_bound_the_eigenvalues_of_what_is_left() -> None:
+    """Rayleigh-Ritz values of A − B, each with a true eigenvalue within its residual norm.
+
+    Class goes with true, whose means are collinear with the class means; "means" is all but within.
+    """
+    case = clustered()
+    problem, ref = case.problem(), Reference(case)
+    found = ds.attribute(ds.Hessian(problem), ds.decompose(problem))
+    stands_for = {"class": ["class", "true"], "logit": ["logit"], "means": ["class", "cross", "true"]}
+    tried = set()
+    for knockout in found.knockouts:
+        if knockout.method != "subtraction" or not set(knockout.removed) <= set(stands_for):
+            continue
+        tried.add(knockout.removed)
+        parts = {part for name in knockout.removed for part in stands_for[name]}
+        left = torch.linalg.eigvalsh(ref.hessian - sum(ref.parts[part] for part in parts)).flip(0)
+        values, scale = knockout.values, left.abs().max()
+        assert (values <= left[: len(values)] + 1e-6 * scale).all(), knockout.removed
+        distance = (values[:, None] - left).abs().min(1).values
+        assert (distance <= knockout.residual_norms + 1e-6 * scale).all(), knockout.removed
+    assert tried >= {("class",), ("class", "logit")}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import deepspectra as ds
-from deepspectra.errors import ShapeError
+from deepspectra import products
+from deepspectra.errors import DeepSpectraError, MemoryBudgetError, ShapeError
 from nets import CASES, Case
 from reference import Reference, case_and_reference, error
 
@@ -24,7 +27,7 @@ OPERATORS = {
     "empirical_fisher": ds.EmpiricalFisher,
 }
 RTOL = 1e-9
-PAIRS = ["relu_mlp", "conv_batchnorm", "layernorm_gelu", "attention_function", "every_option", "mse_module"]
+PAIRS = ["relu_mlp", "conv_batchnorm", "layernorm_gelu", "token_classes", "every_option", "mse_module"]
 
 
 @pytest.mark.parametrize("kind", OPERATORS)
@@ -127,6 +130,105 @@ def test_batching_and_order_do_not_matter(name: str) -> None:
         assert error(problem.gradient(), ref.gradient) < RTOL, feed
         for kind, operator in OPERATORS.items():
             assert error(operator(problem) @ v, getattr(ref, kind) @ v) < RTOL, (feed, kind)
+
+
+@pytest.mark.parametrize("name", ["relu_mlp", "layernorm_gelu", "attention_function"])
+def test_a_small_memory_budget_changes_the_time_and_not_the_product(name: str) -> None:
+    """Graphs that do not fit are made anew; what cannot work at all is refused."""
+    case, ref = case_and_reference(name)
+    V = torch.randn(ref.num_parameters, 6, dtype=torch.float64)
+    worked = 0
+    for memory in (30_000, 100_000, 300_000, "1MiB", "1GiB"):
+        try:
+            problem = case.problem(memory=memory)
+            found = {kind: operator(problem) @ V for kind, operator in OPERATORS.items()}
+        except MemoryBudgetError:
+            assert not worked, "what fits less memory fits more"
+            continue
+        worked += 1
+        for kind, product in found.items():
+            assert error(product, getattr(ref, kind) @ V) < RTOL, (memory, kind)
+    assert worked >= 2
+
+
+TRACED = ["tied_parameter"] + [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("conv_pool", "layernorm_gelu", "attention_function", "every_option")
+]
+
+
+@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize(
+    ("way", "linearize"), [(products.DoubleBackward, False), (products.Linearized, True)]
+)
+def test_every_way_of_differentiating_is_right(
+    name: str, way: Any, linearize: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which way is taken depends on time, so each is forced: vectors and blocks, H, R, J and Jᵀ."""
+    case, ref = case_and_reference(name)
+    V = torch.randn(ref.num_parameters, 3, dtype=torch.float64)
+    monkeypatch.setattr(products.Products, "way", lambda self: way)
+    monkeypatch.setattr(products.Products, "linearize", lambda self: linearize)
+    problem = case.problem()
+    for kind, operator in OPERATORS.items():
+        truth = getattr(ref, kind) @ V
+        assert error(operator(problem) @ V, truth) < RTOL, kind
+        assert error(operator(problem) @ V[:, 0], truth[:, 0]) < RTOL, kind
+
+
+def test_linearising_is_right_through_layer_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward over a reverse-mode Jacobian is wrong there; forward over a gradient is not."""
+    monkeypatch.setattr(products.Products, "way", lambda self: products.Linearized)
+    torch.manual_seed(51)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 3)).double()
+    case = Case(model, [(torch.randn(6, 3, dtype=torch.float64), torch.arange(6) % 3)])
+    assert error(ds.Hessian(case.problem()).dense(), Reference(case).hessian) < RTOL
+
+
+def test_a_problem_that_is_dropped_gives_its_memory_back() -> None:
+    """Kept graphs, data and the copy of the model die with the last reference to them."""
+    problem = CASES["relu_mlp"]().problem()
+    H, G = ds.Hessian(problem), ds.GaussNewton(problem)
+    v = torch.ones(problem.num_parameters, dtype=torch.float64)
+    assert (H @ v).shape == (G @ v).shape
+    kept = weakref.ref(problem.model)
+    del problem, H, G
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_products_are_right_where_gradients_are_switched_off(kind: str) -> None:
+    case, ref = case_and_reference("relu_mlp")
+    v = torch.randn(ref.num_parameters, dtype=torch.float64)
+    with torch.no_grad():
+        problem = case.problem()
+        assert error(OPERATORS[kind](problem) @ v, getattr(ref, kind) @ v) < RTOL
+        assert error(problem.gradient(), ref.gradient) < RTOL
+
+
+def test_batches_without_a_row_that_counts_add_nothing() -> None:
+    """Every label of the first batch is ignored."""
+    case, ref = CASES["ragged"](), case_and_reference("ragged")[1]
+    x = torch.randn(4, 5, dtype=torch.float64)
+    problem = case.problem([(x, torch.full((4,), -100)), *case.batches, (x, torch.full((4,), -100))])
+    assert problem.loss() == pytest.approx(ref.loss, rel=1e-12)
+    v = torch.randn(ref.num_parameters, dtype=torch.float64)
+    for kind, operator in OPERATORS.items():
+        assert error(operator(problem) @ v, getattr(ref, kind) @ v) < RTOL, kind
+
+
+def test_a_batch_as_long_as_there_are_classes_is_read_like_the_others() -> None:
+    """Outputs (B, T, C) whose T differs from batch to batch: at T = C two readings fit, and one is wrong."""
+    torch.manual_seed(50)
+    model = torch.nn.Sequential(torch.nn.Embedding(6, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3)).double()
+    batches = [(torch.randint(6, (2, length)), torch.randint(3, (2, length))) for length in (5, 3, 4)]
+    case = Case(model, batches, classes_last=True)
+    try:
+        problem = case.problem()
+    except DeepSpectraError:
+        return
+    assert problem.loss() == pytest.approx(Reference(case).loss, rel=1e-12)
 
 
 def test_a_shuffling_loader_gives_the_same_product_twice() -> None:

@@ -199,6 +199,42 @@ def test_an_absent_class_changes_nothing_else() -> None:
     assert error(ds.Hessian(problem).dense(), ref.hessian) < 1e-9
 
 
+class Listed(Dataset):
+    """A data set as torchvision's are: a tensor and a Python int."""
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return X[index], int(Y[index])
+
+
+def test_labels_as_python_integers() -> None:
+    ref = Reference(Case(mlp(), [(X, Y)]))
+    for data in (Listed(), DataLoader(Listed(), batch_size=5)):
+        problem = ds.Problem(ref.case.model, data)
+        assert error(ds.Hessian(problem).dense(), ref.hessian) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
+def test_labels_of_another_integer_type(dtype: torch.dtype) -> None:
+    """Understood, or refused by name; not PyTorch's complaint from inside."""
+    ref = Reference(Case(mlp(), [(X, Y)]))
+    try:
+        problem = ds.Problem(ref.case.model, (X, Y.to(dtype)))
+    except errors.DataError:
+        return
+    assert error(ds.Hessian(problem).dense(), ref.hessian) < 1e-9
+
+
+def test_inputs_of_another_precision_than_the_model() -> None:
+    """Data follow the model's dtype."""
+    model = mlp()
+    ref = Reference(Case(model, [(X.float().double(), Y)]))
+    problem = ds.Problem(model, (X.float(), Y))
+    assert error(ds.Hessian(problem).dense(), ref.hessian) < 1e-9
+
+
 class Noisy(Dataset):
     """Random augmentation: another input at every reading."""
 
@@ -276,6 +312,17 @@ def test_unused_parameters_alone_have_no_curvature() -> None:
     assert problem.gradient().abs().max() == 0
     for operator in (ds.Hessian, ds.GaussNewton, ds.Residual, ds.EmpiricalFisher):
         assert operator(problem).dense().abs().max() == 0
+
+
+def test_a_glob_on_the_other_name_of_a_tied_weight() -> None:
+    """The weight is listed once; its second name finds it, or is refused. It is not left out in silence."""
+    case, ref = case_and_reference("tied_modules")
+    try:
+        problem = case.problem(parameters="output.*")
+    except errors.ParameterError:
+        return
+    expected = ref.block(ref.hessian, "embedding.weight", "output.bias")
+    assert error(ds.Hessian(problem).dense(), expected) < 1e-9
 
 
 def test_flatten_refuses_other_names_and_shapes() -> None:
@@ -427,6 +474,39 @@ def test_gauss_newton_needs_first_derivatives_only(function: Any) -> None:
     assert error(dense, Reference(Case(right, [(X, Y)])).gauss_newton) < 1e-9
 
 
+def test_weight_norm_has_a_wrong_second_derivative_in_pytorch() -> None:
+    """Its fused kernel fails `gradgradcheck` (torch 2.13, CPU): refused, or right some other way.
+
+    G, which needs first derivatives only, is right.
+    """
+    torch.manual_seed(5)
+    fused = mlp()
+    nn.utils.parametrizations.weight_norm(fused[0])
+    with torch.no_grad():
+        fused[0].parametrizations.weight.original0.mul_(1.5)
+
+    class Plain(nn.Module):
+        def forward(self, length: Tensor, direction: Tensor) -> Tensor:
+            return direction * (length / direction.norm(dim=1, keepdim=True))
+
+        def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+            return weight.norm(dim=1, keepdim=True), weight
+
+    plain = mlp()
+    nn.utils.parametrize.register_parametrization(plain[0], "weight", Plain())
+    plain.load_state_dict(fused.state_dict())
+    ref, problem = Reference(Case(plain, [(X, Y)])), ds.Problem(fused, (X, Y))
+    assert list(problem.parameter_names) == list(ref.parameters)
+    assert error(ds.GaussNewton(problem).dense(), ref.gauss_newton) < 1e-9
+    assert error(ds.Hessian(ds.Problem(plain, (X, Y))).dense(), ref.hessian) < 1e-9
+    for kind, operator in (("hessian", ds.Hessian), ("residual", ds.Residual)):
+        try:
+            matrix = operator(problem).dense()
+        except errors.CurvatureError:
+            continue
+        assert error(matrix, getattr(ref, kind)) < 1e-9, kind
+
+
 @pytest.mark.parametrize("name", ["attention_module", "attention_function", "layernorm_gelu"])
 def test_transformers_pass_the_curvature_check(name: str) -> None:
     """Fused attention and layer norm are known traps, and no fault of the user's."""
@@ -438,7 +518,8 @@ def test_transformers_pass_the_curvature_check(name: str) -> None:
 
 @pytest.mark.parametrize("loss", ["huber", "", 3, None])
 def test_an_unknown_loss(loss: Any) -> None:
-    refused(errors.LossError, str(loss), lambda: ds.Problem(mlp(), (X, Y), loss=loss))
+    words = repr(loss) if isinstance(loss, str) else type(loss).__name__
+    refused(errors.LossError, words, lambda: ds.Problem(mlp(), (X, Y), loss=loss))
 
 
 def per_example(z: Tensor, y: Tensor) -> Tensor:

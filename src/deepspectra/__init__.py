@@ -1,1 +1,31 @@
 """deepspectra splits the spectrum of a deep network into the parts that cause it."""
+
+from deepspectra.algorithms.density import density
+from deepspectra.algorithms.eigenpairs import eigenpairs
+from deepspectra.algorithms.subspace import overlap
+from deepspectra.algorithms.trace import trace
+from deepspectra.analysis.attribution import attribute
+from deepspectra.analysis.means import class_means, principal_subspace
+from deepspectra.apps.analyze import Analysis, analyze, load
+from deepspectra.operators.curvature import EmpiricalFisher, GaussNewton, Hessian, Residual
+from deepspectra.operators.parts import decompose
+from deepspectra.problem import Problem
+
+__all__ = [
+    "Analysis",
+    "EmpiricalFisher",
+    "GaussNewton",
+    "Hessian",
+    "Problem",
+    "Residual",
+    "analyze",
+    "attribute",
+    "class_means",
+    "decompose",
+    "density",
+    "eigenpairs",
+    "load",
+    "overlap",
+    "principal_subspace",
+    "trace",
+]

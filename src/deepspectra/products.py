@@ -187,6 +187,7 @@ class Products:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.budget = problem.memory // 2
+        self.reserved = 0
         self.stores: dict[str, Store] = {}
         self.sizes = [value.numel() for value in problem.parameters.values()]
         self.shapes = [value.shape for value in problem.parameters.values()]
@@ -242,7 +243,7 @@ class Products:
                 self._refuse_beyond_memory(store.bytes_each)
             else:
                 graph = build(batch)
-            if self.kept_bytes() + store.bytes_each <= self.budget:
+            if self.kept_bytes() + self.reserved + store.bytes_each <= self.budget:
                 store.kept[index] = graph
             yield index, graph
 
@@ -254,6 +255,15 @@ class Products:
         """Drop every kept graph, to make room for another kind."""
         for store in self.stores.values():
             store.kept.clear()
+
+    def reserve(self, size: int) -> bool:
+        """Set aside bytes of the graphs' budget for something else; False if they are not there."""
+        if self.reserved + size > self.budget:
+            return False
+        self.reserved += size
+        if self.kept_bytes() + self.reserved > self.budget:
+            self.release()
+        return True
 
     def _refuse_beyond_memory(self, size: int) -> None:
         if size > self.problem.memory:

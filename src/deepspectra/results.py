@@ -67,7 +67,8 @@ class Eigenpairs:
 
     Attributes:
         values: (K,) descending, float64.
-        vectors: (P, K) orthonormal columns, on the operator's device and in its dtype (float32 for shorter ones).
+        vectors: (P, K) orthonormal columns, on the operator's device and in its dtype (float32 for shorter
+        ones).
         residual_norms: (K,) ‖A v − λ v‖, measured.
         converged: every pair met its tolerance and none is thought missing.
         num_products: products spent.
@@ -167,6 +168,12 @@ class Density:
         """The mean eigenvalue, tr A / P."""
         return float(self.nodes @ self.weights)
 
+    @property
+    def mean_standard_error(self) -> float:
+        """Of `mean`, over probes; NaN with one."""
+        _, *rows = self._rows_by_probe()
+        return float(_standard_error(self.num_probes * torch.stack([self.nodes[r] @ self.weights[r] for r in rows])))
+
     @overload
     def cdf(self, x: float) -> float: ...
     @overload
@@ -180,10 +187,30 @@ class Density:
         return mass if isinstance(x, Tensor) else float(mass)
 
     def count_above(self, x: float) -> tuple[float, float]:
-        """How many eigenvalues lie above `x`, and the standard error of that over probes (NaN with one probe)."""
+        """How many eigenvalues lie above `x`, and its standard error (NaN with one probe).
+
+        The error adds the scatter over probes and the resolution: between two nodes of a quadrature the
+        distribution is known to within the weight of either (Chebyshev, Markov and Stieltjes), taken as
+        uniform. It is 0 where exact eigenvalues enclose `x`.
+        """
         above = torch.where(self.nodes > x, self.weights, 0.0)
-        sums = self._by_probe(above[:, None])[:, 0] * self.size
-        return float(self.size * above.sum()), float(_standard_error(sums))
+        exact, *rows = self._rows_by_probe()
+        counts = torch.stack([above[r].sum() for r in rows]) * self.num_probes * self.size
+        jumps = torch.stack([self._jump(x, exact, r) for r in rows]).mean() * self.num_probes * self.size
+        error = torch.hypot(_standard_error(counts), jumps / math.sqrt(3))
+        return float(self.size * above.sum()), float(error)
+
+    def _jump(self, x: float, exact: Tensor, rows: Tensor) -> Tensor:
+        """The larger weight of a probe's two nodes around `x`, if no exact node is nearer."""
+        largest = torch.zeros((), dtype=torch.float64)
+        for side in (1, -1):
+            distance = side * (self.nodes[rows] - x)
+            beyond = distance.where(distance > 0, math.inf)
+            known = side * (self.nodes[exact] - x)
+            nearest_known = torch.cat([known[known > 0], known.new_tensor([math.inf])]).min()
+            if len(rows) and bool(beyond.min() < nearest_known):
+                largest = torch.maximum(largest, self.weights[rows[beyond.argmin()]])
+        return largest
 
     def smooth(
         self,
@@ -196,7 +223,8 @@ class Density:
         """The density convolved with a Gaussian: a view for drawing; compute with the nodes.
 
         "linear": mass per unit of λ, over the bulk. Nodes off the bulk (further from it than a tenth of its
-        range, or 4/num_steps of it) are left out, to be drawn one by one, so that no outlier sets the width or the grid.
+        range, or 4/num_steps of it) are left out, to be drawn one by one, so that no outlier sets the width
+        or the grid.
         "log": mass per decade of |λ| + ε, over all nodes, or those of one sign. The integral over λ, or over
         log10 of the grid, is `Curve.mass`: 1 less what was left out.
 
@@ -211,8 +239,8 @@ class Density:
         Raises:
             OptionError: an argument out of range, or no node of that sign.
 
-        Source: Papyan, JMLR 21 (2020), appendix C.3 (Lin, Saad and Yang's width, κ = 3), C.7 (log spectrum, ε = 1e-5),
-        D.2. Departures: the kernel is not truncated; the width comes from the bulk.
+        Source: Papyan, JMLR 21 (2020), appendix C.3 (Lin, Saad and Yang's width, κ = 3),
+        C.7 (log spectrum, ε = 1e-5), D.2. Departures: the kernel is not truncated; the width is the bulk's.
         """
         _check_smooth(scale, width, num_points, sign, epsilon)
         shown = torch.ones_like(self.nodes, dtype=torch.bool) if sign is None else self.nodes * sign > 0
@@ -222,11 +250,13 @@ class Density:
         if scale == "log":
             positions = (self.nodes.abs() + epsilon * self.nodes.abs().max().clamp_min(TINY)).log10()
         else:
-            low, high = _bulk(self.nodes[shown], self.weights[shown], self.num_steps)
-            shown &= (self.nodes >= low) & (self.nodes <= high)
+            first, last = _bulk(self.nodes[shown], self.weights[shown], self.num_steps)
+            shown &= (self.nodes >= first) & (self.nodes <= last)
         low, high = positions[shown].aminmax()
         width = width or _default_width(float(low), float(high), self.num_steps)
-        grid = torch.linspace(float(low) - 4 * width, float(high) + 4 * width, num_points, dtype=torch.float64)
+        grid = torch.linspace(
+            float(low) - 4 * width, float(high) + 4 * width, num_points, dtype=torch.float64
+        )
         weights = torch.where(shown, self.weights, 0.0)
         curves = torch.stack([_broaden(grid, positions[r], weights[r], width) for r in self._rows_by_probe()])
         exact, probes = curves[0], curves[1:] * self.num_probes
@@ -243,17 +273,13 @@ class Density:
         """Indices of the exact nodes, then of each probe's."""
         order = self.probes.argsort(stable=True)
         counts = torch.bincount(self.probes + 1, minlength=self.num_probes + 1)
-        return list(order.split(counts.tolist()))
-
-    def _by_probe(self, terms: Tensor) -> Tensor:
-        """Each probe's own estimate (num_probes, ...) of the random part of Σ_m terms_m."""
-        sums = torch.zeros(self.num_probes + 1, *terms.shape[1:], dtype=torch.float64)
-        return sums.index_add_(0, self.probes + 1, terms)[1:] * self.num_probes
+        return list(torch.split(order, counts.tolist()))
 
     def __str__(self) -> str:
         negative = float(torch.where(self.nodes < 0, self.weights, 0.0).sum())
+        low, high = self.nodes.aminmax()
         rows = [
-            f"{'smallest, largest node':<26} {float(self.nodes.min()):>12.5g} {float(self.nodes.max()):>12.5g}",
+            f"{'smallest, largest node':<26} {float(low):>12.5g} {float(high):>12.5g}",
             f"{'mean eigenvalue':<26} {self.mean:>12.5g}",
             f"{'mass below zero':<26} {negative:>12.4g}",
             f"{'eigenvalues known exactly':<26} {len(self.exact):>12,} of {self.size:,}",
@@ -314,14 +340,16 @@ def _broaden(grid: Tensor, positions: Tensor, weights: Tensor, width: float) -> 
 def _default_width(low: float, high: float, num_steps: int) -> float:
     half_range = 0.55 * (high - low)
     width = half_range * 2 / max(num_steps - 1, 1) / math.sqrt(8 * math.log(3))
-    return max(width, 1e-3 * max(abs(low), abs(high))) if width == 0 else width
+    return width or 1e-3 * max(abs(low), abs(high)) or 1e-3  # all nodes equal: any narrow bump will do
 
 
 def _bulk(nodes: Tensor, weights: Tensor, num_steps: int) -> tuple[float, float]:
     """The range of the bulk: of the middle 90 % of the mass, grown over nodes until a gap too wide for it."""
     nodes, order = nodes.sort()
     mass = weights[order].cumsum(0)
-    first, last = torch.searchsorted(mass, torch.tensor([0.05, 0.95], dtype=torch.float64) * mass[-1]).tolist()
+    first, last = torch.searchsorted(
+        mass, torch.tensor([0.05, 0.95], dtype=torch.float64) * mass[-1]
+    ).tolist()
     last = min(last, len(nodes) - 1)
     values, gap = nodes.tolist(), max(0.1, 4 / num_steps)
     while True:

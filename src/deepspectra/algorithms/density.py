@@ -21,7 +21,7 @@ INF = float("inf")
 LOCK_RTOL = 1e-3  # relative residual at which a pair counts as an eigenvalue of its own
 
 
-def density(
+def density(  # noqa: PLR0917  (all of it public)
     A: Operator | Tensor,
     num_probes: int = 8,
     num_steps: int = 64,
@@ -31,16 +31,18 @@ def density(
 ) -> Density:
     """The density (1/P) Σ_i δ(λ − λ_i) of a symmetric operator's spectrum, by stochastic Lanczos quadrature.
 
-    Gaussian probes advance in lockstep, one block product a step, and share one fully reorthogonalised block Krylov
-    basis. A probe z gets the Ritz values θ of the basis as nodes and (zᵀ y)²/‖z‖² as weights: Gauss quadrature, exact
-    for polynomials of degree 2·num_steps − 1 and for any spectrum once the basis is invariant. Pairs converged
-    (residual ≤ 1e-3·|θ|) contiguously from either end are locked: eigenvalues of weight exactly 1/P, which removes
-    their variance. A run of equal values is locked only if there are fewer of them than probes in the block, since k
-    probes see at most k copies of a multiple eigenvalue (so a single probe locks nothing).
+    Gaussian probes advance in lockstep, one block product a step, and share one fully reorthogonalised block
+    Krylov basis. A probe z gets the Ritz values θ of the basis as nodes and (zᵀy)²/‖z‖² as weights: Gauss
+    quadrature, exact for polynomials of degree 2·num_steps − 1, and for any spectrum once the basis is
+    invariant. Pairs converged (residual ≤ 1e-3·|θ|) contiguously from either end are locked, as eigenvalues
+    of weight exactly 1/P, which removes their variance. A run of equal values is locked only if it has fewer
+    than there are probes in the block, since k probes see at most k copies of a multiple eigenvalue (so a
+    single probe locks nothing).
 
-    With `deflate`, probes and products are projected on the complement of its vectors, (I − VVᵀ)A(I − VVᵀ), and its
-    values enter, sign kept, with weight 1/P each. Vectors that have not converged only blur: the projected operator's own
-    density is still exact, and the values are Rayleigh quotients, off by at most ‖A v − λ v‖.
+    With `deflate`, probes and products are projected on the complement of its vectors, (I − VVᵀ)A(I − VVᵀ),
+    and its values enter, sign kept, with weight 1/P each. Vectors that have not converged only blur: the
+    projected operator's own density is still exact, and the values are Rayleigh quotients, off by at
+    most ‖A v − λ v‖.
 
     Args:
         A: an operator, or a symmetric matrix (P, P).
@@ -58,13 +60,15 @@ def density(
         NonFiniteError: a product is NaN or infinite.
         MemoryBudgetError: not even one probe's basis fits `A.memory`.
 
-    Cost: num_probes·num_steps products at most; a basis of at most `A.memory` bytes: probes are split into groups that
-    fit, of at most 2048 vectors, and later groups run on the complement of the pairs locked before.
+    Cost: num_probes·num_steps products at most; a basis of at most `A.memory` bytes: probes are split into
+    groups that fit, of at most 2048 vectors, and later groups run on the complement of the pairs locked
+    before.
 
-    Source: Golub and Meurant (2010) for the quadrature; Papyan, JMLR 21 (2020), appendix C, algorithm 3. Departures: (1)
-    full reorthogonalisation, hence no ghosts; (2) the probes share a block basis; (3) locking; (4) several probes and a
-    standard error. Gaussian and not Rademacher probes: results depend on the spectrum alone, not on the basis A is
-    written in, and copies of a multiple eigenvalue are seen with probability one.
+    Source: Golub and Meurant (2010) for the quadrature; Papyan, JMLR 21 (2020), appendix C, algorithm 3.
+    Departures: (1) full reorthogonalisation, hence no ghosts; (2) the probes share a block basis;
+    (3) locking; (4) several probes and a standard error. Gaussian and not Rademacher probes: results depend
+    on the spectrum alone, not on the basis A is written in, and copies of a multiple eigenvalue are seen with
+    probability one.
     """
     began = time.perf_counter()
     operator = as_operator(A)
@@ -80,10 +84,14 @@ def density(
         if krylov.spans_all:
             break
         room = sizes[j + 1] * (num_steps + 1) if j + 1 < len(sizes) else 0
-        start = _advance(krylov, size, num_steps, generator, progress, num_probes * num_steps)
+        start = _advance(
+            krylov, size, num_steps, generator, progress=progress, expected=num_probes * num_steps
+        )
         groups.append(_quadrature(krylov, start, room))
-    exact = torch.cat([torch.zeros(0, dtype=torch.float64) if deflate is None else deflate.values.cpu().double()]
-                      + [group.locked for group in groups])
+    exact = torch.cat(
+        [torch.zeros(0, dtype=torch.float64) if deflate is None else deflate.values.cpu().double()]
+        + [group.locked for group in groups]
+    )
     nodes, weights, probes = _assemble(exact, groups, operator.shape[0])
     return Density(
         nodes=nodes,
@@ -99,7 +107,7 @@ def density(
 
 
 class _Group(NamedTuple):
-    """What a group of probes found: locked values, and nodes (m,) with each probe's shares (g, m) of the rest."""
+    """What a group of probes found: locked values, and nodes (m,) with each probe's shares (g, m)."""
 
     locked: Tensor
     nodes: Tensor
@@ -108,9 +116,15 @@ class _Group(NamedTuple):
 
 
 def _advance(
-    krylov: Krylov, size: int, num_steps: int, generator: torch.Generator, progress: Progress | None, expected: int
+    krylov: Krylov,
+    size: int,
+    num_steps: int,
+    generator: torch.Generator,
+    *,
+    progress: Progress | None,
+    expected: int,
 ) -> Tensor:
-    """Run `size` fresh probes for `num_steps` block products; their coefficients (r, size) in the first block."""
+    """Run `size` fresh probes for `num_steps` block products; their coefficients (r, size) at the start."""
     start = krylov.append(gaussian_rows(size, krylov.operator.shape[0], generator))
     for _ in range(num_steps):
         if krylov.num_pending == 0:
@@ -122,7 +136,7 @@ def _advance(
 
 
 def _quadrature(krylov: Krylov, start: Tensor, room: int) -> _Group:
-    """Nodes, shares and locked values of the basis; the locked vectors stay fixed if a later group needs `room`."""
+    """Nodes, shares and locked values of the basis; the locked vectors stay if a later group needs `room`."""
     values, coefficients, residual_norms = krylov.ritz()
     amplitudes = start.T @ coefficients[: len(start)]
     shares = (amplitudes / start.norm(dim=0)[:, None]).square()
@@ -139,7 +153,9 @@ def _quadrature(krylov: Krylov, start: Tensor, room: int) -> _Group:
     return _Group(values[locked], values[~locked], shares[:, ~locked], inside)
 
 
-def _lockable(values: Tensor, residual_norms: Tensor, num_probes: int, limit: int, everything: bool) -> tuple[int, int]:
+def _lockable(
+    values: Tensor, residual_norms: Tensor, num_probes: int, limit: int, everything: bool
+) -> tuple[int, int]:
     """How many of the ascending values can be locked from below and from above."""
     count = len(values)
     if everything and count <= limit:
@@ -165,7 +181,7 @@ def _run_length(values: Tensor, residual_norms: Tensor, num_probes: int) -> int:
 
 
 def _assemble(exact: Tensor, groups: list[_Group], size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One quadrature: exact nodes of weight 1/P, and the other nodes sharing the rest equally among probes."""
+    """One quadrature: exact nodes of weight 1/P, and the rest shared equally among the probes."""
     num_probes = sum(len(group.shares) for group in groups)
     nodes, weights = [exact], [torch.full_like(exact, 1 / size)]
     probes = [torch.full(exact.shape, -1, dtype=torch.int64)]
@@ -191,11 +207,13 @@ def _group_sizes(operator: Operator, num_probes: int, num_steps: int, num_known:
     fit = basis_capacity(operator)
     if fit < min(size, num_known + num_steps + 1):
         raise MemoryBudgetError(
-            f"{num_steps} steps need room for {num_known + num_steps + 1} vectors of length {size:,}; A.memory = "
-            f"{operator.memory:,} bytes holds {fit}. Lower num_steps to {max(fit - num_known - 1, 0)} or raise A.memory."
+            f"{num_steps} steps need room for {num_known + num_steps + 1} vectors of length {size:,}; "
+            f"A.memory = {operator.memory:,} bytes holds {fit}. "
+            f"Lower num_steps to {max(fit - num_known - 1, 0)} or raise A.memory."
         )
     largest = num_probes if fit >= size else (fit - num_known) // (num_steps + 1)
-    largest = max(1, min(largest, LARGEST_BLOCK_BASIS // min(num_steps, size)))
+    if size > LARGEST_BLOCK_BASIS:
+        largest = max(1, min(largest, LARGEST_BLOCK_BASIS // num_steps))
     count = -(-num_probes // largest)
     return [num_probes // count + (j < num_probes % count) for j in range(count)]
 
@@ -215,7 +233,9 @@ def _known_rows(operator: Operator, deflate: Eigenpairs | None) -> Tensor:
     if not isinstance(deflate, Eigenpairs):
         raise OptionError(f"deflate must be the result of eigenpairs, or None; got {type(deflate).__name__}.")
     if deflate.vectors.shape[0] != size:
-        raise ShapeError(f"deflate has vectors of length {deflate.vectors.shape[0]:,}, but A has {size:,} rows.")
+        raise ShapeError(
+            f"deflate has vectors of length {deflate.vectors.shape[0]:,}, but A has {size:,} rows."
+        )
     return deflate.vectors.T
 
 

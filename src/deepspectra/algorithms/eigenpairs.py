@@ -22,7 +22,7 @@ SHORTEST_CHALLENGE = 5  # products of the search for missing copies, or a quarte
 SPARE_VECTORS = 8  # the fewest basis vectors beyond `num` with which a restart makes headway
 
 
-def eigenpairs(
+def eigenpairs(  # noqa: PLR0917  (all of it public)
     A: Operator | Tensor,
     num: int = 10,
     which: str = "largest",
@@ -35,10 +35,10 @@ def eigenpairs(
     """Extreme eigenpairs of a symmetric operator, until converged.
 
     A pair has converged when its measured residual ‖A v − λ v‖ is at most rtol·|λ|. (Of eigenvalues below
-    ε^(2/3)·‖A‖, which are zero to working precision ε, only max(rtol·ε^(2/3), 8 ε)·‖A‖ is asked.) All wanted pairs must
-    then stand still over 3 further products and survive a challenge: a fresh random vector and at least 5
-    products along it, which would reveal a missed pair or a further copy of a multiple eigenvalue. Completeness is
-    therefore probabilistic, unless the basis has grown to span R^P, when it is certain.
+    ε^(2/3)·‖A‖, which are zero to working precision ε, only max(rtol·ε^(2/3), 8 ε)·‖A‖ is asked.) All wanted
+    pairs must then stand still over 3 further products and survive a challenge: a fresh random vector and at
+    least 5 products along it, which would reveal a missed pair or a further copy of a multiple eigenvalue.
+    Completeness is therefore probabilistic, unless the basis has grown to span R^P, when it is certain.
 
     Args:
         A: an operator, or a symmetric matrix (P, P).
@@ -52,20 +52,21 @@ def eigenpairs(
         progress: called with (products so far, max_products) after every product.
 
     Returns:
-        Eigenpairs, values descending. With `converged=False` and a ConvergenceWarning when something is missing.
+        Eigenpairs, values descending. With `converged=False` and a ConvergenceWarning when something is
+        missing.
 
     Raises:
         OptionError, ShapeError, DataError: an argument out of range, or of a wrong shape, or not finite.
         NonFiniteError: a product is NaN or infinite.
         MemoryBudgetError: fewer than K + 8 vectors fit `A.memory`.
 
-    Cost: products as counted in the result; a basis of at most `A.memory` bytes, restarted when it is full; 4 P m flops
-    a product for reorthogonalising twice against m vectors.
+    Cost: products as counted in the result; a basis of at most `A.memory` bytes, restarted when it is full; 4
+    P m flops a product for reorthogonalising twice against m vectors.
 
-    Source: thick-restart Lanczos (Wu and Simon, SIAM J. Matrix Anal. Appl. 22, 2000). Departures: (1) the projected
-    matrix is recorded in full, so that residuals are measured; (2) several residual directions may be pending, as in
-    Ruhe's band Lanczos (Math. Comp. 33, 1979), and the one with the largest unconverged residual is multiplied next;
-    (3) the challenge.
+    Source: thick-restart Lanczos (Wu and Simon, SIAM J. Matrix Anal. Appl. 22, 2000). Departures: (1) the
+    projected matrix is recorded in full, so that residuals are measured; (2) several residual directions may
+    be pending, as in Ruhe's band Lanczos (Math. Comp. 33, 1979), and the one with the largest unconverged
+    residual is multiplied next; (3) the challenge.
     """
     began = time.perf_counter()
     operator = as_operator(A)
@@ -74,7 +75,16 @@ def eigenpairs(
     first = _start_rows(operator, start, num, budget)
     num_start = 1 if first is None else len(first)
     generator = torch.Generator().manual_seed(seed)
-    search = _Search(operator, num, which, rtol, budget, num_start, generator, progress)
+    search = _Search(
+        operator,
+        num,
+        which,
+        rtol=rtol,
+        budget=budget,
+        num_start=num_start,
+        generator=generator,
+        progress=progress,
+    )
     outcome = search.run(first)
     values, vectors, residual_norms = search.extract()
     result = Eigenpairs(
@@ -101,6 +111,7 @@ class _Search:
         operator: Operator,
         num: int,
         which: str,
+        *,
         rtol: float,
         budget: int,
         num_start: int,
@@ -110,11 +121,14 @@ class _Search:
         self.num, self.which, self.rtol, self.budget = num, which, rtol, budget
         self.generator, self.progress = generator, progress
         self.eps = torch.finfo(basis_dtype(operator)).eps
-        self.capacity = min(basis_capacity(operator), operator.shape[0], budget + max(num, num_start) + SPARE_VECTORS)
+        self.capacity = min(
+            basis_capacity(operator), operator.shape[0], budget + max(num, num_start) + SPARE_VECTORS
+        )
         if self.capacity < min(num + SPARE_VECTORS, operator.shape[0]):
             raise MemoryBudgetError(
                 f"num={num} needs room for {num + SPARE_VECTORS} vectors of length {operator.shape[0]:,}; "
-                f"A.memory = {operator.memory:,} bytes holds {self.capacity}. Ask for fewer pairs or raise A.memory."
+                f"A.memory = {operator.memory:,} bytes holds {self.capacity}. "
+                "Ask for fewer pairs or raise A.memory."
             )
         self.krylov = Krylov(operator, self.capacity)
         self.norm = 0.0  # ‖A‖ as far as seen
@@ -152,7 +166,9 @@ class _Search:
                 return "budget"
             self._multiply()
             done = self.krylov.num_products
-            if done % (1 + self.krylov.num_basis // 100):  # large eigenproblems are not solved at every product
+            if done % (
+                1 + self.krylov.num_basis // 100
+            ):  # large eigenproblems are not solved at every product
                 continue
             ritz = self.krylov.ritz()
             self._aim(ritz)
@@ -192,7 +208,7 @@ class _Search:
         return True
 
     def _multiply(self) -> None:
-        """One product, with a restart before it if the basis is full and a random vector if none is pending."""
+        """One product; before it a restart if the basis is full, a random vector if none is pending."""
         self._make_room()
         if self.krylov.num_pending == 0:
             self.krylov.append_random(self.generator)
@@ -273,14 +289,21 @@ def _start_rows(operator: Operator, start: Tensor | str | None, num: int, budget
         return None
     block = operator.start_block(start) if isinstance(start, str) else start
     size = operator.shape[0]
-    if not isinstance(block, Tensor) or block.ndim not in (1, 2) or block.shape[0] != size or block.numel() == 0:
+    if (
+        not isinstance(block, Tensor)
+        or block.ndim not in (1, 2)
+        or block.shape[0] != size
+        or block.numel() == 0
+    ):
         given = tuple(block.shape) if isinstance(block, Tensor) else type(block).__name__
         raise ShapeError(f"start must be None, a name, or a tensor ({size},) or ({size}, k); got {given}.")
     rows = block.detach().reshape(size, -1).T
     room = basis_capacity(operator) - SPARE_VECTORS  # for the start, its products, and what a restart keeps
     largest = min(budget, size, size if room >= size else min(room // 2, room - num))
     if len(rows) > largest:
-        raise OptionError(f"start has {len(rows)} vectors; at most {max(largest, 0)} fit P, max_products and A.memory.")
+        raise OptionError(
+            f"start has {len(rows)} vectors; at most {max(largest, 0)} fit P, max_products and A.memory."
+        )
     if not bool(torch.isfinite(rows).all()):
         raise DataError("start has NaN or infinite entries.")
     return rows
@@ -290,8 +313,8 @@ def _complaint(outcome: str, result: Eigenpairs, budget: int) -> str:
     worst = f"worst residual |Av − λv|/|λ| = {result.worst:.1e}, rtol = {result.rtol:.1e}"
     if outcome == "challenge":
         return (
-            f"eigenpairs: residuals are small ({worst}) but max_products={budget} left no products to check that no "
-            "pair is missing. Raise max_products."
+            f"eigenpairs: residuals are small ({worst}) but max_products={budget} left no products "
+            "to check that no pair is missing. Raise max_products."
         )
     if outcome == "stagnation":
         return f"eigenpairs: {worst}: the rounding of this dtype allows no less. Raise rtol or use float64."

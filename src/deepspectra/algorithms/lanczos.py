@@ -5,10 +5,11 @@ orthogonal to Q, not multiplied yet),
 
     A Q = [Q, W] H        with the whole of H, not its three diagonals.
 
-H records every coefficient of the full reorthogonalisation, so the residual of a Ritz pair is measured, with the
-rounding and any asymmetry of A in it, at no further product. Single-vector Lanczos is W of one column, block
-Lanczos multiplies all of W at once, a breakdown is an empty W, a fresh start is one more column in it, and a
-thick restart rotates Q. Vectors are stored as rows: each is contiguous, and memory not reached is not touched.
+H records every coefficient of the full reorthogonalisation, so the residual of a Ritz pair is measured, with
+the rounding and any asymmetry of A in it, at no further product. Single-vector Lanczos is W of one column,
+block Lanczos multiplies all of W at once, a breakdown is an empty W, a fresh start is one more column in it,
+and a thick restart rotates Q. Vectors are stored as rows: each is contiguous, and memory not reached is not
+touched.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from torch import Tensor
 from deepspectra.errors import DataError, NonFiniteError, OptionError, ShapeError
 from deepspectra.operators.base import Matrix, Operator
 
+ROUNDING = 100  # in units of ε‖A‖: a remainder below this is taken for rounding
 COLUMNS_PER_CHUNK = 2**16  # of the basis, when it is rotated in place
 
 
 class Ritz(NamedTuple):
-    """Rayleigh-Ritz on the basis: values (m,) ascending, coefficients (m, m), measured residual norms (m,)."""
+    """Rayleigh-Ritz on the basis: values (m,) ascending, coefficients (m, m), residual norms (m,)."""
 
     values: Tensor
     coefficients: Tensor
@@ -45,10 +47,12 @@ class Krylov:
 
     def __init__(self, operator: Operator, capacity: int) -> None:
         self.operator = operator
-        self.rows = torch.empty(capacity, operator.shape[0], dtype=basis_dtype(operator), device=operator.device)
+        self.rows = torch.empty(
+            capacity, operator.shape[0], dtype=basis_dtype(operator), device=operator.device
+        )
         self.num_fixed = self.num_basis = self.num_pending = self.num_products = 0
         self.projected = torch.zeros(0, 0, dtype=torch.float64)
-        self._lost = torch.zeros(0, 0, dtype=torch.float64)  # Gram matrix of what restarts dropped of A Q
+        self._lost = torch.zeros(0, 0, dtype=torch.float64)  # Gram matrix of what was dropped of A Q
         self._scale = 0.0  # largest ‖A q‖ seen: the yardstick of a breakdown
 
     @property
@@ -62,10 +66,10 @@ class Krylov:
         return self.num_rows == self.operator.shape[0]
 
     def append(self, vectors: Tensor) -> Tensor:
-        """Add what the rows `vectors` (k, P) have beyond the basis as r ≤ k pending vectors; their coefficients (r, k)."""
+        """Add what rows (k, P) have beyond the basis as r ≤ k pending vectors; return coefficients (r, k)."""
         block = vectors.to(self.rows, copy=True)
         norm = float(torch.linalg.vector_norm(block, dtype=torch.float64))
-        _, coefficients = self._absorb(block, norm)
+        _, coefficients, _ = self._absorb(block, norm)
         rows = torch.zeros(coefficients.shape[0], self.num_basis, dtype=torch.float64)
         self.projected = torch.cat([self.projected, rows])
         return coefficients
@@ -95,36 +99,42 @@ class Krylov:
                 "Check the weights and the data, or use a wider dtype."
             )
         self._scale = max(self._scale, largest)
-        within, beyond = self._absorb(products, self._scale)
+        within, beyond, dropped = self._absorb(products, self._scale)
         left = torch.cat([self.projected, torch.zeros(beyond.shape[0], self.num_basis, dtype=torch.float64)])
         self.projected = torch.cat([left, torch.cat([within[self.num_fixed :], beyond])], dim=1)
         self.num_basis += count
         self.num_pending -= count
+        gram = dropped.T @ dropped
         self._lost = torch.nn.functional.pad(self._lost, (0, count, 0, count))
+        self._lost[-count:, -count:] = gram
 
-    def _absorb(self, block: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Split rows (k, P) as withinᵀ·(rows in use) + beyondᵀ·(r ≤ k new pending rows); overwrites `block`."""
+    def _absorb(self, block: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Split rows (k, P) as withinᵀ·(rows in use) + beyondᵀ·(new pending rows) + droppedᵀ·(rounding)."""
         used = self.rows[: self.num_rows]
         within = used @ block.T
         block.addmm_(within.T, used, alpha=-1)
         new, beyond = _orthonormal_rows(block)
-        # Directions at the level of rounding are none: an invariant subspace ends here. Never more than fit in R^P.
-        keep = beyond.norm(dim=1) > 10 * torch.finfo(block.dtype).eps * scale
+        # Directions at the level of rounding are none: an invariant subspace ends here. No more than fit R^P.
+        keep = beyond.norm(dim=1) > ROUNDING * torch.finfo(block.dtype).eps * scale
         keep[self.operator.shape[0] - self.num_rows :] = False
-        new, beyond = new[keep.to(new.device)], beyond[keep]
+        new, beyond, dropped = new[keep.to(new.device)], beyond[keep], beyond[~keep]
         # Twice is enough, and the second pass acts on unit rows, so that small remainders are orthogonal too.
         again = used @ new.T
         new.addmm_(again.T, used, alpha=-1)
         new, turn = _orthonormal_rows(new)
         self.rows[self.num_rows : self.num_rows + len(new)] = new
         self.num_pending += len(new)
-        return _small(within) + _small(again) @ beyond, turn @ beyond
+        return _small(within) + _small(again) @ beyond, turn @ beyond, dropped
 
     def ritz(self) -> Ritz:
         """Ritz values, coefficients and residuals: ‖A y − θ y‖² = ‖(H_top − θ)s‖² + ‖H_bottom s‖²."""
         top, bottom = self.projected[: self.num_basis], self.projected[self.num_basis :]
         values, s = torch.linalg.eigh((top + top.T) / 2)
-        squares = (top @ s - s * values).square().sum(0) + (bottom @ s).square().sum(0) + (s * (self._lost @ s)).sum(0)
+        squares = (
+            (top @ s - s * values).square().sum(0)
+            + (bottom @ s).square().sum(0)
+            + (s * (self._lost @ s)).sum(0)
+        )
         return Ritz(values, s, squares.clamp_min(0).sqrt())
 
     def contract(self, coefficients: Tensor) -> None:
@@ -137,7 +147,9 @@ class Krylov:
             columns[k : k + self.num_pending] = columns[m : m + self.num_pending].clone()
         top, bottom = self.projected[:m], self.projected[m:]
         image = s.T @ top @ s
-        dropped = top @ s - s @ image  # zero for a symmetric A in exact arithmetic; kept as part of the residual
+        dropped = (
+            top @ s - s @ image
+        )  # zero for a symmetric A in exact arithmetic; kept as part of the residual
         self._lost = s.T @ self._lost @ s + dropped.T @ dropped
         self.projected = torch.cat([image, bottom @ s])
         self.num_basis = k
@@ -155,7 +167,7 @@ class Krylov:
 
 
 def _orthonormal_rows(block: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of rows (k, P) = coefficientsᵀ · orthonormal rows (k, P), coefficients (k, k) by falling norm of rows."""
+    """Orthonormal rows (k, P) and coefficients (k, k), by falling norm, with block = coefficientsᵀ · rows."""
     if len(block) == 0:
         return block, torch.zeros(0, 0, dtype=torch.float64)
     if len(block) == 1:
@@ -171,7 +183,7 @@ def _small(matrix: Tensor) -> Tensor:
 
 
 def basis_dtype(operator: Operator) -> torch.dtype:
-    """The operator's own type, or float32 when that is shorter: bases of half precision are not orthogonal."""
+    """The operator's own type, or float32 if that is shorter: a basis in half precision is not orthogonal."""
     return torch.promote_types(operator.dtype, torch.float32)
 
 
@@ -206,12 +218,19 @@ def as_operator(A: Operator | Tensor) -> Operator:
         raise NonFiniteError("A has NaN or infinite entries.")
     asymmetry = float((matrix - matrix.T).abs().max())
     if asymmetry > torch.finfo(matrix.dtype).eps ** 0.5 * float(matrix.abs().max()):
-        raise DataError(f"A must be symmetric, but |A − Aᵀ| reaches {asymmetry:.2g}. Pass (A + A.T) / 2 if that is meant.")
+        raise DataError(
+            f"A must be symmetric, but |A − Aᵀ| reaches {asymmetry:.2g}. Pass (A + A.T) / 2 if that is meant."
+        )
     return Matrix(matrix)
 
 
 def check_count(name: str, value: object, smallest: int = 1, largest: int | None = None) -> None:
     """Raise OptionError unless `value` is an integer of [smallest, largest]."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < smallest or (largest or value) < value:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or value < smallest
+        or (largest or value) < value
+    ):
         limit = f"at least {smallest}" + ("" if largest is None else f" and at most {largest:,}")
         raise OptionError(f"{name} must be an integer, {limit}; got {value!r}.")

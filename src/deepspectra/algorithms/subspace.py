@@ -9,10 +9,11 @@ from deepspectra.errors import DataError, ShapeError
 
 
 def overlap(U: Tensor, V: Tensor) -> float:
-    """The overlap ‖QᵤᵀQᵥ‖²_F / k of the spans of two sets of columns, from 0 (orthogonal) to 1 (one contains the other).
+    """The overlap ‖QᵤᵀQᵥ‖²_F / k of two spans: 0 if orthogonal, 1 if one contains the other.
 
-    Qᵤ and Qᵥ are orthonormal bases of the spans, found here in float64, and k is the smaller of their dimensions. It is the
-    mean squared cosine of the principal angles. Two random subspaces of R^P of dimensions k ≤ l overlap by l/P.
+    Qᵤ and Qᵥ are orthonormal bases of the spans, found here in float64, and k is the smaller of their
+    dimensions. It is the mean squared cosine of the principal angles. Two random subspaces of R^P of
+    dimensions k ≤ l overlap by l/P.
 
     Args:
         U: columns (P, j), not necessarily orthonormal or independent, or one vector (P,).
@@ -46,4 +47,5 @@ def _basis(columns: Tensor, name: str) -> Tensor:
     kept = sizes > max(block.shape) ** 0.5 * eps * sizes[0]
     if not bool(kept.any()):
         raise DataError(f"{name} is zero and spans nothing.")
-    return q @ u[:, kept]
+    basis: Tensor = q @ u[:, kept]
+    return basis

@@ -57,7 +57,9 @@ class Operator(ABC):
     def __matmul__(self, other: Tensor) -> Tensor:
         """Product with a vector (P,) or a block (P, K), of the same shape."""
         if not isinstance(other, Tensor):
-            raise ShapeError(f"{self.name} @ x: x must be a tensor (P,) or (P, K), got {type(other).__name__}.")
+            raise ShapeError(
+                f"{self.name} @ x: x must be a tensor (P,) or (P, K), got {type(other).__name__}."
+            )
         size = self.shape[0]
         if other.ndim not in (1, 2) or other.shape[0] != size:
             raise ShapeError(
@@ -95,7 +97,7 @@ class Operator(ABC):
             )
         matrix = torch.empty(size, size, dtype=self.dtype, device=self.device)
         identity = torch.eye(size, dtype=self.dtype, device=self.device)
-        for columns in torch.arange(size, device=self.device).split(64):
+        for columns in torch.split(torch.arange(size, device=self.device), 64):
             matrix[:, columns] = self._apply(identity[:, columns])
         return matrix
 
@@ -103,11 +105,15 @@ class Operator(ABC):
         """A `scipy.sparse.linalg.LinearOperator` with the same products."""
         from scipy.sparse.linalg import LinearOperator  # noqa: PLC0415  (SciPy's import takes a while)
 
+        dtype = np.dtype("float64") if self.dtype == torch.float64 else np.dtype("float32")
+
         def apply(block: np.ndarray) -> np.ndarray:
             columns = torch.from_numpy(np.ascontiguousarray(block))
-            return (self @ columns).cpu().numpy()
+            product = (self @ columns).cpu()
+            return product.to(
+                torch.promote_types(product.dtype, torch.float32)
+            ).numpy()  # NumPy has no bfloat16
 
-        dtype = np.dtype("float64") if self.dtype == torch.float64 else np.dtype("float32")
         return LinearOperator(
             self.shape,
             matvec=lambda v: apply(v.reshape(-1)),
@@ -121,12 +127,16 @@ class Operator(ABC):
 class Sum(Operator):
     """Σ_j s_j A_j: sums, differences and multiples of operators of one size."""
 
+    terms: list[tuple[float, Operator]]
+
     def __init__(self, terms: list[tuple[float, Operator]]) -> None:
         first = terms[0][1]
         flat: list[tuple[float, Operator]] = []
         for scale, operator in terms:
             if not isinstance(operator, Operator):
-                raise ShapeError(f"an operator can be added to an operator, not to {type(operator).__name__}.")
+                raise ShapeError(
+                    f"an operator can be added to an operator, not to {type(operator).__name__}."
+                )
             if operator.shape != first.shape:
                 raise ShapeError(f"sizes differ: {first!r} and {operator!r}.")
             inner = operator.terms if isinstance(operator, Sum) else [(1.0, operator)]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor
 
-from deepspectra.errors import MemoryBudgetError, OptionError
-from deepspectra.operators.base import LowRank, Operator
+from deepspectra.errors import OptionError
+from deepspectra.operators.base import LowRank
 from deepspectra.operators.curvature import Curvature
 from deepspectra.operators.projections import FOUR_WAY, TWO_WAY, Projections
 from deepspectra.operators.rows import GradientRows
@@ -30,6 +29,8 @@ class Decomposition(Mapping[str, "Part"]):
         names = {"four-way": FOUR_WAY, "two-way": TWO_WAY}
         if effects not in names:
             raise OptionError(f"effects={effects!r}; it is 'four-way' or 'two-way'.")
+        if effects == "four-way" and first != "class":
+            raise OptionError("first= orders the two-way effects; the published four parts take no order.")
         self.problem = problem
         self.effects = effects
         self.rows = GradientRows(problem)
@@ -64,22 +65,24 @@ class Decomposition(Mapping[str, "Part"]):
             own = projections.cell_weights.diagonal()
             return -self.factor("class") * (classes / own)[present].sqrt().to(self.rows.problem.dtype)
         if name == "means":
-            self._refuse_beyond_memory(projections.num_classes**2)
             return self.rows.cells(projections)
         return self.rows.factor(projections, projections.basis(name))
 
-    def _refuse_beyond_memory(self, columns: int) -> None:
-        size = self.problem.num_parameters * columns * self.problem.dtype.itemsize
-        if size > self.problem.memory:
-            raise MemoryBudgetError(
-                f"{columns:,} means of {self.problem.num_parameters:,} parameters take {size / 2**30:.1f} GiB; "
-                f"memory is {self.problem.memory / 2**30:.1f} GiB. Raise memory, or restrict the parameters."
-            )
+    def holds_means(self) -> bool:
+        """Whether all C² cross-class means are held, or can be within the memory budget."""
+        if "means" not in self._factors:
+            columns = self.projections.num_classes**2
+            size = columns * self.problem.num_parameters * self.problem.dtype.itemsize
+            if not self.rows.products.reserve(size):
+                return False
+            self.factor("means")
+        return True
 
-    def fits(self, columns: int) -> bool:
-        """Whether so many vectors of length P fit a quarter of the memory budget."""
-        size = self.problem.num_parameters * columns * self.problem.dtype.itemsize
-        return size <= self.problem.memory // 4
+    def forget_means(self) -> None:
+        """Free the C² cross-class means."""
+        factor = self._factors.pop("means", None)
+        if factor is not None:
+            self.rows.products.reserved -= factor.numel() * factor.element_size()
 
 
 class Part(Curvature):
@@ -106,18 +109,18 @@ class Part(Curvature):
         return LowRank(self.decomposition.factor(self.part), name=self.name)
 
 
-class Means(Operator):
-    """The sum of the parts that means make, G − within: Aᵀ(I − Π_within)A."""
+class Means(Curvature):
+    """The sum of all parts that means make, G − within: Aᵀ(I − Π_within)A.
+
+    Cost: with all C² means in memory nothing but their making; else about a Gauss-Newton product each.
+    """
 
     def __init__(self, decomposition: Decomposition) -> None:
-        problem = decomposition.problem
-        dtype = torch.promote_types(problem.dtype, torch.float32)
-        super().__init__(problem.num_parameters, dtype=dtype, device=problem.device, name="means")
-        self.memory = problem.memory // 4
+        super().__init__(decomposition.problem, "means part of G")
         self.decomposition = decomposition
 
     def _apply(self, block: Tensor) -> Tensor:
-        if self.decomposition.fits(self.decomposition.projections.num_classes**2):
+        if self.decomposition.holds_means():
             factor = self.decomposition.factor("means")
             return factor @ (factor.T @ block)
         rows, projections = self.decomposition.rows, self.decomposition.projections

@@ -1,0 +1,30 @@
+"""The report: a saved analysis as charts for papers and notebooks, and as one self-contained HTML page."""
+
+from deepspectra.report.charts import (
+    averaging,
+    charts,
+    class_cosines,
+    cost,
+    cross_class_weights,
+    knockouts,
+    log_spectrum,
+    save_chart,
+    shares,
+    spectrum,
+)
+from deepspectra.report.page import render, write
+
+__all__ = [
+    "averaging",
+    "charts",
+    "class_cosines",
+    "cost",
+    "cross_class_weights",
+    "knockouts",
+    "log_spectrum",
+    "render",
+    "save_chart",
+    "shares",
+    "spectrum",
+    "write",
+]

@@ -35,6 +35,7 @@ PART_COLOURS = {
 }
 OPERATOR_COLOURS = {"hessian": "#1f2933", "gauss_newton": "#6a3d9a", "residual": PART_COLOURS["residual"]}
 OPERATOR_NAMES = {"hessian": "Hessian H", "gauss_newton": "Gauss-Newton G", "residual": "residual R"}
+SYMBOLS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
 LABEL_INKS = {
     "logit": "#1f2933",
     "true": "#1f2933",
@@ -44,9 +45,9 @@ LEVEL_COLOURS = {"class": PART_COLOURS["class"], "cross_class": "#882255"}
 LEVEL_NAMES = {"class": "class means", "cross_class": "cross-class means"}
 
 INK, MUTED, GRID = "#1f2933", "#5f6c7b", "#e4e8ed"
-FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
+FONT = "-apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 WIDTH = 720
-MOST_CLASSES = 40  # more rows than this cannot be labelled legibly
+MOST_ROWS = 40  # more cannot be labelled legibly
 FORMATS = ("svg", "pdf", "png", "html", "json")
 LANES = {
     "hessian": 0.34,
@@ -162,7 +163,7 @@ def _require(dataset: xr.Dataset, *names: str) -> None:
 
 def _chart(table: list[Row]) -> Mark:
     """An empty chart that carries its rows itself."""
-    return alt.Chart(alt.InlineData(values=table))
+    return alt.Chart({"values": table})
 
 
 def _finished(chart: Mark, **properties: Any) -> alt.LayerChart:
@@ -218,6 +219,7 @@ def _labelled(table: list[Row]) -> list[Row]:
 def _ticks(values: Sequence[float], labels: Sequence[str], **options: Any) -> alt.Axis:
     """An axis with exactly these ticks and labels."""
     places = [float(f"{value:.9g}") for value in values]
+    options = {"labelOverlap": "greedy", "labelSeparation": 5, **options}
     return alt.Axis(values=places, labelExpr=f"{list(labels)!r}[indexof({places}, datum.value)]", **options)
 
 
@@ -230,6 +232,12 @@ def _decades(low: float, high: float, most: int = 6) -> list[float]:
         if len(ticks) <= most:
             return ticks
     return ticks[:: -math.ceil(len(ticks) / most)][::-1]
+
+
+def _both_sides(low: float, high: float, smallest: float) -> list[float]:
+    """Zero and the same round numbers on either side of it, from `smallest` on, within [low, high]."""
+    ticks = _decades(smallest, max(-low, high, smallest), most=5)
+    return [value for value in (*(-tick for tick in reversed(ticks)), 0.0, *ticks) if low <= value <= high]
 
 
 def _log_axis(low: float, high: float, most: int = 6, **options: Any) -> alt.Axis:
@@ -287,7 +295,7 @@ def _spectrum(dataset: xr.Dataset, table: list[Row], line: _Line, title: str) ->
     layers = [curves, alt.layer(*above)] if above else [curves]
     selector = _operator_selector(operators, everything=True)
     chart = alt.layer(*layers).resolve_scale(y="independent").add_params(selector)
-    return _finished(chart, width=WIDTH, height=340))
+    return _finished(chart, width=WIDTH, height=340)
 
 
 def _density_range(dataset: xr.Dataset, table: list[Row]) -> tuple[float, float]:
@@ -303,7 +311,7 @@ def _density_range(dataset: xr.Dataset, table: list[Row]) -> tuple[float, float]
 
 def _curves(
     table: list[Row], operators: list[str], line: _Line, span: tuple[float, float], title: str
-) -> alt.LayerChart:
+) -> Mark:
     low, high = span
     keep = ("operator", "label", "side", "eigenvalue", "density", "error", "beyond")
     points = [{key: row[key] for key in keep if key in row} for row in table]
@@ -316,7 +324,7 @@ def _curves(
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
     y = alt.Y("density:Q", scale=scale, axis=_log_axis(low, high, title=title))
     base = (
-        _chart(points)
+        alt.Chart()
         .transform_filter("shown == 'all' || datum.operator == shown")
         .encode(
             x=line.x,
@@ -329,14 +337,14 @@ def _curves(
     curve = base.mark_line(strokeWidth=1.6, clip=True).encode(
         y=y, opacity=faded, tooltip=["label:N", _tip("eigenvalue", "λ"), _tip("density", "density")]
     )
-    return alt.layer(band, curve)
+    return alt.layer(band, curve, data={"values": points})  # added last: chained calls copy their data
 
 
 def _tip(field: str, title: str, form: str = ".3~g") -> alt.Tooltip:
     return alt.Tooltip(field=field, type="quantitative", title=title, format=form)
 
 
-def _lollipops(dataset: xr.Dataset, line: _Line) -> list[alt.Chart]:
+def _lollipops(dataset: xr.Dataset, line: _Line) -> list[Mark]:
     found = _labelled(outliers(dataset))
     if not found:
         return []
@@ -359,12 +367,15 @@ def _lollipops(dataset: xr.Dataset, line: _Line) -> list[alt.Chart]:
             ],
         )
     )
-    stem = base.mark_rule(strokeWidth=1.2, opacity=0.7).encode(y2=alt.datum(0))
-    dot = base.mark_circle(size=70, opacity=1, stroke="white", strokeWidth=1)
+    crowded = len(found) > 2 * MOST_ROWS
+    stem = base.mark_rule(strokeWidth=1.2, opacity=0.2 if crowded else 0.7).encode(y2=alt.datum(0))
+    dot = base.mark_circle(
+        size=20 if crowded else 70, opacity=1, stroke="white", strokeWidth=0.3 if crowded else 1
+    )
     return [stem, dot]
 
 
-def _edges(dataset: xr.Dataset, operators: list[str], line: _Line) -> list[alt.Chart]:
+def _edges(dataset: xr.Dataset, operators: list[str], line: _Line) -> list[Mark]:
     """Bulk edge and outlier threshold of the selected operator (of the first one when all are shown)."""
     names = {"bulk_edge": "bulk edge", "outlier_threshold": "outlier threshold"}
     table = []
@@ -397,11 +408,7 @@ def _symmetric_log(dataset: xr.Dataset, eigenvalues: Sequence[float]) -> _Line:
     resolution = float(np.nanmedian(np.abs(np.diff(dataset["curve_grid"].values, axis=-1))))
     low, high = min(eigenvalues), max(eigenvalues)
     constant = 10.0 ** round(math.log10(max(resolution, max(abs(low), abs(high)) * 1e-6)))
-    ticks = [0.0]
-    for bound, sign in ((high, 1.0), (-low, -1.0)):
-        if bound > constant * 10:
-            ticks += [sign * tick for tick in _decades(constant * 10, bound, most=4)]
-    ticks.sort()
+    ticks = _both_sides(low, high, constant * 10)
 
     def along(value: float) -> float:
         first, here, last = (math.copysign(math.log1p(abs(x / constant)), x) for x in (low, value, high))
@@ -427,8 +434,7 @@ def _mirrored_log(eigenvalues: Sequence[float]) -> _Line:
     def along(value: float) -> float:
         return (place(value) - place(low)) / (place(high) - place(low))
 
-    ticks = [-value for value in _decades(smallest * 3, max(-low, smallest * 3), most=4)][::-1]
-    ticks += [0.0, *_decades(smallest * 3, max(high, smallest * 3), most=4)]
+    ticks = _both_sides(low, high, smallest * 3)
     labels = [tick(value) if value else f"±{tick(smallest)}" for value in ticks]
     x = alt.X(
         "x:Q",
@@ -450,12 +456,17 @@ def shares(dataset: xr.Dataset) -> alt.LayerChart:
     if not table:
         raise DataError("the analysis attributes no outlier: none was found, or none has shares")
     parts = [str(part) for part in dataset["part"].values]
-    bars = [bar for row in table for bar in _bars(row, parts)] + _mean_bars(dataset)
+    seen = [row for row in table if row["rank"] <= MOST_ROWS]
+    bars = [bar for row in seen for bar in _bars(row, parts)] + _mean_bars(dataset)
     reach = [math.floor(20 * min(bar["from"] for bar in bars) + 1e-6) / 20]
     reach.append(math.ceil(20 * max(bar["to"] for bar in bars) - 1e-6) / 20)
     order = [*dict.fromkeys(bar["row"] for bar in bars if bar["row"] not in (" ", "mean")), " ", "mean"]
     operators = _operators(bars)
-    step = 22 if len(table) / len(operators) <= 30 else 10
+    longest = max(row["rank"] for row in seen) + 2
+    note = (
+        f"the {MOST_ROWS} largest of up to {max(row['rank'] for row in table)} outliers; the mean is over all"
+    )
+    title = {"title": note} if len(seen) < len(table) else {}
     base = _chart(bars).transform_filter("datum.operator == shown")
     bar = base.mark_bar(stroke="white", strokeWidth=0.8, height={"band": 0.82}).encode(
         y=alt.Y("row:N", sort=order, title="outlier, by rank: λ", axis=alt.Axis(ticks=False, domain=False)),
@@ -480,11 +491,11 @@ def shares(dataset: xr.Dataset) -> alt.LayerChart:
             y=alt.Y("row:N", sort=order),
             x="middle:Q",
             text="text:N",
-            color=alt.Color("ink:N", scale=None, legend=None),
+            color=alt.Color("ink:N", scale=None),
         )
     )
     chart = alt.layer(bar, text).add_params(_operator_selector(operators, everything=False))
-    return _finished(chart, width=WIDTH, height=alt.Step(step)))
+    return _finished(chart, width=WIDTH, height=22 * longest, **title)
 
 
 def _bars(row: Row, parts: list[str]) -> list[Row]:
@@ -585,11 +596,7 @@ def knockouts(dataset: xr.Dataset) -> alt.LayerChart:
     layers = [_knockout_dots(table, x, y), *_knockout_rules(list(thresholds.values()))]
     layers.append(_knockout_counts(summary, names, y))
     chart = alt.layer(*layers).add_params(_operator_selector(_operators(table), everything=False))
-    return _styled(
-        chart.properties(
-            width=WIDTH, height=alt.Step(40), padding={"left": 4, "top": 18, "bottom": 4, "right": 86}
-        )
-    )
+    return _finished(chart, width=WIDTH, height=40 * len(order))
 
 
 def _knockout_name(row: Row) -> str:
@@ -602,7 +609,7 @@ def _thresholds(dataset: xr.Dataset) -> list[Row]:
     return rows(dataset, "outlier_threshold") if holds(dataset, "outlier_threshold") else []
 
 
-def _knockout_dots(table: list[Row], x: alt.X, y: alt.Y) -> alt.Chart:
+def _knockout_dots(table: list[Row], x: alt.X, y: alt.Y) -> Mark:
     colours = alt.Scale(domain=["above the threshold", "below"], range=[INK, "#b8c1cb"])
     base = _chart(table).transform_filter("datum.operator == shown")
     return base.mark_circle(size=60, opacity=0.8, clip=True).encode(
@@ -613,7 +620,7 @@ def _knockout_dots(table: list[Row], x: alt.X, y: alt.Y) -> alt.Chart:
     )
 
 
-def _knockout_rules(thresholds: list[Row]) -> list[alt.Chart]:
+def _knockout_rules(thresholds: list[Row]) -> list[Mark]:
     table = [row | {"text": f"outlier threshold {number(row['outlier_threshold'])}"} for row in thresholds]
     base = _chart(table).transform_filter("datum.operator == shown").encode(x="outlier_threshold:Q")
     rule = base.mark_rule(color=MUTED, strokeDash=[5, 3])
@@ -621,7 +628,7 @@ def _knockout_rules(thresholds: list[Row]) -> list[alt.Chart]:
     return [rule, text]
 
 
-def _knockout_counts(summary: list[Row], names: dict[tuple[str, str, str], str], y: alt.Y) -> alt.Chart:
+def _knockout_counts(summary: list[Row], names: dict[tuple[str, str, str], str], y: alt.Y) -> Mark:
     table = [
         {
             "operator": row["operator"],
@@ -641,10 +648,10 @@ def _knockout_counts(summary: list[Row], names: dict[tuple[str, str, str], str],
 def averaging(dataset: xr.Dataset) -> alt.LayerChart:
     """Eigenvalues found by averaging alone, over the true ones, by rank."""
     _require(dataset, "subspace_value")
-    table = _scree(rows(dataset, "subspace_value"), "level", "subspace_value", LEVEL_NAMES, "averaging: {}")
+    table = _scree(rows(dataset, "subspace_value"), "level", "subspace_value", LEVEL_NAMES)
     if holds(dataset, "eigenvalue"):
         known = [row for row in rows(dataset, "eigenvalue") if row["operator"] in ("hessian", "gauss_newton")]
-        table = _scree(known, "operator", "eigenvalue", OPERATOR_NAMES, "{}") + table
+        table = _scree(known, "operator", "eigenvalue", OPERATOR_NAMES) + table
     overlaps = _overlaps(dataset)
     for row in table:
         row["overlap"] = overlaps.get(row["name"], "")
@@ -678,15 +685,15 @@ def averaging(dataset: xr.Dataset) -> alt.LayerChart:
     true = base.transform_filter("indexof(['hessian', 'gauss_newton'], datum.name) >= 0")
     line = true.mark_line(strokeWidth=1, opacity=0.5, clip=True).encode(shape=alt.Undefined)
     point = base.mark_point(size=50, strokeWidth=1.6, opacity=1, clip=True)
-    return _finished(alt.layer(line, point), width=WIDTH, height=320))
+    return _finished(alt.layer(line, point), width=WIDTH, height=320)
 
 
-def _scree(table: list[Row], group: str, value: str, labels: dict[str, str], form: str) -> list[Row]:
+def _scree(table: list[Row], group: str, value: str, labels: dict[str, str]) -> list[Row]:
     """Positive values of each group by descending size."""
     out: list[Row] = []
     for name in dict.fromkeys(row[group] for row in table):
         values = sorted((row[value] for row in table if row[group] == name and row[value] > 0), reverse=True)
-        label = form.format(labels.get(name, name))
+        label = labels.get(name, name)
         out += [
             {"name": name, "label": label, "rank": rank, "value": item} for rank, item in enumerate(values, 1)
         ]
@@ -700,7 +707,7 @@ def _overlaps(dataset: xr.Dataset) -> dict[str, str]:
     for row in rows(dataset, "subspace_overlap", "subspace_dimension"):
         size = row.get("subspace_dimension")
         top = f"top {size:.0f} of" if size else "top of"
-        name = OPERATOR_NAMES.get(row["operator"], row["operator"]).split()[-1]
+        name = SYMBOLS.get(row["operator"], row["operator"])
         out.setdefault(row["level"], []).append(f"{row['subspace_overlap']:.1%} with the {top} {name}")
     return {level: ", ".join(texts) for level, texts in out.items()}
 
@@ -717,14 +724,14 @@ def cosines(dataset: xr.Dataset) -> Array:
     return cosine
 
 
-def class_cosines(dataset: xr.Dataset) -> alt.Chart:
+def class_cosines(dataset: xr.Dataset) -> alt.LayerChart:
     """Cosines between the mean gradients of classes."""
     _require(dataset, "mean_gram")
     scale = alt.Scale(scheme="purpleorange", domain=[-1, 1], reverse=True)
     return _heat_map(dataset, cosines(dataset), scale, ("class", "class", "cosine"))
 
 
-def cross_class_weights(dataset: xr.Dataset) -> alt.Chart:
+def cross_class_weights(dataset: xr.Dataset) -> alt.LayerChart:
     """Weight of examples of one class under the label of another: how much each confusion counts."""
     _require(dataset, "cross_class_weight")
     weights = np.array(dataset["cross_class_weight"].values, dtype=np.float64)
@@ -739,16 +746,16 @@ def cross_class_weights(dataset: xr.Dataset) -> alt.Chart:
 def _chosen_classes(dataset: xr.Dataset) -> list[int]:
     """All classes, or those of largest weight when there are too many to label."""
     count = int(dataset.sizes["class"])
-    if count <= MOST_CLASSES:
+    if count <= MOST_ROWS:
         return list(range(count))
     source = dataset["class_weight"].values if holds(dataset, "class_weight") else np.arange(count)[::-1]
-    heaviest = np.argsort(-np.nan_to_num(source))[:MOST_CLASSES]
+    heaviest = np.argsort(-np.nan_to_num(source))[:MOST_ROWS]
     return sorted(int(index) for index in heaviest)
 
 
 def _heat_map(
     dataset: xr.Dataset, matrix: Array, scale: alt.Scale, titles: tuple[str, str, str]
-) -> alt.Chart:
+) -> alt.LayerChart:
     """A square of classes by classes; `titles` name the rows, the columns and the value."""
     names, chosen = class_names(dataset), _chosen_classes(dataset)
     cells = [
@@ -760,6 +767,7 @@ def _heat_map(
     order = [names[i] for i in chosen]
     upright = max(map(len, order)) <= 2 and len(order) <= 20
     axis: dict[str, Any] = {"labelLimit": 90, "ticks": False, "domain": False, "titlePadding": 8}
+    axis |= {"labelFontSize": 9 if len(order) > 20 else 12, "labelOverlap": "greedy"}
     down, across = alt.Axis(**axis), alt.Axis(**axis, labelAngle=0 if upright else -90)
     chart = _chart(cells).mark_rect(stroke="white", strokeWidth=0.5 if len(order) > 20 else 1)
     chart = chart.encode(
@@ -774,9 +782,9 @@ def _heat_map(
             _tip("value", titles[2]),
         ],
     )
-    if len(chosen) < len(names):
-        chart = chart.properties(title=f"{len(chosen)} of {len(names)} classes: those of largest weight")
-    return _finished(chart, width=420, height=380))
+    note = f"{len(chosen)} of {len(names)} classes: those of largest weight"
+    title = {"title": note} if len(chosen) < len(names) else {}
+    return _finished(alt.layer(chart), width=420, height=max(380, 11 * len(order)), **title)
 
 
 def _gradient(scale: alt.Scale, title: str, values: list[float]) -> alt.Legend:
@@ -808,7 +816,7 @@ def cost(dataset: xr.Dataset) -> alt.LayerChart:
             "cost_gradients:Q",
             scale=alt.Scale(domain=[0, 1.12 * max(row["cost_gradients"] for row in table)], nice=False),
             title="cost in full-data gradients",
-            axis=alt.Axis(tickCount=4, format=","),
+            axis=alt.Axis(tickCount=4, format=",.2~f"),
         ),
         tooltip=[
             "stage:N",
@@ -819,7 +827,7 @@ def cost(dataset: xr.Dataset) -> alt.LayerChart:
     )
     bar = base.mark_bar(color="#7b8794", height={"band": 0.7})
     text = base.mark_text(align="left", dx=5, color=INK).encode(text="text:N")
-    return _finished(alt.layer(bar, text), width=WIDTH, height=alt.Step(26)))
+    return _finished(alt.layer(bar, text), width=WIDTH, height=26 * len(order))
 
 
 # ------------------------------------------------------------------------------------------------ everything
@@ -856,5 +864,6 @@ def save_chart(chart: alt.TopLevelMixin, path: str | Path) -> None:
     suffix = Path(path).suffix.lower().removeprefix(".")
     if suffix not in FORMATS:
         raise OptionError(f"cannot save a chart as {Path(path).name!r}: use one of .{', .'.join(FORMATS)}")
-    options: dict[str, Any] = {"html": {"inline": True}, "png": {"scale_factor": 2}}.get(suffix, {})
-    chart.save(str(path), format=suffix, **options)  # type: ignore[arg-type]
+    extra: dict[str, dict[str, Any]] = {"html": {"inline": True}, "png": {"scale_factor": 2}}
+    options: dict[str, Any] = {"format": suffix, **extra.get(suffix, {})}
+    chart.save(str(path), **options)

@@ -91,6 +91,16 @@ class _Source(NamedTuple):
 
 
 _DIGITS = tuple("0123456789")
+_CIFAR100_CLASSES = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup
+dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
+leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid
+otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray
+road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
+wardrobe whale willow_tree wolf woman worm
+"""
 _SOURCES = {
     # mean and standard deviation of the training split
     "digits": _Source((0.3051,), (0.3762,), _DIGITS),
@@ -111,16 +121,7 @@ _SOURCES = {
     "cifar100": _Source(
         (129.3 / 255, 124.1 / 255, 112.4 / 255),
         (68.2 / 255, 65.4 / 255, 70.4 / 255),
-        tuple(
-            """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
-            camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup
-            dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
-            leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid
-            otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray
-            road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
-            sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
-            wardrobe whale willow_tree wolf woman worm""".split()
-        ),
+        tuple(_CIFAR100_CLASSES.split()),
     ),
 }
 DATA_NAMES = tuple(_SOURCES)
@@ -291,8 +292,8 @@ def _read_idx(path: Path, num_dims: int) -> Images:
     header = 4 + 4 * num_dims
     if len(raw) < header or raw[:4] != bytes((0, 0, 8, num_dims)):
         raise FileError(
-            f"{path} starts with {raw[:4].hex() or 'nothing'}, not with the magic number "
-            f"{bytes((0, 0, 8, num_dims)).hex()} of an IDX file of {num_dims}-dimensional bytes; get it again."
+            f"{path} starts with {raw[:4].hex() or 'nothing'}, not with {bytes((0, 0, 8, num_dims)).hex()}, "
+            f"the magic number of an IDX file of {num_dims}-dimensional bytes; get it again."
         )
     shape = struct.unpack(f">{num_dims}I", raw[4:header])
     expected = header + math.prod(shape)
@@ -312,7 +313,9 @@ def _read_cifar(root: Path, name: str, split: str) -> tuple[Images, Labels]:
         return np.concatenate([x for x, _ in batches]), np.concatenate([y for _, y in batches])
     if subset.is_file():
         return _read_npz(subset, split)
-    raise FileError(f"{name} needs the folder {folder} or the file {subset}; put one there or pass another root.")
+    raise FileError(
+        f"{name} needs the folder {folder} or the file {subset}; put one there or pass another root."
+    )
 
 
 def _read_batch(path: Path, name: str) -> tuple[Images, Labels]:
@@ -324,14 +327,22 @@ def _read_batch(path: Path, name: str) -> tuple[Images, Labels]:
     except FileNotFoundError as error:
         raise FileError(f"{name} needs {path}, which does not exist; put it there.") from error
     # A damaged pickle can fail in any of these ways.
-    except (pickle.UnpicklingError, EOFError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        OSError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
         raise FileError(
             f"{path} is no batch of {name}: {error or type(error).__name__}; get the Python version again."
         ) from error
     if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3072) or labels.ndim != 1:
         raise FileError(
-            f"{path} holds {pixels.dtype} pixels of shape {pixels.shape} for {len(labels)} labels; a batch of "
-            f"{name} has uint8 pixels of shape (number of labels, 3072)."
+            f"{path} holds {pixels.dtype} pixels of shape {pixels.shape} for {len(labels)} labels; a batch "
+            f"of {name} has uint8 pixels of shape (number of labels, 3072)."
         )
     return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
 
@@ -361,11 +372,12 @@ def _encode(text: str, encoding: str) -> bytes:
 
 def _read_npz(path: Path, split: str) -> tuple[Images, Labels]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             images, labels = arrays[f"{split}_x"], arrays[f"{split}_y"]
     except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise FileError(
-            f"{path} cannot be read ({error}); it must be an npz file with the arrays {split}_x and {split}_y."
+            f"{path} cannot be read ({error}); it must be an npz file with the arrays {split}_x "
+            f"and {split}_y."
         ) from error
     if images.dtype != np.uint8 or images.shape != (len(labels), 32, 32, 3) or labels.ndim != 1:
         raise FileError(

@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspectra.errors import OptionError, ShapeError
+
 
 def mlp(
     input_shape: tuple[int, ...],
@@ -184,8 +184,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, H / stride, W / stride)."""
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(out + self.downsample(x))
+        out = self.bn2(self.conv2(nn.functional.relu(self.bn1(self.conv1(x)))))
+        return nn.functional.relu(out + self.downsample(x))
 
 
 class ResNet(nn.Module):
@@ -208,7 +208,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, C, H, W)."""
-        x = F.relu(self.bn1(self.conv1(x)))  # (B, 64, H, W)
+        x = nn.functional.relu(self.bn1(self.conv1(x)))  # (B, 64, H, W)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 512, H / 8, W / 8)
         return self.fc(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
@@ -250,7 +250,7 @@ class Attention(nn.Module):
         """(B, T, D) -> (B, T, D)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
-        out = F.scaled_dot_product_attention(query, key, value)
+        out = nn.functional.scaled_dot_product_attention(query, key, value)
         return self.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -277,6 +277,7 @@ class Transformer(nn.Module):
         self,
         input_shape: tuple[int, int, int],
         num_classes: int,
+        *,
         patch: tuple[int, int],
         width: int,
         depth: int,
@@ -294,9 +295,9 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, C, H, W)."""
-        rows, columns = self.patch
-        x = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))  # (B, C, H / r, r, W / c, c)
-        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, T, C r c)
+        (batch, channels, height, breadth), (rows, columns) = x.shape, self.patch
+        x = x.reshape(batch, channels, height // rows, rows, breadth // columns, columns)
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, T, C rows columns)
         x = self.blocks(self.embed(x) + self.position)  # (B, T, D)
         return self.head(self.norm(x).mean(dim=1))  # type: ignore[no-any-return]
 
@@ -341,7 +342,9 @@ def transformer(
         raise ShapeError(f"Patches of {patch} do not divide images of {height} × {breadth}; change `patch`.")
     if num_heads < 1 or width % num_heads:
         raise OptionError(f"{num_heads} heads do not divide a width of {width}; change `num_heads`.")
-    return Transformer((channels, height, breadth), num_classes, patch, width, depth, num_heads)
+    return Transformer(
+        (channels, height, breadth), num_classes, patch=patch, width=width, depth=depth, num_heads=num_heads
+    )
 
 
 def _image_shape(name: str, input_shape: tuple[int, ...], smallest: int) -> tuple[int, int, int]:

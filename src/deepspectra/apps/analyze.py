@@ -1,0 +1,153 @@
+"""The main job: from a problem to an attributed spectrum with its report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xarray as xr
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deepspectra.apps import stages
+from deepspectra.apps.dataset import build
+from deepspectra.apps.ledger import Ledger
+from deepspectra.errors import FileError, OptionError
+from deepspectra.problem import Problem
+from deepspectra.report.page import write
+
+DATASET_FILE, VECTORS_FILE = "analysis.nc", "vectors.safetensors"
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """An attributed spectrum: numbers with labels, eigenvectors, a verdict.
+
+    Attributes:
+        dataset: every number with its dimensions named; `docs/file-format.md` lists them.
+        vectors: "hessian" and "gauss_newton" → parameter name → (K, *shape), the top eigenvectors.
+    """
+
+    dataset: xr.Dataset
+    vectors: dict[str, dict[str, Tensor]]
+
+    @property
+    def verdict(self) -> str:
+        """What was found, in sentences, with the thresholds stated."""
+        return str(self.dataset.attrs["verdict"])
+
+    def __str__(self) -> str:
+        return self.verdict
+
+    def save(self, directory: str | Path) -> Path:
+        """Write analysis.nc (NetCDF-4) and vectors.safetensors into a directory, made if need be.
+
+        Each file is written beside its place and then moved there, so that a killed run leaves no half file.
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        staged = folder / f".{DATASET_FILE}.part"
+        self.dataset.to_netcdf(staged, engine="h5netcdf")
+        staged.replace(folder / DATASET_FILE)
+        flat = {
+            f"{kind}/{name}": value.detach().cpu().contiguous()
+            for kind, tree in self.vectors.items()
+            for name, value in tree.items()
+        }
+        staged = folder / f".{VECTORS_FILE}.part"
+        save_file(flat, staged)
+        staged.replace(folder / VECTORS_FILE)
+        return folder
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the report, one self-contained HTML file."""
+        write(self.dataset, path)
+        return Path(path)
+
+
+def load(directory: str | Path) -> Analysis:
+    """Read an analysis saved by `Analysis.save`.
+
+    Raises:
+        FileError: a file is missing, truncated or of another kind.
+    """
+    folder = Path(directory)
+    for name in (DATASET_FILE, VECTORS_FILE):
+        if not (folder / name).is_file():
+            raise FileError(f"{folder / name} does not exist; expected a directory written by Analysis.save.")
+    try:
+        with xr.open_dataset(folder / DATASET_FILE, engine="h5netcdf") as file:
+            dataset = file.load()
+        flat = load_file(folder / VECTORS_FILE)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise FileError(f"{folder} holds a truncated or foreign file ({error}). Run the analysis again.") from error
+    if "verdict" not in dataset.attrs:
+        raise FileError(f"{folder / DATASET_FILE} is NetCDF but not an analysis of this library.")
+    vectors: dict[str, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        kind, _, name = key.partition("/")
+        vectors.setdefault(kind, {})[name] = value
+    return Analysis(dataset, vectors)
+
+
+def analyze(
+    problem: Problem,
+    *,
+    num: int | None = None,
+    num_probes: int | None = None,
+    num_steps: int | None = None,
+    rtol: float = 1e-2,
+    seed: int = 0,
+    progress: bool = True,
+    title: str = "",
+    model: str = "",
+    data: str = "",
+    class_names: list[str] | None = None,
+) -> Analysis:
+    """Compute the spectra of H, G and R, attribute the outliers, and judge the papers' claims on them.
+
+    Args:
+        problem: one with cross-entropy and class labels.
+        num: top eigenpairs of H and of G; by default C + 3.
+        num_probes: random probes of each density; by default 4, or 2 when a gradient takes over .25 s.
+        num_steps: Krylov steps of each probe; by default 64, or 24 when a gradient takes over .25 s.
+        rtol: of the eigenpairs' residuals.
+        seed: of every random vector.
+        progress: draw progress with cost on standard error.
+        title, model, data, class_names: for the report.
+
+    Returns:
+        The analysis; `str()` is the verdict, `.save(dir)` and `.to_html(path)` write it.
+
+    Raises:
+        LossError: the loss is not the cross-entropy of class labels.
+        CurvatureError: the network has no right second derivative.
+        OptionError: class names that are not one a class.
+
+    Cost: itemised in the result.
+    """
+    if class_names is not None and len(class_names) != problem.num_classes:
+        raise OptionError(f"{len(class_names)} class names for {problem.num_classes} classes.")
+    found = stages.run(
+        problem,
+        Ledger(progress),
+        num=num or problem.num_classes + 3,
+        num_probes=num_probes,
+        num_steps=num_steps,
+        rtol=rtol,
+        seed=seed,
+    )
+    dataset = build(found, class_names)
+    model = model or type(problem.model).__name__
+    dataset.attrs.update(
+        title=title or f"Spectrum of {model}" + (f" on {data}" if data else ""), model=model, data=data
+    )
+    return Analysis(dataset, {name: _named(problem, pairs.vectors) for name, pairs in found.pairs.items()})
+
+
+def _named(problem: Problem, vectors: Tensor) -> dict[str, Tensor]:
+    """Columns (P, K) as parameter name → (K, *shape)."""
+    trees = [problem.unflatten(vector) for vector in vectors.T]
+    return {name: torch.stack([tree[name] for tree in trees]) for name in problem.parameter_names}

@@ -1,0 +1,276 @@
+"""Findings as one labelled dataset: every number with its dimensions named."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from datetime import datetime, timezone
+
+import numpy as np
+import torch
+import xarray as xr
+
+from deepspectra.apps.stages import Findings
+from deepspectra.products import products_of
+from deepspectra.results import Density, versions
+
+OPERATORS = ("hessian", "gauss_newton", "residual")
+SIDES = (-1, 1)
+POINTS, LOG_POINTS = 801, 301
+Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]
+
+
+def build(found: Findings, class_names: list[str] | None = None) -> xr.Dataset:
+    """The dataset of an analysis; `docs/file-format.md` describes it."""
+    num_classes = found.problem.num_classes
+    variables: Variables = {}
+    for group in (_curves, _nodes, _pairs, _shares, _knockouts, _averages, _traces, _classes, _costs):
+        variables |= group(found)
+    coords = {
+        "operator": list(OPERATORS),
+        "side": ["negative", "positive"],
+        "part": list(found.attribution.part_names),
+        "level": ["class", "cross_class"],
+        "knockout": _knockout_names(found),
+        "method": ["subtraction", "projection"],
+        "stage": list(found.ledger.costs),
+        "class": class_names or [str(c) for c in range(num_classes)],
+    }
+    coords["cross_class"] = coords["class_other"] = coords["class"]
+    return xr.Dataset(variables, coords=coords, attrs=_attributes(found))
+
+
+def _curves(found: Findings) -> Variables:
+    """Smoothed densities, linear, and logarithmic on each side of zero."""
+    linear = np.full((3, len(OPERATORS), POINTS), np.nan)
+    log = np.full((3, len(OPERATORS), len(SIDES), LOG_POINTS), np.nan)
+    for o, name in enumerate(OPERATORS):
+        density = found.densities[name]
+        curve = density.smooth("linear", num_points=POINTS)
+        linear[:, o] = torch.stack([curve.grid, curve.density, curve.standard_error]).numpy()
+        for s, sign in enumerate(SIDES):
+            if bool((density.nodes * sign > 0).any()):
+                curve = density.smooth("log", num_points=LOG_POINTS, sign=sign)
+                log[:, o, s] = torch.stack([curve.grid, curve.density, curve.standard_error]).numpy()
+    names = ("grid", "density", "standard_error")
+    return {f"curve_{n}": (("operator", "point"), linear[j]) for j, n in enumerate(names)} | {
+        f"log_{n}": (("operator", "side", "log_point"), log[j]) for j, n in enumerate(names)
+    }
+
+
+def _nodes(found: Findings) -> Variables:
+    most = max(len(found.densities[name].nodes) for name in OPERATORS)
+    nodes = np.full((len(OPERATORS), most), np.nan)
+    weights, probes = nodes.copy(), np.full(nodes.shape, -2)
+    for o, name in enumerate(OPERATORS):
+        density: Density = found.densities[name]
+        size = len(density.nodes)
+        nodes[o, :size], weights[o, :size], probes[o, :size] = density.nodes, density.weights, density.probes
+    dims = ("operator", "node")
+    return {"density_node": (dims, nodes), "density_weight": (dims, weights), "density_probe": (dims, probes)}
+
+
+def _per_pair(found: Findings, values: dict[str, torch.Tensor]) -> np.ndarray:
+    """(operator, pair) with NaN where an operator has none."""
+    most = max(len(pairs.values) for pairs in found.pairs.values())
+    table = np.full((len(OPERATORS), most), np.nan)
+    for name, row in values.items():
+        table[OPERATORS.index(name), : len(row)] = row.cpu().numpy()
+    return table
+
+
+def _pairs(found: Findings) -> Variables:
+    threshold = found.attribution.threshold
+    values = _per_pair(found, {name: pairs.values for name, pairs in found.pairs.items()})
+    residuals = _per_pair(found, {name: pairs.residual_norms for name, pairs in found.pairs.items()})
+    outliers = values > threshold
+    dims = ("operator", "pair")
+    return {
+        "eigenvalue": (dims, values),
+        "residual_norm": (dims, residuals),
+        "is_outlier": (dims, outliers.astype(np.int8)),
+        "num_outliers": (("operator",), np.where(np.isnan(values).all(1), np.nan, outliers.sum(1))),
+        "bulk_edge": (("operator",), np.array([found.attribution.bulk_edge, np.nan, np.nan])),
+        "outlier_threshold": (("operator",), np.array([threshold, threshold, np.nan])),
+        "converged": (
+            ("operator",),
+            np.array([float(found.pairs[n].converged) if n in found.pairs else np.nan for n in OPERATORS]),
+        ),
+    }
+
+
+def _shares(found: Findings) -> Variables:
+    parts = found.attribution.part_names
+    most = max(len(pairs.values) for pairs in found.pairs.values())
+    shares = np.full((len(OPERATORS), most, len(parts)), np.nan)
+    means = np.full((len(OPERATORS), len(parts)), np.nan)
+    for name, table in found.shares.items():
+        o = OPERATORS.index(name)
+        shares[o, : len(table)] = table
+        above = (found.pairs[name].values.cpu() > found.attribution.threshold).numpy()
+        if above.any():
+            means[o] = table.numpy()[above].mean(0)
+    return {
+        "share": (("operator", "pair", "part"), shares),
+        "mean_share": (("operator", "part"), means),
+    }
+
+
+def _knockout_names(found: Findings) -> list[str]:
+    return list(dict.fromkeys(knockout.name for knockout in found.attribution.knockouts))
+
+
+def _knockouts(found: Findings) -> Variables:
+    """Of H; NaN for the methods and operators not run."""
+    names, methods = _knockout_names(found), ("subtraction", "projection")
+    most = max(len(pairs.values) for pairs in found.pairs.values())
+    values = np.full((len(OPERATORS), len(names), len(methods), most), np.nan)
+    residuals = values.copy()
+    counts = np.full(values.shape[:3], np.nan)
+    upper = counts.copy()
+    for knockout in found.attribution.knockouts:
+        at = (0, names.index(knockout.name), methods.index(knockout.method))
+        size = len(knockout.values)
+        values[at][:size], residuals[at][:size] = knockout.values, knockout.residual_norms
+        counts[at], upper[at] = knockout.num_outliers, knockout.num_outliers_at_most
+    dims = ("operator", "knockout", "method")
+    return {
+        "knockout_value": ((*dims, "pair"), values),
+        "knockout_residual_norm": ((*dims, "pair"), residuals),
+        "knockout_outliers": (dims, counts),
+        "knockout_upper": (dims, upper),
+    }
+
+
+def _averages(found: Findings) -> Variables:
+    levels = ("class", "cross_class")
+    most = max(len(pairs.values) for pairs in found.pairs.values())
+    values = np.full((len(levels), most), np.nan)
+    overlaps = np.full((len(levels), len(OPERATORS)), np.nan)
+    dimensions, gradients = overlaps.copy(), np.full(len(levels), np.nan)
+    for j, level in enumerate(levels):
+        if level not in found.subspaces:
+            continue
+        eigenvalues = found.subspaces[level][0][:most]
+        values[j, : len(eigenvalues)] = eigenvalues.cpu()
+        gradients[j] = found.subspace_gradients[level]
+        for o, name in enumerate(OPERATORS):
+            overlaps[j, o] = found.overlaps.get((level, name), math.nan)
+            dimensions[j, o] = found.dimensions[level] if name in found.pairs else math.nan
+    return {
+        "subspace_value": (("level", "pair"), values),
+        "subspace_overlap": (("level", "operator"), overlaps),
+        "subspace_dimension": (("level", "operator"), dimensions),
+        "subspace_gradients": (("level",), gradients),
+    }
+
+
+def _traces(found: Findings) -> Variables:
+    """Traces of H, G, R from their densities; of G's parts by random signs."""
+    values, errors = [], []
+    for name in OPERATORS:
+        density = found.densities[name]
+        values.append(density.mean * density.size)
+        errors.append(density.mean_standard_error * density.size)
+    parts = np.full((2, len(found.attribution.part_names)), np.nan)
+    parts[:, :-1] = found.part_traces
+    return {
+        "trace": (("operator",), np.array(values)),
+        "trace_standard_error": (("operator",), np.array(errors)),
+        "part_trace": (("part",), parts[0]),
+        "part_trace_standard_error": (("part",), parts[1]),
+    }
+
+
+def _classes(found: Findings) -> Variables:
+    projections = found.parts.projections
+    num_classes = projections.num_classes
+    counted = found.parts.rows.curvature > 0
+    counts = torch.bincount(found.parts.rows.labels[counted], minlength=num_classes)
+    gram = np.full((num_classes, num_classes), np.nan)
+    factor = found.parts.factor("class").double()
+    present = (projections.class_weights > 0).cpu().numpy()
+    gram[np.ix_(present, present)] = (factor.T @ factor).cpu()
+    return {
+        "class_count": (("class",), counts.cpu().numpy()),
+        "class_weight": (("class",), projections.class_weights.cpu().numpy()),
+        "cross_class_weight": (("class", "cross_class"), projections.cell_weights.cpu().numpy()),
+        "mean_gram": (("class", "class_other"), gram),
+    }
+
+
+def _costs(found: Findings) -> Variables:
+    ledger = found.ledger
+    costs = list(ledger.costs.values())
+    return {
+        "cost_products": (("stage",), np.array([cost.num_products for cost in costs])),
+        "cost_seconds": (("stage",), np.array([cost.seconds for cost in costs])),
+        "cost_gradients": (("stage",), np.array([ledger.gradients(cost) for cost in costs])),
+    }
+
+
+def _attributes(found: Findings) -> dict[str, object]:
+    problem, attribution = found.problem, found.attribution
+    products = products_of(problem)
+    provenance = {
+        **versions(),
+        "batches": problem.batches.num_batches,
+        "threads": torch.get_num_threads(),
+        "rtol of eigenpairs": found.rtol,
+        "probes × steps of densities": " × ".join(
+            str(n) for n in (found.densities["hessian"].num_probes, found.densities["hessian"].num_steps)
+        ),
+        **products.notes,
+        "doubts": "; ".join(found.doubts) or "none: every eigenpair converged",
+    }
+    thresholds = {
+        "bulk edge": [
+            attribution.bulk_edge,
+            "largest eigenvalue of H without any class or cross-class mean: what scatter within classes and "
+            "the residual make by themselves",
+        ],
+        "outlier threshold": [attribution.threshold, f"{attribution.margin:g} times the bulk edge"],
+    }
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "verdict": " ".join(sentences(found)),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "loss": problem.loss_function.name,
+        "num_parameters": problem.num_parameters,
+        "num_examples": problem.num_examples,
+        "num_classes": problem.num_classes,
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "device": str(problem.device),
+        "seed": found.seed,
+        "loss_value": found.loss,
+        "accuracy": found.accuracy,
+        "gradient_norm": found.gradient_norm,
+        "gradient_seconds": found.ledger.gradient_seconds,
+        "memory_bytes": problem.memory,
+        "peak_memory_bytes": peak,
+        "provenance": json.dumps(provenance),
+        "thresholds": json.dumps(thresholds),
+    }
+
+
+def sentences(found: Findings) -> list[str]:
+    """The verdict: what the outliers are made of, whether averaging finds them, what G and R are to H."""
+    lines = list(found.attribution.verdicts)
+    averages = [
+        f"{overlap:.2f} from the {level.replace('_', '-')} means "
+        f"({found.subspace_gradients[level]:.1f} gradients)"
+        for (level, name), overlap in found.overlaps.items()
+        if name == "hessian"
+    ]
+    k = found.dimensions["class"]
+    lines.append(f"Averaging alone finds the top {k} eigenvectors of H with overlap {' and '.join(averages)}.")
+    traces = {name: found.densities[name].mean * found.problem.num_parameters for name in OPERATORS}
+    lines.append(
+        f"Traces: H {traces['hessian']:.3g}, of which G {traces['gauss_newton']:.3g} and R "
+        f"{traces['residual']:.3g}."
+    )
+    if found.doubts:
+        lines.append("Not everything converged: " + "; ".join(found.doubts))
+    return lines

@@ -1,0 +1,179 @@
+"""The stages of an analysis, in order, and what they find."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deepspectra.algorithms.density import density
+from deepspectra.algorithms.eigenpairs import eigenpairs
+from deepspectra.algorithms.subspace import overlap
+from deepspectra.analysis.attribution import Attribution, attribute, pair_shares
+from deepspectra.analysis.means import subspace_of
+from deepspectra.apps.ledger import Ledger
+from deepspectra.errors import ConvergenceWarning
+from deepspectra.operators.base import Operator
+from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
+from deepspectra.operators.parts import Decomposition, decompose
+from deepspectra.problem import Problem
+from deepspectra.products import products_of
+from deepspectra.results import Density, Eigenpairs
+
+LETTERS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
+SLOW_GRADIENT = 0.25  # seconds; beyond it densities are given fewer products by default
+TRACE_PROBES = 4
+
+
+@dataclass
+class Findings:
+    """What the stages found, to be labelled and saved.
+
+    Attributes:
+        pairs: "hessian" and "gauss_newton" → top eigenpairs.
+        densities: also "residual".
+        subspaces: level → eigenvalues and vectors by averaging.
+        overlaps: (level, operator) → overlap with the top eigenspace of dimension `dimensions[level]`.
+        shares: operator → (pairs, parts).
+        part_traces: (2, parts), traces of G's parts and their standard errors.
+        doubts: convergence warnings, word for word.
+    """
+
+    problem: Problem
+    ledger: Ledger
+    seed: int
+    rtol: float
+    loss: float = float("nan")
+    accuracy: float = float("nan")
+    gradient_norm: float = float("nan")
+    pairs: dict[str, Eigenpairs] = field(default_factory=dict)
+    densities: dict[str, Density] = field(default_factory=dict)
+    subspaces: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    subspace_gradients: dict[str, float] = field(default_factory=dict)
+    dimensions: dict[str, int] = field(default_factory=dict)
+    overlaps: dict[tuple[str, str], float] = field(default_factory=dict)
+    shares: dict[str, Tensor] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
+    parts: Decomposition = field(init=False)
+    attribution: Attribution = field(init=False)
+    part_traces: Tensor = field(init=False)
+
+
+def run(
+    problem: Problem,
+    ledger: Ledger,
+    *,
+    num: int,
+    num_probes: int | None,
+    num_steps: int | None,
+    rtol: float,
+    seed: int,
+) -> Findings:
+    """Every stage; the kept graphs of one kind are dropped before another kind needs their memory."""
+    found = Findings(problem, ledger, seed, rtol)
+    products = products_of(problem)
+    _measure_gradient(found)
+    slow = ledger.gradient_seconds > SLOW_GRADIENT
+    probes = num_probes or (2 if slow else 4)
+    steps = min(num_steps or (24 if slow else 64), problem.num_parameters)
+    with ledger.stage("checking derivatives"):
+        hessian = Hessian(problem)
+    _find_pairs(found, "hessian", hessian, num)
+    with ledger.stage("class structure"):
+        found.parts = decompose(problem, effects="two-way")
+    _average(found)
+    with ledger.stage("attribution of H") as report, _noting(found.doubts):
+        found.attribution = attribute(
+            hessian, found.parts, pairs=found.pairs["hessian"], seed=seed, progress=report
+        )
+    _find_density(found, "hessian", hessian, probes, steps)
+    products.release()
+    _find_density(found, "residual", Residual(problem), probes, steps)
+    products.release()
+    gauss_newton = GaussNewton(problem)
+    _find_pairs(found, "gauss_newton", gauss_newton, num)
+    _find_density(found, "gauss_newton", gauss_newton, probes, steps)
+    with ledger.stage("shares of G") as report:
+        found.shares["hessian"] = found.attribution.pair_shares
+        found.shares["gauss_newton"] = pair_shares(found.parts, found.pairs["gauss_newton"])
+        found.part_traces = _part_traces(found.parts, seed)
+        report(0, None)
+    products.release()
+    _overlap(found)
+    return found
+
+
+def _measure_gradient(found: Findings) -> None:
+    """Loss, accuracy, and the seconds of one full-data gradient: the unit of every cost."""
+    with found.ledger.stage("loss and gradient"):
+        found.loss, found.accuracy = found.problem.loss(), found.problem.accuracy()
+        found.problem.gradient()  # once to warm up
+        began = time.perf_counter()
+        found.gradient_norm = float(found.problem.gradient().norm())
+        found.ledger.gradient_seconds = time.perf_counter() - began
+
+
+def _find_pairs(found: Findings, name: str, operator: Operator, num: int) -> None:
+    num = min(num, found.problem.num_parameters)
+    with found.ledger.stage(f"top eigenpairs of {LETTERS[name]}") as report, _noting(found.doubts):
+        found.pairs[name] = eigenpairs(operator, num, rtol=found.rtol, seed=found.seed, progress=report)
+
+
+def _find_density(found: Findings, name: str, operator: Operator, probes: int, steps: int) -> None:
+    with found.ledger.stage(f"density of {LETTERS[name]}") as report, _noting(found.doubts):
+        found.densities[name] = density(
+            operator,
+            num_probes=probes,
+            num_steps=steps,
+            deflate=found.pairs.get(name),
+            seed=found.seed + 2,
+            progress=report,
+        )
+
+
+def _average(found: Findings) -> None:
+    """The principal subspaces by averaging alone; the C² means only if they fit in memory."""
+    levels = ("class", "cross_class")
+    for level in levels:
+        with found.ledger.stage(f"averaging: {level.replace('_', '-')} means"):
+            if level == "class" or found.parts.holds_means():
+                found.subspaces[level] = subspace_of(found.parts, level)
+        found.subspace_gradients[level] = found.ledger.gradients(
+            found.ledger.costs[f"averaging: {level.replace('_', '-')} means"]
+        )
+
+
+def _overlap(found: Findings) -> None:
+    """Overlap of the averaged subspaces with the eigenspaces of the C−1 largest pairs."""
+    for level, (_, vectors) in found.subspaces.items():
+        most = min(vectors.shape[1], len(found.pairs["hessian"].values))
+        found.dimensions[level] = k = max(1, min(found.problem.num_classes - 1, most))
+        for name, pairs in found.pairs.items():
+            found.overlaps[level, name] = overlap(vectors[:, :k], pairs.vectors[:, :k])
+
+
+def _part_traces(parts: Decomposition, seed: int) -> Tensor:
+    """Traces of the parts and their standard errors (2, parts), by Hutchinson's |Π A v|² over a few signs."""
+    generator = torch.Generator().manual_seed(seed)
+    problem = parts.problem
+    signs = torch.randint(0, 2, (problem.num_parameters, TRACE_PROBES), generator=generator) * 2 - 1
+    block = signs.to(device=problem.device, dtype=problem.dtype)
+    samples = parts.projections.squared_norms(parts.rows.apply(block), tuple(parts)).cpu()
+    return torch.stack([samples.mean(1), samples.std(1) / TRACE_PROBES**0.5])
+
+
+@contextmanager
+def _noting(doubts: list[str]) -> Iterator[None]:
+    """Collect convergence warnings for the report, and still give them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        if issubclass(warning.category, ConvergenceWarning):
+            doubts.append(str(warning.message))
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

@@ -1,0 +1,204 @@
+"""The command line: `deepspectra demo`, `deepspectra analyze`, `deepspectra report`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from deepspectra import zoo
+from deepspectra.apps.analyze import Analysis, analyze, load
+from deepspectra.errors import DeepSpectraError, TargetError
+from deepspectra.problem import Problem
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Split the spectrum of a deep network into the parts that cause it.",
+)
+console = Console(stderr=True)
+
+Out = Annotated[Path, typer.Option(help="Directory of the results and the report.")]
+Seed = Annotated[int, typer.Option(help="Seed of the training and of every random vector.")]
+CONVOLUTIONAL = ("lenet", "vgg11-bn", "resnet18")
+PAPER_SIDE = 32  # side to which the papers pad images for convolutional networks
+
+
+def main() -> None:
+    """Run the command line; an error of this library ends it with its message and exit status 2."""
+    try:
+        app()
+    except DeepSpectraError as error:
+        console.print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
+        sys.exit(2)
+
+
+@app.command()
+def demo(out: Out = Path("deepspectra-demo"), seed: Seed = 0) -> None:
+    """Train a small network on the embedded digits, analyse it and write the report."""
+    problem, names = _zoo_problem("mlp", "digits", out=out, seed=seed)
+    _finish(analyze(problem, seed=seed, model="mlp", data="digits", class_names=names), out)
+
+
+@app.command("analyze")
+def analyze_command(
+    target: Annotated[
+        str | None,
+        typer.Argument(help="file.py:function or package.module:function that returns a Problem."),
+    ] = None,
+    model: Annotated[str, typer.Option(help=f"Zoo model: {', '.join(zoo.MODEL_NAMES)}.")] = "mlp",
+    data: Annotated[str, typer.Option(help=f"Zoo data set: {', '.join(zoo.DATA_NAMES)}.")] = "digits",
+    data_root: Annotated[
+        Path | None, typer.Option(envvar="DEEPSPECTRA_DATA", help="Folder of the data set's files.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Trained weights (safetensors, or a PyTorch state dict).")
+    ] = None,
+    per_class: Annotated[int | None, typer.Option(help="Examples a class; all by default.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of training, if no checkpoint.")] = None,
+    out: Out = Path("deepspectra-run"),
+    memory: Annotated[str | None, typer.Option(help='Memory budget, such as "8GiB".')] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None,
+    num_probes: Annotated[int | None, typer.Option(help="Probes of each density.")] = None,
+    num_steps: Annotated[int | None, typer.Option(help="Krylov steps of each probe.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Analyse your own problem (TARGET), or a model of the zoo on one of its data sets."""
+    names: list[str] | None = None
+    if target is not None:
+        problem, model, data = _load_target(target), "", ""
+    else:
+        problem, names = _zoo_problem(
+            model,
+            data,
+            out=out,
+            root=data_root,
+            checkpoint=checkpoint,
+            per_class=per_class,
+            epochs=epochs,
+            memory=memory,
+            device=device,
+            seed=seed,
+        )
+        data = f"{data}, {per_class} images a class" if per_class else data
+    result = analyze(
+        problem,
+        num_probes=num_probes,
+        num_steps=num_steps,
+        seed=seed,
+        title=f"Spectrum of {target}" if target else "",
+        model=model,
+        data=data,
+        class_names=names,
+    )
+    _finish(result, out)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="Directory that analyze or Analysis.save wrote.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; by default in the directory.")] = None,
+) -> None:
+    """Write the report of a saved analysis again."""
+    result = load(directory)
+    typer.echo(f"Report: {result.to_html(out or directory / 'report.html')}")
+
+
+def _finish(result: Analysis, out: Path) -> None:
+    folder = result.save(out)
+    path = result.to_html(folder / "report.html")
+    typer.echo(f"\n{result}\n")
+    typer.echo(f"Results: {folder}")
+    typer.echo(f"Report: {path}")
+
+
+def _zoo_problem(
+    model: str,
+    data: str,
+    *,
+    out: Path,
+    root: Path | None = None,
+    checkpoint: Path | None = None,
+    per_class: int | None = None,
+    epochs: int | None = None,
+    memory: str | None = None,
+    device: str | None = None,
+    seed: int = 0,
+) -> tuple[Problem, list[str]]:
+    """Data, and a network from a checkpoint or trained here and saved beside the results."""
+    size = PAPER_SIDE if model in CONVOLUTIONAL and data in ("mnist", "fashion") else None
+    examples = zoo.load(data, root=root, per_class=per_class, size=size, seed=seed)
+    names = [str(name) for name in examples.class_names]
+    shape = tuple(examples.inputs.shape[1:])
+    network = zoo.build(model, input_shape=shape, num_classes=len(names), seed=seed)
+    if checkpoint is not None:
+        zoo.load_checkpoint(checkpoint, network)
+    else:
+        recipe = zoo.recipe(model, data, len(examples))
+        epochs = recipe.epochs if epochs is None else epochs
+        with console.status("training") as status:
+            history = zoo.train(
+                network,
+                examples,
+                epochs=epochs,
+                learning_rate=recipe.learning_rate,
+                batch_size=recipe.batch_size,
+                seed=seed,
+                device=device,
+                progress=lambda h: status.update(
+                    f"training {model} on {data}: epoch {len(h)} of {epochs}, loss {h.losses[-1]:.4f}, "
+                    f"accuracy {h.accuracies[-1]:.1%}"
+                ),
+            )
+        path = out / "model.safetensors"
+        zoo.save_checkpoint(path, network, {"model": model, "data": data, "epochs": epochs, "seed": seed})
+        last = f"accuracy {history.accuracies[-1]:.1%} while training" if len(history) else "untrained"
+        console.print(f"Trained {model} on {len(examples):,} examples of {data}: {last}; saved as {path}")
+    network.eval()
+    data_pair = (examples.inputs, examples.targets)
+    return Problem(network, data_pair, device=device, memory=memory), names
+
+
+def _load_target(target: str) -> Problem:
+    """The problem that file.py:function or package.module:function returns."""
+    place, separator, function = target.rpartition(":")
+    if not separator or not place or not function:
+        raise TargetError(
+            f"target {target!r}: expected file.py:function or package.module:function, a function that takes "
+            "nothing and returns a deepspectra.Problem."
+        )
+    try:
+        if place.endswith(".py"):
+            path = Path(place).resolve()
+            if not path.is_file():
+                raise TargetError(f"target {target!r}: there is no file {path}.")
+            sys.path.insert(0, str(path.parent))  # so that the file can import its neighbours
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[path.stem] = module
+            spec.loader.exec_module(module)
+        else:
+            sys.path.insert(0, str(Path.cwd()))
+            module = importlib.import_module(place)
+    except ImportError as error:
+        raise TargetError(f"target {target!r} cannot be imported: {error}") from error
+    if not callable(getattr(module, function, None)):
+        raise TargetError(f"target {target!r}: {place} has no function {function!r}.")
+    problem = getattr(module, function)()
+    if not isinstance(problem, Problem):
+        raise TargetError(
+            f"target {target!r} returned {type(problem).__name__}; expected a deepspectra.Problem."
+        )
+    return problem
+
+
+if __name__ == "__main__":
+    main()

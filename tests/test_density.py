@@ -1,0 +1,431 @@
+"""Spectral densities against exact spectra."""
+
+import math
+import warnings
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import wasserstein_distance
+
+from deepspectra.algorithms.density import density
+from deepspectra.algorithms.eigenpairs import eigenpairs
+from deepspectra.errors import ConvergenceWarning, MemoryBudgetError, NonFiniteError, OptionError, ShapeError
+from deepspectra.operators.base import Function, LowRank, Matrix
+
+
+def rotated(values, seed=0, dtype=torch.float64):
+    size = len(values)
+    normal = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    basis = torch.linalg.qr(normal)[0]
+    matrix = (basis * values.double()) @ basis.T
+    return ((matrix + matrix.T) / 2).to(dtype)
+
+
+def trained(size=1000):
+    bulk = 0.03 * torch.exp(-torch.linspace(0, 14, size - 10, dtype=torch.float64))
+    return torch.cat([torch.logspace(0, -1, 10, dtype=torch.float64), bulk])
+
+
+def distance(result, exact):
+    """Wasserstein-1, relative to the mean absolute eigenvalue."""
+    return wasserstein_distance(result.nodes, exact, result.weights) / float(exact.abs().mean())
+
+
+def broadened(grid, positions, width):
+    """The exact spectrum convolved with the same Gaussian."""
+    kernel = (-0.5 * ((grid[:, None] - positions) / width) ** 2).exp()
+    return kernel.mean(1) / (width * math.sqrt(2 * math.pi))
+
+
+def integral(values, grid):
+    return float(torch.trapezoid(values, grid))
+
+
+# --- the golden spectra: Papyan, JMLR 2020, figure 15 ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spiked():
+    """diag(5, 4, 3, 0, …) + ZZᵀ/2000: a Marchenko-Pastur bulk and three outliers."""
+    Z = torch.randn(2000, 2000, generator=torch.Generator().manual_seed(0))
+    matrix = Z @ Z.T / 2000
+    matrix.diagonal()[:3] += torch.tensor([5.0, 4.0, 3.0])
+    return matrix, torch.linalg.eigvalsh(matrix).double()
+
+
+@pytest.fixture(scope="module")
+def heavy():
+    """ZZᵀ/1000 with Pareto(1) entries: a spectrum over ten decades."""
+    uniform = torch.rand(500, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    Z = 1 / (1 - uniform)
+    return Z @ Z.T / 1000, torch.linalg.eigvalsh(Z @ Z.T / 1000)
+
+
+def test_the_density_of_a_spiked_bulk_is_that_of_its_eigenvalues(spiked):
+    matrix, exact = spiked
+    result = density(matrix, num_probes=10, num_steps=128)
+    assert distance(result, exact) < 0.02
+    torch.testing.assert_close(result.exact[-3:], exact[-3:], rtol=1e-5, atol=0)
+    curve = result.smooth()
+    assert float(curve.grid.max()) < 4.2  # the outliers set neither the grid nor the width
+    assert curve.mass == pytest.approx(1 - 3 / 2000, abs=1e-12)
+    assert integral(curve.density, curve.grid) == pytest.approx(curve.mass, abs=1e-3)
+    assert integral((curve.density - broadened(curve.grid, exact, curve.width)).abs(), curve.grid) < 0.08
+
+
+def test_the_log_density_of_a_heavy_tail_is_exact_when_the_basis_spans_everything(heavy):
+    matrix, exact = heavy
+    result = density(matrix, num_probes=10, num_steps=256)
+    assert result.num_products == 500
+    torch.testing.assert_close(result.exact, exact, rtol=1e-6, atol=1e-12 * float(exact.max()))
+    curve = result.smooth("log", width=0.1)
+    positions = (exact.abs() + 1e-5 * exact.abs().max()).log10()
+    torch.testing.assert_close(
+        curve.density, broadened(curve.grid.log10(), positions, 0.1), rtol=1e-6, atol=1e-9
+    )
+
+
+def test_the_log_density_of_a_heavy_tail_needs_no_full_basis(heavy):
+    matrix, exact = heavy
+    result = density(matrix, num_probes=3, num_steps=64)
+    assert distance(result, exact) < 0.005
+    curve = result.smooth("log", width=0.2)
+    positions = (exact.abs() + 1e-5 * exact.abs().max()).log10()
+    assert integral(curve.density, curve.grid.log10()) == pytest.approx(1, abs=1e-3)
+    difference = (curve.density - broadened(curve.grid.log10(), positions, 0.2)).abs()
+    assert integral(difference, curve.grid.log10()) < 0.1
+
+
+# --- the quadrature ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 40),
+    st.integers(1, 5),
+    st.integers(1, 50),
+    st.sampled_from([torch.float64, torch.float32]),
+    st.integers(0, 3),
+)
+def test_weights_are_a_distribution_and_nodes_lie_in_the_spectrum(
+    seed, size, num_probes, num_steps, dtype, num_deflated
+):
+    normal = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    matrix = normal + normal.T
+    deflate = None
+    if num_deflated:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            deflate = eigenpairs(matrix, min(num_deflated, size), "both")
+    result = density(matrix, num_probes, num_steps, deflate=deflate, seed=seed)
+    assert float(result.weights.sum()) == pytest.approx(1, abs=1e-12)
+    assert float(result.weights.min()) >= 0
+    exact = torch.linalg.eigvalsh(matrix.double())
+    slack = 100 * torch.finfo(dtype).eps * float(exact.abs().max())
+    assert exact[0] - slack <= result.nodes.min()
+    assert result.nodes.max() <= exact[-1] + slack
+    assert result.nodes.dtype == result.weights.dtype == torch.float64
+    assert result.nodes.shape == result.weights.shape == result.probes.shape
+    torch.testing.assert_close(
+        result.weights[result.probes < 0], torch.full_like(result.exact, 1 / size), rtol=1e-12, atol=0
+    )
+
+
+@pytest.mark.parametrize("num_probes", [1, 4])
+def test_the_quadrature_reproduces_the_probes_moments(num_probes):
+    values = torch.linspace(-1, 2, 120, dtype=torch.float64)
+    steps = 5
+    result = density(rotated(values), num_probes, steps, seed=3)
+    z = torch.randn(num_probes, 120, generator=torch.Generator().manual_seed(3), dtype=torch.float64).T
+    matrix, power = rotated(values), z
+    for degree in range(2 * steps):  # exact up to degree 2·steps − 1
+        moments = (z * power).sum(0) / (z * z).sum(0)
+        for probe in range(num_probes):
+            mine = result.probes == probe
+            moment = float(result.weights[mine] @ result.nodes[mine] ** degree) * num_probes
+            assert moment == pytest.approx(float(moments[probe]), rel=1e-10, abs=1e-12)
+        power = matrix @ power
+
+
+@pytest.mark.parametrize("num_probes", [1, 2, 5])
+def test_few_distinct_eigenvalues_are_resolved_exactly(num_probes):
+    values = torch.cat([torch.full((50,), 3.0), torch.full((30,), -1.0), torch.full((20,), 0.5)])
+    result = density(rotated(values), num_probes, 64)
+    assert result.num_products <= 3 * num_probes
+    for value in (3.0, -1.0, 0.5):
+        assert float((result.nodes - value).abs().min()) < 1e-12
+    assert (
+        float(torch.stack([(result.nodes - v).abs() for v in (3.0, -1.0, 0.5)]).min(0).values.max()) < 1e-12
+    )
+
+
+def test_multiple_outliers_are_counted_with_enough_probes():
+    values = torch.cat([torch.tensor([5.0, 5, 5, 2]), torch.linspace(0, 0.5, 96)]).double()
+    result = density(rotated(values), 6, 10)
+    torch.testing.assert_close(result.exact[-4:], torch.tensor([2.0, 5, 5, 5], dtype=torch.float64))
+
+
+def test_a_value_with_as_many_copies_as_probes_is_not_locked():
+    values = torch.cat([torch.full((6,), 5.0), torch.linspace(0, 0.5, 94)]).double()
+    result = density(rotated(values), 3, 10)
+    assert not bool((result.exact > 4).any())
+    masses = [
+        result.count_above(4.0)[0] for result in (density(rotated(values), 3, 10, seed=s) for s in range(30))
+    ]
+    assert sum(masses) / 30 == pytest.approx(6, rel=0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_identity_and_zero_and_a_single_row(dtype):
+    for matrix, value in ((torch.eye(40, dtype=dtype), 1), (torch.zeros(40, 40, dtype=dtype), 0)):
+        result = density(matrix, 3, 10)
+        torch.testing.assert_close(result.nodes, torch.full_like(result.nodes, value), atol=1e-6, rtol=0)
+        for curve in (result.smooth(), result.smooth("log")):
+            assert bool(torch.isfinite(curve.density).all())
+    single = density(torch.tensor([[2.0]], dtype=dtype))
+    assert (single.nodes.tolist(), single.weights.tolist()) == ([2.0], [1.0])
+
+
+def test_a_low_rank_operator_keeps_its_null_space():
+    factor = torch.randn(3000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    result = density(LowRank(factor), 8, 64)
+    torch.testing.assert_close(result.exact, torch.linalg.eigvalsh(factor.T @ factor), rtol=1e-10, atol=0)
+    assert result.cdf(1.0) == pytest.approx(1 - 4 / 3000, abs=1e-12)
+
+
+# --- accuracy ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_probes", "target"), [(2, 0.05), (4, 0.025), (8, 0.016)])
+def test_a_trained_nets_density_meets_its_target(num_probes, target):
+    values = trained(2000)
+    operator = Function(lambda block: values.to(block)[:, None] * block, 2000, dtype=torch.float64)
+    mean = sum(distance(density(operator, num_probes, seed=seed), values) for seed in range(3)) / 3
+    assert mean < target
+
+
+def test_locking_never_hurts_an_indefinite_bulk():
+    values = torch.cos(torch.linspace(0, math.pi, 800, dtype=torch.float64))
+    operator = Function(lambda block: values.to(block)[:, None] * block, 800, dtype=torch.float64)
+    assert distance(density(operator, 2, 64), values) < 0.05
+
+
+def test_float32_equals_float64():
+    values = trained(600)
+    double, single = (
+        density(rotated(values, dtype=dtype), 4, 50) for dtype in (torch.float64, torch.float32)
+    )
+    grid = torch.logspace(-5, 0, 50)
+    assert float((double.cdf(grid) - single.cdf(grid)).abs().max()) < 0.005
+    assert int((single.nodes > 0.05).sum()) == 10  # no ghosts
+
+
+def test_two_standard_errors_cover_counts():
+    values = trained(300)
+    matrix = rotated(values)
+    for level, widest in ((1e-3, 10), (0.01, 5)):
+        truth = int((values > level).sum())
+        counts = [density(matrix, 5, 12, seed=seed).count_above(level) for seed in range(40)]
+        covered = sum(abs(count - truth) <= 2 * error for count, error in counts) / len(counts)
+        assert covered >= 0.85
+        assert sum(error for _, error in counts) / len(counts) < widest
+
+
+def test_a_count_between_exact_eigenvalues_is_exact():
+    values = trained(300)
+    count, error = density(rotated(values), 5, 20).count_above(0.01)
+    assert (round(count, 9), round(error, 9)) == (int((values > 0.01).sum()), 0)
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e7])
+def test_densities_scale_with_the_operator(scale):
+    matrix = rotated(trained(300))
+    reference, scaled = density(matrix, 3, 30), density(scale * matrix, 3, 30)
+    torch.testing.assert_close(scaled.nodes / scale, reference.nodes, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(scaled.weights, reference.weights, rtol=1e-4, atol=1e-9)
+    assert scaled.smooth().width == pytest.approx(scale * reference.smooth().width, rel=1e-6)
+    assert scaled.smooth("log").width == pytest.approx(reference.smooth("log").width, rel=1e-6)
+
+
+# --- deflation and memory ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_probes", [1, 4])
+def test_a_deflated_negative_eigenvalue_keeps_its_sign(num_probes):
+    values = torch.cat([torch.tensor([-9.0, 4.0]), torch.linspace(-0.1, 0.2, 398)]).double()
+    matrix = rotated(values)
+    top = eigenpairs(matrix, 2, "magnitude", rtol=1e-6)
+    result = density(matrix, num_probes, 40, deflate=top)
+    assert int((result.nodes < -1).sum()) == int((result.nodes > 1).sum()) == 1
+    outliers = (result.nodes.abs() > 1) & (result.probes == -1)
+    assert result.nodes[outliers].sort().values.tolist() == pytest.approx([-9, 4], rel=1e-9)
+    assert result.weights[outliers].tolist() == pytest.approx([1 / 400] * 2, rel=1e-12)
+    assert distance(result, values) < 0.1
+    assert "deflated pairs to" in str(result)
+
+
+def test_deflating_pairs_that_have_not_converged_only_blurs():
+    values = trained(500)
+    matrix = rotated(values)
+    with pytest.warns(ConvergenceWarning):
+        rough = eigenpairs(matrix, 10, max_products=12)
+    result = density(matrix, 6, 60, deflate=rough)
+    assert result.deflation_residual == rough.worst > 1e-3
+    blur = float(rough.residual_norms.sum()) / 500 / float(values.mean())
+    assert distance(result, values) < 0.05 + blur
+
+
+def test_everything_deflated_needs_no_product():
+    matrix = rotated(torch.linspace(-1, 1, 12))
+    everything = eigenpairs(matrix, 12)
+    result = density(matrix, deflate=everything)
+    assert result.num_products == 0
+    torch.testing.assert_close(result.exact, everything.values.flip(0))
+
+
+def test_a_small_memory_runs_the_probes_in_groups():
+    values = trained(600)
+    operator = Matrix(rotated(values))
+    operator.memory = 8 * 600 * 150
+    seen = []
+    result = density(operator, 6, 40, progress=lambda done, expected: seen.append((done, expected)))
+    assert max(b[0] - a[0] for a, b in pairwise(seen)) <= 3
+    assert seen[-1] == (240, 240)
+    assert sorted(set(result.probes.tolist())) == [-1, 0, 1, 2, 3, 4, 5]
+    assert float(result.weights.sum()) == pytest.approx(1, abs=1e-12)
+    torch.testing.assert_close(result.exact[-10:], values[:10].flip(0), rtol=1e-6, atol=0)
+    assert int((result.nodes > 0.05).sum()) == 10
+    assert distance(result, values) < 0.05
+
+
+def test_a_memory_too_small_for_one_probe_is_an_error():
+    operator = Matrix(rotated(trained(300)))
+    operator.memory = 8 * 300 * 40
+    with pytest.raises(MemoryBudgetError, match=r"Lower num_steps to 39 or raise A\.memory"):
+        density(operator)
+
+
+# --- curves and distribution functions ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return density(rotated(torch.cat([trained(300), -0.2 * torch.rand(100).double() - 0.01])), 4, 30)
+
+
+def test_a_curve_integrates_to_the_mass_it_shows(sample):
+    linear = sample.smooth(num_points=4000)
+    assert integral(linear.density, linear.grid) == pytest.approx(linear.mass, abs=1e-3)
+    logarithmic = sample.smooth("log")
+    assert logarithmic.mass == pytest.approx(1, abs=1e-12)
+    assert integral(logarithmic.density, logarithmic.grid.log10()) == pytest.approx(1, abs=1e-3)
+    sides = [sample.smooth("log", sign=sign) for sign in (1, -1)]
+    assert sum(side.mass for side in sides) == pytest.approx(1, abs=1e-9)
+    assert sides[1].mass == pytest.approx(sample.cdf(0.0), abs=1e-9)
+
+
+def test_a_curve_has_the_width_and_the_points_asked_for(sample):
+    curve = sample.smooth(width=0.05, num_points=77)
+    assert curve.width == 0.05
+    assert curve.grid.shape == curve.density.shape == curve.standard_error.shape == (77,)
+
+
+def test_the_error_band_covers_the_exact_curve(sample):
+    values = trained(300)
+    inside = []
+    for seed in range(10):
+        curve = density(rotated(values), 8, 20, seed=seed).smooth(width=0.003)
+        gap = (curve.density - broadened(curve.grid, values, 0.003)).abs()
+        inside.append(
+            float((gap <= 2 * curve.standard_error + 0.02 * float(curve.density.max())).double().mean())
+        )
+    assert sum(inside) / len(inside) > 0.8
+
+
+def test_one_probe_has_no_error_band_and_says_so():
+    result = density(rotated(trained(100)), 1, 20)
+    curve = result.smooth()
+    assert bool(curve.standard_error.isnan().all())
+    assert bool(torch.isfinite(curve.density).all())
+    assert math.isnan(result.count_above(0.5)[1])
+    assert "no error band" in str(result)
+
+
+def test_the_cdf_is_a_step_function(sample):
+    grid = torch.linspace(-2, 2, 30).reshape(5, 6)
+    steps = sample.cdf(grid)
+    assert steps.shape == (5, 6)
+    assert bool((steps.flatten().diff() >= 0).all())
+    assert (sample.cdf(-1e9), sample.cdf(1e9)) == (0.0, 1.0)
+    assert isinstance(sample.cdf(0.1), float)
+    top = float(sample.nodes.max())
+    assert sample.cdf(top) == 1.0
+    assert sample.cdf(top - 1e-9) == pytest.approx(1 - 1 / 400, abs=1e-9)
+
+
+def test_counts_and_means_are_those_of_the_weights(sample):
+    assert sample.count_above(0.05)[0] == pytest.approx(10, abs=1e-9)
+    assert sample.count_above(0.05)[1] == pytest.approx(0, abs=1e-9)  # all ten are locked
+    assert sample.mean == pytest.approx(float(sample.nodes @ sample.weights))
+
+
+def test_a_seed_decides_and_the_global_generator_does_not():
+    matrix = rotated(trained(100))
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = density(matrix, 2, 10, seed=5)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert torch.equal(density(matrix, 2, 10, seed=5).weights, first.weights)
+    assert not torch.equal(density(matrix, 2, 10, seed=6).nodes, first.nodes)
+
+
+def test_the_printed_table_ends_with_a_verdict(sample):
+    assert (
+        str(sample)
+        .splitlines()[-1]
+        .startswith("density of matrix: 4 probes × 30 steps, error band over probes")
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_probes": 0}, {"num_steps": 0}, {"num_steps": 2.0}, {"deflate": torch.ones(30, 2)}]
+)
+def test_bad_options_are_refused(options):
+    with pytest.raises(OptionError):
+        density(torch.eye(30), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": "loglog"},
+        {"width": 0.0},
+        {"width": math.inf},
+        {"num_points": 1},
+        {"sign": 2},
+        {"epsilon": 0.0},
+    ],
+)
+def test_bad_smoothing_is_refused(sample, options):
+    with pytest.raises(OptionError):
+        sample.smooth(**options)
+
+
+def test_a_side_without_eigenvalues_is_refused():
+    with pytest.raises(OptionError, match="no eigenvalues of that sign"):
+        density(torch.eye(30)).smooth("log", sign=-1)
+
+
+def test_pairs_of_another_operator_are_refused():
+    with pytest.raises(ShapeError, match="length 20"):
+        density(torch.eye(30), deflate=eigenpairs(torch.eye(20), 2))
+
+
+def test_products_that_are_not_finite_are_an_error():
+    with pytest.raises(NonFiniteError):
+        density(Function(lambda block: block * math.inf, 20))

@@ -1,0 +1,430 @@
+"""Eigenpairs: the Lanczos relation, measured residuals, completeness, honesty."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse.linalg import eigsh
+
+from deepspectra.algorithms.eigenpairs import ENDS, eigenpairs, select
+from deepspectra.algorithms.lanczos import Krylov, gaussian_rows
+from deepspectra.errors import (
+    ConvergenceWarning,
+    DataError,
+    MemoryBudgetError,
+    NonFiniteError,
+    OptionError,
+    ShapeError,
+)
+from deepspectra.operators.base import Function, LowRank, Matrix
+
+OUTLIERS = torch.logspace(0, -1, 10, dtype=torch.float64)
+
+
+def rotated(values, seed=0, dtype=torch.float64):
+    size = len(values)
+    normal = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    basis = torch.linalg.qr(normal)[0]
+    matrix = (basis * values.double()) @ basis.T
+    return ((matrix + matrix.T) / 2).to(dtype)
+
+
+def trained(size=300):
+    return torch.cat([OUTLIERS, 0.03 * torch.exp(-torch.linspace(0, 14, size - 10, dtype=torch.float64))])
+
+
+def diagonal(values, dtype=torch.float64):
+    return Function(
+        lambda block: values.to(block)[:, None] * block, len(values), dtype=dtype, name="diagonal"
+    )
+
+
+def true_residuals(matrix, pairs):
+    vectors = pairs.vectors.double()
+    return torch.linalg.vector_norm(matrix.double() @ vectors - vectors * pairs.values, dim=0)
+
+
+# --- the basis ---------------------------------------------------------------------------------------------
+
+
+def basis_of(matrix, num_products, width=1, capacity=60):
+    krylov = Krylov(Matrix(matrix), capacity)
+    krylov.append(gaussian_rows(width, len(matrix), torch.Generator().manual_seed(0)))
+    while krylov.num_products < num_products:
+        krylov.expand(krylov.num_pending)
+    return krylov
+
+
+def check_relation(krylov, matrix):
+    rows = krylov.rows[: krylov.num_rows].double()
+    image = rows[: krylov.num_basis] @ matrix.double()
+    eps = torch.finfo(krylov.rows.dtype).eps
+    assert float((image - krylov.projected.T @ rows).abs().max()) < 20 * eps * float(
+        torch.linalg.matrix_norm(matrix.double(), 2)
+    )
+    assert float((rows @ rows.T - torch.eye(len(rows))).abs().max()) < 20 * eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_lanczos_relation_holds_and_the_projection_is_tridiagonal(dtype):
+    matrix = rotated(trained(), dtype=dtype)
+    krylov = basis_of(matrix, 30)
+    check_relation(krylov, matrix)  # A Q = Q T + r eᵀ
+    beyond = torch.triu(krylov.projected[:30], 2).abs().max(), krylov.projected[30, :29].abs().max()
+    assert float(max(beyond)) < 20 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("width", [3, 7])
+def test_the_block_relation_holds(width):
+    matrix = rotated(trained())
+    check_relation(basis_of(matrix, 6 * width, width), matrix)
+
+
+def test_a_restart_and_a_turn_keep_the_relation():
+    matrix = rotated(trained())
+    krylov = basis_of(matrix, 12, 3)
+    krylov.contract(krylov.ritz().coefficients[:, 4:])
+    check_relation(krylov, matrix)
+    krylov.turn(torch.tensor([0.3, -2.0, 0.1], dtype=torch.float64))
+    krylov.expand(1)
+    krylov.append_random(torch.Generator().manual_seed(1))
+    krylov.expand(2)
+    check_relation(krylov, matrix)
+
+
+def test_an_invariant_subspace_leaves_nothing_pending():
+    krylov = basis_of(torch.diag(torch.tensor([2.0, 2.0, 1.0, 1.0, 1.0], dtype=torch.float64)), 2)
+    assert (krylov.num_basis, krylov.num_pending) == (2, 0)
+
+
+# --- the pairs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_pairs_are_those_of_the_dense_matrix(which, dtype):
+    values = torch.cat([trained(200), -0.7 * OUTLIERS[:7]])
+    matrix = rotated(values, dtype=dtype)
+    pairs = eigenpairs(matrix, 6, which, rtol=1e-4)
+    exact = torch.linalg.eigvalsh(matrix.double())
+    expected = exact[select(exact, which, 6)]
+    assert pairs.converged
+    assert pairs.values.dtype == torch.float64
+    assert pairs.vectors.dtype == dtype
+    assert torch.equal(pairs.values, pairs.values.sort(descending=True).values)
+    torch.testing.assert_close(pairs.values, expected, rtol=1e-5, atol=0)
+    gram = pairs.vectors.double().T @ pairs.vectors.double()
+    assert float((gram - torch.eye(6)).abs().max()) < 50 * torch.finfo(dtype).eps
+
+
+def test_both_ends_are_split_as_scipy_does():
+    values = torch.linspace(-1, 1, 9)
+    assert select(values, "both", 5).tolist() == [8, 7, 6, 1, 0]
+    assert select(values, "both", 1).tolist() == [8]
+    assert select(values, "magnitude", 3).tolist()[0] == 8
+    assert select(values, "smallest", 2).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("scipy_which", "which"), [("LA", "largest"), ("SA", "smallest"), ("LM", "magnitude"), ("BE", "both")]
+)
+def test_pairs_agree_with_arpack(scipy_which, which):
+    values = torch.cat([trained(150), -0.7 * OUTLIERS[:7]])
+    matrix = rotated(values)
+    expected = np.sort(eigsh(matrix.numpy(), 5, which=scipy_which, v0=np.ones(len(values)))[0])[::-1]
+    assert np.allclose(eigenpairs(matrix, 5, which, rtol=1e-6).values.numpy(), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("max_products", [12, 16, 40])
+@pytest.mark.filterwarnings("ignore::deepspectra.errors.ConvergenceWarning")
+def test_reported_residuals_are_the_dense_ones(dtype, max_products):
+    matrix = rotated(trained(), dtype=dtype)
+    pairs = eigenpairs(matrix, 10, max_products=max_products)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(pairs.residual_norms, true_residuals(matrix, pairs), rtol=1e-3, atol=30 * eps)
+
+
+@pytest.mark.parametrize("memory_in_vectors", [1000, 19])
+@pytest.mark.filterwarnings("ignore::deepspectra.errors.ConvergenceWarning")
+def test_residuals_include_the_asymmetry_of_the_operator(memory_in_vectors):
+    size = 200
+    noise = torch.randn(size, size, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    matrix = rotated(trained(size)) + 1e-4 * noise
+    operator = Function(lambda block: matrix @ block, size, dtype=torch.float64)
+    operator.memory = 8 * size * memory_in_vectors
+    pairs = eigenpairs(operator, 5, max_products=60)
+    truth = true_residuals(matrix, pairs)
+    assert float(truth.min()) > 1e-4
+    torch.testing.assert_close(pairs.residual_norms, truth, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("memory_in_vectors", [18, 24])
+@pytest.mark.parametrize("which", ENDS)
+def test_a_restarted_run_equals_an_unrestricted_one(memory_in_vectors, which):
+    matrix = rotated(torch.cat([trained(200), -0.7 * OUTLIERS]))
+    free, tight = Matrix(matrix), Matrix(matrix)
+    tight.memory = 8 * len(matrix) * memory_in_vectors
+    reference, restarted = (eigenpairs(A, 8, which, rtol=1e-6, max_products=600) for A in (free, tight))
+    assert restarted.converged
+    torch.testing.assert_close(restarted.values, reference.values, rtol=1e-10, atol=0)
+    assert float((restarted.vectors * reference.vectors).sum(0).abs().min()) > 1 - 1e-9
+    torch.testing.assert_close(
+        restarted.residual_norms, true_residuals(matrix, restarted), rtol=1e-6, atol=1e-14
+    )
+
+
+def test_a_trained_nets_spectrum_takes_under_30_products():
+    for seed in range(5):
+        pairs = eigenpairs(diagonal(trained(5000)), 10, rtol=1e-3, seed=seed)
+        assert pairs.converged
+        assert pairs.num_products <= 30
+        torch.testing.assert_close(pairs.values, OUTLIERS, rtol=1e-9, atol=0)
+
+
+# --- honesty -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(3, 60), st.sampled_from(ENDS), st.integers(0, 3))
+def test_a_pair_flagged_converged_is_never_a_wrong_one(seed, max_products, which, kind):
+    size = 80
+    draw = torch.Generator().manual_seed(seed)
+    values = {
+        0: trained(size),
+        1: torch.randn(size, generator=draw, dtype=torch.float64),
+        2: torch.linspace(-1, 1, size, dtype=torch.float64),
+        3: torch.cat([torch.tensor([3.0, 3.0, 2.0]), torch.rand(size - 3, generator=draw)]).double(),
+    }[kind]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pairs = eigenpairs(rotated(values, seed), 3, which, rtol=1e-2, max_products=max_products, seed=seed)
+    assert pairs.converged == (not caught)
+    if pairs.converged:
+        exact = values.sort().values
+        expected = exact[select(exact, which, 3)]
+        assert float((pairs.values - expected).abs().max()) <= 0.02 * float(values.abs().max())
+
+
+def test_too_few_products_warn_and_return_what_there_is():
+    matrix = rotated(trained())
+    with pytest.warns(ConvergenceWarning, match=r"max_products=12: worst residual .* Raise max_products"):
+        pairs = eigenpairs(matrix, 10, max_products=12)
+    assert not pairs.converged
+    assert pairs.num_products == 12
+    assert pairs.values.shape == (10,)
+    assert "NOT converged" in str(pairs)
+    torch.testing.assert_close(pairs.residual_norms, true_residuals(matrix, pairs), rtol=1e-6, atol=1e-14)
+
+
+def test_small_residuals_without_the_completeness_check_are_not_called_converged():
+    needed = eigenpairs(rotated(trained()), 10).num_products
+    with pytest.warns(ConvergenceWarning, match="no pair is missing"):
+        pairs = eigenpairs(rotated(trained()), 10, max_products=needed - 1)
+    assert not pairs.converged
+
+
+def test_a_tolerance_below_rounding_stops_and_says_so():
+    matrix = rotated(trained(), dtype=torch.float32)
+    with pytest.warns(ConvergenceWarning, match="rounding"):
+        pairs = eigenpairs(matrix, 5, rtol=1e-9, max_products=250)
+    assert not pairs.converged
+    assert pairs.num_products < 60
+    torch.testing.assert_close(pairs.values, OUTLIERS[:5], rtol=1e-5, atol=0)
+
+
+def test_copies_of_a_multiple_outlier_are_all_found():
+    values = torch.cat([torch.tensor([5.0, 5, 5, 3, 3, 2]), 0.5 * torch.rand(200)]).double()
+    for seed in range(5):
+        pairs = eigenpairs(rotated(values, seed), 6, seed=seed)
+        assert pairs.converged
+        torch.testing.assert_close(pairs.values, values[:6], rtol=1e-6, atol=0)
+
+
+def test_the_identity_has_as_many_pairs_as_asked_for():
+    pairs = eigenpairs(torch.eye(50, dtype=torch.float64), 7)
+    assert pairs.converged
+    torch.testing.assert_close(pairs.values, torch.ones(7, dtype=torch.float64))
+    assert float((pairs.vectors.T @ pairs.vectors - torch.eye(7)).abs().max()) < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_null_space_of_a_low_rank_operator_fills_up(dtype):
+    factor = torch.randn(5000, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pairs = eigenpairs(LowRank(factor), 6)
+    assert pairs.converged
+    expected = torch.linalg.eigvalsh((factor.T @ factor).double()).flip(0)
+    torch.testing.assert_close(pairs.values[:3], expected, rtol=1e-5, atol=0)
+    assert float(pairs.values[3:].abs().max()) < 1e-5 * float(expected[0])
+
+
+def test_all_pairs_of_a_small_matrix_are_exact():
+    values = torch.tensor([4.0, 4, 4, 1, 1, 0, 0, -2], dtype=torch.float64)
+    pairs = eigenpairs(rotated(values), 8)
+    assert pairs.converged
+    assert pairs.num_products == 8
+    torch.testing.assert_close(pairs.values, values, rtol=1e-13, atol=1e-13)
+
+
+def test_the_zero_operator_and_a_single_row():
+    pairs = eigenpairs(torch.zeros(30, 30), 3)
+    assert pairs.converged
+    assert pairs.values.tolist() == pairs.residual_norms.tolist() == [0, 0, 0]
+    assert pairs.worst == 0
+    assert eigenpairs(torch.tensor([[-3.0]]), 1).values.tolist() == [-3]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-7, 1e7, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_pairs_scale_with_the_operator(scale, dtype):
+    matrix = rotated(trained(), dtype=dtype)
+    reference, scaled = eigenpairs(matrix, 5), eigenpairs(scale * matrix, 5)
+    assert scaled.converged
+    assert scaled.num_products == reference.num_products
+    torch.testing.assert_close(scaled.values / scale, reference.values, rtol=1e-5, atol=0)
+
+
+def test_no_ghosts_after_200_steps_in_float32():
+    krylov = Krylov(diagonal(trained(2000), torch.float32), 201)
+    krylov.append(gaussian_rows(1, 2000, torch.Generator().manual_seed(0)))
+    for _ in range(200):
+        krylov.expand(1)
+    values = krylov.ritz().values
+    assert int((values > 0.05).sum()) == 10
+    torch.testing.assert_close(values[-10:].flip(0), OUTLIERS, rtol=1e-5, atol=0)
+
+
+# --- starts, seeds and arguments ---------------------------------------------------------------------------
+
+
+def test_a_start_that_knows_the_answer_saves_products():
+    matrix = rotated(trained())
+    cold = eigenpairs(matrix, 10, rtol=1e-6)
+    warm = eigenpairs(matrix, 10, rtol=1e-4, start=cold.vectors)
+    assert warm.num_products <= 20
+    torch.testing.assert_close(warm.values, OUTLIERS, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("width", [None, 1, 4])
+def test_any_start_leads_to_the_same_pairs(width):
+    matrix = rotated(trained())
+    shape = (300,) if width is None else (300, width)
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(9))
+    copy = start.clone()
+    torch.testing.assert_close(eigenpairs(matrix, 10, start=start).values, OUTLIERS, rtol=1e-5, atol=0)
+    assert torch.equal(start, copy)
+
+
+def test_a_start_orthogonal_to_a_wanted_vector_does_not_hide_it():
+    values = trained()
+    start = torch.ones(300)
+    start[3] = 0  # the diagonal operator never leaves this hyperplane
+    torch.testing.assert_close(
+        eigenpairs(diagonal(values), 10, start=start).values, OUTLIERS, rtol=1e-5, atol=0
+    )
+
+
+def test_a_named_start_comes_from_the_operator():
+    class Named(Matrix):
+        def start_block(self, kind):
+            return self.matrix[:, :2] if kind == "mine" else super().start_block(kind)
+
+    operator = Named(rotated(trained()))
+    assert eigenpairs(operator, 3, start="mine").converged
+    with pytest.raises(OptionError, match="yours"):
+        eigenpairs(operator, 3, start="yours")
+
+
+def test_a_seed_decides_and_the_global_generator_does_not():
+    matrix = rotated(trained())
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = eigenpairs(matrix, 3, seed=5)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert torch.equal(eigenpairs(matrix, 3, seed=5).vectors, first.vectors)
+
+
+def test_progress_counts_every_product():
+    seen = []
+    pairs = eigenpairs(rotated(trained()), 3, progress=lambda done, expected: seen.append((done, expected)))
+    assert [done for done, _ in seen] == list(range(1, pairs.num_products + 1))
+    assert {expected for _, expected in seen} == {300}
+
+
+def test_half_precision_products_get_a_float32_basis():
+    pairs = eigenpairs(torch.diag(torch.arange(1, 9).to(torch.bfloat16)), 2, rtol=0.05)
+    assert pairs.vectors.dtype == torch.float32
+    assert pairs.values.tolist() == pytest.approx([8, 7], rel=0.02)
+
+
+def test_a_product_that_is_not_finite_is_an_error_at_once():
+    def apply(block):
+        calls.append(1)
+        return block * (math.nan if len(calls) == 4 else 1) + torch.linspace(0, 1, 50)[:, None] * block
+
+    calls = []
+    with pytest.raises(NonFiniteError, match="product 4"):
+        eigenpairs(Function(apply, 50), 3)
+    assert len(calls) == 4
+
+
+def test_a_memory_too_small_for_the_pairs_is_an_error():
+    operator = Matrix(rotated(trained()))
+    operator.memory = 8 * 300 * 12
+    with pytest.raises(MemoryBudgetError, match=r"holds 12\. Ask for fewer pairs or raise A\.memory"):
+        eigenpairs(operator, 10)
+
+
+@pytest.mark.parametrize(
+    ("error", "options"),
+    [
+        (OptionError, {"num": 0}),
+        (OptionError, {"num": 31}),
+        (OptionError, {"num": 2.5}),
+        (OptionError, {"which": "LA"}),
+        (OptionError, {"rtol": 0}),
+        (OptionError, {"rtol": math.nan}),
+        (OptionError, {"max_products": 2}),
+        (ShapeError, {"start": torch.ones(29)}),
+        (ShapeError, {"start": torch.ones(30, 0)}),
+        (ShapeError, {"start": 3}),
+        (OptionError, {"start": torch.ones(30, 31)}),
+        (DataError, {"start": torch.zeros(30)}),
+        (DataError, {"start": torch.full((30,), math.nan)}),
+    ],
+)
+def test_bad_arguments_are_refused(error, options):
+    with pytest.raises(error):
+        eigenpairs(torch.eye(30), **{"num": 5, **options})
+
+
+@pytest.mark.parametrize(
+    ("error", "matrix"),
+    [
+        (ShapeError, torch.ones(3)),
+        (ShapeError, torch.ones(3, 4)),
+        (ShapeError, torch.ones(0, 0)),
+        (ShapeError, [[1.0]]),
+        (DataError, torch.tensor([[1.0, 2], [0, 1]])),
+        (DataError, torch.ones(2, 2) * 1j),
+        (NonFiniteError, torch.tensor([[math.inf]])),
+    ],
+)
+def test_bad_matrices_are_refused(error, matrix):
+    with pytest.raises(error):
+        eigenpairs(matrix, 1)
+
+
+def test_an_integer_matrix_is_taken_as_float64():
+    assert eigenpairs(torch.tensor([[2, 1], [1, 2]]), 2).values.tolist() == pytest.approx([3, 1], rel=1e-14)
+
+
+def test_the_printed_table_has_a_row_a_pair_and_a_verdict():
+    lines = str(eigenpairs(rotated(trained()), 4)).splitlines()
+    assert len(lines) == 6
+    assert lines[-1].startswith("largest 4 of matrix: converged, worst residual")

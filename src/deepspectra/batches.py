@@ -114,7 +114,9 @@ class Batches:
         labels = torch.cat([y for _, y in self.held])
         order = labels.argsort(stable=True)
         inputs = torch.cat([x for x, _ in self.held])[order]
-        self.held = list(zip(inputs.split(batch_size), labels[order].split(batch_size), strict=True))
+        self.held = list(
+            zip(torch.split(inputs, batch_size), torch.split(labels[order], batch_size), strict=True)
+        )
         self.num_batches = len(self.held)
 
     def _check_second_pass(self, marks: list[tuple[float, float]]) -> None:
@@ -200,9 +202,11 @@ def _tensor_reader(pair: Any, batch_size: int | None) -> Callable[[], Iterable[A
     if not length:
         raise DataError("the data is empty: its tensors have no rows.")
     size = batch_size or default_batch_size(map_tensors(lambda leaf: leaf[0], pair))
-    return lambda: (
-        map_tensors(lambda leaf: leaf[start : start + size], tuple(pair)) for start in range(0, length, size)
-    )
+
+    def rows(start: int) -> Any:
+        return map_tensors(lambda leaf: leaf[start : start + size], tuple(pair))
+
+    return lambda: map(rows, range(0, length, size))
 
 
 def default_batch_size(example: Any) -> int:

@@ -125,7 +125,7 @@ class CrossEntropy(Loss):
         return self._counted(outputs, targets, self._weight(outputs))
 
     def curvature_weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """a (n,) with ∂²(Σ ω ℓ)/∂z_i² = a_i (diag p_i − p_i p_iᵀ)."""
+        """A (n,) with ∂²(Σ ω ℓ)/∂z_i² = a_i (diag p_i − p_i p_iᵀ)."""
         weight = self._weight(outputs)
         if weight is None:
             return self.weights(outputs, targets)
@@ -218,7 +218,7 @@ class MeanLoss(Loss):
 
     def __init__(self, function: Callable[[Any, Tensor], Tensor], name: str | None = None) -> None:
         self.function = function
-        self.name = name or getattr(function, "__name__", type(function).__name__)
+        self.name = name or str(getattr(function, "__name__", type(function).__name__))
 
     def rows(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """As given."""

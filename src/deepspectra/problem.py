@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deepspectra import losses
-from deepspectra.batches import Batches, Move, is_labelled, map_tensors, num_bytes
+from deepspectra.batches import Batches, Move, is_labelled, map_tensors, num_bytes, tensors
 from deepspectra.errors import (
     DataError,
     FallbackWarning,
@@ -163,7 +163,7 @@ class Problem:
         if vector.shape != (self.num_parameters,):
             raise ShapeError(f"expected a vector ({self.num_parameters},), got {tuple(vector.shape)}.")
         sizes = [value.numel() for value in self.parameters.values()]
-        parts = vector.split(sizes)
+        parts = torch.split(vector, sizes)
         return {
             name: part.view(value.shape)
             for (name, value), part in zip(self.parameters.items(), parts, strict=True)
@@ -304,7 +304,9 @@ class _Forward(nn.Module):
 
 def _forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-        kind = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+        kind = (
+            f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+        )
         raise DataError(
             f"a batch is a {kind}; expected a pair (x, y). For other batches pass "
             "forward=lambda model, batch: (outputs, targets)."
@@ -319,14 +321,9 @@ def _forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check_finite_inputs(batch: Any) -> None:
-    for leaf in (leaf for leaf in _floats(batch) if not torch.isfinite(leaf).all()):
-        raise DataError(f"the data contains NaN or infinite values, in a tensor {tuple(leaf.shape)}.")
-
-
-def _floats(batch: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_tensors(lambda leaf: found.append(leaf) or leaf if leaf.is_floating_point() else leaf, batch)
-    return found
+    for leaf in tensors(batch):
+        if leaf.is_floating_point() and not torch.isfinite(leaf).all():
+            raise DataError(f"the data contains NaN or infinite values, in a tensor {tuple(leaf.shape)}.")
 
 
 def _evaluation_copy(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -391,4 +388,3 @@ def _free_memory(device: torch.device) -> int:
     with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as limit:
         available = min(available, int(limit.read()))
     return available
-

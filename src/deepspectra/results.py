@@ -172,7 +172,9 @@ class Density:
     def mean_standard_error(self) -> float:
         """Of `mean`, over probes; NaN with one."""
         _, *rows = self._rows_by_probe()
-        return float(_standard_error(self.num_probes * torch.stack([self.nodes[r] @ self.weights[r] for r in rows])))
+        return float(
+            _standard_error(self.num_probes * torch.stack([self.nodes[r] @ self.weights[r] for r in rows]))
+        )
 
     @overload
     def cdf(self, x: float) -> float: ...

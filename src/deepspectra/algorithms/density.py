@@ -21,7 +21,7 @@ INF = float("inf")
 LOCK_RTOL = 1e-3  # relative residual at which a pair counts as an eigenvalue of its own
 
 
-def density(  # noqa: PLR0917  (all of it public)
+def density(
     A: Operator | Tensor,
     num_probes: int = 8,
     num_steps: int = 64,

@@ -22,7 +22,7 @@ SHORTEST_CHALLENGE = 5  # products of the search for missing copies, or a quarte
 SPARE_VECTORS = 8  # the fewest basis vectors beyond `num` with which a restart makes headway
 
 
-def eigenpairs(  # noqa: PLR0917  (all of it public)
+def eigenpairs(
     A: Operator | Tensor,
     num: int = 10,
     which: str = "largest",

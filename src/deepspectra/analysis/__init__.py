@@ -1,0 +1,1 @@
+"""The science of the papers: class means, principal subspaces, attribution."""

@@ -317,9 +317,7 @@ def _verdicts(result: Attribution) -> tuple[str, ...]:
         f"{means['residual']:.0%} residual.".capitalize()
     ]
     if {"class", "logit"} <= set(result.part_names) or "cross" in result.part_names:
-        left = {
-            name: result.knockout(*name.split(" + ")) for name in ("class", "class + logit")
-        }
+        left = {name: result.knockout(*name.split(" + ")) for name in ("class", "class + logit")}
         sentences.append(
             "Knocking out the class means "
             + _leaves(left["class"])

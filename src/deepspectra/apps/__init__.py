@@ -1,0 +1,1 @@
+"""Whole jobs: the analysis that ends in a report."""

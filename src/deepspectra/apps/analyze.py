@@ -82,7 +82,9 @@ def load(directory: str | Path) -> Analysis:
             dataset = file.load()
         flat = load_file(folder / VECTORS_FILE)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise FileError(f"{folder} holds a truncated or foreign file ({error}). Run the analysis again.") from error
+        raise FileError(
+            f"{folder} holds a truncated or foreign file ({error}). Run the analysis again."
+        ) from error
     if "verdict" not in dataset.attrs:
         raise FileError(f"{folder / DATASET_FILE} is NetCDF but not an analysis of this library.")
     vectors: dict[str, dict[str, Tensor]] = {}

@@ -265,7 +265,9 @@ def sentences(found: Findings) -> list[str]:
         if name == "hessian"
     ]
     k = found.dimensions["class"]
-    lines.append(f"Averaging alone finds the top {k} eigenvectors of H with overlap {' and '.join(averages)}.")
+    lines.append(
+        f"Averaging alone finds the top {k} eigenvectors of H with overlap {' and '.join(averages)}."
+    )
     traces = {name: found.densities[name].mean * found.problem.num_parameters for name in OPERATORS}
     lines.append(
         f"Traces: H {traces['hessian']:.3g}, of which G {traces['gauss_newton']:.3g} and R "

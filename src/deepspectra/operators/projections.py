@@ -100,8 +100,12 @@ class Projections:
             return torch.einsum("ckr,rm->ckm", basis, torch.einsum("ckr,ckm->rm", basis, cells))
         others = {"cross": ("class", "true"), "interaction": ("class", "logit", "true")}
         if part not in others:
-            raise OptionError(f"unknown part {part!r}; there are {', '.join(dict.fromkeys(FOUR_WAY + TWO_WAY))}.")
-        return cells - sum((self.project_cells(other, cells) for other in others[part]), torch.zeros_like(cells))
+            raise OptionError(
+                f"unknown part {part!r}; there are {', '.join(dict.fromkeys(FOUR_WAY + TWO_WAY))}."
+            )
+        return cells - sum(
+            (self.project_cells(other, cells) for other in others[part]), torch.zeros_like(cells)
+        )
 
     def squared_norms(self, rows: Tensor, parts: tuple[str, ...]) -> Tensor:
         """|Π_part α|² for every part, (parts, K): the analysis of variance of α (N, C, K)."""

@@ -60,7 +60,7 @@ class GradientRows:
     def transpose(self, rows: Tensor) -> Tensor:
         """Aᵀ α for α (N, C, K): (P, K). Cost: .7 gradient a column."""
         scaled = self.weights.sqrt().to(rows)[:, :, None] * rows
-        return self.products.pull(list(_cotangent(self.probabilities, scaled).split(self.sizes)))
+        return self.products.pull(list(torch.split(_cotangent(self.probabilities, scaled), self.sizes)))
 
     def factor(self, projections: Projections, basis: Tensor) -> Tensor:
         """Aᵀ B for a basis B given in cell coordinates (C, C, r): (P, r).

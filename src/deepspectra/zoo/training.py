@@ -79,9 +79,8 @@ def recipe(model: str, data: str, num_examples: int | None = None) -> Recipe:
 
     Fewer examples take smaller batches and more epochs, for enough steps. With them `mlp`, `mlp-bn` and
     `lenet` fit the digits and 13 examples a class of MNIST to the last example, `mlp` fits 99.9 % of MNIST,
-    and `resnet18` fits 13 examples a class of CIFAR-10. `vgg11-bn` and `transformer` need more epochs than
-    these to fit as well. The papers' own settings are 200 or 350 epochs and the best of a hundred learning
-    rates.
+    and `resnet18` fits 13 examples a class of CIFAR-10. For `vgg11-bn` and `transformer` they are no more
+    than a start. The papers' own settings are 200 or 350 epochs and the best of a hundred learning rates.
 
     Args:
         model: one of `MODEL_NAMES`.

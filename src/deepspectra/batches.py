@@ -89,7 +89,7 @@ class Batches:
                 size += num_bytes(held[-1])
                 held = held if size <= budget else None
         if not marks:
-            raise DataError("the data is empty: it yielded no batch.")
+            raise DataError("the data is empty: it yielded no batch, and at least one is needed.")
         self.held = held
         self.num_batches = len(marks)
         if isinstance(source, (DataLoader, Dataset)) or held is None:
@@ -183,7 +183,7 @@ def _reader(source: Any, batch_size: int | None) -> Callable[[], Iterable[Any]]:
         if not hasattr(source, "__len__"):
             return lambda: DataLoader(source, batch_size=batch_size or LARGEST_DEFAULT_BATCH)
         if not len(source):
-            raise DataError("the data set is empty.")
+            raise DataError("the data set is empty: it has length 0, and at least one example is needed.")
         size = batch_size or default_batch_size(source[0])
         return lambda: DataLoader(source, batch_size=size, shuffle=False)
     raise DataError(

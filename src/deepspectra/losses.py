@@ -68,8 +68,8 @@ class CrossEntropy(Loss):
     """Softmax cross-entropy with PyTorch's meaning of class weights, ignored index and label smoothing.
 
     Targets are class indices (n,), or class probabilities (n, C). Outputs may be (B, C), (B, C, ...) as
-    `torch.nn.CrossEntropyLoss` takes them, or (B, ..., C) as language models give them; where both readings
-    fit, PyTorch's wins.
+    `torch.nn.CrossEntropyLoss` takes them, or (B, ..., C) as language models give them. A batch that fits both
+    readings is read as the others were, and if there are none, as PyTorch does.
     """
 
     name = "cross_entropy"
@@ -81,6 +81,7 @@ class CrossEntropy(Loss):
         self.weight = None if weight is None else weight.detach()
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
+        self._classes_last = False
 
     def rows(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (n, C) and labels (n,); ignored positions stay, with weight 0."""
@@ -96,10 +97,12 @@ class CrossEntropy(Loss):
             return outputs, targets
         if targets.dtype == torch.bool:
             raise DataError("cross-entropy targets are bool; pass class indices of dtype int64.")
-        if outputs.shape[2:] == targets.shape[1:] and outputs.shape[0] == targets.shape[0]:
-            logits = outputs.movedim(1, -1)
-        elif outputs.shape[:-1] == targets.shape:
-            logits = outputs
+        second = outputs.shape[2:] == targets.shape[1:] and outputs.shape[0] == targets.shape[0]
+        last = outputs.shape[:-1] == targets.shape
+        if second != last:
+            self._classes_last = last
+        if second or last:
+            logits = outputs if last and (not second or self._classes_last) else outputs.movedim(1, -1)
         else:
             raise ShapeError(
                 f"cross-entropy: logits {tuple(outputs.shape)} and targets {tuple(targets.shape)} do not match; "
@@ -292,29 +295,34 @@ ELEMENTWISE = (
 )
 
 
+NAMED: dict[str, type[Loss]] = {"cross_entropy": CrossEntropy, "mse": SquaredError}
+
+
 def resolve(loss: str | nn.Module | Callable[[Any, Tensor], Tensor] | Loss) -> Loss:
     """The `Loss` for what a user may give: a name, an nn loss module, or a callable."""
     if isinstance(loss, Loss):
         return loss
     if isinstance(loss, str):
-        named: dict[str, type[Loss]] = {"cross_entropy": CrossEntropy, "mse": SquaredError}
-        if loss not in named:
-            raise LossError(f"unknown loss {loss!r}; known names: {', '.join(named)}; or pass a callable.")
-        return named[loss]()
+        if loss not in NAMED:
+            raise LossError(f"unknown loss {loss!r}; known names: {', '.join(NAMED)}; or pass a callable.")
+        return NAMED[loss]()
+    if not callable(loss):
+        raise LossError(f"a loss is a name, an nn loss module or a callable, not {type(loss).__name__}.")
     reduction = getattr(loss, "reduction", "mean")
     if reduction not in ("mean", "batchmean"):
         raise LossError(
             f"{type(loss).__name__} has reduction={reduction!r}; the loss must be a mean over the examples: "
             "use reduction='mean'."
         )
-    if isinstance(loss, nn.CrossEntropyLoss):
-        return CrossEntropy(loss.weight, loss.ignore_index, loss.label_smoothing)
-    if isinstance(loss, nn.MSELoss):
-        return SquaredError()
-    if isinstance(loss, nn.NLLLoss):
-        return NegativeLogLikelihood(loss)
-    if isinstance(loss, ELEMENTWISE):
-        return ElementwiseLoss(loss)
-    if callable(loss):
-        return MeanLoss(loss)
-    raise LossError(f"a loss is a name, an nn loss module or a callable, not {type(loss).__name__}.")
+    match loss:
+        case nn.CrossEntropyLoss():
+            found: Loss = CrossEntropy(loss.weight, loss.ignore_index, loss.label_smoothing)
+        case nn.MSELoss():
+            found = SquaredError()
+        case nn.NLLLoss():
+            found = NegativeLogLikelihood(loss)
+        case _ if isinstance(loss, ELEMENTWISE):
+            found = ElementwiseLoss(loss)
+        case _:
+            found = MeanLoss(loss)
+    return found

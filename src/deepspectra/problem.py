@@ -97,6 +97,7 @@ class Problem:
         )
         if self.loss_function.is_cross_entropy and forward is None:
             self.batches.sort_by_label()
+        self.kept: dict[str, Any] = {}  # what other layers keep with the problem, to be freed with it
         self._check()
 
     @property
@@ -172,6 +173,7 @@ class Problem:
     def restrict(self, parameters: str | Sequence[str]) -> Problem:
         """The same problem in fewer parameters; the others are held fixed. Model and data are shared."""
         other = copy.copy(self)
+        other.kept = {}
         other._select(parameters)
         unknown = set(other.parameters) - set(self.parameters)
         other.parameters = {name: value for name, value in other.parameters.items() if name not in unknown}
@@ -268,19 +270,29 @@ class Problem:
             )
 
     def sample(self, num_rows: int, dtype: torch.dtype) -> Problem:
-        """This problem on the first rows of its first batch, in another dtype, for checks."""
-        batch = next(iter(self.batches))
-        if self._module.function is _forward_pair and isinstance(batch[0], Tensor):
-            batch = map_tensors(lambda leaf: leaf[:: max(1, len(leaf) // num_rows)][:num_rows], batch)
+        """This problem on a few rows that count, or on one batch that cannot be cut, in another dtype."""
         other = copy.copy(self)
+        other.kept = {}
         other.dtype = dtype
         other._module = _Forward(_evaluation_copy(self.model, self.device, dtype), self._module.function)
         own = dict(other.model.named_parameters())
         other.parameters = {name: own[name].detach() for name in self.parameters}
         move = Move(self.device, dtype)
-        other.batches = Batches([move(batch)], batch_size=None, move=move, budget=num_bytes(batch) * 4 + 1)
+        batch = self._some_rows(num_rows)
+        other.batches = Batches([move(batch)], batch_size=None, move=move, budget=4 * num_bytes(batch) + 1)
         other._check()
         return other
+
+    def _some_rows(self, num_rows: int) -> Any:
+        for batch, (outputs, targets) in zip(self.batches, self.row_batches(), strict=True):
+            (counted,) = (self.loss_function.weights(outputs, targets) > 0).nonzero(as_tuple=True)
+            if not len(counted):
+                continue
+            if self._module.function is _forward_pair and len(outputs) == len(batch[1]):
+                chosen = counted[:: max(1, len(counted) // num_rows)][:num_rows]
+                return map_tensors(lambda leaf, chosen=chosen: leaf[chosen], batch)
+            return batch
+        raise DataError("no row counts: every target is ignored or has weight 0.")
 
     def __repr__(self) -> str:
         return (
@@ -299,7 +311,11 @@ class _Forward(nn.Module):
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Outputs and targets."""
-        return self.function(self.model, batch)
+        pair = self.function(self.model, batch)
+        if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(t, Tensor) for t in pair):
+            kind = f"tuple of {len(pair)}" if isinstance(pair, tuple) else type(pair).__name__
+            raise DataError(f"forward returned a {kind}; it must return a pair of tensors (outputs, targets).")
+        return pair
 
 
 def _forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ is chosen by measuring on one batch, after each candidate was checked against sy
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +69,7 @@ class Products:
         """Views of rows (K, P) or a vector (P,), one a parameter."""
         lead = rows.shape[:-1]
         return [
-            part.view(*lead, *s)
+            part.view((*lead, *s))
             for part, s in zip(torch.split(rows, self.sizes, -1), self.shapes, strict=True)
         ]
 
@@ -321,14 +320,12 @@ class Products:
             return False
 
 
-_PRODUCTS: weakref.WeakKeyDictionary[Problem, Products] = weakref.WeakKeyDictionary()
-
-
 def products_of(problem: Problem) -> Products:
-    """The products of a problem, one object shared by all its operators."""
-    if problem not in _PRODUCTS:
-        _PRODUCTS[problem] = Products(problem)
-    return _PRODUCTS[problem]
+    """The products of a problem, one object shared by all its operators and freed with it."""
+    if "products" not in problem.kept:
+        problem.kept["products"] = Products(problem)
+    found: Products = problem.kept["products"]
+    return found
 
 
 def _add(total: list[Tensor], parts: list[Tensor]) -> None:
@@ -340,7 +337,7 @@ class _Storages(TorchDispatchMode):
     """Remembers the storages that operations create, without keeping them alive."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -348,12 +345,13 @@ class _Storages(TorchDispatchMode):
         for leaf in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(leaf, Tensor) and type(leaf) is Tensor:
                 storage = leaf.untyped_storage()
-                self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())  # type: ignore[no-untyped-call]
         return result
 
     def alive(self) -> int:
         """Bytes of those that are still referred to."""
-        return sum(size for reference, size in self.seen.values() if not reference.expired())  # type: ignore[no-untyped-call]
+        sizes = [size for reference, size in self.seen.values() if not reference.expired()]  # type: ignore[no-untyped-call]
+        return sum(sizes)
 
 
 def _measured(build: Callable[..., Any], *arguments: Any) -> tuple[Any, int]:

@@ -98,18 +98,16 @@ def class_means(problem: Problem, of: str = "gradients", *, level: str = "cross_
     cells = projections.cell_weights
     _refuse_beyond_memory(problem, size * size if level == "cross_class" else size)
     crossed = None
+    own = cells.diagonal()
     if level == "cross_class":
         factor = parts.factor("means").view(-1, size, size)
-        roots = cells.where(cells > 0, 1).sqrt().to(factor)
-        crossed = (factor / roots).permute(1, 2, 0)
-        off = cells.clone().fill_diagonal_(0)
-        share = (off / projections.class_weights.where(projections.class_weights > 0, 1)[:, None]).to(factor)
-        means = torch.einsum("ck,ckp->cp", share, crossed)
+        crossed = (factor / _positive(cells).sqrt().to(factor)).permute(1, 2, 0)
+        true = factor.diagonal(dim1=1, dim2=2).T
     else:
-        factor = parts.factor("class")
-        present = projections.class_weights > 0
-        means = factor.new_zeros(size, factor.shape[0])
-        means[present] = factor.T / projections.class_weights[present].sqrt().to(factor)[:, None]
+        true = parts.factor("true").T
+    # w_c g_c = −w_cc g_cc, and `true` holds √w_cc g_cc
+    scale = own.sqrt() / _positive(projections.class_weights) * (projections.class_weights > 0)
+    means = -true * scale.to(true)[:, None]
     return ClassMeans(
         class_means=means,
         cross_class_means=crossed,
@@ -155,10 +153,9 @@ def principal_subspace(problem: Problem, *, level: str = "class", num: int | Non
 def subspace_of(parts: Decomposition, level: str, num: int | None = None) -> tuple[Tensor, Tensor]:
     """Eigenvalues (K,) and orthonormal eigenvectors (P, K) of the part of G that the means of a level make."""
     if level == "class":
-        projections = parts.projections
-        present = projections.class_weights > 0
-        ratio = (projections.class_weights / projections.cell_weights.diagonal())[present]
-        factor = parts.factor("class") * (1 + ratio).sqrt().to(parts.problem.dtype)
+        own, classes = parts.projections.cell_weights.diagonal(), parts.projections.class_weights
+        grown = (1 + own / _positive(classes) * (classes > 0)).sqrt()
+        factor = parts.factor("true") * grown.to(parts.problem.dtype)
     else:
         factor = parts.factor("means")
     basis, triangle = torch.linalg.qr(factor)
@@ -168,6 +165,10 @@ def subspace_of(parts: Decomposition, level: str, num: int | None = None) -> tup
         raise OptionError(f"num={num}: the {level} means span at most {len(singular)} directions.")
     kept = min(rank, num or rank)
     return singular[:kept].square(), basis @ left[:, :kept].to(basis)
+
+
+def _positive(weights: Tensor) -> Tensor:
+    return weights.where(weights > 0, 1)
 
 
 def _check_level(level: str) -> None:

@@ -118,7 +118,10 @@ def analyze(
         rtol: of the eigenpairs' residuals.
         seed: of every random vector.
         progress: draw progress with cost on standard error.
-        title, model, data, class_names: for the report.
+        title: of the report.
+        model: its name, for the report.
+        data: its name, for the report.
+        class_names: one a class, for the report.
 
     Returns:
         The analysis; `str()` is the verdict, `.save(dir)` and `.to_html(path)` write it.

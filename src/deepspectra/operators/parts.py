@@ -58,12 +58,11 @@ class Decomposition(Mapping[str, "Part"]):
 
     def _make_factor(self, name: str) -> Tensor:
         projections = self.projections
-        if name == "true" and projections.first == "class":
-            # Σ_k p_{i,k} g_{i,k} = 0, so √w_cc g_cc = −(w_c/√w_cc) g_c: no further gradient
-            classes = projections.class_weights
-            present = classes > 0
+        if name == "class" and projections.first == "class":
+            # Σ_k p_{i,k} g_{i,k} = 0, so w_c g_c = −w_cc g_cc: no further gradient
             own = projections.cell_weights.diagonal()
-            return -self.factor("class") * (classes / own)[present].sqrt().to(self.rows.problem.dtype)
+            ratio = (own / projections.class_weights)[projections.class_weights > 0]
+            return -self.factor("true")[:, projections.class_weights > 0] * ratio.sqrt().to(self.problem.dtype)
         if name == "means":
             return self.rows.cells(projections)
         return self.rows.factor(projections, projections.basis(name))

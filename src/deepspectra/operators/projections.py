@@ -72,7 +72,8 @@ class Projections:
         gram = torch.diag((size > 0).to(mixing)) - mixing.T @ mixing
         values, vectors = torch.linalg.eigh(gram)
         kept = values > RANK_TOLERANCE
-        return vectors[:, kept] / values[kept].sqrt()
+        scaled: Tensor = vectors[:, kept] / values[kept].sqrt()
+        return scaled
 
     # -- between rows and cells ------------------------------------------------------------------------------
 

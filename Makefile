@@ -8,7 +8,7 @@ MANIFESTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check clean
+.PHONY: help demo test test-slow check bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -20,13 +20,16 @@ test: $(VENV)/.installed-dev ## run the tests
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(VENV)/.installed-dev ## run the long reproductions, which the tests leave out
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --slow
 
 check: $(VENV)/.installed-dev ## check format, lint, types and the arrows between modules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed ## time products and means in gradients, beside the peers installed
+	$(BIN)/python benchmarks/bench.py
 
 clean: ## remove the environment and every cache
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

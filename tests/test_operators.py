@@ -201,10 +201,11 @@ def test_a_problem_that_is_dropped_gives_its_memory_back() -> None:
 def test_products_are_right_where_gradients_are_switched_off(kind: str) -> None:
     case, ref = case_and_reference("relu_mlp")
     v = torch.randn(ref.num_parameters, dtype=torch.float64)
+    product, gradient = getattr(ref, kind) @ v, ref.gradient
     with torch.no_grad():
         problem = case.problem()
-        assert error(OPERATORS[kind](problem) @ v, getattr(ref, kind) @ v) < RTOL
-        assert error(problem.gradient(), ref.gradient) < RTOL
+        assert error(OPERATORS[kind](problem) @ v, product) < RTOL
+        assert error(problem.gradient(), gradient) < RTOL
 
 
 def test_batches_without_a_row_that_counts_add_nothing() -> None:

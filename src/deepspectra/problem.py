@@ -217,7 +217,7 @@ class Problem:
         total = torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
         for batch in self.batches:
             leaves = {name: value.requires_grad_() for name, value in self._leaves().items()}
-            with differentiable():
+            with torch.enable_grad(), differentiable():
                 value = self.loss_function.total(*self.evaluate(leaves, batch))
             parts = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
             total += torch.cat([part.reshape(-1) for part in parts])
@@ -314,7 +314,9 @@ class _Forward(nn.Module):
         pair = self.function(self.model, batch)
         if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(t, Tensor) for t in pair):
             kind = f"tuple of {len(pair)}" if isinstance(pair, tuple) else type(pair).__name__
-            raise DataError(f"forward returned a {kind}; it must return a pair of tensors (outputs, targets).")
+            raise DataError(
+                f"forward returned a {kind}; it must return a pair of tensors (outputs, targets)."
+            )
         return pair
 
 

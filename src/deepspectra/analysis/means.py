@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import MemoryBudgetError, OptionError
-from deepspectra.operators.curvature import GaussNewton
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem import Problem
 from deepspectra.results import Provenance
@@ -114,7 +113,7 @@ def class_means(problem: Problem, of: str = "gradients", *, level: str = "cross_
         class_weights=projections.class_weights,
         cross_class_weights=cells,
         seconds=time.perf_counter() - began,
-        provenance=Provenance.of(GaussNewton(problem)),
+        provenance=Provenance.of(parts["class"]),
     )
 
 
@@ -147,7 +146,7 @@ def principal_subspace(problem: Problem, *, level: str = "class", num: int | Non
     size = parts.projections.num_classes
     _refuse_beyond_memory(problem, size * size if level == "cross_class" else size)
     values, vectors = subspace_of(parts, level, num)
-    return Subspace(values, vectors, level, time.perf_counter() - began, Provenance.of(GaussNewton(problem)))
+    return Subspace(values, vectors, level, time.perf_counter() - began, Provenance.of(parts["class"]))
 
 
 def subspace_of(parts: Decomposition, level: str, num: int | None = None) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,7 @@ def run(
     with ledger.stage("shares of G") as report:
         found.shares["hessian"] = found.attribution.pair_shares
         found.shares["gauss_newton"] = pair_shares(found.parts, found.pairs["gauss_newton"])
-        found.part_traces = _part_traces(found.parts, seed)
+        found.part_traces = _part_traces(found.parts, found.pairs["gauss_newton"], found.shares, seed)
         report(0, None)
     products.release()
     _overlap(found)
@@ -157,14 +157,19 @@ def _overlap(found: Findings) -> None:
             found.overlaps[level, name] = overlap(vectors[:, :k], pairs.vectors[:, :k])
 
 
-def _part_traces(parts: Decomposition, seed: int) -> Tensor:
-    """Traces of the parts and their standard errors (2, parts), by Hutchinson's |Π A v|² over a few signs."""
+def _part_traces(parts: Decomposition, pairs: Eigenpairs, shares: dict[str, Tensor], seed: int) -> Tensor:
+    """Traces of the parts and their standard errors (2, parts).
+
+    Exact on the top eigenvectors of G, by Hutchinson's |Π A v|² over random signs on their complement.
+    """
     generator = torch.Generator().manual_seed(seed)
     problem = parts.problem
     signs = torch.randint(0, 2, (problem.num_parameters, TRACE_PROBES), generator=generator) * 2 - 1
-    block = signs.to(device=problem.device, dtype=problem.dtype)
+    block = signs.to(pairs.vectors)
+    block -= pairs.vectors @ (pairs.vectors.T @ block)
     samples = parts.projections.squared_norms(parts.rows.apply(block), tuple(parts)).cpu()
-    return torch.stack([samples.mean(1), samples.std(1) / TRACE_PROBES**0.5])
+    top = pairs.values.cpu() @ shares["gauss_newton"][:, :-1]
+    return torch.stack([top + samples.mean(1), samples.std(1) / TRACE_PROBES**0.5])
 
 
 @contextmanager

@@ -62,7 +62,9 @@ class Decomposition(Mapping[str, "Part"]):
             # Σ_k p_{i,k} g_{i,k} = 0, so w_c g_c = −w_cc g_cc: no further gradient
             own = projections.cell_weights.diagonal()
             ratio = (own / projections.class_weights)[projections.class_weights > 0]
-            return -self.factor("true")[:, projections.class_weights > 0] * ratio.sqrt().to(self.problem.dtype)
+            return -self.factor("true")[:, projections.class_weights > 0] * ratio.sqrt().to(
+                self.problem.dtype
+            )
         if name == "means":
             return self.rows.cells(projections)
         return self.rows.factor(projections, projections.basis(name))

@@ -1,0 +1,149 @@
+"""Shares, the bulk's edge and knock-outs, against dense float64 linear algebra."""
+
+import pytest
+import torch
+
+import deepspectra as ds
+from deepspectra import errors, zoo
+from deepspectra.operators.parts import Means
+
+
+@pytest.fixture(scope="module")
+def problem():
+    data = zoo.load("digits", per_class=12)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = zoo.mlp((1, 8, 8), 10, widths=(12,))
+    zoo.train(net, data, epochs=40, learning_rate=0.1, batch_size=16)
+    return ds.Problem(net.double(), (data.inputs.double(), data.targets))
+
+
+@pytest.fixture(scope="module")
+def dense(problem):
+    parts = ds.decompose(problem, effects="two-way")
+    return ds.Hessian(problem).dense(), {name: part.dense() for name, part in parts.items()}
+
+
+@pytest.fixture(scope="module")
+def attribution(problem):
+    return ds.attribute(ds.Hessian(problem), ds.decompose(problem, effects="two-way"), rtol=1e-8)
+
+
+def descending(matrix):
+    return torch.linalg.eigvalsh(matrix).flip(0)
+
+
+def test_shares_equal_the_quadratic_forms_of_the_dense_parts(attribution, dense):
+    H, parts = dense
+    values, vectors = torch.linalg.eigh(H)
+    values, vectors = values.flip(0), vectors.flip(1)
+    residual = H - sum(parts.values())
+    for j in range(len(attribution.values)):
+        u = vectors[:, j]
+        expected = torch.stack([u @ part @ u for part in (*parts.values(), residual)]) / values[j]
+        torch.testing.assert_close(attribution.pair_shares[j], expected, atol=1e-6, rtol=0)
+    assert attribution.part_names == (*parts, "residual")
+
+
+def test_shares_of_each_pair_sum_to_one(attribution):
+    torch.testing.assert_close(attribution.pair_shares.sum(1), torch.ones(len(attribution.values)).double())
+    assert attribution.shares.shape == (attribution.num_outliers, 6)
+
+
+def test_the_edge_is_the_largest_eigenvalue_without_any_mean(attribution, dense):
+    H, parts = dense
+    bulk = H - sum(part for name, part in parts.items() if name != "within")
+    exact = float(descending(bulk)[0])
+    assert attribution.bulk_edge == pytest.approx(exact, rel=0.01)
+    assert attribution.threshold == pytest.approx(attribution.margin * attribution.bulk_edge)
+    assert attribution.num_outliers == int((descending(H) > attribution.threshold).sum()) > 0
+
+
+@pytest.mark.parametrize("removed", [("class",), ("logit",), ("class", "logit")])
+def test_knockouts_by_subtraction_bound_the_exact_eigenvalues(attribution, dense, removed):
+    H, parts = dense
+    taken = sum(parts[name] for name in removed)
+    if "class" in removed:
+        taken = taken + parts["true"]
+    exact = descending(H - taken)
+    found = attribution.knockout(*removed)
+    check_bounds(found, exact)
+    assert found.num_outliers <= int((exact > attribution.threshold).sum()) <= found.num_outliers_at_most
+
+
+@pytest.mark.parametrize("removed", [("class",), ("logit",), ("class", "logit")])
+def test_knockouts_by_projection_bound_the_exact_eigenvalues(attribution, dense, removed):
+    H, parts = dense
+    values, vectors = torch.linalg.eigh(sum(parts[name] for name in removed))
+    basis = vectors[:, values > 1e-10 * values[-1]]
+    outside = torch.eye(len(H)).double() - basis @ basis.T
+    check_bounds(attribution.knockout(*removed, method="projection"), descending(outside @ H @ outside))
+
+
+def check_bounds(found, exact):
+    """Ritz values lie below the exact ones, each within its residual of some; the largest is close."""
+    assert (found.values <= exact[: len(found.values)] * (1 + 1e-6)).all()
+    for value, residual in zip(found.values, found.residual_norms, strict=True):
+        assert (exact - value).abs().min() <= residual * (1 + 1e-6) + 1e-9
+    assert float(found.values[0]) == pytest.approx(float(exact[0]), rel=0.1)
+
+
+def test_gauss_newton_has_no_residual_share(problem):
+    found = ds.attribute(ds.GaussNewton(problem), ds.decompose(problem, effects="two-way"), rtol=1e-8)
+    assert found.shares[:, -1].abs().max() < 1e-8
+
+
+def test_the_published_four_parts_attribute_too(problem, attribution):
+    found = ds.attribute(ds.Hessian(problem), ds.decompose(problem), rtol=1e-8)
+    assert found.part_names == ("class", "cross", "within", "true", "residual")
+    cross = attribution.pair_shares[:, 1] + attribution.pair_shares[:, 2]
+    torch.testing.assert_close(found.pair_shares[:, 1], cross, atol=1e-6, rtol=0)
+    assert (
+        found.knockout("class", "logit").num_outliers == attribution.knockout("class", "logit").num_outliers
+    )
+
+
+def test_means_in_memory_or_in_sample_space_are_one_operator(problem):
+    v = torch.randn(
+        problem.num_parameters, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    held = ds.decompose(problem)
+    streamed = ds.decompose(problem)
+    streamed.rows.products.budget, budget = 0, streamed.rows.products.budget
+    try:
+        assert not streamed.holds_means()
+        sample_space = Means(streamed) @ v
+    finally:
+        streamed.rows.products.budget = budget
+    assert held.holds_means()
+    torch.testing.assert_close(Means(held) @ v, sample_space, rtol=1e-8, atol=1e-12)
+    held.forget_means()
+
+
+def test_verdicts_state_counts_and_thresholds(attribution):
+    text = " ".join(attribution.verdicts)
+    assert f"{attribution.num_outliers} outliers" in text
+    assert f"{attribution.threshold:.3g}" in text
+    assert "residual" in text
+    assert str(attribution).endswith(attribution.verdicts[-1])
+
+
+def test_no_outlier_is_a_verdict_too(problem):
+    found = ds.attribute(ds.Hessian(problem), ds.decompose(problem, effects="two-way"), margin=1e6)
+    assert found.num_outliers == 0
+    assert found.verdicts[0].startswith("No outlier")
+
+
+def test_parts_of_another_problem_are_refused(problem):
+    other = ds.Problem(
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).double(),
+        (torch.zeros(4, 1, 8, 8).double(), torch.arange(4)),
+    )
+    with pytest.raises(errors.ShapeError, match="one problem"):
+        ds.attribute(ds.Hessian(problem), ds.decompose(other))
+    with pytest.raises(errors.OptionError, match="decompose"):
+        ds.attribute(ds.Hessian(problem), {"class": ds.Hessian(problem)})
+    with pytest.raises(errors.OptionError, match="margin"):
+        ds.attribute(ds.Hessian(problem), ds.decompose(problem), margin=0.5)
+    with pytest.raises(errors.OptionError, match="no knock-out"):
+        ds.attribute(ds.Hessian(problem), ds.decompose(problem)).knockout("within")

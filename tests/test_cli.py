@@ -1,0 +1,137 @@
+"""The command line, run as a user runs it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import deepspectra as ds
+
+MINE = """
+import torch
+import deepspectra as ds
+from neighbour import make
+
+def problem():
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 5), torch.arange(60) % 3
+    return ds.Problem(make(), (x, y))
+
+def nothing():
+    return None
+"""
+NEIGHBOUR = """
+import torch
+
+def make():
+    return torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+"""
+
+
+def run(*arguments, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", "deepspectra.cli", *map(str, arguments)],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mine")
+    (path / "mine.py").write_text(MINE)
+    (path / "neighbour.py").write_text(NEIGHBOUR)
+    return path
+
+
+@pytest.fixture(scope="module")
+def analysed(folder):
+    return run("analyze", "mine.py:problem", "--out", "run", "--num-probes", 2, "--num-steps", 8, cwd=folder)
+
+
+def test_anybodys_model_and_data(analysed, folder):
+    assert analysed.returncode == 0, analysed.stderr
+    report = folder / "run" / "report.html"
+    assert f"Report: {Path('run') / 'report.html'}" in analysed.stdout
+    assert report.stat().st_size > 100_000
+    saved = ds.load(folder / "run")
+    assert saved.verdict in analysed.stdout.replace("\n", " ") or saved.verdict in analysed.stdout
+    assert saved.dataset.attrs["num_parameters"] == 5 * 6 + 6 + 6 * 3 + 3
+    assert saved.dataset.attrs["title"] == "Spectrum of mine.py:problem"
+
+
+def test_a_module_path_is_a_target_too(folder):
+    done = run("analyze", "mine:problem", "--out", "two", "--num-probes", 1, "--num-steps", 4, cwd=folder)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_report_is_made_again_from_the_saved_numbers(analysed, folder):
+    assert analysed.returncode == 0
+    done = run("report", "run", "--out", "again.html", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "again.html").read_text() == (folder / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("analyze", "mine.py"), "file.py:function"),
+        (("analyze", "none.py:problem"), "there is no file"),
+        (("analyze", "no_such_module:problem"), "cannot be imported"),
+        (("analyze", "mine.py:other"), "has no function"),
+        (("analyze", "mine.py:nothing"), "NoneType"),
+        (("analyze", "--model", "nonsense"), "nonsense"),
+        (("analyze", "--data", "mnist", "--data-root", "nowhere"), "nowhere"),
+        (("report", "nowhere"), "does not exist"),
+        (("analyze", "--memory", "lots"), "memory='lots'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_message(folder, arguments, message):
+    done = (
+        run(*arguments, "--epochs", 0, cwd=folder)
+        if "--model" in arguments or "--memory" in arguments
+        else (run(*arguments, cwd=folder))
+    )
+    assert done.returncode == 2
+    assert message in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_commands_and_their_options_are_these(folder):
+    assert {"demo", "analyze", "report"} <= set(run("--help", cwd=folder).stdout.split())
+    words = run("analyze", "--help", cwd=folder).stdout
+    for option in (
+        "--model",
+        "--data",
+        "--data-root",
+        "--checkpoint",
+        "--per-class",
+        "--out",
+        "--memory",
+        "--seed",
+    ):
+        assert option in words
+
+
+def test_the_demo_ends_with_its_verdict_and_its_report(tmp_path):
+    done = run("demo", "--out", "here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line]
+    assert "outlier" in lines[0]
+    assert lines[-1] == f"Report: {Path('here') / 'report.html'}"
+    assert (tmp_path / "here" / "model.safetensors").is_file()
+
+
+def test_a_checkpoint_is_loaded_instead_of_training(tmp_path):
+    first = run("analyze", "--model", "mlp", "--data", "digits", "--per-class", 5, "--epochs", 1, "--num-probes", 1,
+                "--num-steps", 4, "--out", "a", cwd=tmp_path)  # fmt: skip
+    assert first.returncode == 0, first.stderr
+    second = run("analyze", "--model", "mlp", "--data", "digits", "--per-class", 5, "--checkpoint",
+                 "a/model.safetensors", "--num-probes", 1, "--num-steps", 4, "--out", "b", cwd=tmp_path)  # fmt: skip
+    assert second.returncode == 0, second.stderr
+    assert (
+        ds.load(tmp_path / "a").verdict.split("Averaging")[0]
+        == ds.load(tmp_path / "b").verdict.split("Averaging")[0]
+    )

@@ -78,13 +78,20 @@ class Linearized(Way):
         self.names = list(parameters)
         with warnings.catch_warnings(), differentiable():
             warnings.simplefilter("ignore")  # the tracer warns about its own bookkeeping
-            _, self.linear = torch.func.linearize(torch.func.grad(function), parameters)
+            self.linear = _linearized(torch.func.grad(function), parameters)
 
     def __call__(self, tangent: list[Tensor], *, batched: bool = False) -> list[Tensor]:
         """The product, one tensor a parameter; with `batched`, of K tangents stacked in front."""
         linear = torch.func.vmap(self.linear) if batched else self.linear
         product = linear(dict(zip(self.names, tangent, strict=True)))
         return [product[name] for name in self.names]
+
+
+def _linearized(function: Callable[[Tree], Any], parameters: Tree) -> Callable[[Tree], Any]:
+    """The tangent map of a function, its constants folded now rather than at the first call."""
+    _, linear = torch.func.linearize(function, parameters)
+    linear({name: torch.zeros_like(value) for name, value in parameters.items()})
+    return linear
 
 
 # -- the Jacobian of the outputs -----------------------------------------------------------------------------
@@ -128,9 +135,7 @@ class Jacobian(Forward):
         if linearize:
             with warnings.catch_warnings(), differentiable():
                 warnings.simplefilter("ignore")
-                _, self._linear = torch.func.linearize(
-                    lambda p: problem.evaluate(p, batch)[0], problem.parameters
-                )
+                self._linear = _linearized(lambda p: problem.evaluate(p, batch)[0], problem.parameters)
         elif self.graph.requires_grad:
             # J v as the derivative of the linear map u ↦ Jᵀ u, by reverse mode alone
             self._dummy = torch.zeros_like(self.outputs, requires_grad=True)

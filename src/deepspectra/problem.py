@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -290,7 +291,7 @@ class Problem:
                 continue
             if self._module.function is _forward_pair and len(outputs) == len(batch[1]):
                 chosen = counted[:: max(1, len(counted) // num_rows)][:num_rows]
-                return map_tensors(lambda leaf, chosen=chosen: leaf[chosen], batch)
+                return map_tensors(operator.itemgetter(chosen), batch)
             return batch
         raise DataError("no row counts: every target is ignored or has weight 0.")
 

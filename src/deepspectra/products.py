@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deepspectra.batches import tensors
 from deepspectra.differentiation import (
     DoubleBackward,
     Forward,
@@ -342,9 +343,10 @@ class _Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(leaf, Tensor) and type(leaf) is Tensor:
-                storage = leaf.untyped_storage()
+        given = {leaf.untyped_storage()._cdata for leaf in tensors(args)}
+        for leaf in tensors(result):
+            storage = leaf.untyped_storage()
+            if type(leaf) is Tensor and storage._cdata not in given:  # a view adds nothing
                 self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())  # type: ignore[no-untyped-call]
         return result
 

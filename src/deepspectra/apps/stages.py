@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
+from deepspectra.algorithms.lanczos import basis_capacity
 from deepspectra.algorithms.subspace import overlap
 from deepspectra.analysis.attribution import Attribution, attribute, pair_shares
 from deepspectra.analysis.means import subspace_of
@@ -26,8 +28,20 @@ from deepspectra.products import products_of
 from deepspectra.results import Density, Eigenpairs
 
 LETTERS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
-SLOW_GRADIENT = 0.25  # seconds; beyond it densities are given fewer products by default
 TRACE_PROBES = 4
+FEWEST_STEPS = 4  # of a density that is worth having
+
+
+class Effort(NamedTuple):
+    """What an analysis does unless told otherwise, for gradients that take up to so many seconds."""
+
+    up_to_seconds: float
+    spare_pairs: int  # eigenpairs beyond the number of classes
+    num_probes: int
+    num_steps: int
+
+
+EFFORTS = (Effort(0.25, 3, 4, 48), Effort(3.0, 3, 2, 16), Effort(float("inf"), 1, 2, 8))
 
 
 @dataclass
@@ -68,7 +82,7 @@ def run(
     problem: Problem,
     ledger: Ledger,
     *,
-    num: int,
+    num: int | None,
     num_probes: int | None,
     num_steps: int | None,
     rtol: float,
@@ -78,9 +92,10 @@ def run(
     found = Findings(problem, ledger, seed, rtol)
     products = products_of(problem)
     _measure_gradient(found)
-    slow = ledger.gradient_seconds > SLOW_GRADIENT
-    probes = num_probes or (2 if slow else 4)
-    steps = min(num_steps or (24 if slow else 64), problem.num_parameters)
+    effort = next(e for e in EFFORTS if ledger.gradient_seconds <= e.up_to_seconds)
+    num = num or problem.num_classes + effort.spare_pairs
+    probes = num_probes or effort.num_probes
+    steps = min(num_steps or effort.num_steps, problem.num_parameters)
     with ledger.stage("checking derivatives"):
         hessian = Hessian(problem)
     _find_pairs(found, "hessian", hessian, num)
@@ -125,6 +140,13 @@ def _find_pairs(found: Findings, name: str, operator: Operator, num: int) -> Non
 
 
 def _find_density(found: Findings, name: str, operator: Operator, probes: int, steps: int) -> None:
+    known = len(found.pairs[name].values) if name in found.pairs else 0
+    room = basis_capacity(operator) - known - 1
+    if FEWEST_STEPS <= room < steps:
+        found.doubts.append(
+            f"the density of {LETTERS[name]} has {room} steps a probe; more do not fit memory"
+        )
+        steps = room
     with found.ledger.stage(f"density of {LETTERS[name]}") as report, _noting(found.doubts):
         found.densities[name] = density(
             operator,

@@ -32,7 +32,7 @@ from deepspectra.errors import CurvatureError, MemoryBudgetError
 from deepspectra.problem import Problem, differentiable
 
 EXPECTED_PRODUCTS = 40  # over which the cost of building a kept graph is spread when ways are compared
-BLOCK_BYTES = (2**30, 2**25)  # graph bytes times columns that go through a graph together: GPU, CPU
+BLOCK_BYTES = (2**30, 2**21)  # graph bytes times columns that go through a graph together: GPU, CPU
 WORTH_TRACING = 10.0  # seconds that the expected products must take before linearising is tried
 CHECK_ROWS = 4  # rows on which a way is checked, in float64
 CHECK_TOLERANCE = 1e-5  # relative; right ways reach 1e-9, wrong ones were seen from 2e-4 to .2

@@ -284,35 +284,48 @@ class Products:
 
     def _time(self, way: type[Way]) -> float:
         """Seconds of one product with one batch, and its share of the building."""
+        return self._time_graph(
+            way.name,
+            lambda batch: way(self._loss_of(batch), self.problem.parameters),
+            lambda graph, tangent: graph(tangent),
+        )
+
+    def _time_graph(
+        self, name: str, build: Callable[[Any], Any], apply: Callable[[Any, list[Tensor]], Any]
+    ) -> float:
         batch = next(iter(self.problem.batches))
         tangent = list(self.problem.parameters.values())
-        way(self._loss_of(batch), self.problem.parameters)(tangent)  # warm up
+        apply(build(batch), tangent)  # warm up
         start = time.perf_counter()
-        graph, size = _measured(way, self._loss_of(batch), self.problem.parameters)
+        graph, size = _measured(build, batch)
         built = time.perf_counter()
-        graph(tangent)
+        apply(graph, tangent)
         product = time.perf_counter() - built
         fits = size * self.problem.batches.num_batches <= self.budget
         seconds = product + (built - start) / (EXPECTED_PRODUCTS if fits else 1)
-        self.notes[f"seconds a batch, {way.name}"] = f"{seconds:.4f}"
+        self.notes[f"seconds a batch, {name}"] = f"{seconds:.4f}"
         return seconds
 
     def linearize(self) -> bool:
-        """Whether J v goes by the linearised forward pass, which is faster, or by reverse mode alone."""
+        """Whether J v goes by a linearised forward pass, or by reverse mode alone: the faster that is right."""
         if self._linearize is None:
-            batch = next(iter(self.problem.batches))
             if jacobian_error(self._sample(), linearize=False) > CHECK_TOLERANCE:
                 raise CurvatureError(
                     "the first derivatives of this network disagree with finite differences; is a custom "
                     "backward pass wrong?"
                 )
-            start = time.perf_counter()
-            jacobian = Jacobian(self.problem, batch, linearize=False)
-            jacobian.pull(jacobian.push(list(self.problem.parameters.values())))
-            seconds = (time.perf_counter() - start) * self.problem.batches.num_batches * EXPECTED_PRODUCTS
-            self._linearize = seconds > WORTH_TRACING and self._linearizes()
+            seconds = self._time_jacobian(linearize=False)
+            worth = seconds * self.problem.batches.num_batches * EXPECTED_PRODUCTS > WORTH_TRACING
+            self._linearize = worth and self._linearizes() and self._time_jacobian(linearize=True) < seconds
             self.notes["jacobian"] = "linearize" if self._linearize else "double backward"
         return self._linearize
+
+    def _time_jacobian(self, *, linearize: bool) -> float:
+        return self._time_graph(
+            "linearised Jacobian" if linearize else "Jacobian by reverse mode",
+            lambda batch: Jacobian(self.problem, batch, linearize=linearize),
+            lambda jacobian, tangent: jacobian.pull(jacobian.push(tangent)),
+        )
 
     def _linearizes(self) -> bool:
         try:

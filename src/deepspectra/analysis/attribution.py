@@ -176,10 +176,9 @@ def attribute(
     shares = pair_shares(parts, pairs)
     knockouts = [
         _knockout((), "subtraction", pairs.values, pairs.residual_norms, threshold),
-        *_knockouts(operator, parts, pairs, threshold),
+        *_knockouts(operator, parts, pairs, threshold, products),
         _knockout(("means",), "subtraction", edge_pairs.values, edge_pairs.residual_norms, threshold),
     ]
-    products.total += 2 * parts.projections.num_classes - 1
     return Attribution(
         values=pairs.values,
         residual_norms=pairs.residual_norms,
@@ -214,6 +213,10 @@ class _Counter:
 
         return report
 
+    def add(self, num_products: int) -> None:
+        """Products made outside an algorithm that reports its own."""
+        self.within()(num_products, None)
+
 
 def pair_shares(parts: Decomposition, pairs: Eigenpairs) -> Tensor:
     """u_jᵀ B u_j / λ_j for each pair, over the parts and the residual: (K, parts + 1), rows sum to 1."""
@@ -224,7 +227,7 @@ def pair_shares(parts: Decomposition, pairs: Eigenpairs) -> Tensor:
 
 
 def _knockouts(
-    operator: Operator, parts: Decomposition, pairs: Eigenpairs, threshold: float
+    operator: Operator, parts: Decomposition, pairs: Eigenpairs, threshold: float, products: _Counter
 ) -> list[Knockout]:
     """Every knock-out of class, logit and both, by Rayleigh-Ritz in span(U, F_class, F_logit).
 
@@ -232,10 +235,10 @@ def _knockouts(
     of every B; only the factors need products. What is left out is A's bulk, below the last pair.
     """
     means = _logit_factors(parts)
-    directions = torch.cat([means["class"], means["logit"]], 1)
-    directions = torch.linalg.qr(directions - pairs.vectors @ (pairs.vectors.T @ directions))[0]
+    directions = _beyond(pairs.vectors, torch.cat([means["class"], means["logit"]], 1))
     basis, triangle = torch.linalg.qr(torch.cat([pairs.vectors, directions], 1))
     images = torch.cat([pairs.vectors * pairs.values.to(basis), operator @ directions], 1)
+    products.add(directions.shape[1])
     images = torch.linalg.solve_triangular(triangle, images, upper=True, left=False)
     uncertain = torch.zeros(basis.shape[1], dtype=torch.float64)
     uncertain[: len(pairs.values)] = pairs.residual_norms.cpu()
@@ -248,6 +251,15 @@ def _knockouts(
             values, residuals = (part[: len(pairs.values)] for part in pair)
             found.append(_knockout(removed, method, values, residuals, threshold))
     return found
+
+
+def _beyond(vectors: Tensor, factor: Tensor) -> Tensor:
+    """Orthonormal directions that the columns of a factor add to orthonormal vectors."""
+    basis, triangle = torch.linalg.qr(factor - vectors @ (vectors.T @ factor))
+    inner, singular, _ = torch.linalg.svd(triangle)
+    kept = singular > 100 * torch.finfo(factor.dtype).eps * float(factor.norm(dim=0).max())
+    directions: Tensor = basis @ inner[:, kept]
+    return directions
 
 
 def _logit_factors(parts: Decomposition) -> dict[str, Tensor]:
@@ -309,24 +321,20 @@ def _verdicts(result: Attribution) -> tuple[str, ...]:
     rule = f"above {result.threshold:.3g}, {result.margin:g} times the bulk's edge {result.bulk_edge:.3g}"
     if not count:
         return (f"No outlier: no eigenvalue lies {rule}.",)
-    more = "" if result.complete else "at least "
     means = result.mean_shares
-    shares = ", ".join(f"{share:.0%} {name}" for name, share in means.items() if name != "residual")
-    sentences = [
-        f"{more}{count} outlier{'s' if count > 1 else ''} ({rule}): on average {shares}, "
-        f"{means['residual']:.0%} residual.".capitalize()
-    ]
-    if {"class", "logit"} <= set(result.part_names) or "cross" in result.part_names:
-        left = {name: result.knockout(*name.split(" + ")) for name in ("class", "class + logit")}
-        sentences.append(
-            "Knocking out the class means "
-            + _leaves(left["class"])
-            + ", class and logit means "
-            + _leaves(left["class + logit"])
-            + "."
-        )
-        sentences.append(_judgement(left, count))
-    return tuple(sentences)
+    shares = ", ".join(f"{_percent(share)} {name}" for name, share in means.items())
+    left = {name: result.knockout(*name.split(" + ")) for name in ("class", "class + logit")}
+    return (
+        f"{'' if result.complete else 'At least '}{count} outlier{'s' if count > 1 else ''} ({rule}): on average "
+        f"{shares}.",
+        f"Knocking out the class means {_leaves(left['class'])}, class and logit means "
+        f"{_leaves(left['class + logit'])}.",
+        _judgement(left, count),
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share) + 0:d}%"
 
 
 def _judgement(left: dict[str, Knockout], count: int) -> str:

@@ -41,7 +41,7 @@ class Effort(NamedTuple):
     num_steps: int
 
 
-EFFORTS = (Effort(0.25, 3, 4, 48), Effort(3.0, 3, 2, 16), Effort(float("inf"), 1, 2, 8))
+EFFORTS = (Effort(0.25, 3, 4, 24), Effort(3.0, 3, 2, 16), Effort(float("inf"), 1, 2, 8))
 
 
 @dataclass

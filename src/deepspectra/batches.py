@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from deepspectra.errors import DataError, NondeterminismError, OptionError
 
@@ -70,6 +71,7 @@ class Batches:
         batch_size: examples a batch for tensors and data sets; DataLoaders and lists bring their own.
         move: brings a batch to its device and dtype.
         budget: bytes the batches may occupy in memory.
+        pairs: batches are pairs (x, y), so a list of two tensors is such a pair and not two batches.
 
     Raises:
         DataError: nothing to read, or a source that cannot be read twice.
@@ -77,9 +79,11 @@ class Batches:
             brings them in another order.
     """
 
-    def __init__(self, source: Any, *, batch_size: int | None, move: Move, budget: int) -> None:
+    def __init__(
+        self, source: Any, *, batch_size: int | None, move: Move, budget: int, pairs: bool = True
+    ) -> None:
         self._move = move
-        self._read = _reader(source, batch_size)
+        self._read = _reader(source, batch_size, pairs)
         held: list[Any] | None = []
         size, marks = 0, []
         for batch in self._read():
@@ -170,17 +174,20 @@ def _close(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-7, abs_tol=1e-9)
 
 
-def _reader(source: Any, batch_size: int | None) -> Callable[[], Iterable[Any]]:
+def _reader(source: Any, batch_size: int | None, pairs: bool) -> Callable[[], Iterable[Any]]:
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise OptionError(f"batch_size must be a positive integer, got {batch_size!r}.")
     if isinstance(source, DataLoader):
         return lambda: source
-    if isinstance(source, (tuple, list)) and len(source) == 2 and isinstance(source[1], Tensor):
+    if isinstance(source, (tuple, list)) and any(isinstance(part, np.ndarray) for part in source):
+        raise DataError("data holds NumPy arrays; pass tensors: (torch.from_numpy(x), torch.from_numpy(y)).")
+    pair = isinstance(source, tuple) or pairs
+    if pair and isinstance(source, (tuple, list)) and len(source) == 2 and isinstance(source[1], Tensor):
         return _tensor_reader(source, batch_size)
     if isinstance(source, list) or (isinstance(source, tuple) and source):
         return lambda: source
     if isinstance(source, Dataset):
-        if not hasattr(source, "__len__"):
+        if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
             return lambda: DataLoader(source, batch_size=batch_size or LARGEST_DEFAULT_BATCH)
         if not len(source):
             raise DataError("the data set is empty: it has length 0, and at least one example is needed.")

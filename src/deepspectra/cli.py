@@ -13,7 +13,7 @@ from rich.console import Console
 
 from deepspectra import zoo
 from deepspectra.apps.analyze import Analysis, analyze, load
-from deepspectra.errors import DeepSpectraError, TargetError
+from deepspectra.errors import DeepSpectraError, OptionError, TargetError
 from deepspectra.problem import Problem
 
 app = typer.Typer(
@@ -52,8 +52,12 @@ def analyze_command(
         str | None,
         typer.Argument(help="file.py:function or package.module:function that returns a Problem."),
     ] = None,
-    model: Annotated[str, typer.Option(help=f"Zoo model: {', '.join(zoo.MODEL_NAMES)}.")] = "mlp",
-    data: Annotated[str, typer.Option(help=f"Zoo data set: {', '.join(zoo.DATA_NAMES)}.")] = "digits",
+    model: Annotated[
+        str | None, typer.Option(help=f"Zoo model, by default mlp: {', '.join(zoo.MODEL_NAMES)}.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help=f"Zoo data set, by default digits: {', '.join(zoo.DATA_NAMES)}.")
+    ] = None,
     data_root: Annotated[
         Path | None, typer.Option(envvar="DEEPSPECTRA_DATA", help="Folder of the data set's files.")
     ] = None,
@@ -72,8 +76,17 @@ def analyze_command(
     """Analyse your own problem (TARGET), or a model of the zoo on one of its data sets."""
     names: list[str] | None = None
     if target is not None:
+        given = {"--model": model, "--data": data, "--checkpoint": checkpoint, "--per-class": per_class,
+                 "--epochs": epochs, "--memory": memory, "--device": device}  # fmt: skip
+        unused = [option for option, value in given.items() if value is not None]
+        if unused:
+            raise OptionError(
+                f"{', '.join(unused)} belong to the zoo; with a target, the function {target} decides. "
+                "Leave them out, and set them where the Problem is made."
+            )
         problem, model, data = _load_target(target), "", ""
     else:
+        model, data = model or "mlp", data or "digits"
         problem, names = _zoo_problem(
             model,
             data,

@@ -58,8 +58,8 @@ class Loss(ABC):
             (product,) = torch.autograd.grad(gradient, leaf, tangents, allow_unused=True)
         return torch.zeros_like(outputs) if product is None else product
 
-    def check_targets(self, targets: Tensor, num_classes: int) -> None:
-        """Raise `DataError` when a target cannot be one."""
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise `DataError` when a target cannot be one, `LossError` when outputs do not fit the loss."""
         if targets.is_floating_point() and not torch.isfinite(targets).all():
             raise DataError("targets contain NaN or infinite values; every target must be finite.")
 
@@ -124,8 +124,8 @@ class CrossEntropy(Loss):
     def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The class weight of each row's label; 1 without class weights or with soft targets; 0 if ignored."""
         if targets.is_floating_point():
-            return outputs.new_ones(len(outputs))
-        return self._counted(outputs, targets, self._weight(outputs))
+            return _constant(1, outputs)
+        return self._counted(targets, self._weight(outputs))
 
     def curvature_weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """A (n,) with ∂²(Σ ω ℓ)/∂z_i² = a_i (diag p_i − p_i p_iᵀ)."""
@@ -135,19 +135,25 @@ class CrossEntropy(Loss):
         smooth = weight.mean() * self.label_smoothing
         mixed = (1 - self.label_smoothing) * weight + smooth
         if targets.is_floating_point():
-            return targets @ mixed
-        return self._counted(outputs, targets, mixed)
+            return (targets @ mixed).double()
+        return self._counted(targets, mixed)
 
     def curvature(self, outputs: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:
         """a_i (p_i ∘ t − p_i (p_iᵀ t))."""
         p = outputs.detach().softmax(-1)
         centred = tangents - (p * tangents).sum(-1, keepdim=True)
-        return self.curvature_weights(outputs, targets)[:, None] * p * centred
+        return self.curvature_weights(outputs, targets)[:, None].to(p) * p * centred
 
-    def check_targets(self, targets: Tensor, num_classes: int) -> None:
-        """Labels are integers in 0 … C−1."""
-        super().check_targets(targets, num_classes)
-        if targets.is_floating_point() or not targets.numel():
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Labels are integers in 0 … C−1; soft targets are probabilities."""
+        super().check(outputs, targets)
+        num_classes = outputs.shape[1]
+        if targets.is_floating_point():
+            if (targets < 0).any() or (targets.sum(1) - 1).abs().max() > 1e-3:
+                raise DataError(
+                    "floating-point targets of cross-entropy must be probabilities: non-negative, with rows that "
+                    "sum to 1. For labels that do not exclude each other use loss=nn.BCEWithLogitsLoss()."
+                )
             return
         counted = targets[targets != self.ignore_index]
         if not counted.numel():
@@ -167,8 +173,8 @@ class CrossEntropy(Loss):
             raise LossError("class structure needs one class label an example, not class probabilities.")
         return targets.where(targets != self.ignore_index, 0)
 
-    def _counted(self, outputs: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
-        kept = (targets != self.ignore_index).to(outputs)
+    def _counted(self, targets: Tensor, weight: Tensor | None) -> Tensor:
+        kept = (targets != self.ignore_index).double()
         return kept if weight is None else kept * weight[self.labels(targets)]
 
     def _weight(self, like: Tensor) -> Tensor | None:
@@ -201,7 +207,7 @@ class SquaredError(Loss):
 
     def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The number of elements of each row."""
-        return outputs.new_full((len(outputs),), outputs.shape[1])
+        return _constant(outputs.shape[1], outputs)
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """2 (z − y)."""
@@ -242,7 +248,7 @@ class MeanLoss(Loss):
 
     def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """1 a row."""
-        return outputs.new_ones(len(outputs))
+        return _constant(1, outputs)
 
 
 class ElementwiseLoss(MeanLoss):
@@ -252,36 +258,46 @@ class ElementwiseLoss(MeanLoss):
         summed = copy.deepcopy(module)
         summed.reduction = "sum"  # type: ignore[assignment]
         super().__init__(summed, type(module).__name__)
+        self.module = summed
+
+    def rows(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """As given; of one shape."""
+        if outputs.shape != targets.shape:
+            raise ShapeError(
+                f"{self.name}: outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} differ in shape, "
+                "which PyTorch would broadcast. Reshape one to the other."
+            )
+        return outputs, targets
 
     def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The sum over elements."""
-        value: Tensor = self.function(outputs, targets)
+        value: Tensor = self.module.to(outputs)(outputs, targets)
         return value
 
     def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The number of elements of each row."""
-        return outputs.new_full((len(outputs),), outputs[0].numel() if len(outputs) else 1)
+        return _constant(outputs[0].numel() if len(outputs) else 1, outputs)
 
 
-class NegativeLogLikelihood(MeanLoss):
-    """`nn.NLLLoss` on log-probabilities (n, C), with class weights and ignored index."""
+class NegativeLogLikelihood(CrossEntropy):
+    """`nn.NLLLoss` on log-probabilities: the cross-entropy, since log-softmax leaves log-probabilities as they are.
 
-    def __init__(self, module: nn.NLLLoss) -> None:
-        super().__init__(module, "NLLLoss")
-        self.weight = module.weight
-        self.ignore_index = module.ignore_index
+    So G is the Fisher matrix here too, and not zero, as it would be with log-probabilities for outputs.
+    """
 
-    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Σ ω_i ℓ_i."""
-        weight = None if self.weight is None else self.weight.to(outputs)
-        return F.nll_loss(outputs, targets, weight, ignore_index=self.ignore_index, reduction="sum")
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """As for cross-entropy; and outputs are normalised."""
+        super().check(outputs, targets)
+        if len(outputs) and outputs.double().logsumexp(1).abs().max() > 1e-2:
+            raise LossError(
+                "NLLLoss needs log-probabilities, and the model's outputs are not (their exponentials do not sum "
+                "to 1). End the model with LogSoftmax, or use loss='cross_entropy' on logits."
+            )
 
-    def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The class weight of each label; 0 if ignored."""
-        kept = targets != self.ignore_index
-        if self.weight is None:
-            return kept.to(outputs)
-        return kept * self.weight.to(outputs)[targets.where(kept, 0)]
+
+def _constant(value: float, outputs: Tensor) -> Tensor:
+    """(n,) float64, whatever the dtype of the outputs: half precision cannot count to 257."""
+    return torch.full((len(outputs),), float(value), dtype=torch.float64, device=outputs.device)
 
 
 ELEMENTWISE = (
@@ -295,6 +311,7 @@ ELEMENTWISE = (
 )
 
 
+FUNCTIONS: tuple[tuple[Any, type[Loss]], ...] = ((F.cross_entropy, CrossEntropy), (F.mse_loss, SquaredError))
 NAMED: dict[str, type[Loss]] = {"cross_entropy": CrossEntropy, "mse": SquaredError}
 
 
@@ -314,15 +331,18 @@ def resolve(loss: str | nn.Module | Callable[[Any, Tensor], Tensor] | Loss) -> L
             f"{type(loss).__name__} has reduction={reduction!r}; the loss must be a mean over the examples: "
             "use reduction='mean'."
         )
-    match loss:
-        case nn.CrossEntropyLoss():
-            found: Loss = CrossEntropy(loss.weight, loss.ignore_index, loss.label_smoothing)
-        case nn.MSELoss():
-            found = SquaredError()
-        case nn.NLLLoss():
-            found = NegativeLogLikelihood(loss)
-        case _ if isinstance(loss, ELEMENTWISE):
-            found = ElementwiseLoss(loss)
-        case _:
-            found = MeanLoss(loss)
+    for function, kind in FUNCTIONS:
+        if loss is function:
+            return kind()
+    plain = type(loss)  # not isinstance: a subclass may compute something else
+    if isinstance(loss, nn.CrossEntropyLoss) and plain is nn.CrossEntropyLoss:
+        found: Loss = CrossEntropy(loss.weight, loss.ignore_index, loss.label_smoothing)
+    elif isinstance(loss, nn.NLLLoss) and plain is nn.NLLLoss:
+        found = NegativeLogLikelihood(loss.weight, loss.ignore_index)
+    elif plain is nn.MSELoss:
+        found = SquaredError()
+    elif isinstance(loss, nn.Module) and plain in ELEMENTWISE:
+        found = ElementwiseLoss(loss)
+    else:
+        found = MeanLoss(loss)
     return found

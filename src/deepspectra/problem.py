@@ -91,10 +91,16 @@ class Problem:
         self.dtype = dtype or reference.dtype
         self.memory = parse_bytes(memory) if memory is not None else _free_memory(self.device) // 2
         self.loss_function = losses.resolve(loss)
+        self._trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
         self._module = _Forward(_evaluation_copy(model, self.device, self.dtype), forward or _forward_pair)
+        self.model.requires_grad_(False)
         self._select(parameters)
         self.batches = Batches(
-            data, batch_size=batch_size, move=Move(self.device, self.dtype), budget=self.memory // 4
+            data,
+            batch_size=batch_size,
+            move=Move(self.device, self.dtype),
+            budget=self.memory // 4,
+            pairs=forward is None,
         )
         if self.loss_function.is_cross_entropy and forward is None:
             self.batches.sort_by_label()
@@ -111,7 +117,7 @@ class Problem:
     def _select(self, parameters: str | Sequence[str] | None) -> None:
         """Choose the parameters by glob; a tied parameter answers to each of its names."""
         patterns = [parameters] if isinstance(parameters, str) else parameters
-        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        trainable = {name: p for name, p in self.model.named_parameters() if name in self._trainable}
         if patterns is not None:
             names: dict[int, set[str]] = {}
             for name, p in self.model.named_parameters(remove_duplicate=False):
@@ -192,9 +198,13 @@ class Problem:
 
     def row_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Outputs and targets of each batch, at the problem's own parameters."""
-        with torch.no_grad(), differentiable():
-            for batch in self.batches:
-                yield self.evaluate(self.parameters, batch)
+        return ((outputs, targets) for _, outputs, targets in self._evaluated())
+
+    def _evaluated(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        for batch in self.batches:
+            with torch.no_grad(), differentiable():
+                outputs, targets = self.evaluate(self.parameters, batch)
+            yield batch, outputs, targets
 
     def class_batches(self) -> Iterator[Any]:
         """The batches, split so that each holds one class where batches can be split at all."""
@@ -210,19 +220,31 @@ class Problem:
         """L(θ)."""
         total = 0.0
         for outputs, targets in self.row_batches():
-            total += float(self.loss_function.total(outputs, targets).double())
+            total += float(self.loss_function.total(self._at_least_single(outputs), targets).double())
         return total / self.total_weight
 
     def gradient(self) -> Tensor:
         """∇L(θ), (P,). Cost: one gradient."""
-        total = torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        total = torch.zeros(self.num_parameters, dtype=dtype, device=self.device)
         for batch in self.batches:
-            leaves = {name: value.requires_grad_() for name, value in self._leaves().items()}
-            with torch.enable_grad(), differentiable():
-                value = self.loss_function.total(*self.evaluate(leaves, batch))
-            parts = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
-            total += torch.cat([part.reshape(-1) for part in parts])
+            parts = self._batch_gradient(batch, self.parameters)
+            values = self.parameters.values()
+            filled = [torch.zeros_like(v) if g is None else g for g, v in zip(parts, values, strict=True)]
+            total += torch.cat([part.reshape(-1) for part in filled])
         return total / self.total_weight
+
+    def _batch_gradient(self, batch: Any, parameters: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+        """The summed gradient of a batch, one tensor a parameter, None where it does not enter."""
+        leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+        with torch.enable_grad(), differentiable():
+            value = self.loss_function.total(*self.evaluate(leaves, batch))
+        if not value.requires_grad:
+            return (None,) * len(leaves)
+        return torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+
+    def _at_least_single(self, outputs: Tensor) -> Tensor:
+        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
     def accuracy(self) -> float:
         """Share of rows whose largest output is the label; NaN when targets are not labels."""
@@ -235,25 +257,22 @@ class Problem:
             rows += int(counted.sum())
         return hits / rows
 
-    def _leaves(self) -> dict[str, Tensor]:
-        return {name: value.detach() for name, value in self.parameters.items()}
-
     # -- checks ----------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
         """One pass over the data: shapes, labels, finiteness; the first batch twice for determinism."""
         self.num_examples, self.total_weight, value = 0, 0.0, 0.0
         first: Tensor | None = None
-        for batch, (outputs, targets) in zip(self.batches, self.row_batches(), strict=True):
+        for batch, outputs, targets in self._evaluated():
             _check_finite_inputs(batch)
             self.num_classes = outputs.shape[1] if outputs.ndim > 1 else 1
-            self.loss_function.check_targets(targets, self.num_classes)
             if not torch.isfinite(outputs).all():
                 raise NonFiniteError(
                     "the model's outputs contain NaN or infinite values; check weights, inputs and dtype."
                 )
             if not len(outputs):
                 continue
+            self.loss_function.check(outputs, targets)
             first = outputs if first is None else first
             weights = self.loss_function.weights(outputs, targets).double()
             self.num_examples += int((weights > 0).sum())
@@ -263,6 +282,12 @@ class Problem:
             raise DataError("no row counts: every target is ignored or has weight 0.")
         if not torch.isfinite(torch.tensor(value)):
             raise NonFiniteError("the loss is NaN or infinite on this data.")
+        every = {name: p.detach() for name, p in self.model.named_parameters() if name in self._trainable}
+        if all(part is None for part in self._batch_gradient(next(iter(self.batches)), every)):
+            raise ParameterError(
+                "no parameter of the model has any effect on the loss. Does forward= call the model it is given, "
+                "and not another one?"
+            )
         again = next(outputs for outputs, _ in self.row_batches() if len(outputs))
         if not torch.allclose(first, again, rtol=1e-5, atol=1e-6 * float(first.abs().max())):
             raise NondeterminismError(
@@ -276,6 +301,7 @@ class Problem:
         other.kept = {}
         other.dtype = dtype
         other._module = _Forward(_evaluation_copy(self.model, self.device, dtype), self._module.function)
+        other.model.requires_grad_(False)
         own = dict(other.model.named_parameters())
         other.parameters = {name: own[name].detach() for name in self.parameters}
         move = Move(self.device, dtype)
@@ -285,7 +311,7 @@ class Problem:
         return other
 
     def _some_rows(self, num_rows: int) -> Any:
-        for batch, (outputs, targets) in zip(self.batches, self.row_batches(), strict=True):
+        for batch, outputs, targets in self._evaluated():
             (counted,) = (self.loss_function.weights(outputs, targets) > 0).nonzero(as_tuple=True)
             if not len(counted):
                 continue
@@ -359,10 +385,8 @@ def _evaluation_copy(model: nn.Module, device: torch.device, dtype: torch.dtype)
         twin = copy.deepcopy(model)
     except RuntimeError as error:
         raise ParameterError(f"the model cannot be copied: {error}") from error
-    trainable = {name: p.requires_grad for name, p in twin.named_parameters()}
     twin = twin.eval().to(device=device, dtype=dtype)
-    for name, p in twin.named_parameters():
-        p.requires_grad_(trainable[name])
+    for p in twin.parameters():
         p.grad = None
     return twin
 

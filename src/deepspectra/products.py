@@ -40,9 +40,10 @@ CHECK_TOLERANCE = 1e-5  # relative; right ways reach 1e-9, wrong ones were seen 
 
 @dataclass
 class Store:
-    """Graphs of one kind: which batches' are kept, and the bytes of one."""
+    """Graphs of one kind: which batches' are kept, their bytes, and the bytes of the largest seen."""
 
     kept: dict[int, Any]
+    bytes_kept: int = 0
     bytes_each: int | None = None
 
 
@@ -117,23 +118,27 @@ class Products:
             if index in store.kept:
                 yield index, store.kept[index]
                 continue
-            if store.bytes_each is None:
-                graph, store.bytes_each = _measured(build, batch)
-                self._refuse_beyond_memory(store.bytes_each)
-            else:
-                graph = build(batch)
-            if self.kept_bytes() + self.reserved + store.bytes_each <= self.budget:
+            room = self.budget - self.reserved - self.kept_bytes()
+            if store.bytes_each is not None and room < store.bytes_each // 2:
+                yield index, build(batch)
+                continue
+            graph, size = _measured(build, batch)
+            self._refuse_beyond_memory(size)
+            store.bytes_each = max(size, store.bytes_each or 0)
+            if size <= room:
                 store.kept[index] = graph
+                store.bytes_kept += size
             yield index, graph
 
     def kept_bytes(self) -> int:
-        """Bytes of all kept graphs, by the measured size of one of each kind."""
-        return sum(len(store.kept) * (store.bytes_each or 0) for store in self.stores.values())
+        """Bytes of all kept graphs."""
+        return sum(store.bytes_kept for store in self.stores.values())
 
     def release(self) -> None:
         """Drop every kept graph, to make room for another kind."""
         for store in self.stores.values():
             store.kept.clear()
+            store.bytes_kept = 0
 
     def reserve(self, size: int) -> bool:
         """Set aside bytes of the graphs' budget for something else; False if they are not there."""
@@ -272,6 +277,8 @@ class Products:
         """Whether a way works here and passes its check; if not, `faults` says why."""
         try:
             error = curvature_error(self._sample(), way)
+        except torch.OutOfMemoryError as failure:
+            raise MemoryBudgetError(f"checking the derivatives ran out of memory: {failure}") from failure
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as failure:
             self.faults.append(f"{way.name} failed ({str(failure).splitlines()[0]})")
             return False
@@ -296,15 +303,21 @@ class Products:
         batch = next(iter(self.problem.batches))
         tangent = list(self.problem.parameters.values())
         apply(build(batch), tangent)  # warm up
-        start = time.perf_counter()
+        start = self._now()
         graph, size = _measured(build, batch)
-        built = time.perf_counter()
+        built = self._now()
         apply(graph, tangent)
-        product = time.perf_counter() - built
+        product = self._now() - built
         fits = size * self.problem.batches.num_batches <= self.budget
         seconds = product + (built - start) / (EXPECTED_PRODUCTS if fits else 1)
         self.notes[f"seconds a batch, {name}"] = f"{seconds:.4f}"
         return seconds
+
+    def _now(self) -> float:
+        """Seconds, when everything queued on the device is done."""
+        if self.problem.device.type == "cuda":
+            torch.cuda.synchronize(self.problem.device)
+        return time.perf_counter()
 
     def linearize(self) -> bool:
         """Whether J v goes by a linearised forward pass, or by reverse mode alone: the faster that is right."""

@@ -18,6 +18,7 @@ from deepspectra.results import Eigenpairs, Provenance
 MARGIN = 1.25  # an outlier is at least so many times the bulk's edge
 EDGE_RTOL = 5e-2  # its eigenvalue is then right to about its square
 MOSTLY = 0.75  # a knock-out that removes this share of the outliers explains most of them
+ROWS_BYTES = 2**28  # of N × C × K float64 that are projected at a time
 Progress = Callable[[int, int | None], object]
 
 
@@ -167,10 +168,12 @@ def attribute(
     if pairs is None:
         num = min(parts.projections.num_classes + 3, operator.shape[0])
         pairs = eigenpairs(operator, num=num, rtol=rtol, seed=seed, progress=products.within())
-    edge_pairs = eigenpairs(
-        operator - Means(parts), num=1, rtol=EDGE_RTOL, seed=seed + 1, progress=products.within()
-    )
-    parts.forget_means()
+    try:
+        edge_pairs = eigenpairs(
+            operator - Means(parts), num=1, rtol=EDGE_RTOL, seed=seed + 1, progress=products.within()
+        )
+    finally:
+        parts.forget_means()
     edge = float(edge_pairs.values[0])
     threshold = margin * edge
     shares = pair_shares(parts, pairs)
@@ -220,10 +223,22 @@ class _Counter:
 
 def pair_shares(parts: Decomposition, pairs: Eigenpairs) -> Tensor:
     """u_jᵀ B u_j / λ_j for each pair, over the parts and the residual: (K, parts + 1), rows sum to 1."""
-    norms = parts.projections.squared_norms(parts.rows.apply(pairs.vectors), tuple(parts))
+    norms = squared_norms(parts, pairs.vectors)
     values = pairs.values.to(norms)
     shares = (norms / values).T
     return torch.cat([shares, 1 - shares.sum(1, keepdim=True)], 1).cpu()
+
+
+def squared_norms(parts: Decomposition, block: Tensor) -> Tensor:
+    """|Π_part A v|² for each part and column of a block (P, K), a few columns at a time: (parts, K)."""
+    width = max(1, ROWS_BYTES // (8 * parts.rows.weights.numel()))
+    return torch.cat(
+        [
+            parts.projections.squared_norms(parts.rows.apply(columns), tuple(parts))
+            for columns in torch.split(block, width, 1)
+        ],
+        1,
+    )
 
 
 def _knockouts(
@@ -286,7 +301,7 @@ class _Space:
     def beside(self, factor: Tensor) -> tuple[Tensor, Tensor]:
         """Ritz values and residual norms of (I − QQᵀ) A (I − QQᵀ), Q spanning F."""
         inner, singular, _ = torch.linalg.svd((self.basis.T @ factor).double(), full_matrices=True)
-        rank = int((singular > 1e-6 * singular[0]).sum())
+        rank = int((singular > 1e-6 * singular.max()).sum()) if len(singular) else 0
         kept = inner[:, rank:]  # the part of the subspace orthogonal to F
         removed = self.basis @ inner[:, :rank].to(self.basis)
         images = self.images @ kept.to(self.basis)

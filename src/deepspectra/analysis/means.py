@@ -154,7 +154,8 @@ def subspace_of(parts: Decomposition, level: str, num: int | None = None) -> tup
     if level == "class":
         own, classes = parts.projections.cell_weights.diagonal(), parts.projections.class_weights
         grown = (1 + own / _positive(classes) * (classes > 0)).sqrt()
-        factor = parts.factor("true") * grown.to(parts.problem.dtype)
+        factor = parts.factor("true")
+        factor = factor * grown.to(factor)
     else:
         factor = parts.factor("means")
     basis, triangle = torch.linalg.qr(factor)

@@ -16,7 +16,7 @@ from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.lanczos import basis_capacity
 from deepspectra.algorithms.subspace import overlap
-from deepspectra.analysis.attribution import Attribution, attribute, pair_shares
+from deepspectra.analysis.attribution import Attribution, attribute, pair_shares, squared_norms
 from deepspectra.analysis.means import subspace_of
 from deepspectra.apps.ledger import Ledger
 from deepspectra.errors import ConvergenceWarning
@@ -127,7 +127,7 @@ def _measure_gradient(found: Findings) -> None:
     """Loss, accuracy, and the seconds of one full-data gradient: the unit of every cost."""
     with found.ledger.stage("loss and gradient"):
         found.loss, found.accuracy = found.problem.loss(), found.problem.accuracy()
-        found.problem.gradient()  # once to warm up
+        float(found.problem.gradient().norm())  # once to warm up
         began = time.perf_counter()
         found.gradient_norm = float(found.problem.gradient().norm())
         found.ledger.gradient_seconds = time.perf_counter() - began
@@ -189,7 +189,7 @@ def _part_traces(parts: Decomposition, pairs: Eigenpairs, shares: dict[str, Tens
     signs = torch.randint(0, 2, (problem.num_parameters, TRACE_PROBES), generator=generator) * 2 - 1
     block = signs.to(pairs.vectors)
     block -= pairs.vectors @ (pairs.vectors.T @ block)
-    samples = parts.projections.squared_norms(parts.rows.apply(block), tuple(parts)).cpu()
+    samples = squared_norms(parts, block).cpu()
     top = pairs.values.cpu() @ shares["gauss_newton"][:, :-1]
     return torch.stack([top + samples.mean(1), samples.std(1) / TRACE_PROBES**0.5])
 

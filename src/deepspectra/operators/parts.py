@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from deepspectra.errors import OptionError
@@ -37,6 +38,7 @@ class Decomposition(Mapping[str, "Part"]):
         self.projections = Projections(self.rows.weights, self.rows.labels, first=first)
         self._parts = {name: Part(self, name) for name in names[effects]}
         self._factors: dict[str, Tensor] = {}
+        self._reserved = 0  # bytes set aside for the means
 
     def __getitem__(self, name: str) -> Part:
         return self._parts[name]
@@ -71,19 +73,21 @@ class Decomposition(Mapping[str, "Part"]):
 
     def holds_means(self) -> bool:
         """Whether all C² cross-class means are held, or can be within the memory budget."""
-        if "means" not in self._factors:
-            columns = self.projections.num_classes**2
-            size = columns * self.problem.num_parameters * self.problem.dtype.itemsize
-            if not self.rows.products.reserve(size):
-                return False
-            self.factor("means")
+        if "means" in self._factors:
+            return True
+        dtype = torch.promote_types(self.problem.dtype, torch.float32)
+        size = self.projections.num_classes**2 * self.problem.num_parameters * dtype.itemsize
+        if self._reserved or not self.rows.products.reserve(size):
+            return False
+        self._reserved = size
+        self.factor("means")
         return True
 
     def forget_means(self) -> None:
         """Free the C² cross-class means."""
-        factor = self._factors.pop("means", None)
-        if factor is not None:
-            self.rows.products.reserved -= factor.numel() * factor.element_size()
+        self._factors.pop("means", None)
+        self.rows.products.reserved -= self._reserved
+        self._reserved = 0
 
 
 class Part(Curvature):

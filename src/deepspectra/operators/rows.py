@@ -65,8 +65,9 @@ class GradientRows:
     def factor(self, projections: Projections, basis: Tensor) -> Tensor:
         """Aᵀ B for a basis B given in cell coordinates (C, C, r): (P, r).
 
-        Batches are split by class, so a basis vector that lives on one class touches that class only: the C
-        class means together cost one gradient, all cells C−1 backward passes on one forward pass.
+        Batches of labelled examples are split by class, so a basis vector that lives on one class touches that
+        class only: the C class means together cost one gradient, all cells C−1 backward passes on one forward
+        pass. Other batches (tokens, forward=) take a backward pass for every column they touch.
         """
         cells = projections.cell_weights
         mixed = basis * cells.where(cells > 0, 1).rsqrt()[:, :, None]

@@ -158,3 +158,14 @@ def test_an_absent_class_is_left_out():
     found = ds.analyze(problem, num_probes=1, num_steps=8, progress=False)
     assert int(found.dataset.class_count[3]) == 0
     assert float(found.dataset.class_weight[3]) == 0
+
+
+def test_two_classes():
+    data = zoo.load("digits", per_class=20)
+    kept = data.targets < 2
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = zoo.mlp((1, 8, 8), 2, widths=(8,)).eval()
+    problem = ds.Problem(net, (data.inputs[kept], data.targets[kept]))
+    found = ds.analyze(problem, num_probes=1, num_steps=8, progress=False)
+    np.testing.assert_allclose(found.dataset.share.sel(operator="hessian").sum("part"), 1, atol=1e-6)

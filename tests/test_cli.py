@@ -82,6 +82,7 @@ def test_the_report_is_made_again_from_the_saved_numbers(analysed, folder):
         (("analyze", "no_such_module:problem"), "cannot be imported"),
         (("analyze", "mine.py:other"), "has no function"),
         (("analyze", "mine.py:nothing"), "NoneType"),
+        (("analyze", "mine.py:problem", "--device", "cpu", "--per-class", "3"), "--per-class, --device"),
         (("analyze", "--model", "nonsense"), "nonsense"),
         (("analyze", "--data", "mnist", "--data-root", "nowhere"), "nowhere"),
         (("report", "nowhere"), "does not exist"),

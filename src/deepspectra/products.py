@@ -1,8 +1,9 @@
 """How curvature acts on vectors: the fastest right way of differentiating, its graphs kept while they fit.
 
 Each batch contributes through a *graph* built once at the problem's parameters. Kept graphs cost memory and
-save the primal passes; batches whose graphs do not fit are rebuilt once for a whole block of vectors. The way
-is chosen by measuring on one batch, after each candidate was checked against symmetry and a finite difference.
+save the primal passes; batches whose graphs do not fit are rebuilt once for a whole block of vectors. Each way
+of differentiating is checked against symmetry and a finite difference before it is used; for the Jacobian the
+faster of two is chosen by measuring on one batch.
 """
 
 from __future__ import annotations
@@ -249,26 +250,19 @@ class Products:
     # the choice
 
     def way(self) -> type[Way]:
-        """The fastest way that is right for this network.
+        """A way that is right for this network: double backward, or linearising where that is not.
 
-        Double backward is tried first. Linearising costs seconds of tracing, so it is tried only where the
-        products of a usual analysis would take longer, or where double backward is not right.
+        Linearising costs seconds of tracing a batch and was seldom worth it in products with H on a CPU.
         """
         if self._way is None:
-            right: list[type[Way]] = [DoubleBackward] if self._is_right(DoubleBackward) else []
-            timing = self._time(DoubleBackward) if right else None
-            if (
-                timing is None
-                or timing * self.problem.batches.num_batches * EXPECTED_PRODUCTS > WORTH_TRACING
-            ):
-                right += [Linearized] if self._is_right(Linearized) else []
-            if not right:
+            right = next((way for way in (DoubleBackward, Linearized) if self._is_right(way)), None)
+            if right is None:
                 raise CurvatureError(
                     "no way of differentiating this network twice is right: " + "; ".join(self.faults) + ". "
                     "Replace operations without a second derivative (custom autograd functions, fused "
                     "kernels), or use GaussNewton, which needs first derivatives only."
                 )
-            self._way = right[0] if len(right) == 1 else min(right, key=self._time)
+            self._way = right
             self.notes["way"] = self._way.name
             self.notes["check"] = "; ".join(self.faults) or "symmetric, and agrees with finite differences"
         return self._way
@@ -288,30 +282,6 @@ class Products:
 
     def _sample(self) -> Problem:
         return self.problem.sample(CHECK_ROWS, torch.float64)
-
-    def _time(self, way: type[Way]) -> float:
-        """Seconds of one product with one batch, and its share of the building."""
-        return self._time_graph(
-            way.name,
-            lambda batch: way(self._loss_of(batch), self.problem.parameters),
-            lambda graph, tangent: graph(tangent),
-        )
-
-    def _time_graph(
-        self, name: str, build: Callable[[Any], Any], apply: Callable[[Any, list[Tensor]], Any]
-    ) -> float:
-        batch = next(iter(self.problem.batches))
-        tangent = list(self.problem.parameters.values())
-        apply(build(batch), tangent)  # warm up
-        start = self._now()
-        graph, size = _measured(build, batch)
-        built = self._now()
-        apply(graph, tangent)
-        product = self._now() - built
-        fits = size * self.problem.batches.num_batches <= self.budget
-        seconds = product + (built - start) / (EXPECTED_PRODUCTS if fits else 1)
-        self.notes[f"seconds a batch, {name}"] = f"{seconds:.4f}"
-        return seconds
 
     def _now(self) -> float:
         """Seconds, when everything queued on the device is done."""
@@ -334,11 +304,22 @@ class Products:
         return self._linearize
 
     def _time_jacobian(self, *, linearize: bool) -> float:
-        return self._time_graph(
-            "linearised Jacobian" if linearize else "Jacobian by reverse mode",
-            lambda batch: Jacobian(self.problem, batch, linearize=linearize),
-            lambda jacobian, tangent: jacobian.pull(jacobian.push(tangent)),
+        """Seconds of J v and Jᵀ u with one batch, and their share of the building."""
+        batch = next(iter(self.problem.batches))
+        tangent = list(self.problem.parameters.values())
+        start = self._now()
+        jacobian, size = _measured(lambda: Jacobian(self.problem, batch, linearize=linearize))
+        built = self._now()
+        jacobian.pull(jacobian.push(tangent))  # warm up
+        warm = self._now()
+        jacobian.pull(jacobian.push(tangent))
+        product = self._now() - warm
+        fits = size * self.problem.batches.num_batches <= self.budget
+        seconds = product + (built - start) / (EXPECTED_PRODUCTS if fits else 1)
+        self.notes[f"seconds a batch, Jacobian {'linearised' if linearize else 'by reverse mode'}"] = (
+            f"{seconds:.4f}"
         )
+        return seconds
 
     def _linearizes(self) -> bool:
         try:

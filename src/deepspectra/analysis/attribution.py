@@ -342,8 +342,8 @@ def _verdicts(result: Attribution) -> tuple[str, ...]:
     return (
         f"{'' if result.complete else 'At least '}{count} outlier{'s' if count > 1 else ''} ({rule}): on average "
         f"{shares}.",
-        f"Knocking out the class means {_leaves(left['class'])}, class and logit means "
-        f"{_leaves(left['class + logit'])}.",
+        f"Knocking out the class means {_leaves(result, 'class')}, class and logit means "
+        f"{_leaves(result, 'class', 'logit')}.",
         _judgement(left, count),
     )
 
@@ -363,10 +363,10 @@ def _judgement(left: dict[str, Knockout], count: int) -> str:
     return f"So neither explains the outliers: more than {1 - MOSTLY:.0%} of them stay."
 
 
-def _leaves(knockout: Knockout) -> str:
-    count = knockout.num_outliers
-    most = knockout.num_outliers_at_most
-    number = "none" if not count else str(count)
-    if most > count:
-        number += f" (at most {most} within the error)"
-    return f"leaves {number} (largest {float(knockout.values[0]):.3g})"
+def _leaves(result: Attribution, *removed: str) -> str:
+    found = result.knockout(*removed)
+    projected = result.knockout(*removed, method="projection").num_outliers
+    number = str(found.num_outliers or "none")
+    if found.num_outliers_at_most > found.num_outliers:
+        number += f" (at most {found.num_outliers_at_most} within the error)"
+    return f"leaves {number} (largest {float(found.values[0]):.3g}; by projection {projected or 'none'})"

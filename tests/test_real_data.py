@@ -20,8 +20,9 @@ def test_a_trained_network_has_outliers_that_the_means_explain(data_root, model,
     assert 3 <= count <= 13
     np.testing.assert_allclose(found.share.sel(operator="hessian").sum("part"), 1, atol=1e-9)
     left = found.knockout_outliers.sel({"operator": "hessian", "method": "subtraction"})
-    assert float(left.sel(knockout="class + logit")) < float(left.sel(knockout="class")) <= count
-    assert float(found.subspace_overlap.sel(level="cross_class", operator="hessian")) > 0.8
+    assert float(left.sel(knockout="class + logit")) <= float(left.sel(knockout="class")) <= count
+    overlap = found.subspace_overlap.sel(operator="hessian")
+    assert float(overlap.sel(level="cross_class")) > float(overlap.sel(level="class")) > 0.5
 
 
 @pytest.mark.slow

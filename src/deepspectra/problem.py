@@ -66,7 +66,7 @@ class Problem:
         NondeterminismError: two passes differ.
         LossError: the loss is unknown or not a mean.
 
-    Cost: two forward passes over the data, and a second reading of a loader.
+    Cost: a forward pass over the data, the gradient of one batch, and a second reading of a loader.
     """
 
     def __init__(
@@ -93,7 +93,6 @@ class Problem:
         self.loss_function = losses.resolve(loss)
         self._trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
         self._module = _Forward(_evaluation_copy(model, self.device, self.dtype), forward or _forward_pair)
-        self.model.requires_grad_(False)
         self._select(parameters)
         self.batches = Batches(
             data,
@@ -301,7 +300,6 @@ class Problem:
         other.kept = {}
         other.dtype = dtype
         other._module = _Forward(_evaluation_copy(self.model, self.device, dtype), self._module.function)
-        other.model.requires_grad_(False)
         own = dict(other.model.named_parameters())
         other.parameters = {name: own[name].detach() for name in self.parameters}
         move = Move(self.device, dtype)
@@ -385,7 +383,7 @@ def _evaluation_copy(model: nn.Module, device: torch.device, dtype: torch.dtype)
         twin = copy.deepcopy(model)
     except RuntimeError as error:
         raise ParameterError(f"the model cannot be copied: {error}") from error
-    twin = twin.eval().to(device=device, dtype=dtype)
+    twin = twin.eval().requires_grad_(False).to(device=device, dtype=dtype)
     for p in twin.parameters():
         p.grad = None
     return twin

@@ -35,6 +35,7 @@ from deepspectra.problem import Problem, differentiable
 EXPECTED_PRODUCTS = 40  # over which the cost of building a kept graph is spread when ways are compared
 BLOCK_BYTES = (2**30, 2**21)  # graph bytes times columns that go through a graph together: GPU, CPU
 WORTH_TRACING = 10.0  # seconds that the expected products must take before linearising is tried
+FAILURES = (RuntimeError, TypeError, ValueError)  # what a way raises on a network it cannot do
 CHECK_ROWS = 4  # rows on which a way is checked, in float64
 CHECK_TOLERANCE = 1e-5  # relative; right ways reach 1e-9, wrong ones were seen from 2e-4 to .2
 
@@ -273,7 +274,7 @@ class Products:
             error = curvature_error(self._sample(), way)
         except torch.OutOfMemoryError as failure:
             raise MemoryBudgetError(f"checking the derivatives ran out of memory: {failure}") from failure
-        except (RuntimeError, NotImplementedError, TypeError, ValueError) as failure:
+        except FAILURES as failure:
             self.faults.append(f"{way.name} failed ({str(failure).splitlines()[0]})")
             return False
         if error > CHECK_TOLERANCE:
@@ -292,14 +293,17 @@ class Products:
     def linearize(self) -> bool:
         """Whether J v goes by a linearised forward pass, or by reverse mode alone: the faster that is right."""
         if self._linearize is None:
-            if jacobian_error(self._sample(), linearize=False) > CHECK_TOLERANCE:
+            sample = self._sample()
+            if jacobian_error(sample, linearize=False) > CHECK_TOLERANCE:
                 raise CurvatureError(
                     "the first derivatives of this network disagree with finite differences; is a custom "
                     "backward pass wrong?"
                 )
             seconds = self._time_jacobian(linearize=False)
             worth = seconds * self.problem.batches.num_batches * EXPECTED_PRODUCTS > WORTH_TRACING
-            self._linearize = worth and self._linearizes() and self._time_jacobian(linearize=True) < seconds
+            self._linearize = (
+                worth and self._linearizes(sample) and self._time_jacobian(linearize=True) < seconds
+            )
             self.notes["jacobian"] = "linearize" if self._linearize else "double backward"
         return self._linearize
 
@@ -321,10 +325,10 @@ class Products:
         )
         return seconds
 
-    def _linearizes(self) -> bool:
+    def _linearizes(self, sample: Problem) -> bool:
         try:
-            return jacobian_error(self._sample(), linearize=True) <= CHECK_TOLERANCE
-        except (RuntimeError, NotImplementedError, TypeError, ValueError):
+            return jacobian_error(sample, linearize=True) <= CHECK_TOLERANCE
+        except FAILURES:
             return False
 
 

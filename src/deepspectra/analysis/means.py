@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deepspectra.errors import MemoryBudgetError, OptionError
 from deepspectra.operators.parts import Decomposition, decompose
+from deepspectra.operators.projections import positive
 from deepspectra.problem import Problem
 from deepspectra.results import Provenance
 
@@ -95,17 +96,17 @@ def class_means(problem: Problem, of: str = "gradients", *, level: str = "cross_
     projections = parts.projections
     size = projections.num_classes
     cells = projections.cell_weights
-    _refuse_beyond_memory(problem, size * size if level == "cross_class" else size)
+    _refuse_beyond_memory(parts, size * size if level == "cross_class" else size)
     crossed = None
     own = cells.diagonal()
     if level == "cross_class":
         factor = parts.factor("means").view(-1, size, size)
-        crossed = (factor / _positive(cells).sqrt().to(factor)).permute(1, 2, 0)
+        crossed = (factor / positive(cells).sqrt().to(factor)).permute(1, 2, 0)
         true = factor.diagonal(dim1=1, dim2=2).T
     else:
         true = parts.factor("true").T
     # w_c g_c = −w_cc g_cc, and `true` holds √w_cc g_cc
-    scale = own.sqrt() / _positive(projections.class_weights) * (projections.class_weights > 0)
+    scale = own.sqrt() / positive(projections.class_weights) * (projections.class_weights > 0)
     means = -true * scale.to(true)[:, None]
     return ClassMeans(
         class_means=means,
@@ -144,7 +145,7 @@ def principal_subspace(problem: Problem, *, level: str = "class", num: int | Non
     began = time.perf_counter()
     parts = decompose(problem)
     size = parts.projections.num_classes
-    _refuse_beyond_memory(problem, size * size if level == "cross_class" else size)
+    _refuse_beyond_memory(parts, size * size if level == "cross_class" else size)
     values, vectors = subspace_of(parts, level, num)
     return Subspace(values, vectors, level, time.perf_counter() - began, Provenance.of(parts["class"]))
 
@@ -153,7 +154,7 @@ def subspace_of(parts: Decomposition, level: str, num: int | None = None) -> tup
     """Eigenvalues (K,) and orthonormal eigenvectors (P, K) of the part of G that the means of a level make."""
     if level == "class":
         own, classes = parts.projections.cell_weights.diagonal(), parts.projections.class_weights
-        grown = (1 + own / _positive(classes) * (classes > 0)).sqrt()
+        grown = (1 + own / positive(classes) * (classes > 0)).sqrt()
         factor = parts.factor("true")
         factor = factor * grown.to(factor)
     else:
@@ -167,17 +168,13 @@ def subspace_of(parts: Decomposition, level: str, num: int | None = None) -> tup
     return singular[:kept].square(), basis @ left[:, :kept].to(basis)
 
 
-def _positive(weights: Tensor) -> Tensor:
-    return weights.where(weights > 0, 1)
-
-
 def _check_level(level: str) -> None:
     if level not in ("class", "cross_class"):
         raise OptionError(f"level={level!r}; it is 'class' or 'cross_class'.")
 
 
-def _refuse_beyond_memory(problem: Problem, columns: int) -> None:
-    size = problem.num_parameters * columns * problem.dtype.itemsize
+def _refuse_beyond_memory(parts: Decomposition, columns: int) -> None:
+    problem, size = parts.problem, parts.num_bytes(columns)
     if size > problem.memory:
         raise MemoryBudgetError(
             f"{columns:,} means of {problem.num_parameters:,} parameters take {size / 2**30:.1f} GiB; memory is "

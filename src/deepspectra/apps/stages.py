@@ -160,14 +160,12 @@ def _find_density(found: Findings, name: str, operator: Operator, probes: int, s
 
 def _average(found: Findings) -> None:
     """The principal subspaces by averaging alone; the C² means only if they fit in memory."""
-    levels = ("class", "cross_class")
-    for level in levels:
-        with found.ledger.stage(f"averaging: {level.replace('_', '-')} means"):
+    for level in ("class", "cross_class"):
+        stage = f"averaging: {level.replace('_', '-')} means"
+        with found.ledger.stage(stage):
             if level == "class" or found.parts.holds_means():
                 found.subspaces[level] = subspace_of(found.parts, level)
-        found.subspace_gradients[level] = found.ledger.gradients(
-            found.ledger.costs[f"averaging: {level.replace('_', '-')} means"]
-        )
+        found.subspace_gradients[level] = found.ledger.gradients(found.ledger.costs[stage])
 
 
 def _overlap(found: Findings) -> None:

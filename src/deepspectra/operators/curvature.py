@@ -42,7 +42,7 @@ class Hessian(Curvature):
     Raises:
         CurvatureError: no way of differentiating the network twice is right.
 
-    Cost: at construction, once a problem, a check in float64 on a few examples and a timing on one batch. Then
+    Cost: at construction, once a problem, a check in float64 on a few examples. Then
     1.4–2.7 gradients a product with a vector; a block shares the primal pass of batches whose graphs do not
     fit in memory.
     """

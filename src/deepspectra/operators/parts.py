@@ -63,20 +63,24 @@ class Decomposition(Mapping[str, "Part"]):
         if name == "class" and projections.first == "class":
             # Σ_k p_{i,k} g_{i,k} = 0, so w_c g_c = −w_cc g_cc: no further gradient
             own = projections.cell_weights.diagonal()
-            ratio = (own / projections.class_weights)[projections.class_weights > 0]
-            return -self.factor("true")[:, projections.class_weights > 0] * ratio.sqrt().to(
-                self.problem.dtype
-            )
+            present = projections.class_weights > 0
+            ratio = (own / projections.class_weights)[present]
+            true = self.factor("true")
+            return -true[:, present] * ratio.sqrt().to(true)
         if name == "means":
             return self.rows.cells(projections)
         return self.rows.factor(projections, projections.basis(name))
+
+    def num_bytes(self, columns: int) -> int:
+        """Bytes of so many vectors of length P, in the dtype that factors have."""
+        dtype = torch.promote_types(self.problem.dtype, torch.float32)
+        return columns * self.problem.num_parameters * dtype.itemsize
 
     def holds_means(self) -> bool:
         """Whether all C² cross-class means are held, or can be within the memory budget."""
         if "means" in self._factors:
             return True
-        dtype = torch.promote_types(self.problem.dtype, torch.float32)
-        size = self.projections.num_classes**2 * self.problem.num_parameters * dtype.itemsize
+        size = self.num_bytes(self.projections.num_classes**2)
         if self._reserved or not self.rows.products.reserve(size):
             return False
         self._reserved = size

@@ -58,11 +58,11 @@ class Projections:
         )
         self._root = self.cell_weights.sqrt()
         # α_{i,k} = √(w_{i,k}/w_{c,k}) β_{c,k} carries a cell coordinate to its rows, and back
-        self._unit = (weights / _positive(self.cell_weights)[labels]).sqrt()
+        self._unit = (weights / positive(self.cell_weights)[labels]).sqrt()
         off = self.cell_weights.clone().fill_diagonal_(0)
         self.class_weights, self.logit_weights = off.sum(1), off.sum(0)
-        self._by_class = off.sqrt() / _positive(self.class_weights).sqrt()[:, None]  # b_c over cells
-        self._by_logit = off.sqrt() / _positive(self.logit_weights).sqrt()  # b'_k over cells
+        self._by_class = off.sqrt() / positive(self.class_weights).sqrt()[:, None]  # b_c over cells
+        self._by_logit = off.sqrt() / positive(self.logit_weights).sqrt()  # b'_k over cells
         self._mixing = self._by_class * self._by_logit  # ⟨b_c, b'_k⟩
         self._logit_mix = self._orthogonal_to(self._mixing if first == "class" else self._mixing.T)
 
@@ -136,6 +136,6 @@ class Projections:
         raise OptionError(f"{part!r} has no small basis; there are 'class', 'logit' and 'true'.")
 
 
-def _positive(weights: Tensor) -> Tensor:
+def positive(weights: Tensor) -> Tensor:
     """Weights with zeros replaced by one: an absent class divides nothing by one."""
     return weights.where(weights > 0, 1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deepspectra.errors import LossError
 from deepspectra.losses import CrossEntropy
-from deepspectra.operators.projections import Projections
+from deepspectra.operators.projections import Projections, positive
 from deepspectra.problem import Problem
 from deepspectra.products import products_of
 
@@ -70,7 +70,7 @@ class GradientRows:
         pass. Other batches (tokens, forward=) take a backward pass for every column they touch.
         """
         cells = projections.cell_weights
-        mixed = basis * cells.where(cells > 0, 1).rsqrt()[:, :, None]
+        mixed = basis * positive(cells).rsqrt()[:, :, None]
 
         def cotangent(outputs: Tensor, targets: Tensor) -> Tensor:
             loss = self.problem.loss_function

@@ -14,14 +14,7 @@ from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.errors import ConvergenceWarning, MemoryBudgetError, NonFiniteError, OptionError, ShapeError
 from deepspectra.operators.base import Function, LowRank, Matrix
-
-
-def rotated(values, seed=0, dtype=torch.float64):
-    size = len(values)
-    normal = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    basis = torch.linalg.qr(normal)[0]
-    matrix = (basis * values.double()) @ basis.T
-    return ((matrix + matrix.T) / 2).to(dtype)
+from spectra import rotated
 
 
 def trained(size=1000):

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -270,6 +271,45 @@ def test_deflating_pairs_that_have_not_converged_only_blurs():
     assert result.deflation_residual == rough.worst > 1e-3
     blur = float(rough.residual_norms.sum()) / 500 / float(values.mean())
     assert distance(result, values) < 0.05 + blur
+
+
+@pytest.mark.parametrize("which", ["largest", "magnitude"])
+def test_the_run_that_found_the_pairs_is_a_probe_already(which):
+    exact = trained()
+    if which == "magnitude":
+        exact[:10:3] *= -1
+    A = Matrix(torch.diag(exact))
+    top = eigenpairs(A, num=10 if which == "magnitude" else 6, which=which, rtol=1e-4, seed=3)
+    torch.testing.assert_close(top.quadrature.weights.sum(1), torch.ones(len(top.quadrature.weights)).double())
+    found = density(A, num_probes=4, num_steps=16, deflate=top, seed=5)
+    fresh = density(A, num_probes=4, num_steps=16, deflate=replace(top, quadrature=None), seed=5)
+    reused = sum(steps >= 16 for steps in top.quadrature.num_steps)
+    assert found.num_products == fresh.num_products - 16 * reused < fresh.num_products
+    assert found.num_probes == 4 and len(found.probes.unique()) == 5  # with −1, the pairs themselves
+    assert float(found.weights.sum()) == pytest.approx(1)
+    assert distance(found, exact) < 2 * distance(fresh, exact) + 0.02
+
+
+def test_the_quadrature_of_a_run_is_unbiased():
+    exact = trained(400)
+    rest = exact[10:]
+    moments = torch.stack(
+        [
+            top.quadrature.weights @ top.quadrature.nodes.pow(2)
+            for seed in range(40)
+            for top in [eigenpairs(Matrix(torch.diag(exact)), num=10, rtol=1e-3, seed=seed)]
+        ]
+    )
+    error = moments.std(0) / len(moments) ** 0.5
+    assert ((moments.mean(0) - rest.pow(2).mean()).abs() < 4 * error).all()
+
+
+def test_a_restarted_run_is_no_probe():
+    exact = trained(3000)
+    A = Function(lambda block: exact[:, None] * block, 3000, dtype=torch.float64)
+    A.memory = 3000 * 8 * 22
+    top = eigenpairs(A, num=10, rtol=1e-6)
+    assert top.quadrature is None or max(top.quadrature.num_steps) < 12
 
 
 def test_everything_deflated_needs_no_product():

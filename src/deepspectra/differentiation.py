@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspectra.convolution import Convolutions
 from deepspectra.problem import Problem, differentiable
 
 SINGLE_EASE = 1e-3  # by which errors are judged more leniently where float32 inside limits what can be seen
-GOOD = 1e-7  # a relative error at which no further step size is tried
+GOOD = 1e-6  # a relative error at which no further step size is tried
 Tree = dict[str, Tensor]
 Scalar = Callable[[Tree], Tensor]
 
@@ -47,7 +48,7 @@ class DoubleBackward(Way):
     def __init__(self, function: Scalar, parameters: Tree) -> None:
         leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
         self.leaves = list(leaves.values())
-        with torch.enable_grad(), differentiable():
+        with torch.enable_grad(), differentiable(), Convolutions():
             value = function(leaves)
             gradient = (
                 torch.autograd.grad(value, self.leaves, create_graph=True, allow_unused=True)
@@ -214,7 +215,7 @@ def _difference_error(gap: Callable[[float], tuple[float, float]], size: float, 
     `gap` gives (gap, size of the derivative) at a step, `size` is that of what is differenced, whose rounding a
     small step enlarges. Large networks of ReLUs need small steps, which cross no kink; the search ends early.
     """
-    noise, steps = (1e-6, (1e-2, 1e-3)) if single else (1e-13, (1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9))
+    noise, steps = (1e-6, (1e-2, 1e-3)) if single else (1e-13, (1e-6, 1e-5, 1e-7, 1e-4, 1e-8, 1e-9))
     best = float("inf")
     for step in steps:
         difference, derivative = gap(step)

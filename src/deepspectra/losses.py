@@ -131,7 +131,7 @@ class CrossEntropy(Loss):
         """A (n,) with ∂²(Σ ω ℓ)/∂z_i² = a_i (diag p_i − p_i p_iᵀ)."""
         weight = self._weight(outputs)
         if weight is None:
-            return self.weights(outputs, targets)
+            return CrossEntropy.weights(self, outputs, targets)
         smooth = weight.mean() * self.label_smoothing
         mixed = (1 - self.label_smoothing) * weight + smooth
         if targets.is_floating_point():
@@ -185,6 +185,46 @@ class CrossEntropy(Loss):
                 f"class weights have shape {tuple(self.weight.shape)} but the model has {like.shape[-1]} outputs."
             )
         return self.weight.to(like)
+
+
+class DrawnCrossEntropy(CrossEntropy):
+    """Cross-entropy of a sample in which each row has a weight: targets are (n, 2), labels beside weights."""
+
+    def __init__(self, base: CrossEntropy) -> None:
+        super().__init__(base.weight, base.ignore_index, base.label_smoothing)
+
+    def rows(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (n, C) and targets (n, 2)."""
+        super().rows(outputs, targets[:, 0].long())
+        return outputs, targets
+
+    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Σ m_i ω_i ℓ_i."""
+        losses = F.cross_entropy(
+            outputs,
+            targets[:, 0].long(),
+            weight=self._weight(outputs),
+            ignore_index=self.ignore_index,
+            reduction="none",
+            label_smoothing=self.label_smoothing,
+        )
+        return (targets[:, 1].to(losses) * losses).sum()
+
+    def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """m_i ω_i."""
+        return targets[:, 1] * super().weights(outputs, targets[:, 0].long())
+
+    def curvature_weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """m_i a_i, with a_i of the loss without drawing."""
+        return targets[:, 1] * super().curvature_weights(outputs, targets[:, 0].long())
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """As without drawing."""
+        super().check(outputs, targets[:, 0].long())
+
+    def labels(self, targets: Tensor) -> Tensor:
+        """Class indices (n,)."""
+        return super().labels(targets[:, 0].long())
 
 
 class SquaredError(Loss):

@@ -89,7 +89,7 @@ class Problem:
             raise ParameterError("the model has no parameters.")
         self.device = torch.device(device) if device is not None else reference.device
         self.dtype = dtype or reference.dtype
-        self.memory = parse_bytes(memory) if memory is not None else _free_memory(self.device) // 2
+        self.memory = parse_bytes(memory) if memory is not None else _free_memory(self.device) * 2 // 3
         self.loss_function = losses.resolve(loss)
         self._trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
         self._module = _Forward(_evaluation_copy(model, self.device, self.dtype), forward or _forward_pair)
@@ -305,6 +305,33 @@ class Problem:
         move = Move(self.device, dtype)
         batch = self._some_rows(num_rows)
         other.batches = Batches([move(batch)], batch_size=None, move=move, budget=4 * num_bytes(batch) + 1)
+        other._check()
+        return other
+
+    def drawn(self, chosen: Tensor, weights: Tensor) -> Problem:
+        """This problem on chosen examples (ascending indices in the order of `batches`), each with a weight.
+
+        Losses and derivatives are Σ m_i ω_i (·)_i / Σ m_i ω_i over the chosen examples.
+        """
+        loss = self.loss_function
+        if self._module.function is not _forward_pair or not isinstance(loss, losses.CrossEntropy):
+            raise OptionError("examples can be drawn from batches (x, labels) with cross-entropy only.")
+        inputs, targets, start = [], [], 0
+        for batch in self.batches:
+            if not is_labelled(batch):
+                raise OptionError("examples can be drawn from batches (x, labels) only, one label an example.")
+            here = (chosen >= start) & (chosen < start + len(batch[1]))
+            kept = (chosen[here] - start).to(batch[1].device)
+            pairs = [batch[1][kept].double(), weights[here].to(batch[1].device, torch.float64)]
+            inputs.append(batch[0][kept])
+            targets.append(torch.stack(pairs, 1))
+            start += len(batch[1])
+        other = copy.copy(self)
+        other.kept = {}
+        other.loss_function = losses.DrawnCrossEntropy(loss)
+        data = (torch.cat(inputs), torch.cat(targets))
+        move = Move(self.device, self.dtype)
+        other.batches = Batches(data, batch_size=None, move=move, budget=self.memory // 4)
         other._check()
         return other
 

@@ -243,9 +243,12 @@ class Products:
             store.bytes_each = max(size, store.bytes_each or 0)
             rows = cotangent(graph.outputs, graph.targets).movedim(-1, 0)
             (live,) = rows.flatten(1).any(1).nonzero(as_tuple=True)
-            part = self.zeros(len(live))
-            self._through(part, rows[live].to(graph.outputs.dtype), store.bytes_each, graph.pull)
-            total.index_add_(0, live, part)
+            given = rows[live].to(graph.outputs.dtype)
+            for chunk in self._chunks(len(live), store.bytes_each):
+                part = graph.pull(given[chunk], batched=True) if chunk.stop - chunk.start > 1 else None
+                for j, column in enumerate(live[chunk].tolist()):
+                    alone = graph.pull(given[chunk.start]) if part is None else [piece[j] for piece in part]
+                    _add(self._split(total[column]), alone)
         return total.T
 
     # the choice

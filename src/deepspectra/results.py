@@ -62,6 +62,21 @@ def versions() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class Quadrature:
+    """What random vectors in a Krylov basis say of a spectrum: Gauss quadrature of (1/P) Σ_i δ(λ − λ_i).
+
+    Attributes:
+        nodes: (m,) ascending, float64.
+        weights: (r, m), one row of sum 1 a random vector.
+        num_steps: of each random vector; its row is exact for polynomials of degree 2·num_steps − 1.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    num_steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Eigenpairs:
     """Eigenvalues and eigenvectors, with measured residuals.
 
@@ -76,6 +91,8 @@ class Eigenpairs:
         which: the end of the spectrum asked for.
         rtol: the relative tolerance asked for.
         provenance: where it came from.
+        quadrature: what the run's random vectors saw of the spectrum without these pairs; None after a restart
+            of the basis, or when they saw nothing else.
     """
 
     values: Tensor
@@ -87,6 +104,7 @@ class Eigenpairs:
     which: str
     rtol: float
     provenance: Provenance
+    quadrature: Quadrature | None = None
 
     @property
     def worst(self) -> float:

@@ -39,6 +39,9 @@ def density(
     than there are probes in the block, since k probes see at most k copies of a multiple eigenvalue (so a
     single probe locks nothing).
 
+    The random vectors of the run that made `deflate` are probes already: those that went num_steps far count
+    among the num_probes and cost nothing.
+
     With `deflate`, probes and products are projected on the complement of its vectors, (I − VVᵀ)A(I − VVᵀ),
     and its values enter, sign kept, with weight 1/P each. Vectors that have not converged only blur: the
     projected operator's own density is still exact, and the values are Rayleigh quotients, off by at
@@ -60,7 +63,7 @@ def density(
         NonFiniteError: a product is NaN or infinite.
         MemoryBudgetError: not even one probe's basis fits `A.memory`.
 
-    Cost: num_probes·num_steps products at most; a basis of at most `A.memory` bytes: probes are split into
+    Cost: num_probes·num_steps products at most, for the probes that `deflate` does not bring; a basis of at most `A.memory` bytes: probes are split into
     groups that fit, of at most 2048 vectors, and later groups run on the complement of the pairs locked
     before.
 
@@ -75,18 +78,17 @@ def density(
     check_count("num_probes", num_probes)
     check_count("num_steps", num_steps)
     known = _known_rows(operator, deflate)
-    sizes = _group_sizes(operator, num_probes, num_steps, len(known))
+    groups = _free_groups(deflate, num_probes, num_steps)
+    expected = (num_probes - len(groups)) * num_steps
+    sizes = _group_sizes(operator, num_probes - len(groups), num_steps, len(known))
     krylov = Krylov(operator, _capacity(operator, sizes, num_steps, len(known)))
     _fix_known(krylov, known)
     generator = torch.Generator().manual_seed(seed)
-    groups: list[_Group] = []
     for j, size in enumerate(sizes):
         if krylov.spans_all:
             break
         room = sizes[j + 1] * (num_steps + 1) if j + 1 < len(sizes) else 0
-        start = _advance(
-            krylov, size, num_steps, generator, progress=progress, expected=num_probes * num_steps
-        )
+        start = _advance(krylov, size, num_steps, generator, progress=progress, expected=expected)
         groups.append(_quadrature(krylov, start, room))
     exact = torch.cat(
         [torch.zeros(0, dtype=torch.float64) if deflate is None else deflate.values.cpu().double()]
@@ -113,6 +115,16 @@ class _Group(NamedTuple):
     nodes: Tensor
     shares: Tensor
     inside: tuple[float, float]  # the open interval that its locking left to be resolved
+
+
+def _free_groups(deflate: Eigenpairs | None, num_probes: int, num_steps: int) -> list[_Group]:
+    """The random vectors of the run that found the pairs, each as a group of one, where they went far enough."""
+    seen = None if deflate is None else deflate.quadrature
+    if seen is None:
+        return []
+    far = [weights for weights, steps in zip(seen.weights, seen.num_steps, strict=True) if steps >= num_steps]
+    nothing = torch.zeros(0, dtype=torch.float64)
+    return [_Group(nothing, seen.nodes, weights[None], (-INF, INF)) for weights in far[:num_probes]]
 
 
 def _advance(
@@ -203,6 +215,8 @@ def _assemble(exact: Tensor, groups: list[_Group], size: int) -> tuple[Tensor, T
 
 def _group_sizes(operator: Operator, num_probes: int, num_steps: int, num_known: int) -> list[int]:
     """Sizes of the groups of probes, as equal as they can be."""
+    if num_probes == 0:
+        return []
     size = operator.shape[0]
     fit = basis_capacity(operator)
     if fit < min(size, num_known + num_steps + 1):
@@ -220,8 +234,8 @@ def _group_sizes(operator: Operator, num_probes: int, num_steps: int, num_known:
 
 def _capacity(operator: Operator, sizes: list[int], num_steps: int, num_known: int) -> int:
     """Rows for the largest group, and for as much again to be locked before later ones."""
-    block = sizes[0] * (num_steps + 1)
-    rows = num_known + (block if len(sizes) == 1 else 2 * block)
+    block = max(sizes, default=0) * (num_steps + 1)
+    rows = num_known + (block if len(sizes) <= 1 else 2 * block)
     return min(rows, operator.shape[0], basis_capacity(operator))
 
 

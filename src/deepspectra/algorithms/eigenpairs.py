@@ -12,7 +12,7 @@ from torch import Tensor
 from deepspectra.algorithms.lanczos import Krylov, Ritz, as_operator, basis_capacity, basis_dtype, check_count
 from deepspectra.errors import ConvergenceWarning, DataError, MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
-from deepspectra.results import Eigenpairs, Provenance
+from deepspectra.results import Eigenpairs, Provenance, Quadrature
 
 Progress = Callable[[int, int | None], object]
 
@@ -68,6 +68,20 @@ def eigenpairs(
     be pending, as in Ruhe's band Lanczos (Math. Comp. 33, 1979), and the one with the largest unconverged
     residual is multiplied next; (3) the challenge.
     """
+    return explore(A, num, which, rtol, start, max_products, seed, progress)[0]
+
+
+def explore(
+    A: Operator | Tensor,
+    num: int = 10,
+    which: str = "largest",
+    rtol: float = 1e-3,
+    start: Tensor | str | None = None,
+    max_products: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Eigenpairs, Krylov]:
+    """`eigenpairs`, and the basis that it built, for whoever has more questions to the same operator."""
     began = time.perf_counter()
     operator = as_operator(A)
     _check_options(operator, num, which, rtol, max_products)
@@ -97,10 +111,11 @@ def eigenpairs(
         which=which,
         rtol=rtol,
         provenance=Provenance.of(operator, seed),
+        quadrature=search.quadrature(),
     )
     if not result.converged:
-        warnings.warn(_complaint(outcome, result, budget), ConvergenceWarning, stacklevel=2)
-    return result
+        warnings.warn(_complaint(outcome, result, budget), ConvergenceWarning, stacklevel=3)
+    return result, search.krylov
 
 
 class _Search:
@@ -132,6 +147,8 @@ class _Search:
             )
         self.krylov = Krylov(operator, self.capacity)
         self.norm = 0.0  # ‖A‖ as far as seen
+        self.num_steps: list[int] = []  # products spent along each random vector that the basis tracks
+        self.follows_newest = False  # whether products go along the newest of them
 
     def run(self, first: Tensor | None) -> str:
         """Search until the outcome is known: "converged", "budget", "challenge" or "stagnation"."""
@@ -196,7 +213,7 @@ class _Search:
         """Follow a fresh random vector; False if the budget ends first."""
         if not self.krylov.spans_all:
             self._make_room()
-            self.krylov.append_random(self.generator)
+            self._append_random()
         for _ in range(max(SHORTEST_CHALLENGE, self.krylov.num_basis // 4)):
             if self.krylov.num_basis == self.krylov.operator.shape[0]:
                 break
@@ -205,15 +222,23 @@ class _Search:
             if self.krylov.num_pending > 1:  # the newest one continues the fresh vector
                 self.krylov.turn(torch.eye(self.krylov.num_pending, dtype=torch.float64)[-1])
             self._multiply()
+        self.follows_newest = False
         return True
+
+    def _append_random(self) -> None:
+        self.krylov.append_random(self.generator)
+        self.num_steps.append(0)
+        self.follows_newest = True
 
     def _multiply(self) -> None:
         """One product; before it a restart if the basis is full, a random vector if none is pending."""
         self._make_room()
         if self.krylov.num_pending == 0:
-            self.krylov.append_random(self.generator)
+            self._append_random()
         self._make_room()
         self.krylov.expand(1)
+        if self.follows_newest:
+            self.num_steps[-1] += 1
         if self.progress is not None:
             self.progress(self.krylov.num_products, self.budget)
 
@@ -225,6 +250,7 @@ class _Search:
         keep = min(max(self.num, (self.num + available) // 2), krylov.num_basis - 1)
         ritz = krylov.ritz()
         krylov.contract(ritz.coefficients[:, select(ritz.values, self.which, keep)])
+        self.num_steps, self.follows_newest = [], False
 
     def _aim(self, ritz: Ritz) -> None:
         """Of several pending vectors, put first the direction of the largest unconverged wanted residual."""
@@ -252,9 +278,19 @@ class _Search:
         """Values descending, vectors (P, K) and residual norms of the wanted pairs, as many as there are."""
         ritz = self.krylov.ritz()
         chosen = select(ritz.values, self.which, min(self.num, len(ritz.values)))
-        self.krylov.contract(ritz.coefficients[:, chosen])
-        vectors = self.krylov.rows[: len(chosen)].T.contiguous()
+        vectors = self.krylov.combine(ritz.coefficients[:, chosen])
         return ritz.values[chosen], vectors, ritz.residual_norms[chosen]
+
+    def quadrature(self) -> Quadrature | None:
+        """What the tracked random vectors say of the spectrum beyond the wanted pairs."""
+        ritz = self.krylov.ritz()
+        rest = torch.ones(len(ritz.values), dtype=torch.bool)
+        rest[select(ritz.values, self.which, min(self.num, len(ritz.values)))] = False
+        shares = (self.krylov.tracked[: self.krylov.num_basis].T @ ritz.coefficients[:, rest]).square()
+        if not self.num_steps or not bool(rest.any()):
+            return None
+        weights = shares / shares.sum(1, keepdim=True)
+        return Quadrature(ritz.values[rest], weights, tuple(self.num_steps))
 
 
 def select(values: Tensor, which: str, num: int) -> Tensor:

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from deepspectra.errors import DataError, NonFiniteError, OptionError, ShapeError
 from deepspectra.operators.base import Matrix, Operator
+from deepspectra.results import Eigenpairs
 
 ROUNDING = 100  # in units of ε‖A‖: a remainder below this is taken for rounding
 COLUMNS_PER_CHUNK = 2**16  # of the basis, when it is rotated in place
+STRETCH = 1024  # numbers whose norm is taken in the basis' own type
 
 
 class Ritz(NamedTuple):
@@ -43,6 +45,8 @@ class Krylov:
         num_pending: vectors waiting to be multiplied, the columns of W.
         num_products: products spent so far.
         projected: H (num_basis + num_pending, num_basis), float64 on the CPU.
+        tracked: (num_basis + num_pending, k) coordinates of the vectors appended with `track`, in the rows in
+            use; emptied by a restart, which cannot represent them any more.
     """
 
     def __init__(self, operator: Operator, capacity: int) -> None:
@@ -52,6 +56,7 @@ class Krylov:
         )
         self.num_fixed = self.num_basis = self.num_pending = self.num_products = 0
         self.projected = torch.zeros(0, 0, dtype=torch.float64)
+        self.tracked = torch.zeros(0, 0, dtype=torch.float64)
         self._lost = torch.zeros(0, 0, dtype=torch.float64)  # Gram matrix of what was dropped of A Q
         self._scale = 0.0  # largest ‖A q‖ seen: the yardstick of a breakdown
 
@@ -65,26 +70,47 @@ class Krylov:
         """Whether the rows in use span R^P, so that nothing can be added."""
         return self.num_rows == self.operator.shape[0]
 
-    def append(self, vectors: Tensor) -> Tensor:
-        """Add what rows (k, P) have beyond the basis as r ≤ k pending vectors; return coefficients (r, k)."""
+    @classmethod
+    def of_pairs(cls, operator: Operator, pairs: Eigenpairs, capacity: int) -> Krylov:
+        """The basis of known eigenvectors, with their residuals as what is not represented."""
+        krylov = cls(operator, capacity)
+        krylov.num_basis = len(pairs.values)
+        krylov.rows[: krylov.num_basis] = pairs.vectors.T
+        krylov.projected = torch.diag(pairs.values.cpu().double())
+        krylov.tracked = torch.zeros(krylov.num_basis, 0, dtype=torch.float64)
+        krylov._lost = torch.diag(pairs.residual_norms.cpu().double().square())
+        return krylov
+
+    def append(self, vectors: Tensor, *, track: bool = False) -> Tensor:
+        """Add what rows (k, P) have beyond the basis as r ≤ k pending vectors.
+
+        Returns their coordinates (num_basis + num_pending, k) in the rows in use, and may remember them.
+        """
         block = vectors.to(self.rows, copy=True)
-        norm = float(torch.linalg.vector_norm(block, dtype=torch.float64))
-        _, coefficients, _ = self._absorb(block, norm)
-        rows = torch.zeros(coefficients.shape[0], self.num_basis, dtype=torch.float64)
+        norm = float(_norms(block).norm())
+        within, beyond, _ = self._absorb(block, norm)
+        rows = torch.zeros(beyond.shape[0], self.num_basis, dtype=torch.float64)
         self.projected = torch.cat([self.projected, rows])
-        return coefficients
+        coordinates = torch.cat([within[self.num_fixed :], beyond])
+        self.tracked = _grown(self.tracked, beyond.shape[0])
+        if track:
+            self.tracked = torch.cat([self.tracked, coordinates], 1)
+        return coordinates
 
     def append_random(self, generator: torch.Generator) -> None:
-        """Add one random pending vector."""
-        self.append(gaussian_rows(1, self.operator.shape[0], generator))
+        """Add one random pending vector, and remember it."""
+        self.append(gaussian_rows(1, self.operator.shape[0], generator), track=True)
 
     def turn(self, coefficients: Tensor) -> None:
         """Rotate the pending vectors so that the first is their combination with `coefficients` (w,)."""
+        if self.num_pending < 2:
+            return
         start = torch.eye(self.num_pending, dtype=torch.float64)
         rotation = torch.linalg.qr(torch.cat([coefficients[:, None], start], dim=1))[0]
         pending = self.rows[self.num_fixed + self.num_basis : self.num_rows]
         pending.copy_(rotation.T.to(pending) @ pending)
-        self.projected[self.num_basis :] = rotation.T @ self.projected[self.num_basis :]
+        for recorded in (self.projected, self.tracked):
+            recorded[self.num_basis :] = rotation.T @ recorded[self.num_basis :]
 
     def expand(self, count: int) -> None:
         """Multiply the first `count` pending vectors and keep what their products add as pending vectors."""
@@ -92,7 +118,7 @@ class Krylov:
         block = self.rows[first : first + count].T.contiguous()
         products = (self.operator @ block).detach().T.to(self.rows, copy=True)
         self.num_products += count
-        largest = float(torch.linalg.vector_norm(products, dim=1, dtype=torch.float64).max())
+        largest = float(_norms(products).max())
         if not largest < float("inf"):
             raise NonFiniteError(
                 f"product {self.num_products} with {self.operator.name} is NaN or infinite. "
@@ -102,6 +128,7 @@ class Krylov:
         within, beyond, dropped = self._absorb(products, self._scale)
         left = torch.cat([self.projected, torch.zeros(beyond.shape[0], self.num_basis, dtype=torch.float64)])
         self.projected = torch.cat([left, torch.cat([within[self.num_fixed :], beyond])], dim=1)
+        self.tracked = _grown(self.tracked, beyond.shape[0])
         self.num_basis += count
         self.num_pending -= count
         gram = dropped.T @ dropped
@@ -131,11 +158,18 @@ class Krylov:
         top, bottom = self.projected[: self.num_basis], self.projected[self.num_basis :]
         values, s = torch.linalg.eigh((top + top.T) / 2)
         squares = (
-            (top @ s - s * values).square().sum(0)
-            + (bottom @ s).square().sum(0)
-            + (s * (self._lost @ s)).sum(0)
+            (top @ s - s * values).square().sum(0) + (bottom @ s).square().sum(0) + self.lost_squares(s)
         )
         return Ritz(values, s, squares.clamp_min(0).sqrt())
+
+    def lost_squares(self, coefficients: Tensor) -> Tensor:
+        """Squared norms (k,) of what A Q s has that the rows in use do not represent, for s (m, k)."""
+        return (coefficients * (self._lost @ coefficients)).sum(0)
+
+    def combine(self, coordinates: Tensor) -> Tensor:
+        """The vectors (P, k) with these coordinates (n, k) in the first n of the rows after the fixed ones."""
+        rows = self.rows[self.num_fixed : self.num_fixed + len(coordinates)]
+        return rows.T @ coordinates.to(rows)
 
     def contract(self, coefficients: Tensor) -> None:
         """Thick restart: replace Q by Q s for orthonormal columns s (m, k); pending vectors stay."""
@@ -153,17 +187,23 @@ class Krylov:
         self._lost = s.T @ self._lost @ s + dropped.T @ dropped
         self.projected = torch.cat([image, bottom @ s])
         self.num_basis = k
+        self.tracked = torch.zeros(k + self.num_pending, 0, dtype=torch.float64)
 
     def drop_pending(self) -> None:
         """Forget the pending vectors."""
         self.num_pending = 0
-        self.projected = self.projected[: self.num_basis]
+        self.projected, self.tracked = self.projected[: self.num_basis], self.tracked[: self.num_basis]
 
     def fix(self) -> None:
         """Make every row in use a fixed one."""
         self.num_fixed = self.num_rows
         self.num_basis = self.num_pending = 0
-        self.projected = self._lost = torch.zeros(0, 0, dtype=torch.float64)
+        self.projected = self._lost = self.tracked = torch.zeros(0, 0, dtype=torch.float64)
+
+
+def _grown(coordinates: Tensor, count: int) -> Tensor:
+    """Coordinates with zeros for new rows."""
+    return torch.nn.functional.pad(coordinates, (0, 0, 0, count))
 
 
 def _orthonormal_rows(block: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,11 +211,19 @@ def _orthonormal_rows(block: Tensor) -> tuple[Tensor, Tensor]:
     if len(block) == 0:
         return block, torch.zeros(0, 0, dtype=torch.float64)
     if len(block) == 1:
-        norm = torch.linalg.vector_norm(block, dtype=torch.float64)
+        norm = _norms(block)[0]
         return block / norm.clamp_min(torch.finfo(block.dtype).tiny).to(block), _small(norm.reshape(1, 1))
     q, r = torch.linalg.qr(block.T)
     u, sizes, vh = torch.linalg.svd(_small(r), full_matrices=False)
     return (q @ u.to(q)).T, sizes[:, None] * vh
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """Norms (k,) of rows (k, P) in float64: of stretches in the rows' own type, then of those, which is faster."""
+    whole = rows.shape[1] // STRETCH * STRETCH
+    stretches = torch.linalg.vector_norm(rows[:, :whole].reshape(len(rows), whole // STRETCH, STRETCH), dim=2).double()
+    rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, dtype=torch.float64)
+    return torch.linalg.vector_norm(torch.cat([stretches, rest[:, None]], 1), dim=1)
 
 
 def _small(matrix: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.eigenpairs import eigenpairs
+from deepspectra.algorithms.eigenpairs import eigenpairs, explore
+from deepspectra.algorithms.lanczos import Krylov
 from deepspectra.errors import OptionError, ShapeError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.parts import Decomposition, Means, Part
@@ -17,6 +18,9 @@ from deepspectra.results import Eigenpairs, Provenance
 
 MARGIN = 1.25  # an outlier is at least so many times the bulk's edge
 EDGE_RTOL = 5e-2  # its eigenvalue is then right to about its square
+EDGE_PRODUCTS = 30  # at most, from a basis that knows the operator
+STILL = 2  # products over which the edge must not move
+KNOCKOUT_RTOL = 0.05  # residual, relative to the value, at which a knock-out's eigenvalue is settled
 MOSTLY = 0.75  # a knock-out that removes this share of the outliers explains most of them
 ROWS_BYTES = 2**28  # of N × C × K float64 that are projected at a time
 Progress = Callable[[int, int | None], object]
@@ -122,8 +126,10 @@ def attribute(
     parts: Mapping[str, Part],
     *,
     pairs: Eigenpairs | None = None,
+    basis: Krylov | None = None,
     margin: float = MARGIN,
     rtol: float = 1e-2,
+    max_products: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Attribution:
@@ -134,16 +140,20 @@ def attribute(
     cross-class mean, what scatter within classes and residual can make by themselves; an eigenvalue is an
     outlier when it exceeds `margin` times that.
 
-    Knock-outs are evaluated together in one subspace, spanned by the pairs and by the class and logit
-    factors: products with the 2C−1 factors give the eigenvalues of every A − B and of every projection there,
-    with measured residuals. Class goes with true, whose means are collinear with the class means.
+    Edge and knock-outs are evaluated together in one subspace, the Krylov basis that found the pairs. It grows
+    along the residuals of whatever is not settled yet, which lie in the span of the class and logit means, so
+    that 2C−1 products at most give the eigenvalues of every A − B and of every projection, with measured
+    residuals. Class goes with true, whose means are collinear with the class means.
 
     Args:
         operator: the Hessian or Gauss-Newton matrix of a problem.
         parts: of `decompose(problem)`, with either kind of effects.
         pairs: its top eigenpairs; by default the largest C + 3 are computed.
+        basis: the Krylov basis that `explore` found them with; it goes on growing here. Without it the subspace
+            starts from the pairs alone and the edge is computed anew.
         margin: see above.
         rtol: of the eigenpairs computed here.
+        max_products: to spend on knock-outs; 2C−1 unless given.
         seed: of random starts.
         progress: called with (products so far, None).
 
@@ -151,8 +161,9 @@ def attribute(
         ShapeError: operator and parts belong to different problems.
         OptionError: parts not made by `decompose`, or a margin below 1.
 
-    Cost: the edge, about 15 products; knock-outs, 2C−1 products and about 2C/3 gradients; shares, one forward
-    product a pair; the C² means if they fit in memory, else a G-like product with each product of the edge.
+    Cost: the edge, about 5 products with a basis and 15 without; knock-outs, 2C−1 products at most; shares, one
+    forward product a pair; the C² means, about 2C/3 gradients, if they fit in memory, else as much for the
+    logit means and a G-like product with each product of the edge.
     """
     began = time.perf_counter()
     if not isinstance(parts, Decomposition):
@@ -165,23 +176,30 @@ def attribute(
     if margin < 1:
         raise OptionError(f"margin={margin}: it is at least 1.")
     products = _Counter(progress)
+    size = operator.shape[0]
+    most = 2 * parts.projections.num_classes - 1 if max_products is None else max_products
     if pairs is None:
-        num = min(parts.projections.num_classes + 3, operator.shape[0])
-        pairs = eigenpairs(operator, num=num, rtol=rtol, seed=seed, progress=products.within())
+        num = min(parts.projections.num_classes + 3, size)
+        pairs, basis = explore(operator, num, rtol=rtol, seed=seed, progress=products.within())
+    space = _Space(_room(operator, pairs, basis, 3 * parts.projections.num_classes + 2 * most), products)
     try:
-        edge_pairs = eigenpairs(
-            operator - Means(parts), num=1, rtol=EDGE_RTOL, seed=seed + 1, progress=products.within()
-        )
+        if basis is not None and parts.holds_means():
+            edge_values, edge_norms = space.bulk_edge(parts.factor("means"), EDGE_PRODUCTS)
+        else:
+            top = eigenpairs(
+                operator - Means(parts), 1, rtol=EDGE_RTOL, seed=seed + 1, progress=products.within()
+            )
+            edge_values, edge_norms = top.values, top.residual_norms
+        edge = float(edge_values[0])
+        threshold = margin * edge
+        knockouts = [
+            _knockout((), "subtraction", pairs.values, pairs.residual_norms, threshold),
+            *_knockouts(space, parts, pairs, threshold, most),
+            _knockout(("means",), "subtraction", edge_values, edge_norms, threshold),
+        ]
     finally:
         parts.forget_means()
-    edge = float(edge_pairs.values[0])
-    threshold = margin * edge
     shares = pair_shares(parts, pairs)
-    knockouts = [
-        _knockout((), "subtraction", pairs.values, pairs.residual_norms, threshold),
-        *_knockouts(operator, parts, pairs, threshold, products),
-        _knockout(("means",), "subtraction", edge_pairs.values, edge_pairs.residual_norms, threshold),
-    ]
     return Attribution(
         values=pairs.values,
         residual_norms=pairs.residual_norms,
@@ -197,6 +215,14 @@ def attribute(
         seconds=time.perf_counter() - began,
         provenance=Provenance.of(operator, seed),
     )
+
+
+def _room(operator: Operator, pairs: Eigenpairs, basis: Krylov | None, extra: int) -> Krylov:
+    """A basis with room for so many more rows: the given one, or one of the pairs alone."""
+    size = operator.shape[0]
+    if basis is not None and len(basis.rows) >= min(size, basis.num_rows + extra):
+        return basis
+    return Krylov.of_pairs(operator, pairs, min(size, len(pairs.values) + extra))
 
 
 class _Counter:
@@ -241,80 +267,114 @@ def squared_norms(parts: Decomposition, block: Tensor) -> Tensor:
     )
 
 
-def _knockouts(
-    operator: Operator, parts: Decomposition, pairs: Eigenpairs, threshold: float, products: _Counter
-) -> list[Knockout]:
-    """Every knock-out of class, logit and both, by Rayleigh-Ritz in span(U, F_class, F_logit).
-
-    The subspace holds the eigenvectors of A, which A maps to themselves up to their residuals, and the range
-    of every B; only the factors need products. What is left out is A's bulk, below the last pair.
-    """
-    means = _logit_factors(parts)
-    directions = _beyond(pairs.vectors, torch.cat([means["class"], means["logit"]], 1))
-    basis, triangle = torch.linalg.qr(torch.cat([pairs.vectors, directions], 1))
-    images = torch.cat([pairs.vectors * pairs.values.to(basis), operator @ directions], 1)
-    products.add(directions.shape[1])
-    images = torch.linalg.solve_triangular(triangle, images, upper=True, left=False)
-    uncertain = torch.zeros(basis.shape[1], dtype=torch.float64)
-    uncertain[: len(pairs.values)] = pairs.residual_norms.cpu()
-    space = _Space(basis, images, uncertain)
-    found = []
-    for removed in (("class",), ("logit",), ("class", "logit")):
-        taken = torch.cat([means[name] for name in removed], 1)
-        whole = torch.cat([taken, means["true"]], 1) if "class" in removed else taken
-        for method, pair in (("subtraction", space.without(whole)), ("projection", space.beside(taken))):
-            values, residuals = (part[: len(pairs.values)] for part in pair)
-            found.append(_knockout(removed, method, values, residuals, threshold))
-    return found
-
-
-def _beyond(vectors: Tensor, factor: Tensor) -> Tensor:
-    """Orthonormal directions that the columns of a factor add to orthonormal vectors."""
-    basis, triangle = torch.linalg.qr(factor - vectors @ (vectors.T @ factor))
-    inner, singular, _ = torch.linalg.svd(triangle)
-    kept = singular > 100 * torch.finfo(factor.dtype).eps * float(factor.norm(dim=0).max())
-    directions: Tensor = basis @ inner[:, kept]
-    return directions
-
-
-def _logit_factors(parts: Decomposition) -> dict[str, Tensor]:
-    """Factors of class, logit and true, whichever way the parts were split."""
-    rows, projections = parts.rows, parts.projections
-    held = {name: parts.factor(name) for name in ("class", "true")}
-    held["logit"] = (
-        parts.factor("logit") if "logit" in parts else rows.factor(projections, projections.basis("logit"))
-    )
-    return held
-
-
 class _Space:
-    """An orthonormal basis S (P, m) with A S, for eigenvalues of changes of A."""
+    """A growing subspace Q of R^P with A Q, in which the operator is asked what it is without some means.
 
-    def __init__(self, basis: Tensor, images: Tensor, uncertain: Tensor) -> None:
-        self.basis, self.images, self.uncertain = basis, images, uncertain
+    Everything asked is answered by small matrices: with rows E = [Q, W] of the Krylov basis, A Q = E T, and the
+    factors of class, logit and true means, appended to W, are E Φ. Rayleigh-Ritz values are lower bounds and
+    residual norms are measured; Q grows along the residuals of what is not settled yet.
+    """
 
-    def without(self, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Ritz values and residual norms of A − F Fᵀ."""
-        images = self.images - factor @ (factor.T @ self.basis)
-        return self._ritz(self.basis, images, torch.eye(self.basis.shape[1], dtype=torch.float64))
+    def __init__(self, krylov: Krylov, products: _Counter) -> None:
+        self.krylov, self.products = krylov, products
+        self.columns: dict[str, slice] = {}
 
-    def beside(self, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Ritz values and residual norms of (I − QQᵀ) A (I − QQᵀ), Q spanning F."""
-        inner, singular, _ = torch.linalg.svd((self.basis.T @ factor).double(), full_matrices=True)
-        rank = int((singular > 1e-6 * singular.max()).sum()) if len(singular) else 0
-        kept = inner[:, rank:]  # the part of the subspace orthogonal to F
-        removed = self.basis @ inner[:, :rank].to(self.basis)
-        images = self.images @ kept.to(self.basis)
-        images = images - removed @ (removed.T @ images)
-        return self._ritz(self.basis @ kept.to(self.basis), images, kept.cpu())
+    def include(self, factors: dict[str, Tensor]) -> None:
+        """Append the ranges of the factors, named for `left`."""
+        for name, factor in factors.items():
+            before = self.krylov.tracked.shape[1]
+            self.krylov.append(factor.T, track=True)
+            self.columns[name] = slice(before, before + factor.shape[1])
 
-    def _ritz(self, basis: Tensor, images: Tensor, coordinates: Tensor) -> tuple[Tensor, Tensor]:
-        projected = (basis.T @ images).double()
-        values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
-        values, vectors = values.flip(0), vectors.flip(1)
-        left = images @ vectors.to(images) - basis @ (vectors * values).to(basis)
-        slack = (coordinates @ vectors.cpu()).abs().T @ self.uncertain  # of the products not made
-        return values, left.double().norm(dim=0) + slack.to(values)
+    def _coordinates(self, names: tuple[str, ...]) -> Tensor:
+        return torch.cat([self.krylov.tracked[:, self.columns[name]] for name in names], 1)
+
+    def left(self, names: tuple[str, ...], method: str, num: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Without the means of these names: the largest Ritz values, their residual norms and directions in W."""
+        size = self.krylov.num_basis
+        image = self.krylov.projected  # of Q under A, in coordinates of E
+        start = torch.eye(len(image), size, dtype=image.dtype)
+        if method == "subtraction":
+            factor = self._coordinates((*names, "true") if "class" in names else names)
+            image = image - factor @ factor[:size].T
+        else:
+            factor = self._coordinates(names)
+            inner, singular, _ = torch.linalg.svd(factor, full_matrices=False)
+            removed = inner[:, _kept(singular)]
+            start = start @ _null_space(removed[:size].T)
+            image = image @ start[:size]
+            image = image - removed @ (removed.T @ image)
+        projected = start.T @ image
+        values, s = torch.linalg.eigh((projected + projected.T) / 2)
+        values, s = values.flip(0)[:num], s.flip(1)[:, :num]
+        residuals = image @ s - start @ (s * values)
+        squares = residuals.square().sum(0) + self.krylov.lost_squares((start @ s)[:size])
+        return values, squares.clamp_min(0).sqrt(), residuals[size:]
+
+    def grow(self, directions: Tensor) -> None:
+        """One product, along the leading one of directions in W (columns)."""
+        self.krylov.turn(torch.linalg.svd(directions)[0][:, 0])
+        self.krylov.expand(1)
+        self.products.add(1)
+
+    def bulk_edge(self, means: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """The largest eigenvalue of A − M Mᵀ, for all the means M (P, C²), and its residual norm."""
+        krylov = self.krylov
+        overlaps = torch.zeros(0, means.shape[1], dtype=torch.float64)
+        before = []
+        while True:
+            fresh = krylov.rows[krylov.num_fixed + len(overlaps) : krylov.num_fixed + krylov.num_basis]
+            overlaps = torch.cat([overlaps, (fresh @ means).cpu().double()])
+            top = krylov.projected[: krylov.num_basis] - overlaps @ overlaps.T
+            values, s = torch.linalg.eigh((top + top.T) / 2)
+            value, s = values[-1], s[:, -1:]
+            vector = krylov.combine(krylov.projected @ s) - krylov.combine(s * value)
+            vector -= means @ (overlaps.T @ s).to(means)
+            residual = (vector.double().square().sum().cpu() + krylov.lost_squares(s)).sqrt()
+            before.append(float(value))
+            settled = len(before) > STILL and before[-1] - before[-1 - STILL] <= EDGE_RTOL**2 * abs(before[-1])
+            if (settled and residual <= EDGE_RTOL * value.abs()) or len(before) > most:
+                return value[None], residual
+            direction = krylov.append(vector.T)[krylov.num_basis :]
+            self.grow(direction)
+
+
+def _null_space(rows: Tensor) -> Tensor:
+    """Orthonormal columns that these rows (r, m) map to zero."""
+    _, singular, right = torch.linalg.svd(rows, full_matrices=True)
+    return right[int(_kept(singular).sum()) :].T
+
+
+def _kept(singular: Tensor) -> Tensor:
+    """Which singular values are more than rounding."""
+    return singular > 1e-6 * singular.max() if len(singular) else singular > 0
+
+
+def _knockouts(
+    space: _Space, parts: Decomposition, pairs: Eigenpairs, threshold: float, most: int
+) -> list[Knockout]:
+    """Every knock-out of class, logit and both, in one subspace that grows until all are settled.
+
+    A Ritz value is settled when its residual is small, or keeps it below the threshold.
+    """
+    space.include({name: parts.factor(name) for name in ("class", "logit", "true")})
+    cases = [
+        (removed, method)
+        for removed in (("class",), ("logit",), ("class", "logit"))
+        for method in ("subtraction", "projection")
+    ]
+    for step in range(most + 1):
+        found = [space.left(*case, len(pairs.values)) for case in cases]
+        unsettled = [
+            directions[:, (norms > KNOCKOUT_RTOL * values.abs()) & (values + 2 * norms > threshold)]
+            for values, norms, directions in found
+        ]
+        if step == most or not sum(directions.numel() for directions in unsettled):
+            break
+        space.grow(torch.cat(unsettled, 1))
+    return [
+        _knockout(*case, values, norms, threshold) for case, (values, norms, _) in zip(cases, found, strict=True)
+    ]
 
 
 def _knockout(

@@ -8,11 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepspectra.algorithms.lanczos import check_count
+from deepspectra.analysis.sampling import residual_norm, sampled_eigenspace
 from deepspectra.errors import MemoryBudgetError, OptionError
+from deepspectra.operators.curvature import Hessian
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.operators.projections import positive
 from deepspectra.problem import Problem
 from deepspectra.results import Provenance
+
+
+ROWS_PER_CHUNK = 2**14  # of parameter-sized factors, whose products are summed in float64
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,13 @@ class Subspace:
     """A principal subspace with its eigenvalues, by averaging alone.
 
     Attributes:
-        values: (K,) descending eigenvalues of the part of G that the means make, float64; a lower bound of
-            G's own, pair by pair.
-        vectors: (P, K) its orthonormal eigenvectors.
-        level: "class" or "cross_class".
+        values: (K,) descending, float64: eigenvalues of the part of G that the means make, a lower bound of
+            G's own, pair by pair; or of the Hessian of the sample.
+        vectors: (P, K) orthonormal eigenvectors.
+        level: "class", "cross_class" or "sampled".
         seconds: wall-clock time spent.
         provenance: where it came from.
+        certificate: how far the span is from an eigenspace of H; for "sampled".
     """
 
     values: Tensor
@@ -62,10 +69,42 @@ class Subspace:
     level: str
     seconds: float
     provenance: Provenance
+    certificate: Certificate | None = None
 
     def __str__(self) -> str:
         values = ", ".join(f"{value:.4g}" for value in self.values[:12].tolist())
-        return f"{self.level} subspace of dimension {len(self.values)}, by averaging: {values}"
+        how = "from a sample" if self.certificate else "by averaging"
+        text = f"{self.level} subspace of dimension {len(self.values)}, {how}: {values}"
+        return f"{text}\n{self.certificate}" if self.certificate else text
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What the full data says of a sampled subspace U: ‖(I − UUᵀ) H U‖_F, estimated by random combinations.
+
+    Attributes:
+        num_samples: examples drawn.
+        num_checks: products with the full Hessian that were spent.
+        residual_norm: the estimate; NaN without checks.
+        standard_error: its own.
+        gap: between the last eigenvalue of U and the next, as the sample sees it.
+        overlap_at_least: 1 − (residual/gap)² / K, from Davis and Kahan's sin Θ theorem; 0 if the residual is
+            larger than the gap. A statistical statement: residual and gap are estimates.
+    """
+
+    num_samples: int
+    num_checks: int
+    residual_norm: float
+    standard_error: float
+    gap: float
+    overlap_at_least: float
+
+    def __str__(self) -> str:
+        return (
+            f"from {self.num_samples:,} examples; residual ‖(I − UUᵀ)HU‖ = {self.residual_norm:.3g} ± "
+            f"{self.standard_error:.1g} by {self.num_checks} products, gap {self.gap:.3g}: overlap with the top "
+            f"eigenspace at least {self.overlap_at_least:.3f} (statistical)"
+        )
 
 
 def class_means(problem: Problem, of: str = "gradients", *, level: str = "cross_class") -> ClassMeans:
@@ -118,40 +157,86 @@ def class_means(problem: Problem, of: str = "gradients", *, level: str = "cross_
     )
 
 
-def principal_subspace(problem: Problem, *, level: str = "class", num: int | None = None) -> Subspace:
-    """The top eigenspace of G and of the Hessian, approximated by averaging gradients alone.
+def principal_subspace(
+    problem: Problem,
+    *,
+    level: str = "class",
+    num: int | None = None,
+    num_samples: int | None = None,
+    num_checks: int = 3,
+    seed: int = 0,
+) -> Subspace:
+    """The top eigenspace of G and of the Hessian, by averaging gradients or from few examples.
 
     "class" spans the C class means, with the eigenvalues of G_class + G_true (collinear with them);
     "cross_class" spans all C² means, with the eigenvalues of G − G_within. Both parts are below G in the
     positive semi-definite order, so their eigenvalues are lower bounds.
 
+    "sampled" is the top eigenspace of the Hessian of examples drawn by importance and weighted to be unbiased,
+    with a certificate from a few products on all the data.
+
     Args:
         problem: one with cross-entropy and class labels.
-        level: "class" or "cross_class".
-        num: how many directions; by default all that the means span.
+        level: "class", "cross_class" or "sampled".
+        num: how many directions; by default all that the means span, or C − 1 if sampled.
+        num_samples: examples to draw; by default one in 15, but at least 500.
+        num_checks: products with the full Hessian for the certificate; 0 for none.
+        seed: of the draw and of the random vectors.
 
     Raises:
-        OptionError: unknown level, or `num` out of range.
+        OptionError: unknown level, an option out of range, or data that cannot be drawn from.
         LossError: the loss is not the cross-entropy of class labels.
-        MemoryBudgetError: the means do not fit the problem's memory.
+        MemoryBudgetError: the means, or the basis, do not fit the problem's memory.
 
     Cost: one gradient ("class"), or C−1 backward passes on one forward pass ("cross_class"), and a QR
-    factorisation of (P, C) or (P, C²). No product with the matrix.
+    factorisation of (P, C) or (P, C²), without a product with the matrix. "sampled": one forward pass, about
+    2 K + 8 products on the drawn examples, and `num_checks` on all.
 
     Source: Papyan 2019, arXiv 1901.08244, section 5 (averaging in place of the power method). Departure: the
     weighted form, with the true-class part added by Σ_k p_k g_k = 0.
     """
+    if level == "sampled":
+        return _sampled(problem, num, num_samples, num_checks=num_checks, seed=seed)
     _check_level(level)
     began = time.perf_counter()
     parts = decompose(problem)
     size = parts.projections.num_classes
     _refuse_beyond_memory(parts, size * size if level == "cross_class" else size)
     values, vectors = subspace_of(parts, level, num)
-    return Subspace(values, vectors, level, time.perf_counter() - began, Provenance.of(parts["class"]))
+    return Subspace(values[: vectors.shape[1]], vectors, level, time.perf_counter() - began, Provenance.of(parts["class"]))
+
+
+def _sampled(
+    problem: Problem, num: int | None, num_samples: int | None, *, num_checks: int, seed: int
+) -> Subspace:
+    began = time.perf_counter()
+    num = max(1, problem.num_classes - 1) if num is None else num
+    check_count("num", num, largest=problem.num_parameters)
+    check_count("num_checks", num_checks, smallest=0)
+    if num_samples is not None:
+        check_count("num_samples", num_samples, largest=problem.num_examples)
+    found = sampled_eigenspace(problem, num, num_samples, seed)
+    norm = error = float("nan")
+    if num_checks:
+        generator = torch.Generator().manual_seed(seed + 1)
+        norm, error = residual_norm(problem, found.vectors, num_checks, generator)
+    gap = float(found.values[-1]) - found.following
+    bound = max(0.0, 1 - (norm / gap) ** 2 / num) if norm < gap else (0.0 if num_checks else float("nan"))
+    return Subspace(
+        values=found.values,
+        vectors=found.vectors,
+        level="sampled",
+        seconds=time.perf_counter() - began,
+        provenance=Provenance.of(Hessian(problem), seed),
+        certificate=Certificate(found.num_samples, num_checks, norm, error, gap, bound),
+    )
 
 
 def subspace_of(parts: Decomposition, level: str, num: int | None = None) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (K,) and orthonormal eigenvectors (P, K) of the part of G that the means of a level make."""
+    """All eigenvalues (K,) of the part of G that the means of a level make, and its first eigenvectors (P, num).
+
+    From the Gram matrix of the means; eigenvalues at the level of rounding are left out.
+    """
     if level == "class":
         own, classes = parts.projections.cell_weights.diagonal(), parts.projections.class_weights
         grown = (1 + own / positive(classes) * (classes > 0)).sqrt()
@@ -159,18 +244,28 @@ def subspace_of(parts: Decomposition, level: str, num: int | None = None) -> tup
         factor = factor * grown.to(factor)
     else:
         factor = parts.factor("means")
-    basis, triangle = torch.linalg.qr(factor)
-    left, singular, _ = torch.linalg.svd(triangle.double())
-    rank = int((singular > singular[0] * torch.finfo(factor.dtype).eps * len(singular)).sum())
-    if num is not None and not 1 <= num <= len(singular):
-        raise OptionError(f"num={num}: the {level} means span at most {len(singular)} directions.")
-    kept = min(rank, num or rank)
-    return singular[:kept].square(), basis @ left[:, :kept].to(basis)
+    gram = _gram(factor)
+    values, mixed = torch.linalg.eigh(gram)
+    values, mixed = values.flip(0), mixed.flip(1)
+    rank = int((values > values[0] * torch.finfo(factor.dtype).eps * len(values) ** 0.5).sum())
+    if num is not None and not 1 <= num <= len(values):
+        raise OptionError(f"num={num}: the {level} means span at most {len(values)} directions.")
+    values, kept = values[:rank], min(rank, num or rank)
+    return values, factor @ (mixed[:, :kept] / values[:kept].sqrt()).to(factor)
+
+
+def _gram(factor: Tensor) -> Tensor:
+    """FᵀF, summed in float64 over stretches of rows."""
+    size = factor.shape[1]
+    gram = torch.zeros(size, size, dtype=torch.float64, device=factor.device)
+    for rows in torch.split(factor, ROWS_PER_CHUNK):
+        gram += (rows.T @ rows).double()
+    return gram
 
 
 def _check_level(level: str) -> None:
     if level not in ("class", "cross_class"):
-        raise OptionError(f"level={level!r}; it is 'class' or 'cross_class'.")
+        raise OptionError(f"level={level!r}; it is 'class', 'cross_class' or, for a subspace, 'sampled'.")
 
 
 def _refuse_beyond_memory(parts: Decomposition, columns: int) -> None:

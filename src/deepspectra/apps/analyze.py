@@ -112,9 +112,9 @@ def analyze(
 
     Args:
         problem: one with cross-entropy and class labels.
-        num: top eigenpairs of H and of G; by default C + 3, or C + 1 when a gradient takes over 3 s.
+        num: top eigenpairs of H and of G; by default C + 3, or C when a gradient takes over 3 s.
         num_probes: random probes of each density; by default 4, or 2 when a gradient takes over .25 s.
-        num_steps: Krylov steps of each probe; by default 24, 16 when a gradient takes over .25 s, or 8 over 3 s.
+        num_steps: Krylov steps of each probe; by default 24, 16 when a gradient takes over .25 s, or 6 over 3 s.
             The defaults follow the clock; give numbers for results that do not depend on the machine.
         rtol: of the eigenpairs' residuals.
         seed: of every random vector.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.density import density
-from deepspectra.algorithms.eigenpairs import eigenpairs
-from deepspectra.algorithms.lanczos import basis_capacity
+from deepspectra.algorithms.eigenpairs import explore
+from deepspectra.algorithms.lanczos import Krylov, basis_capacity
 from deepspectra.algorithms.subspace import overlap
 from deepspectra.analysis.attribution import Attribution, attribute, pair_shares, squared_norms
 from deepspectra.analysis.means import subspace_of
@@ -39,9 +39,10 @@ class Effort(NamedTuple):
     spare_pairs: int  # eigenpairs beyond the number of classes
     num_probes: int
     num_steps: int
+    knockout_products: int | None = None  # at most; by default what attribution takes
 
 
-EFFORTS = (Effort(0.25, 3, 4, 24), Effort(3.0, 3, 2, 16), Effort(float("inf"), 1, 2, 8))
+EFFORTS = (Effort(0.25, 3, 4, 24), Effort(3.0, 3, 2, 16), Effort(float("inf"), 0, 2, 6, 10))
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Findings:
     Attributes:
         pairs: "hessian" and "gauss_newton" → top eigenpairs.
         densities: also "residual".
-        subspaces: level → eigenvalues and vectors by averaging.
+        subspaces: level → all eigenvalues and the first C−1 vectors by averaging.
         overlaps: (level, operator) → overlap with the top eigenspace of dimension `dimensions[level]`.
         shares: operator → (pairs, parts).
         part_traces: (2, parts), traces of G's parts and their standard errors.
@@ -98,14 +99,21 @@ def run(
     steps = min(num_steps or effort.num_steps, problem.num_parameters)
     with ledger.stage("checking derivatives"):
         hessian = Hessian(problem)
-    _find_pairs(found, "hessian", hessian, num)
+    basis = _find_pairs(found, "hessian", hessian, num)
     with ledger.stage("class structure"):
         found.parts = decompose(problem, effects="two-way")
     _average(found)
     with ledger.stage("attribution of H") as report, _noting(found.doubts):
         found.attribution = attribute(
-            hessian, found.parts, pairs=found.pairs["hessian"], seed=seed, progress=report
+            hessian,
+            found.parts,
+            pairs=found.pairs["hessian"],
+            basis=basis,
+            max_products=effort.knockout_products,
+            seed=seed,
+            progress=report,
         )
+    del basis
     _find_density(found, "hessian", hessian, probes, steps)
     products.release()
     _find_density(found, "residual", Residual(problem), probes, steps)
@@ -133,10 +141,11 @@ def _measure_gradient(found: Findings) -> None:
         found.ledger.gradient_seconds = time.perf_counter() - began
 
 
-def _find_pairs(found: Findings, name: str, operator: Operator, num: int) -> None:
+def _find_pairs(found: Findings, name: str, operator: Operator, num: int) -> Krylov:
     num = min(num, found.problem.num_parameters)
     with found.ledger.stage(f"top eigenpairs of {LETTERS[name]}") as report, _noting(found.doubts):
-        found.pairs[name] = eigenpairs(operator, num, rtol=found.rtol, seed=found.seed, progress=report)
+        found.pairs[name], basis = explore(operator, num, rtol=found.rtol, seed=found.seed, progress=report)
+    return basis
 
 
 def _find_density(found: Findings, name: str, operator: Operator, probes: int, steps: int) -> None:
@@ -164,7 +173,8 @@ def _average(found: Findings) -> None:
         stage = f"averaging: {level.replace('_', '-')} means"
         with found.ledger.stage(stage):
             if level == "class" or found.parts.holds_means():
-                found.subspaces[level] = subspace_of(found.parts, level)
+                num = max(1, found.problem.num_classes - 1)
+                found.subspaces[level] = subspace_of(found.parts, level, num)
         found.subspace_gradients[level] = found.ledger.gradients(found.ledger.costs[stage])
 
 

@@ -69,7 +69,10 @@ class Decomposition(Mapping[str, "Part"]):
             return -true[:, present] * ratio.sqrt().to(true)
         if name == "means":
             return self.rows.cells(projections)
-        return self.rows.factor(projections, projections.basis(name))
+        basis = projections.basis(name)
+        if "means" in self._factors:
+            return self._factors["means"] @ basis.flatten(0, 1).to(self._factors["means"])
+        return self.rows.factor(projections, basis)
 
     def num_bytes(self, columns: int) -> int:
         """Bytes of so many vectors of length P, in the dtype that factors have."""

@@ -280,7 +280,9 @@ def test_the_run_that_found_the_pairs_is_a_probe_already(which):
         exact[:10:3] *= -1
     A = Matrix(torch.diag(exact))
     top = eigenpairs(A, num=10 if which == "magnitude" else 6, which=which, rtol=1e-4, seed=3)
-    torch.testing.assert_close(top.quadrature.weights.sum(1), torch.ones(len(top.quadrature.weights)).double())
+    torch.testing.assert_close(
+        top.quadrature.weights.sum(1), torch.ones(len(top.quadrature.weights)).double()
+    )
     found = density(A, num_probes=4, num_steps=16, deflate=top, seed=5)
     fresh = density(A, num_probes=4, num_steps=16, deflate=replace(top, quadrature=None), seed=5)
     reused = sum(steps >= 16 for steps in top.quadrature.num_steps)

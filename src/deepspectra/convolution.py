@@ -46,7 +46,9 @@ def _call(
     """What `torch.convolution` needs for the call, or None if this module does not treat its form."""
     if isinstance(padding, str) or input.ndim != num_dims + 2 or not input.is_floating_point():
         return None
-    sizes = [[value] * num_dims if isinstance(value, int) else list(value) for value in (stride, padding, dilation)]
+    sizes = [
+        [value] * num_dims if isinstance(value, int) else list(value) for value in (stride, padding, dilation)
+    ]
     stride, padding, dilation = (value * num_dims if len(value) == 1 else value for value in sizes)
     return input, weight, bias, (stride, padding, dilation, False, [0] * num_dims, groups)
 
@@ -63,7 +65,9 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         wanted = tuple(ctx.needs_input_grad[:2])
-        to_x, to_w = _Backward.apply(g, *ctx.saved_tensors, ctx.settings, wanted) if any(wanted) else (None, None)
+        to_x, to_w = (
+            _Backward.apply(g, *ctx.saved_tensors, ctx.settings, wanted) if any(wanted) else (None, None)
+        )
         to_b = g.sum([0, *range(2, g.ndim)]) if ctx.needs_input_grad[2] else None
         return to_x, to_w, to_b, None
 

@@ -215,7 +215,7 @@ def _difference_error(gap: Callable[[float], tuple[float, float]], size: float, 
     `gap` gives (gap, size of the derivative) at a step, `size` is that of what is differenced, whose rounding a
     small step enlarges. Large networks of ReLUs need small steps, which cross no kink; the search ends early.
     """
-    noise, steps = (1e-6, (1e-2, 1e-3)) if single else (1e-13, (1e-6, 1e-5, 1e-7, 1e-4, 1e-8, 1e-9))
+    noise, steps = (1e-6, (1e-2, 1e-3)) if single else (1e-13, (1e-7, 1e-8, 1e-6, 1e-5, 1e-9, 1e-4))
     best = float("inf")
     for step in steps:
         difference, derivative = gap(step)

@@ -175,7 +175,7 @@ class CrossEntropy(Loss):
 
     def _counted(self, targets: Tensor, weight: Tensor | None) -> Tensor:
         kept = (targets != self.ignore_index).double()
-        return kept if weight is None else kept * weight[self.labels(targets)]
+        return kept if weight is None else kept * weight[CrossEntropy.labels(self, targets)]
 
     def _weight(self, like: Tensor) -> Tensor | None:
         if self.weight is None:

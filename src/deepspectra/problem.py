@@ -303,7 +303,7 @@ class Problem:
         own = dict(other.model.named_parameters())
         other.parameters = {name: own[name].detach() for name in self.parameters}
         move = Move(self.device, dtype)
-        batch = self._some_rows(num_rows)
+        batch = self.some_rows(num_rows)
         other.batches = Batches([move(batch)], batch_size=None, move=move, budget=4 * num_bytes(batch) + 1)
         other._check()
         return other
@@ -319,7 +319,9 @@ class Problem:
         inputs, targets, start = [], [], 0
         for batch in self.batches:
             if not is_labelled(batch):
-                raise OptionError("examples can be drawn from batches (x, labels) only, one label an example.")
+                raise OptionError(
+                    "examples can be drawn from batches (x, labels) only, one label an example."
+                )
             here = (chosen >= start) & (chosen < start + len(batch[1]))
             kept = (chosen[here] - start).to(batch[1].device)
             pairs = [batch[1][kept].double(), weights[here].to(batch[1].device, torch.float64)]
@@ -335,7 +337,8 @@ class Problem:
         other._check()
         return other
 
-    def _some_rows(self, num_rows: int) -> Any:
+    def some_rows(self, num_rows: int) -> Any:
+        """A batch of at most so many rows that count, or a whole batch that cannot be cut."""
         for batch, outputs, targets in self._evaluated():
             (counted,) = (self.loss_function.weights(outputs, targets) > 0).nonzero(as_tuple=True)
             if not len(counted):

@@ -35,6 +35,8 @@ from deepspectra.problem import Problem, differentiable
 EXPECTED_PRODUCTS = 40  # over which the cost of building a kept graph is spread when ways are compared
 BLOCK_BYTES = (2**30, 2**21)  # graph bytes times columns that go through a graph together: GPU, CPU
 WORTH_TRACING = 10.0  # seconds that the expected products must take before linearising is tried
+TIMED_ROWS = 16  # on which two ways are timed, if these are enough to be bound by arithmetic:
+COMPUTE_BOUND = 0.1  # seconds of a product with them; else whole batches are timed
 FAILURES = (RuntimeError, TypeError, ValueError)  # what a way raises on a network it cannot do
 CHECK_ROWS = 4  # rows on which a way is checked, in float64
 CHECK_TOLERANCE = 1e-5  # relative; right ways reach 1e-9, wrong ones were seen from 2e-4 to .2
@@ -302,17 +304,28 @@ class Products:
                     "the first derivatives of this network disagree with finite differences; is a custom "
                     "backward pass wrong?"
                 )
-            seconds = self._time_jacobian(linearize=False)
+            batch, scale = self.problem.some_rows(TIMED_ROWS), self._rows_a_batch() / TIMED_ROWS
+            seconds = self._time_jacobian(batch, scale, linearize=False)
+            if seconds < scale * COMPUTE_BOUND:  # overhead counts: time a whole batch
+                batch, scale = next(iter(self.problem.batches)), 1.0
+                seconds = self._time_jacobian(batch, scale, linearize=False)
             worth = seconds * self.problem.batches.num_batches * EXPECTED_PRODUCTS > WORTH_TRACING
             self._linearize = (
-                worth and self._linearizes(sample) and self._time_jacobian(linearize=True) < seconds
+                worth
+                and self._linearizes(sample)
+                and self._time_jacobian(batch, scale, linearize=True) < seconds
             )
             self.notes["jacobian"] = "linearize" if self._linearize else "double backward"
         return self._linearize
 
-    def _time_jacobian(self, *, linearize: bool) -> float:
-        """Seconds of J v and Jᵀ u with one batch, and their share of the building."""
-        batch = next(iter(self.problem.batches))
+    def _rows_a_batch(self) -> float:
+        return max(TIMED_ROWS, self.problem.num_examples / self.problem.batches.num_batches)
+
+    def _time_jacobian(self, batch: Any, scale: float, *, linearize: bool) -> float:
+        """Seconds of J v and Jᵀ u with one batch, and their share of the building.
+
+        For a batch cut to 1/scale of its rows; the building, mostly tracing, does not grow with them.
+        """
         tangent = list(self.problem.parameters.values())
         start = self._now()
         jacobian, size = _measured(lambda: Jacobian(self.problem, batch, linearize=linearize))
@@ -320,8 +333,8 @@ class Products:
         jacobian.pull(jacobian.push(tangent))  # warm up
         warm = self._now()
         jacobian.pull(jacobian.push(tangent))
-        product = self._now() - warm
-        fits = size * self.problem.batches.num_batches <= self.budget
+        product = scale * (self._now() - warm)
+        fits = scale * size * self.problem.batches.num_batches <= self.budget
         seconds = product + (built - start) / (EXPECTED_PRODUCTS if fits else 1)
         self.notes[f"seconds a batch, Jacobian {'linearised' if linearize else 'by reverse mode'}"] = (
             f"{seconds:.4f}"

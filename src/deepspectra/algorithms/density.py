@@ -82,7 +82,8 @@ def density(
     expected = (num_probes - len(groups)) * num_steps
     sizes = _group_sizes(operator, num_probes - len(groups), num_steps, len(known))
     krylov = Krylov(operator, _capacity(operator, sizes, num_steps, len(known)))
-    _fix_known(krylov, known)
+    if sizes:
+        _fix_known(krylov, known)
     generator = torch.Generator().manual_seed(seed)
     for j, size in enumerate(sizes):
         if krylov.spans_all:

@@ -17,7 +17,7 @@ from deepspectra.results import Eigenpairs, Provenance, Quadrature
 Progress = Callable[[int, int | None], object]
 
 ENDS = ("largest", "smallest", "magnitude", "both")
-STAND_STILL = 3  # products over which converged pairs must not change any more
+STAND_STILL = 1  # products over which converged pairs must not change before they are challenged
 SHORTEST_CHALLENGE = 5  # products of the search for missing copies, or a quarter of the basis if that is more
 SPARE_VECTORS = 8  # the fewest basis vectors beyond `num` with which a restart makes headway
 
@@ -36,8 +36,8 @@ def eigenpairs(
 
     A pair has converged when its measured residual ‖A v − λ v‖ is at most rtol·|λ|. (Of eigenvalues below
     ε^(2/3)·‖A‖, which are zero to working precision ε, only max(rtol·ε^(2/3), 8 ε)·‖A‖ is asked.) All wanted
-    pairs must then stand still over 3 further products and survive a challenge: a fresh random vector and at
-    least 5 products along it, which would reveal a missed pair or a further copy of a multiple eigenvalue.
+    pairs must then stand still and survive a challenge: a fresh random vector and at least 5 products along it,
+    which would reveal a missed pair or a further copy of a multiple eigenvalue.
     Completeness is therefore probabilistic, unless the basis has grown to span R^P, when it is certain.
 
     Args:

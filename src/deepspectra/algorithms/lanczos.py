@@ -102,15 +102,16 @@ class Krylov:
         self.append(gaussian_rows(1, self.operator.shape[0], generator), track=True)
 
     def turn(self, coefficients: Tensor) -> None:
-        """Rotate the pending vectors so that the first is their combination with `coefficients` (w,)."""
-        if self.num_pending < 2:
-            return
-        start = torch.eye(self.num_pending, dtype=torch.float64)
-        rotation = torch.linalg.qr(torch.cat([coefficients[:, None], start], dim=1))[0]
+        """Reflect the pending vectors so that the first is ± their combination with `coefficients` (w,)."""
+        mirror = coefficients / coefficients.norm()
+        mirror = mirror * (-1.0 if mirror[0] > 0 else 1.0)  # far from the first unit vector: no cancellation
+        mirror[0] -= 1
+        mirror /= mirror.norm()  # I − 2 m mᵀ exchanges the first unit vector and ±coefficients
         pending = self.rows[self.num_fixed + self.num_basis : self.num_rows]
-        pending.copy_(rotation.T.to(pending) @ pending)
+        small = mirror.to(pending)
+        pending.addr_(small, small @ pending, alpha=-2)
         for recorded in (self.projected, self.tracked):
-            recorded[self.num_basis :] = rotation.T @ recorded[self.num_basis :]
+            recorded[self.num_basis :] -= 2 * torch.outer(mirror, mirror @ recorded[self.num_basis :])
 
     def expand(self, count: int) -> None:
         """Multiply the first `count` pending vectors and keep what their products add as pending vectors."""
@@ -157,9 +158,7 @@ class Krylov:
         """Ritz values, coefficients and residuals: ‖A y − θ y‖² = ‖(H_top − θ)s‖² + ‖H_bottom s‖²."""
         top, bottom = self.projected[: self.num_basis], self.projected[self.num_basis :]
         values, s = torch.linalg.eigh((top + top.T) / 2)
-        squares = (
-            (top @ s - s * values).square().sum(0) + (bottom @ s).square().sum(0) + self.lost_squares(s)
-        )
+        squares = (top @ s - s * values).square().sum(0) + (bottom @ s).square().sum(0) + self.lost_squares(s)
         return Ritz(values, s, squares.clamp_min(0).sqrt())
 
     def lost_squares(self, coefficients: Tensor) -> Tensor:
@@ -221,7 +220,9 @@ def _orthonormal_rows(block: Tensor) -> tuple[Tensor, Tensor]:
 def _norms(rows: Tensor) -> Tensor:
     """Norms (k,) of rows (k, P) in float64: of stretches in the rows' own type, then of those, which is faster."""
     whole = rows.shape[1] // STRETCH * STRETCH
-    stretches = torch.linalg.vector_norm(rows[:, :whole].reshape(len(rows), whole // STRETCH, STRETCH), dim=2).double()
+    stretches = torch.linalg.vector_norm(
+        rows[:, :whole].reshape(len(rows), whole // STRETCH, STRETCH), dim=2
+    ).double()
     rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, dtype=torch.float64)
     return torch.linalg.vector_norm(torch.cat([stretches, rest[:, None]], 1), dim=1)
 

@@ -14,6 +14,7 @@ from deepspectra.algorithms.lanczos import Krylov
 from deepspectra.errors import OptionError, ShapeError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.parts import Decomposition, Means, Part
+from deepspectra.operators.projections import positive
 from deepspectra.results import Eigenpairs, Provenance
 
 MARGIN = 1.25  # an outlier is at least so many times the bulk's edge
@@ -281,10 +282,25 @@ class _Space:
 
     def include(self, factors: dict[str, Tensor]) -> None:
         """Append the ranges of the factors, named for `left`."""
+        before = self.krylov.tracked.shape[1]
+        self.krylov.append(torch.cat(list(factors.values()), 1).T, track=True)
         for name, factor in factors.items():
-            before = self.krylov.tracked.shape[1]
-            self.krylov.append(factor.T, track=True)
             self.columns[name] = slice(before, before + factor.shape[1])
+            before += factor.shape[1]
+
+    def include_true(self, parts: Decomposition) -> None:
+        """The true means, collinear with the class means if class took what it shares with logit."""
+        projections = parts.projections
+        if projections.first == "logit":
+            return self.include({"true": parts.factor("true")})
+        present = projections.class_weights > 0
+        ratio = (projections.class_weights / positive(projections.cell_weights.diagonal()))[present]
+        tracked = self.krylov.tracked
+        before = tracked.shape[1]
+        added = tracked[:, self.columns["class"]] * ratio.sqrt().cpu()
+        self.krylov.tracked = torch.cat([tracked, added], 1)
+        self.columns["true"] = slice(before, before + added.shape[1])
+        return None
 
     def _coordinates(self, names: tuple[str, ...]) -> Tensor:
         return torch.cat([self.krylov.tracked[:, self.columns[name]] for name in names], 1)
@@ -328,11 +344,14 @@ class _Space:
             top = krylov.projected[: krylov.num_basis] - overlaps @ overlaps.T
             values, s = torch.linalg.eigh((top + top.T) / 2)
             value, s = values[-1], s[:, -1:]
-            vector = krylov.combine(krylov.projected @ s) - krylov.combine(s * value)
-            vector -= means @ (overlaps.T @ s).to(means)
-            residual = (vector.double().square().sum().cpu() + krylov.lost_squares(s)).sqrt()
+            coordinates = krylov.projected @ s
+            coordinates[: krylov.num_basis] -= s * value
+            vector = krylov.combine(coordinates) - means @ (overlaps.T @ s).to(means)
+            residual = (vector.norm().cpu().double() ** 2 + krylov.lost_squares(s)).sqrt()
             before.append(float(value))
-            settled = len(before) > STILL and before[-1] - before[-1 - STILL] <= EDGE_RTOL**2 * abs(before[-1])
+            settled = len(before) > STILL and before[-1] - before[-1 - STILL] <= EDGE_RTOL**2 * abs(
+                before[-1]
+            )
             if (settled and residual <= EDGE_RTOL * value.abs()) or len(before) > most:
                 return value[None], residual
             direction = krylov.append(vector.T)[krylov.num_basis :]
@@ -357,7 +376,8 @@ def _knockouts(
 
     A Ritz value is settled when its residual is small, or keeps it below the threshold.
     """
-    space.include({name: parts.factor(name) for name in ("class", "logit", "true")})
+    space.include({name: parts.factor(name) for name in ("class", "logit")})
+    space.include_true(parts)
     cases = [
         (removed, method)
         for removed in (("class",), ("logit",), ("class", "logit"))
@@ -373,7 +393,8 @@ def _knockouts(
             break
         space.grow(torch.cat(unsettled, 1))
     return [
-        _knockout(*case, values, norms, threshold) for case, (values, norms, _) in zip(cases, found, strict=True)
+        _knockout(*case, values, norms, threshold)
+        for case, (values, norms, _) in zip(cases, found, strict=True)
     ]
 
 

@@ -203,7 +203,9 @@ def principal_subspace(
     size = parts.projections.num_classes
     _refuse_beyond_memory(parts, size * size if level == "cross_class" else size)
     values, vectors = subspace_of(parts, level, num)
-    return Subspace(values[: vectors.shape[1]], vectors, level, time.perf_counter() - began, Provenance.of(parts["class"]))
+    return Subspace(
+        values[: vectors.shape[1]], vectors, level, time.perf_counter() - began, Provenance.of(parts["class"])
+    )
 
 
 def _sampled(

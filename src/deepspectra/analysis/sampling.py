@@ -118,7 +118,9 @@ def sampled_eigenspace(problem: Problem, num: int, num_samples: int | None, seed
         krylov.expand(1)
         ritz = krylov.ritz()
         top = slice(-num, None)
-        if krylov.num_basis >= least and bool((ritz.residual_norms[top] <= RTOL * ritz.values[top].abs()).all()):
+        if krylov.num_basis >= least and bool(
+            (ritz.residual_norms[top] <= RTOL * ritz.values[top].abs()).all()
+        ):
             break
     values, coefficients, _ = krylov.ritz()
     return Sampled(
@@ -129,7 +131,9 @@ def sampled_eigenspace(problem: Problem, num: int, num_samples: int | None, seed
     )
 
 
-def residual_norm(problem: Problem, vectors: Tensor, num_checks: int, generator: torch.Generator) -> tuple[float, float]:
+def residual_norm(
+    problem: Problem, vectors: Tensor, num_checks: int, generator: torch.Generator
+) -> tuple[float, float]:
     """‖(I − UUᵀ) H U‖_F on all the data from random combinations of the columns of U, and its standard error.
 
     Cost: `num_checks` products.
@@ -139,5 +143,7 @@ def residual_norm(problem: Problem, vectors: Tensor, num_checks: int, generator:
     image -= vectors @ (vectors.T @ image)
     squares = image.double().square().sum(0).cpu()
     norm = float(squares.mean().sqrt())
-    error = float(squares.std()) / num_checks**0.5 / (2 * norm) if num_checks > 1 and norm > 0 else float("nan")
+    error = (
+        float(squares.std()) / num_checks**0.5 / (2 * norm) if num_checks > 1 and norm > 0 else float("nan")
+    )
     return norm, error

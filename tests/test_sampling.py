@@ -1,0 +1,140 @@
+"""The sampled subspace: an unbiased draw, exact when everything is drawn, and a certificate that tells the truth."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import deepspectra as ds
+from deepspectra import errors, zoo
+from deepspectra.analysis.sampling import importance, inclusion, residual_norm, systematic
+
+
+@pytest.fixture(scope="module")
+def problem():
+    data = zoo.load("digits")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = zoo.mlp((1, 8, 8), 10, widths=(32, 32))
+    zoo.train(net, data, epochs=15, learning_rate=0.1, batch_size=32)
+    return ds.Problem(net.double(), (data.inputs.double(), data.targets), batch_size=400)
+
+
+@pytest.fixture(scope="module")
+def top(problem):
+    return ds.eigenpairs(ds.Hessian(problem), num=9, rtol=1e-4)
+
+
+def test_probabilities_are_proportional_and_capped():
+    sizes = torch.tensor([100.0, 1, 1, 1, 2, 0], dtype=torch.float64)
+    probabilities = inclusion(sizes, 3)
+    torch.testing.assert_close(probabilities, torch.tensor([1, 0.4, 0.4, 0.4, 0.8, 0]).double())
+    assert inclusion(sizes, 6).tolist() == [1, 1, 1, 1, 1, 0]
+
+
+def test_every_example_is_drawn_as_often_as_it_should_be():
+    probabilities = inclusion(torch.arange(1, 41, dtype=torch.float64), 12)
+    counts = torch.zeros(40, dtype=torch.float64)
+    for seed in range(600):
+        chosen = systematic(probabilities, torch.Generator().manual_seed(seed))
+        assert len(chosen) == len(chosen.unique()) == 12
+        counts[chosen] += 1
+    error = (probabilities * (1 - probabilities) / 600).sqrt()
+    assert ((counts / 600 - probabilities).abs() < 4.5 * error + 1e-12).all()
+
+
+def test_importance_is_that_of_softmax_and_last_features(problem):
+    (x, y) = next(iter(problem.batches))
+    body, head = problem.model[:-1], problem.model[-1]
+    with torch.no_grad():
+        h = body(x)
+        p = head(h).softmax(1)
+    expected = (1 - p.square().sum(1)) * (1 + h.square().sum(1))
+    torch.testing.assert_close(importance(problem)[: len(y)], expected)
+    assert not any(module._forward_hooks for module in problem.model.modules())
+
+
+LOSSES = {
+    "plain": nn.CrossEntropyLoss(),
+    "class weights": nn.CrossEntropyLoss(weight=torch.linspace(0.5, 2, 10).double()),
+    "smoothed, ignoring a class": nn.CrossEntropyLoss(label_smoothing=0.1, ignore_index=3),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_drawing_everything_is_the_problem_itself(problem, name):
+    batches = [(x, y) for x, y in problem.batches][:2]
+    whole = ds.Problem(problem.model, batches, loss=LOSSES[name])
+    every = torch.arange(sum(len(y) for _, y in batches))
+    drawn = whole.drawn(every, torch.full((len(every),), 3.0))
+    v = torch.randn(whole.num_parameters, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for operator in (ds.Hessian, ds.GaussNewton, ds.Residual):
+        torch.testing.assert_close(operator(drawn) @ v, operator(whole) @ v, rtol=1e-9, atol=1e-13)
+    assert drawn.loss() == pytest.approx(whole.loss(), rel=1e-12)
+
+
+def test_the_drawn_hessian_is_unbiased(problem):
+    v = ds.class_means(problem, level="class").class_means[0]
+    exact = float(v @ (ds.Hessian(problem) @ v))
+    probabilities = inclusion(importance(problem), 200)
+    found = []
+    for seed in range(30):
+        chosen = systematic(probabilities, torch.Generator().manual_seed(seed))
+        sample = problem.drawn(chosen, 1 / probabilities[chosen])
+        # by the number of examples, not by the sum of the weights: the unbiased of the two
+        found.append(float(v @ (ds.Hessian(sample) @ v)) * sample.total_weight / problem.num_examples)
+    found = torch.tensor(found)
+    assert abs(float(found.mean()) - exact) < 4 * float(found.std()) / math.sqrt(len(found))
+    assert float(found.std()) < 0.3 * exact
+
+
+def test_the_subspace_is_found_and_certified(problem, top):
+    space = ds.principal_subspace(problem, level="sampled", num_samples=400, seed=1)
+    overlap = ds.overlap(space.vectors, top.vectors)
+    assert space.level == "sampled" and space.vectors.shape == (problem.num_parameters, 9)
+    identity = torch.eye(9, dtype=torch.float64)
+    torch.testing.assert_close(space.vectors.T @ space.vectors, identity, atol=1e-8, rtol=0)
+    assert overlap > 0.95
+    assert space.certificate.overlap_at_least <= overlap
+    assert f"{space.certificate.num_samples:,} examples" in str(space)
+    torch.testing.assert_close(space.values, top.values, rtol=0.2, atol=0)
+
+
+def test_importance_beats_chance(problem, top):
+    """With as many uniform examples the subspace is worse: the curvature sits in few of them."""
+    by_importance = ds.principal_subspace(problem, level="sampled", num_samples=150, num_checks=0, seed=3)
+    every = (
+        torch.randperm(problem.num_examples, generator=torch.Generator().manual_seed(3))[:150].sort().values
+    )
+    uniform = problem.drawn(every, torch.ones(150))
+    chance = ds.eigenpairs(ds.Hessian(uniform), num=9, rtol=1e-2)
+    assert ds.overlap(by_importance.vectors, top.vectors) > ds.overlap(chance.vectors, top.vectors) + 0.05
+    assert math.isnan(by_importance.certificate.residual_norm)
+
+
+def test_the_residual_is_estimated_without_bias(problem):
+    space = ds.principal_subspace(problem, level="sampled", num_samples=200, num_checks=0)
+    image = ds.Hessian(problem) @ space.vectors
+    exact = float((image - space.vectors @ (space.vectors.T @ image)).norm())
+    norm, error = residual_norm(problem, space.vectors, 40, torch.Generator().manual_seed(0))
+    assert abs(norm - exact) < 4 * error < exact
+
+
+def test_an_exact_eigenspace_is_certified(problem):
+    space = ds.principal_subspace(problem, level="sampled", num_samples=problem.num_examples, num=5)
+    assert space.certificate.overlap_at_least > 0.9
+
+
+def test_what_cannot_be_drawn_from_is_refused(problem):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).double()
+    x, y = torch.randn(20, 64, dtype=torch.float64), torch.arange(20) % 10
+    tokens = ds.Problem(net, [{"x": x, "y": y}], forward=lambda model, batch: (model(batch["x"]), batch["y"]))
+    with pytest.raises(errors.OptionError, match="drawn"):
+        ds.principal_subspace(tokens, level="sampled")
+    squares = ds.Problem(net, (x, torch.randn(20, 10, dtype=torch.float64)), loss="mse")
+    with pytest.raises(errors.LossError, match="cross-entropy"):
+        ds.principal_subspace(squares, level="sampled")
+    for options in ({"num_samples": 0}, {"num_samples": 10**6}, {"num_checks": -1}, {"num": 0}):
+        with pytest.raises(errors.OptionError):
+            ds.principal_subspace(problem, level="sampled", **options)

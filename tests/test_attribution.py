@@ -5,6 +5,7 @@ import torch
 
 import deepspectra as ds
 from deepspectra import errors, zoo
+from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.operators.parts import Means
 
 
@@ -86,6 +87,27 @@ def check_bounds(found, exact):
     for value, residual in zip(found.values, found.residual_norms, strict=True):
         assert (exact - value).abs().min() <= residual * (1 + 1e-6) + 1e-9
     assert float(found.values[0]) == pytest.approx(float(exact[0]), rel=0.1)
+
+
+def test_the_basis_that_found_the_pairs_saves_products(problem):
+    H, parts = ds.Hessian(problem), ds.decompose(problem, effects="two-way")
+    pairs, basis = explore(H, 13, rtol=1e-3)
+    with_basis = ds.attribute(H, parts, pairs=pairs, basis=basis)
+    alone = ds.attribute(H, parts, pairs=pairs)
+    assert with_basis.num_products < alone.num_products
+    assert with_basis.bulk_edge == pytest.approx(alone.bulk_edge, rel=0.01)
+    assert with_basis.num_outliers == alone.num_outliers
+    for ours, theirs in zip(with_basis.knockouts, alone.knockouts, strict=True):
+        assert float(ours.values[0]) == pytest.approx(float(theirs.values[0]), rel=0.05)
+
+
+def test_a_budget_of_products_leaves_honest_counts(problem, attribution):
+    H, parts = ds.Hessian(problem), ds.decompose(problem, effects="two-way")
+    hurried = ds.attribute(H, parts, max_products=0)
+    for removed in (("class",), ("class", "logit")):
+        found, exact = hurried.knockout(*removed), attribution.knockout(*removed)
+        assert found.num_outliers <= exact.num_outliers_at_most
+        assert float(found.residual_norms[0]) >= float(exact.residual_norms[0])
 
 
 def test_gauss_newton_has_no_residual_share(problem):

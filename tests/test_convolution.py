@@ -60,7 +60,7 @@ def test_blocks_and_restrictions_give_the_same_hessian(name):
     )
 
 
-@pytest.mark.parametrize("padding, node", [(1, "_Convolution"), ("same", "Convolution")])
+@pytest.mark.parametrize(("padding", "node"), [(1, "_Convolution"), ("same", "Convolution")])
 def test_what_it_does_not_treat_goes_through(padding, node):
     x, w = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3, requires_grad=True)
     with Convolutions():

@@ -287,7 +287,8 @@ def test_the_run_that_found_the_pairs_is_a_probe_already(which):
     fresh = density(A, num_probes=4, num_steps=16, deflate=replace(top, quadrature=None), seed=5)
     reused = sum(steps >= 16 for steps in top.quadrature.num_steps)
     assert found.num_products == fresh.num_products - 16 * reused < fresh.num_products
-    assert found.num_probes == 4 and len(found.probes.unique()) == 5  # with −1, the pairs themselves
+    assert found.num_probes == 4
+    assert len(found.probes.unique()) == 5  # with −1, the pairs themselves
     assert float(found.weights.sum()) == pytest.approx(1)
     assert distance(found, exact) < 2 * distance(fresh, exact) + 0.02
 

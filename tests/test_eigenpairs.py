@@ -142,9 +142,9 @@ def test_reported_residuals_are_the_dense_ones(dtype, max_products):
     torch.testing.assert_close(pairs.residual_norms, true_residuals(matrix, pairs), rtol=1e-3, atol=30 * eps)
 
 
-@pytest.mark.parametrize("memory_in_vectors", [1000, 19])
+@pytest.mark.parametrize(("memory_in_vectors", "rtol"), [(1000, 0.02), (19, 0.1)])  # 19: with restarts
 @pytest.mark.filterwarnings("ignore::deepspectra.errors.ConvergenceWarning")
-def test_residuals_include_the_asymmetry_of_the_operator(memory_in_vectors):
+def test_residuals_include_the_asymmetry_of_the_operator(memory_in_vectors, rtol):
     size = 200
     noise = torch.randn(size, size, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     matrix = rotated(trained(size)) + 1e-4 * noise
@@ -153,7 +153,7 @@ def test_residuals_include_the_asymmetry_of_the_operator(memory_in_vectors):
     pairs = eigenpairs(operator, 5, max_products=60)
     truth = true_residuals(matrix, pairs)
     assert float(truth.min()) > 1e-4
-    torch.testing.assert_close(pairs.residual_norms, truth, rtol=0.02, atol=0)
+    torch.testing.assert_close(pairs.residual_norms, truth, rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("memory_in_vectors", [18, 24])
@@ -176,7 +176,7 @@ def test_a_trained_nets_spectrum_takes_under_30_products():
         pairs = eigenpairs(diagonal(trained(5000)), 10, rtol=1e-3, seed=seed)
         assert pairs.converged
         assert pairs.num_products <= 30
-        torch.testing.assert_close(pairs.values, OUTLIERS, rtol=1e-9, atol=0)
+        torch.testing.assert_close(pairs.values, OUTLIERS, rtol=1e-8, atol=0)
 
 
 # --- honesty -----------------------------------------------------------------------------------------------
@@ -421,3 +421,45 @@ def test_the_printed_table_has_a_row_a_pair_and_a_verdict():
     lines = str(eigenpairs(rotated(trained()), 4)).splitlines()
     assert len(lines) == 6
     assert lines[-1].startswith("largest 4 of matrix: converged, worst residual")
+
+
+def test_tracked_vectors_keep_their_coordinates():
+    """Through products, reflections of the pending vectors and further starts, E ζ stays the vector."""
+    krylov = Krylov(diagonal(trained(300), torch.float64), 40)
+    generator = torch.Generator().manual_seed(0)
+    vectors = gaussian_rows(3, 300, generator)
+    krylov.append(vectors[:1], track=True)
+    for _ in range(4):
+        krylov.expand(1)
+    krylov.append(vectors[1:], track=True)
+    for step in range(8):
+        krylov.turn(torch.randn(krylov.num_pending, generator=generator, dtype=torch.float64))
+        krylov.expand(1 + step % 2)
+    rows = krylov.rows[: krylov.num_rows]
+    torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows), dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(krylov.tracked.T @ rows, vectors, atol=1e-10, rtol=0)
+    images = krylov.rows[: krylov.num_basis] * trained(300)
+    torch.testing.assert_close(krylov.projected.T @ rows, images, atol=1e-10, rtol=0)
+    krylov.contract(torch.eye(krylov.num_basis, dtype=torch.float64)[:, :5])
+    assert krylov.tracked.shape == (5 + krylov.num_pending, 0)
+
+
+def test_turning_puts_a_direction_first():
+    krylov = Krylov(diagonal(trained(100), torch.float64), 20)
+    krylov.append(gaussian_rows(4, 100, torch.Generator().manual_seed(0)))
+    for direction in (
+        torch.tensor([0.0, 0, 0, 2]),
+        torch.tensor([-1.0, 0, 0, 0]),
+        torch.tensor([3.0, 4, 0, 0]),
+    ):
+        wanted = direction.double() / direction.norm() @ krylov.rows[:4]
+        krylov.turn(direction.double())
+        assert abs(float(wanted @ krylov.rows[0])) == pytest.approx(1)
+
+
+def test_a_basis_of_known_pairs_answers_as_they_do():
+    A = diagonal(trained(200), torch.float64)
+    pairs = eigenpairs(A, num=5, rtol=1e-2)
+    ritz = Krylov.of_pairs(A, pairs, 12).ritz()
+    torch.testing.assert_close(ritz.values.flip(0), pairs.values)
+    torch.testing.assert_close(ritz.residual_norms.flip(0), pairs.residual_norms)

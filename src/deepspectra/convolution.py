@@ -29,7 +29,7 @@ class Convolutions(TorchFunctionMode):
         if num_dims is not None:
             call = _call(num_dims, *args, **(kwargs or {}))
             if call is not None:
-                return _Convolution.apply(*call)
+                return _Convolution.apply(*call)  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
@@ -63,11 +63,11 @@ class _Convolution(torch.autograd.Function):
         return torch.convolution(x, w, b, *settings)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         wanted = tuple(ctx.needs_input_grad[:2])
-        to_x, to_w = (
-            _Backward.apply(g, *ctx.saved_tensors, ctx.settings, wanted) if any(wanted) else (None, None)
-        )
+        to_x = to_w = None
+        if any(wanted):
+            to_x, to_w = _Backward.apply(g, *ctx.saved_tensors, ctx.settings, wanted)  # type: ignore[no-untyped-call]
         to_b = g.sum([0, *range(2, g.ndim)]) if ctx.needs_input_grad[2] else None
         return to_x, to_w, to_b, None
 
@@ -85,8 +85,8 @@ class _Backward(torch.autograd.Function):
         return _gradients(g, x, w, settings, wanted)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, along_x: Tensor | None, along_w: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, along_x: Tensor | None, along_w: Tensor | None) -> tuple[Tensor | None, ...]:
         g, x, w = ctx.saved_tensors
         needs_g, needs_x, needs_w = ctx.needs_input_grad[:3]
         to_g = to_x = to_w = None

@@ -311,7 +311,8 @@ class Problem:
     def drawn(self, chosen: Tensor, weights: Tensor) -> Problem:
         """This problem on chosen examples (ascending indices in the order of `batches`), each with a weight.
 
-        Losses and derivatives are Σ m_i ω_i (·)_i / Σ m_i ω_i over the chosen examples.
+        Losses and derivatives are Σ m_i ω_i (·)_i over the chosen examples, divided by Σ ω_i over all: unbiased
+        when each is drawn with probability 1/m_i.
         """
         loss = self.loss_function
         if self._module.function is not _forward_pair or not isinstance(loss, losses.CrossEntropy):
@@ -335,6 +336,7 @@ class Problem:
         move = Move(self.device, self.dtype)
         other.batches = Batches(data, batch_size=None, move=move, budget=self.memory // 4)
         other._check()
+        other.total_weight = self.total_weight
         return other
 
     def some_rows(self, num_rows: int) -> Any:

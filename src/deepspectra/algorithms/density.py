@@ -63,9 +63,9 @@ def density(
         NonFiniteError: a product is NaN or infinite.
         MemoryBudgetError: not even one probe's basis fits `A.memory`.
 
-    Cost: num_probes·num_steps products at most, for the probes that `deflate` does not bring; a basis of at most `A.memory` bytes: probes are split into
-    groups that fit, of at most 2048 vectors, and later groups run on the complement of the pairs locked
-    before.
+    Cost: num_probes·num_steps products at most, for the probes that `deflate` does not bring; a basis of at most
+    `A.memory` bytes: probes are split into groups that fit, of at most 2048 vectors, and later groups run on the
+    complement of the pairs locked before.
 
     Source: Golub and Meurant (2010) for the quadrature; Papyan, JMLR 21 (2020), appendix C, algorithm 3.
     Departures: (1) full reorthogonalisation, hence no ghosts; (2) the probes share a block basis;

@@ -25,7 +25,8 @@ from deepspectra.results import Eigenpairs
 
 ROUNDING = 100  # in units of ε‖A‖: a remainder below this is taken for rounding
 COLUMNS_PER_CHUNK = 2**16  # of the basis, when it is rotated in place
-STRETCH = 1024  # numbers whose norm is taken in the basis' own type
+STRETCH = 1024  # numbers whose norm is taken in the basis' own type,
+SAFE_SQUARES = (1e-14, 1e14)  # if the largest of them lies between these
 
 
 class Ritz(NamedTuple):
@@ -168,7 +169,8 @@ class Krylov:
     def combine(self, coordinates: Tensor) -> Tensor:
         """The vectors (P, k) with these coordinates (n, k) in the first n of the rows after the fixed ones."""
         rows = self.rows[self.num_fixed : self.num_fixed + len(coordinates)]
-        return rows.T @ coordinates.to(rows)
+        combined: Tensor = rows.T @ coordinates.to(rows)
+        return combined
 
     def contract(self, coefficients: Tensor) -> None:
         """Thick restart: replace Q by Q s for orthonormal columns s (m, k); pending vectors stay."""
@@ -219,12 +221,15 @@ def _orthonormal_rows(block: Tensor) -> tuple[Tensor, Tensor]:
 
 def _norms(rows: Tensor) -> Tensor:
     """Norms (k,) of rows (k, P) in float64: of stretches in the rows' own type, then of those, which is faster."""
-    whole = rows.shape[1] // STRETCH * STRETCH
-    stretches = torch.linalg.vector_norm(
-        rows[:, :whole].reshape(len(rows), whole // STRETCH, STRETCH), dim=2
-    ).double()
-    rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, dtype=torch.float64)
-    return torch.linalg.vector_norm(torch.cat([stretches, rest[:, None]], 1), dim=1)
+    low, high = SAFE_SQUARES
+    largest = float(rows.abs().max()) if rows.numel() else 0.0
+    if not low < largest < high:
+        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    count = rows.shape[1] // STRETCH
+    stretches = rows[:, : count * STRETCH].reshape(len(rows), count, STRETCH)
+    rest = rows[:, count * STRETCH :]
+    norms: Tensor = torch.cat([stretches.norm(dim=2), rest.norm(dim=1, keepdim=True)], 1).double().norm(dim=1)
+    return norms
 
 
 def _small(matrix: Tensor) -> Tensor:

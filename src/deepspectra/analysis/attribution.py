@@ -184,7 +184,7 @@ def attribute(
         pairs, basis = explore(operator, num, rtol=rtol, seed=seed, progress=products.within())
     space = _Space(_room(operator, pairs, basis, 3 * parts.projections.num_classes + 2 * most), products)
     try:
-        if basis is not None and parts.holds_means():
+        if space.krylov is basis and parts.holds_means():
             edge_values, edge_norms = space.bulk_edge(parts.factor("means"), EDGE_PRODUCTS)
         else:
             top = eigenpairs(
@@ -358,10 +358,16 @@ class _Space:
             self.grow(direction)
 
 
+def _matters(values: Tensor, norms: Tensor, threshold: float) -> Tensor:
+    """Which of the descending values may be outliers, and the first."""
+    return (values + 2 * norms > threshold) | (torch.arange(len(values)) == 0)
+
+
 def _null_space(rows: Tensor) -> Tensor:
     """Orthonormal columns that these rows (r, m) map to zero."""
     _, singular, right = torch.linalg.svd(rows, full_matrices=True)
-    return right[int(_kept(singular).sum()) :].T
+    kept: Tensor = right[int(_kept(singular).sum()) :].T
+    return kept
 
 
 def _kept(singular: Tensor) -> Tensor:
@@ -374,7 +380,7 @@ def _knockouts(
 ) -> list[Knockout]:
     """Every knock-out of class, logit and both, in one subspace that grows until all are settled.
 
-    A Ritz value is settled when its residual is small, or keeps it below the threshold.
+    A Ritz value is settled when its residual is small, or keeps it below the threshold; the largest always matters.
     """
     space.include({name: parts.factor(name) for name in ("class", "logit")})
     space.include_true(parts)
@@ -386,7 +392,7 @@ def _knockouts(
     for step in range(most + 1):
         found = [space.left(*case, len(pairs.values)) for case in cases]
         unsettled = [
-            directions[:, (norms > KNOCKOUT_RTOL * values.abs()) & (values + 2 * norms > threshold)]
+            directions[:, (norms > KNOCKOUT_RTOL * values.abs()) & _matters(values, norms, threshold)]
             for values, norms, directions in found
         ]
         if step == most or not sum(directions.numel() for directions in unsettled):

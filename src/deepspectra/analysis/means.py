@@ -17,7 +17,6 @@ from deepspectra.operators.projections import positive
 from deepspectra.problem import Problem
 from deepspectra.results import Provenance
 
-
 ROWS_PER_CHUNK = 2**14  # of parameter-sized factors, whose products are summed in float64
 
 

@@ -224,7 +224,8 @@ def _norms(rows: Tensor) -> Tensor:
     low, high = SAFE_SQUARES
     largest = float(rows.abs().max()) if rows.numel() else 0.0
     if not low < largest < high:
-        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        wide: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        return wide
     count = rows.shape[1] // STRETCH
     stretches = rows[:, : count * STRETCH].reshape(len(rows), count, STRETCH)
     rest = rows[:, count * STRETCH :]

@@ -101,6 +101,22 @@ def test_the_basis_that_found_the_pairs_saves_products(problem):
         assert float(ours.values[0]) == pytest.approx(float(theirs.values[0]), rel=0.05)
 
 
+def test_a_basis_that_spans_everything_is_exact():
+    """Fewer parameters than products: the edge and the knock-outs come from the whole matrix."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = torch.nn.Linear(3, 3).double()
+        data = torch.randn(30, 3).double(), torch.arange(30) % 3
+    problem = ds.Problem(net, data)
+    H, parts = ds.Hessian(problem), ds.decompose(problem, effects="two-way")
+    pairs, basis = explore(H, 6, rtol=1e-3)
+    found = ds.attribute(H, parts, pairs=pairs, basis=basis)
+    bulk = H.dense() - sum(part.dense() for name, part in parts.items() if name != "within")
+    assert found.bulk_edge == pytest.approx(float(descending(bulk)[0]), rel=1e-2)
+    without = descending(H.dense() - parts["logit"].dense())
+    assert float(found.knockout("logit").values[0]) == pytest.approx(float(without[0]), rel=1e-2)
+
+
 def test_a_budget_of_products_leaves_honest_counts(problem, attribution):
     H, parts = ds.Hessian(problem), ds.decompose(problem, effects="two-way")
     hurried = ds.attribute(H, parts, max_products=0)

@@ -355,6 +355,8 @@ class _Space:
             if (settled and residual <= EDGE_RTOL * value.abs()) or len(before) > most:
                 return value[None], residual
             direction = krylov.append(vector.T)[krylov.num_basis :]
+            if not bool(direction.any()):  # nothing is left but rounding, or the basis spans R^P
+                return value[None], residual
             self.grow(direction)
 
 

@@ -266,7 +266,8 @@ def spectrum(dataset: xr.Dataset) -> alt.LayerChart:
     for row in table:
         row |= {"eigenvalue": row["curve_grid"], "density": row["curve_density"]}
         row["error"] = row.get("curve_standard_error") or 0.0
-    line = _symmetric_log(dataset, [row["eigenvalue"] for row in table])
+    found = [row["eigenvalue"] for row in outliers(dataset)]
+    line = _symmetric_log(dataset, [*found, *(row["eigenvalue"] for row in table)])
     return _spectrum(dataset, table, line, "density (fraction of eigenvalues per unit of λ)")
 
 

@@ -78,19 +78,13 @@ def density(
     check_count("num_probes", num_probes)
     check_count("num_steps", num_steps)
     known = _known_rows(operator, deflate)
-    groups = _free_groups(deflate, num_probes, num_steps)
-    expected = (num_probes - len(groups)) * num_steps
-    sizes = _group_sizes(operator, num_probes - len(groups), num_steps, len(known))
-    krylov = Krylov(operator, _capacity(operator, sizes, num_steps, len(known)))
-    if sizes:
-        _fix_known(krylov, known)
-    generator = torch.Generator().manual_seed(seed)
-    for j, size in enumerate(sizes):
-        if krylov.spans_all:
-            break
-        room = sizes[j + 1] * (num_steps + 1) if j + 1 < len(sizes) else 0
-        start = _advance(krylov, size, num_steps, generator, progress=progress, expected=expected)
-        groups.append(_quadrature(krylov, start, room))
+    groups, num_products = _free_groups(deflate, num_probes, num_steps), 0
+    if len(groups) < num_probes:
+        generator = torch.Generator().manual_seed(seed)
+        fresh, num_products = _fresh_groups(
+            operator, known, num_probes - len(groups), num_steps, generator, progress
+        )
+        groups += fresh
     exact = torch.cat(
         [torch.zeros(0, dtype=torch.float64) if deflate is None else deflate.values.cpu().double()]
         + [group.locked for group in groups]
@@ -103,7 +97,7 @@ def density(
         num_probes=num_probes,
         num_steps=num_steps,
         deflation_residual=0.0 if deflate is None else deflate.worst,
-        num_products=krylov.num_products,
+        num_products=num_products,
         seconds=time.perf_counter() - began,
         provenance=Provenance.of(operator, seed),
     )
@@ -126,6 +120,30 @@ def _free_groups(deflate: Eigenpairs | None, num_probes: int, num_steps: int) ->
     far = [weights for weights, steps in zip(seen.weights, seen.num_steps, strict=True) if steps >= num_steps]
     nothing = torch.zeros(0, dtype=torch.float64)
     return [_Group(nothing, seen.nodes, weights[None], (-INF, INF)) for weights in far[:num_probes]]
+
+
+def _fresh_groups(
+    operator: Operator,
+    known: Tensor,
+    num_probes: int,
+    num_steps: int,
+    generator: torch.Generator,
+    progress: Progress | None,
+) -> tuple[list[_Group], int]:
+    """What new probes find on the complement of the known vectors, and the products they take."""
+    sizes = _group_sizes(operator, num_probes, num_steps, len(known))
+    krylov = Krylov(operator, _capacity(operator, sizes, num_steps, len(known)))
+    _fix_known(krylov, known)
+    groups: list[_Group] = []
+    for j, size in enumerate(sizes):
+        if krylov.spans_all:
+            break
+        room = sizes[j + 1] * (num_steps + 1) if j + 1 < len(sizes) else 0
+        start = _advance(
+            krylov, size, num_steps, generator, progress=progress, expected=num_probes * num_steps
+        )
+        groups.append(_quadrature(krylov, start, room))
+    return groups, krylov.num_products
 
 
 def _advance(
@@ -216,8 +234,6 @@ def _assemble(exact: Tensor, groups: list[_Group], size: int) -> tuple[Tensor, T
 
 def _group_sizes(operator: Operator, num_probes: int, num_steps: int, num_known: int) -> list[int]:
     """Sizes of the groups of probes, as equal as they can be."""
-    if num_probes == 0:
-        return []
     size = operator.shape[0]
     fit = basis_capacity(operator)
     if fit < min(size, num_known + num_steps + 1):
@@ -235,8 +251,8 @@ def _group_sizes(operator: Operator, num_probes: int, num_steps: int, num_known:
 
 def _capacity(operator: Operator, sizes: list[int], num_steps: int, num_known: int) -> int:
     """Rows for the largest group, and for as much again to be locked before later ones."""
-    block = max(sizes, default=0) * (num_steps + 1)
-    rows = num_known + (block if len(sizes) <= 1 else 2 * block)
+    block = sizes[0] * (num_steps + 1)
+    rows = num_known + (block if len(sizes) == 1 else 2 * block)
     return min(rows, operator.shape[0], basis_capacity(operator))
 
 

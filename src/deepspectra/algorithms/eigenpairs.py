@@ -100,7 +100,7 @@ def explore(
         progress=progress,
     )
     outcome = search.run(first)
-    values, vectors, residual_norms = search.extract()
+    values, vectors, residual_norms, quadrature = search.extract()
     result = Eigenpairs(
         values=values,
         vectors=vectors,
@@ -111,7 +111,7 @@ def explore(
         which=which,
         rtol=rtol,
         provenance=Provenance.of(operator, seed),
-        quadrature=search.quadrature(),
+        quadrature=quadrature,
     )
     if not result.converged:
         warnings.warn(_complaint(outcome, result, budget), ConvergenceWarning, stacklevel=3)
@@ -274,18 +274,17 @@ class _Search:
         floor = max(self.rtol * small, 8 * self.eps * self.norm)
         return torch.where(sizes > small, self.rtol * sizes, floor)
 
-    def extract(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Values descending, vectors (P, K) and residual norms of the wanted pairs, as many as there are."""
+    def extract(self) -> tuple[Tensor, Tensor, Tensor, Quadrature | None]:
+        """Values descending, vectors (P, K), residual norms of the wanted pairs there are, and the quadrature."""
         ritz = self.krylov.ritz()
         chosen = select(ritz.values, self.which, min(self.num, len(ritz.values)))
         vectors = self.krylov.combine(ritz.coefficients[:, chosen])
-        return ritz.values[chosen], vectors, ritz.residual_norms[chosen]
+        return ritz.values[chosen], vectors, ritz.residual_norms[chosen], self._quadrature(ritz, chosen)
 
-    def quadrature(self) -> Quadrature | None:
-        """What the tracked random vectors say of the spectrum beyond the wanted pairs."""
-        ritz = self.krylov.ritz()
+    def _quadrature(self, ritz: Ritz, chosen: Tensor) -> Quadrature | None:
+        """What the tracked random vectors say of the spectrum beyond the chosen pairs."""
         rest = torch.ones(len(ritz.values), dtype=torch.bool)
-        rest[select(ritz.values, self.which, min(self.num, len(ritz.values)))] = False
+        rest[chosen] = False
         shares = (self.krylov.tracked[: self.krylov.num_basis].T @ ritz.coefficients[:, rest]).square()
         if not self.num_steps or not bool(rest.any()):
             return None

@@ -292,7 +292,8 @@ class _Space:
         """The true means, collinear with the class means if class took what it shares with logit."""
         projections = parts.projections
         if projections.first == "logit":
-            return self.include({"true": parts.factor("true")})
+            self.include({"true": parts.factor("true")})
+            return
         present = projections.class_weights > 0
         ratio = (projections.class_weights / positive(projections.cell_weights.diagonal()))[present]
         tracked = self.krylov.tracked
@@ -300,7 +301,6 @@ class _Space:
         added = tracked[:, self.columns["class"]] * ratio.sqrt().cpu()
         self.krylov.tracked = torch.cat([tracked, added], 1)
         self.columns["true"] = slice(before, before + added.shape[1])
-        return None
 
     def _coordinates(self, names: tuple[str, ...]) -> Tensor:
         return torch.cat([self.krylov.tracked[:, self.columns[name]] for name in names], 1)

@@ -5,6 +5,7 @@ from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.subspace import overlap
 from deepspectra.algorithms.trace import trace
 from deepspectra.analysis.attribution import attribute
+from deepspectra.analysis.gram import gram_spectrum
 from deepspectra.analysis.means import class_means, principal_subspace
 from deepspectra.apps.analyze import Analysis, analyze, load
 from deepspectra.operators.curvature import EmpiricalFisher, GaussNewton, Hessian, Residual
@@ -24,6 +25,7 @@ __all__ = [
     "decompose",
     "density",
     "eigenpairs",
+    "gram_spectrum",
     "load",
     "overlap",
     "principal_subspace",

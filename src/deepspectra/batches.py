@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -103,6 +104,13 @@ class Batches:
         if self.held is not None:
             return iter(self.held)
         return (self._move(batch) for batch in self._read())
+
+    def moved(self, move: Move) -> Batches:
+        """The same batches on another device or in another dtype, held if these are."""
+        other = copy.copy(self)
+        other._move = move
+        other.held = None if self.held is None else [move(batch) for batch in self.held]
+        return other
 
     def sort_by_label(self) -> None:
         """Put labelled examples in order of class, so that most batches hold one class.

@@ -294,18 +294,32 @@ class Problem:
                 "training=True, or random noise in forward?). Make forward deterministic."
             )
 
+    def to(self, dtype: torch.dtype) -> Problem:
+        """This problem in another floating-point type, as a further copy of the model."""
+        if dtype == self.dtype:
+            return self
+        other = self._cast(dtype)
+        other.batches = self.batches.moved(Move(self.device, dtype))
+        other._check()
+        return other
+
     def sample(self, num_rows: int, dtype: torch.dtype) -> Problem:
         """This problem on a few rows that count, or on one batch that cannot be cut, in another dtype."""
+        other = self._cast(dtype)
+        move = Move(self.device, dtype)
+        batch = self.some_rows(num_rows)
+        other.batches = Batches([move(batch)], batch_size=None, move=move, budget=4 * num_bytes(batch) + 1)
+        other._check()
+        return other
+
+    def _cast(self, dtype: torch.dtype) -> Problem:
+        """A copy with a model of its own in another dtype; its data is yet to be replaced."""
         other = copy.copy(self)
         other.kept = {}
         other.dtype = dtype
         other._module = _Forward(_evaluation_copy(self.model, self.device, dtype), self._module.function)
         own = dict(other.model.named_parameters())
         other.parameters = {name: own[name].detach() for name in self.parameters}
-        move = Move(self.device, dtype)
-        batch = self.some_rows(num_rows)
-        other.batches = Batches([move(batch)], batch_size=None, move=move, budget=4 * num_bytes(batch) + 1)
-        other._check()
         return other
 
     def drawn(self, chosen: Tensor, weights: Tensor) -> Problem:

@@ -11,6 +11,7 @@ from deepspectra.errors import OptionError
 from deepspectra.operators.base import LowRank
 from deepspectra.operators.curvature import Curvature
 from deepspectra.operators.projections import FOUR_WAY, TWO_WAY, Projections
+from deepspectra.operators.held import HeldRows
 from deepspectra.operators.rows import GradientRows
 from deepspectra.problem import Problem
 
@@ -26,7 +27,7 @@ class Decomposition(Mapping[str, "Part"]):
         effects: "four-way" or "two-way".
     """
 
-    def __init__(self, problem: Problem, effects: str, first: str) -> None:
+    def __init__(self, problem: Problem, effects: str, first: str, hold: bool = False) -> None:
         names = {"four-way": FOUR_WAY, "two-way": TWO_WAY}
         if effects not in names:
             raise OptionError(f"effects={effects!r}; it is 'four-way' or 'two-way'.")
@@ -34,7 +35,7 @@ class Decomposition(Mapping[str, "Part"]):
             raise OptionError("first= orders the two-way effects; the published four parts take no order.")
         self.problem = problem
         self.effects = effects
-        self.rows = GradientRows(problem)
+        self.rows = HeldRows(problem) if hold else GradientRows(problem)
         self.projections = Projections(self.rows.weights, self.rows.labels, first=first)
         self._parts = {name: Part(self, name) for name in names[effects]}
         self._factors: dict[str, Tensor] = {}
@@ -139,7 +140,9 @@ class Means(Curvature):
         return rows.transpose(projections.expand(projections.coordinates(rows.apply(block))))
 
 
-def decompose(problem: Problem, *, effects: str = "four-way", first: str = "class") -> Decomposition:
+def decompose(
+    problem: Problem, *, effects: str = "four-way", first: str = "class", hold: bool = False
+) -> Decomposition:
     """Split G into parts made by averages over classes.
 
     Args:
@@ -147,6 +150,8 @@ def decompose(problem: Problem, *, effects: str = "four-way", first: str = "clas
         effects: "four-way": class, cross, within, true (Papyan 2020, JMLR 21:252, section 6);
             "two-way": class, logit, interaction, within, true, with cross = logit + interaction.
         first: "class" or "logit": which of the two effects takes what both could explain.
+        hold: keep features and errors of every layer in memory if they fit (`HeldRows`); products with the
+            parts then cost two thirds of a gradient, and means a third of one each.
 
     Returns:
         A mapping from names to operators that sum to G exactly, for unbalanced and absent classes and ragged
@@ -158,4 +163,4 @@ def decompose(problem: Problem, *, effects: str = "four-way", first: str = "clas
 
     Cost: one forward pass; the parts say what their products cost.
     """
-    return Decomposition(problem, effects, first)
+    return Decomposition(problem, effects, first, hold)

@@ -120,7 +120,14 @@ class Projections:
         return torch.stack(norms)
 
     def basis(self, part: str) -> Tensor:
-        """Orthonormal basis (C, C, r) of "class", "logit" or "true" in cell coordinates."""
+        """B (C, C, r) with Π = BBᵀ in cell coordinates: of orthonormal columns for "class", "logit" and "true".
+
+        "means" is all cells, r = C²; "cross" and "interaction" are C² columns of smaller rank.
+        """
+        if part in ("means", "cross", "interaction"):
+            cells = torch.eye(self.num_classes**2, dtype=self._root.dtype, device=self._root.device)
+            cells = cells.view(self.num_classes, self.num_classes, -1)
+            return cells if part == "means" else self.project_cells(part, cells)
         eye = torch.eye(self.num_classes, dtype=self._root.dtype, device=self._root.device)
         by_class = self._by_class[:, :, None] * eye[:, None, :]
         by_logit = self._by_logit[:, :, None] * eye[None, :, :]
@@ -133,7 +140,7 @@ class Projections:
             return (by_logit - torch.einsum("ckd,dr->ckr", by_class, self._mixing)) @ self._logit_mix
         if part == "class":
             return (by_class - torch.einsum("ckd,rd->ckr", by_logit, self._mixing)) @ self._logit_mix
-        raise OptionError(f"{part!r} has no small basis; there are 'class', 'logit' and 'true'.")
+        raise OptionError(f"{part!r} has no basis of cells.")
 
 
 def positive(weights: Tensor) -> Tensor:

@@ -1,0 +1,227 @@
+"""The exact spectrum of G and of its parts, from inner products of the gradients of few examples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deepspectra.errors import OptionError
+from deepspectra.operators.curvature import GaussNewton
+from deepspectra.operators.held import HeldRows
+from deepspectra.operators.parts import Decomposition, decompose
+from deepspectra.problem import Problem
+from deepspectra.results import Density, Eigenpairs, Provenance
+
+RANK_RTOL = 1e-6  # singular value of a part's coordinates that is more than rounding
+
+
+@dataclass(frozen=True)
+class GramSpectrum:
+    """All non-zero eigenvalues of G and of its parts, and what each eigenvector owes to which part.
+
+    Attributes:
+        values: (R,) of G, descending, float64; R = N (C − 1), or P if that is less. The other P − R are zero.
+        parts: name → non-zero eigenvalues of the part, descending.
+        part_names: the parts, in the order of `shares`.
+        shares: (R, parts) u_jᵀ B u_j / λ_j, rows sum to 1; NaN where λ_j is zero up to rounding.
+        seconds: wall-clock time spent.
+        provenance: where it came from.
+
+    Source: the Gram matrix has the spectrum of the second moment; Papyan 2019, arXiv 1901.08244, computes
+    densities only.
+    """
+
+    values: Tensor
+    parts: Mapping[str, Tensor]
+    part_names: tuple[str, ...]
+    shares: Tensor
+    seconds: float
+    provenance: Provenance
+    _coordinates: Mapping[str, Tensor] = field(repr=False)
+
+    @property
+    def traces(self) -> Tensor:
+        """(parts,) the traces of the parts."""
+        return torch.stack([self.parts[name].sum() for name in self.part_names])
+
+    @property
+    def density(self) -> Density:
+        """The spectral density of G, every node an eigenvalue and one node for all the zeros."""
+        return _density(self.values, self.provenance, self.seconds)
+
+    def knockout(self, *removed: str, method: str = "subtraction") -> Tensor:
+        """All eigenvalues (R,) of G without parts, descending.
+
+        Args:
+            removed: parts that are taken away: names of `parts` but "within", or "means" for all means.
+            method: "subtraction", G − B, or "projection", (I − QQᵀ) G (I − QQᵀ) with Q a basis of B.
+
+        Raises:
+            OptionError: a part that is not there, or another method.
+
+        Cost: the eigenvalues of a dense matrix (R, R).
+        """
+        if method not in ("subtraction", "projection"):
+            raise OptionError(f"method={method!r}; it is 'subtraction' or 'projection'.")
+        known = [name for name in (*self.part_names, "means") if name in self._coordinates]
+        if not removed or not set(removed) <= set(known):
+            raise OptionError(f"removed={removed}: name some of {', '.join(known)}.")
+        return _without(self.values, torch.cat([self._coordinates[name] for name in removed], 1), method)
+
+    def __str__(self) -> str:
+        total = float(self.values.sum())
+        rows = [f"{'':<12} {'trace':>11} {'share':>7} {'largest':>11}"]
+        for name in self.part_names:
+            values = self.parts[name]
+            largest = float(values[0]) if len(values) else 0.0
+            rows.append(
+                f"{name:<12} {float(values.sum()):>11.4g} {float(values.sum()) / total:>7.1%} {largest:>11.4g}"
+            )
+        rows.append(f"{'G':<12} {total:>11.4g} {1:>7.0%} {float(self.values[0]):>11.4g}")
+        rows.append(
+            f"exact spectrum of {self.provenance.operator}: {len(self.values):,} of {self.provenance.size:,} "
+            f"eigenvalues are not zero, {self.seconds:.3g} s"
+        )
+        return "\n".join(rows)
+
+
+def gram_spectrum(
+    problem: Problem,
+    *,
+    effects: str = "four-way",
+    first: str = "class",
+    dtype: torch.dtype = torch.float64,
+) -> GramSpectrum:
+    """All non-zero eigenvalues of G and of its parts at any number of parameters, for up to about 12,000 rows.
+
+    The Gram matrix A Aᵀ of the rows A, G = AᵀA, has G's non-zero eigenvalues, and averages over classes are
+    projections of its indices. It is summed over layers from features and errors, so that no Jacobian is stored.
+
+    Args:
+        problem: one with cross-entropy and class labels.
+        effects: "four-way" or "two-way", as in `decompose`.
+        first: as in `decompose`.
+        dtype: to compute in; float64 whatever the problem's own, unless given.
+
+    Raises:
+        LossError: the loss is not the cross-entropy of class labels.
+        MemoryBudgetError: R × R numbers, R = N (C − 1), do not fit memory.
+        CurvatureError: features and errors cannot be told apart by example.
+
+    Cost: C − 1 backward passes without weight gradients; inner products of R gradients, R²/2 times the cheaper
+    of a layer's size and T (T/C + 1) d_out for T positions; a dense eigendecomposition (R, R).
+    """
+    began = time.perf_counter()
+    parts = decompose(problem.to(dtype), effects=effects, first=first, hold=True)
+    return spectrum_of(EigenBasis(parts), began)
+
+
+class EigenBasis:
+    """G's eigenvectors in sample space: A Aᵀ = V Λ Vᵀ, of held rows.
+
+    In the coordinates of G's own eigenvectors, G is Λ and a part AᵀΠA with Π = BBᵀ is Φ Φᵀ, Φ = Λ^½ Vᵀ B.
+    """
+
+    def __init__(self, parts: Decomposition) -> None:
+        assert isinstance(parts.rows, HeldRows)
+        self.parts, self.rows = parts, parts.rows
+        values, vectors = torch.linalg.eigh(self.rows.gram())
+        num = min(len(values), parts.problem.num_parameters)
+        self.values = values.flip(0)[:num].clamp_min(0)
+        self.vectors = vectors.flip(1)[:, :num]
+        names = [name for name in parts if name != "within"]
+        self.coordinates = {name: self._coordinates(name) for name in (*names, "means")}
+
+    def _coordinates(self, name: str) -> Tensor:
+        projections = self.parts.projections
+        basis = self.rows.complement.reduce(projections.expand(projections.basis(name)))
+        return self.values.sqrt()[:, None] * (self.vectors.T @ basis.flatten(0, 1))
+
+    def pairs(self, num: int, began: float) -> Eigenpairs:
+        """The largest eigenpairs of G; residual norms are upper bounds from A u against √λ v.
+
+        Cost: two thirds of a gradient a pair.
+        """
+        values, v = self.values[:num], self.vectors[:, :num]
+        shape = (len(self.rows.labels), -1, v.shape[1])
+        carried = self.rows.complement.expand((v / values.sqrt()).view(shape))
+        vectors = self.rows.transpose(carried)
+        pushed = self.rows.complement.reduce(self.rows.apply(vectors)).double().flatten(0, 1)
+        missed = (pushed - v * values.sqrt()).norm(dim=0) * values[0].sqrt()
+        return Eigenpairs(
+            values=values.cpu(),
+            vectors=vectors,
+            residual_norms=missed.cpu(),
+            converged=True,
+            num_products=0,
+            seconds=time.perf_counter() - began,
+            which="largest",
+            rtol=float((missed / values).max()),
+            provenance=self._provenance(),
+        )
+
+    def _provenance(self) -> Provenance:
+        return Provenance.of(GaussNewton(self.parts.problem))
+
+
+def spectrum_of(basis: EigenBasis, began: float) -> GramSpectrum:
+    """What the eigenbasis says of G and its parts."""
+    values, names = basis.values.cpu(), tuple(basis.parts)
+    coordinates = {name: phi.cpu() for name, phi in basis.coordinates.items()}
+    tiny = torch.finfo(basis.parts.problem.dtype).eps * len(values) * values[0]
+    spectra, squares = {}, []
+    for name in names:
+        if name == "within":
+            found = _without(values, coordinates["means"], "subtraction")
+            spectra[name] = found[found > tiny]
+            squares.append(values - coordinates["means"].square().sum(1))
+        else:
+            phi = coordinates[name]
+            gram = phi.T @ phi if phi.shape[1] <= len(phi) else phi @ phi.T
+            found = torch.linalg.eigvalsh(gram).flip(0)
+            spectra[name] = found[found > tiny]
+            squares.append(phi.square().sum(1))
+    shares = torch.stack(squares, 1) / values.where(values > tiny, torch.nan)[:, None]
+    return GramSpectrum(
+        values=values,
+        parts=spectra,
+        part_names=names,
+        shares=shares,
+        seconds=time.perf_counter() - began,
+        provenance=basis._provenance(),
+        _coordinates=coordinates,
+    )
+
+
+def _without(values: Tensor, phi: Tensor, method: str) -> Tensor:
+    """Eigenvalues of Λ − ΦΦᵀ, or of Λ with the range of Φ projected out, descending."""
+    if method == "subtraction":
+        left = torch.diag(values) - phi @ phi.T
+    else:
+        inner, singular, _ = torch.linalg.svd(phi, full_matrices=False)
+        q = inner[:, singular > RANK_RTOL * singular.max().clamp_min(1e-300)]
+        half = torch.diag(values.sqrt()) - q @ (q.T * values.sqrt())  # (I − QQᵀ) Λ^½
+        left = half @ half.T
+    return torch.linalg.eigvalsh(left).flip(0).clamp_min(0)
+
+
+def _density(values: Tensor, provenance: Provenance, seconds: float) -> Density:
+    size = provenance.size
+    rest = size - len(values)
+    nodes = torch.cat([values, values.new_zeros(rest > 0)])
+    weights = torch.cat([torch.full_like(values, 1 / size), values.new_full((int(rest > 0),), rest / size)])
+    return Density(
+        nodes=nodes,
+        weights=weights,
+        probes=torch.full((len(nodes),), -1),
+        num_probes=0,
+        num_steps=len(nodes),
+        deflation_residual=0.0,
+        num_products=0,
+        seconds=seconds,
+        provenance=provenance,
+    )

@@ -1,0 +1,265 @@
+"""Gradients as rows held layer by layer, as features and errors: products, averages and inner products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from deepspectra import capture
+from deepspectra.errors import MemoryBudgetError
+from deepspectra.losses import CrossEntropy
+from deepspectra.operators.projections import Projections
+from deepspectra.operators.rows import GradientRows
+from deepspectra.problem import Problem
+
+SAMPLE_ROWS = 3  # examples on which the uses of parameters are understood
+BLOCK_BYTES = 2**28  # of gradients that are formed at a time
+BLOCK_ROWS = 512  # of a Gram matrix, of which the lower half is computed block by block
+FORMED_OVERHEAD = 1.15  # of multiplying formed gradients, for forming them
+
+
+class Complement:
+    """Orthonormal coordinates of R^C without √p_i, one example each: C − 1 scalars carry all of A's rows of i.
+
+    Σ_k √w_{i,k} a_{i,k} = 0, so nothing is lost and products, inner products and spectra stay what they are. By
+    a Householder reflection that takes √p_i to the first axis.
+    """
+
+    def __init__(self, probabilities: Tensor) -> None:
+        self.root = probabilities.sqrt()
+        self.normal = self.root.clone()
+        self.normal[:, 0] += 1
+        self.scale = 1 / self.normal[:, 0]
+
+    def reduce(self, rows: Tensor) -> Tensor:
+        """(N, C, K) → (N, C − 1, K)."""
+        return self._reflect(rows)[:, 1:]
+
+    def expand(self, reduced: Tensor) -> Tensor:
+        """(N, C − 1, K) → (N, C, K)."""
+        return self._reflect(torch.cat([torch.zeros_like(reduced[:, :1]), reduced], 1))
+
+    def basis(self) -> Tensor:
+        """(N, C, C − 1)."""
+        size = self.root.shape[1]
+        eye = torch.eye(size, dtype=self.root.dtype, device=self.root.device)
+        return self._reflect(eye.expand(len(self.root), size, size))[:, :, 1:]
+
+    def _reflect(self, rows: Tensor) -> Tensor:
+        normal, scale = self.normal.to(rows), self.scale.to(rows)
+        along = torch.einsum("nc,nck->nk", normal, rows) * scale[:, None]
+        return rows - normal[:, :, None] * along[:, None]
+
+
+class HeldRows(GradientRows):
+    """The rows A of `GradientRows`, held as the features and errors of every use of a parameter.
+
+    C − 1 scalars an example stand for its C rows. Memory: about C − 1 times the activations of a forward pass
+    over all the data; if a third of the problem's memory does not hold them, products go through the network.
+
+    Raises:
+        LossError: not the cross-entropy of class labels.
+        CurvatureError: rows not spread evenly over examples, or operations that differ between batches.
+
+    Cost: a forward and C − 1 backward passes without weight gradients; then a third of a gradient a column.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.complement = Complement(self.probabilities)
+        self.plan = capture.plan(problem, problem.sample(SAMPLE_ROWS, torch.float64), self._weigh)
+        self.held: list[list[capture.Use]] = []
+        self.limit = problem.memory // 3
+        self.sizes_by_name: dict[str, int] = {}  # bytes of features and errors of all the data, estimated
+
+    @property
+    def num_reduced(self) -> int:
+        """R = N (C − 1)."""
+        return self.weights.shape[0] * (self.weights.shape[1] - 1)
+
+    def hold(self) -> bool:
+        """Bring features and errors into memory; False if they do not fit."""
+        if not self.held:
+            captured = self._captured(None)
+            first = next(captured)
+            self._estimate(first)
+            if sum(self.sizes_by_name.values()) <= self.limit:
+                self.held = [first, *captured]
+        return bool(self.held)
+
+    def release(self) -> None:
+        """Drop them; products go through the network again."""
+        self.held = []
+
+    def _estimate(self, uses: list[capture.Use]) -> None:
+        scale = len(self.labels) / self.sizes[0]
+        for use in uses:
+            name = use.slice.name
+            self.sizes_by_name[name] = self.sizes_by_name.get(name, 0) + int(scale * use.num_bytes)
+
+    def _captured(self, names: frozenset[str] | None) -> Iterator[list[capture.Use]]:
+        for batch in self.problem.batches:
+            yield capture.capture(self.problem, batch, self.plan, self._weigh, names)
+
+    def _weigh(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cotangents (n, C, C − 1) of the scalars: Σ_k U_{k,a} √w_{i,k} (p_i − y_k) = −√w_i ∘ U_a."""
+        loss = self.problem.loss_function
+        assert isinstance(loss, CrossEntropy)
+        p = outputs.double().softmax(-1)
+        curvature = loss.curvature_weights(outputs, targets).double() / self.problem.total_weight
+        scaled = -(curvature[:, None] * p).sqrt()[:, :, None] * Complement(p).basis()
+        return scaled.to(outputs)
+
+    def apply(self, block: Tensor) -> Tensor:
+        """A V: (N, C, K). Cost: a third of a gradient a column."""
+        if not self.held:
+            return super().apply(block)
+        return self.complement.expand(torch.cat([self._push(uses, block) for uses in self.held]))
+
+    def _push(self, uses: list[capture.Use], block: Tensor) -> Tensor:
+        """(n, C − 1, K) for one batch."""
+        pieces = [use.push(self._tangents(use.slice, block)) for use in uses]
+        total = torch.stack(pieces).sum(0) if pieces else block.new_zeros(0)
+        return total.reshape(-1, self.weights.shape[1] - 1, block.shape[1])
+
+    def _tangents(self, found: capture.Slice, block: Tensor) -> Tensor:
+        start = self.starts[found.name] + found.start
+        return block[start : start + found.numel].T.reshape(-1, *found.shape)
+
+    @property
+    def starts(self) -> dict[str, int]:
+        """Where each parameter begins in the vector."""
+        starts, at = {}, 0
+        for name, value in self.problem.parameters.items():
+            starts[name] = at
+            at += value.numel()
+        return starts
+
+    def transpose(self, rows: Tensor) -> Tensor:
+        """Aᵀ α for α (N, C, K): (P, K). Cost: a third of a gradient a column, of the examples where α is not 0."""
+        if not self.held:
+            return super().transpose(rows)
+        total = self.products.zeros(rows.shape[-1])
+        reduced = self.complement.reduce(rows)
+        for uses, part in zip(self.held, torch.split(reduced, self.sizes), strict=True):
+            num_examples = uses[0].num_examples
+            mixed = part.reshape(num_examples, -1, part.shape[-1])
+            patterns, which = mixed.any(1).unique(dim=1, return_inverse=True)
+            for index, live in enumerate(patterns.T):
+                (columns,) = (which == index).nonzero(as_tuple=True)
+                if not bool(live.any()):
+                    continue
+                (chosen,) = live.nonzero(as_tuple=True)
+                self._pull(total, uses, mixed[chosen][:, :, columns], chosen, columns)
+        return total.T
+
+    def _pull(
+        self, total: Tensor, uses: list[capture.Use], mixed: Tensor, chosen: Tensor, columns: Tensor
+    ) -> None:
+        every = len(chosen) == uses[0].num_examples
+        for use in uses:
+            start = self.starts[use.slice.name] + use.slice.start
+            piece = use.pull(mixed.to(use.errors), slice(None) if every else chosen).reshape(len(columns), -1)
+            total[columns, start : start + use.slice.numel] += piece.to(total)
+
+    def factor(self, projections: Projections, basis: Tensor) -> Tensor:
+        """Aᵀ B for a basis B given in cell coordinates (C, C, r): (P, r)."""
+        if not self.held:
+            return super().factor(projections, basis)
+        return self.transpose(projections.expand(basis))
+
+    # inner products of rows
+
+    def gram(self) -> Tensor:
+        """(R, R) float64, inner products of the R = N (C − 1) reduced rows, example by example.
+
+        Each stretch of a parameter by the cheaper of two ways: gradients formed and multiplied, or inner
+        products of features and of errors. What is not held is captured group by group of parameters.
+
+        Raises:
+            MemoryBudgetError: one parameter's features and errors, or the matrix, do not fit memory.
+        """
+        size = 3 * 8 * self.num_reduced**2
+        if size > self.problem.memory:
+            raise MemoryBudgetError(
+                f"the Gram matrix of {self.num_reduced:,} rows and its eigenvectors take {size / 2**30:.1f} GiB; "
+                f"memory is {self.problem.memory / 2**30:.1f} GiB. Take fewer examples, or raise memory."
+            )
+        if self.hold():
+            return _gram(self.held)
+        total = torch.zeros(self.num_reduced, self.num_reduced, dtype=torch.float64, device=self.problem.device)
+        for group in self._groups():
+            total += _gram(list(self._captured(group)))
+        return total
+
+    def _groups(self) -> list[frozenset[str]]:
+        """Parameters whose features and errors fit memory together, in order."""
+        groups: list[list[str]] = []
+        used = self.limit + 1
+        for name, size in self.sizes_by_name.items():
+            if size > self.limit:
+                raise MemoryBudgetError(
+                    f"features and errors of {name!r} take about {size / 2**30:.2f} GiB and a third of memory is "
+                    f"{self.limit / 2**30:.2f} GiB. Raise memory, or take fewer examples."
+                )
+            if used + size > self.limit:
+                groups.append([])
+                used = 0
+            groups[-1].append(name)
+            used += size
+        return [frozenset(group) for group in groups]
+
+
+def _gram(held: list[list[capture.Use]]) -> Tensor:
+    sizes = [uses[0].num_examples * uses[0].errors.shape[1] for uses in held]
+    like = held[0][0].errors
+    total = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64, device=like.device)
+    stretches = dict.fromkeys((use.slice.name, use.slice.start, use.slice.shape) for uses in held for use in uses)
+    for stretch in stretches:
+        mine = [
+            [use for use in uses if (use.slice.name, use.slice.start, use.slice.shape) == stretch]
+            for uses in held
+        ]
+        if _prefers_inner(mine):
+            _add_inner(total, mine, sizes)
+        else:
+            _add_formed(total, mine)
+    lower = total.tril(-1)
+    return total.tril() + lower.T
+
+
+def _prefers_inner(mine: list[list[capture.Use]]) -> bool:
+    uses = [use for batch in mine for use in batch]
+    if len({(type(use), use.slice.transposed) for use in uses}) > 1:  # tied parameters: of different kinds
+        return False
+    each = len(mine[0])
+    return each**2 * max(use.inner_cost() for use in uses) < FORMED_OVERHEAD * uses[0].slice.numel
+
+
+def _add_inner(total: Tensor, mine: list[list[capture.Use]], sizes: list[int]) -> None:
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    for i, first in enumerate(mine):
+        for j, second in enumerate(mine[: i + 1]):
+            block = total[starts[i] : starts[i] + sizes[i], starts[j] : starts[j] + sizes[j]]
+            for use in first:
+                for other in second:
+                    block += use.inner(other)
+
+
+def _add_formed(total: Tensor, mine: list[list[capture.Use]]) -> None:
+    some = mine[0][0]
+    rows = some.slice.shape[0] if some.slice.shape else 1
+    width = max(1, BLOCK_BYTES // (len(total) * max(1, some.slice.numel // rows) * some.errors.element_size()))
+    for start in range(0, rows, width):
+        chunk = slice(start, min(start + width, rows))
+        formed = torch.cat([sum_of([use.formed(chunk) for use in uses]).flatten(0, 1) for uses in mine])
+        for top in range(0, len(total), BLOCK_ROWS):
+            some_rows = formed[top : top + BLOCK_ROWS]
+            total[top : top + BLOCK_ROWS, : top + BLOCK_ROWS] += some_rows @ formed[: top + BLOCK_ROWS].T
+
+
+def sum_of(pieces: list[Tensor]) -> Tensor:
+    """Their sum."""
+    return pieces[0] if len(pieces) == 1 else torch.stack(pieces).sum(0)

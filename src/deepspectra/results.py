@@ -152,9 +152,10 @@ class Density:
     Attributes:
         nodes: (M,) float64; an eigenvalue or a quadrature node.
         weights: (M,) non-negative, sum to 1.
-        probes: (M,) which probe a node belongs to; −1 for an eigenvalue known by itself, of weight 1/P.
-        num_probes: random probes averaged over.
-        num_steps: Krylov steps a probe was given.
+        probes: (M,) which probe a node belongs to; −1 for an eigenvalue known by itself, of weight 1/P, or for all
+            zeros of a spectrum that is known exactly.
+        num_probes: random probes averaged over; 0 for a spectrum that is known exactly.
+        num_steps: Krylov steps a probe was given; the resolution at which an exact spectrum is drawn.
         deflation_residual: the largest ‖A v − λ v‖/|λ| of the deflated pairs, 0 without.
         num_products: products spent.
         seconds: wall-clock time spent.
@@ -188,7 +189,9 @@ class Density:
 
     @property
     def mean_standard_error(self) -> float:
-        """Of `mean`, over probes; NaN with one."""
+        """Of `mean`, over probes; NaN with one, 0 for an exact spectrum."""
+        if not self.num_probes:
+            return 0.0
         _, *rows = self._rows_by_probe()
         return float(
             _standard_error(self.num_probes * torch.stack([self.nodes[r] @ self.weights[r] for r in rows]))
@@ -214,6 +217,8 @@ class Density:
         uniform. It is 0 where exact eigenvalues enclose `x`.
         """
         above = torch.where(self.nodes > x, self.weights, 0.0)
+        if not self.num_probes:
+            return float(self.size * above.sum()), 0.0
         exact, *rows = self._rows_by_probe()
         counts = torch.stack([above[r].sum() for r in rows]) * self.num_probes * self.size
         jumps = torch.stack([self._jump(x, exact, r) for r in rows]).mean() * self.num_probes * self.size
@@ -270,7 +275,9 @@ class Density:
         if scale == "log":
             positions = (self.nodes.abs() + epsilon * self.nodes.abs().max().clamp_min(TINY)).log10()
         else:
-            first, last = _bulk(self.nodes[shown], self.weights[shown], self.num_steps)
+            body = shown & ((self.nodes != 0) | (self.num_probes > 0))  # zeros known as such are no bulk
+            body = body if bool(body.any()) else shown
+            first, last = _bulk(self.nodes[body], self.weights[body], self.num_steps)
             shown &= (self.nodes >= first) & (self.nodes <= last)
         low, high = positions[shown].aminmax()
         width = width or _default_width(float(low), float(high), self.num_steps)
@@ -280,10 +287,11 @@ class Density:
         weights = torch.where(shown, self.weights, 0.0)
         curves = torch.stack([_broaden(grid, positions[r], weights[r], width) for r in self._rows_by_probe()])
         exact, probes = curves[0], curves[1:] * self.num_probes
+        known = not self.num_probes
         return Curve(
             grid=10**grid if scale == "log" else grid,
-            density=exact + probes.mean(0),
-            standard_error=_standard_error(probes),
+            density=exact if known else exact + probes.mean(0),
+            standard_error=torch.zeros_like(grid) if known else _standard_error(probes),
             scale=scale,
             width=width,
             mass=float(weights.sum()),
@@ -303,12 +311,17 @@ class Density:
             f"{'mean eigenvalue':<26} {self.mean:>12.5g}",
             f"{'mass below zero':<26} {negative:>12.4g}",
             f"{'eigenvalues known exactly':<26} {len(self.exact):>12,} of {self.size:,}",
-            f"density of {self.provenance.operator}: {self.num_probes} probes × {self.num_steps} steps, "
-            + ("no error band from one probe" if self.num_probes == 1 else "error band over probes")
+            f"density of {self.provenance.operator}: {self._how()}"
             + (f", deflated pairs to {self.deflation_residual:.1e}" if self.deflation_residual else "")
             + f", {_cost(self.num_products, self.seconds)}",
         ]
         return "\n".join(rows)
+
+    def _how(self) -> str:
+        if not self.num_probes:
+            return "exact"
+        band = "no error band from one probe" if self.num_probes == 1 else "error band over probes"
+        return f"{self.num_probes} probes × {self.num_steps} steps, {band}"
 
 
 @dataclass(frozen=True)

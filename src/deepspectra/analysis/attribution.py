@@ -128,6 +128,7 @@ def attribute(
     *,
     pairs: Eigenpairs | None = None,
     basis: Krylov | None = None,
+    shares: Tensor | None = None,
     margin: float = MARGIN,
     rtol: float = 1e-2,
     max_products: int | None = None,
@@ -152,6 +153,7 @@ def attribute(
         pairs: its top eigenpairs; by default the largest C + 3 are computed.
         basis: the Krylov basis that `explore` found them with; it goes on growing here. Without it the subspace
             starts from the pairs alone and the edge is computed anew.
+        shares: of `pair_shares(parts, pairs)`, if they are known.
         margin: see above.
         rtol: of the eigenpairs computed here.
         max_products: to spend on knock-outs; 2C−1 unless given.
@@ -200,7 +202,7 @@ def attribute(
         ]
     finally:
         parts.forget_means()
-    shares = pair_shares(parts, pairs)
+    shares = pair_shares(parts, pairs) if shares is None else shares
     return Attribution(
         values=pairs.values,
         residual_norms=pairs.residual_norms,

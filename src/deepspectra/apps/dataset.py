@@ -82,23 +82,35 @@ def _per_pair(found: Findings, values: dict[str, torch.Tensor]) -> np.ndarray:
 
 
 def _pairs(found: Findings) -> Variables:
-    threshold = found.attribution.threshold
+    thresholds = np.array([_threshold(found, name) for name in OPERATORS[:2]] + [math.nan])
     values = _per_pair(found, {name: pairs.values for name, pairs in found.pairs.items()})
     residuals = _per_pair(found, {name: pairs.residual_norms for name, pairs in found.pairs.items()})
-    outliers = values > threshold
+    outliers = values > thresholds[:, None]
     dims = ("operator", "pair")
     return {
         "eigenvalue": (dims, values),
         "residual_norm": (dims, residuals),
         "is_outlier": (dims, outliers.astype(np.int8)),
         "num_outliers": (("operator",), np.where(np.isnan(values).all(1), np.nan, outliers.sum(1))),
-        "bulk_edge": (("operator",), np.array([found.attribution.bulk_edge, np.nan, np.nan])),
-        "outlier_threshold": (("operator",), np.array([threshold, threshold, np.nan])),
+        "bulk_edge": (("operator",), _edges(found)),
+        "outlier_threshold": (("operator",), thresholds),
         "converged": (
             ("operator",),
             np.array([float(found.pairs[n].converged) if n in found.pairs else np.nan for n in OPERATORS]),
         ),
     }
+
+
+def _edges(found: Findings) -> np.ndarray:
+    """The largest eigenvalue without any mean, of each operator; of G where its spectrum is exact."""
+    exact = math.nan if found.exact is None else float(found.exact.parts["within"][0])
+    return np.array([found.attribution.bulk_edge, exact, math.nan])
+
+
+def _threshold(found: Findings, name: str) -> float:
+    """Above which eigenvalues of H or G are outliers: G's own if its edge is known, else H's."""
+    edge = _edges(found)[OPERATORS.index(name)]
+    return found.attribution.threshold if math.isnan(edge) else found.attribution.margin * float(edge)
 
 
 def _shares(found: Findings) -> Variables:
@@ -109,7 +121,7 @@ def _shares(found: Findings) -> Variables:
     for name, table in found.shares.items():
         o = OPERATORS.index(name)
         shares[o, : len(table)] = table
-        above = (found.pairs[name].values.cpu() > found.attribution.threshold).numpy()
+        above = (found.pairs[name].values.cpu() > _threshold(found, name)).numpy()
         if above.any():
             means[o] = table.numpy()[above].mean(0)
     return {
@@ -123,7 +135,7 @@ def _knockout_names(found: Findings) -> list[str]:
 
 
 def _knockouts(found: Findings) -> Variables:
-    """Of H; NaN for the methods and operators not run."""
+    """Of H, and of G where its spectrum is exact; NaN for the methods and operators not run."""
     names, methods = _knockout_names(found), ("subtraction", "projection")
     most = max(len(pairs.values) for pairs in found.pairs.values())
     values = np.full((len(OPERATORS), len(names), len(methods), most), np.nan)
@@ -135,6 +147,13 @@ def _knockouts(found: Findings) -> Variables:
         size = len(knockout.values)
         values[at][:size], residuals[at][:size] = knockout.values, knockout.residual_norms
         counts[at], upper[at] = knockout.num_outliers, knockout.num_outliers_at_most
+        if found.exact is None:
+            continue
+        left = found.exact.knockout(*knockout.removed, method=knockout.method) if knockout.removed else None
+        left = found.exact.values if left is None else left
+        at, size = (1, *at[1:]), min(most, len(left))
+        values[at][:size], residuals[at][:size] = left[:size], 0
+        counts[at] = upper[at] = int((left > _threshold(found, "gauss_newton")).sum())
     dims = ("operator", "knockout", "method")
     return {
         "knockout_value": ((*dims, "pair"), values),

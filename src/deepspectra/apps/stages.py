@@ -17,18 +17,21 @@ from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.lanczos import Krylov, basis_capacity
 from deepspectra.algorithms.subspace import overlap
 from deepspectra.analysis.attribution import Attribution, attribute, pair_shares, squared_norms
+from deepspectra.analysis.gram import EigenBasis, GramSpectrum, spectrum_of
 from deepspectra.analysis.means import subspace_of
 from deepspectra.apps.ledger import Ledger
 from deepspectra.errors import ConvergenceWarning
 from deepspectra.operators.base import Operator
 from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
+from deepspectra.operators.held import HeldRows
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem import Problem
-from deepspectra.products import products_of
+from deepspectra.products import Products, products_of
 from deepspectra.results import Density, Eigenpairs
 
 LETTERS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
 TRACE_PROBES = 4
+EXACT_ROWS = 3000  # up to which G's spectrum is computed exactly
 FEWEST_STEPS = 4  # of a density that is worth having
 
 
@@ -58,6 +61,7 @@ class Findings:
         overlaps: (level, operator) → overlap with the top eigenspace of dimension `dimensions[level]`.
         shares: operator → (pairs, parts).
         part_traces: (2, parts), traces of G's parts and their standard errors.
+        exact: all eigenvalues of G and its parts, if the gradients are few enough.
         doubts: convergence warnings, word for word.
     """
 
@@ -76,6 +80,7 @@ class Findings:
     overlaps: dict[tuple[str, str], float] = field(default_factory=dict)
     shares: dict[str, Tensor] = field(default_factory=dict)
     doubts: list[str] = field(default_factory=list)
+    exact: GramSpectrum | None = None
     parts: Decomposition = field(init=False)
     attribution: Attribution = field(init=False)
     part_traces: Tensor = field(init=False)
@@ -104,14 +109,18 @@ def run(
         hessian = Hessian(problem)
     basis = _find_pairs(found, "hessian", hessian, num)
     with ledger.stage("class structure"):
-        found.parts = decompose(problem, effects="two-way")
+        found.parts = decompose(problem, effects="two-way", hold=_is_small(problem))
+        exact = _holds(found.parts, products)
     _average(found)
+    if exact:
+        _find_exact(found, num)
     with ledger.stage("attribution of H") as report, _noting(found.doubts):
         found.attribution = attribute(
             hessian,
             found.parts,
             pairs=found.pairs["hessian"],
             basis=basis,
+            shares=found.shares.get("hessian"),
             max_products=effort.knockout_products,
             seed=seed,
             progress=report,
@@ -121,17 +130,51 @@ def run(
     products.release()
     _find_density(found, "residual", Residual(problem), probes, steps)
     products.release()
-    gauss_newton = GaussNewton(problem)
-    _find_pairs(found, "gauss_newton", gauss_newton, num)
-    _find_density(found, "gauss_newton", gauss_newton, probes, steps)
-    with ledger.stage("shares of G") as report:
+    if not exact:
         found.shares["hessian"] = found.attribution.pair_shares
-        found.shares["gauss_newton"] = pair_shares(found.parts, found.pairs["gauss_newton"])
-        found.part_traces = _part_traces(found.parts, found.pairs["gauss_newton"], found.shares, seed)
-        report(0, None)
-    products.release()
+        _find_by_products(found, num, probes, steps)
     _overlap(found)
     return found
+
+
+def _is_small(problem: Problem) -> bool:
+    return problem.num_examples * (problem.num_classes - 1) <= EXACT_ROWS
+
+
+def _holds(parts: Decomposition, products: Products) -> bool:
+    """Whether features and errors of every layer are now held; the graphs make room for them."""
+    if not isinstance(parts.rows, HeldRows):
+        return False
+    products.release()
+    return parts.rows.hold()
+
+
+def _find_exact(found: Findings, num: int) -> None:
+    """The whole spectrum of G, its pairs and its parts from inner products of gradients; shares of H's pairs."""
+    assert isinstance(found.parts.rows, HeldRows)
+    began = time.perf_counter()
+    with found.ledger.stage("exact spectrum of G"):
+        basis = EigenBasis(found.parts)
+        found.exact = spectrum_of(basis, began)
+        found.densities["gauss_newton"] = found.exact.density
+        found.pairs["gauss_newton"] = basis.pairs(min(num, len(basis.values)), began)
+        found.part_traces = torch.stack([found.exact.traces, torch.zeros_like(found.exact.traces)])
+        shares = found.exact.shares[:num]
+        found.shares["gauss_newton"] = torch.cat([shares, 1 - shares.sum(1, keepdim=True)], 1)
+    with found.ledger.stage("shares of H"):
+        found.shares["hessian"] = pair_shares(found.parts, found.pairs["hessian"])
+    found.parts.rows.release()
+
+
+def _find_by_products(found: Findings, num: int, probes: int, steps: int) -> None:
+    """Pairs and density of G by products, and what its parts have of them."""
+    gauss_newton = GaussNewton(found.problem)
+    _find_pairs(found, "gauss_newton", gauss_newton, num)
+    _find_density(found, "gauss_newton", gauss_newton, probes, steps)
+    with found.ledger.stage("shares of G"):
+        found.shares["gauss_newton"] = pair_shares(found.parts, found.pairs["gauss_newton"])
+        found.part_traces = _part_traces(found.parts, found.pairs["gauss_newton"], found.shares, found.seed)
+    gauss_newton.products.release()
 
 
 def _measure_gradient(found: Findings) -> None:

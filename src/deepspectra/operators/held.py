@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -13,10 +15,12 @@ from deepspectra.losses import CrossEntropy
 from deepspectra.operators.projections import Projections
 from deepspectra.operators.rows import GradientRows
 from deepspectra.problem import Problem
+from deepspectra.uses import Slice, Use
 
 SAMPLE_ROWS = 3  # examples on which the uses of parameters are understood
 BLOCK_BYTES = 2**28  # of gradients that are formed at a time
-BLOCK_ROWS = 512  # of a Gram matrix, of which the lower half is computed block by block
+EXAMPLES = 16  # whose inner products with as many others are computed together
+BLOCK_ROWS = 256  # of a Gram matrix, of which the lower half is computed block by block
 FORMED_OVERHEAD = 1.15  # of multiplying formed gradients, for forming them
 
 
@@ -70,7 +74,7 @@ class HeldRows(GradientRows):
         super().__init__(problem)
         self.complement = Complement(self.probabilities)
         self.plan = capture.plan(problem, problem.sample(SAMPLE_ROWS, torch.float64), self._weigh)
-        self.held: list[list[capture.Use]] = []
+        self.held: list[list[Use]] = []
         self.limit = problem.memory // 3
         self.sizes_by_name: dict[str, int] = {}  # bytes of features and errors of all the data, estimated
 
@@ -93,13 +97,13 @@ class HeldRows(GradientRows):
         """Drop them; products go through the network again."""
         self.held = []
 
-    def _estimate(self, uses: list[capture.Use]) -> None:
+    def _estimate(self, uses: list[Use]) -> None:
         scale = len(self.labels) / self.sizes[0]
         for use in uses:
             name = use.slice.name
             self.sizes_by_name[name] = self.sizes_by_name.get(name, 0) + int(scale * use.num_bytes)
 
-    def _captured(self, names: frozenset[str] | None) -> Iterator[list[capture.Use]]:
+    def _captured(self, names: frozenset[str] | None) -> Iterator[list[Use]]:
         for batch in self.problem.batches:
             yield capture.capture(self.problem, batch, self.plan, self._weigh, names)
 
@@ -118,13 +122,13 @@ class HeldRows(GradientRows):
             return super().apply(block)
         return self.complement.expand(torch.cat([self._push(uses, block) for uses in self.held]))
 
-    def _push(self, uses: list[capture.Use], block: Tensor) -> Tensor:
+    def _push(self, uses: list[Use], block: Tensor) -> Tensor:
         """(n, C − 1, K) for one batch."""
         pieces = [use.push(self._tangents(use.slice, block)) for use in uses]
         total = torch.stack(pieces).sum(0) if pieces else block.new_zeros(0)
         return total.reshape(-1, self.weights.shape[1] - 1, block.shape[1])
 
-    def _tangents(self, found: capture.Slice, block: Tensor) -> Tensor:
+    def _tangents(self, found: Slice, block: Tensor) -> Tensor:
         start = self.starts[found.name] + found.start
         return block[start : start + found.numel].T.reshape(-1, *found.shape)
 
@@ -146,7 +150,7 @@ class HeldRows(GradientRows):
         for uses, part in zip(self.held, torch.split(reduced, self.sizes), strict=True):
             num_examples = uses[0].num_examples
             mixed = part.reshape(num_examples, -1, part.shape[-1])
-            patterns, which = mixed.any(1).unique(dim=1, return_inverse=True)
+            patterns, which = torch.unique(mixed.any(1), dim=1, return_inverse=True)
             for index, live in enumerate(patterns.T):
                 (columns,) = (which == index).nonzero(as_tuple=True)
                 if not bool(live.any()):
@@ -155,13 +159,12 @@ class HeldRows(GradientRows):
                 self._pull(total, uses, mixed[chosen][:, :, columns], chosen, columns)
         return total.T
 
-    def _pull(
-        self, total: Tensor, uses: list[capture.Use], mixed: Tensor, chosen: Tensor, columns: Tensor
-    ) -> None:
-        every = len(chosen) == uses[0].num_examples
+    def _pull(self, total: Tensor, uses: list[Use], mixed: Tensor, chosen: Tensor, columns: Tensor) -> None:
+        first, last = int(chosen[0]), int(chosen[-1]) + 1
+        some = slice(first, last) if last - first == len(chosen) else chosen  # a slice is not copied
         for use in uses:
             start = self.starts[use.slice.name] + use.slice.start
-            piece = use.pull(mixed.to(use.errors), slice(None) if every else chosen).reshape(len(columns), -1)
+            piece = use.pull(mixed.to(use.errors), some).reshape(len(columns), -1)
             total[columns, start : start + use.slice.numel] += piece.to(total)
 
     def factor(self, projections: Projections, basis: Tensor) -> Tensor:
@@ -189,7 +192,9 @@ class HeldRows(GradientRows):
             )
         if self.hold():
             return _gram(self.held)
-        total = torch.zeros(self.num_reduced, self.num_reduced, dtype=torch.float64, device=self.problem.device)
+        total = torch.zeros(
+            self.num_reduced, self.num_reduced, dtype=torch.float64, device=self.problem.device
+        )
         for group in self._groups():
             total += _gram(list(self._captured(group)))
         return total
@@ -212,11 +217,13 @@ class HeldRows(GradientRows):
         return [frozenset(group) for group in groups]
 
 
-def _gram(held: list[list[capture.Use]]) -> Tensor:
+def _gram(held: list[list[Use]]) -> Tensor:
     sizes = [uses[0].num_examples * uses[0].errors.shape[1] for uses in held]
     like = held[0][0].errors
     total = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64, device=like.device)
-    stretches = dict.fromkeys((use.slice.name, use.slice.start, use.slice.shape) for uses in held for use in uses)
+    stretches = dict.fromkeys(
+        (use.slice.name, use.slice.start, use.slice.shape) for uses in held for use in uses
+    )
     for stretch in stretches:
         mine = [
             [use for use in uses if (use.slice.name, use.slice.start, use.slice.shape) == stretch]
@@ -230,7 +237,7 @@ def _gram(held: list[list[capture.Use]]) -> Tensor:
     return total.tril() + lower.T
 
 
-def _prefers_inner(mine: list[list[capture.Use]]) -> bool:
+def _prefers_inner(mine: list[list[Use]]) -> bool:
     uses = [use for batch in mine for use in batch]
     if len({(type(use), use.slice.transposed) for use in uses}) > 1:  # tied parameters: of different kinds
         return False
@@ -238,20 +245,31 @@ def _prefers_inner(mine: list[list[capture.Use]]) -> bool:
     return each**2 * max(use.inner_cost() for use in uses) < FORMED_OVERHEAD * uses[0].slice.numel
 
 
-def _add_inner(total: Tensor, mine: list[list[capture.Use]], sizes: list[int]) -> None:
-    starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    for i, first in enumerate(mine):
-        for j, second in enumerate(mine[: i + 1]):
-            block = total[starts[i] : starts[i] + sizes[i], starts[j] : starts[j] + sizes[j]]
-            for use in first:
-                for other in second:
-                    block += use.inner(other)
+def _add_inner(total: Tensor, mine: list[list[Use]], sizes: list[int]) -> None:
+    """The lower half, some examples by some: small blocks that stay in the cache."""
+    inner = mine[0][0].inner
+    pieces: list[tuple[slice, list[tuple[Tensor, Tensor]]]] = []
+    for uses, end in zip(mine, itertools.accumulate(sizes), strict=True):
+        num, scalars, *rest = uses[0].errors.shape
+        step = max(EXAMPLES, BLOCK_ROWS // (scalars * math.prod(rest[1:])))
+        factors = [use.factors() for use in uses]
+        for start in range(0, num, step):
+            some = slice(start, min(start + step, num))
+            first = end - num * scalars
+            rows = slice(first + some.start * scalars, first + some.stop * scalars)
+            pieces.append((rows, [(features[some], errors[some]) for features, errors in factors]))
+    for index, (rows, some_factors) in enumerate(pieces):
+        for columns, others in pieces[: index + 1]:
+            for pair in itertools.product(some_factors, others):
+                total[rows, columns] += inner(*pair)
 
 
-def _add_formed(total: Tensor, mine: list[list[capture.Use]]) -> None:
+def _add_formed(total: Tensor, mine: list[list[Use]]) -> None:
     some = mine[0][0]
     rows = some.slice.shape[0] if some.slice.shape else 1
-    width = max(1, BLOCK_BYTES // (len(total) * max(1, some.slice.numel // rows) * some.errors.element_size()))
+    width = max(
+        1, BLOCK_BYTES // (len(total) * max(1, some.slice.numel // rows) * some.errors.element_size())
+    )
     for start in range(0, rows, width):
         chunk = slice(start, min(start + width, rows))
         formed = torch.cat([sum_of([use.formed(chunk) for use in uses]).flatten(0, 1) for uses in mine])

@@ -10,8 +10,8 @@ from torch import Tensor
 from deepspectra.errors import OptionError
 from deepspectra.operators.base import LowRank
 from deepspectra.operators.curvature import Curvature
-from deepspectra.operators.projections import FOUR_WAY, TWO_WAY, Projections
 from deepspectra.operators.held import HeldRows
+from deepspectra.operators.projections import FOUR_WAY, TWO_WAY, Projections
 from deepspectra.operators.rows import GradientRows
 from deepspectra.problem import Problem
 

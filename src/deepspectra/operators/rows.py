@@ -97,7 +97,7 @@ class GradientRows:
         for c, k in enumerate(heaviest):
             if root[c, k] > 0:
                 cells = factor[:, c * size : (c + 1) * size]
-                cells[:, k] = -cells @ (root[c] / root[c, k]).to(factor)
+                cells[:, k] = cells @ (-root[c] / root[c, k]).to(factor)
         return factor
 
 

@@ -25,6 +25,7 @@ from deepspectra.problem import Problem, differentiable
 from deepspectra.uses import LAYOUTS, Alone, Convolution, Layout, Lookup, Matrix, Slice, Use, Vectors
 
 TOLERANCE = 1e-7  # relative, in float64, of products by features and errors against those by backpropagation
+ROUNDING = 1e-13  # of the largest gradient of a parameter, for parameters without effect
 
 
 class Watch(TorchFunctionMode):
@@ -257,6 +258,7 @@ def plan(problem: Problem, sample: Problem, weigh: Callable[[Tensor, Tensor], Te
     truth = torch.autograd.grad(
         outputs, list(leaves.values()), along, materialize_grads=True, retain_graph=True
     )
+    rounding = ROUNDING * torch.stack([gradient.norm() for gradient in truth]).max()
     shaped = mixed.view(num_examples, -1, 1)
     alone = []
     for name, gradient in zip(leaves, truth, strict=True):
@@ -265,7 +267,7 @@ def plan(problem: Problem, sample: Problem, weigh: Callable[[Tensor, Tensor], Te
             if use.slice.name == name:
                 piece = use.pull(shaped, slice(None))
                 total[use.slice.start : use.slice.start + use.slice.numel] += piece.flatten()
-        wrong = (total - gradient.flatten()).norm() > TOLERANCE * gradient.norm()
+        wrong = (total - gradient.flatten()).norm() > TOLERANCE * gradient.norm() + rounding
         if wrong or _overlapping({use.slice for use in held if use.slice.name == name}):
             alone.append(name)
     return Plan(found.layouts, tuple(alone))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepspectra.convolution import Convolutions
 from deepspectra.problem import Problem, differentiable
@@ -186,7 +186,7 @@ def curvature_error(sample: Problem, way: type[Way]) -> float:
         return sample.loss_function.total(*sample.evaluate(parameters, batch))
 
     graph = way(value, base)
-    u, v = ({name: _noise(value, generator) for name, value in base.items()} for _ in range(2))
+    u, v = (_direction(sample, generator) for _ in range(2))
     hu, hv = graph(list(u.values())), graph(list(v.values()))
     scale = _norm(hu) * _norm(list(v.values())) + _norm(hv) * _norm(list(u.values()))
     asymmetry = abs(_dot(list(u.values()), hv) - _dot(list(v.values()), hu)) / scale if scale else 0.0
@@ -245,7 +245,7 @@ def jacobian_error(sample: Problem, *, linearize: bool) -> float:
     generator = torch.Generator().manual_seed(0)
     batch = next(iter(sample.batches))
     jacobian = Jacobian(sample, batch, linearize=linearize)
-    v = {name: _noise(value, generator) for name, value in sample.parameters.items()}
+    v = _direction(sample, generator)
     pushed = jacobian.push(list(v.values()))
     u = torch.randn(pushed.shape, generator=generator, dtype=torch.float64).to(pushed)
     left, right = float((u * pushed).sum()), _dot(jacobian.pull(u), list(v.values()))
@@ -262,6 +262,18 @@ def jacobian_error(sample: Problem, *, linearize: bool) -> float:
 
     error = _difference_error(gap, float(jacobian.outputs.norm()), single=single)
     return max(error, abs(left - right) / scale * (SINGLE_EASE if single else 1))
+
+
+def _direction(problem: Problem, generator: torch.Generator) -> Tree:
+    """A random direction of all parameters, zero where PyTorch calls the derivative zero by decree: at padding."""
+    direction = {name: _noise(value, generator) for name, value in problem.parameters.items()}
+    names = {id(p): name for name, p in problem.model.named_parameters()}
+    for module in problem.model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
+            name = names.get(id(module.weight))
+            if name in direction:
+                direction[name][module.padding_idx] = 0
+    return direction
 
 
 def _noise(value: Tensor, generator: torch.Generator) -> Tensor:

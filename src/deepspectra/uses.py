@@ -75,6 +75,12 @@ class Use(ABC):
         """What is kept of a scalar's errors, (B, ...)."""
 
     @property
+    def inputs(self) -> Tensor:
+        """All that enters, (B, D)."""
+        assert self.given is not None
+        return self.given.flatten(1)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes held."""
         held = [self.errors] if self.given is None else [self.errors, self.given]
@@ -176,10 +182,13 @@ class Matrix(Use):
 
     def pull(self, mixed: Tensor, chosen: slice | Tensor) -> Tensor:
         """Σ of mixed (b, J, K) times gradients: (K, *shape)."""
-        errors = self.errors[chosen]
-        combined = (mixed.mT @ errors.flatten(2)).view(len(errors), -1, *errors.shape[2:])  # (b, K, o, T)
-        pulled = self.gradients(combined, chosen)
+        pulled = self.gradients(self.combined(mixed, chosen), chosen)
         return (pulled.mT if self.slice.transposed else pulled).reshape(-1, *self.slice.shape)
+
+    def combined(self, mixed: Tensor, chosen: slice | Tensor) -> Tensor:
+        """Errors of chosen examples, combined by mixed (b, J, K): (b, K, o, T)."""
+        errors = self.errors[chosen]
+        return (mixed.mT @ errors.flatten(2)).view(len(errors), -1, *errors.shape[2:])
 
     def gradients(self, combined: Tensor, chosen: slice | Tensor) -> Tensor:
         """Σ_b Σ_t e_t h_tᵀ for errors (b, K, o, T): (K, o, d)."""

@@ -214,15 +214,31 @@ def _orthonormal_rows(block: Tensor) -> tuple[Tensor, Tensor]:
     if len(block) == 1:
         norm = _norms(block)[0]
         return block / norm.clamp_min(torch.finfo(block.dtype).tiny).to(block), _small(norm.reshape(1, 1))
+    if (
+        block.dtype == torch.float32
+    ):  # products in float64 resolve what its rounding leaves: a matrix product, no QR
+        squares, u = torch.linalg.eigh(inner_products(block, block))
+        sizes, u = squares.flip(0).clamp_min(0).sqrt(), u.flip(1)
+        return (u / sizes.clamp_min(torch.finfo(block.dtype).tiny)).T.to(block) @ block, sizes[:, None] * u.T
     q, r = torch.linalg.qr(block.T)
     u, sizes, vh = torch.linalg.svd(_small(r), full_matrices=False)
     return (q @ u.to(q)).T, sizes[:, None] * vh
 
 
+def inner_products(rows: Tensor, others: Tensor) -> Tensor:
+    """Inner products (k, l) of rows (k, P) and (l, P), multiplied and summed in float64, on the CPU."""
+    total = torch.zeros(len(rows), len(others), dtype=torch.float64, device=rows.device)
+    pieces = (torch.split(matrix, COLUMNS_PER_CHUNK, dim=1) for matrix in (rows, others))
+    for left, right in zip(*pieces, strict=True):
+        total += left.double() @ right.double().T
+    return total.cpu()
+
+
 def _norms(rows: Tensor) -> Tensor:
     """Norms (k,) of rows (k, P) in float64: of stretches in the rows' own type, then of those, which is faster."""
     low, high = SAFE_SQUARES
-    largest = float(rows.abs().max()) if rows.numel() else 0.0
+    low_high = rows.aminmax() if rows.numel() else (0.0, 0.0)
+    largest = max(-float(low_high[0]), float(low_high[1]))
     if not low < largest < high:
         wide: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
         return wide

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deepspectra.algorithms.lanczos import inner_products
 from deepspectra.errors import DataError, ShapeError
 
 
@@ -25,27 +26,54 @@ def overlap(U: Tensor, V: Tensor) -> float:
 
     Source: Gur-Ari, Roberts and Dyer, arXiv 1812.04754, with k the smaller dimension where the two differ.
     """
-    q_u, q_v = _basis(U, "U"), _basis(V, "V").to(U.device)
-    if len(q_u) != len(q_v):
-        raise ShapeError(f"U and V must have as many rows; got {len(q_u)} and {len(q_v)}.")
-    smaller = min(q_u.shape[1], q_v.shape[1])
-    return min(float((q_u.T @ q_v).square().sum()) / smaller, 1.0)
+    u, v = _columns(U, "U"), _columns(V, "V").to(U.device)
+    if len(u) != len(v):
+        raise ShapeError(f"U and V must have as many rows; got {len(u)} and {len(v)}.")
+    if u.dtype == v.dtype == torch.float32:  # inner products in float64 tell as much as their rounding leaves
+        to_u, to_v = _orthonormalising(u, "U"), _orthonormalising(v, "V")
+        cosines = to_u.T @ inner_products(u.T, v.T) @ to_v
+    else:
+        cosines = _basis(u, "U").T @ _basis(v, "V")
+    return min(float(cosines.square().sum()) / min(cosines.shape), 1.0)
+
+
+def _columns(columns: Tensor, name: str) -> Tensor:
+    """(P, k), checked."""
+    if not isinstance(columns, Tensor) or columns.ndim not in (1, 2) or columns.numel() == 0:
+        given = tuple(columns.shape) if isinstance(columns, Tensor) else type(columns).__name__
+        raise ShapeError(f"{name} must be a tensor (P,) or (P, k) with k ≥ 1; got {given}.")
+    block = columns.detach().reshape(len(columns), -1)
+    if not bool(torch.isfinite(block).all()):
+        raise DataError(f"{name} has NaN or infinite entries.")
+    return block
+
+
+def _kept(sizes: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
+    """Which singular values of columns of length 1, descending, are more than rounding."""
+    eps = torch.finfo(dtype if dtype.is_floating_point else torch.float64).eps
+    kept: Tensor = sizes > max(shape) ** 0.5 * eps * sizes[0]
+    if not bool(kept.any()):
+        raise DataError(f"{name} is zero and spans nothing.")
+    return kept
+
+
+def _orthonormalising(columns: Tensor, name: str) -> Tensor:
+    """(k, rank) coefficients that make columns (P, k) orthonormal, float64."""
+    gram = inner_products(columns.T, columns.T)
+    lengths = gram.diagonal().sqrt()
+    scale = 1 / lengths.where(lengths > 0, 1)
+    squares, u = torch.linalg.eigh(scale[:, None] * gram * scale)
+    sizes, u = squares.flip(0).clamp_min(0).sqrt(), u.flip(1)
+    kept = _kept(sizes, columns.shape, columns.dtype, name)
+    coefficients: Tensor = scale[:, None] * u[:, kept] / sizes[kept]
+    return coefficients
 
 
 def _basis(columns: Tensor, name: str) -> Tensor:
     """Orthonormal basis (P, rank), float64."""
-    if not isinstance(columns, Tensor) or columns.ndim not in (1, 2) or columns.numel() == 0:
-        given = tuple(columns.shape) if isinstance(columns, Tensor) else type(columns).__name__
-        raise ShapeError(f"{name} must be a tensor (P,) or (P, k) with k ≥ 1; got {given}.")
-    block = columns.detach().double().reshape(len(columns), -1)
-    if not bool(torch.isfinite(block).all()):
-        raise DataError(f"{name} has NaN or infinite entries.")
+    block = columns.double()
     lengths = torch.linalg.vector_norm(block, dim=0)
     q, r = torch.linalg.qr(block / lengths.where(lengths > 0, torch.ones_like(lengths)))
     u, sizes, _ = torch.linalg.svd(r, full_matrices=False)
-    eps = torch.finfo(columns.dtype if columns.is_floating_point() else torch.float64).eps
-    kept = sizes > max(block.shape) ** 0.5 * eps * sizes[0]
-    if not bool(kept.any()):
-        raise DataError(f"{name} is zero and spans nothing.")
-    basis: Tensor = q @ u[:, kept]
+    basis: Tensor = q @ u[:, _kept(sizes, columns.shape, columns.dtype, name)]
     return basis

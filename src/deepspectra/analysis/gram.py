@@ -119,87 +119,113 @@ def gram_spectrum(
     """
     began = time.perf_counter()
     parts = decompose(problem.to(dtype), effects=effects, first=first, hold=True)
-    return spectrum_of(EigenBasis(parts), began)
+    return spectrum_of(gradient_basis(parts), tuple(parts), provenance_of(parts), began)
 
 
 class EigenBasis:
-    """G's eigenvectors in sample space: A Aᵀ = V Λ Vᵀ, of held rows.
+    """Eigenvectors in sample space of rows A: A Aᵀ = V Λ Vᵀ, whatever the rows are.
 
-    In the coordinates of G's own eigenvectors, G is Λ and a part AᵀΠA with Π = BBᵀ is Φ Φᵀ, Φ = Λ^½ Vᵀ B.
+    In the coordinates of the eigenvectors of AᵀA, that matrix is Λ and a part AᵀΠA with Π = BBᵀ is Φ Φᵀ,
+    Φ = Λ^½ Vᵀ B.
+
+    Args:
+        gram: A Aᵀ (R, R).
+        bases: part → B (R, r) with Π = BBᵀ; "means" is all of them together, and "within" what they leave.
+        most: how many eigenvalues can differ from zero, beside R.
+        precision: relative rounding of the rows.
     """
 
-    def __init__(self, parts: Decomposition) -> None:
-        assert isinstance(parts.rows, HeldRows)
-        self.parts, self.rows = parts, parts.rows
-        values, vectors = torch.linalg.eigh(self.rows.gram())
-        num = min(len(values), parts.problem.num_parameters)
+    def __init__(self, gram: Tensor, bases: Mapping[str, Tensor], most: int, precision: float) -> None:
+        values, vectors = torch.linalg.eigh(gram)
+        num = min(len(values), most)
         self.values = values.flip(0)[:num].clamp_min(0)
         self.vectors = vectors.flip(1)[:, :num]
-        names = [name for name in parts if name != "within"]
-        self.coordinates = {name: self._coordinates(name) for name in (*names, "means")}
+        self.tiny = precision * num * float(self.values[0])
+        root = self.values.sqrt()[:, None]
+        self.coordinates = {name: root * (self.vectors.T @ basis.to(root)) for name, basis in bases.items()}
 
-    def _coordinates(self, name: str) -> Tensor:
-        projections = self.parts.projections
-        basis = self.rows.complement.reduce(projections.expand(projections.basis(name)))
-        phi: Tensor = self.values.sqrt()[:, None] * (self.vectors.T @ basis.flatten(0, 1))
-        return phi
-
-    def pairs(self, num: int, began: float, seed: int = 0) -> Eigenpairs:
-        """The largest eigenpairs u = Aᵀv/√λ of G.
-
-        Residual norms are bounds from above, by A u against √λ v for two random sums of the pairs.
-
-        Cost: a third of a gradient a pair.
-        """
-        values, v = self.values[:num], self.vectors[:, :num]
-        complement, shape = self.rows.complement, (len(self.rows.labels), -1, v.shape[1])
-        vectors = self.rows.transpose(complement.expand((v / values.sqrt()).view(shape)))
-        generator = torch.Generator().manual_seed(seed)
-        signs = torch.randint(0, 2, (v.shape[1], NUM_CHECKS), generator=generator).to(v) * 2 - 1
-        pushed = complement.reduce(self.rows.apply(vectors @ signs.to(vectors))).to(v).flatten(0, 1)
-        missed = (pushed - (v * values.sqrt()) @ signs).square().sum(0).mean().sqrt() * values[0].sqrt()
-        return Eigenpairs(
-            values=values.cpu(),
-            vectors=vectors,
-            residual_norms=missed.cpu().expand(len(values)).clone(),
-            converged=True,
-            num_products=0,
-            seconds=time.perf_counter() - began,
-            which="largest",
-            rtol=float(missed / values.min()),
-            provenance=self._provenance(),
-        )
-
-    def _provenance(self) -> Provenance:
-        return Provenance.of(GaussNewton(self.parts.problem))
-
-
-def spectrum_of(basis: EigenBasis, began: float) -> GramSpectrum:
-    """What the eigenbasis says of G and its parts."""
-    values, names = basis.values.cpu(), tuple(basis.parts)
-    coordinates = {name: phi.cpu() for name, phi in basis.coordinates.items()}
-    tiny = torch.finfo(basis.parts.problem.dtype).eps * len(values) * values[0]
-    spectra, squares = {}, []
-    for name in names:
+    def part(self, name: str) -> tuple[Tensor, Tensor]:
+        """The non-zero eigenvalues of a part, descending, and its quadratic form with each eigenvector (R,)."""
         if name == "within":
-            found = _without(values, coordinates["means"], "subtraction")
-            spectra[name] = found[found > tiny]
-            squares.append(values - coordinates["means"].square().sum(1))
+            phi = self.coordinates["means"]
+            found, forms = _without(self.values, phi, "subtraction"), self.values - phi.square().sum(1)
         else:
-            phi = coordinates[name]
+            phi = self.coordinates[name]
             gram = phi.T @ phi if phi.shape[1] <= len(phi) else phi @ phi.T
-            found = torch.linalg.eigvalsh(gram).flip(0)
-            spectra[name] = found[found > tiny]
-            squares.append(phi.square().sum(1))
-    shares = torch.stack(squares, 1) / values.where(values > tiny, torch.nan)[:, None]
+            found, forms = torch.linalg.eigvalsh(gram).flip(0), phi.square().sum(1)
+        return found[found > self.tiny], forms
+
+
+def spectrum_of(
+    basis: EigenBasis, names: tuple[str, ...], provenance: Provenance, began: float
+) -> GramSpectrum:
+    """What an eigenbasis says of the matrix and its parts of these names."""
+    found = {name: basis.part(name) for name in names}
+    values = basis.values.cpu()
+    forms = torch.stack([forms.cpu() for _, forms in found.values()], 1)
     return GramSpectrum(
         values=values,
-        parts=spectra,
+        parts={name: spectrum.cpu() for name, (spectrum, _) in found.items()},
         part_names=names,
-        shares=shares,
+        shares=forms / values.where(values > basis.tiny, torch.nan)[:, None],
         seconds=time.perf_counter() - began,
-        provenance=basis._provenance(),
-        _coordinates=coordinates,
+        provenance=provenance,
+        _coordinates={name: phi.cpu() for name, phi in basis.coordinates.items()},
+    )
+
+
+def gradient_bases(parts: Decomposition) -> dict[str, Tensor]:
+    """B (R, r) of every part but "within", and of all means, for the reduced rows of gradients or errors."""
+    assert isinstance(parts.rows, HeldRows)
+    projections, complement = parts.projections, parts.rows.complement
+    names = [name for name in parts if name != "within"]
+    return {
+        name: complement.reduce(projections.expand(projections.basis(name))).flatten(0, 1)
+        for name in (*names, "means")
+    }
+
+
+def gradient_basis(parts: Decomposition) -> EigenBasis:
+    """The eigenbasis of G, of held rows."""
+    assert isinstance(parts.rows, HeldRows)
+    problem = parts.problem
+    return EigenBasis(
+        parts.rows.gram(), gradient_bases(parts), problem.num_parameters, torch.finfo(problem.dtype).eps
+    )
+
+
+def provenance_of(parts: Decomposition) -> Provenance:
+    """Of G."""
+    return Provenance.of(GaussNewton(parts.problem))
+
+
+def gradient_pairs(
+    basis: EigenBasis, parts: Decomposition, num: int, began: float, seed: int = 0
+) -> Eigenpairs:
+    """The largest eigenpairs u = Aᵀv/√λ of G.
+
+    Residual norms are bounds from above, by A u against √λ v for two random sums of the pairs.
+
+    Cost: a third of a gradient a pair.
+    """
+    assert isinstance(parts.rows, HeldRows)
+    rows, values, v = parts.rows, basis.values[:num], basis.vectors[:, :num]
+    shape = (len(rows.labels), -1, v.shape[1])
+    vectors = rows.transpose(rows.complement.expand((v / values.sqrt()).view(shape)))
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (v.shape[1], NUM_CHECKS), generator=generator).to(v) * 2 - 1
+    pushed = rows.complement.reduce(rows.apply(vectors @ signs.to(vectors))).to(v).flatten(0, 1)
+    missed = (pushed - (v * values.sqrt()) @ signs).square().sum(0).mean().sqrt() * values[0].sqrt()
+    return Eigenpairs(
+        values=values.cpu(),
+        vectors=vectors,
+        residual_norms=missed.cpu().expand(len(values)).clone(),
+        converged=True,
+        num_products=0,
+        seconds=time.perf_counter() - began,
+        which="largest",
+        rtol=float(missed / values.min()),
+        provenance=provenance_of(parts),
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from deepspectra.algorithms.lanczos import inner_products
 from deepspectra.apps.stages import Findings
 from deepspectra.products import products_of
 from deepspectra.results import Density, versions
@@ -209,9 +210,9 @@ def _classes(found: Findings) -> Variables:
     counted = found.parts.rows.curvature > 0
     counts = torch.bincount(found.parts.rows.labels[counted], minlength=num_classes)
     gram = np.full((num_classes, num_classes), np.nan)
-    factor = found.parts.factor("class").double()
+    factor = found.parts.factor("class")
     present = (projections.class_weights > 0).cpu().numpy()
-    gram[np.ix_(present, present)] = (factor.T @ factor).cpu()
+    gram[np.ix_(present, present)] = inner_products(factor.T, factor.T)
     return {
         "class_count": (("class",), counts.cpu().numpy()),
         "class_weight": (("class",), projections.class_weights.cpu().numpy()),

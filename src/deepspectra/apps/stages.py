@@ -17,7 +17,13 @@ from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.lanczos import Krylov, basis_capacity
 from deepspectra.algorithms.subspace import overlap
 from deepspectra.analysis.attribution import Attribution, attribute, pair_shares, squared_norms
-from deepspectra.analysis.gram import EigenBasis, GramSpectrum, spectrum_of
+from deepspectra.analysis.gram import (
+    GramSpectrum,
+    gradient_basis,
+    gradient_pairs,
+    provenance_of,
+    spectrum_of,
+)
 from deepspectra.analysis.means import subspace_of
 from deepspectra.apps.ledger import Ledger
 from deepspectra.errors import ConvergenceWarning
@@ -154,10 +160,10 @@ def _find_exact(found: Findings, num: int) -> None:
     assert isinstance(found.parts.rows, HeldRows)
     began = time.perf_counter()
     with found.ledger.stage("exact spectrum of G"):
-        basis = EigenBasis(found.parts)
-        found.exact = spectrum_of(basis, began)
+        basis = gradient_basis(found.parts)
+        found.exact = spectrum_of(basis, tuple(found.parts), provenance_of(found.parts), began)
         found.densities["gauss_newton"] = found.exact.density
-        found.pairs["gauss_newton"] = basis.pairs(min(num, len(basis.values)), began)
+        found.pairs["gauss_newton"] = gradient_pairs(basis, found.parts, min(num, len(basis.values)), began)
         found.part_traces = torch.stack([found.exact.traces, torch.zeros_like(found.exact.traces)])
         shares = found.exact.shares[:num]
         found.shares["gauss_newton"] = torch.cat([shares, 1 - shares.sum(1, keepdim=True)], 1)

@@ -76,12 +76,20 @@ class HeldRows(GradientRows):
         self.plan = capture.plan(problem, problem.sample(SAMPLE_ROWS, torch.float64), self._weigh)
         self.held: list[list[Use]] = []
         self.limit = problem.memory // 3
-        self.sizes_by_name: dict[str, int] = {}  # bytes of features and errors of all the data, estimated
+        self.bytes_by_layer: dict[str, int] = {}  # of features and errors of all the data, estimated
 
     @property
     def num_reduced(self) -> int:
         """R = N (C − 1)."""
         return self.weights.shape[0] * (self.weights.shape[1] - 1)
+
+    @property
+    def rows_are_examples(self) -> bool:
+        """Whether every example is one row, and not one a token."""
+        return len(self.labels) == sum(
+            capture.count_examples(batch, size)
+            for batch, size in zip(self.problem.batches, self.sizes, strict=True)
+        )
 
     def hold(self) -> bool:
         """Bring features and errors into memory; False if they do not fit."""
@@ -89,7 +97,7 @@ class HeldRows(GradientRows):
             captured = self._captured(None)
             first = next(captured)
             self._estimate(first)
-            if sum(self.sizes_by_name.values()) <= self.limit:
+            if sum(self.bytes_by_layer.values()) <= self.limit:
                 self.held = [first, *captured]
         return bool(self.held)
 
@@ -99,9 +107,9 @@ class HeldRows(GradientRows):
 
     def _estimate(self, uses: list[Use]) -> None:
         scale = len(self.labels) / self.sizes[0]
+        self.bytes_by_layer = dict.fromkeys(self.problem.layers, 0)
         for use in uses:
-            name = use.slice.name
-            self.sizes_by_name[name] = self.sizes_by_name.get(name, 0) + int(scale * use.num_bytes)
+            self.bytes_by_layer[_layer_of(use.slice.name)] += int(scale * use.num_bytes)
 
     def _captured(self, names: frozenset[str] | None) -> Iterator[list[Use]]:
         for batch in self.problem.batches:
@@ -190,34 +198,55 @@ class HeldRows(GradientRows):
                 f"the Gram matrix of {self.num_reduced:,} rows and its eigenvectors take {size / 2**30:.1f} GiB; "
                 f"memory is {self.problem.memory / 2**30:.1f} GiB. Take fewer examples, or raise memory."
             )
-        if self.hold():
-            return _gram(self.held)
         total = torch.zeros(
             self.num_reduced, self.num_reduced, dtype=torch.float64, device=self.problem.device
         )
-        for group in self._groups():
-            total += _gram(list(self._captured(group)))
+        for _, uses in self.by_layer():
+            total += gram_of(uses)
         return total
 
-    def _groups(self) -> list[frozenset[str]]:
-        """Parameters whose features and errors fit memory together, in order."""
+    def by_layer(self) -> Iterator[tuple[str, list[list[Use]]]]:
+        """Each layer's uses, one list a batch: held, or captured for as many layers at a time as fit memory.
+
+        Raises:
+            MemoryBudgetError: one layer's features and errors do not fit.
+        """
+        self.hold()
+        for layers in self._groups():
+            names = [name for name in self.problem.parameter_names if _layer_of(name) in layers]
+            batches = self.held or list(self._captured(frozenset(names)))
+            for layer in layers:
+                mine = [[use for use in uses if _layer_of(use.slice.name) == layer] for uses in batches]
+                if mine[0]:
+                    yield layer, mine
+
+    def _groups(self) -> list[list[str]]:
+        """Layers whose features and errors fit memory together, in order."""
+        if self.held:
+            return [list(self.problem.layers)]
         groups: list[list[str]] = []
         used = self.limit + 1
-        for name, size in self.sizes_by_name.items():
+        for layer, size in self.bytes_by_layer.items():
             if size > self.limit:
                 raise MemoryBudgetError(
-                    f"features and errors of {name!r} take about {size / 2**30:.2f} GiB and a third of memory is "
-                    f"{self.limit / 2**30:.2f} GiB. Raise memory, or take fewer examples."
+                    f"features and errors of layer {layer!r} take about {size / 2**30:.2f} GiB and a third of "
+                    f"memory is {self.limit / 2**30:.2f} GiB. Raise memory, or take fewer examples."
                 )
             if used + size > self.limit:
                 groups.append([])
                 used = 0
-            groups[-1].append(name)
+            groups[-1].append(layer)
             used += size
-        return [frozenset(group) for group in groups]
+        return groups
 
 
-def _gram(held: list[list[Use]]) -> Tensor:
+def _layer_of(name: str) -> str:
+    """The module that owns a parameter."""
+    return name.rpartition(".")[0]
+
+
+def gram_of(held: list[list[Use]]) -> Tensor:
+    """Inner products (R, R) of gradients to the parameters of some uses, one list a batch."""
     sizes = [uses[0].num_examples * uses[0].errors.shape[1] for uses in held]
     like = held[0][0].errors
     total = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64, device=like.device)

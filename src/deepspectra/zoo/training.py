@@ -108,7 +108,7 @@ def recipe(model: str, data: str, num_examples: int | None = None) -> Recipe:
     else:
         batch_size, epochs = 16, 40
     if model == "resnet18":  # dear, but soon fitted
-        epochs = min(epochs, 20)
+        epochs = min(epochs, 14)
     elif model == "transformer":  # slow under SGD
         epochs *= 2
     return Recipe(epochs, _LEARNING_RATES[model] * min(batch_size, 64) / 64, batch_size)

@@ -1,0 +1,371 @@
+"""Class structure layer by layer: features that enter, errors that come back, gradients, and neural collapse."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepspectra.analysis.gram import EigenBasis, GramSpectrum, gradient_bases, spectrum_of
+from deepspectra.operators.held import HeldRows, gram_of
+from deepspectra.operators.parts import Decomposition, decompose
+from deepspectra.operators.projections import positive
+from deepspectra.problem import Problem
+from deepspectra.results import Provenance, versions
+from deepspectra.uses import Lookup, Matrix, Use
+
+FEATURE_PARTS = ("mean", "class", "within")
+CHUNK_BYTES = 2**28  # of gradients of means that are compared at a time
+
+
+@dataclass(frozen=True)
+class KhatriRao:
+    """How well products of means stand for means of products: h_c ⊗ e_c for g_c, h_c ⊗ e_{c,k} for g_{c,k}.
+
+    Attributes:
+        class_cosine: (C,) cosine between g_c and h_c ⊗ e_c; NaN for an absent class.
+        class_error: (C,) ‖g_c − h_c ⊗ e_c‖ / ‖g_c‖.
+        cross_cosine: (C, C) of the cells (c, k).
+        cross_error: (C, C).
+
+    Source: Papyan 2020, JMLR 21:252, section 6, as a claim; the measurement is this library's.
+    """
+
+    class_cosine: Tensor
+    class_error: Tensor
+    cross_cosine: Tensor
+    cross_error: Tensor
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """Neural collapse of the features that enter a layer.
+
+    Attributes:
+        nc1: Tr(Σ_W Σ_B⁺)/C, scatter within classes over that between them; the pseudo-inverse has rank C − 1.
+        nc2_norms: standard deviation over mean of the norms ‖h_c − h̄‖.
+        nc2_angles: standard deviation of the cosines between different h_c − h̄.
+        nc2_simplex: mean of |cosine + 1/(C − 1)|; 0 for a simplex.
+        nc3: ‖Wᵀ/‖W‖ − M/‖M‖‖² for the classifier W, NaN for other layers.
+        nc4: share of examples whose nearest class mean is not the network's decision.
+        cosines: (C, C) between h_c − h̄; NaN for absent classes.
+
+    Source: Papyan, Han and Donoho 2020, PNAS 117(40).
+    """
+
+    nc1: float
+    nc2_norms: float
+    nc2_angles: float
+    nc2_simplex: float
+    nc3: float
+    nc4: float
+    cosines: Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer's features, errors and gradients are made of.
+
+    Attributes:
+        name: of the module that owns the parameters.
+        shape: of its first matrix or kernel, or of its first parameter.
+        num_parameters: selected ones.
+        features: spectrum of (1/N) Σ h hᵀ with parts "mean", "class" and "within", of the whole input of an
+            example; None where rows are not examples, or nothing is multiplied by features.
+        errors: spectrum of Σ w e eᵀ with the parts of G, of the whole output; None where there are none.
+        gradients: spectrum of the layer's block of G.
+        khatri_rao: see there; None where a parameter is used several times.
+        collapse: see there; None without features.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    num_parameters: int
+    features: GramSpectrum | None
+    errors: GramSpectrum | None
+    gradients: GramSpectrum
+    khatri_rao: KhatriRao | None
+    collapse: Collapse | None
+
+
+@dataclass(frozen=True)
+class Layers:
+    """One entry a layer, from input to output, in the order of the parameters.
+
+    Attributes:
+        layers: the layers.
+        seconds: wall-clock time spent.
+    """
+
+    layers: tuple[Layer, ...]
+    seconds: float
+
+    def __iter__(self) -> object:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> Layer:
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(f"no layer {name!r}; there are {', '.join(layer.name for layer in self.layers)}.")
+
+    def __str__(self) -> str:
+        head = (
+            f"{'layer':<26} {'λ₁ of G':>10} {'class':>6} {'logit':>6} {'within':>6} │ {'features':>8} {'mean':>6} "
+            f"{'class':>6} │ {'errors':>8} {'class':>6} │ {'⊗ class':>7} {'⊗ cross':>7} │ {'NC1':>8}"
+        )
+        rows = [head]
+        for layer in self.layers:
+            top = dict(zip(layer.gradients.part_names, layer.gradients.shares[0].tolist(), strict=True))
+            cells = [f"{layer.name[-26:]:<26} {float(layer.gradients.values[0]):>10.3g}"]
+            cells += [f"{top.get(name, float('nan')):>6.0%}" for name in ("class", "logit", "within")]
+            cells.append("│ " + _first(layer.features, ("mean", "class")))
+            cells.append("│ " + _first(layer.errors, ("class",)))
+            products = layer.khatri_rao
+            pair = (products.class_cosine, products.cross_cosine) if products else ()
+            cells.append("│ " + (" ".join(f"{float(c.nanmean()):>7.2f}" for c in pair) or " " * 15))
+            cells.append("│ " + (f"{layer.collapse.nc1:>8.2g}" if layer.collapse else ""))
+            rows.append(" ".join(cells))
+        rows.append(
+            "shares of the largest eigenvalue of gradients; largest eigenvalue and trace shares of features and "
+            "errors; ⊗: mean cosine between means of gradients and products of means"
+        )
+        return "\n".join(rows)
+
+
+def _first(spectrum: GramSpectrum | None, parts: tuple[str, ...]) -> str:
+    if spectrum is None:
+        return " " * (8 + 7 * len(parts))
+    total = float(spectrum.values.sum())
+    shares = " ".join(f"{float(spectrum.parts[part].sum()) / total:>6.0%}" for part in parts)
+    return f"{float(spectrum.values[0]):>8.3g} {shares}"
+
+
+def layers(
+    problem: Problem,
+    *,
+    effects: str = "two-way",
+    dtype: torch.dtype | None = None,
+    progress: Callable[[str], object] | None = None,
+) -> Layers:
+    """Class structure of every layer: exact spectra of features, errors and gradients with their parts.
+
+    Features are whole inputs of an example and errors whole outputs, all positions together. Everything is
+    exact, from Gram matrices; for up to about 12,000 rows N (C − 1).
+
+    Args:
+        problem: one with cross-entropy and class labels.
+        effects: "two-way" or "four-way", as in `decompose`.
+        dtype: to compute in; the problem's own by default.
+        progress: called with the name of each layer before it is analysed.
+
+    Raises:
+        LossError: the loss is not the cross-entropy of class labels.
+        MemoryBudgetError: a Gram matrix, or one layer's features and errors, do not fit memory.
+        CurvatureError: features and errors cannot be told apart by example.
+
+    Cost: C − 1 backward passes without weight gradients, repeated for every group of layers whose features and
+    errors fit memory together; Gram matrices and their eigenvalues, three a layer.
+
+    Source: Papyan 2020, JMLR 21:252, sections 4–6.
+    """
+    began = time.perf_counter()
+    parts = decompose(problem if dtype is None else problem.to(dtype), effects=effects, hold=True)
+    rows = parts.rows
+    assert isinstance(rows, HeldRows)
+    bases = gradient_bases(parts)
+    found = []
+    for name, uses in rows.by_layer():
+        if progress is not None:
+            progress(name)
+        found.append(_layer(name, uses, parts, bases))
+    return Layers(tuple(found), time.perf_counter() - began)
+
+
+def _layer(name: str, uses: list[list[Use]], parts: Decomposition, bases: dict[str, Tensor]) -> Layer:
+    problem, rows = parts.problem, parts.rows
+    assert isinstance(rows, HeldRows)
+    own = {key: value for key, value in problem.parameters.items() if key.rpartition(".")[0] == name}
+    size = sum(value.numel() for value in own.values())
+    matrices = [[use for use in batch if isinstance(use, Matrix)] for batch in uses]
+    fed = [[use for use in batch if isinstance(use, (Matrix, Lookup))] for batch in uses]
+    first = next((use.slice.shape for use in fed[0]), next(iter(own.values())).shape)
+    single = all(len(batch) == 1 for batch in matrices)
+    features = _features(matrices) if matrices[0] and rows.rows_are_examples else None
+    names = tuple(parts)
+    return Layer(
+        name=name,
+        shape=tuple(first),
+        num_parameters=size,
+        features=None if features is None else _feature_spectrum(features, parts, name),
+        errors=_error_spectrum(fed, parts, bases, name) if fed[0] else None,
+        gradients=_spectrum(gram_of(uses), bases, names, size, parts, f"gradients of {name}"),
+        khatri_rao=_khatri_rao([batch[0] for batch in matrices], parts, bases)
+        if single and features is not None
+        else None,
+        collapse=None if features is None else _collapse(features, parts, own),
+    )
+
+
+def _features(matrices: list[list[Matrix]]) -> Tensor:
+    """(N, D): everything that enters, one row an example."""
+    return torch.cat([torch.cat([use.inputs for use in batch], 1) for batch in matrices])
+
+
+def _spectrum(
+    gram: Tensor,
+    bases: dict[str, Tensor],
+    names: tuple[str, ...],
+    size: int,
+    parts: Decomposition,
+    what: str,
+) -> GramSpectrum:
+    began = time.perf_counter()
+    problem = parts.problem
+    basis = EigenBasis(gram, bases, size, torch.finfo(problem.dtype).eps)
+    dtype = str(problem.dtype).removeprefix("torch.")
+    provenance = Provenance(what, size, dtype, str(problem.device), None, versions())
+    return spectrum_of(basis, names, provenance, began)
+
+
+def _counted(parts: Decomposition) -> Tensor:
+    """Which examples count, (N,)."""
+    return parts.rows.curvature > 0
+
+
+def _membership(parts: Decomposition) -> Tensor:
+    """(N, C) float64: 1 where an example that counts is of a class."""
+    rows = parts.rows
+    num_classes = rows.weights.shape[1]
+    one_hot = torch.nn.functional.one_hot(rows.labels, num_classes).double()
+    return one_hot * _counted(parts)[:, None]
+
+
+def _feature_spectrum(features: Tensor, parts: Decomposition, name: str) -> GramSpectrum:
+    """Of (1/N) Σ h hᵀ: global mean, class means about it, scatter within classes."""
+    member = _membership(parts)
+    every = member.sum(1)
+    num = every.sum()
+    scaled = features * (every / num).sqrt().to(features)[:, None]
+    by_class = (member / positive(member.sum(0)).sqrt())[:, member.any(0)]  # orthonormal columns
+    mean = (every / num.sqrt())[:, None]
+    bases = {"mean": mean, "class": by_class - mean @ (mean.T @ by_class), "means": by_class}
+    gram = (scaled @ scaled.T).double()
+    return _spectrum(gram, bases, FEATURE_PARTS, features.shape[1], parts, f"features of {name}")
+
+
+def _error_spectrum(
+    fed: list[list[Matrix | Lookup]], parts: Decomposition, bases: dict[str, Tensor], name: str
+) -> GramSpectrum:
+    """Of Σ w e eᵀ, with the parts of G."""
+    errors = torch.cat(
+        [torch.cat([use.errors.flatten(2) for use in batch], 2).flatten(0, 1) for batch in fed]
+    )
+    gram = (errors @ errors.T).double()
+    return _spectrum(gram, bases, tuple(parts), errors.shape[1], parts, f"errors of {name}")
+
+
+def _khatri_rao(uses: list[Matrix], parts: Decomposition, bases: dict[str, Tensor]) -> KhatriRao:
+    """Means of gradients against products of means of features and errors."""
+    member = _membership(parts)
+    share = member / positive(member.sum(0))
+    sizes = [use.num_examples for use in uses]
+    features = sum(
+        torch.einsum("bc,btd->ctd", some.to(use.errors), use.features())
+        for some, use in zip(torch.split(share, sizes), uses, strict=True)
+    )
+    assert isinstance(features, Tensor)  # (C, T, d) class means
+    num_classes = share.shape[1]
+    present = parts.projections.class_weights > 0
+    classes = (
+        torch.full((num_classes,), torch.nan, dtype=torch.float64),
+        torch.full((num_classes,), torch.nan, dtype=torch.float64),
+    )
+    cells = tuple(torch.full((num_classes, num_classes), torch.nan, dtype=torch.float64) for _ in range(2))
+    cell_weights = parts.projections.cell_weights
+    scale = (cell_weights / positive(parts.projections.class_weights)[:, None]).sqrt()
+    means = bases["means"].view(-1, num_classes, num_classes)
+    for c in torch.nonzero(present).flatten().tolist():
+        other = [k for k in range(num_classes) if k != c]
+        # the class mean is its cells' weighted sum: b_c = Σ_{k≠c} √(w_ck/w_c) b_ck
+        columns = torch.cat([means[:, c, other] @ scale[c, other, None], means[:, c, other]], 1)
+        gradient, product = _pair(uses, sizes, columns, features[c])
+        norms = gradient.norm(dim=1), product.norm(dim=1)
+        cosines = (gradient * product).sum(1) / (norms[0] * norms[1]).clamp_min(
+            torch.finfo(gradient.dtype).tiny
+        )
+        errors = (gradient - product).norm(dim=1) / norms[0].clamp_min(torch.finfo(gradient.dtype).tiny)
+        for table, row, values in zip(classes, cells, (cosines, errors), strict=True):
+            table[c] = float(values[0])
+            row[c, other] = values[1:].double().cpu()
+    return KhatriRao(classes[0], classes[1], cells[0], cells[1])
+
+
+def _pair(uses: list[Matrix], sizes: list[int], columns: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ α g and h ⊗ Σ α e for columns α (R, r) and a mean feature h (T, d): (r, o·d) each."""
+    scalars = uses[0].errors.shape[1]
+    gradient: Tensor | float = 0.0
+    error: Tensor | float = 0.0
+    for use, part in zip(uses, torch.split(columns, [size * scalars for size in sizes]), strict=True):
+        mixed = part.view(use.num_examples, scalars, -1).to(use.errors)
+        live = mixed.flatten(1).any(1).nonzero().flatten()
+        if not len(live):
+            continue
+        combined = use.combined(mixed[live], live)
+        gradient = gradient + use.gradients(combined, live)
+        error = error + combined.sum(0)
+    assert isinstance(gradient, Tensor)
+    assert isinstance(error, Tensor)
+    return gradient.flatten(1), (error @ feature).flatten(1)
+
+
+def _collapse(features: Tensor, parts: Decomposition, own: dict[str, Tensor]) -> Collapse:
+    """NC1 to NC4 of features (N, D)."""
+    member = _membership(parts)
+    counted = _counted(parts)
+    kept = member.any(0)
+    member = member[:, kept].to(features)
+    sizes = member.sum(0)
+    means = (member / sizes).T @ features  # (C', D)
+    centre = (sizes / sizes.sum()) @ means
+    centred = means - centre
+    _, singular, right = torch.linalg.svd(
+        centred * (sizes / sizes.sum()).sqrt()[:, None], full_matrices=False
+    )
+    rank = max(1, min(len(centred) - 1, int((singular > 1e-6 * singular[0]).sum())))
+    scatter = (features - member @ means)[counted] @ right[:rank].T  # (N, C' − 1)
+    ratios = scatter.square().mean(0) / singular[:rank].square()
+    norms = centred.norm(dim=1)
+    cosines = centred @ centred.T / (norms[:, None] * norms).clamp_min(torch.finfo(norms.dtype).tiny)
+    off = ~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
+    num_classes = len(kept)
+    between = cosines[off] if len(cosines) > 1 else cosines.new_tensor([torch.nan])
+    nearest = torch.cdist(features[counted], means).argmin(1)
+    decision = parts.rows.probabilities[counted].argmax(1)
+    full = torch.full((num_classes, num_classes), torch.nan, dtype=torch.float64)
+    index = kept.nonzero().flatten().cpu()
+    full[index[:, None], index] = cosines.double().cpu()
+    return Collapse(
+        nc1=float(ratios.sum()) / num_classes,
+        nc2_norms=float(norms.std() / norms.mean()) if len(norms) > 1 else float("nan"),
+        nc2_angles=float(between.std()) if len(between) > 1 else float("nan"),
+        nc2_simplex=float((between + 1 / max(1, len(cosines) - 1)).abs().mean()),
+        nc3=_duality(centred, kept, own),
+        nc4=float((index.to(nearest)[nearest] != decision).double().mean()),
+        cosines=full,
+    )
+
+
+def _duality(centred: Tensor, kept: Tensor, own: dict[str, Tensor]) -> float:
+    """‖Wᵀ/‖W‖ − M/‖M‖‖² for a classifier W (C, D)."""
+    shape = (len(kept), centred.shape[1])
+    classifier = next((value for value in own.values() if tuple(value.shape) == shape), None)
+    if classifier is None or not bool(kept.all()):
+        return float("nan")
+    return float((classifier / classifier.norm() - centred / centred.norm()).square().sum())

@@ -13,7 +13,7 @@ import xarray as xr
 
 from deepspectra import report
 from deepspectra.errors import DataError, FileError, OptionError
-from deepspectra.report.charts import PART_COLOURS, number
+from deepspectra.report.drawing import PART_COLOURS, number
 
 OPERATORS = ["hessian", "gauss_newton", "residual"]
 PARTS = ["class", "logit", "interaction", "within", "true", "residual"]

@@ -6,6 +6,7 @@ from deepspectra.algorithms.subspace import overlap
 from deepspectra.algorithms.trace import trace
 from deepspectra.analysis.attribution import attribute
 from deepspectra.analysis.gram import gram_spectrum
+from deepspectra.analysis.layers import layers
 from deepspectra.analysis.means import class_means, principal_subspace
 from deepspectra.apps.analyze import Analysis, analyze, load
 from deepspectra.operators.curvature import EmpiricalFisher, GaussNewton, Hessian, Residual
@@ -26,6 +27,7 @@ __all__ = [
     "density",
     "eigenpairs",
     "gram_spectrum",
+    "layers",
     "load",
     "overlap",
     "principal_subspace",

@@ -25,6 +25,7 @@ from deepspectra.problem import Problem, differentiable
 from deepspectra.uses import LAYOUTS, Alone, Convolution, Layout, Lookup, Matrix, Slice, Use, Vectors
 
 TOLERANCE = 1e-7  # relative, in float64, of products by features and errors against those by backpropagation
+PLANNED_SCALARS = 2  # of each row, on which uses are checked
 ROUNDING = 1e-13  # of the largest gradient of a parameter, for parameters without effect
 
 
@@ -237,6 +238,10 @@ def plan(problem: Problem, sample: Problem, weigh: Callable[[Tensor, Tensor], Te
         weigh: of outputs and targets, cotangents (n, C, m).
     """
     (batch,) = list(sample.batches)[:1]
+
+    def few(outputs: Tensor, targets: Tensor) -> Tensor:
+        return weigh(outputs, targets)[:, :, :PLANNED_SCALARS]
+
     watch, leaves, outputs, targets = _forward(sample, batch)
     num_examples = count_examples(batch, len(outputs))
     generator = torch.Generator().manual_seed(0)
@@ -249,8 +254,8 @@ def plan(problem: Problem, sample: Problem, weigh: Callable[[Tensor, Tensor], Te
         pairs = zip(_errors(outputs, ends, cotangent), _errors(outputs, ends, rows * cotangent), strict=True)
         layouts = [next((lay for lay in LAYOUTS if lay.fits(*pair, codes)), None) for pair in pairs]
     found = Plan(tuple(layouts), ())
-    held = capture(sample, batch, found, weigh)
-    weights = weigh(outputs.detach(), targets)
+    held = capture(sample, batch, found, few)
+    weights = few(outputs.detach(), targets)
     mixed = torch.randn(weights.shape[0], weights.shape[2], generator=generator, dtype=torch.float64).to(
         outputs
     )

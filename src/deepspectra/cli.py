@@ -1,4 +1,4 @@
-"""The command line: `deepspectra demo`, `deepspectra analyze`, `deepspectra report`."""
+"""The command line: `deepspectra demo`, `analyze`, `layers` and `report`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 from rich.console import Console
 
 from deepspectra import zoo
+from deepspectra.analysis.layers import layers
 from deepspectra.apps.analyze import Analysis, analyze, load
+from deepspectra.apps.layers import layer_dataset, save_layers
 from deepspectra.errors import DeepSpectraError, OptionError, TargetError
 from deepspectra.problem import Problem
 
@@ -26,6 +28,25 @@ app = typer.Typer(
 )
 console = Console(stderr=True)
 
+Target = Annotated[
+    str | None, typer.Argument(help="file.py:function or package.module:function that returns a Problem.")
+]
+ModelName = Annotated[
+    str | None, typer.Option(help=f"Zoo model, by default mlp: {', '.join(zoo.MODEL_NAMES)}.")
+]
+DataName = Annotated[
+    str | None, typer.Option(help=f"Zoo data set, by default digits: {', '.join(zoo.DATA_NAMES)}.")
+]
+DataRoot = Annotated[
+    Path | None, typer.Option(envvar="DEEPSPECTRA_DATA", help="Folder of the data set's files.")
+]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Trained weights (safetensors, or a PyTorch state dict).")
+]
+PerClass = Annotated[int | None, typer.Option(help="Examples a class; all by default.")]
+Epochs = Annotated[int | None, typer.Option(help="Epochs of training, if no checkpoint.")]
+Memory = Annotated[str | None, typer.Option(help='Memory budget, such as "8GiB".')]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda.")]
 Out = Annotated[Path, typer.Option(help="Directory of the results and the report.")]
 Seed = Annotated[int, typer.Option(help="Seed of the training and of every random vector.")]
 CONVOLUTIONAL = ("lenet", "vgg11-bn", "resnet18")
@@ -64,58 +85,23 @@ def demo(out: Out = Path("deepspectra-demo"), seed: Seed = 0) -> None:
 
 @app.command("analyze")
 def analyze_command(
-    target: Annotated[
-        str | None,
-        typer.Argument(help="file.py:function or package.module:function that returns a Problem."),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help=f"Zoo model, by default mlp: {', '.join(zoo.MODEL_NAMES)}.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help=f"Zoo data set, by default digits: {', '.join(zoo.DATA_NAMES)}.")
-    ] = None,
-    data_root: Annotated[
-        Path | None, typer.Option(envvar="DEEPSPECTRA_DATA", help="Folder of the data set's files.")
-    ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Trained weights (safetensors, or a PyTorch state dict).")
-    ] = None,
-    per_class: Annotated[int | None, typer.Option(help="Examples a class; all by default.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of training, if no checkpoint.")] = None,
+    target: Target = None,
+    model: ModelName = None,
+    data: DataName = None,
+    data_root: DataRoot = None,
+    checkpoint: Checkpoint = None,
+    per_class: PerClass = None,
+    epochs: Epochs = None,
     out: Out = Path("deepspectra-run"),
-    memory: Annotated[str | None, typer.Option(help='Memory budget, such as "8GiB".')] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None,
+    memory: Memory = None,
+    device: Device = None,
     num_probes: Annotated[int | None, typer.Option(help="Probes of each density.")] = None,
     num_steps: Annotated[int | None, typer.Option(help="Krylov steps of each probe.")] = None,
     seed: Seed = 0,
 ) -> None:
     """Analyse your own problem (TARGET), or a model of the zoo on one of its data sets."""
-    names: list[str] | None = None
-    if target is not None:
-        given = {"--model": model, "--data": data, "--checkpoint": checkpoint, "--per-class": per_class,
-                 "--epochs": epochs, "--memory": memory, "--device": device}  # fmt: skip
-        unused = [option for option, value in given.items() if value is not None]
-        if unused:
-            raise OptionError(
-                f"{', '.join(unused)} belong to the zoo; with a target, the function {target} decides. "
-                "Leave them out, and set them where the Problem is made."
-            )
-        problem, model, data = _load_target(target), "", ""
-    else:
-        model, data = model or "mlp", data or "digits"
-        problem, names = _zoo_problem(
-            model,
-            data,
-            out=out,
-            root=data_root,
-            checkpoint=checkpoint,
-            per_class=per_class,
-            epochs=epochs,
-            memory=memory,
-            device=device,
-            seed=seed,
-        )
-        data = f"{data}, {per_class} images a class" if per_class else data
+    chosen = _Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed)
+    problem, names, model, data = _chosen_problem(target, chosen, out)
     result = analyze(
         problem,
         num_probes=num_probes,
@@ -127,6 +113,32 @@ def analyze_command(
         class_names=names,
     )
     _finish(result, out)
+
+
+@app.command("layers")
+def layers_command(
+    target: Target = None,
+    model: ModelName = None,
+    data: DataName = None,
+    data_root: DataRoot = None,
+    checkpoint: Checkpoint = None,
+    per_class: PerClass = None,
+    epochs: Epochs = None,
+    out: Out = Path("deepspectra-run"),
+    memory: Memory = None,
+    device: Device = None,
+    seed: Seed = 0,
+) -> None:
+    """Features, errors and gradients of every layer, exactly: for up to about 12,000 examples × (classes − 1)."""
+    chosen = _Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed)
+    problem, _, model, data = _chosen_problem(target, chosen, out)
+    with console.status("layers") as status:
+        found = layers(problem, progress=lambda name: status.update(f"layer {name}"))
+    dataset = layer_dataset(found, problem, model=model, data=data, seed=seed)
+    path = save_layers(dataset, out)
+    typer.echo(f"\n{found}\n\n{dataset.attrs['verdict']}\n")
+    typer.echo(f"Results: {path.parent}")
+    typer.echo(f"Report: {path}")
 
 
 @app.command()
@@ -145,6 +157,46 @@ def _finish(result: Analysis, out: Path) -> None:
     typer.echo(f"\n{result}\n")
     typer.echo(f"Results: {folder}")
     typer.echo(f"Report: {path}")
+
+
+class _Choice(NamedTuple):
+    """What the options say of the problem."""
+
+    model: str | None
+    data: str | None
+    root: Path | None
+    checkpoint: Path | None
+    per_class: int | None
+    epochs: int | None
+    memory: str | None
+    device: str | None
+    seed: int
+
+
+def _chosen_problem(
+    target: str | None, chosen: _Choice, out: Path
+) -> tuple[Problem, list[str] | None, str, str]:
+    """The problem of a target or of the zoo, its class names, and names of model and data for the report."""
+    if target is None:
+        model, data = chosen.model or "mlp", chosen.data or "digits"
+        options = chosen._asdict() | {"model": model, "data": data}
+        problem, names = _zoo_problem(**options, out=out)
+        return (
+            problem,
+            names,
+            model,
+            f"{data}, {chosen.per_class} images a class" if chosen.per_class else data,
+        )
+    given = {"--model": chosen.model, "--data": chosen.data, "--checkpoint": chosen.checkpoint,
+             "--per-class": chosen.per_class, "--epochs": chosen.epochs, "--memory": chosen.memory,
+             "--device": chosen.device}  # fmt: skip
+    unused = [option for option, value in given.items() if value is not None]
+    if unused:
+        raise OptionError(
+            f"{', '.join(unused)} belong to the zoo; with a target, the function {target} decides. "
+            "Leave them out, and set them where the Problem is made."
+        )
+    return _load_target(target), None, "", ""
 
 
 def _zoo_problem(
@@ -178,6 +230,7 @@ def _zoo_problem(
                 epochs=epochs,
                 learning_rate=recipe.learning_rate,
                 batch_size=recipe.batch_size,
+                milestones=recipe.milestones,
                 seed=seed,
                 device=device,
                 progress=lambda h: status.update(

@@ -8,10 +8,10 @@ from deepspectra.report.charts import (
     cross_class_weights,
     knockouts,
     log_spectrum,
-    save_chart,
     shares,
     spectrum,
 )
+from deepspectra.report.drawing import save_chart
 from deepspectra.report.page import render, write
 
 __all__ = [

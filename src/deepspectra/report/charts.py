@@ -8,81 +8,49 @@ does not hold them, so a page can leave a figure out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import altair as alt
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 
-from deepspectra.errors import DataError, OptionError
-
-Row = dict[str, Any]
-Mark = Any  # a chart under construction: Altair's annotations lose its type when calls are chained
-Array = NDArray[np.float64]
-
-# Okabe and Ito's palette, safe for colour-vision deficiencies. One colour per part, everywhere.
-PART_COLOURS = {
-    "class": "#0072B2",
-    "logit": "#E69F00",
-    "interaction": "#CC79A7",
-    "within": "#009E73",
-    "true": "#56B4E9",
-    "residual": "#D55E00",
-}
-OPERATOR_COLOURS = {"hessian": "#1f2933", "gauss_newton": "#6a3d9a", "residual": PART_COLOURS["residual"]}
-OPERATOR_NAMES = {"hessian": "Hessian H", "gauss_newton": "Gauss-Newton G", "residual": "residual R"}
-SYMBOLS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
-LABEL_INKS = {
-    "logit": "#1f2933",
-    "true": "#1f2933",
-    "interaction": "#1f2933",
-}  # on light colours; white elsewhere
-LEVEL_COLOURS = {"class": PART_COLOURS["class"], "cross_class": "#882255"}
-LEVEL_NAMES = {"class": "class means", "cross_class": "cross-class means"}
-
-INK, MUTED, GRID = "#1f2933", "#5f6c7b", "#e4e8ed"
-FONT = "-apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
-WIDTH = 720
-MOST_ROWS = 40  # more cannot be labelled legibly
-FORMATS = ("svg", "pdf", "png", "html", "json")
-LANES = {
-    "hessian": 0.34,
-    "gauss_newton": 0.25,
-    "residual": 0.16,
-}  # lollipop heights, so that operators do not hide one another
-
-
-# ------------------------------------------------------------------------------------------- numbers as text
-
-
-def number(value: float, digits: int = 3) -> str:
-    """`value` to some significant digits: 0.0213, −1.5, 2.3×10⁻⁷."""
-    if not math.isfinite(value):
-        return "–"
-    text = f"{value:.{digits}g}"
-    if "e" not in text:
-        return text.replace("-", "−")
-    if 1e3 <= abs(float(text)) < 1e6:
-        return f"{float(text):,.0f}".replace("-", "−")
-    mantissa, exponent = text.split("e")
-    power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    if mantissa in ("1", "-1"):
-        return mantissa.replace("-1", "−").replace("1", "") + power
-    return f"{mantissa}×{power}".replace("-", "−")
-
-
-def tick(value: float) -> str:
-    """An axis label in characters every font has: 0.01, −10, 1e−5."""
-    text = (
-        f"{value:g}"
-        if value == 0 or 1e-4 <= abs(value) < 1e5
-        else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
-    )
-    return text.replace("-", "−")
+from deepspectra.errors import DataError
+from deepspectra.report.drawing import (
+    INK,
+    LABEL_INKS,
+    LANES,
+    LEVEL_COLOURS,
+    LEVEL_NAMES,
+    MOST_ROWS,
+    MUTED,
+    OPERATOR_COLOURS,
+    OPERATOR_NAMES,
+    PART_COLOURS,
+    SYMBOLS,
+    WIDTH,
+    Array,
+    Mark,
+    Row,
+    blank,
+    both_sides,
+    colour,
+    decades,
+    finished,
+    holds,
+    labelled,
+    log_axis,
+    number,
+    operator_selector,
+    operators_of,
+    plain,
+    require,
+    rows,
+    tick,
+    ticks_axis,
+)
+from deepspectra.report.layer_charts import LAYER_CHARTS
 
 
 def outliers_left(row: Row) -> str:
@@ -97,21 +65,6 @@ def outliers_left(row: Row) -> str:
     if upper > count:
         return f"{count:.0f} to {upper:.0f} left"
     return f"{count:.0f} left" if count else "none left"
-
-
-# --------------------------------------------------------------------------------------- reading the dataset
-
-
-def holds(dataset: xr.Dataset, *names: str) -> bool:
-    """Whether every named variable is there and has a finite value."""
-    return all(name in dataset and bool(np.isfinite(dataset[name].values).any()) for name in names)
-
-
-def rows(dataset: xr.Dataset, *names: str, need: Iterable[str] | None = None) -> list[Row]:
-    """Variables as records, one per cell of their grid, without cells where a needed one is NaN."""
-    present = [name for name in names if name in dataset]
-    frame = dataset[present].to_dataframe().reset_index().dropna(subset=list(need or names[:1]))
-    return [{key: _plain(value) for key, value in row.items()} for row in frame.to_dict("records")]
 
 
 def outliers(dataset: xr.Dataset) -> list[Row]:
@@ -142,109 +95,6 @@ def _shares_by_pair(dataset: xr.Dataset) -> list[Row]:
     return list(table.values())
 
 
-def _plain(value: Any) -> Any:
-    """A value JSON can hold, floats to nine digits."""
-    if isinstance(value, (float, np.floating)):
-        return float(f"{value:.9g}") if math.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _require(dataset: xr.Dataset, *names: str) -> None:
-    missing = [name for name in names if not holds(dataset, name)]
-    if missing:
-        raise DataError(
-            f"this chart draws {', '.join(names)}; the analysis has no values of {', '.join(missing)}. "
-            "Run the step that computes them, or leave the chart out."
-        )
-
-
-# ---------------------------------------------------------------------------------------- shared ingredients
-
-
-def _chart(table: list[Row]) -> Mark:
-    """An empty chart that carries its rows itself."""
-    return alt.Chart({"values": table})
-
-
-def _finished(chart: Mark, **properties: Any) -> alt.LayerChart:
-    """One visual language: quiet axes, a light grid, text that stays legible in print."""
-    text: dict[str, Any] = {"labelColor": INK, "titleColor": INK, "labelFontSize": 12, "titleFontSize": 12}
-    line: dict[str, Any] = {"gridColor": GRID, "domainColor": "#9aa5b1", "tickColor": "#9aa5b1"}
-    legend: dict[str, Any] = {"symbolSize": 110, "symbolOpacity": 1, "labelLimit": 400, "columnPadding": 18}
-    finished: alt.LayerChart = chart.properties(**properties).configure(
-        font=FONT,
-        background="white",
-        padding=4,
-        view=alt.ViewConfig(stroke=None),
-        axis=alt.AxisConfig(**text, **line, titleFontWeight=500, titlePadding=10),
-        legend=alt.LegendConfig(**text, **legend, titleFontWeight=500, orient="top", title=None, columns=3),
-        title=alt.TitleConfig(anchor="start", fontSize=13, fontWeight=600, color=INK, subtitleColor=MUTED),
-    )
-    return finished
-
-
-def _colour(
-    names: Sequence[str], labels: dict[str, str], colours: dict[str, str], **options: Any
-) -> alt.Color:
-    """The fixed colours of `names`, with their labels in the legend."""
-    shown = [labels.get(name, name) for name in names]
-    return alt.Color(
-        "label:N",
-        scale=alt.Scale(domain=shown, range=[colours.get(name, MUTED) for name in names]),
-        legend=alt.Legend(**options),
-        sort=None,
-    )
-
-
-def _operator_selector(operators: Sequence[str], *, everything: bool) -> alt.Parameter:
-    """A choice of operator: a row of buttons on the page, the first choice in a still picture."""
-    options = (["all"] if everything else []) + list(operators)
-    labels = [OPERATOR_NAMES.get(name, name) for name in options]
-    if len(operators) == 1:
-        return alt.param(name="shown", value=options[-1])
-    return alt.param(
-        name="shown", value=options[0], bind=alt.binding_radio(options=options, labels=labels, name=" ")
-    )
-
-
-def _operators(table: Iterable[Row]) -> list[str]:
-    present = {row["operator"] for row in table}
-    return [name for name in OPERATOR_NAMES if name in present]
-
-
-def _labelled(table: list[Row]) -> list[Row]:
-    return [row | {"label": OPERATOR_NAMES.get(row["operator"], row["operator"])} for row in table]
-
-
-def _ticks(values: Sequence[float], labels: Sequence[str], **options: Any) -> alt.Axis:
-    """An axis with exactly these ticks and labels."""
-    places = [float(f"{value:.9g}") for value in values]
-    options = {"labelOverlap": "greedy", "labelSeparation": 5, **options}
-    return alt.Axis(values=places, labelExpr=f"{list(labels)!r}[indexof({places}, datum.value)]", **options)
-
-
-def _decades(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers within [low, high]: 1, 2, 5 a decade, else 1, 3, else powers of ten, else every n-th."""
-    first, last = math.floor(math.log10(low)), math.floor(math.log10(high) + 1e-9)
-    for factors in ((1, 2, 5), (1, 3), (1,)):
-        ticks = [float(f"{factor}e{power}") for power in range(first, last + 1) for factor in factors]
-        ticks = [value for value in ticks if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
-        if len(ticks) <= most:
-            return ticks
-    return ticks[:: -math.ceil(len(ticks) / most)][::-1]
-
-
-def _both_sides(low: float, high: float, smallest: float) -> list[float]:
-    """Zero and the same round numbers on either side of it, from `smallest` on, within [low, high]."""
-    ticks = _decades(smallest, max(-low, high, smallest), most=5)
-    return [value for value in (*(-tick for tick in reversed(ticks)), 0.0, *ticks) if low <= value <= high]
-
-
-def _log_axis(low: float, high: float, most: int = 6, **options: Any) -> alt.Axis:
-    ticks = _decades(low, high, most)
-    return _ticks(ticks, [tick(value) for value in ticks], **options)
-
-
 # -------------------------------------------------------------------------------------------------- spectrum
 
 
@@ -259,7 +109,7 @@ class _Line:
 
 def spectrum(dataset: xr.Dataset) -> alt.LayerChart:
     """Densities of H, G and R over a symmetric-log eigenvalue axis, outliers as lollipops."""
-    _require(dataset, "curve_grid", "curve_density")
+    require(dataset, "curve_grid", "curve_density")
     table = rows(
         dataset, "curve_grid", "curve_density", "curve_standard_error", need=("curve_grid", "curve_density")
     )
@@ -273,7 +123,7 @@ def spectrum(dataset: xr.Dataset) -> alt.LayerChart:
 
 def log_spectrum(dataset: xr.Dataset) -> alt.LayerChart:
     """Densities per decade of |λ|, negative eigenvalues mirrored to the left."""
-    _require(dataset, "log_grid", "log_density")
+    require(dataset, "log_grid", "log_density")
     table = rows(dataset, "log_grid", "log_density", "log_standard_error", need=("log_grid", "log_density"))
     for row in table:
         sign = -1.0 if row["side"] == "negative" else 1.0
@@ -287,16 +137,16 @@ def log_spectrum(dataset: xr.Dataset) -> alt.LayerChart:
 
 
 def _spectrum(dataset: xr.Dataset, table: list[Row], line: _Line, title: str) -> alt.LayerChart:
-    operators = _operators(table)
+    operators = operators_of(table)
     limits = {row["operator"]: row["outlier_threshold"] for row in _thresholds(dataset)}
     for row in table:
         row["beyond"] = abs(row["eigenvalue"]) > limits.get(row["operator"], math.inf)
-    curves = _curves(_labelled(table), operators, line, _density_range(dataset, table), title)
+    curves = _curves(labelled(table), operators, line, _density_range(dataset, table), title)
     above = [*_lollipops(dataset, line), *_edges(dataset, operators, line)]
     layers = [curves, alt.layer(*above)] if above else [curves]
-    selector = _operator_selector(operators, everything=True)
+    selector = operator_selector(operators, everything=True)
     chart = alt.layer(*layers).resolve_scale(y="independent").add_params(selector)
-    return _finished(chart, width=WIDTH, height=340)
+    return finished(chart, width=WIDTH, height=340)
 
 
 def _density_range(dataset: xr.Dataset, table: list[Row]) -> tuple[float, float]:
@@ -318,18 +168,18 @@ def _curves(
     points = [{key: row[key] for key in keep if key in row} for row in table]
     for row in points:
         density, error = row["density"], row.pop("error")
-        row["x"] = _plain(line.place(row["eigenvalue"]))
-        row["upper"] = _plain(max(density + 2 * error, low / 10))
-        row["lower"] = _plain(max(density - 2 * error, low / 10))
-        row["density"] = _plain(max(density, low / 10))
+        row["x"] = plain(line.place(row["eigenvalue"]))
+        row["upper"] = plain(max(density + 2 * error, low / 10))
+        row["lower"] = plain(max(density - 2 * error, low / 10))
+        row["density"] = plain(max(density, low / 10))
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
-    y = alt.Y("density:Q", scale=scale, axis=_log_axis(low, high, title=title))
+    y = alt.Y("density:Q", scale=scale, axis=log_axis(low, high, title=title))
     base = (
         alt.Chart()
         .transform_filter("shown == 'all' || datum.operator == shown")
         .encode(
             x=line.x,
-            color=_colour(operators, OPERATOR_NAMES, OPERATOR_COLOURS),
+            color=colour(operators, OPERATOR_NAMES, OPERATOR_COLOURS),
             detail=["side:N", "beyond:N"],
         )
     )
@@ -346,14 +196,14 @@ def _tip(field: str, title: str, form: str = ".3~g") -> alt.Tooltip:
 
 
 def _lollipops(dataset: xr.Dataset, line: _Line) -> list[Mark]:
-    found = _labelled(outliers(dataset))
+    found = labelled(outliers(dataset))
     if not found:
         return []
     parts = [part for part in PART_COLOURS if any(f"share {part}" in row for row in found)]
     for row in found:
-        row |= {"x": _plain(line.place(row["eigenvalue"])), "lane": LANES.get(row["operator"], 0.16)}
+        row |= {"x": plain(line.place(row["eigenvalue"])), "lane": LANES.get(row["operator"], 0.16)}
     base = (
-        _chart(found)
+        blank(found)
         .transform_filter("shown == 'all' || datum.operator == shown")
         .encode(
             x=line.x,
@@ -384,11 +234,11 @@ def _edges(dataset: xr.Dataset, operators: list[str], line: _Line) -> list[Mark]
         known = rows(dataset, name) if holds(dataset, name) else []
         for row in known:
             late = line.along(row[name]) > 0.62  # no room for a label to its right
-            edge = {"operator": row["operator"], "x": _plain(line.place(row[name])), "kind": name}
+            edge = {"operator": row["operator"], "x": plain(line.place(row[name])), "kind": name}
             edge |= {"text": f"{text} {number(row[name])}", "left": late or name == "bulk_edge"}
             table.append(edge | {"height": 22 if late and name == "bulk_edge" else 8})
     base = (
-        _chart([row for row in table if row["operator"] in operators])
+        blank([row for row in table if row["operator"] in operators])
         .transform_filter(f"datum.operator == (shown == 'all' ? '{operators[0]}' : shown)")
         .encode(x=line.x)
     )
@@ -409,7 +259,7 @@ def _symmetric_log(dataset: xr.Dataset, eigenvalues: Sequence[float]) -> _Line:
     resolution = float(np.nanmedian(np.abs(np.diff(dataset["curve_grid"].values, axis=-1))))
     low, high = min(eigenvalues), max(eigenvalues)
     constant = 10.0 ** round(math.log10(max(resolution, max(abs(low), abs(high)) * 1e-6)))
-    ticks = _both_sides(low, high, constant * 10)
+    ticks = both_sides(low, high, constant * 10)
 
     def along(value: float) -> float:
         first, here, last = (math.copysign(math.log1p(abs(x / constant)), x) for x in (low, value, high))
@@ -418,7 +268,7 @@ def _symmetric_log(dataset: xr.Dataset, eigenvalues: Sequence[float]) -> _Line:
     x = alt.X(
         "x:Q",
         scale=alt.Scale(type="symlog", constant=constant, domain=[low, high], nice=False),
-        axis=_ticks(ticks, [tick(value) for value in ticks], title="eigenvalue λ (symmetric-log axis)"),
+        axis=ticks_axis(ticks, [tick(value) for value in ticks], title="eigenvalue λ (symmetric-log axis)"),
     )
     return _Line(lambda value: value, along, x)
 
@@ -435,12 +285,12 @@ def _mirrored_log(eigenvalues: Sequence[float]) -> _Line:
     def along(value: float) -> float:
         return (place(value) - place(low)) / (place(high) - place(low))
 
-    ticks = _both_sides(low, high, smallest * 3)
+    ticks = both_sides(low, high, smallest * 3)
     labels = [tick(value) if value else f"±{tick(smallest)}" for value in ticks]
     x = alt.X(
         "x:Q",
         scale=alt.Scale(domain=[place(low), place(high)], nice=False),
-        axis=_ticks(
+        axis=ticks_axis(
             [place(value) for value in ticks], labels, title="eigenvalue λ (logarithmic on both sides)"
         ),
     )
@@ -452,7 +302,7 @@ def _mirrored_log(eigenvalues: Sequence[float]) -> _Line:
 
 def shares(dataset: xr.Dataset) -> alt.LayerChart:
     """What each outlier is made of: one stacked bar per outlier, and their mean."""
-    _require(dataset, "share", "eigenvalue", "is_outlier")
+    require(dataset, "share", "eigenvalue", "is_outlier")
     table = [row for row in outliers(dataset) if any(key.startswith("share ") for key in row)]
     if not table:
         raise DataError("the analysis attributes no outlier: none was found, or none has shares")
@@ -462,13 +312,13 @@ def shares(dataset: xr.Dataset) -> alt.LayerChart:
     reach = [math.floor(20 * min(bar["from"] for bar in bars) + 1e-6) / 20]
     reach.append(math.ceil(20 * max(bar["to"] for bar in bars) - 1e-6) / 20)
     order = [*dict.fromkeys(bar["row"] for bar in bars if bar["row"] not in (" ", "mean")), " ", "mean"]
-    operators = _operators(bars)
+    operators = operators_of(bars)
     longest = max(row["rank"] for row in seen) + 2
     note = (
         f"the {MOST_ROWS} largest of up to {max(row['rank'] for row in table)} outliers; the mean is over all"
     )
     title = {"title": note} if len(seen) < len(table) else {}
-    base = _chart(bars).transform_filter("datum.operator == shown")
+    base = blank(bars).transform_filter("datum.operator == shown")
     bar = base.mark_bar(stroke="white", strokeWidth=0.8, height={"band": 0.82}).encode(
         y=alt.Y("row:N", sort=order, title="outlier, by rank: λ", axis=alt.Axis(ticks=False, domain=False)),
         x=alt.X(
@@ -478,7 +328,7 @@ def shares(dataset: xr.Dataset) -> alt.LayerChart:
             axis=alt.Axis(format=".0%", tickCount=5),
         ),
         x2="to:Q",
-        color=_colour(parts, {}, PART_COLOURS),
+        color=colour(parts, {}, PART_COLOURS),
         tooltip=[
             alt.Tooltip("row:N", title="outlier"),
             alt.Tooltip("label:N", title="part"),
@@ -495,8 +345,8 @@ def shares(dataset: xr.Dataset) -> alt.LayerChart:
             color=alt.Color("ink:N", scale=None),
         )
     )
-    chart = alt.layer(bar, text).add_params(_operator_selector(operators, everything=False))
-    return _finished(chart, width=WIDTH, height=22 * longest, **title)
+    chart = alt.layer(bar, text).add_params(operator_selector(operators, everything=False))
+    return finished(chart, width=WIDTH, height=22 * longest, **title)
 
 
 def _bars(row: Row, parts: list[str]) -> list[Row]:
@@ -561,7 +411,7 @@ def knockout_summary(dataset: xr.Dataset) -> list[Row]:
 
 def knockouts(dataset: xr.Dataset) -> alt.LayerChart:
     """Eigenvalues that stay when parts are removed, against the outlier threshold."""
-    _require(dataset, "knockout_value")
+    require(dataset, "knockout_value")
     summary = knockout_summary(dataset)
     names = {(row["operator"], row["knockout"], row["method"]): _knockout_name(row) for row in summary}
     thresholds = {row["operator"]: row for row in _thresholds(dataset)}
@@ -582,7 +432,7 @@ def knockouts(dataset: xr.Dataset) -> alt.LayerChart:
     x = alt.X(
         "knockout_value:Q",
         scale=alt.Scale(type="log", domain=[low, high], nice=False),
-        axis=_log_axis(low, high, title="eigenvalues left (logarithmic axis)"),
+        axis=log_axis(low, high, title="eigenvalues left (logarithmic axis)"),
     )
     order = list(dict.fromkeys(names.values()))
     split = alt.Axis(
@@ -596,8 +446,8 @@ def knockouts(dataset: xr.Dataset) -> alt.LayerChart:
     y = alt.Y("row:N", sort=order, title=None, axis=split)
     layers = [_knockout_dots(table, x, y), *_knockout_rules(list(thresholds.values()))]
     layers.append(_knockout_counts(summary, names, y))
-    chart = alt.layer(*layers).add_params(_operator_selector(_operators(table), everything=False))
-    return _finished(chart, width=WIDTH, height=40 * len(order))
+    chart = alt.layer(*layers).add_params(operator_selector(operators_of(table), everything=False))
+    return finished(chart, width=WIDTH, height=40 * len(order))
 
 
 def _knockout_name(row: Row) -> str:
@@ -612,7 +462,7 @@ def _thresholds(dataset: xr.Dataset) -> list[Row]:
 
 def _knockout_dots(table: list[Row], x: alt.X, y: alt.Y) -> Mark:
     colours = alt.Scale(domain=["above the threshold", "below"], range=[INK, "#b8c1cb"])
-    base = _chart(table).transform_filter("datum.operator == shown")
+    base = blank(table).transform_filter("datum.operator == shown")
     return base.mark_circle(size=60, opacity=0.8, clip=True).encode(
         x=x,
         y=y,
@@ -623,7 +473,7 @@ def _knockout_dots(table: list[Row], x: alt.X, y: alt.Y) -> Mark:
 
 def _knockout_rules(thresholds: list[Row]) -> list[Mark]:
     table = [row | {"text": f"outlier threshold {number(row['outlier_threshold'])}"} for row in thresholds]
-    base = _chart(table).transform_filter("datum.operator == shown").encode(x="outlier_threshold:Q")
+    base = blank(table).transform_filter("datum.operator == shown").encode(x="outlier_threshold:Q")
     rule = base.mark_rule(color=MUTED, strokeDash=[5, 3])
     text = base.mark_text(color=MUTED, fontSize=11, align="center").encode(y=alt.value(-8), text="text:N")
     return [rule, text]
@@ -638,7 +488,7 @@ def _knockout_counts(summary: list[Row], names: dict[tuple[str, str, str], str],
         }
         for row in summary
     ]
-    base = _chart(table).transform_filter("datum.operator == shown")
+    base = blank(table).transform_filter("datum.operator == shown")
     mark = base.mark_text(align="left", dx=10, fontSize=12, fontWeight=600, color=INK)
     return mark.encode(x=alt.value("width"), y=y, text="text:N")
 
@@ -648,7 +498,7 @@ def _knockout_counts(summary: list[Row], names: dict[tuple[str, str, str], str],
 
 def averaging(dataset: xr.Dataset) -> alt.LayerChart:
     """Eigenvalues found by averaging alone, over the true ones, by rank."""
-    _require(dataset, "subspace_value")
+    require(dataset, "subspace_value")
     table = _scree(rows(dataset, "subspace_value"), "level", "subspace_value", LEVEL_NAMES)
     if holds(dataset, "eigenvalue"):
         known = [row for row in rows(dataset, "eigenvalue") if row["operator"] in ("hessian", "gauss_newton")]
@@ -663,18 +513,18 @@ def averaging(dataset: xr.Dataset) -> alt.LayerChart:
     last = max(row["rank"] for row in table)
     ranks = alt.Scale(type="log" if last > 30 else "linear", domain=[0.8, last * 1.1], nice=False)
     across = (
-        _log_axis(1, last, 7, grid=False) if last > 30 else alt.Axis(tickMinStep=1, format="d", grid=False)
+        log_axis(1, last, 7, grid=False) if last > 30 else alt.Axis(tickMinStep=1, format="d", grid=False)
     )
     shapes = {"hessian": "circle", "gauss_newton": "circle", "class": "diamond", "cross_class": "triangle-up"}
     shape_scale = alt.Scale(domain=[labels[name] for name in names], range=[shapes[name] for name in names])
-    base = _chart(table).encode(
+    base = blank(table).encode(
         x=alt.X("rank:Q", scale=ranks, axis=across, title="rank"),
         y=alt.Y(
             "value:Q",
             scale=alt.Scale(type="log", domain=[low, high], nice=False),
-            axis=_log_axis(low, high, title="eigenvalue (logarithmic axis)"),
+            axis=log_axis(low, high, title="eigenvalue (logarithmic axis)"),
         ),
-        color=_colour(names, labels, {**OPERATOR_COLOURS, **LEVEL_COLOURS}, columns=2),
+        color=colour(names, labels, {**OPERATOR_COLOURS, **LEVEL_COLOURS}, columns=2),
         shape=alt.Shape("label:N", scale=shape_scale, legend=alt.Legend(columns=2), sort=None),
         tooltip=[
             "label:N",
@@ -686,7 +536,7 @@ def averaging(dataset: xr.Dataset) -> alt.LayerChart:
     true = base.transform_filter("indexof(['hessian', 'gauss_newton'], datum.name) >= 0")
     line = true.mark_line(strokeWidth=1, opacity=0.5, clip=True).encode(shape=alt.Undefined)
     point = base.mark_point(size=50, strokeWidth=1.6, opacity=1, clip=True)
-    return _finished(alt.layer(line, point), width=WIDTH, height=320)
+    return finished(alt.layer(line, point), width=WIDTH, height=320)
 
 
 def _scree(table: list[Row], group: str, value: str, labels: dict[str, str]) -> list[Row]:
@@ -727,14 +577,14 @@ def cosines(dataset: xr.Dataset) -> Array:
 
 def class_cosines(dataset: xr.Dataset) -> alt.LayerChart:
     """Cosines between the mean gradients of classes."""
-    _require(dataset, "mean_gram")
+    require(dataset, "mean_gram")
     scale = alt.Scale(scheme="purpleorange", domain=[-1, 1], reverse=True)
     return _heat_map(dataset, cosines(dataset), scale, ("class", "class", "cosine"))
 
 
 def cross_class_weights(dataset: xr.Dataset) -> alt.LayerChart:
     """Weight of examples of one class under the label of another: how much each confusion counts."""
-    _require(dataset, "cross_class_weight")
+    require(dataset, "cross_class_weight")
     weights = np.array(dataset["cross_class_weight"].values, dtype=np.float64)
     np.fill_diagonal(weights, np.nan)
     weights[weights <= 0] = np.nan
@@ -760,7 +610,7 @@ def _heat_map(
     """A square of classes by classes; `titles` name the rows, the columns and the value."""
     names, chosen = class_names(dataset), _chosen_classes(dataset)
     cells = [
-        {"row": names[i], "column": names[j], "value": _plain(matrix[i, j])}
+        {"row": names[i], "column": names[j], "value": plain(matrix[i, j])}
         for i in chosen
         for j in chosen
         if np.isfinite(matrix[i, j])
@@ -770,7 +620,7 @@ def _heat_map(
     axis: dict[str, Any] = {"labelLimit": 90, "ticks": False, "domain": False, "titlePadding": 8}
     axis |= {"labelFontSize": 9 if len(order) > 20 else 12, "labelOverlap": "greedy"}
     down, across = alt.Axis(**axis), alt.Axis(**axis, labelAngle=0 if upright else -90)
-    chart = _chart(cells).mark_rect(stroke="white", strokeWidth=0.5 if len(order) > 20 else 1)
+    chart = blank(cells).mark_rect(stroke="white", strokeWidth=0.5 if len(order) > 20 else 1)
     chart = chart.encode(
         x=alt.X("column:N", sort=order, scale=alt.Scale(domain=order), title=titles[1], axis=across),
         y=alt.Y("row:N", sort=order, scale=alt.Scale(domain=order), title=titles[0], axis=down),
@@ -785,13 +635,13 @@ def _heat_map(
     )
     note = f"{len(chosen)} of {len(names)} classes: those of largest weight"
     title = {"title": note} if len(chosen) < len(names) else {}
-    return _finished(alt.layer(chart), width=420, height=max(380, 11 * len(order)), **title)
+    return finished(alt.layer(chart), width=420, height=max(380, 11 * len(order)), **title)
 
 
 def _gradient(scale: alt.Scale, title: str, values: list[float]) -> alt.Legend:
     look: dict[str, Any] = {"title": title, "orient": "top", "gradientLength": 200, "gradientThickness": 10}
     if scale.to_dict().get("type") == "log":
-        return alt.Legend(**look, values=_decades(min(values), max(values), most=4), format=".0e")
+        return alt.Legend(**look, values=decades(min(values), max(values), most=4), format=".0e")
     return alt.Legend(**look, values=[-1, -0.5, 0, 0.5, 1], format="~g")
 
 
@@ -806,12 +656,12 @@ def class_names(dataset: xr.Dataset) -> list[str]:
 
 def cost(dataset: xr.Dataset) -> alt.LayerChart:
     """What each stage cost, in full-data gradients."""
-    _require(dataset, "cost_gradients")
+    require(dataset, "cost_gradients")
     table = rows(dataset, "cost_gradients", "cost_products", "cost_seconds")
     order = [row["stage"] for row in table]
     for row in table:
         row["text"] = number(row["cost_gradients"])
-    base = _chart(table).encode(
+    base = blank(table).encode(
         y=alt.Y("stage:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=150)),
         x=alt.X(
             "cost_gradients:Q",
@@ -828,7 +678,7 @@ def cost(dataset: xr.Dataset) -> alt.LayerChart:
     )
     bar = base.mark_bar(color="#7b8794", height={"band": 0.7})
     text = base.mark_text(align="left", dx=5, color=INK).encode(text="text:N")
-    return _finished(alt.layer(bar, text), width=WIDTH, height=26 * len(order))
+    return finished(alt.layer(bar, text), width=WIDTH, height=26 * len(order))
 
 
 # ------------------------------------------------------------------------------------------------ everything
@@ -841,6 +691,7 @@ CHARTS: dict[str, Callable[[xr.Dataset], alt.TopLevelMixin]] = {
     "averaging": averaging,
     "class_cosines": class_cosines,
     "cross_class_weights": cross_class_weights,
+    **LAYER_CHARTS,
     "cost": cost,
 }
 
@@ -854,17 +705,3 @@ def charts(dataset: xr.Dataset) -> dict[str, alt.TopLevelMixin]:
         except DataError:  # the analysis did not compute what this chart draws
             continue
     return drawn
-
-
-def save_chart(chart: alt.TopLevelMixin, path: str | Path) -> None:
-    """Save a chart as .svg, .pdf, .png, .html or .json, without a browser.
-
-    Raises:
-        OptionError: the suffix is none of these.
-    """
-    suffix = Path(path).suffix.lower().removeprefix(".")
-    if suffix not in FORMATS:
-        raise OptionError(f"cannot save a chart as {Path(path).name!r}: use one of .{', .'.join(FORMATS)}")
-    extra: dict[str, dict[str, Any]] = {"html": {"inline": True}, "png": {"scale_factor": 2}}
-    options: dict[str, Any] = {"format": suffix, **extra.get(suffix, {})}
-    chart.save(str(path), **options)

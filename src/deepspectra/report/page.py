@@ -25,21 +25,15 @@ import xarray as xr
 
 from deepspectra.errors import FileError
 from deepspectra.report.charts import (
-    LEVEL_NAMES,
-    OPERATOR_NAMES,
-    SYMBOLS,
-    Row,
     charts,
     class_names,
     cosines,
-    holds,
     knockout_summary,
     mean_shares,
-    number,
     outliers,
     outliers_left,
-    rows,
 )
+from deepspectra.report.drawing import LEVEL_NAMES, OPERATOR_NAMES, SYMBOLS, Row, holds, number, rows
 
 Cell = str | int | float | tuple[str, float] | None  # a pair: the text shown and the value behind it
 
@@ -84,6 +78,10 @@ LINKS = {
     "knockouts": "Knock-outs",
     "averaging": "Averaging",
     "classes": "Classes",
+    "layers": "Layers",
+    "layer-traces": "Shares by layer",
+    "products": "Products of means",
+    "collapse": "Neural collapse",
     "cost": "Cost",
     "tables": "Tables",
     "measured": "How it was measured",
@@ -424,6 +422,37 @@ def _confusion_sentence(dataset: xr.Dataset) -> str:
     return f"The largest is {pair} ({_number(weights[true, label])})."
 
 
+def _layers_caption(_dataset: xr.Dataset) -> str:
+    return (
+        "The largest eigenvalues of every layer: of the second moment of its features (what enters), of its "
+        "backpropagated errors (what comes back to its output), and of its block of G. Each dash is one "
+        "eigenvalue in the colour of the part that has most of it; all are exact. Outliers stand apart from "
+        "the dashes below them."
+    )
+
+
+def _layer_traces_caption(_dataset: xr.Dataset) -> str:
+    return (
+        "How much of each layer's trace the parts make: of features, the global mean, the class means about "
+        "it and the scatter within classes; of errors and gradients, the parts of G."
+    )
+
+
+def _products_caption(_dataset: xr.Dataset) -> str:
+    return (
+        "Whether means of gradients are products of means: the cosine between g_c and h_c ⊗ e_c (class means) "
+        "and between g_{c,k} and h_c ⊗ e_{c,k} (cross-class means), averaged over classes or pairs; bars are "
+        "one standard deviation. At 1 the two agree up to length."
+    )
+
+
+def _collapse_caption(_dataset: xr.Dataset) -> str:
+    return (
+        "How far the features that enter each layer have collapsed onto their class means: every measure is 0 "
+        "for complete collapse. Zeros cannot be drawn here; the table has them."
+    )
+
+
 def _cost_caption(dataset: xr.Dataset) -> str:
     table = rows(dataset, "cost_gradients", "cost_seconds")
     total = sum(row["cost_gradients"] for row in table)
@@ -452,6 +481,10 @@ FIGURES: dict[str, tuple[str, dict[str, str], Caption]] = {
         {"class_cosines": "Cosines of class means", "cross_class_weights": "Cross-class weights"},
         _classes_caption,
     ),
+    "layers": ("Layer by layer", {"layer_spectra": ""}, _layers_caption),
+    "layer-traces": ("What the layers are made of", {"layer_traces": ""}, _layer_traces_caption),
+    "products": ("Products of means", {"layer_products": ""}, _products_caption),
+    "collapse": ("Neural collapse", {"layer_collapse": ""}, _collapse_caption),
     "cost": ("What it cost", {"cost": ""}, _cost_caption),
 }
 
@@ -465,6 +498,8 @@ def _tables(dataset: xr.Dataset) -> str:
         _knockout_table(dataset),
         _averaging_table(dataset),
         _trace_table(dataset),
+        _layer_table(dataset),
+        _collapse_table(dataset),
     ]
     body = "\n".join(table for table in tables if table)
     return f'<section id="tables">\n<h2>Tables</h2>\n{body}\n</section>' if body else ""
@@ -551,6 +586,50 @@ def _knockout_table(dataset: xr.Dataset) -> str:
     ]
     head = ["operator", "removed", "method", "largest λ left", "‖Av − λv‖", "outliers left", "upper bound"]
     return _table("knockout-table", "Knock-outs", head, body)
+
+
+def _layer_table(dataset: xr.Dataset) -> str:
+    if not holds(dataset, "layer_largest"):
+        return ""
+    tops = {
+        (row["layer"], row["kind"]): row["layer_eigenvalue"]
+        for row in rows(dataset, "layer_eigenvalue")
+        if row["rank"] == 0
+    }
+    parts = [str(part) for part in dataset["layer_part"].values]
+    shares: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows(dataset, "layer_share"):
+        if row["rank"] == 0:
+            shares.setdefault((row["layer"], row["kind"]), {})[row["layer_part"]] = row["layer_share"]
+    body: list[list[Cell]] = [
+        [layer, kind, value, *(_percentage(shares.get((layer, kind), {}).get(part)) for part in parts)]
+        for (layer, kind), value in tops.items()
+    ]
+    head = ["layer", "of", "largest λ", *parts]
+    return _table("layer-table", "Layers: the largest eigenvalue and its shares", head, body)
+
+
+def _collapse_table(dataset: xr.Dataset) -> str:
+    if not holds(dataset, "collapse"):
+        return ""
+    measures = [str(name) for name in dataset["measure"].values]
+    found: dict[str, dict[str, float]] = {}
+    for row in rows(dataset, "collapse"):
+        found.setdefault(row["layer"], {})[row["measure"]] = row["collapse"]
+    for row in rows(dataset, "khatri_rao") if holds(dataset, "khatri_rao") else []:
+        if row["moment"] == "mean":
+            found.setdefault(row["layer"], {})[row["statistic"]] = row["khatri_rao"]
+    products = {
+        "class_cosine": "cos g_c, h⊗e",
+        "class_error": "its error",
+        "cross_cosine": "cos g_ck, h⊗e",
+        "cross_error": "error of that",
+    }
+    body: list[list[Cell]] = [
+        [layer, *(values.get(name) for name in (*measures, *products))] for layer, values in found.items()
+    ]
+    head = ["layer", *(name.replace("nc", "NC").replace("_", " ") for name in measures), *products.values()]
+    return _table("collapse-table", "Neural collapse, and products of means", head, body)
 
 
 def _averaging_table(dataset: xr.Dataset) -> str:

@@ -60,6 +60,7 @@ class Recipe:
     epochs: int
     learning_rate: float
     batch_size: int
+    milestones: tuple[float, float] = (1 / 3, 2 / 3)
 
 
 # At batches of 64; in proportion for smaller ones.
@@ -88,7 +89,7 @@ def recipe(model: str, data: str, num_examples: int | None = None) -> Recipe:
         num_examples: size of the training set; by default that of the whole data set.
 
     Returns:
-        Epochs, learning rate and batch size for `train`.
+        Epochs, learning rate, batch size and milestones for `train`.
 
     Raises:
         OptionError: a name is unknown, or `num_examples` is not positive.
@@ -107,11 +108,14 @@ def recipe(model: str, data: str, num_examples: int | None = None) -> Recipe:
         batch_size, epochs = 64, 30
     else:
         batch_size, epochs = 16, 40
-    if model == "resnet18":  # dear, but soon fitted
-        epochs = min(epochs, 14)
+    milestones = Recipe.milestones
+    if model == "resnet18" and num_examples < 1000:  # dear, but soon fitted at its first learning rate
+        epochs, milestones = 12, (0.7, 0.9)
+    elif model == "resnet18":
+        epochs = min(epochs, 20)
     elif model == "transformer":  # slow under SGD
         epochs *= 2
-    return Recipe(epochs, _LEARNING_RATES[model] * min(batch_size, 64) / 64, batch_size)
+    return Recipe(epochs, _LEARNING_RATES[model] * min(batch_size, 64) / 64, batch_size, milestones)
 
 
 def train(

@@ -1,0 +1,167 @@
+"""The layer-by-layer job: a labelled dataset of every layer's class structure, its verdict and its report."""
+
+from __future__ import annotations
+
+import math
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+import xarray as xr
+
+from deepspectra.analysis.gram import GramSpectrum
+from deepspectra.analysis.layers import Layer, Layers
+from deepspectra.problem import Problem
+from deepspectra.report.page import write
+from deepspectra.results import versions
+
+KINDS = ("features", "errors", "gradients")
+PARTS = ("mean", "class", "logit", "interaction", "within", "true")
+STATISTICS = ("class_cosine", "class_error", "cross_cosine", "cross_error")
+MEASURES = ("nc1", "nc2_norms", "nc2_angles", "nc2_simplex", "nc3", "nc4")
+DATASET_FILE, REPORT_FILE = "layers.nc", "layers.html"
+MOST_RANKS = 60  # eigenvalues kept of each spectrum
+EXPLAINED = 0.9  # cosine from which products of means stand for means of products
+
+
+def layer_dataset(
+    found: Layers, problem: Problem, *, model: str = "", data: str = "", seed: int = 0
+) -> xr.Dataset:
+    """Every number of `layers` with its dimensions named; `docs/file-format.md` describes it.
+
+    Args:
+        found: of `layers(problem, effects="two-way")`.
+        problem: whose layers they are.
+        model: its name, for the report.
+        data: its name, for the report.
+        seed: of the training, for the report.
+    """
+    ranks = min(MOST_RANKS, max(3 * problem.num_classes, 10))
+    shape = (len(found), len(KINDS))
+    values = np.full((*shape, ranks), np.nan)
+    shares = np.full((*shape, ranks, len(PARTS)), np.nan)
+    traces, largest = (np.full((*shape, len(PARTS)), np.nan) for _ in range(2))
+    products = np.full((len(found), len(STATISTICS), 2), np.nan)
+    collapse = np.full((len(found), len(MEASURES)), np.nan)
+    for j, layer in enumerate(found.layers):
+        for i, spectrum in enumerate(_spectra(layer)):
+            if spectrum is None:
+                continue
+            size = min(ranks, len(spectrum.values))
+            values[j, i, :size] = spectrum.values[:size]
+            for part, column in zip(spectrum.part_names, spectrum.shares.T, strict=True):
+                p = PARTS.index(part)
+                shares[j, i, :size, p] = column[:size]
+                traces[j, i, p] = float(spectrum.parts[part].sum())
+                largest[j, i, p] = max(spectrum.parts[part].tolist(), default=0.0)
+        if layer.khatri_rao is not None:
+            for i, name in enumerate(STATISTICS):
+                table = getattr(layer.khatri_rao, name)
+                table = table[~table.isnan()]
+                products[j, i] = float(table.mean()), float(table.std(correction=0))
+        if layer.collapse is not None:
+            collapse[j] = [getattr(layer.collapse, name) for name in MEASURES]
+    variables = {
+        "layer_eigenvalue": (("layer", "kind", "rank"), values),
+        "layer_share": (("layer", "kind", "rank", "layer_part"), shares),
+        "layer_trace": (("layer", "kind", "layer_part"), traces),
+        "layer_largest": (("layer", "kind", "layer_part"), largest),
+        "khatri_rao": (("layer", "statistic", "moment"), products),
+        "collapse": (("layer", "measure"), collapse),
+        "layer_parameters": (("layer",), np.array([layer.num_parameters for layer in found.layers])),
+    }
+    coords = {
+        "layer": [layer.name or "(model)" for layer in found.layers],
+        "kind": list(KINDS),
+        "layer_part": list(PARTS),
+        "statistic": list(STATISTICS),
+        "moment": ["mean", "deviation"],
+        "measure": list(MEASURES),
+    }
+    model = model or type(problem.model).__name__
+    attributes = {
+        "verdict": " ".join(sentences(found)),
+        "title": f"Layers of {model}" + (f" on {data}" if data else ""),
+        "model": model,
+        "data": data,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "loss": problem.loss_function.name,
+        "num_parameters": problem.num_parameters,
+        "num_examples": problem.num_examples,
+        "num_classes": problem.num_classes,
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "device": str(problem.device),
+        "seed": seed,
+        "loss_value": problem.loss(),
+        "accuracy": problem.accuracy(),
+        "seconds": found.seconds,
+        **{f"version_{name}": version for name, version in versions().items()},
+    }
+    return xr.Dataset(variables, coords=coords, attrs=attributes)
+
+
+def save_layers(dataset: xr.Dataset, directory: str | Path) -> Path:
+    """Write layers.nc and layers.html into a directory, made if need be; returns the report's path."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    staged = folder / f".{DATASET_FILE}.part"
+    dataset.to_netcdf(staged, engine="h5netcdf")
+    staged.replace(folder / DATASET_FILE)
+    write(dataset, folder / REPORT_FILE)
+    return folder / REPORT_FILE
+
+
+def _spectra(layer: Layer) -> tuple[GramSpectrum | None, ...]:
+    return layer.features, layer.errors, layer.gradients
+
+
+def sentences(found: Layers) -> list[str]:
+    """The verdict: what the largest eigenvalues are made of, whether structure grows with depth, what ⊗ explains."""
+    lines = []
+    gradients = [layer for layer in found.layers if layer.features is not None]
+    if gradients:
+        tops = [_top_part(layer.gradients) for layer in gradients]
+        counts = {part: tops.count(part) for part in dict.fromkeys(tops)}
+        listed = ", ".join(
+            f"{part} in {count}" for part, count in sorted(counts.items(), key=lambda pair: -pair[1])
+        )
+        lines.append(
+            f"Of {len(gradients)} layers with weights, the largest eigenvalue of the gradients is mostly {listed}."
+        )
+        first, last = (_between(layer.features) for layer in (gradients[0], gradients[-1]))
+        middle = [_between(layer.features) for layer in gradients]
+        trend = _trend(middle)
+        lines.append(
+            f"Class means make {first:.0%} of the features' scatter about their mean at the input and {last:.0%} at "
+            f"the last layer (rank correlation with depth {trend:.2f})."
+        )
+    products = [layer for layer in found.layers if layer.khatri_rao is not None]
+    if products:
+        cosines = [float(layer.khatri_rao.class_cosine.nanmean()) for layer in products if layer.khatri_rao]
+        good = sum(cosine >= EXPLAINED for cosine in cosines)
+        lines.append(
+            f"Products of class means h ⊗ e stand for class means of gradients (cosine at least {EXPLAINED}) in "
+            f"{good} of {len(products)} layers; the mean cosine runs from {min(cosines):.2f} to {max(cosines):.2f}."
+        )
+    return lines
+
+
+def _top_part(spectrum: GramSpectrum) -> str:
+    return spectrum.part_names[int(spectrum.shares[0].nan_to_num().argmax())]
+
+
+def _between(features: GramSpectrum | None) -> float:
+    """Share of the class means in the trace of the centred features."""
+    assert features is not None
+    parts = {name: float(values.sum()) for name, values in features.parts.items()}
+    return parts["class"] / (parts["class"] + parts["within"])
+
+
+def _trend(values: list[float]) -> float:
+    """Spearman's rank correlation with the order."""
+    if len(values) < 2:
+        return math.nan
+    ranks = torch.tensor(values, dtype=torch.float64).argsort().argsort().double()
+    order = torch.arange(len(values), dtype=torch.float64)
+    return float(torch.corrcoef(torch.stack([ranks, order]))[0, 1])

@@ -1,0 +1,215 @@
+"""What the charts share: colours, numbers as text, reading the dataset, axes, one visual language."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from deepspectra.errors import DataError, OptionError
+
+Row = dict[str, Any]
+Mark = Any  # a chart under construction: Altair's annotations lose its type when calls are chained
+Array = NDArray[np.float64]
+
+# Okabe and Ito's palette, safe for colour-vision deficiencies. One colour per part, everywhere.
+PART_COLOURS = {
+    "class": "#0072B2",
+    "logit": "#E69F00",
+    "interaction": "#CC79A7",
+    "within": "#009E73",
+    "true": "#56B4E9",
+    "residual": "#D55E00",
+}
+OPERATOR_COLOURS = {"hessian": "#1f2933", "gauss_newton": "#6a3d9a", "residual": PART_COLOURS["residual"]}
+OPERATOR_NAMES = {"hessian": "Hessian H", "gauss_newton": "Gauss-Newton G", "residual": "residual R"}
+SYMBOLS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
+LABEL_INKS = {
+    "logit": "#1f2933",
+    "true": "#1f2933",
+    "interaction": "#1f2933",
+}  # on light colours; white elsewhere
+LEVEL_COLOURS = {"class": PART_COLOURS["class"], "cross_class": "#882255"}
+LEVEL_NAMES = {"class": "class means", "cross_class": "cross-class means"}
+
+INK, MUTED, GRID = "#1f2933", "#5f6c7b", "#e4e8ed"
+FONT = "-apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
+WIDTH = 720
+MOST_ROWS = 40  # more cannot be labelled legibly
+FORMATS = ("svg", "pdf", "png", "html", "json")
+LANES = {
+    "hessian": 0.34,
+    "gauss_newton": 0.25,
+    "residual": 0.16,
+}  # lollipop heights, so that operators do not hide one another
+
+
+# ------------------------------------------------------------------------------------------- numbers as text
+
+
+def number(value: float, digits: int = 3) -> str:
+    """`value` to some significant digits: 0.0213, −1.5, 2.3×10⁻⁷."""
+    if not math.isfinite(value):
+        return "–"
+    text = f"{value:.{digits}g}"
+    if "e" not in text:
+        return text.replace("-", "−")
+    if 1e3 <= abs(float(text)) < 1e6:
+        return f"{float(text):,.0f}".replace("-", "−")
+    mantissa, exponent = text.split("e")
+    power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    if mantissa in ("1", "-1"):
+        return mantissa.replace("-1", "−").replace("1", "") + power
+    return f"{mantissa}×{power}".replace("-", "−")
+
+
+def tick(value: float) -> str:
+    """An axis label in characters every font has: 0.01, −10, 1e−5."""
+    text = (
+        f"{value:g}"
+        if value == 0 or 1e-4 <= abs(value) < 1e5
+        else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    )
+    return text.replace("-", "−")
+
+
+# --------------------------------------------------------------------------------------- reading the dataset
+
+
+def holds(dataset: xr.Dataset, *names: str) -> bool:
+    """Whether every named variable is there and has a finite value."""
+    return all(name in dataset and bool(np.isfinite(dataset[name].values).any()) for name in names)
+
+
+def rows(dataset: xr.Dataset, *names: str, need: Iterable[str] | None = None) -> list[Row]:
+    """Variables as records, one per cell of their grid, without cells where a needed one is NaN."""
+    present = [name for name in names if name in dataset]
+    frame = dataset[present].to_dataframe().reset_index().dropna(subset=list(need or names[:1]))
+    return [{key: plain(value) for key, value in row.items()} for row in frame.to_dict("records")]
+
+
+def plain(value: Any) -> Any:
+    """A value JSON can hold, floats to nine digits."""
+    if isinstance(value, (float, np.floating)):
+        return float(f"{value:.9g}") if math.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def require(dataset: xr.Dataset, *names: str) -> None:
+    """Raise DataError unless the analysis holds every named variable."""
+    missing = [name for name in names if not holds(dataset, name)]
+    if missing:
+        raise DataError(
+            f"this chart draws {', '.join(names)}; the analysis has no values of {', '.join(missing)}. "
+            "Run the step that computes them, or leave the chart out."
+        )
+
+
+# ---------------------------------------------------------------------------------------- shared ingredients
+
+
+def blank(table: list[Row]) -> Mark:
+    """An empty chart that carries its rows itself."""
+    return alt.Chart({"values": table})
+
+
+def finished(chart: Mark, **properties: Any) -> alt.LayerChart:
+    """One visual language: quiet axes, a light grid, text that stays legible in print."""
+    text: dict[str, Any] = {"labelColor": INK, "titleColor": INK, "labelFontSize": 12, "titleFontSize": 12}
+    line: dict[str, Any] = {"gridColor": GRID, "domainColor": "#9aa5b1", "tickColor": "#9aa5b1"}
+    legend: dict[str, Any] = {"symbolSize": 110, "symbolOpacity": 1, "labelLimit": 400, "columnPadding": 18}
+    finished: alt.LayerChart = chart.properties(**properties).configure(
+        font=FONT,
+        background="white",
+        padding=4,
+        view=alt.ViewConfig(stroke=None),
+        axis=alt.AxisConfig(**text, **line, titleFontWeight=500, titlePadding=10),
+        legend=alt.LegendConfig(**text, **legend, titleFontWeight=500, orient="top", title=None, columns=3),
+        title=alt.TitleConfig(anchor="start", fontSize=13, fontWeight=600, color=INK, subtitleColor=MUTED),
+    )
+    return finished
+
+
+def colour(
+    names: Sequence[str], labels: dict[str, str], colours: dict[str, str], **options: Any
+) -> alt.Color:
+    """The fixed colours of `names`, with their labels in the legend."""
+    shown = [labels.get(name, name) for name in names]
+    return alt.Color(
+        "label:N",
+        scale=alt.Scale(domain=shown, range=[colours.get(name, MUTED) for name in names]),
+        legend=alt.Legend(**options),
+        sort=None,
+    )
+
+
+def operator_selector(operators: Sequence[str], *, everything: bool) -> alt.Parameter:
+    """A choice of operator: a row of buttons on the page, the first choice in a still picture."""
+    options = (["all"] if everything else []) + list(operators)
+    labels = [OPERATOR_NAMES.get(name, name) for name in options]
+    if len(operators) == 1:
+        return alt.param(name="shown", value=options[-1])
+    return alt.param(
+        name="shown", value=options[0], bind=alt.binding_radio(options=options, labels=labels, name=" ")
+    )
+
+
+def operators_of(table: Iterable[Row]) -> list[str]:
+    """The operators that occur, in their order."""
+    present = {row["operator"] for row in table}
+    return [name for name in OPERATOR_NAMES if name in present]
+
+
+def labelled(table: list[Row]) -> list[Row]:
+    """Rows with the name of their operator for people."""
+    return [row | {"label": OPERATOR_NAMES.get(row["operator"], row["operator"])} for row in table]
+
+
+def ticks_axis(values: Sequence[float], labels: Sequence[str], **options: Any) -> alt.Axis:
+    """An axis with exactly these ticks and labels."""
+    places = [float(f"{value:.9g}") for value in values]
+    options = {"labelOverlap": "greedy", "labelSeparation": 5, **options}
+    return alt.Axis(values=places, labelExpr=f"{list(labels)!r}[indexof({places}, datum.value)]", **options)
+
+
+def decades(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers within [low, high]: 1, 2, 5 a decade, else 1, 3, else powers of ten, else every n-th."""
+    first, last = math.floor(math.log10(low)), math.floor(math.log10(high) + 1e-9)
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [float(f"{factor}e{power}") for power in range(first, last + 1) for factor in factors]
+        ticks = [value for value in ticks if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
+        if len(ticks) <= most:
+            return ticks
+    return ticks[:: -math.ceil(len(ticks) / most)][::-1]
+
+
+def both_sides(low: float, high: float, smallest: float) -> list[float]:
+    """Zero and the same round numbers on either side of it, from `smallest` on, within [low, high]."""
+    ticks = decades(smallest, max(-low, high, smallest), most=5)
+    return [value for value in (*(-tick for tick in reversed(ticks)), 0.0, *ticks) if low <= value <= high]
+
+
+def log_axis(low: float, high: float, most: int = 6, **options: Any) -> alt.Axis:
+    """A logarithmic axis with round ticks."""
+    ticks = decades(low, high, most)
+    return ticks_axis(ticks, [tick(value) for value in ticks], **options)
+
+
+def save_chart(chart: alt.TopLevelMixin, path: str | Path) -> None:
+    """Save a chart as .svg, .pdf, .png, .html or .json, without a browser.
+
+    Raises:
+        OptionError: the suffix is none of these.
+    """
+    suffix = Path(path).suffix.lower().removeprefix(".")
+    if suffix not in FORMATS:
+        raise OptionError(f"cannot save a chart as {Path(path).name!r}: use one of .{', .'.join(FORMATS)}")
+    extra: dict[str, dict[str, Any]] = {"html": {"inline": True}, "png": {"scale_factor": 2}}
+    options: dict[str, Any] = {"format": suffix, **extra.get(suffix, {})}
+    chart.save(str(path), **options)

@@ -1,0 +1,217 @@
+"""Charts of a layer-by-layer analysis: spectra, shares, products of means and neural collapse with depth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import altair as alt
+import xarray as xr
+
+from deepspectra.report.drawing import (
+    INK,
+    MUTED,
+    PART_COLOURS,
+    WIDTH,
+    Row,
+    blank,
+    colour,
+    finished,
+    log_axis,
+    require,
+    rows,
+)
+
+LAYER_COLOURS = {**PART_COLOURS, "mean": "#7a7a7a"}
+KIND_LABELS = {"features": "Features", "errors": "Backpropagated errors", "gradients": "Gradients"}
+STATISTIC_LABELS = {"class_cosine": "class means", "cross_cosine": "cross-class means"}
+STATISTIC_COLOURS = {"class_cosine": PART_COLOURS["class"], "cross_cosine": "#882255"}
+MEASURE_LABELS = {
+    "nc1": "NC1: scatter within classes over that between",
+    "nc2_norms": "NC2: spread of the norms of class means",
+    "nc2_simplex": "NC2: distance of their angles from a simplex",
+    "nc4": "NC4: decisions other than the nearest class mean's",
+}
+MEASURE_COLOURS = {"nc1": INK, "nc2_norms": "#0072B2", "nc2_simplex": "#E69F00", "nc4": "#D55E00"}
+LOWEST = 1e-6  # of a spectrum's largest eigenvalue; smaller ones are not drawn
+
+
+def _kind_selector(present: list[str]) -> alt.Parameter:
+    """A choice of features, errors or gradients: buttons on the page, gradients in a still picture."""
+    first = "gradients" if "gradients" in present else present[0]
+    labels = [KIND_LABELS[kind] for kind in present]
+    return alt.param(
+        name="kind", value=first, bind=alt.binding_radio(options=present, labels=labels, name=" ")
+    )
+
+
+def _depth(dataset: xr.Dataset) -> alt.X:
+    names = [str(name) for name in dataset["layer"].values]
+    axis = alt.Axis(labelAngle=-40, labelLimit=160, grid=False)
+    return alt.X("layer:N", sort=names, title="layer, from input to output", axis=axis)
+
+
+def layer_spectra(dataset: xr.Dataset) -> alt.LayerChart:
+    """The largest eigenvalues of every layer, each in the colour of the part that has most of it."""
+    require(dataset, "layer_eigenvalue", "layer_share")
+    shares: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows(dataset, "layer_share"):
+        key = (row["layer"], row["kind"], row["rank"])
+        shares.setdefault(key, {})[row["layer_part"]] = row["layer_share"]
+    tops: dict[tuple[Any, ...], float] = {}
+    table: list[Row] = []
+    for row in rows(dataset, "layer_eigenvalue"):
+        place = (row["layer"], row["kind"])
+        tops.setdefault(place, row["layer_eigenvalue"])
+        owners = shares.get((*place, row["rank"]), {})
+        if row["layer_eigenvalue"] <= LOWEST * tops[place] or not owners:
+            continue
+        part = max(owners, key=lambda name: owners[name])
+        table.append(row | {"label": part, "share": owners[part]})
+    present = [kind for kind in KIND_LABELS if any(row["kind"] == kind for row in table)]
+    parts = [part for part in LAYER_COLOURS if any(row["label"] == part for row in table)]
+    values = [row["layer_eigenvalue"] for row in table]
+    low, high = min(values), max(values)
+    y = alt.Y(
+        "layer_eigenvalue:Q",
+        scale=alt.Scale(type="log", domainMin=low / 2, domainMax=high * 2),
+        axis=log_axis(low / 2, high * 2, title="eigenvalue"),
+    )
+    dots = (
+        blank(table)
+        .mark_tick(thickness=2.2, bandSize=16)
+        .encode(
+            x=_depth(dataset),
+            y=y,
+            color=colour(parts, {}, LAYER_COLOURS),
+            tooltip=[
+                alt.Tooltip("layer:N", title="layer"),
+                alt.Tooltip("rank:Q", title="rank, from 0"),
+                alt.Tooltip("layer_eigenvalue:Q", title="λ", format=".3~g"),
+                alt.Tooltip("label:N", title="most of it"),
+                alt.Tooltip("share:Q", title="its share", format=".0%"),
+            ],
+        )
+    )
+    drawn = alt.layer(dots).transform_filter("datum.kind === kind").add_params(_kind_selector(present))
+    return finished(drawn, width=WIDTH, height=340)
+
+
+def layer_traces(dataset: xr.Dataset) -> alt.LayerChart:
+    """How the trace of every layer splits into the parts."""
+    require(dataset, "layer_trace")
+    table = rows(dataset, "layer_trace")
+    totals: dict[tuple[Any, ...], float] = {}
+    for row in table:
+        key = (row["layer"], row["kind"])
+        totals[key] = totals.get(key, 0.0) + row["layer_trace"]
+    order = {part: index for index, part in enumerate(LAYER_COLOURS)}
+    table = [
+        row
+        | {
+            "label": row["layer_part"],
+            "order": order[row["layer_part"]],
+            "share": row["layer_trace"] / (totals[row["layer"], row["kind"]] or 1.0),
+        }
+        for row in table
+    ]
+    present = [kind for kind in KIND_LABELS if any(row["kind"] == kind for row in table)]
+    parts = [part for part in LAYER_COLOURS if any(row["label"] == part for row in table)]
+    bars = (
+        blank(table)
+        .mark_bar(size=16)
+        .encode(
+            x=_depth(dataset),
+            y=alt.Y(
+                "share:Q",
+                title="share of the trace",
+                axis=alt.Axis(format="%"),
+                scale=alt.Scale(domain=[0, 1]),
+            ),
+            color=colour(parts, {}, LAYER_COLOURS),
+            order=alt.Order("order:Q"),
+            tooltip=[
+                alt.Tooltip("layer:N", title="layer"),
+                alt.Tooltip("label:N", title="part"),
+                alt.Tooltip("share:Q", title="share", format=".1%"),
+            ],
+        )
+    )
+    drawn = alt.layer(bars).transform_filter("datum.kind === kind").add_params(_kind_selector(present))
+    return finished(drawn, width=WIDTH, height=260)
+
+
+def layer_products(dataset: xr.Dataset) -> alt.LayerChart:
+    """Cosines between means of gradients and products of means of features and errors."""
+    require(dataset, "khatri_rao")
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows(dataset, "khatri_rao"):
+        if row["statistic"] in STATISTIC_LABELS:
+            entry = found.setdefault(
+                (row["layer"], row["statistic"]), {"layer": row["layer"], "statistic": row["statistic"]}
+            )
+            entry[row["moment"]] = row["khatri_rao"]
+    table = [
+        row
+        | {
+            "label": STATISTIC_LABELS[row["statistic"]],
+            "low": row["mean"] - row["deviation"],
+            "high": min(1.0, row["mean"] + row["deviation"]),
+        }
+        for row in found.values()
+    ]
+    shade = colour(list(STATISTIC_LABELS), STATISTIC_LABELS, STATISTIC_COLOURS)
+    base = blank(table).encode(x=_depth(dataset), color=shade)
+    bars = base.mark_rule(opacity=0.45, strokeWidth=2).encode(
+        y=alt.Y("low:Q", title="cosine", scale=alt.Scale(domainMax=1)), y2="high:Q"
+    )
+    dots = base.mark_point(filled=True, size=55).encode(
+        y="mean:Q",
+        tooltip=[
+            alt.Tooltip("layer:N", title="layer"),
+            alt.Tooltip("label:N", title="of"),
+            alt.Tooltip("mean:Q", title="mean cosine", format=".3f"),
+            alt.Tooltip("deviation:Q", title="standard deviation", format=".3f"),
+        ],
+    )
+    return finished(alt.layer(bars, dots), width=WIDTH, height=240)
+
+
+def layer_collapse(dataset: xr.Dataset) -> alt.LayerChart:
+    """Neural collapse with depth."""
+    require(dataset, "collapse")
+    table = [
+        row | {"label": MEASURE_LABELS[row["measure"]]}
+        for row in rows(dataset, "collapse")
+        if row["measure"] in MEASURE_LABELS and row["collapse"] > 0
+    ]
+    shown = [name for name in MEASURE_LABELS if any(row["measure"] == name for row in table)]
+    values = [row["collapse"] for row in table]
+    low, high = min(values), max(values)
+    lines = (
+        blank(table)
+        .mark_line(point=True, strokeWidth=1.6)
+        .encode(
+            x=_depth(dataset),
+            y=alt.Y(
+                "collapse:Q",
+                scale=alt.Scale(type="log", domainMin=low / 1.5, domainMax=high * 1.5),
+                axis=log_axis(low / 1.5, high * 1.5, title="measure"),
+            ),
+            color=colour(shown, MEASURE_LABELS, MEASURE_COLOURS, columns=2),
+            tooltip=[
+                alt.Tooltip("layer:N", title="layer"),
+                alt.Tooltip("label:N", title="measure"),
+                alt.Tooltip("collapse:Q", title="value", format=".3~g"),
+            ],
+        )
+    )
+    rule = blank([{"one": 1}]).mark_rule(color=MUTED, strokeDash=[4, 4]).encode(y="one:Q")
+    return finished(alt.layer(*([rule] if low < 1 < high else []), lines), width=WIDTH, height=260)
+
+
+LAYER_CHARTS = {
+    "layer_spectra": layer_spectra,
+    "layer_traces": layer_traces,
+    "layer_products": layer_products,
+    "layer_collapse": layer_collapse,
+}

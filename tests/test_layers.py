@@ -1,0 +1,256 @@
+"""Class structure layer by layer, against hooks and formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import deepspectra as ds
+from deepspectra.errors import LossError, MemoryBudgetError
+from nets import CASES, CLASSIFICATION, chunks, labels
+from reference import Reference, case_and_reference, error
+
+FIVE = ("class", "logit", "interaction", "within", "true")
+RTOL = 1e-10
+
+
+def descending(matrix: Tensor) -> Tensor:
+    return torch.linalg.eigvalsh((matrix + matrix.T) / 2).flip(0)
+
+
+def padded(values: Tensor, size: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, size - len(values)))
+
+
+def agrees(found: Tensor, matrix: Tensor, scale: float) -> bool:
+    expected = descending(matrix)
+    size = max(len(found), len(expected))
+    difference = padded(found, size).sort().values - padded(expected, size).sort().values
+    return bool(difference.abs().max() <= RTOL * scale)
+
+
+def inputs_and_errors(ref: Reference, module: nn.Module) -> tuple[Tensor, Tensor]:
+    """H (n, D) and e_{i,k} (n, C, D') of a module, from hooks and backpropagation of single losses."""
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def hook(_module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output.retain_grad()
+        inputs.append(given[0].detach().flatten(1))
+        outputs.append(output)
+        return output.clone()
+
+    handle = module.register_forward_hook(hook)
+    fresh = Reference(ref.case)
+    logits, _ = fresh.outputs
+    handle.remove()
+    rows = []
+    for k in range(ref.num_classes):
+        y = torch.full((len(logits),), k)
+        loss = torch.nn.functional.cross_entropy(logits, y, reduction="sum")
+        gradients = torch.autograd.grad(loss, outputs, retain_graph=True)
+        rows.append(torch.cat([gradient.flatten(1) for gradient in gradients]))
+    return torch.cat(inputs), torch.stack(rows, 1)
+
+
+@pytest.mark.parametrize("name", ["relu_mlp", "unbalanced", "absent_class", "conv_pool", "class_weights"])
+def test_features_and_errors_are_what_hooks_see(name: str) -> None:
+    case, ref = case_and_reference(name)
+    found = ds.layers(case.problem())
+    modules = dict(case.model.named_modules())
+    for layer in found.layers:
+        h, e = inputs_and_errors(ref, modules[layer.name])
+        assert layer.features is not None
+        assert layer.errors is not None
+        num = len(h)
+        moment = h.T @ h / num
+        mean = h.mean(0)
+        by_class = [h[ref.labels == c] for c in ref.labels.unique()]
+        between = torch.zeros_like(moment)
+        for some in by_class:
+            between += len(some) / num * torch.outer(some.mean(0) - mean, some.mean(0) - mean)
+        scale = float(descending(moment)[0])
+        assert agrees(layer.features.values, moment, scale)
+        assert agrees(layer.features.parts["mean"], torch.outer(mean, mean), scale)
+        assert agrees(layer.features.parts["class"], between, scale)
+        assert agrees(layer.features.parts["within"], moment - between - torch.outer(mean, mean), scale)
+
+        rows = (ref.weights.sqrt()[..., None] * e).flatten(0, 1)
+        scale = float(descending(rows.T @ rows)[0])
+        assert agrees(layer.errors.values, rows.T @ rows, scale)
+        for part in FIVE:
+            assert agrees(layer.errors.parts[part], rows.T @ ref.projections[part] @ rows, scale)
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_gradients_of_a_layer_are_its_block_of_g(name: str) -> None:
+    case, ref = case_and_reference(name)
+    for layer in ds.layers(case.problem()).layers:
+        block = ref.block(ref.gauss_newton, f"{layer.name}.*" if layer.name else "*")
+        if layer.name:
+            own = [p for p in ref.parameters if p.rpartition(".")[0] == layer.name]
+            block = ref.block(ref.gauss_newton, *own)
+        else:
+            own = [p for p in ref.parameters if "." not in p]
+            block = ref.block(ref.gauss_newton, *own)
+        assert layer.num_parameters == len(block)
+        scale = float(descending(block)[0])
+        assert agrees(layer.gradients.values, block, scale)
+        for part in FIVE:
+            assert agrees(layer.gradients.parts[part], ref.block(ref.parts[part], *own), scale)
+
+
+def test_with_one_example_a_class_means_of_products_are_products_of_means() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5)).double()
+    x, y = torch.randn(5, 4, dtype=torch.float64), torch.arange(5)
+    for layer in ds.layers(ds.Problem(model, (x, y))).layers:
+        assert layer.khatri_rao is not None
+        off = ~torch.eye(5, dtype=torch.bool)
+        assert (layer.khatri_rao.class_cosine - 1).abs().max() < 1e-10
+        assert layer.khatri_rao.class_error.max() < 1e-10
+        assert (layer.khatri_rao.cross_cosine[off] - 1).abs().max() < 1e-10
+        assert layer.khatri_rao.cross_cosine.diagonal().isnan().all()
+
+
+@pytest.mark.parametrize("name", ["relu_mlp", "unbalanced"])
+def test_the_khatri_rao_claim_is_measured_by_its_definition(name: str) -> None:
+    case, ref = case_and_reference(name)
+    modules = dict(case.model.named_modules())
+    w_c, g_c, w_ck, g_ck = ref.means
+    names = list(ref.parameters)
+    for layer in ds.layers(case.problem()).layers:
+        h, e = inputs_and_errors(ref, modules[layer.name])
+        start = sum(ref.parameters[n].numel() for n in names[: names.index(f"{layer.name}.weight")])
+        stop = start + ref.parameters[f"{layer.name}.weight"].numel()
+        assert layer.khatri_rao is not None
+        for c in range(ref.num_classes):
+            inside = ref.labels == c
+            h_c = h[inside].mean(0)
+            others = [k for k in range(ref.num_classes) if k != c]
+            e_ck = {k: (ref.weights[inside, k, None] * e[inside, k]).sum(0) / w_ck[c, k] for k in others}
+            e_c = sum((w_ck[c, k] * e_ck[k] for k in others), torch.zeros_like(e_ck[others[0]])) / w_c[c]
+            pairs = [(g_c[c], e_c, layer.khatri_rao.class_cosine[c], layer.khatri_rao.class_error[c])]
+            pairs += [
+                (g_ck[c, k], e_ck[k], layer.khatri_rao.cross_cosine[c, k], layer.khatri_rao.cross_error[c, k])
+                for k in others
+            ]
+            for gradient, mean_error, cosine, relative in pairs:
+                truth, product = gradient[start:stop], torch.outer(mean_error, h_c).flatten()
+                expected = truth @ product / (truth.norm() * product.norm())
+                assert float(cosine) == pytest.approx(float(expected), abs=1e-9)
+                assert float(relative) == pytest.approx(
+                    float((truth - product).norm() / truth.norm()), abs=1e-9
+                )
+
+
+def simplex(num_classes: int) -> Tensor:
+    return torch.eye(num_classes, dtype=torch.float64) - 1 / num_classes
+
+
+def test_collapsed_features_are_seen_as_such() -> None:
+    """Features at the corners of a simplex, and a classifier that is their means."""
+    model = nn.Linear(4, 4, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(3 * simplex(4))
+    y = torch.arange(4).repeat(3)
+    found = ds.layers(ds.Problem(model, (5.0 + simplex(4)[y], y))).layers[0].collapse
+    assert found is not None
+    for value in (found.nc1, found.nc2_norms, found.nc2_angles, found.nc2_simplex, found.nc3, found.nc4):
+        assert abs(value) < 1e-10
+    assert error(found.cosines.fill_diagonal_(1), (4 * simplex(4) / 3).fill_diagonal_(1)) < 1e-10
+
+
+def test_neural_collapse_by_its_definitions() -> None:
+    torch.manual_seed(5)
+    model = nn.Linear(6, 3).double()
+    x, y = torch.randn(20, 6, dtype=torch.float64), labels(20, 3)
+    found = ds.layers(ds.Problem(model, (x, y))).layers[0].collapse
+    assert found is not None
+    means = torch.stack([x[y == c].mean(0) for c in range(3)])
+    shares = torch.bincount(y).double() / 20
+    centred = means - x.mean(0)
+    between = centred.T @ (shares[:, None] * centred)
+    within = (x - means[y]).T @ (x - means[y]) / 20
+    assert found.nc1 == pytest.approx(
+        float((within @ torch.linalg.pinv(between, rtol=1e-8)).trace()) / 3, rel=1e-8
+    )
+    norms = centred.norm(dim=1)
+    assert found.nc2_norms == pytest.approx(float(norms.std() / norms.mean()))
+    duality = model.weight.detach() / model.weight.detach().norm() - centred / centred.norm()
+    assert found.nc3 == pytest.approx(float(duality.square().sum()))
+    nearest = torch.cdist(x, means).argmin(1)
+    assert found.nc4 == pytest.approx(float((nearest != model(x).argmax(1)).double().mean()))
+
+
+def test_an_absent_class_has_no_angles() -> None:
+    found = ds.layers(CASES["absent_class"]().problem()).layers[0]
+    assert found.collapse is not None
+    assert found.collapse.cosines[2].isnan().all()
+    assert math.isfinite(found.collapse.nc1)
+    assert math.isnan(found.collapse.nc3)
+    assert found.khatri_rao is not None
+    assert found.khatri_rao.class_cosine.isnan().tolist() == [False, False, True, False]
+
+
+def test_tokens_have_no_features_of_their_own_and_reused_layers_no_product() -> None:
+    assert all(layer.features is None for layer in ds.layers(CASES["token_classes"]().problem()).layers)
+    reused = ds.layers(CASES["reused_module"]().problem()).layers
+    assert any(layer.khatri_rao is None and layer.features is not None for layer in reused)
+
+
+def test_normalisations_have_gradients_only() -> None:
+    found = ds.layers(CASES["conv_batchnorm"]().problem())
+    norm = found["1"]
+    assert norm.features is None
+    assert norm.errors is None
+    assert norm.shape == (3,)
+    with pytest.raises(KeyError, match="no layer 'nothing'"):
+        found["nothing"]
+
+
+def test_layers_that_do_not_fit_together_are_captured_in_groups() -> None:
+    case = CASES["relu_mlp"]()
+    whole = ds.layers(case.problem())
+    problem = case.problem()
+    problem.memory = 3 * 8 * 60**2 + 1  # the Gram matrix just fits; not all layers at once
+    seen: list[str] = []
+    parts = ds.layers(problem, progress=seen.append)
+    assert seen == [layer.name for layer in whole.layers] == ["0", "2", "4"]
+    for one, other in zip(whole.layers, parts.layers, strict=True):
+        assert error(one.gradients.values, other.gradients.values) < 1e-12
+    problem.memory = 2000
+    with pytest.raises(MemoryBudgetError, match="layer"):
+        ds.layers(problem)
+
+
+def test_batches_do_not_matter() -> None:
+    case = CASES["conv_batchnorm"]()
+    x, y = case.tensors
+    one, other = (
+        ds.layers(case.problem()),
+        ds.layers(ds.Problem(case.model, chunks(x, y, [1, 4, len(x) - 5]))),
+    )
+    for a, b in zip(one.layers, other.layers, strict=True):
+        assert error(a.gradients.values, b.gradients.values) < 1e-10
+        if a.collapse and b.collapse:
+            assert a.collapse.nc1 == pytest.approx(b.collapse.nc1, rel=1e-9)
+
+
+def test_text_dtype_and_errors() -> None:
+    problem = CASES["relu_mlp"](torch.float32).problem()
+    text = str(ds.layers(problem))
+    assert "NC1" in text
+    assert len(text.splitlines()) == 5
+    assert ds.layers(problem, dtype=torch.float64).layers[0].gradients.provenance.dtype == "float64"
+    assert ds.layers(problem, effects="four-way").layers[0].gradients.part_names == (
+        "class",
+        "cross",
+        "within",
+        "true",
+    )
+    with pytest.raises(LossError, match="class structure"):
+        ds.layers(CASES["mse_module"]().problem())

@@ -9,6 +9,7 @@ import xarray as xr
 
 import deepspectra as ds
 from deepspectra import errors, zoo
+from deepspectra.apps import stages
 
 
 def trained(memory=None, **options):
@@ -20,9 +21,23 @@ def trained(memory=None, **options):
     return ds.Problem(net.double(), (data.inputs.double(), data.targets), memory=memory, **options)
 
 
+def analysed(route, problem=None):
+    """Of a small problem G is known exactly; "products" has it analysed as a large one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if route == "products":
+            patch.setattr(stages, "EXACT_ROWS", 0)
+        options = {"num_probes": 2, "num_steps": 24, "progress": False, "model": "mlp", "data": "digits"}
+        return ds.analyze(problem or trained(), **options)
+
+
+@pytest.fixture(scope="module", params=["exact", "products"])
+def route(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def analysis():
-    return ds.analyze(trained(), num_probes=2, num_steps=24, progress=False, model="mlp", data="digits")
+def analysis(route):
+    return analysed(route)
 
 
 def test_numbers_agree_with_the_dense_spectrum(analysis):
@@ -39,6 +54,57 @@ def test_numbers_agree_with_the_dense_spectrum(analysis):
         exact = float(parts[part].dense().trace())
         found = analysis.dataset.sel(part=part)
         assert abs(float(found.part_trace) - exact) < 6 * float(found.part_trace_standard_error) + 1e-9
+
+
+def test_both_routes_find_the_same():
+    exact, products = (analysed(route).dataset for route in ("exact", "products"))
+    np.testing.assert_allclose(exact.eigenvalue, products.eigenvalue, rtol=3e-4)
+    np.testing.assert_allclose(
+        exact.share.sel(operator="hessian"), products.share.sel(operator="hessian"), atol=1e-9
+    )
+    np.testing.assert_allclose(
+        exact.share.sel(operator="gauss_newton"), products.share.sel(operator="gauss_newton"), atol=0.02
+    )
+    np.testing.assert_allclose(exact.subspace_value, products.subspace_value, rtol=1e-8)
+    np.testing.assert_allclose(exact.subspace_overlap, products.subspace_overlap, atol=1e-3)
+    np.testing.assert_allclose(
+        exact.knockout_value.sel(operator="hessian"),
+        products.knockout_value.sel(operator="hessian"),
+        rtol=0.05,
+    )
+    for part in ("class", "within"):
+        gap = abs(float(exact.part_trace.sel(part=part) - products.part_trace.sel(part=part)))
+        assert gap < 6 * float(products.part_trace_standard_error.sel(part=part)) + 1e-9
+
+
+def test_the_exact_route_knows_all_of_g():
+    problem, dataset = trained(), analysed("exact").dataset
+    g = dataset.sel(operator="gauss_newton")
+    parts = {name: part.dense() for name, part in ds.decompose(problem, effects="two-way").items()}
+    edge = float(torch.linalg.eigvalsh(parts["within"])[-1])
+    assert float(g.bulk_edge) == pytest.approx(edge, rel=1e-8)
+    assert float(g.outlier_threshold) == pytest.approx(1.25 * edge, rel=1e-8)
+    left = torch.linalg.eigvalsh(sum(parts.values()) - parts["class"] - parts["logit"]).flip(0)
+    found = g.knockout_value.sel({"knockout": "class + logit", "method": "subtraction"})
+    np.testing.assert_allclose(found, left[: len(found)], rtol=1e-6, atol=1e-9)
+    assert int(g.num_outliers) == int((g.eigenvalue > g.outlier_threshold).sum())
+    assert set(g.density_probe.values.tolist()) <= {-1, -2}
+    assert float(g.trace_standard_error) == 0
+    assert (dataset.part_trace_standard_error.dropna("part") == 0).all()
+
+
+def test_a_network_that_does_not_tell_examples_apart_is_analysed_by_products():
+    """Rows are not spread evenly over examples: features and errors by example make no sense."""
+
+    def forward(model, batch):
+        return model(batch[0])[:-1], batch[1][:-1]
+
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 4, dtype=torch.float64), torch.arange(40) % 3
+    problem = ds.Problem(torch.nn.Linear(4, 3).double(), [(x, y)], forward=forward)
+    dataset = ds.analyze(problem, num_probes=2, num_steps=8, progress=False).dataset
+    assert "exact spectrum of G" not in dataset.stage
+    assert "not computed: a batch of 40 examples gives 39 rows" in dataset.attrs["provenance"]
 
 
 def test_weights_of_every_density_sum_to_one(analysis):
@@ -64,25 +130,26 @@ def test_the_verdict_says_what_the_numbers_say(analysis):
     assert str(analysis) == analysis.verdict
 
 
-def test_every_stage_is_in_the_bill(analysis):
+def test_every_stage_is_in_the_bill(analysis, route):
     dataset = analysis.dataset
     assert (dataset.cost_seconds >= 0).all()
-    for letter in "HGR":
+    for letter in "HR" if route == "exact" else "HGR":
         assert int(dataset.cost_products.sel(stage=f"density of {letter}")) > 0
+    assert ("exact spectrum of G" in dataset.stage) == (route == "exact")
     notes = json.loads(dataset.attrs["provenance"])
     assert notes["torch"] == torch.__version__
     assert notes["way"] in ("double backward", "linearize")
 
 
-def test_the_same_seed_gives_the_same_numbers(analysis):
-    again = ds.analyze(trained(), num_probes=2, num_steps=24, progress=False, model="mlp", data="digits")
+def test_the_same_seed_gives_the_same_numbers(analysis, route):
+    again = analysed(route)
     timed = [name for name in again.dataset if name.startswith("cost_") or name == "subspace_gradients"]
     xr.testing.assert_equal(again.dataset.drop_vars(timed), analysis.dataset.drop_vars(timed))
 
 
 def test_a_small_memory_budget_gives_the_same_numbers(analysis):
-    problem = trained(memory="3MB", batch_size=32)
-    streamed = ds.analyze(problem, num_probes=2, num_steps=24, progress=False, model="mlp", data="digits")
+    streamed = analysed("exact", trained(memory="3MB", batch_size=32))
+    assert "exact spectrum of G" not in streamed.dataset.stage  # it does not fit
     np.testing.assert_allclose(streamed.dataset.eigenvalue, analysis.dataset.eigenvalue, rtol=1e-3)
     np.testing.assert_allclose(streamed.dataset.mean_share, analysis.dataset.mean_share, atol=1e-3)
 

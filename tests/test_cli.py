@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import xarray as xr
 
 import deepspectra as ds
 from deepspectra import cli
@@ -75,10 +76,30 @@ def test_the_report_is_made_again_from_the_saved_numbers(analysed, folder):
     assert (folder / "again.html").read_text() == (folder / "run" / "report.html").read_text()
 
 
+def test_layers_of_anybodys_model(folder):
+    done = run("layers", "mine.py:problem", "--out", "deep", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line]
+    assert "NC1" in lines[0]
+    assert lines[-1] == f"Report: {Path('deep') / 'layers.html'}"
+    with xr.open_dataset(folder / "deep" / "layers.nc", engine="h5netcdf") as dataset:
+        assert dataset.sizes["layer"] == 2
+        shares = dataset.layer_share.sum("layer_part").isel(rank=0)
+        assert abs(shares - 1).max() < 1e-6
+        assert (
+            dataset.attrs["verdict"] in done.stdout.replace("\n", " ")
+            or dataset.attrs["verdict"] in done.stdout
+        )
+    page = (folder / "deep" / "layers.html").read_text()
+    for name in ("layer_spectra", "layer_traces", "layer_products", "layer_collapse"):
+        assert f'id="chart-{name}"' in page
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("analyze", "mine.py"), "file.py:function"),
+        (("layers", "mine.py:problem", "--epochs", "3"), "--epochs belong to the zoo"),
         (("analyze", "none.py:problem"), "there is no file"),
         (("analyze", "no_such_module:problem"), "cannot be imported"),
         (("analyze", "mine.py:other"), "has no function"),
@@ -103,7 +124,7 @@ def test_what_is_wrong_is_said_in_one_message(folder, arguments, message, monkey
 
 
 def test_the_commands_and_their_options_are_these(folder):
-    assert {"demo", "analyze", "report"} <= set(run("--help", cwd=folder).stdout.split())
+    assert {"demo", "analyze", "layers", "report"} <= set(run("--help", cwd=folder).stdout.split())
     words = run("analyze", "--help", cwd=folder).stdout
     for option in (
         "--model",

@@ -401,6 +401,16 @@ def test_text_and_errors() -> None:
     assert math.isclose(float(found.shares[0].sum()), 1)
 
 
+def test_a_first_batch_of_one_example_does_not_hide_the_order_of_examples() -> None:
+    case = CASES["attention_module"]()
+    x, y = case.tensors
+    problem = case.problem(chunks(x, y, [1, len(x) - 1]))
+    rows = held(problem)
+    assert {layout.kind for layout in rows.plan.layouts if layout} == {"blocks", "second", "interleaved"}
+    block = torch.randn(problem.num_parameters, 2, dtype=torch.float64)
+    assert error(rows.apply(block), GradientRows(problem).apply(block)) < 1e-12
+
+
 def test_a_sequence_model_whose_examples_come_second() -> None:
     """Tensors (T, B, d), as recurrent models and attention have them."""
 

@@ -9,10 +9,14 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
+import deepspectra as ds
 from deepspectra import report
+from deepspectra.apps.layers import layer_dataset
 from deepspectra.errors import DataError, FileError, OptionError
+from deepspectra.report import render
 from deepspectra.report.drawing import PART_COLOURS, number
 
 OPERATORS = ["hessian", "gauss_newton", "residual"]
@@ -466,9 +470,9 @@ def test_numbers_read_well(value, text):
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium to open the page")
-def test_page_draws_every_chart_in_a_browser_without_a_complaint(page, tmp_path):
-    (tmp_path / "report.html").write_text(page, encoding="utf-8")
+def opened(page, folder):
+    """The page's elements once a browser has run it, without a complaint on its console."""
+    (folder / "report.html").write_text(page, encoding="utf-8")
     switches = (
         "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
         "disable-component-update disable-sync enable-logging=stderr v=0 virtual-time-budget=10000 dump-dom"
@@ -476,14 +480,54 @@ def test_page_draws_every_chart_in_a_browser_without_a_complaint(page, tmp_path)
     command = [
         CHROMIUM,
         *(f"--{switch}" for switch in switches.split()),
-        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--user-data-dir={folder / 'profile'}",
     ]
     done = subprocess.run(
-        [*command, str(tmp_path / "report.html")], capture_output=True, text=True, timeout=240, check=True
+        [*command, str(folder / "report.html")], capture_output=True, text=True, timeout=240, check=True
     )
     assert [line for line in done.stderr.splitlines() if ":CONSOLE:" in line] == []
+    return done.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium to open the page")
+def test_page_draws_every_chart_in_a_browser_without_a_complaint(page, tmp_path):
+    elements = opened(page, tmp_path)
     for name in GROUPS:
-        place = done.stdout.split(f'id="chart-{name}"')[1].split("</figure>")[0]
+        place = elements.split(f'id="chart-{name}"')[1].split("</figure>")[0]
         assert "<svg" in place
         marks = re.findall(r"<g class=\"mark-(?:symbol|rect|line)[^>]*>.*?</g>", place, flags=re.DOTALL)
         assert sum(mark.count("<path") for mark in marks) >= 3
+
+
+@pytest.fixture(scope="module")
+def layers_page():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 3, 3),
+        torch.nn.BatchNorm2d(3),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(48, 3),
+    ).eval()
+    problem = ds.Problem(model, (torch.randn(30, 1, 6, 6), torch.arange(30) % 3))
+    return render(layer_dataset(ds.layers(problem), problem, data="<noise>"))
+
+
+LAYER_CHARTS = ("layer_spectra", "layer_traces", "layer_products", "layer_collapse")
+
+
+def test_the_page_of_layers_says_what_was_found_and_escapes_names(layers_page):
+    for name in LAYER_CHARTS:
+        assert f'id="chart-{name}"' in layers_page
+    assert "Of 2 layers with weights" in layers_page
+    assert "Layers of Sequential on &lt;noise&gt;" in layers_page
+    assert 'id="layer-table"' in layers_page
+    assert 'id="collapse-table"' in layers_page
+    assert 'id="chart-spectrum"' not in layers_page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium to open the page")
+def test_the_page_of_layers_draws_in_a_browser_without_a_complaint(layers_page, tmp_path):
+    elements = opened(layers_page, tmp_path)
+    for name in LAYER_CHARTS:
+        assert "<svg" in elements.split(f'id="chart-{name}"')[1].split("</figure>")[0]

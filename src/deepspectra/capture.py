@@ -229,12 +229,11 @@ def count_examples(batch: Any, num_rows: int) -> int:
     return num_examples
 
 
-def plan(problem: Problem, sample: Problem, weigh: Callable[[Tensor, Tensor], Tensor]) -> Plan:
+def plan(sample: Problem, weigh: Callable[[Tensor, Tensor], Tensor]) -> Plan:
     """How to capture a problem's gradients, learned on a sample of it in float64.
 
     Args:
-        problem: whose parameters count.
-        sample: the same network on a few examples.
+        sample: the same network on a few examples, at least two if a batch of the problem has as many.
         weigh: of outputs and targets, cotangents (n, C, m).
     """
     (batch,) = list(sample.batches)[:1]

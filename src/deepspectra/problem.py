@@ -354,16 +354,24 @@ class Problem:
         return other
 
     def some_rows(self, num_rows: int) -> Any:
-        """A batch of at most so many rows that count, or a whole batch that cannot be cut."""
+        """A batch of at most so many rows that count, or a whole batch that cannot be cut.
+
+        Of the first batch that has so many, or of the one that has most.
+        """
+        most, found = 0, None
         for batch, outputs, targets in self._evaluated():
             (counted,) = (self.loss_function.weights(outputs, targets) > 0).nonzero(as_tuple=True)
-            if not len(counted):
+            if len(counted) <= most:
                 continue
+            most, found = len(counted), batch
             if self._module.function is _forward_pair and len(outputs) == len(batch[1]):
                 chosen = counted[:: max(1, len(counted) // num_rows)][:num_rows]
-                return map_tensors(operator.itemgetter(chosen), batch)
-            return batch
-        raise DataError("no row counts: every target is ignored or has weight 0.")
+                found = map_tensors(operator.itemgetter(chosen), batch)
+            if most >= num_rows:
+                break
+        if found is None:
+            raise DataError("no row counts: every target is ignored or has weight 0.")
+        return found
 
     def __repr__(self) -> str:
         return (

@@ -235,7 +235,8 @@ def _without(values: Tensor, phi: Tensor, method: str) -> Tensor:
         left = torch.diag(values) - phi @ phi.T
     else:
         inner, singular, _ = torch.linalg.svd(phi, full_matrices=False)
-        q = inner[:, singular > RANK_RTOL * singular.max().clamp_min(1e-300)]
+        largest = float(singular[0]) if len(singular) else 0.0
+        q = inner[:, singular > RANK_RTOL * largest]
         half = torch.diag(values.sqrt()) - q @ (q.T * values.sqrt())  # (I − QQᵀ) Λ^½
         left = half @ half.T
     found: Tensor = torch.linalg.eigvalsh(left).flip(0).clamp_min(0)

@@ -96,7 +96,7 @@ def layer_dataset(
         "loss_value": problem.loss(),
         "accuracy": problem.accuracy(),
         "seconds": found.seconds,
-        **{f"version_{name}": version for name, version in versions().items()},
+        **{f"version_{name}": str(version) for name, version in versions().items()},
     }
     return xr.Dataset(variables, coords=coords, attrs=attributes)
 

@@ -26,7 +26,7 @@ from deepspectra.analysis.gram import (
 )
 from deepspectra.analysis.means import subspace_of
 from deepspectra.apps.ledger import Ledger
-from deepspectra.errors import ConvergenceWarning
+from deepspectra.errors import ConvergenceWarning, CurvatureError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
 from deepspectra.operators.held import HeldRows
@@ -115,8 +115,7 @@ def run(
         hessian = Hessian(problem)
     basis = _find_pairs(found, "hessian", hessian, num)
     with ledger.stage("class structure"):
-        found.parts = decompose(problem, effects="two-way", hold=_is_small(problem))
-        exact = _holds(found.parts, products)
+        found.parts, exact = _parts(problem, products)
     _average(found)
     if exact:
         _find_exact(found, num)
@@ -143,16 +142,18 @@ def run(
     return found
 
 
-def _is_small(problem: Problem) -> bool:
-    return problem.num_examples * (problem.num_classes - 1) <= EXACT_ROWS
-
-
-def _holds(parts: Decomposition, products: Products) -> bool:
-    """Whether features and errors of every layer are now held; the graphs make room for them."""
-    if not isinstance(parts.rows, HeldRows):
-        return False
-    products.release()
-    return parts.rows.hold()
+def _parts(problem: Problem, products: Products) -> tuple[Decomposition, bool]:
+    """The parts of G, and whether features and errors of every layer are held, for which the graphs make room."""
+    if problem.num_examples * (problem.num_classes - 1) <= EXACT_ROWS:
+        products.release()
+        try:
+            parts = decompose(problem, effects="two-way", hold=True)
+            assert isinstance(parts.rows, HeldRows)
+            if parts.rows.gram_bytes <= problem.memory and parts.rows.hold():
+                return parts, True
+        except CurvatureError as error:  # a network that does not tell its examples apart
+            products.notes["exact spectrum of G"] = f"not computed: {error}"
+    return decompose(problem, effects="two-way"), False
 
 
 def _find_exact(found: Findings, num: int) -> None:

@@ -73,7 +73,7 @@ class HeldRows(GradientRows):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self.complement = Complement(self.probabilities)
-        self.plan = capture.plan(problem, problem.sample(SAMPLE_ROWS, torch.float64), self._weigh)
+        self.plan = capture.plan(problem.sample(SAMPLE_ROWS, torch.float64), self._weigh)
         self.held: list[list[Use]] = []
         self.limit = problem.memory // 3
         self.bytes_by_layer: dict[str, int] = {}  # of features and errors of all the data, estimated
@@ -82,6 +82,11 @@ class HeldRows(GradientRows):
     def num_reduced(self) -> int:
         """R = N (C − 1)."""
         return self.weights.shape[0] * (self.weights.shape[1] - 1)
+
+    @property
+    def gram_bytes(self) -> int:
+        """Bytes of the Gram matrix, its eigenvectors and one more like it."""
+        return 3 * 8 * self.num_reduced**2
 
     @property
     def rows_are_examples(self) -> bool:
@@ -192,10 +197,10 @@ class HeldRows(GradientRows):
         Raises:
             MemoryBudgetError: one parameter's features and errors, or the matrix, do not fit memory.
         """
-        size = 3 * 8 * self.num_reduced**2
-        if size > self.problem.memory:
+        if self.gram_bytes > self.problem.memory:
             raise MemoryBudgetError(
-                f"the Gram matrix of {self.num_reduced:,} rows and its eigenvectors take {size / 2**30:.1f} GiB; "
+                f"the Gram matrix of {self.num_reduced:,} rows and its eigenvectors take "
+                f"{self.gram_bytes / 2**30:.1f} GiB; "
                 f"memory is {self.problem.memory / 2**30:.1f} GiB. Take fewer examples, or raise memory."
             )
         total = torch.zeros(

@@ -14,6 +14,7 @@ import xarray as xr
 
 from deepspectra.algorithms.lanczos import inner_products
 from deepspectra.apps.stages import Findings
+from deepspectra.problem import Problem
 from deepspectra.products import products_of
 from deepspectra.results import Density, versions
 
@@ -256,13 +257,7 @@ def _attributes(found: Findings) -> dict[str, object]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "verdict": " ".join(sentences(found)),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "loss": problem.loss_function.name,
-        "num_parameters": problem.num_parameters,
-        "num_examples": problem.num_examples,
-        "num_classes": problem.num_classes,
-        "dtype": str(problem.dtype).removeprefix("torch."),
-        "device": str(problem.device),
+        **problem_attributes(problem),
         "seed": found.seed,
         "loss_value": found.loss,
         "accuracy": found.accuracy,
@@ -272,6 +267,19 @@ def _attributes(found: Findings) -> dict[str, object]:
         "peak_memory_bytes": peak,
         "provenance": json.dumps(provenance),
         "thresholds": json.dumps(thresholds),
+    }
+
+
+def problem_attributes(problem: Problem) -> dict[str, object]:
+    """What a file says of the problem, and when it was made."""
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "loss": problem.loss_function.name,
+        "num_parameters": problem.num_parameters,
+        "num_examples": problem.num_examples,
+        "num_classes": problem.num_classes,
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "device": str(problem.device),
     }
 
 

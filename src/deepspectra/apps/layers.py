@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import xarray as xr
 
 from deepspectra.analysis.gram import GramSpectrum
 from deepspectra.analysis.layers import Layer, Layers
+from deepspectra.apps.dataset import problem_attributes
 from deepspectra.problem import Problem
 from deepspectra.report.page import write
 from deepspectra.results import versions
@@ -85,13 +85,7 @@ def layer_dataset(
         "title": f"Layers of {model}" + (f" on {data}" if data else ""),
         "model": model,
         "data": data,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "loss": problem.loss_function.name,
-        "num_parameters": problem.num_parameters,
-        "num_examples": problem.num_examples,
-        "num_classes": problem.num_classes,
-        "dtype": str(problem.dtype).removeprefix("torch."),
-        "device": str(problem.device),
+        **problem_attributes(problem),
         "seed": seed,
         "loss_value": problem.loss(),
         "accuracy": problem.accuracy(),

@@ -32,6 +32,7 @@ MEASURE_LABELS = {
     "nc4": "NC4: decisions other than the nearest class mean's",
 }
 MEASURE_COLOURS = {"nc1": INK, "nc2_norms": "#0072B2", "nc2_simplex": "#E69F00", "nc4": "#D55E00"}
+MOST_DECADES = 16  # ticks of an axis that is cut to what is shown
 LOWEST = 1e-6  # of a spectrum's largest eigenvalue; smaller ones are not drawn
 
 
@@ -73,8 +74,8 @@ def layer_spectra(dataset: xr.Dataset) -> alt.LayerChart:
     low, high = min(values), max(values)
     y = alt.Y(
         "layer_eigenvalue:Q",
-        scale=alt.Scale(type="log", domainMin=low / 2, domainMax=high * 2),
-        axis=log_axis(low / 2, high * 2, title="eigenvalue"),
+        scale=alt.Scale(type="log", zero=False, padding=8),  # over what is shown, so that each kind fills the chart
+        axis=log_axis(low / 2, high * 2, most=MOST_DECADES, title="eigenvalue"),
     )
     dots = (
         blank(table)

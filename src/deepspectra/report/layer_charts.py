@@ -74,7 +74,7 @@ def layer_spectra(dataset: xr.Dataset) -> alt.LayerChart:
     low, high = min(values), max(values)
     y = alt.Y(
         "layer_eigenvalue:Q",
-        scale=alt.Scale(type="log", zero=False, padding=8),  # over what is shown, so that each kind fills the chart
+        scale=alt.Scale(type="log", padding=8),  # over what is shown, so that each kind fills the chart
         axis=log_axis(low / 2, high * 2, most=MOST_DECADES, title="eigenvalue"),
     )
     dots = (

@@ -239,6 +239,29 @@ def test_rows_that_are_not_spread_evenly_over_examples_are_refused() -> None:
         ds.gram_spectrum(problem)
 
 
+class Sociable(nn.Module):
+    """Takes batches of at least two only, so that no example can pass alone; its position is used by no rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(4))
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) < 2:
+            raise ValueError("two at least")
+        return self.out(torch.sin(x * self.position))
+
+
+def test_what_a_network_raises_alone_is_said_and_analyses_go_on_by_products() -> None:
+    problem = ds.Problem(Sociable().double(), (torch.randn(12, 4, dtype=torch.float64), labels(12, 3)))
+    with pytest.raises(CurvatureError, match=r"told apart by example \(two at least\)"):
+        ds.gram_spectrum(problem)
+    dataset = ds.analyze(problem, num_probes=2, num_steps=8, progress=False).dataset
+    assert "two at least" in dataset.attrs["provenance"]
+    assert float(dataset.trace.sel(operator="gauss_newton")) > 0
+
+
 # ------------------------------------------------------------------------------------------------- spectra
 
 

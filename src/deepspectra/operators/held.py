@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 
 from deepspectra import capture
-from deepspectra.errors import MemoryBudgetError
+from deepspectra.errors import CurvatureError, DeepSpectraError, MemoryBudgetError
 from deepspectra.losses import CrossEntropy
 from deepspectra.operators.projections import Projections
 from deepspectra.operators.rows import GradientRows
 from deepspectra.problem import Problem
+from deepspectra.products import FAILURES
 from deepspectra.uses import Slice, Use
 
 SAMPLE_ROWS = 3  # examples on which the uses of parameters are understood
@@ -73,7 +75,8 @@ class HeldRows(GradientRows):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self.complement = Complement(self.probabilities)
-        self.plan = capture.plan(problem.sample(SAMPLE_ROWS, torch.float64), self._weigh)
+        with _refusing():
+            self.plan = capture.plan(problem.sample(SAMPLE_ROWS, torch.float64), self._weigh)
         self.held: list[list[Use]] = []
         self.limit = problem.memory // 3
         self.bytes_by_layer: dict[str, int] = {}  # of features and errors of all the data, estimated
@@ -118,7 +121,9 @@ class HeldRows(GradientRows):
 
     def _captured(self, names: frozenset[str] | None) -> Iterator[list[Use]]:
         for batch in self.problem.batches:
-            yield capture.capture(self.problem, batch, self.plan, self._weigh, names)
+            with _refusing():
+                uses = capture.capture(self.problem, batch, self.plan, self._weigh, names)
+            yield uses
 
     def _weigh(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cotangents (n, C, C − 1) of the scalars: Σ_k U_{k,a} √w_{i,k} (p_i − y_k) = −√w_i ∘ U_a."""
@@ -243,6 +248,20 @@ class HeldRows(GradientRows):
             groups[-1].append(layer)
             used += size
         return groups
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """A network that fails when it is watched, or when its examples pass alone, cannot be taken apart this way."""
+    try:
+        yield
+    except DeepSpectraError:
+        raise
+    except FAILURES as failure:
+        reason = (str(failure).splitlines() or [type(failure).__name__])[0]
+        raise CurvatureError(
+            f"features and errors of this network cannot be told apart by example ({reason})."
+        ) from failure
 
 
 def _layer_of(name: str) -> str:

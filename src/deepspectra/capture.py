@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from deepspectra.batches import map_tensors, tensors
+from deepspectra.convolution import read_call
 from deepspectra.errors import CurvatureError
 from deepspectra.problem import Problem, differentiable
 from deepspectra.uses import LAYOUTS, Alone, Convolution, Layout, Lookup, Matrix, Slice, Use, Vectors
@@ -119,17 +120,13 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> list[Use]:
-    dims = output.ndim - 2
-    if input.ndim != output.ndim or isinstance(padding, str):
+    call = read_call(output.ndim - 2, input, weight, bias, stride, padding, dilation, groups)
+    if call is None:
         return []
-    settings = tuple(
-        [value] * dims if isinstance(value, int) else list(value) * (dims // len(value))
-        for value in (stride, padding, dilation)
-    )
     found = find(weight)
     kernel: list[Use] = []
-    if found and not found.transposed and len(found.shape) == dims + 2:
-        kernel = [Convolution(found, input.detach(), settings, groups)]
+    if found and not found.transposed and len(found.shape) == output.ndim:
+        kernel = [Convolution(found, input.detach(), call[-1])]
     return kernel + _bias(find, bias, 0)
 
 

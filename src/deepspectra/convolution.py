@@ -27,13 +27,13 @@ class Convolutions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         num_dims = CONVOLUTIONS.get(func)
         if num_dims is not None:
-            call = _call(num_dims, *args, **(kwargs or {}))
+            call = read_call(num_dims, *args, **(kwargs or {}))
             if call is not None:
                 return _Convolution.apply(*call)  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _call(
+def read_call(
     num_dims: int,
     input: Tensor,
     weight: Tensor,
@@ -82,7 +82,7 @@ class _Backward(torch.autograd.Function):
         ctx.save_for_backward(g, x, w)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        return _gradients(g, x, w, settings, wanted)
+        return gradients(g, x, w, settings, wanted)
 
     @staticmethod
     @once_differentiable
@@ -92,17 +92,18 @@ class _Backward(torch.autograd.Function):
         to_g = to_x = to_w = None
         if along_x is not None:
             to_g = torch.convolution(along_x, w, None, *ctx.settings) if needs_g else None
-            to_w = _gradients(g, along_x, w, ctx.settings, (False, True))[1] if needs_w else None
+            to_w = gradients(g, along_x, w, ctx.settings, (False, True))[1] if needs_w else None
         if along_w is not None:
             if needs_g:
                 other = torch.convolution(x, along_w, None, *ctx.settings)
                 to_g = other if to_g is None else to_g + other
-            to_x = _gradients(g, x, along_w, ctx.settings, (True, False))[0] if needs_x else None
+            to_x = gradients(g, x, along_w, ctx.settings, (True, False))[0] if needs_x else None
         return to_g, to_x, to_w, None, None
 
 
-def _gradients(
+def gradients(
     g: Tensor, x: Tensor, w: Tensor, settings: Settings, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
+    """What an error g of the output sends to the input x and to the kernel w, as far as wanted."""
     to_x, to_w, _ = torch.ops.aten.convolution_backward(g, x, w, None, *settings, [*wanted, False])
     return to_x if wanted[0] else None, to_w if wanted[1] else None

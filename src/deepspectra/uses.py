@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from deepspectra.convolution import Settings, gradients
 
 
 @dataclass(frozen=True)
@@ -97,19 +98,6 @@ class Use(ABC):
     @abstractmethod
     def formed(self, chunk: slice) -> Tensor:
         """Gradients (B, J, rows of the chunk × columns) themselves, for a chunk of the stretch's rows."""
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Features and errors, examples first, as `inner` takes them."""
-        raise NotImplementedError
-
-    @staticmethod
-    def inner(mine: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> Tensor:
-        """Inner products (b·J, b'·J') of gradients of some examples with others', without forming them."""
-        raise NotImplementedError
-
-    def inner_cost(self) -> float:
-        """Multiplications a pair of gradients that `inner` takes; infinite if it cannot."""
-        return math.inf
 
 
 class Vectors(Use):
@@ -235,10 +223,10 @@ class Matrix(Use):
 class Convolution(Matrix):
     """A convolution's kernel; its features are the patches of the input."""
 
-    def __init__(self, slice: Slice, given: Tensor, settings: tuple[Any, ...], groups: int) -> None:
+    def __init__(self, slice: Slice, given: Tensor, settings: Settings) -> None:
         super().__init__(slice, given)
-        self.settings = settings  # stride, padding, dilation
-        self.groups = groups
+        self.settings = settings
+        self.groups = settings[-1]
 
     def arrange(self, layout: Layout, num_examples: int) -> None:
         """Images (B, s, c, ...)."""
@@ -254,8 +242,8 @@ class Convolution(Matrix):
         assert self.given is not None
         images = self.given[chosen]
         flat = images.flatten(0, 1)
-        stride, padding, dilation = self.settings
         kernel = self.slice.shape[2:]
+        stride, padding, dilation = (tuple(values) for values in self.settings[:3])
         if len(kernel) == 1:
             flat = flat[:, :, None]
             kernel, stride, padding, dilation = (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
@@ -266,38 +254,22 @@ class Convolution(Matrix):
         """The convolution with each of K kernels: (B, K, o, s·T)."""
         assert self.given is not None
         images = self.given.flatten(0, 1)
-        stride, padding, dilation = self.settings
         rows = []
         for tangent in tangents:
-            kernel = tangent.view(self.slice.shape)
-            out = torch.convolution(
-                images, kernel, None, stride, padding, dilation, False, [0] * len(stride), self.groups
-            )
+            out = torch.convolution(images, tangent.view(self.slice.shape), None, *self.settings)
             rows.append(self.reduce(out.view(self.num_examples, -1, *out.shape[1:])))
         return torch.stack(rows, 1)
 
     def gradients(self, combined: Tensor, chosen: slice | Tensor) -> Tensor:
         """Gradients to the kernel for errors (b, K, o, s·T): (K, o, d)."""
         assert self.given is not None
-        images = self.given[chosen]
+        images = self.given[chosen].flatten(0, 1)
         kernel = torch.empty(self.slice.shape, dtype=images.dtype, device=images.device)
-        stride, padding, dilation = self.settings
         parts = []
         for errors in combined.unbind(1):
             shaped = errors.view(*errors.shape[:2], -1, *self.spatial).transpose(1, 2).flatten(0, 1)
-            _, gradient, _ = torch.ops.aten.convolution_backward(
-                shaped,
-                images.flatten(0, 1),
-                kernel,
-                None,
-                stride,
-                padding,
-                dilation,
-                False,
-                [0] * len(stride),
-                self.groups,
-                [False, True, False],
-            )
+            _, gradient = gradients(shaped, images, kernel, self.settings, (False, True))
+            assert gradient is not None
             parts.append(gradient.flatten(1))
         return torch.stack(parts)
 

@@ -214,15 +214,18 @@ def _orthonormal_rows(block: Tensor) -> tuple[Tensor, Tensor]:
     if len(block) == 1:
         norm = _norms(block)[0]
         return block / norm.clamp_min(torch.finfo(block.dtype).tiny).to(block), _small(norm.reshape(1, 1))
-    if (
-        block.dtype == torch.float32
-    ):  # products in float64 resolve what its rounding leaves: a matrix product, no QR
-        squares, u = torch.linalg.eigh(inner_products(block, block))
-        sizes, u = squares.flip(0).clamp_min(0).sqrt(), u.flip(1)
+    if block.dtype == torch.float32:  # float64 resolves what its rounding leaves: products, no QR
+        sizes, u = singular(inner_products(block, block))
         return (u / sizes.clamp_min(torch.finfo(block.dtype).tiny)).T.to(block) @ block, sizes[:, None] * u.T
     q, r = torch.linalg.qr(block.T)
     u, sizes, vh = torch.linalg.svd(_small(r), full_matrices=False)
     return (q @ u.to(q)).T, sizes[:, None] * vh
+
+
+def singular(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values, falling, and right singular vectors of columns with this Gram matrix (k, k)."""
+    squares, vectors = torch.linalg.eigh(gram)
+    return squares.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
 
 
 def inner_products(rows: Tensor, others: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.lanczos import inner_products
+from deepspectra.algorithms.lanczos import inner_products, singular
 from deepspectra.errors import DataError, ShapeError
 
 
@@ -62,8 +62,7 @@ def _orthonormalising(columns: Tensor, name: str) -> Tensor:
     gram = inner_products(columns.T, columns.T)
     lengths = gram.diagonal().sqrt()
     scale = 1 / lengths.where(lengths > 0, 1)
-    squares, u = torch.linalg.eigh(scale[:, None] * gram * scale)
-    sizes, u = squares.flip(0).clamp_min(0).sqrt(), u.flip(1)
+    sizes, u = singular(scale[:, None] * gram * scale)
     kept = _kept(sizes, columns.shape, columns.dtype, name)
     coefficients: Tensor = scale[:, None] * u[:, kept] / sizes[kept]
     return coefficients

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -103,7 +103,7 @@ class Layers:
     layers: tuple[Layer, ...]
     seconds: float
 
-    def __iter__(self) -> object:
+    def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
 
     def __len__(self) -> int:
@@ -189,15 +189,15 @@ def layers(
 
 
 def _layer(name: str, uses: list[list[Use]], parts: Decomposition, bases: dict[str, Tensor]) -> Layer:
-    problem, rows = parts.problem, parts.rows
-    assert isinstance(rows, HeldRows)
+    problem = parts.problem
     own = {key: value for key, value in problem.parameters.items() if key.rpartition(".")[0] == name}
     size = sum(value.numel() for value in own.values())
     matrices = [[use for use in batch if isinstance(use, Matrix)] for batch in uses]
     fed = [[use for use in batch if isinstance(use, (Matrix, Lookup))] for batch in uses]
     first = next((use.slice.shape for use in fed[0]), next(iter(own.values())).shape)
     single = all(len(batch) == 1 for batch in matrices)
-    features = _features(matrices) if matrices[0] and rows.rows_are_examples else None
+    rows_are_examples = sum(batch[0].num_examples for batch in uses) == len(parts.rows.labels)
+    features = _features(matrices) if matrices[0] and rows_are_examples else None
     names = tuple(parts)
     return Layer(
         name=name,
@@ -205,7 +205,7 @@ def _layer(name: str, uses: list[list[Use]], parts: Decomposition, bases: dict[s
         num_parameters=size,
         features=None if features is None else _feature_spectrum(features, parts, name),
         errors=_error_spectrum(fed, parts, bases, name) if fed[0] else None,
-        gradients=_spectrum(gram_of(uses), bases, names, size, parts, f"gradients of {name}"),
+        gradients=_spectrum(gram_of([uses]), bases, names, size, parts, f"gradients of {name}"),
         khatri_rao=_khatri_rao([batch[0] for batch in matrices], parts, bases)
         if single and features is not None
         else None,

@@ -149,8 +149,7 @@ def _parts(problem: Problem, products: Products) -> tuple[Decomposition, bool]:
         try:
             parts = decompose(problem, effects="two-way", hold=True)
             assert isinstance(parts.rows, HeldRows)
-            if parts.rows.gram_bytes <= problem.memory and parts.rows.hold():
-                return parts, True
+            return parts, parts.rows.gram_bytes <= problem.memory and parts.rows.hold()
         except CurvatureError as error:  # a network that does not tell its examples apart
             products.notes["exact spectrum of G"] = f"not computed: {error}"
     return decompose(problem, effects="two-way"), False

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from deepspectra.operators.projections import Projections
 from deepspectra.operators.rows import GradientRows
 from deepspectra.problem import Problem
 from deepspectra.products import FAILURES
-from deepspectra.uses import Slice, Use
+from deepspectra.uses import Lookup, Matrix, Slice, Use
 
 SAMPLE_ROWS = 3  # examples on which the uses of parameters are understood
 BLOCK_BYTES = 2**28  # of gradients that are formed at a time
@@ -79,6 +80,8 @@ class HeldRows(GradientRows):
             self.plan = capture.plan(problem.sample(SAMPLE_ROWS, torch.float64), self._weigh)
         self.held: list[list[Use]] = []
         self.limit = problem.memory // 3
+        ends = itertools.accumulate(self.products.sizes, initial=0)
+        self.starts = dict(zip(problem.parameters, ends, strict=False))  # of each parameter in the vector
         self.bytes_by_layer: dict[str, int] = {}  # of features and errors of all the data, estimated
 
     @property
@@ -90,14 +93,6 @@ class HeldRows(GradientRows):
     def gram_bytes(self) -> int:
         """Bytes of the Gram matrix, its eigenvectors and one more like it."""
         return 3 * 8 * self.num_reduced**2
-
-    @property
-    def rows_are_examples(self) -> bool:
-        """Whether every example is one row, and not one a token."""
-        return len(self.labels) == sum(
-            capture.count_examples(batch, size)
-            for batch, size in zip(self.problem.batches, self.sizes, strict=True)
-        )
 
     def hold(self) -> bool:
         """Bring features and errors into memory; False if they do not fit."""
@@ -142,22 +137,12 @@ class HeldRows(GradientRows):
 
     def _push(self, uses: list[Use], block: Tensor) -> Tensor:
         """(n, C − 1, K) for one batch."""
-        pieces = [use.push(self._tangents(use.slice, block)) for use in uses]
-        total = torch.stack(pieces).sum(0) if pieces else block.new_zeros(0)
+        total = functools.reduce(torch.add, (use.push(self._tangents(use.slice, block)) for use in uses))
         return total.reshape(-1, self.weights.shape[1] - 1, block.shape[1])
 
     def _tangents(self, found: Slice, block: Tensor) -> Tensor:
         start = self.starts[found.name] + found.start
         return block[start : start + found.numel].T.reshape(-1, *found.shape)
-
-    @property
-    def starts(self) -> dict[str, int]:
-        """Where each parameter begins in the vector."""
-        starts, at = {}, 0
-        for name, value in self.problem.parameters.items():
-            starts[name] = at
-            at += value.numel()
-        return starts
 
     def transpose(self, rows: Tensor) -> Tensor:
         """Aᵀ α for α (N, C, K): (P, K). Cost: a third of a gradient a column, of the examples where α is not 0."""
@@ -208,12 +193,7 @@ class HeldRows(GradientRows):
                 f"{self.gram_bytes / 2**30:.1f} GiB; "
                 f"memory is {self.problem.memory / 2**30:.1f} GiB. Take fewer examples, or raise memory."
             )
-        total = torch.zeros(
-            self.num_reduced, self.num_reduced, dtype=torch.float64, device=self.problem.device
-        )
-        for _, uses in self.by_layer():
-            total += gram_of(uses)
-        return total
+        return gram_of(uses for _, uses in self.by_layer())
 
     def by_layer(self) -> Iterator[tuple[str, list[list[Use]]]]:
         """Each layer's uses, one list a batch: held, or captured for as many layers at a time as fit memory.
@@ -269,11 +249,19 @@ def _layer_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def gram_of(held: list[list[Use]]) -> Tensor:
-    """Inner products (R, R) of gradients to the parameters of some uses, one list a batch."""
-    sizes = [uses[0].num_examples * uses[0].errors.shape[1] for uses in held]
-    like = held[0][0].errors
-    total = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64, device=like.device)
+def gram_of(layers: Iterable[list[list[Use]]]) -> Tensor:
+    """Inner products (R, R) of gradients to the parameters of some layers, each of one list of uses a batch."""
+    total = torch.zeros(0)
+    for held in layers:
+        sizes = [uses[0].num_examples * uses[0].errors.shape[1] for uses in held]
+        if not len(total):
+            total = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64, device=held[0][0].errors.device)
+        _add_lower(total, held, sizes)
+    return total.tril_() + total.tril(-1).T
+
+
+def _add_lower(total: Tensor, held: list[list[Use]], sizes: list[int]) -> None:
+    """Each stretch of a parameter, to the lower half at least."""
     stretches = dict.fromkeys(
         (use.slice.name, use.slice.start, use.slice.shape) for uses in held for use in uses
     )
@@ -282,15 +270,14 @@ def gram_of(held: list[list[Use]]) -> Tensor:
             [use for use in uses if (use.slice.name, use.slice.start, use.slice.shape) == stretch]
             for uses in held
         ]
-        if _prefers_inner(mine):
-            _add_inner(total, mine, sizes)
+        factored = [[use for use in batch if isinstance(use, (Matrix, Lookup))] for batch in mine]
+        if [len(batch) for batch in factored] == [len(batch) for batch in mine] and _prefers_inner(factored):
+            _add_inner(total, factored, sizes)
         else:
             _add_formed(total, mine)
-    lower = total.tril(-1)
-    return total.tril() + lower.T
 
 
-def _prefers_inner(mine: list[list[Use]]) -> bool:
+def _prefers_inner(mine: list[list[Matrix | Lookup]]) -> bool:
     uses = [use for batch in mine for use in batch]
     if len({(type(use), use.slice.transposed) for use in uses}) > 1:  # tied parameters: of different kinds
         return False
@@ -298,7 +285,7 @@ def _prefers_inner(mine: list[list[Use]]) -> bool:
     return each**2 * max(use.inner_cost() for use in uses) < FORMED_OVERHEAD * uses[0].slice.numel
 
 
-def _add_inner(total: Tensor, mine: list[list[Use]], sizes: list[int]) -> None:
+def _add_inner(total: Tensor, mine: list[list[Matrix | Lookup]], sizes: list[int]) -> None:
     """The lower half, some examples by some: small blocks that stay in the cache."""
     inner = mine[0][0].inner
     pieces: list[tuple[slice, list[tuple[Tensor, Tensor]]]] = []
@@ -325,12 +312,8 @@ def _add_formed(total: Tensor, mine: list[list[Use]]) -> None:
     )
     for start in range(0, rows, width):
         chunk = slice(start, min(start + width, rows))
-        formed = torch.cat([sum_of([use.formed(chunk) for use in uses]).flatten(0, 1) for uses in mine])
+        pieces = [functools.reduce(torch.add, (use.formed(chunk) for use in uses)) for uses in mine]
+        formed = torch.cat([piece.flatten(0, 1) for piece in pieces])
         for top in range(0, len(total), BLOCK_ROWS):
             some_rows = formed[top : top + BLOCK_ROWS]
             total[top : top + BLOCK_ROWS, : top + BLOCK_ROWS] += some_rows @ formed[: top + BLOCK_ROWS].T
-
-
-def sum_of(pieces: list[Tensor]) -> Tensor:
-    """Their sum."""
-    return pieces[0] if len(pieces) == 1 else torch.stack(pieces).sum(0)

@@ -12,6 +12,7 @@ from deepspectra.report.drawing import (
     MUTED,
     PART_COLOURS,
     WIDTH,
+    Mark,
     Row,
     blank,
     colour,
@@ -36,12 +37,21 @@ MOST_DECADES = 16  # ticks of an axis that is cut to what is shown
 LOWEST = 1e-6  # of a spectrum's largest eigenvalue; smaller ones are not drawn
 
 
-def _kind_selector(present: list[str]) -> alt.Parameter:
-    """A choice of features, errors or gradients: buttons on the page, gradients in a still picture."""
+def _chosen_kind(marks: Mark, table: list[Row], height: int) -> alt.LayerChart:
+    """Marks with a choice of features, errors or gradients: buttons on the page, gradients in a still picture."""
+    present = [kind for kind in KIND_LABELS if any(row["kind"] == kind for row in table)]
     first = "gradients" if "gradients" in present else present[0]
     labels = [KIND_LABELS[kind] for kind in present]
-    return alt.param(
+    choice = alt.param(
         name="kind", value=first, bind=alt.binding_radio(options=present, labels=labels, name=" ")
+    )
+    drawn = alt.layer(marks).transform_filter("datum.kind === kind").add_params(choice)
+    return finished(drawn, width=WIDTH, height=height)
+
+
+def _part_colour(table: list[Row]) -> alt.Color:
+    return colour(
+        [part for part in LAYER_COLOURS if any(row["label"] == part for row in table)], {}, LAYER_COLOURS
     )
 
 
@@ -68,8 +78,6 @@ def layer_spectra(dataset: xr.Dataset) -> alt.LayerChart:
             continue
         part = max(owners, key=lambda name: owners[name])
         table.append(row | {"label": part, "share": owners[part]})
-    present = [kind for kind in KIND_LABELS if any(row["kind"] == kind for row in table)]
-    parts = [part for part in LAYER_COLOURS if any(row["label"] == part for row in table)]
     values = [row["layer_eigenvalue"] for row in table]
     low, high = min(values), max(values)
     y = alt.Y(
@@ -83,7 +91,7 @@ def layer_spectra(dataset: xr.Dataset) -> alt.LayerChart:
         .encode(
             x=_depth(dataset),
             y=y,
-            color=colour(parts, {}, LAYER_COLOURS),
+            color=_part_colour(table),
             tooltip=[
                 alt.Tooltip("layer:N", title="layer"),
                 alt.Tooltip("rank:Q", title="rank, from 0"),
@@ -93,8 +101,7 @@ def layer_spectra(dataset: xr.Dataset) -> alt.LayerChart:
             ],
         )
     )
-    drawn = alt.layer(dots).transform_filter("datum.kind === kind").add_params(_kind_selector(present))
-    return finished(drawn, width=WIDTH, height=340)
+    return _chosen_kind(dots, table, height=340)
 
 
 def layer_traces(dataset: xr.Dataset) -> alt.LayerChart:
@@ -115,8 +122,6 @@ def layer_traces(dataset: xr.Dataset) -> alt.LayerChart:
         }
         for row in table
     ]
-    present = [kind for kind in KIND_LABELS if any(row["kind"] == kind for row in table)]
-    parts = [part for part in LAYER_COLOURS if any(row["label"] == part for row in table)]
     bars = (
         blank(table)
         .mark_bar(size=16)
@@ -128,7 +133,7 @@ def layer_traces(dataset: xr.Dataset) -> alt.LayerChart:
                 axis=alt.Axis(format="%"),
                 scale=alt.Scale(domain=[0, 1]),
             ),
-            color=colour(parts, {}, LAYER_COLOURS),
+            color=_part_colour(table),
             order=alt.Order("order:Q"),
             tooltip=[
                 alt.Tooltip("layer:N", title="layer"),
@@ -137,8 +142,7 @@ def layer_traces(dataset: xr.Dataset) -> alt.LayerChart:
             ],
         )
     )
-    drawn = alt.layer(bars).transform_filter("datum.kind === kind").add_params(_kind_selector(present))
-    return finished(drawn, width=WIDTH, height=260)
+    return _chosen_kind(bars, table, height=260)
 
 
 def layer_products(dataset: xr.Dataset) -> alt.LayerChart:

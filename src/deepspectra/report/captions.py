@@ -1,0 +1,221 @@
+"""What the page says under each figure: how to read it, and what the numbers of this analysis are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import xarray as xr
+
+from deepspectra.report.charts import (
+    class_names,
+    cosines,
+    knockout_summary,
+    mean_shares,
+    outliers,
+    outliers_left,
+)
+from deepspectra.report.drawing import LEVEL_NAMES, Row, holds, number, rows
+from deepspectra.report.text import attribute, escaped, finite, joined, number_html, share_html, symbol
+
+
+def _spectrum_caption(dataset: xr.Dataset) -> str:
+    read = (
+        "How the eigenvalues of the Hessian H, of its Gauss-Newton part G and of the residual R = H − G are"
+        " spread. Curves show the fraction of all eigenvalues per unit of λ, or per decade of |λ|, on a "
+        "logarithmic scale; bands are ± 2 standard errors. Each lollipop is one outlier; its height only "
+        "tells operators apart. Curves beyond the threshold are drawn faint. Point at an outlier for its "
+        "eigenvalue, residual norm and shares."
+    )
+    return read + _outlier_sentences(dataset)
+
+
+def _outlier_sentences(dataset: xr.Dataset) -> str:
+    found = outliers(dataset)
+    edges = _by_operator(dataset, "bulk_edge")
+    thresholds = _by_operator(dataset, "outlier_threshold")
+    text = ""
+    for operator, threshold in thresholds.items():
+        top = [row["eigenvalue"] for row in found if row["operator"] == operator]
+        name = symbol(operator)
+        text += f" {name} has {number_html(len(top))} outliers above {number_html(threshold)}"
+        if top and edges.get(operator):
+            ratio, edge = number(max(top) / edges[operator], 2), number_html(edges[operator])
+            text += f"; the largest, {number_html(max(top))}, is {ratio} times its bulk edge {edge}"
+        text += "."
+    return text
+
+
+def _by_operator(dataset: xr.Dataset, name: str) -> dict[str, float]:
+    if not holds(dataset, name):
+        return {}
+    return {row["operator"]: row[name] for row in rows(dataset, name)}
+
+
+def _shares_caption(dataset: xr.Dataset) -> str:
+    text = (
+        "What each outlier is made of. A bar is one outlier eigenvalue of the chosen operator; its segments"
+        " are the shares of the class means, the logit means, their interaction, the scatter within "
+        "classes, the true-label means and the residual R. The shares of one outlier sum to 100 %; a "
+        "negative share would be drawn to the left of zero."
+    )
+    for operator, means in mean_shares(dataset).items():
+        ranked = sorted(means.items(), key=lambda item: -item[1])
+        listed = joined(
+            f"{escaped(part)} {share_html(share)}" for part, share in ranked if abs(share) >= 0.0005
+        )
+        text += f" Mean over the outliers of {symbol(operator)}: {listed}."
+    return text
+
+
+def _knockouts_caption(dataset: xr.Dataset) -> str:
+    text = (
+        "Which eigenvalues stay when parts are removed. A dot is an eigenvalue left, dark when it is above "
+        "the outlier threshold (dashed). A part is the cause of the outliers when they go with it. To the "
+        "right: the number left above the threshold; “at least” means that only a lower bound of it is "
+        "known."
+    )
+    summary = knockout_summary(dataset)
+    first = summary[0]["operator"]
+    left = [f"{_removal(row)}, {escaped(outliers_left(row))}" for row in summary if row["operator"] == first]
+    return f"{text} For {symbol(first)}: {'; '.join(left)}."
+
+
+def _removal(row: Row) -> str:
+    if row["knockout"] == "nothing":
+        return "nothing removed"
+    return f"without {escaped(row['knockout'])} by {escaped(row['method'])}"
+
+
+def _averaging_caption(dataset: xr.Dataset) -> str:
+    text = (
+        "How much of the top of the spectrum averaging finds, without any eigenvalue iteration. Filled dots"
+        " are the true eigenvalues, by rank; open symbols are the eigenvalues found by averaging gradients "
+        "by class and by pair of classes. Symbols on the dots mean that the averages carry the whole "
+        "eigenvalue."
+    )
+    if holds(dataset, "subspace_overlap"):
+        for level in dict.fromkeys(row["level"] for row in rows(dataset, "subspace_overlap")):
+            text += _overlap_sentence(dataset, level)
+    return text
+
+
+def _overlap_sentence(dataset: xr.Dataset, level: str) -> str:
+    table = rows(dataset, "subspace_overlap", "subspace_dimension", "subspace_gradients")
+    table = [row for row in table if row["level"] == level]
+    listed = joined(
+        f"{share_html(row['subspace_overlap'])} of the top {_dimension(row)}{symbol(row['operator'])}"
+        for row in table
+    )
+    gradients = table[0].get("subspace_gradients")
+    unit = "gradient" if gradients == 1 else "gradients"
+    price = f", for the cost of {number_html(gradients)} {unit}" if finite(gradients) else ""
+    return f" The {LEVEL_NAMES.get(level, escaped(level))} span {listed}{price}."
+
+
+def _dimension(row: Row) -> str:
+    size = row.get("subspace_dimension")
+    return f"{size:.0f} eigenvectors of " if finite(size) else "eigenvectors of "
+
+
+def _classes_caption(dataset: xr.Dataset) -> str:
+    text = ""
+    if holds(dataset, "mean_gram"):
+        text += (
+            "Cosines between the mean gradients of two classes: purple when they pull the parameters the "
+            "same way, orange when they pull against each other. "
+        )
+        text += _cosine_sentence(dataset)
+    if holds(dataset, "cross_class_weight"):
+        text += (
+            " Weights: how much the loss counts the examples of the class in a row under the label in a "
+            "column, which is large where the network confuses them. The diagonal (true labels) is left "
+            "out. "
+        )
+        text += _confusion_sentence(dataset)
+    return text
+
+
+def _cosine_sentence(dataset: xr.Dataset) -> str:
+    names, cosine = class_names(dataset), cosines(dataset)
+    i, j = np.triu_indices(len(names), k=1)
+    values = cosine[i, j]
+    if not np.isfinite(values).any():
+        return ""
+    best = int(np.nanargmax(values))
+    pair = f"{escaped(names[i[best]])} and {escaped(names[j[best]])}"
+    return (
+        f"The mean cosine of two classes is {number_html(np.nanmean(values), 2)}; the closest are {pair} "
+        f"({number_html(values[best], 2)})."
+    )
+
+
+def _confusion_sentence(dataset: xr.Dataset) -> str:
+    names = class_names(dataset)
+    weights = np.array(dataset["cross_class_weight"].values, dtype=np.float64)
+    np.fill_diagonal(weights, np.nan)
+    if not np.isfinite(weights).any():
+        return ""
+    true, label = np.unravel_index(int(np.nanargmax(weights)), weights.shape)
+    pair = f"{escaped(names[true])} under the label {escaped(names[label])}"
+    return f"The largest is {pair} ({number_html(weights[true, label])})."
+
+
+LAYERS_CAPTION = (
+    "The largest eigenvalues of every layer: of the second moment of its features (what enters), of its "
+    "backpropagated errors (what comes back to its output), and of its block of G. Each dash is one "
+    "eigenvalue in the colour of the part that has most of it; all are exact. Outliers stand apart from "
+    "the dashes below them."
+)
+
+LAYER_TRACES_CAPTION = (
+    "How much of each layer's trace the parts make: of features, the global mean, the class means about "
+    "it and the scatter within classes; of errors and gradients, the parts of G."
+)
+
+PRODUCTS_CAPTION = (
+    "Whether means of gradients are products of means: the cosine between g_c and h_c ⊗ e_c (class means) "
+    "and between g_{c,k} and h_c ⊗ e_{c,k} (cross-class means), averaged over classes or pairs; bars are "
+    "one standard deviation. At 1 the two agree up to length."
+)
+
+COLLAPSE_CAPTION = (
+    "How far the features that enter each layer have collapsed onto their class means: every measure is 0 "
+    "for complete collapse. Zeros cannot be drawn here; the table has them."
+)
+
+
+def _cost_caption(dataset: xr.Dataset) -> str:
+    table = rows(dataset, "cost_gradients", "cost_seconds")
+    total = sum(row["cost_gradients"] for row in table)
+    most = max(table, key=lambda row: row["cost_gradients"])
+    largest = share_html(most["cost_gradients"] / total if total else 0)
+    text = (
+        "What each stage cost, in the time of one gradient of the loss over all examples. "
+        f"Together {number_html(total)} gradients, {largest} of them for {escaped(most['stage'])}."
+    )
+    seconds = attribute(dataset, "gradient_seconds")
+    return text + (f" One gradient took {number_html(seconds)} s." if seconds is not None else "")
+
+
+Caption = Callable[[xr.Dataset], str]
+FIGURES: dict[str, tuple[str, dict[str, str], Caption]] = {
+    "spectrum": (
+        "The spectrum",
+        {"spectrum": "Linear density", "log_spectrum": "Density per decade"},
+        _spectrum_caption,
+    ),
+    "shares": ("What the outliers are made of", {"shares": ""}, _shares_caption),
+    "knockouts": ("What is left when parts are removed", {"knockouts": ""}, _knockouts_caption),
+    "averaging": ("What averaging alone finds", {"averaging": ""}, _averaging_caption),
+    "classes": (
+        "The classes",
+        {"class_cosines": "Cosines of class means", "cross_class_weights": "Cross-class weights"},
+        _classes_caption,
+    ),
+    "layers": ("Layer by layer", {"layer_spectra": ""}, lambda _: LAYERS_CAPTION),
+    "layer-traces": ("What the layers are made of", {"layer_traces": ""}, lambda _: LAYER_TRACES_CAPTION),
+    "products": ("Products of means", {"layer_products": ""}, lambda _: PRODUCTS_CAPTION),
+    "collapse": ("Neural collapse", {"layer_collapse": ""}, lambda _: COLLAPSE_CAPTION),
+    "cost": ("What it cost", {"cost": ""}, _cost_caption),
+}

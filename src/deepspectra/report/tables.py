@@ -1,0 +1,192 @@
+"""The page's tables: each cell keeps its full value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import xarray as xr
+
+from deepspectra.report.charts import knockout_summary, outliers
+from deepspectra.report.drawing import LEVEL_NAMES, Row, holds, number, rows
+from deepspectra.report.text import escaped, finite, operator_name, symbol
+
+Cell = str | int | float | tuple[str, float] | None  # a pair: the text shown and the value behind it
+
+
+def tables_section(dataset: xr.Dataset) -> str:
+    """Every table whose numbers the analysis holds."""
+    tables = [
+        _eigenvalue_table(dataset),
+        _knockout_table(dataset),
+        _averaging_table(dataset),
+        _trace_table(dataset),
+        _layer_table(dataset),
+        _collapse_table(dataset),
+    ]
+    body = "\n".join(table for table in tables if table)
+    return f'<section id="tables">\n<h2>Tables</h2>\n{body}\n</section>' if body else ""
+
+
+def table_html(
+    name: str, heading: str, head: list[str], body: list[list[Cell]], strong: Iterable[int] = ()
+) -> str:
+    """A table with its heading and a button that saves it; rows in `strong` stand out."""
+    numeric = [any(isinstance(row[i], (int, float, tuple)) for row in body) for i in range(len(head))]
+    top = "".join(
+        f"<th{' class=n' if wide else ''}>{escaped(cell)}</th>"
+        for cell, wide in zip(head, numeric, strict=True)
+    )
+    marked = set(strong)
+    lines = [
+        f"<tr{' class=outlier' if index in marked else ''}>{''.join(_cell_html(cell) for cell in row)}</tr>"
+        for index, row in enumerate(body)
+    ]
+    return (
+        f'<h3>{escaped(heading)} <button class="csv" data-table="{name}">Save as CSV</button></h3>\n'
+        f'<div class="scroll"><table id="{name}"><thead><tr>{top}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _cell_html(value: Cell) -> str:
+    if isinstance(value, str):
+        return f"<td>{escaped(value)}</td>"
+    if isinstance(value, tuple):
+        return f'<td class=n data-value="{value[1]!r}">{escaped(value[0])}</td>'
+    if value is None or not math.isfinite(value):
+        return '<td class=n data-value="">–</td>'
+    shown = f"{value:,}" if isinstance(value, int) else number(value, 4)
+    return f'<td class=n data-value="{value!r}">{shown}</td>'
+
+
+def _eigenvalue_table(dataset: xr.Dataset) -> str:
+    """Every eigenvalue with its residual; outliers also with their shares."""
+    if not holds(dataset, "eigenvalue"):
+        return ""
+    special = {(row["operator"], row["pair"]): row for row in outliers(dataset)}
+    parts = [str(part) for part in dataset["part"].values] if holds(dataset, "share") else []
+    body: list[list[Cell]] = []
+    strong: list[int] = []
+    for row in rows(dataset, "eigenvalue", "residual_norm"):
+        found = special.get((row["operator"], row["pair"]), {})
+        strong += [len(body)] if found else []
+        shares = [_percentage(found.get(f"share {part}")) for part in parts]
+        body.append(
+            [
+                symbol(row["operator"]),
+                row["pair"] + 1,
+                row["eigenvalue"],
+                _residual(row, "residual_norm"),
+                *shares,
+            ]
+        )
+    head = ["operator", "pair", "eigenvalue λ", "‖Av − λv‖", *parts]
+    return table_html(
+        "eigenvalues", "Eigenvalues, and the shares of the outliers (shaded)", head, body, strong
+    )
+
+
+def _percentage(share: float | None) -> Cell:
+    return None if share is None else (f"{share:.1%}".replace("-", "−"), share)
+
+
+def _residual(row: Row, name: str) -> Cell:
+    return (number(row[name], 2), row[name]) if finite(row.get(name)) else None
+
+
+def _knockout_table(dataset: xr.Dataset) -> str:
+    """What each knock-out leaves."""
+    if not holds(dataset, "knockout_value"):
+        return ""
+    body: list[list[Cell]] = [
+        [
+            operator_name(row["operator"]),
+            row["knockout"],
+            row["method"] if row["knockout"] != "nothing" else "",
+            row["knockout_value"],
+            _residual(row, "knockout_residual_norm"),
+            row.get("knockout_outliers"),
+            row.get("knockout_upper"),
+        ]
+        for row in knockout_summary(dataset)
+    ]
+    head = ["operator", "removed", "method", "largest λ left", "‖Av − λv‖", "outliers left", "upper bound"]
+    return table_html("knockout-table", "Knock-outs", head, body)
+
+
+def _layer_table(dataset: xr.Dataset) -> str:
+    """The largest eigenvalue of each layer and kind, and its shares."""
+    if not holds(dataset, "layer_largest"):
+        return ""
+    tops = {
+        (row["layer"], row["kind"]): row["layer_eigenvalue"]
+        for row in rows(dataset, "layer_eigenvalue")
+        if row["rank"] == 0
+    }
+    parts = [str(part) for part in dataset["layer_part"].values]
+    shares: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows(dataset, "layer_share"):
+        if row["rank"] == 0:
+            shares.setdefault((row["layer"], row["kind"]), {})[row["layer_part"]] = row["layer_share"]
+    body: list[list[Cell]] = [
+        [layer, kind, value, *(_percentage(shares.get((layer, kind), {}).get(part)) for part in parts)]
+        for (layer, kind), value in tops.items()
+    ]
+    head = ["layer", "of", "largest λ", *parts]
+    return table_html("layer-table", "Layers: the largest eigenvalue and its shares", head, body)
+
+
+def _collapse_table(dataset: xr.Dataset) -> str:
+    """Neural collapse of each layer, and how well products of means give mean gradients."""
+    if not holds(dataset, "collapse"):
+        return ""
+    measures = [str(name) for name in dataset["measure"].values]
+    found: dict[str, dict[str, float]] = {}
+    for row in rows(dataset, "collapse"):
+        found.setdefault(row["layer"], {})[row["measure"]] = row["collapse"]
+    for row in rows(dataset, "khatri_rao") if holds(dataset, "khatri_rao") else []:
+        if row["moment"] == "mean":
+            found.setdefault(row["layer"], {})[row["statistic"]] = row["khatri_rao"]
+    products = {
+        "class_cosine": "cos g_c, h⊗e",
+        "class_error": "its error",
+        "cross_cosine": "cos g_ck, h⊗e",
+        "cross_error": "error of that",
+    }
+    body: list[list[Cell]] = [
+        [layer, *(values.get(name) for name in (*measures, *products))] for layer, values in found.items()
+    ]
+    head = ["layer", *(name.replace("nc", "NC").replace("_", " ") for name in measures), *products.values()]
+    return table_html("collapse-table", "Neural collapse, and products of means", head, body)
+
+
+def _averaging_table(dataset: xr.Dataset) -> str:
+    """Overlap of each averaged subspace with each eigenspace, and its cost."""
+    if not holds(dataset, "subspace_overlap"):
+        return ""
+    names = ("subspace_overlap", "subspace_dimension", "subspace_gradients")
+    body: list[list[Cell]] = [
+        [
+            LEVEL_NAMES.get(row["level"], row["level"]),
+            operator_name(row["operator"]),
+            *(row.get(name) for name in names),
+        ]
+        for row in rows(dataset, *names)
+    ]
+    head = ["averages", "operator", "overlap", "dimension k", "gradients"]
+    return table_html("overlaps", "Overlap of averages with the top k eigenvectors", head, body)
+
+
+def _trace_table(dataset: xr.Dataset) -> str:
+    """Traces of the operators and of the parts of G."""
+    body: list[list[Cell]] = []
+    if holds(dataset, "trace"):
+        for row in rows(dataset, "trace", "trace_standard_error"):
+            name = operator_name(row["operator"])
+            body.append([name, row["trace"], row.get("trace_standard_error")])
+    if holds(dataset, "part_trace"):
+        body += [
+            [f"part of G: {row['part']}", row["part_trace"], None] for row in rows(dataset, "part_trace")
+        ]
+    return table_html("traces", "Traces", ["operator", "trace", "standard error"], body) if body else ""

@@ -1,0 +1,67 @@
+"""Pieces of text and numbers as the page shows them, escaped."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from deepspectra.report.drawing import OPERATOR_NAMES, SYMBOLS, number
+
+
+def escaped(value: object) -> str:
+    """Text that is safe in HTML."""
+    return html.escape(str(value))
+
+
+def attribute(dataset: xr.Dataset, name: str, default: Any = None) -> Any:
+    """An attribute as a plain Python value; missing and NaN are the default."""
+    value = dataset.attrs.get(name, default)
+    value = value.item() if isinstance(value, (np.generic, np.ndarray)) and np.size(value) == 1 else value
+    return default if isinstance(value, float) and math.isnan(value) else value
+
+
+def json_attribute(dataset: xr.Dataset, name: str) -> dict[str, Any]:
+    """A JSON attribute as a dictionary; what is not JSON is shown as it stands."""
+    text = attribute(dataset, name, "")
+    try:
+        value = json.loads(text) if text else {}
+    except ValueError:
+        return {name: text}
+    return value if isinstance(value, dict) else {name: value}
+
+
+def number_html(value: object, digits: int = 3) -> str:
+    """A number inside a sentence."""
+    return f'<span class="number">{number(float(str(value)), digits)}</span>'
+
+
+def share_html(value: float) -> str:
+    """A share inside a sentence, in per cent."""
+    return f'<span class="number">{value:.1%}</span>'.replace("-", "−")
+
+
+def symbol(operator: str) -> str:
+    """H, G or R."""
+    return SYMBOLS.get(operator, escaped(operator))
+
+
+def operator_name(operator: str) -> str:
+    """The operator's name for people."""
+    return OPERATOR_NAMES.get(operator, operator)
+
+
+def joined(items: Iterable[str]) -> str:
+    """A, B and C."""
+    *most, last = items
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def finite(value: float | None) -> bool:
+    """Whether there is a number."""
+    return value is not None and math.isfinite(value)

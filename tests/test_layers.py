@@ -196,8 +196,7 @@ def test_an_absent_class_has_no_angles() -> None:
     assert found.khatri_rao.class_cosine.isnan().tolist() == [False, False, True, False]
 
 
-def test_tokens_have_no_features_of_their_own_and_reused_layers_no_product() -> None:
-    assert all(layer.features is None for layer in ds.layers(CASES["token_classes"]().problem()).layers)
+def test_reused_layers_have_no_product_of_means() -> None:
     reused = ds.layers(CASES["reused_module"]().problem()).layers
     assert any(layer.khatri_rao is None and layer.features is not None for layer in reused)
 

@@ -5,6 +5,7 @@ from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.subspace import overlap
 from deepspectra.algorithms.trace import trace
 from deepspectra.analysis.attribution import attribute
+from deepspectra.analysis.collapse import collapse
 from deepspectra.analysis.gram import gram_spectrum
 from deepspectra.analysis.layers import layers
 from deepspectra.analysis.means import class_means, principal_subspace
@@ -23,6 +24,7 @@ __all__ = [
     "analyze",
     "attribute",
     "class_means",
+    "collapse",
     "decompose",
     "density",
     "eigenpairs",

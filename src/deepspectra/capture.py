@@ -333,7 +333,7 @@ def _errors(outputs: Tensor, ends: list[Tensor], cotangent: Tensor) -> tuple[Ten
 
 def _fill(chosen: list[Any], outputs: Tensor, weights: Tensor, num_examples: int) -> None:
     """Backpropagate every scalar of every row to the outputs of the uses, and have them keep the errors."""
-    if not chosen:
+    if not chosen or not weights.shape[2]:
         return
     ends = {id(output): output for _, output, _ in chosen}
     num_rows, scalars = len(outputs) // num_examples, weights.shape[2]

@@ -51,6 +51,12 @@ class Provenance:
             versions=versions(),
         )
 
+    @staticmethod
+    def of_rows(name: str, rows: Tensor) -> Provenance:
+        """The provenance of a computation on rows (..., D)."""
+        dtype = str(rows.dtype).removeprefix("torch.")
+        return Provenance(name, rows.shape[-1], dtype, str(rows.device), None, versions())
+
 
 def versions() -> dict[str, str]:
     """Versions of this library, PyTorch and Python."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from deepspectra.errors import OptionError
 from deepspectra.operators.curvature import GaussNewton
 from deepspectra.operators.held import HeldRows
+from deepspectra.operators.layerwise import error_averages
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem import Problem
 from deepspectra.results import Density, Eigenpairs, Provenance
@@ -174,24 +175,12 @@ def spectrum_of(
     )
 
 
-def gradient_bases(parts: Decomposition) -> dict[str, Tensor]:
-    """B (R, r) of every part but "within", and of all means, for the reduced rows of gradients or errors."""
-    assert isinstance(parts.rows, HeldRows)
-    projections, complement = parts.projections, parts.rows.complement
-    names = [name for name in parts if name != "within"]
-    return {
-        name: complement.reduce(projections.expand(projections.basis(name))).flatten(0, 1)
-        for name in (*names, "means")
-    }
-
-
 def gradient_basis(parts: Decomposition) -> EigenBasis:
     """The eigenbasis of G, of held rows."""
     assert isinstance(parts.rows, HeldRows)
     problem = parts.problem
-    return EigenBasis(
-        parts.rows.gram(), gradient_bases(parts), problem.num_parameters, torch.finfo(problem.dtype).eps
-    )
+    averages = error_averages(parts.rows, parts.projections, tuple(parts))
+    return EigenBasis(parts.rows.gram(), averages, problem.num_parameters, torch.finfo(problem.dtype).eps)
 
 
 def provenance_of(parts: Decomposition) -> Provenance:

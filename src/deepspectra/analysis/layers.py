@@ -9,15 +9,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.analysis.gram import EigenBasis, GramSpectrum, gradient_bases, spectrum_of
-from deepspectra.operators.held import HeldRows, gram_of
+from deepspectra.analysis.collapse import Collapse, collapse_of
+from deepspectra.analysis.gram import EigenBasis, GramSpectrum, spectrum_of
+from deepspectra.operators.held import HeldRows, gram_of, layer_of
+from deepspectra.operators.layerwise import (
+    FEATURE_PARTS,
+    counted,
+    error_averages,
+    feature_averages,
+    layer_errors,
+    layer_inputs,
+    membership,
+)
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.operators.projections import positive
 from deepspectra.problem import Problem
 from deepspectra.results import Provenance, versions
 from deepspectra.uses import Lookup, Matrix, Use
 
-FEATURE_PARTS = ("mean", "class", "within")
 CHUNK_BYTES = 2**28  # of gradients of means that are compared at a time
 
 
@@ -38,31 +47,6 @@ class KhatriRao:
     class_error: Tensor
     cross_cosine: Tensor
     cross_error: Tensor
-
-
-@dataclass(frozen=True)
-class Collapse:
-    """Neural collapse of the features that enter a layer.
-
-    Attributes:
-        nc1: Tr(Σ_W Σ_B⁺)/C, scatter within classes over that between them; the pseudo-inverse has rank C − 1.
-        nc2_norms: standard deviation over mean of the norms ‖h_c − h̄‖.
-        nc2_angles: standard deviation of the cosines between different h_c − h̄.
-        nc2_simplex: mean of |cosine + 1/(C − 1)|; 0 for a simplex.
-        nc3: ‖Wᵀ/‖W‖ − M/‖M‖‖² for the classifier W, NaN for other layers.
-        nc4: share of examples whose nearest class mean is not the network's decision.
-        cosines: (C, C) between h_c − h̄; NaN for absent classes.
-
-    Source: Papyan, Han and Donoho 2020, PNAS 117(40).
-    """
-
-    nc1: float
-    nc2_norms: float
-    nc2_angles: float
-    nc2_simplex: float
-    nc3: float
-    nc4: float
-    cosines: Tensor
 
 
 @dataclass(frozen=True)
@@ -179,7 +163,7 @@ def layers(
     parts = decompose(problem if dtype is None else problem.to(dtype), effects=effects, hold=True)
     rows = parts.rows
     assert isinstance(rows, HeldRows)
-    bases = gradient_bases(parts)
+    bases = error_averages(rows, parts.projections, tuple(parts))
     found = []
     for name, uses in rows.by_layer():
         if progress is not None:
@@ -189,33 +173,32 @@ def layers(
 
 
 def _layer(name: str, uses: list[list[Use]], parts: Decomposition, bases: dict[str, Tensor]) -> Layer:
-    problem = parts.problem
-    own = {key: value for key, value in problem.parameters.items() if key.rpartition(".")[0] == name}
+    rows = parts.rows
+    own = {key: value for key, value in parts.problem.parameters.items() if layer_of(key) == name}
     size = sum(value.numel() for value in own.values())
     matrices = [[use for use in batch if isinstance(use, Matrix)] for batch in uses]
-    fed = [[use for use in batch if isinstance(use, (Matrix, Lookup))] for batch in uses]
-    first = next((use.slice.shape for use in fed[0]), next(iter(own.values())).shape)
-    single = all(len(batch) == 1 for batch in matrices)
-    rows_are_examples = sum(batch[0].num_examples for batch in uses) == len(parts.rows.labels)
-    features = _features(matrices) if matrices[0] and rows_are_examples else None
-    names = tuple(parts)
+    fed = [use for use in uses[0] if isinstance(use, (Matrix, Lookup))]
+    first = next((use.slice.shape for use in fed), next(iter(own.values())).shape)
+    single = all(
+        len(batch) == 1 and batch[0].num_examples == n for batch, n in zip(matrices, rows.sizes, strict=True)
+    )
+    inputs = [layer_inputs(batch, n).get(name) for batch, n in zip(uses, rows.sizes, strict=True)]
+    features = None if inputs[0] is None else torch.cat([some for some in inputs if some is not None])
+    errors = torch.cat([layer_errors(batch)[name] for batch in uses]) if fed else None
     return Layer(
         name=name,
         shape=tuple(first),
         num_parameters=size,
         features=None if features is None else _feature_spectrum(features, parts, name),
-        errors=_error_spectrum(fed, parts, bases, name) if fed[0] else None,
-        gradients=_spectrum(gram_of([uses]), bases, names, size, parts, f"gradients of {name}"),
-        khatri_rao=_khatri_rao([batch[0] for batch in matrices], parts, bases)
-        if single and features is not None
-        else None,
-        collapse=None if features is None else _collapse(features, parts, own),
+        errors=None
+        if errors is None
+        else _spectrum(
+            (errors @ errors.T).double(), bases, tuple(parts), errors.shape[1], parts, f"errors of {name}"
+        ),
+        gradients=_spectrum(gram_of([uses]), bases, tuple(parts), size, parts, f"gradients of {name}"),
+        khatri_rao=_khatri_rao([batch[0] for batch in matrices], parts, bases) if single else None,
+        collapse=None if features is None else collapse_of(features, rows, own),
     )
-
-
-def _features(matrices: list[list[Matrix]]) -> Tensor:
-    """(N, D): everything that enters, one row an example."""
-    return torch.cat([torch.cat([use.inputs for use in batch], 1) for batch in matrices])
 
 
 def _spectrum(
@@ -234,46 +217,18 @@ def _spectrum(
     return spectrum_of(basis, names, provenance, began)
 
 
-def _counted(parts: Decomposition) -> Tensor:
-    """Which examples count, (N,)."""
-    return parts.rows.curvature > 0
-
-
-def _membership(parts: Decomposition) -> Tensor:
-    """(N, C) float64: 1 where an example that counts is of a class."""
-    rows = parts.rows
-    num_classes = rows.weights.shape[1]
-    one_hot = torch.nn.functional.one_hot(rows.labels, num_classes).double()
-    return one_hot * _counted(parts)[:, None]
-
-
 def _feature_spectrum(features: Tensor, parts: Decomposition, name: str) -> GramSpectrum:
     """Of (1/N) Σ h hᵀ: global mean, class means about it, scatter within classes."""
-    member = _membership(parts)
-    every = member.sum(1)
-    num = every.sum()
-    scaled = features * (every / num).sqrt().to(features)[:, None]
-    by_class = (member / positive(member.sum(0)).sqrt())[:, member.any(0)]  # orthonormal columns
-    mean = (every / num.sqrt())[:, None]
-    bases = {"mean": mean, "class": by_class - mean @ (mean.T @ by_class), "means": by_class}
+    weight = counted(parts.rows)
+    scaled = features * (weight / weight.sum()).sqrt().to(features)[:, None]
     gram = (scaled @ scaled.T).double()
-    return _spectrum(gram, bases, FEATURE_PARTS, features.shape[1], parts, f"features of {name}")
-
-
-def _error_spectrum(
-    fed: list[list[Matrix | Lookup]], parts: Decomposition, bases: dict[str, Tensor], name: str
-) -> GramSpectrum:
-    """Of Σ w e eᵀ, with the parts of G."""
-    errors = torch.cat(
-        [torch.cat([use.errors.flatten(2) for use in batch], 2).flatten(0, 1) for batch in fed]
-    )
-    gram = (errors @ errors.T).double()
-    return _spectrum(gram, bases, tuple(parts), errors.shape[1], parts, f"errors of {name}")
+    averages = feature_averages(parts.rows)
+    return _spectrum(gram, averages, FEATURE_PARTS, features.shape[1], parts, f"features of {name}")
 
 
 def _khatri_rao(uses: list[Matrix], parts: Decomposition, bases: dict[str, Tensor]) -> KhatriRao:
     """Means of gradients against products of means of features and errors."""
-    member = _membership(parts)
+    member = membership(parts.rows)
     share = member / positive(member.sum(0))
     sizes = [use.num_examples for use in uses]
     features = sum(
@@ -323,49 +278,3 @@ def _pair(uses: list[Matrix], sizes: list[int], columns: Tensor, feature: Tensor
     assert isinstance(gradient, Tensor)
     assert isinstance(error, Tensor)
     return gradient.flatten(1), (error @ feature).flatten(1)
-
-
-def _collapse(features: Tensor, parts: Decomposition, own: dict[str, Tensor]) -> Collapse:
-    """NC1 to NC4 of features (N, D)."""
-    member = _membership(parts)
-    counted = _counted(parts)
-    kept = member.any(0)
-    member = member[:, kept].to(features)
-    sizes = member.sum(0)
-    means = (member / sizes).T @ features  # (C', D)
-    centre = (sizes / sizes.sum()) @ means
-    centred = means - centre
-    _, singular, right = torch.linalg.svd(
-        centred * (sizes / sizes.sum()).sqrt()[:, None], full_matrices=False
-    )
-    rank = max(1, min(len(centred) - 1, int((singular > 1e-6 * singular[0]).sum())))
-    scatter = (features - member @ means)[counted] @ right[:rank].T  # (N, C' − 1)
-    ratios = scatter.square().mean(0) / singular[:rank].square()
-    norms = centred.norm(dim=1)
-    cosines = centred @ centred.T / (norms[:, None] * norms).clamp_min(torch.finfo(norms.dtype).tiny)
-    off = ~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
-    num_classes = len(kept)
-    between = cosines[off] if len(cosines) > 1 else cosines.new_tensor([torch.nan])
-    nearest = torch.cdist(features[counted], means).argmin(1)
-    decision = parts.rows.probabilities[counted].argmax(1)
-    full = torch.full((num_classes, num_classes), torch.nan, dtype=torch.float64)
-    index = kept.nonzero().flatten().cpu()
-    full[index[:, None], index] = cosines.double().cpu()
-    return Collapse(
-        nc1=float(ratios.sum()) / num_classes,
-        nc2_norms=float(norms.std() / norms.mean()) if len(norms) > 1 else float("nan"),
-        nc2_angles=float(between.std()) if len(between) > 1 else float("nan"),
-        nc2_simplex=float((between + 1 / max(1, len(cosines) - 1)).abs().mean()),
-        nc3=_duality(centred, kept, own),
-        nc4=float((index.to(nearest)[nearest] != decision).double().mean()),
-        cosines=full,
-    )
-
-
-def _duality(centred: Tensor, kept: Tensor, own: dict[str, Tensor]) -> float:
-    """‖Wᵀ/‖W‖ − M/‖M‖‖² for a classifier W (C, D)."""
-    shape = (len(kept), centred.shape[1])
-    classifier = next((value for value in own.values() if tuple(value.shape) == shape), None)
-    if classifier is None or not bool(kept.all()):
-        return float("nan")
-    return float((classifier / classifier.norm() - centred / centred.norm()).square().sum())

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from deepspectra.algorithms.lanczos import check_count
 from deepspectra.analysis.sampling import residual_norm, sampled_eigenspace
-from deepspectra.errors import MemoryBudgetError, OptionError
+from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
 from deepspectra.operators.curvature import Hessian
-from deepspectra.operators.parts import Decomposition, decompose
+from deepspectra.operators.held import HeldRows, layer_of
+from deepspectra.operators.layerwise import error_averages, layer_errors, layer_inputs, membership
+from deepspectra.operators.parts import KINDS, Decomposition, decompose
 from deepspectra.operators.projections import positive
 from deepspectra.problem import Problem
 from deepspectra.results import Provenance
@@ -22,13 +26,16 @@ ROWS_PER_CHUNK = 2**14  # of parameter-sized factors, whose products are summed 
 
 @dataclass(frozen=True)
 class ClassMeans:
-    """Weighted means of the gradients g_{i,k} over classes and over (class, potential class) cells.
+    """Weighted means of gradients or errors over classes and over (class, potential class) cells, or of features.
 
     Attributes:
-        class_means: (C, P) g_c = Σ_{k≠c} w_{c,k} g_{c,k} / w_c; zero for an absent class.
-        cross_class_means: (C, C, P) g_{c,k}, or None when level="class".
-        class_weights: (C,) w_c.
-        cross_class_weights: (C, C) w_{c,k}; the diagonal belongs to the true class.
+        class_means: (C, P) g_c = Σ_{k≠c} w_{c,k} g_{c,k} / w_c, or the plain mean h_c of features; zero for an
+            absent class. All layers one after the other.
+        cross_class_means: (C, C, P) g_{c,k}; None when level="class", and of features.
+        class_weights: (C,) w_c; of features the shares N_c/N.
+        cross_class_weights: (C, C) w_{c,k}, the diagonal belongs to the true class; None of features.
+        of: "gradients", "features" or "errors".
+        layers: layer → where it lies in the last dimension, as slices.
         seconds: wall-clock time spent.
         provenance: where it came from.
     """
@@ -36,16 +43,42 @@ class ClassMeans:
     class_means: Tensor
     cross_class_means: Tensor | None
     class_weights: Tensor
-    cross_class_weights: Tensor
+    cross_class_weights: Tensor | None
+    of: str
+    layers: Mapping[str, tuple[slice, ...]]
     seconds: float
     provenance: Provenance
 
+    def layer(self, name: str) -> ClassMeans:
+        """The means of one layer."""
+        if name not in self.layers:
+            raise KeyError(f"no layer {name!r}; there are {', '.join(self.layers)}.")
+        cut, crossed = self.layers[name], self.cross_class_means
+        means = torch.cat([self.class_means[:, piece] for piece in cut], -1)
+        return replace(
+            self,
+            class_means=means,
+            cross_class_means=None
+            if crossed is None
+            else torch.cat([crossed[..., piece] for piece in cut], -1),
+            layers={name: (slice(0, means.shape[1]),)},
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """(P,) the weighted mean of the class means: of features their global mean h̄."""
+        weights = (self.class_weights / self.class_weights.sum()).to(self.class_means)
+        return weights @ self.class_means
+
     def __str__(self) -> str:
         norms = self.class_means.norm(dim=1).tolist()
-        rows = [f"{'class':>6} {'weight w_c':>12} {'‖g_c‖':>12}"]
+        rows = [f"{'class':>6} {'weight w_c':>12} {'norm':>12}"]
         weights = self.class_weights.tolist()
         rows += [f"{c:>6} {w:>12.4g} {n:>12.4g}" for c, (w, n) in enumerate(zip(weights, norms, strict=True))]
-        rows.append(f"class means of {len(norms)} classes, {self.class_means.shape[1]:,} parameters")
+        rows.append(
+            f"class means of {self.of}, {len(norms)} classes, {self.class_means.shape[1]:,} numbers in "
+            f"{len(self.layers)} layers"
+        )
         return "\n".join(rows)
 
 
@@ -107,29 +140,41 @@ class Certificate:
 
 
 def class_means(problem: Problem, of: str = "gradients", *, level: str = "cross_class") -> ClassMeans:
-    """Means of the gradients over the examples of each class, and of each (class, potential class).
+    """Means over the examples of each class, and of each (class, potential class), of gradients, errors or features.
 
     g_{c,k} averages over the examples i of class c the gradient they would have were they of class k, with
-    weights w_{i,k} = p_{i,k}/N; g_c averages g_{c,k} over k ≠ c. Over all k the mean is exactly zero.
+    weights w_{i,k} = p_{i,k}/N; g_c averages g_{c,k} over k ≠ c. Over all k the mean is exactly zero. Errors
+    e_{i,k} are averaged in the same way; features have no potential class, and h_c is their plain mean.
 
     Args:
         problem: one with cross-entropy and class labels.
-        of: "gradients".
+        of: "gradients"; "features" that enter each layer with a matrix or a kernel; "errors" at the output of
+            each layer with a matrix, a kernel or a table.
         level: "cross_class" for both kinds, "class" for the C class means alone.
 
     Raises:
         OptionError: another `of` or `level`.
         LossError: the loss is not the cross-entropy of class labels.
         MemoryBudgetError: the means do not fit the problem's memory; C² P numbers are needed, or C P.
+        CurvatureError: features and errors cannot be told apart by example.
 
-    Cost: class means one gradient; cross-class means C−1 backward passes on one forward pass. No eigenanalysis.
+    Cost: of gradients, class means one gradient; cross-class means C−1 backward passes on one forward pass. Of
+    errors the latter without weight gradients; of features a forward pass. No eigenanalysis.
 
-    Source: Papyan, JMLR 21:252 (2020), section 6; the exclusion of k = c is forced by Σ_k p_k g_k = 0.
+    Source: Papyan, JMLR 21:252 (2020), sections 4–6; the exclusion of k = c is forced by Σ_k p_k g_k = 0.
     """
-    if of != "gradients":
-        raise OptionError(f"of={of!r}; class means are there of 'gradients'.")
     _check_level(level)
     began = time.perf_counter()
+    if of == "gradients":
+        return _gradient_means(problem, level, began)
+    if of not in KINDS:
+        raise OptionError(f"of={of!r}; it is one of {', '.join(map(repr, KINDS))}.")
+    parts = decompose(problem, hold=True)
+    assert isinstance(parts.rows, HeldRows)
+    return _feature_means(parts.rows, began) if of == "features" else _error_means(parts, level, began)
+
+
+def _gradient_means(problem: Problem, level: str, began: float) -> ClassMeans:
     parts = decompose(problem)
     projections = parts.projections
     size = projections.num_classes
@@ -145,15 +190,101 @@ def class_means(problem: Problem, of: str = "gradients", *, level: str = "cross_
         true = parts.factor("true").T
     # w_c g_c = −w_cc g_cc, and `true` holds √w_cc g_cc
     scale = own.sqrt() / positive(projections.class_weights) * (projections.class_weights > 0)
-    means = -true * scale.to(true)[:, None]
     return ClassMeans(
-        class_means=means,
+        class_means=-true * scale.to(true)[:, None],
         cross_class_means=crossed,
         class_weights=projections.class_weights,
         cross_class_weights=cells,
+        of="gradients",
+        layers=_parameter_places(problem),
         seconds=time.perf_counter() - began,
         provenance=Provenance.of(parts["class"]),
     )
+
+
+def _feature_means(rows: HeldRows, began: float) -> ClassMeans:
+    """Σ_{i∈c} h_i / N_c, batch by batch."""
+    member = membership(rows)
+    sizes = member.sum(0)
+    sums: dict[str, Tensor] = {}
+    shares = torch.split(member / positive(sizes), rows.sizes)
+    for batch, share in zip(rows.features(), shares, strict=True):
+        _add(sums, layer_inputs(batch, len(share)), share, rows.problem.memory)
+    means, layers = _joined(sums)
+    return ClassMeans(
+        class_means=means,
+        cross_class_means=None,
+        class_weights=sizes / sizes.sum(),
+        cross_class_weights=None,
+        of="features",
+        layers=layers,
+        seconds=time.perf_counter() - began,
+        provenance=Provenance.of_rows("features", means),
+    )
+
+
+def _error_means(parts: Decomposition, level: str, began: float) -> ClassMeans:
+    """√w_{c,k} e_{c,k} = Bᵀ X, batch by batch, and what follows from them."""
+    rows, projections = parts.rows, parts.projections
+    assert isinstance(rows, HeldRows)
+    size = projections.num_classes
+    sums: dict[str, Tensor] = {}
+    basis = error_averages(rows, projections, ())["means"]  # (R, C²)
+    shares = torch.split(basis, [num * (size - 1) for num in rows.sizes])
+    for batch, share in zip(rows.captured(), shares, strict=True):
+        _add(sums, layer_errors(batch), share, rows.problem.memory)
+    scaled, layers = _joined(sums)
+    scaled = scaled.view(size, size, -1)
+    cells, classes = projections.cell_weights, projections.class_weights
+    off = cells.sqrt().fill_diagonal_(0) / positive(classes)[:, None]
+    crossed = scaled / positive(cells).sqrt().to(scaled)[:, :, None]
+    return ClassMeans(
+        class_means=torch.einsum("ck,ckd->cd", off.to(scaled), scaled),
+        cross_class_means=crossed if level == "cross_class" else None,
+        class_weights=classes,
+        cross_class_weights=cells,
+        of="errors",
+        layers=layers,
+        seconds=time.perf_counter() - began,
+        provenance=Provenance.of_rows("errors", scaled),
+    )
+
+
+def _add(sums: dict[str, Tensor], found: dict[str, Tensor], share: Tensor, memory: int) -> None:
+    """Add a batch's rows (n, D) of each layer, mixed by shares (n, m)."""
+    if not sums:
+        size = share.shape[1] * sum(rows.shape[1] * rows.element_size() for rows in found.values())
+        if size > memory:
+            raise MemoryBudgetError(
+                f"{share.shape[1]:,} means of all layers take {size / 2**30:.1f} GiB; memory is "
+                f"{memory / 2**30:.1f} GiB. Raise memory, or restrict the parameters."
+            )
+    for name, rows in found.items():
+        sums[name] = sums.get(name, 0) + share.T.to(rows) @ rows
+
+
+def _joined(sums: dict[str, Tensor]) -> tuple[Tensor, dict[str, tuple[slice, ...]]]:
+    """All layers one after the other, and where each of them is."""
+    if not sums:
+        raise CurvatureError(
+            "no layer multiplies features by a matrix, one row of features for each output row."
+        )
+    ends = list(itertools.accumulate((total.shape[1] for total in sums.values()), initial=0))
+    places: dict[str, tuple[slice, ...]] = {}
+    for name, (start, end) in zip(sums, itertools.pairwise(ends), strict=True):
+        places[name] = (slice(start, end),)
+    return torch.cat(list(sums.values()), 1), places
+
+
+def _parameter_places(problem: Problem) -> dict[str, tuple[slice, ...]]:
+    """Layer → where its parameters are in a vector (P,)."""
+    places: dict[str, tuple[slice, ...]] = {}
+    start = 0
+    for name, value in problem.parameters.items():
+        layer = layer_of(name)
+        places[layer] = (*places.get(layer, ()), slice(start, start + value.numel()))
+        start += value.numel()
+    return places
 
 
 def principal_subspace(

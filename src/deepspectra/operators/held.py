@@ -97,7 +97,7 @@ class HeldRows(GradientRows):
     def hold(self) -> bool:
         """Bring features and errors into memory; False if they do not fit."""
         if not self.held:
-            captured = self._captured(None)
+            captured = self.captured()
             first = next(captured)
             self._estimate(first)
             if sum(self.bytes_by_layer.values()) <= self.limit:
@@ -112,12 +112,21 @@ class HeldRows(GradientRows):
         scale = len(self.labels) / self.sizes[0]
         self.bytes_by_layer = dict.fromkeys(self.problem.layers, 0)
         for use in uses:
-            self.bytes_by_layer[_layer_of(use.slice.name)] += int(scale * use.num_bytes)
+            self.bytes_by_layer[layer_of(use.slice.name)] += int(scale * use.num_bytes)
 
-    def _captured(self, names: frozenset[str] | None) -> Iterator[list[Use]]:
+    def captured(self, names: frozenset[str] | None = None) -> Iterator[list[Use]]:
+        """Uses of the named parameters with features and errors, batch by batch. Cost: that of `hold`."""
         for batch in self.problem.batches:
             with _refusing():
                 uses = capture.capture(self.problem, batch, self.plan, self._weigh, names)
+            yield uses
+
+    def features(self) -> Iterator[list[Use]]:
+        """Uses of all parameters with features alone, batch by batch. Cost: a forward pass."""
+        names = frozenset(self.problem.parameters) - frozenset(self.plan.alone)
+        for batch in self.problem.batches:
+            with _refusing():
+                uses = capture.capture(self.problem, batch, self.plan, _no_scalars, names)
             yield uses
 
     def _weigh(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -203,10 +212,10 @@ class HeldRows(GradientRows):
         """
         self.hold()
         for layers in self._groups():
-            names = [name for name in self.problem.parameter_names if _layer_of(name) in layers]
-            batches = self.held or list(self._captured(frozenset(names)))
+            names = [name for name in self.problem.parameter_names if layer_of(name) in layers]
+            batches = self.held or list(self.captured(frozenset(names)))
             for layer in layers:
-                mine = [[use for use in uses if _layer_of(use.slice.name) == layer] for uses in batches]
+                mine = [[use for use in uses if layer_of(use.slice.name) == layer] for uses in batches]
                 if mine[0]:
                     yield layer, mine
 
@@ -244,7 +253,11 @@ def _refusing() -> Iterator[None]:
         ) from failure
 
 
-def _layer_of(name: str) -> str:
+def _no_scalars(outputs: Tensor, _: Tensor) -> Tensor:
+    return outputs.new_empty(*outputs.shape, 0)
+
+
+def layer_of(name: str) -> str:
     """The module that owns a parameter."""
     return name.rpartition(".")[0]
 

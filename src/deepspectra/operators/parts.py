@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,10 +12,12 @@ from deepspectra.errors import OptionError
 from deepspectra.operators.base import LowRank
 from deepspectra.operators.curvature import Curvature
 from deepspectra.operators.held import HeldRows
+from deepspectra.operators.layerwise import RowParts, error_parts, feature_parts
 from deepspectra.operators.projections import FOUR_WAY, TWO_WAY, Projections
 from deepspectra.operators.rows import GradientRows
 from deepspectra.problem import Problem
 
+KINDS = ("gradients", "features", "errors")
 SMALL = ("class", "logit", "true")  # parts of rank at most C, held as factors
 
 
@@ -140,27 +143,68 @@ class Means(Curvature):
         return rows.transpose(projections.expand(projections.coordinates(rows.apply(block))))
 
 
+@overload
 def decompose(
-    problem: Problem, *, effects: str = "four-way", first: str = "class", hold: bool = False
-) -> Decomposition:
-    """Split G into parts made by averages over classes.
+    problem: Problem,
+    of: Literal["gradients"] = "gradients",
+    *,
+    effects: str = "four-way",
+    first: str = "class",
+    hold: bool = False,
+) -> Decomposition: ...
+
+
+@overload
+def decompose(
+    problem: Problem,
+    of: Literal["features", "errors"],
+    *,
+    effects: str = "four-way",
+    first: str = "class",
+) -> RowParts: ...
+
+
+def decompose(
+    problem: Problem,
+    of: str = "gradients",
+    *,
+    effects: str = "four-way",
+    first: str = "class",
+    hold: bool = False,
+) -> Decomposition | RowParts:
+    """Split G, or the second moment of features or of errors, into parts made by averages over classes.
 
     Args:
         problem: one with cross-entropy and class labels.
+        of: "gradients", whose second moment is G (P × P); "features" h of every layer, Σ h hᵀ / N; or
+            backpropagated "errors" e at the output of every layer, Σ w e eᵀ. Of features and errors the parts
+            act on all layers one after the other, and `.layer(name)` is one of them.
         effects: "four-way": class, cross, within, true (Papyan 2020, JMLR 21:252, section 6);
-            "two-way": class, logit, interaction, within, true, with cross = logit + interaction.
+            "two-way": class, logit, interaction, within, true, with cross = logit + interaction. Features have
+            no potential class; their parts are mean, class and within.
         first: "class" or "logit": which of the two effects takes what both could explain.
-        hold: keep features and errors of every layer in memory if they fit (`HeldRows`); products with the
-            parts then cost two thirds of a gradient, and means a third of one each.
+        hold: of gradients: keep features and errors of every layer in memory if they fit (`HeldRows`);
+            products with the parts then cost two thirds of a gradient, and means a third of one each.
 
     Returns:
-        A mapping from names to operators that sum to G exactly, for unbalanced and absent classes and ragged
-        batches too. `sum` of their products is G's product.
+        A mapping from names to operators that sum to the whole exactly, for unbalanced and absent classes and
+        ragged batches too. `sum` of their products is the whole's product.
 
     Raises:
         LossError: the loss is not the cross-entropy of class labels.
-        OptionError: unknown effects or order.
+        OptionError: unknown `of`, effects or order.
+        CurvatureError: features and errors cannot be told apart by example.
+        MemoryBudgetError: features or errors of all layers do not fit a third of the problem's memory.
 
-    Cost: one forward pass; the parts say what their products cost.
+    Cost: one forward pass; errors also C − 1 backward passes without weight gradients. The parts say what
+    their products cost.
     """
-    return Decomposition(problem, effects, first, hold)
+    if of not in KINDS:
+        raise OptionError(f"of={of!r}; it is one of {', '.join(map(repr, KINDS))}.")
+    parts = Decomposition(problem, effects, first, hold or of != "gradients")
+    if of == "gradients":
+        return parts
+    assert isinstance(parts.rows, HeldRows)
+    if of == "features":
+        return feature_parts(parts.rows)
+    return error_parts(parts.rows, parts.projections, tuple(parts))

@@ -1,0 +1,145 @@
+"""Neural collapse: how far the features of a class shrink to its mean, and the means to a simplex."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepspectra.operators.held import HeldRows, layer_of
+from deepspectra.operators.layerwise import counted, features_of, membership
+from deepspectra.operators.rows import GradientRows
+from deepspectra.problem import Problem
+from deepspectra.results import Provenance
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """Neural collapse of the features that enter a layer.
+
+    Attributes:
+        nc1: Tr(Σ_W Σ_B⁺)/C, scatter within classes over that between them; the pseudo-inverse has rank C − 1.
+        nc2_norms: standard deviation over mean of the norms ‖h_c − h̄‖.
+        nc2_angles: standard deviation of the cosines between different h_c − h̄.
+        nc2_simplex: mean of |cosine + 1/(C − 1)|; 0 for a simplex.
+        nc3: ‖Wᵀ/‖W‖ − M/‖M‖‖² for the classifier W, NaN for other layers.
+        nc4: share of examples whose nearest class mean is not the network's decision.
+        cosines: (C, C) between h_c − h̄; NaN for absent classes.
+
+    Source: Papyan, Han and Donoho 2020, PNAS 117(40).
+    """
+
+    nc1: float
+    nc2_norms: float
+    nc2_angles: float
+    nc2_simplex: float
+    nc3: float
+    nc4: float
+    cosines: Tensor
+
+
+@dataclass(frozen=True)
+class CollapseByLayer(Mapping[str, Collapse]):
+    """Neural collapse of the features that enter each layer, from input to output.
+
+    Attributes:
+        layers: layer → its measures.
+        seconds: wall-clock time spent.
+        provenance: where it came from.
+    """
+
+    layers: Mapping[str, Collapse]
+    seconds: float
+    provenance: Provenance
+
+    def __getitem__(self, name: str) -> Collapse:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __str__(self) -> str:
+        names = ("nc1", "nc2_norms", "nc2_angles", "nc2_simplex", "nc3", "nc4")
+        rows = [f"{'layer':<26} " + " ".join(f"{name.upper().replace('_', ' '):>11}" for name in names)]
+        for layer, found in self.layers.items():
+            cells = " ".join(f"{getattr(found, name):>11.3g}" for name in names)
+            rows.append(f"{layer[-26:]:<26} {cells}")
+        rows.append(f"neural collapse of what enters each layer, {self.seconds:.3g} s")
+        return "\n".join(rows)
+
+
+def collapse(problem: Problem) -> CollapseByLayer:
+    """Neural collapse of the features that enter each layer: NC1 to NC4, and the angles between class means.
+
+    Args:
+        problem: one with cross-entropy and class labels.
+
+    Raises:
+        LossError: the loss is not the cross-entropy of class labels.
+        CurvatureError: no layer has features of its own for each row.
+        MemoryBudgetError: the features of all layers do not fit a third of the problem's memory.
+
+    Cost: two forward passes, and for each layer N D C flops.
+
+    Source: Papyan, Han and Donoho 2020, PNAS 117(40).
+    """
+    began = time.perf_counter()
+    rows = HeldRows(problem)
+    found = {}
+    for name, features in features_of(rows).items():
+        own = {key: value for key, value in problem.parameters.items() if layer_of(key) == name}
+        found[name] = collapse_of(features, rows, own)
+    last = features[:0]
+    return CollapseByLayer(found, time.perf_counter() - began, Provenance.of_rows("features", last))
+
+
+def collapse_of(features: Tensor, rows: GradientRows, own: dict[str, Tensor]) -> Collapse:
+    """NC1 to NC4 of features (N, D) that enter a layer of these parameters."""
+    member = membership(rows)
+    live = counted(rows) > 0
+    kept = member.any(0)
+    member = member[:, kept].to(features)
+    sizes = member.sum(0)
+    means = (member / sizes).T @ features  # (C', D)
+    centre = (sizes / sizes.sum()) @ means
+    centred = means - centre
+    _, singular, right = torch.linalg.svd(
+        centred * (sizes / sizes.sum()).sqrt()[:, None], full_matrices=False
+    )
+    rank = max(1, min(len(centred) - 1, int((singular > 1e-6 * singular[0]).sum())))
+    scatter = (features - member @ means)[live] @ right[:rank].T  # (N, C' − 1)
+    ratios = scatter.square().mean(0) / singular[:rank].square()
+    norms = centred.norm(dim=1)
+    cosines = centred @ centred.T / (norms[:, None] * norms).clamp_min(torch.finfo(norms.dtype).tiny)
+    off = ~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
+    num_classes = len(kept)
+    between = cosines[off] if len(cosines) > 1 else cosines.new_tensor([torch.nan])
+    nearest = torch.cdist(features[live], means).argmin(1)
+    decision = rows.probabilities[live].argmax(1)
+    full = torch.full((num_classes, num_classes), torch.nan, dtype=torch.float64)
+    index = kept.nonzero().flatten().cpu()
+    full[index[:, None], index] = cosines.double().cpu()
+    return Collapse(
+        nc1=float(ratios.sum()) / num_classes,
+        nc2_norms=float(norms.std() / norms.mean()) if len(norms) > 1 else float("nan"),
+        nc2_angles=float(between.std()) if len(between) > 1 else float("nan"),
+        nc2_simplex=float((between + 1 / max(1, len(cosines) - 1)).abs().mean()),
+        nc3=_duality(centred, kept, own),
+        nc4=float((index.to(nearest)[nearest] != decision).double().mean()),
+        cosines=full,
+    )
+
+
+def _duality(centred: Tensor, kept: Tensor, own: dict[str, Tensor]) -> float:
+    """‖Wᵀ/‖W‖ − M/‖M‖‖² for a classifier W (C, D)."""
+    shape = (len(kept), centred.shape[1])
+    classifier = next((value for value in own.values() if tuple(value.shape) == shape), None)
+    if classifier is None or not bool(kept.all()):
+        return float("nan")
+    return float((classifier / classifier.norm() - centred / centred.norm()).square().sum())

@@ -5,6 +5,7 @@ from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.subspace import overlap
 from deepspectra.algorithms.trace import trace
 from deepspectra.analysis.attribution import attribute
+from deepspectra.analysis.clustering import clustering
 from deepspectra.analysis.collapse import collapse
 from deepspectra.analysis.gram import gram_spectrum
 from deepspectra.analysis.layers import layers
@@ -24,6 +25,7 @@ __all__ = [
     "analyze",
     "attribute",
     "class_means",
+    "clustering",
     "collapse",
     "decompose",
     "density",

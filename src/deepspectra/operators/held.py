@@ -77,7 +77,7 @@ class HeldRows(GradientRows):
         super().__init__(problem)
         self.complement = Complement(self.probabilities)
         with _refusing():
-            self.plan = capture.plan(problem.sample(SAMPLE_ROWS, torch.float64), self._weigh)
+            self.plan = capture.plan(problem.sample(SAMPLE_ROWS, torch.float64), self.weigh)
         self.held: list[list[Use]] = []
         self.limit = problem.memory // 3
         ends = itertools.accumulate(self.products.sizes, initial=0)
@@ -118,7 +118,7 @@ class HeldRows(GradientRows):
         """Uses of the named parameters with features and errors, batch by batch. Cost: that of `hold`."""
         for batch in self.problem.batches:
             with _refusing():
-                uses = capture.capture(self.problem, batch, self.plan, self._weigh, names)
+                uses = capture.capture(self.problem, batch, self.plan, self.weigh, names)
             yield uses
 
     def features(self) -> Iterator[list[Use]]:
@@ -129,7 +129,7 @@ class HeldRows(GradientRows):
                 uses = capture.capture(self.problem, batch, self.plan, _no_scalars, names)
             yield uses
 
-    def _weigh(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def weigh(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cotangents (n, C, C − 1) of the scalars: Σ_k U_{k,a} √w_{i,k} (p_i − y_k) = −√w_i ∘ U_a."""
         loss = self.problem.loss_function
         assert isinstance(loss, CrossEntropy)

@@ -1,0 +1,167 @@
+"""How gradients of single examples cluster: by logit, by class, or by both."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepspectra.algorithms.lanczos import check_count
+from deepspectra.analysis.sampling import systematic
+from deepspectra.operators.curvature import GaussNewton
+from deepspectra.operators.held import HeldRows
+from deepspectra.operators.layerwise import counted
+from deepspectra.operators.rows import GradientRows
+from deepspectra.problem import Problem
+from deepspectra.results import Provenance
+
+GROUPS = ("both", "logit", "class", "neither")
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Mean cosines between gradients of different examples, by what the two share.
+
+    Attributes:
+        groups: "both" the logit k and the true class c, the "logit" alone, the "class" alone, or "neither".
+        logits: (4,) of logit gradients ∇z_k(x_i).
+        logits_standard_error: (4,) by the jackknife over examples.
+        gradients: (4,) of g_{i,k} = J_iᵀ(p_i − y_k), k ≠ c(i).
+        gradients_standard_error: (4,).
+        num_examples: compared with each other.
+        seconds: wall-clock time spent.
+        provenance: where it came from.
+    """
+
+    logits: Tensor
+    logits_standard_error: Tensor
+    gradients: Tensor
+    gradients_standard_error: Tensor
+    num_examples: int
+    seconds: float
+    provenance: Provenance
+    groups: tuple[str, ...] = GROUPS
+
+    def __str__(self) -> str:
+        rows = [f"{'the same':<10} {'∇z_k':>8} {'±':>7} {'g_{i,k}':>9} {'±':>7}"]
+        columns = (self.logits, self.logits_standard_error, self.gradients, self.gradients_standard_error)
+        for name, a, b, c, d in zip(self.groups, *(column.tolist() for column in columns), strict=True):
+            rows.append(f"{name:<10} {a:>8.3f} {b:>7.3f} {c:>9.3f} {d:>7.3f}")
+        rows.append(f"mean cosines among {self.num_examples} examples, {self.seconds:.3g} s")
+        return "\n".join(rows)
+
+
+class LogitRows(HeldRows):
+    """Rows ∇z_k(x_i), all C of them an example, held as `HeldRows` are; known by their inner products alone."""
+
+    @property
+    def num_reduced(self) -> int:
+        """N C."""
+        return self.weights.numel()
+
+    def weigh(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cotangents (n, C, C): the unit vectors."""
+        return torch.eye(outputs.shape[1]).to(outputs).expand(len(outputs), -1, -1)
+
+
+def clustering(problem: Problem, *, num_examples: int = 200, seed: int = 0) -> Clustering:
+    """Whether gradients of single examples cluster by logit, by class or by both.
+
+    Early in training they cluster by the logit k, later also by the true class c. Cosines are averaged over all
+    pairs of different examples among those drawn, the same number of each class as far as the data allow.
+
+    Args:
+        problem: one with cross-entropy and class labels.
+        num_examples: to compare; all if there are fewer.
+        seed: of the draw.
+
+    Raises:
+        OptionError: num_examples below 2, or data that cannot be drawn from.
+        LossError: the loss is not the cross-entropy of class labels.
+        CurvatureError: features and errors cannot be told apart by example.
+        MemoryBudgetError: num_examples · C gradients' inner products, or one layer's features, do not fit.
+
+    Cost: on the examples drawn C backward passes without weight gradients, and inner products of
+    num_examples · C gradients.
+
+    Source: Fort and Ganguli 2019, arXiv 1910.05929, section 3 (the cosines q_SLSC, q_SL and q_DL of logit
+    gradients); Papyan 2019, arXiv 1901.08244, section 4, for g.
+    """
+    began = time.perf_counter()
+    check_count("num_examples", num_examples, smallest=2)
+    if problem.num_examples > num_examples:
+        problem = _drawn(problem, num_examples, seed)
+    rows = LogitRows(problem)
+    size = rows.weights.shape[1]
+    gram = rows.gram()
+    live = (counted(rows) > 0).nonzero()[:, 0].to(gram.device)
+    num = len(rows.labels)
+    inner = gram.view(num, size, num, size)[live][:, :, live]
+    p, labels = rows.probabilities[live].to(inner), rows.labels[live]
+    mixing = p[:, None, :] - torch.eye(size).to(inner)  # g_i = mixing_i J_i
+    crossed = torch.einsum("ika,iajb,jlb->ikjl", mixing, inner, mixing)
+    every = torch.ones_like(p, dtype=torch.bool)
+    other = torch.arange(size, device=labels.device) != labels[:, None]
+    logits, logits_error = _mean_cosines(inner, every, labels)
+    gradients, gradients_error = _mean_cosines(crossed, other, labels)
+    return Clustering(
+        logits=logits,
+        logits_standard_error=logits_error,
+        gradients=gradients,
+        gradients_standard_error=gradients_error,
+        num_examples=len(live),
+        seconds=time.perf_counter() - began,
+        provenance=Provenance.of(GaussNewton(problem), seed),
+    )
+
+
+def _drawn(problem: Problem, num_examples: int, seed: int) -> Problem:
+    """Examples drawn evenly, class by class."""
+    rows = GradientRows(problem)
+    weight = counted(rows)
+    per_class = weight.new_zeros(rows.weights.shape[1]).index_add_(0, rows.labels, weight)
+    chance = weight / per_class.clamp_min(1)[rows.labels] * num_examples / int((per_class > 0).sum())
+    order = rows.labels.argsort(stable=True).cpu()
+    generator = torch.Generator().manual_seed(seed)
+    chosen = order[systematic(chance.cpu().clamp_max(1)[order], generator)].sort().values
+    return problem.drawn(chosen, torch.ones(len(chosen), dtype=torch.float64))
+
+
+def _mean_cosines(inner: Tensor, valid: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Means over pairs of different examples in each group, (4,), and their standard errors.
+
+    Args:
+        inner: (n, C, n, C) inner products.
+        valid: (n, C) which rows count.
+        labels: (n,).
+    """
+    num = len(labels)
+    norms = torch.einsum("ikik->ik", inner).clamp_min(0).sqrt()
+    scale = (1 / norms.where(norms > 0, math.inf)) * valid
+    cosines = torch.einsum("ik,ikjl,jl->ijkl", scale, inner, scale)
+    there = (scale > 0).to(inner)
+    counts = torch.einsum("ik,jl->ijkl", there, there)
+    pair = ~torch.eye(num, dtype=torch.bool, device=inner.device)
+    same = labels[:, None] == labels
+    groups = []
+    for classes in (same & pair, ~same & pair):
+        for table in (cosines, counts):
+            equal = torch.einsum("ijkk->ij", table)
+            groups.append((equal * classes, (table.sum((2, 3)) - equal) * classes))
+    (both, of_class), (n_both, n_class), (logit, neither), (n_logit, n_neither) = groups
+    pairs = [(both, n_both), (logit, n_logit), (of_class, n_class), (neither, n_neither)]
+    found = [_jackknife(total, count) for total, count in pairs]
+    means, errors = zip(*found, strict=True)
+    return torch.tensor(means, dtype=torch.float64), torch.tensor(errors, dtype=torch.float64)
+
+
+def _jackknife(total: Tensor, count: Tensor) -> tuple[float, float]:
+    """Σ total / Σ count over pairs (n, n) of examples, and its standard error, leaving out one example at a time."""
+    num = len(total)
+    without = total.sum() - total.sum(0) - total.sum(1), count.sum() - count.sum(0) - count.sum(1)
+    left = without[0] / without[1]
+    mean = float(total.sum() / count.sum())
+    return mean, float(((num - 1) / num * (left - left.mean()).square().sum()).sqrt())

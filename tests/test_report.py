@@ -227,6 +227,11 @@ def _add_classes(data, rng, num_classes):
     data["class_count"] = ("class", np.full(num_classes, 5100 // num_classes))
     data["class_weight"] = ("class", weight.sum(1) - np.diag(weight))
     data["cross_class_weight"] = (("class", "cross_class"), weight)
+    centres = rng.normal(size=(2, num_classes))
+    for axis, centre in zip("xy", centres, strict=True):
+        data[f"map_class_{axis}"] = ("class", centre)
+        spread = centre[:, None] + 0.1 * rng.normal(size=(num_classes, num_classes))
+        data[f"map_{axis}"] = (("class", "cross_class"), spread)
 
 
 GROUPS = {
@@ -237,6 +242,7 @@ GROUPS = {
     "averaging": ["subspace_value"],
     "class_cosines": ["mean_gram"],
     "cross_class_weights": ["cross_class_weight"],
+    "three_level_map": ["map_x"],
     "cost": ["cost_gradients"],
 }
 
@@ -284,7 +290,7 @@ def test_page_opens_with_the_verdict_before_any_figure(page):
 def test_page_has_a_section_for_every_link_and_a_place_for_every_chart(page, drawn):
     body = without_scripts(page)
     links = re.findall(r'href="#(\w+)"', body)
-    assert len(links) == 10
+    assert len(links) == 11
     assert [name for name in links if f'<section id="{name}">' not in body] == []
     assert set(drawn) == set(GROUPS) == set(specs(page)) == set(re.findall(r'id="chart-(\w+)"', body))
 

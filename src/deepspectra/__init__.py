@@ -8,6 +8,7 @@ from deepspectra.analysis.attribution import attribute
 from deepspectra.analysis.clustering import clustering
 from deepspectra.analysis.collapse import collapse
 from deepspectra.analysis.gram import gram_spectrum
+from deepspectra.analysis.hierarchy import three_level_map
 from deepspectra.analysis.layers import layers
 from deepspectra.analysis.means import class_means, principal_subspace
 from deepspectra.apps.analyze import Analysis, analyze, load
@@ -35,5 +36,6 @@ __all__ = [
     "load",
     "overlap",
     "principal_subspace",
+    "three_level_map",
     "trace",
 ]

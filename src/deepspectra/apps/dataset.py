@@ -214,11 +214,21 @@ def _classes(found: Findings) -> Variables:
     factor = found.parts.factor("class")
     present = (projections.class_weights > 0).cpu().numpy()
     gram[np.ix_(present, present)] = inner_products(factor.T, factor.T)
-    return {
+    return _places(found) | {
         "class_count": (("class",), counts.cpu().numpy()),
         "class_weight": (("class",), projections.class_weights.cpu().numpy()),
         "cross_class_weight": (("class", "cross_class"), projections.cell_weights.cpu().numpy()),
         "mean_gram": (("class", "class_other"), gram),
+    }
+
+
+def _places(found: Findings) -> Variables:
+    """Of the means on the map."""
+    if found.places is None:
+        return {}
+    classes, crossed = (table.numpy() for table in found.places)
+    return {f"map_class_{axis}": (("class",), classes[:, j]) for j, axis in enumerate("xy")} | {
+        f"map_{axis}": (("class", "cross_class"), crossed[..., j]) for j, axis in enumerate("xy")
     }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import explore
-from deepspectra.algorithms.lanczos import Krylov, basis_capacity
+from deepspectra.algorithms.lanczos import Krylov, basis_capacity, inner_products
 from deepspectra.algorithms.subspace import overlap
 from deepspectra.analysis.attribution import Attribution, attribute, pair_shares, squared_norms
 from deepspectra.analysis.gram import (
@@ -24,6 +24,7 @@ from deepspectra.analysis.gram import (
     provenance_of,
     spectrum_of,
 )
+from deepspectra.analysis.hierarchy import drawable, place
 from deepspectra.analysis.means import subspace_of
 from deepspectra.apps.ledger import Ledger
 from deepspectra.errors import ConvergenceWarning, CurvatureError
@@ -68,6 +69,7 @@ class Findings:
         shares: operator → (pairs, parts).
         part_traces: (2, parts), traces of G's parts and their standard errors.
         exact: all eigenvalues of G and its parts, if the gradients are few enough.
+        places: of class means and of cross-class means on the map, if these are held.
         doubts: convergence warnings, word for word.
     """
 
@@ -87,6 +89,7 @@ class Findings:
     shares: dict[str, Tensor] = field(default_factory=dict)
     doubts: list[str] = field(default_factory=list)
     exact: GramSpectrum | None = None
+    places: tuple[Tensor, Tensor] | None = None
     parts: Decomposition = field(init=False)
     attribution: Attribution = field(init=False)
     part_traces: Tensor = field(init=False)
@@ -230,6 +233,11 @@ def _average(found: Findings) -> None:
                 num = max(1, found.problem.num_classes - 1)
                 found.subspaces[level] = subspace_of(found.parts, level, num)
         found.subspace_gradients[level] = found.ledger.gradients(found.ledger.costs[stage])
+    if "cross_class" in found.subspaces and drawable(found.parts.projections.cell_weights):
+        with found.ledger.stage("map of the means"):
+            rows = found.parts.factor("means").T
+            gram = inner_products(rows, rows)
+            found.places = place(gram, found.parts.projections.cell_weights, found.seed)
 
 
 def _overlap(found: Findings) -> None:

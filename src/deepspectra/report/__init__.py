@@ -3,14 +3,13 @@
 from deepspectra.report.charts import (
     averaging,
     charts,
-    class_cosines,
     cost,
-    cross_class_weights,
     knockouts,
     log_spectrum,
     shares,
     spectrum,
 )
+from deepspectra.report.class_charts import class_cosines, cross_class_weights, three_level_map
 from deepspectra.report.drawing import save_chart
 from deepspectra.report.page import render, write
 
@@ -26,5 +25,6 @@ __all__ = [
     "save_chart",
     "shares",
     "spectrum",
+    "three_level_map",
     "write",
 ]

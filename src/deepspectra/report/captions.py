@@ -8,13 +8,12 @@ import numpy as np
 import xarray as xr
 
 from deepspectra.report.charts import (
-    class_names,
-    cosines,
     knockout_summary,
     mean_shares,
     outliers,
     outliers_left,
 )
+from deepspectra.report.class_charts import class_names, cosines
 from deepspectra.report.drawing import LEVEL_NAMES, Row, holds, number, rows
 from deepspectra.report.text import attribute, escaped, finite, joined, number_html, share_html, symbol
 
@@ -161,6 +160,12 @@ def _confusion_sentence(dataset: xr.Dataset) -> str:
     return f"The largest is {pair} ({number_html(weights[true, label])})."
 
 
+HIERARCHY_CAPTION = (
+    "Class means δ_c (large) and cross-class means δ_{c,k} (small: the mean gradient of examples of class c, "
+    "had they been of class k; open where k = c), placed by t-SNE of their distances. Small circles gather "
+    "around their class c in a trained network, and by k early in training: choose the colouring, and point at "
+    "a circle for its pair. Only who is near whom has a meaning."
+)
 LAYERS_CAPTION = (
     "The largest eigenvalues of every layer: of the second moment of its features (what enters), of its "
     "backpropagated errors (what comes back to its output), and of its block of G. Each dash is one "
@@ -213,6 +218,7 @@ FIGURES: dict[str, tuple[str, dict[str, str], Caption]] = {
         {"class_cosines": "Cosines of class means", "cross_class_weights": "Cross-class weights"},
         _classes_caption,
     ),
+    "hierarchy": ("The map of the means", {"three_level_map": ""}, lambda _: HIERARCHY_CAPTION),
     "layers": ("Layer by layer", {"layer_spectra": ""}, lambda _: LAYERS_CAPTION),
     "layer-traces": ("What the layers are made of", {"layer_traces": ""}, lambda _: LAYER_TRACES_CAPTION),
     "products": ("Products of means", {"layer_products": ""}, lambda _: PRODUCTS_CAPTION),

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import altair as alt
 import numpy as np
 import xarray as xr
 
 from deepspectra.errors import DataError
+from deepspectra.report.class_charts import class_cosines, cross_class_weights, three_level_map
 from deepspectra.report.drawing import (
     INK,
     LABEL_INKS,
@@ -30,13 +30,11 @@ from deepspectra.report.drawing import (
     PART_COLOURS,
     SYMBOLS,
     WIDTH,
-    Array,
     Mark,
     Row,
     blank,
     both_sides,
     colour,
-    decades,
     finished,
     holds,
     labelled,
@@ -563,94 +561,6 @@ def _overlaps(dataset: xr.Dataset) -> dict[str, str]:
     return {level: ", ".join(texts) for level, texts in out.items()}
 
 
-# --------------------------------------------------------------------------------------------------- classes
-
-
-def cosines(dataset: xr.Dataset) -> Array:
-    """(C, C) cosines between class means, from their inner products."""
-    gram = np.asarray(dataset["mean_gram"].values, dtype=np.float64)
-    norms = np.sqrt(np.clip(np.diag(gram), 0, None))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        cosine: Array = gram / np.outer(norms, norms)
-    return cosine
-
-
-def class_cosines(dataset: xr.Dataset) -> alt.LayerChart:
-    """Cosines between the mean gradients of classes."""
-    require(dataset, "mean_gram")
-    scale = alt.Scale(scheme="purpleorange", domain=[-1, 1], reverse=True)
-    return _heat_map(dataset, cosines(dataset), scale, ("class", "class", "cosine"))
-
-
-def cross_class_weights(dataset: xr.Dataset) -> alt.LayerChart:
-    """Weight of examples of one class under the label of another: how much each confusion counts."""
-    require(dataset, "cross_class_weight")
-    weights = np.array(dataset["cross_class_weight"].values, dtype=np.float64)
-    np.fill_diagonal(weights, np.nan)
-    weights[weights <= 0] = np.nan
-    if not np.isfinite(weights).any():
-        raise DataError("every cross-class weight is zero: no example puts any probability on a wrong class")
-    scale = alt.Scale(scheme="blues", type="log")
-    return _heat_map(dataset, weights, scale, ("true class", "potential class", "weight"))
-
-
-def _chosen_classes(dataset: xr.Dataset) -> list[int]:
-    """All classes, or those of largest weight when there are too many to label."""
-    count = int(dataset.sizes["class"])
-    if count <= MOST_ROWS:
-        return list(range(count))
-    source = dataset["class_weight"].values if holds(dataset, "class_weight") else np.arange(count)[::-1]
-    heaviest = np.argsort(-np.nan_to_num(source))[:MOST_ROWS]
-    return sorted(int(index) for index in heaviest)
-
-
-def _heat_map(
-    dataset: xr.Dataset, matrix: Array, scale: alt.Scale, titles: tuple[str, str, str]
-) -> alt.LayerChart:
-    """A square of classes by classes; `titles` name the rows, the columns and the value."""
-    names, chosen = class_names(dataset), _chosen_classes(dataset)
-    cells = [
-        {"row": names[i], "column": names[j], "value": plain(matrix[i, j])}
-        for i in chosen
-        for j in chosen
-        if np.isfinite(matrix[i, j])
-    ]
-    order = [names[i] for i in chosen]
-    upright = max(map(len, order)) <= 2 and len(order) <= 20
-    axis: dict[str, Any] = {"labelLimit": 90, "ticks": False, "domain": False, "titlePadding": 8}
-    axis |= {"labelFontSize": 9 if len(order) > 20 else 12, "labelOverlap": "greedy"}
-    down, across = alt.Axis(**axis), alt.Axis(**axis, labelAngle=0 if upright else -90)
-    chart = blank(cells).mark_rect(stroke="white", strokeWidth=0.5 if len(order) > 20 else 1)
-    chart = chart.encode(
-        x=alt.X("column:N", sort=order, scale=alt.Scale(domain=order), title=titles[1], axis=across),
-        y=alt.Y("row:N", sort=order, scale=alt.Scale(domain=order), title=titles[0], axis=down),
-        color=alt.Color(
-            "value:Q", scale=scale, legend=_gradient(scale, titles[2], [cell["value"] for cell in cells])
-        ),
-        tooltip=[
-            alt.Tooltip("row:N", title=titles[0]),
-            alt.Tooltip("column:N", title=titles[1] if titles[1] != titles[0] else "and"),
-            _tip("value", titles[2]),
-        ],
-    )
-    note = f"{len(chosen)} of {len(names)} classes: those of largest weight"
-    title = {"title": note} if len(chosen) < len(names) else {}
-    return finished(alt.layer(chart), width=420, height=max(380, 11 * len(order)), **title)
-
-
-def _gradient(scale: alt.Scale, title: str, values: list[float]) -> alt.Legend:
-    look: dict[str, Any] = {"title": title, "orient": "top", "gradientLength": 200, "gradientThickness": 10}
-    if scale.to_dict().get("type") == "log":
-        return alt.Legend(**look, values=decades(min(values), max(values), most=4), format=".0e")
-    return alt.Legend(**look, values=[-1, -0.5, 0, 0.5, 1], format="~g")
-
-
-def class_names(dataset: xr.Dataset) -> list[str]:
-    """Names of the classes, or their numbers."""
-    named = dataset["class"].values if "class" in dataset.coords else range(dataset.sizes["class"])
-    return [str(name) for name in named]
-
-
 # ------------------------------------------------------------------------------------------------------ cost
 
 
@@ -691,6 +601,7 @@ CHARTS: dict[str, Callable[[xr.Dataset], alt.TopLevelMixin]] = {
     "averaging": averaging,
     "class_cosines": class_cosines,
     "cross_class_weights": cross_class_weights,
+    "three_level_map": three_level_map,
     **LAYER_CHARTS,
     "cost": cost,
 }

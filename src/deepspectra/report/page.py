@@ -70,6 +70,7 @@ LINKS = {
     "knockouts": "Knock-outs",
     "averaging": "Averaging",
     "classes": "Classes",
+    "hierarchy": "Map",
     "layers": "Layers",
     "layer-traces": "Shares by layer",
     "products": "Products of means",

@@ -1,0 +1,162 @@
+"""Charts of the classes: cosines of their means, weights of their confusions, and the map of all means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import altair as alt
+import numpy as np
+import xarray as xr
+
+from deepspectra.errors import DataError
+from deepspectra.report.drawing import (
+    INK,
+    MOST_ROWS,
+    Array,
+    Row,
+    blank,
+    decades,
+    finished,
+    holds,
+    plain,
+    require,
+    rows,
+)
+
+COLOURINGS = {"true": "true class c", "potential": "potential class k"}
+FEW_CLASSES = 10  # whose colours everybody tells apart
+MAP_SIZE = 460
+
+
+def cosines(dataset: xr.Dataset) -> Array:
+    """(C, C) cosines between class means, from their inner products."""
+    gram = np.asarray(dataset["mean_gram"].values, dtype=np.float64)
+    norms = np.sqrt(np.clip(np.diag(gram), 0, None))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosine: Array = gram / np.outer(norms, norms)
+    return cosine
+
+
+def class_cosines(dataset: xr.Dataset) -> alt.LayerChart:
+    """Cosines between the mean gradients of classes."""
+    require(dataset, "mean_gram")
+    scale = alt.Scale(scheme="purpleorange", domain=[-1, 1], reverse=True)
+    return _heat_map(dataset, cosines(dataset), scale, ("class", "class", "cosine"))
+
+
+def cross_class_weights(dataset: xr.Dataset) -> alt.LayerChart:
+    """Weight of examples of one class under the label of another: how much each confusion counts."""
+    require(dataset, "cross_class_weight")
+    weights = np.array(dataset["cross_class_weight"].values, dtype=np.float64)
+    np.fill_diagonal(weights, np.nan)
+    weights[weights <= 0] = np.nan
+    if not np.isfinite(weights).any():
+        raise DataError("every cross-class weight is zero: no example puts any probability on a wrong class")
+    scale = alt.Scale(scheme="blues", type="log")
+    return _heat_map(dataset, weights, scale, ("true class", "potential class", "weight"))
+
+
+def _chosen_classes(dataset: xr.Dataset) -> list[int]:
+    """All classes, or those of largest weight when there are too many to label."""
+    count = int(dataset.sizes["class"])
+    if count <= MOST_ROWS:
+        return list(range(count))
+    source = dataset["class_weight"].values if holds(dataset, "class_weight") else np.arange(count)[::-1]
+    heaviest = np.argsort(-np.nan_to_num(source))[:MOST_ROWS]
+    return sorted(int(index) for index in heaviest)
+
+
+def _heat_map(
+    dataset: xr.Dataset, matrix: Array, scale: alt.Scale, titles: tuple[str, str, str]
+) -> alt.LayerChart:
+    """A square of classes by classes; `titles` name the rows, the columns and the value."""
+    names, chosen = class_names(dataset), _chosen_classes(dataset)
+    cells = [
+        {"row": names[i], "column": names[j], "value": plain(matrix[i, j])}
+        for i in chosen
+        for j in chosen
+        if np.isfinite(matrix[i, j])
+    ]
+    order = [names[i] for i in chosen]
+    upright = max(map(len, order)) <= 2 and len(order) <= 20
+    axis: dict[str, Any] = {"labelLimit": 90, "ticks": False, "domain": False, "titlePadding": 8}
+    axis |= {"labelFontSize": 9 if len(order) > 20 else 12, "labelOverlap": "greedy"}
+    down, across = alt.Axis(**axis), alt.Axis(**axis, labelAngle=0 if upright else -90)
+    chart = blank(cells).mark_rect(stroke="white", strokeWidth=0.5 if len(order) > 20 else 1)
+    chart = chart.encode(
+        x=alt.X("column:N", sort=order, scale=alt.Scale(domain=order), title=titles[1], axis=across),
+        y=alt.Y("row:N", sort=order, scale=alt.Scale(domain=order), title=titles[0], axis=down),
+        color=alt.Color(
+            "value:Q", scale=scale, legend=_gradient(scale, titles[2], [cell["value"] for cell in cells])
+        ),
+        tooltip=[
+            alt.Tooltip("row:N", title=titles[0]),
+            alt.Tooltip("column:N", title=titles[1] if titles[1] != titles[0] else "and"),
+            alt.Tooltip("value:Q", title=titles[2], format=".3~g"),
+        ],
+    )
+    note = f"{len(chosen)} of {len(names)} classes: those of largest weight"
+    title = {"title": note} if len(chosen) < len(names) else {}
+    return finished(alt.layer(chart), width=420, height=max(380, 11 * len(order)), **title)
+
+
+def _gradient(scale: alt.Scale, title: str, values: list[float]) -> alt.Legend:
+    look: dict[str, Any] = {"title": title, "orient": "top", "gradientLength": 200, "gradientThickness": 10}
+    if scale.to_dict().get("type") == "log":
+        return alt.Legend(**look, values=decades(min(values), max(values), most=4), format=".0e")
+    return alt.Legend(**look, values=[-1, -0.5, 0, 0.5, 1], format="~g")
+
+
+def class_names(dataset: xr.Dataset) -> list[str]:
+    """Names of the classes, or their numbers."""
+    named = dataset["class"].values if "class" in dataset.coords else range(dataset.sizes["class"])
+    return [str(name) for name in named]
+
+
+def three_level_map(dataset: xr.Dataset) -> alt.LayerChart:
+    """Class means (large) and cross-class means (small), near each other where they point the same way."""
+    require(dataset, "map_x", "map_y", "map_class_x", "map_class_y")
+    names = class_names(dataset)
+    table: list[Row] = []
+    for by in COLOURINGS:
+        for row in rows(dataset, "map_class_x", "map_class_y"):
+            place = {"x": row["map_class_x"], "y": row["map_class_y"]}
+            table.append(
+                {"by": by, "label": row["class"], "size": "class", "name": f"class {row['class']}", **place}
+            )
+        for row in rows(dataset, "map_x", "map_y"):
+            true, potential = row["class"], row["cross_class"]
+            text = f"{true} as if {potential}" if true != potential else f"{true}, true label"
+            size = "true" if true == potential else "cross-class"
+            label = true if by == "true" else potential
+            table.append(
+                {"by": by, "label": label, "size": size, "name": text, "x": row["map_x"], "y": row["map_y"]}
+            )
+    choice = alt.param(
+        name="by",
+        value="true",
+        bind=alt.binding_radio(options=list(COLOURINGS), labels=list(COLOURINGS.values()), name=" "),
+    )
+    few = len(names) <= FEW_CLASSES
+    scale = alt.Scale(domain=names, scheme="tableau10") if few else alt.Scale(domain=names, scheme="turbo")
+    plane: dict[str, Any] = {"scale": alt.Scale(zero=False, padding=12), "axis": None}
+    base = blank(table).encode(
+        x=alt.X("x:Q", **plane),
+        y=alt.Y("y:Q", **plane),
+        color=alt.Color(
+            "label:N",
+            sort=names,
+            scale=scale,
+            legend=alt.Legend(columns=FEW_CLASSES) if few else None,
+        ),
+        tooltip=[alt.Tooltip("name:N", title="mean of")],
+    )
+    shown = "datum.by === by && datum.size === "
+    means = base.transform_filter(shown + "'class'").mark_circle(size=420, opacity=0.45)
+    crossed = base.transform_filter(shown + "'cross-class'").mark_circle(size=55, opacity=0.95)
+    true = base.transform_filter(shown + "'true'").mark_point(size=55, filled=False, strokeWidth=1.6)
+    captions = base.transform_filter(shown + "'class'").mark_text(fontSize=11, fontWeight=600, color=INK)
+    captions = captions.encode(text="label:N", color=alt.value(INK))
+    return finished(
+        alt.layer(means, crossed, true, captions).add_params(choice), width=MAP_SIZE, height=MAP_SIZE
+    )

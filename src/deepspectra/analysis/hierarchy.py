@@ -17,6 +17,7 @@ from deepspectra.results import Provenance
 
 MOST_MEANS = 2500  # cross-class means that are placed
 FEWEST_MEANS = 4
+EXACT_POINTS = 500  # up to which all pairs are as fast as approximations
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def place(gram: Tensor, cells: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     distances = (squares[:, None] + squares - 2 * inner).clamp_min(0).fill_diagonal_(0).sqrt()
     tsne = TSNE(
         metric="precomputed",
+        method="exact" if len(rows) <= EXACT_POINTS else "barnes_hut",
         init="random",
         perplexity=min(size, (len(rows) - 1) / 3),
         random_state=seed,

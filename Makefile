@@ -8,7 +8,7 @@ MANIFESTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check bench clean
+.PHONY: help demo test test-slow check bench reproduce clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -30,6 +30,9 @@ check: $(VENV)/.installed-dev ## check format, lint, types and the arrows betwee
 
 bench: $(VENV)/.installed ## time products and means in gradients, beside the peers installed
 	$(BIN)/python benchmarks/bench.py
+
+reproduce: $(VENV)/.installed ## measure the papers' claims on DEEPSPECTRA_DATA (hours) and write docs/claims.md
+	$(BIN)/python -m reproductions
 
 clean: ## remove the environment and every cache
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -297,6 +297,8 @@ def test_knockouts_are_those_of_the_dense_matrices(name: str) -> None:
         assert same_spectrum(left, free @ ref.gauss_newton @ free, scale)
     means = ref.gauss_newton - ref.parts["within"]
     assert same_spectrum(found.knockout("means"), ref.gauss_newton - means, scale)
+    assert same_spectrum(found.knockout("within"), means, scale)
+    assert same_spectrum(found.knockout("within", "class"), means - ref.parts["class"], scale)
 
 
 @pytest.mark.parametrize("name", ["ragged", "conv_batchnorm"])
@@ -416,9 +418,11 @@ def test_text_and_errors() -> None:
     assert f"{len(found.values)} of" in str(found)
     with pytest.raises(OptionError, match="method='both'"):
         found.knockout("class", method="both")
-    for wrong in ((), ("within",), ("logit",)):
-        with pytest.raises(OptionError, match="name some of class, cross, true, means"):
+    for wrong in ((), ("logit",)):
+        with pytest.raises(OptionError, match="name some of class, cross, true, means, within"):
             found.knockout(*wrong)
+    with pytest.raises(OptionError, match="name some of class, cross, true, means"):
+        found.knockout("within", method="projection")
     with pytest.raises(LossError, match="class structure needs"):
         ds.gram_spectrum(CASES["mse_module"]().problem())
     assert math.isclose(float(found.shares[0].sum()), 1)

@@ -60,8 +60,9 @@ class GramSpectrum:
         """All eigenvalues (R,) of G without parts, descending.
 
         Args:
-            removed: parts that are taken away: names of `parts` but "within", or "means" for all means.
-            method: "subtraction", G − B, or "projection", (I − QQᵀ) G (I − QQᵀ) with Q a basis of B.
+            removed: parts that are taken away: names of `parts`, or "means" for all but "within".
+            method: "subtraction", G − B, or "projection", (I − QQᵀ) G (I − QQᵀ) with Q a basis of B. "within"
+                spans too much to be projected out.
 
         Raises:
             OptionError: a part that is not there, or another method.
@@ -71,9 +72,16 @@ class GramSpectrum:
         if method not in ("subtraction", "projection"):
             raise OptionError(f"method={method!r}; it is 'subtraction' or 'projection'.")
         known = [name for name in (*self.part_names, "means") if name in self._coordinates]
+        known += ["within"] if method == "subtraction" else []
         if not removed or not set(removed) <= set(known):
             raise OptionError(f"removed={removed}: name some of {', '.join(known)}.")
-        return _without(self.values, torch.cat([self._coordinates[name] for name in removed], 1), method)
+        phi = [self._coordinates[name] for name in removed if name != "within"]
+        taken = torch.cat([self.values.new_zeros(len(self.values), 0), *phi], 1)
+        if "within" not in removed:
+            return _without(self.values, taken, method)
+        means = self._coordinates["means"]
+        left: Tensor = torch.linalg.eigvalsh(means @ means.T - taken @ taken.T).flip(0).clamp_min(0)
+        return left
 
     def __str__(self) -> str:
         total = float(self.values.sum())

@@ -1,0 +1,347 @@
+"""From records to a page: each claim with its table, and whether it holds by a stated rule."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.stats import spearmanr
+
+Record = dict[str, Any]
+Group = tuple[str, str, int]
+NUM_CLASSES = 10
+GONE = 0.25  # of the outliers; a knock-out that leaves no more explains them
+MOST = 0.75  # of the runs; a claim that is true in as many holds, in a quarter of them in part
+FOUND = 0.95  # overlap from which a subspace counts as found
+RESAMPLES = 2000
+
+
+class Claim(NamedTuple):
+    """A claim of the papers, the rule by which it is judged, and what was measured."""
+
+    title: str
+    source: str
+    rule: str
+    verdict: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def page(records: list[Record]) -> str:
+    """The page as Markdown."""
+    records = sorted(records, key=lambda r: (r["model"], r["data"], r["per_class"], r["seed"]))
+    claims = [claim(records) for claim in CLAIMS]
+    summary = [[claim.title, claim.source, claim.verdict] for claim in claims]
+    fitted = [r["train_accuracy"] for r in records]
+    parts = [
+        "# The papers' claims on real data",
+        "",
+        f"{len(records)} networks, trained with `zoo.recipe` and analysed at the end of training: "
+        f"{_list(sorted({r['model'] for r in records}))}; {_list(sorted({r['data'] for r in records}))}; "
+        f"{_list([str(n) for n in sorted({r['per_class'] for r in records})])} images a class. Training accuracy "
+        f"{min(fitted):.1%} to {max(fitted):.1%}. Numbers are means ± standard errors over seeds, where there are "
+        "several. An outlier is an eigenvalue above 1.25 times the bulk's edge, the largest eigenvalue without any "
+        "class or cross-class mean. `make reproduce` measures what is missing in [claims.jsonl](claims.jsonl) and "
+        "writes this page from it.",
+        "",
+        table(["claim", "source", "verdict"], summary),
+    ]
+    for claim in claims:
+        parts += ["", f"## {claim.title}", "", f"**{claim.verdict}** Rule: {claim.rule}"]
+        parts += ["", table(claim.head, claim.rows)]
+    return "\n".join(parts) + "\n"
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    """Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def groups(records: list[Record]) -> dict[Group, list[Record]]:
+    """Runs that differ in their seed alone."""
+    found: dict[Group, list[Record]] = {}
+    for record in records:
+        found.setdefault((record["model"], record["data"], record["per_class"]), []).append(record)
+    return found
+
+
+def by_group(records: list[Record], *values: Callable[[Record], float], digits: int = 2) -> list[list[str]]:
+    """One row a group: its name, runs, and mean ± s.e. of each value."""
+    return [
+        [
+            model,
+            data,
+            str(size),
+            str(len(some)),
+            *(spread([value(r) for r in some], digits) for value in values),
+        ]
+        for (model, data, size), some in groups(records).items()
+    ]
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Mean ± standard error."""
+    known = [value for value in values if math.isfinite(value)]
+    if not known:
+        return "–"
+    mean = f"{statistics.mean(known):.{digits}f}"
+    if len(known) < 2:
+        return mean
+    return f"{mean} ± {statistics.stdev(known) / math.sqrt(len(known)):.{digits}f}"
+
+
+def judged(truths: list[bool]) -> str:
+    """A verdict from single runs."""
+    if not truths:
+        return "Not measured."
+    share = sum(truths) / len(truths)
+    word = "Holds" if share >= MOST else "Holds in part" if share >= 1 - MOST else "Does not hold"
+    return f"{word}: in {sum(truths)} of {len(truths)} runs."
+
+
+RUN = ["network", "data", "a class", "runs"]
+
+
+def _left(record: Record, name: str, method: str = "subtraction") -> float:
+    return float(record["H"]["left"].get(f"{name}, {method}", [math.nan])[0])
+
+
+def number_of_outliers(records: list[Record]) -> Claim:
+    """Outliers ≈ classes."""
+    return Claim(
+        "There are about as many outliers as classes",
+        "Papyan 2018, 2020",
+        f"the Hessian has {NUM_CLASSES - 1} to {NUM_CLASSES + 1} of them.",
+        judged([abs(r["H"]["outliers"] - NUM_CLASSES) <= 1 for r in records]),
+        [*RUN, "outliers of H", "outliers of G", "λ₁ over the edge", "mean of the first 9 over the edge"],
+        by_group(
+            records,
+            lambda r: r["H"]["outliers"],
+            lambda r: r["G"]["outliers"],
+            lambda r: r["H"]["values"][0] / r["H"]["edge"],
+            lambda r: r["H"]["ratio"],
+            digits=1,
+        ),
+    )
+
+
+def class_means_make_outliers(records: list[Record]) -> Claim:
+    """Outliers ← class."""
+    return Claim(
+        "The outliers are attributable to the class means",
+        "Papyan 2019, 2020",
+        f"class and true-class means knocked out by subtraction leave at most {GONE:.0%} of the outliers of H.",
+        judged([_left(r, "class") <= GONE * r["H"]["outliers"] for r in records if r["H"]["outliers"]]),
+        [*RUN, "outliers", "share of class", "left by subtraction", "left by projection"],
+        by_group(
+            records,
+            lambda r: r["H"]["outliers"],
+            lambda r: r["H"]["shares"]["class"],
+            lambda r: _left(r, "class"),
+            lambda r: _left(r, "class", "projection"),
+        ),
+    )
+
+
+def additive(records: list[Record]) -> Claim:
+    """Outliers ← class + logit."""
+    return Claim(
+        "The outliers lie in the additive space of class and logit means",
+        "this library",
+        f"class, true-class and logit means knocked out by subtraction leave at most {GONE:.0%} of the outliers.",
+        judged(
+            [_left(r, "class + logit") <= GONE * r["H"]["outliers"] for r in records if r["H"]["outliers"]]
+        ),
+        [*RUN, "class", "logit", "interaction", "within", "left by subtraction", "by projection"],
+        by_group(
+            records,
+            *(
+                lambda r, part=part: r["H"]["shares"][part]
+                for part in ("class", "logit", "interaction", "within")
+            ),
+            lambda r: _left(r, "class + logit"),
+            lambda r: _left(r, "class + logit", "projection"),
+        ),
+    )
+
+
+def bump_and_bulk(records: list[Record]) -> Claim:
+    """Bump ← cross, bulk ← within."""
+    exact = [r for r in records if "shifts" in r]
+
+    def largest(record: Record, removed: str) -> str:
+        shifts = record["shifts"][removed]
+        return max(shifts, key=lambda region: shifts[region])
+
+    removed = ("class", "class + logit", "interaction", "cross", "within")
+    regions = ("outliers", "bump", "bulk")
+    rows = [
+        [model, data, str(size), str(len(some)), name]
+        + [spread([r["shifts"][name][region] for r in some]) for region in regions]
+        for (model, data, size), some in groups(exact).items()
+        for name in removed
+    ]
+    bump = judged([largest(r, "cross") == "bump" for r in exact])
+    bulk = judged([largest(r, "within") == "bulk" for r in exact])
+    return Claim(
+        "Cross-class means make the bump, scatter within classes the bulk",
+        "Papyan 2020",
+        "the knock-out moves that region of the exact spectrum of G most, in decades of λ. Outliers are the first "
+        "C − 1 eigenvalues, the bump those up to the C²-th, the bulk the larger half of the rest; three decades "
+        "stand for gone.",
+        f"Bump: {bump} Bulk: {bulk}",
+        [*RUN, "removed", *regions],
+        rows,
+    )
+
+
+def averaging(records: list[Record]) -> Claim:
+    """Averages span the principal subspace."""
+    return Claim(
+        "Averaging finds the principal subspace without eigenanalysis",
+        "Papyan 2019",
+        f"the cross-class means' first C − 1 directions overlap the top C − 1 eigenspace of H by {FOUND:.0%}.",
+        judged([r["H"]["overlap"]["cross_class"] >= FOUND for r in records]),
+        [*RUN, "class means, H", "class means, G", "cross-class means, H", "cross-class means, G"],
+        by_group(
+            records,
+            *(
+                lambda r, level=level, name=name: r[name]["overlap"][level]
+                for level in ("class", "cross_class")
+                for name in ("H", "G")
+            ),
+            digits=3,
+        ),
+    )
+
+
+def _layer_rows(records: list[Record], *names: str) -> list[list[str]]:
+    rows = []
+    for (model, data, size), some in groups([r for r in records if r.get("layers")]).items():
+        for depth, layer in enumerate(some[0]["layers"]):
+            values = [[r["layers"][depth][name] for r in some] for name in names]
+            cells = [spread([math.nan if v is None else v for v in each]) for each in values]
+            rows.append([model, data, str(size), str(len(some)), layer["layer"], *cells])
+    return rows
+
+
+def _rises(record: Record, name: str) -> bool:
+    values = [layer[name] for layer in record["layers"]]
+    return all(a < b for a, b in itertools.pairwise(values))
+
+
+def emergence(records: list[Record]) -> Claim:
+    """Outliers of features with depth, of errors towards the output."""
+    deep = [r for r in records if len(r.get("layers", [])) > 1]
+    features = judged([_rises(r, "features_top_over_bulk") for r in deep])
+    errors = judged([_rises(r, "errors_top_over_bulk") for r in deep])
+    return Claim(
+        "Outliers of features emerge with depth; those of errors fade towards the input",
+        "Papyan 2020",
+        "from layer to layer the largest eigenvalue of the class part (features) or of all (errors), over the "
+        "largest of the scatter within classes, rises.",
+        f"Features: {features} Errors: {errors}",
+        [
+            *RUN,
+            "layer",
+            "features: class over within",
+            "errors: top over within",
+            "errors: class share of trace",
+        ],
+        _layer_rows(deep, "features_top_over_bulk", "errors_top_over_bulk", "errors_class"),
+    )
+
+
+def separation(records: list[Record]) -> Claim:
+    """Depth separates classes and orthogonalises."""
+    deep = [r for r in records if len(r.get("layers", [])) > 1]
+    share = judged([_rises(r, "features_between") for r in deep])
+    angles = judged([r["layers"][-1]["simplex"] < r["layers"][0]["simplex"] for r in deep])
+    return Claim(
+        "Depth separates class information from variability and orthogonalises it",
+        "Papyan 2020",
+        "the between-class share of the features' variance rises from layer to layer; the angles of class means are "
+        "nearer to a simplex at the last layer than at the first.",
+        f"Separation: {share} Angles: {angles}",
+        [*RUN, "layer", "between-class share", "NC1", "distance of angles from a simplex"],
+        _layer_rows(deep, "features_between", "nc1", "simplex"),
+    )
+
+
+def products_of_means(records: list[Record]) -> Claim:
+    """h_c ⊗ e_c for g_c."""
+    layers = [layer for r in records for layer in r.get("layers", []) if layer["class_cosine"] is not None]
+    return Claim(
+        "Mean gradients are products of mean features and mean errors",
+        "Papyan 2020",
+        "the mean cosine between g_c and h_c ⊗ e_c is at least 0.9, layer by layer.",
+        judged([layer["class_cosine"] >= 0.9 for layer in layers]).replace("runs", "layers of all runs"),
+        [*RUN, "layer", "cos g_c, h_c ⊗ e_c", "cos g_ck, h_c ⊗ e_ck"],
+        _layer_rows(records, "class_cosine", "cross_cosine"),
+    )
+
+
+def misclassification(records: list[Record]) -> Claim:
+    """The ratio of outliers to bulk against test error."""
+    rng = np.random.default_rng(0)
+    rows, certain = [], []
+    for data in sorted({r["data"] for r in records}):
+        some = [r for r in records if r["data"] == data]
+        pairs = np.array([[r["G"]["ratio"], r["test_error"]] for r in some])
+        if len(pairs) < 5:
+            continue
+        value = spearmanr(pairs[:, 0], pairs[:, 1]).statistic
+        draws = [pairs[rng.integers(len(pairs), size=len(pairs))] for _ in range(RESAMPLES)]
+        resampled = [spearmanr(d[:, 0], d[:, 1]).statistic for d in draws if len(np.unique(d[:, 0])) > 2]
+        low, high = np.nanquantile(resampled, [0.025, 0.975])
+        certain.append(bool(high < 0))
+        rows.append([data, str(len(pairs)), f"{value:.2f}", f"{low:.2f} to {high:.2f}"])
+    verdict = "Not measured."
+    if certain:
+        word = "Holds" if all(certain) else "Holds in part" if any(certain) else "Does not hold"
+        verdict = f"{word}: surely negative on {sum(certain)} of {len(certain)} data sets."
+    return Claim(
+        "The ratio of outliers to bulk predicts misclassification",
+        "Papyan 2020, Theorem 8.1 for logistic regression",
+        "over networks, sizes and seeds, the mean of the first C − 1 eigenvalues of G over the bulk's edge and the "
+        "test error have a negative rank correlation, with its 95 % bootstrap interval below zero.",
+        verdict,
+        ["data", "networks", "rank correlation", "95 % interval"],
+        rows,
+    )
+
+
+def clustering(records: list[Record]) -> Claim:
+    """Gradients cluster by class late in training."""
+    return Claim(
+        "Late in training gradients cluster by class more than by logit",
+        "Fort and Ganguli 2019; Papyan 2019",
+        "the mean cosine of g_{i,k} and g_{j,l} is larger for the same class alone than for the same logit alone.",
+        judged([r["clustering"][2] > r["clustering"][1] for r in records]),
+        [*RUN, "same class and logit", "same logit", "same class", "neither"],
+        by_group(records, *(lambda r, j=j: r["clustering"][j] for j in range(4))),
+    )
+
+
+CLAIMS = (
+    number_of_outliers,
+    class_means_make_outliers,
+    additive,
+    bump_and_bulk,
+    averaging,
+    emergence,
+    separation,
+    products_of_means,
+    misclassification,
+    clustering,
+)
+
+
+def _list(items: list[str]) -> str:
+    *most, last = items
+    return f"{', '.join(most)} and {last}" if most else last

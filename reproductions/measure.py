@@ -1,0 +1,155 @@
+"""One trained network: every number that the claims are judged by."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import deepspectra as ds
+from deepspectra import zoo
+from deepspectra.algorithms.eigenpairs import explore
+
+SPARE_PAIRS = 3  # beyond the number of classes
+RTOL = 1e-2
+TEST_EXAMPLES = 2000
+EXACT_ROWS = 3000  # up to which the whole spectrum of G, and every layer, are computed
+DECADES = 3.0  # by which an eigenvalue that a knock-out removes counts as moved
+NETWORK_SIZE = {"mlp": None, "mlp-bn": None}  # others take images padded to 32
+BULK_SHARE = 0.5  # of the eigenvalues beyond the C² first that are called bulk: the larger half
+
+
+@dataclass(frozen=True)
+class Run:
+    """A network, what it is trained on, and the seed of both."""
+
+    model: str
+    data: str
+    per_class: int
+    seed: int
+
+
+def measure(run: Run, root: Path) -> dict[str, Any]:
+    """Train, analyse, and return a record of plain numbers."""
+    began = time.perf_counter()
+    size = 32 if run.model not in NETWORK_SIZE else None
+    train = zoo.load(run.data, root=root, per_class=run.per_class, size=size, seed=run.seed)
+    test = zoo.load(run.data, root=root, split="test", size=size)
+    some = torch.linspace(0, len(test) - 1, TEST_EXAMPLES).long()
+    num_classes = len(train.class_names)
+    model = zoo.build(
+        run.model, input_shape=tuple(train.inputs.shape[1:]), num_classes=num_classes, seed=run.seed
+    )
+    recipe = asdict(zoo.recipe(run.model, run.data, len(train)))
+    zoo.train(model, train, **recipe, seed=run.seed)
+    with torch.no_grad():
+        wrong = (model(test.inputs[some]).argmax(1) != test.targets[some]).double().mean()
+    problem = ds.Problem(model, train)
+    record: dict[str, Any] = {
+        **asdict(run),
+        "num_parameters": problem.num_parameters,
+        "train_accuracy": problem.accuracy(),
+        "loss": problem.loss(),
+        "test_error": float(wrong),
+    }
+    record |= outliers_and_averages(problem, num_classes)
+    if problem.num_examples * (num_classes - 1) <= EXACT_ROWS:
+        record |= regions(problem, num_classes) | by_layer(problem)
+    record["clustering"] = ds.clustering(problem, num_examples=60, seed=run.seed).gradients.tolist()
+    return record | {"seconds": time.perf_counter() - began}
+
+
+def outliers_and_averages(problem: ds.Problem, num_classes: int) -> dict[str, Any]:
+    """Counts, shares and knock-outs of H and G, and overlaps of the averaged subspaces with both."""
+    parts = ds.decompose(problem, effects="two-way")
+    averaged = {level: ds.principal_subspace(problem, level=level) for level in ("class", "cross_class")}
+    record: dict[str, Any] = {}
+    for name, operator in (("H", ds.Hessian(problem)), ("G", ds.GaussNewton(problem))):
+        pairs, basis = explore(operator, num_classes + SPARE_PAIRS, rtol=RTOL)
+        found = ds.attribute(operator, parts, pairs=pairs, basis=basis)
+        top = num_classes - 1
+        record[name] = {
+            "values": pairs.values.tolist(),
+            "converged": pairs.converged,
+            "edge": found.bulk_edge,
+            "outliers": found.num_outliers,
+            "shares": found.mean_shares,
+            "left": {
+                f"{knockout.name}, {knockout.method}": [knockout.num_outliers, knockout.num_outliers_at_most]
+                for knockout in found.knockouts
+                if knockout.removed
+            },
+            "overlap": {
+                level: ds.overlap(space.vectors[:, :top], pairs.vectors[:, :top])
+                for level, space in averaged.items()
+            },
+            "ratio": float(pairs.values[:top].mean()) / found.bulk_edge,
+        }
+    return record
+
+
+def regions(problem: ds.Problem, num_classes: int) -> dict[str, Any]:
+    """How far each knock-out moves outliers, bump and bulk of G, in decades of λ, from the exact spectrum.
+
+    Outliers are the first C − 1 eigenvalues, the bump those up to the C²-th, the bulk the larger half of the rest.
+    The shift is the mean of log10 λ_j / λ'_j over the ranks j of a region, which is the Wasserstein-1 distance of
+    the two sets of log λ; a rank that is gone counts as three decades.
+    """
+    spectrum = ds.gram_spectrum(problem, effects="two-way")
+    removals = {
+        "class": ("class", "true"),
+        "class + logit": ("class", "true", "logit"),
+        "interaction": ("interaction",),
+        "cross": ("logit", "interaction"),
+        "within": ("within",),
+    }
+    first, last = num_classes - 1, num_classes**2
+    end = last + int(BULK_SHARE * (len(spectrum.values) - last))
+    cuts = {"outliers": slice(0, first), "bump": slice(first, last), "bulk": slice(last, end)}
+    shifts: dict[str, dict[str, float]] = {}
+    for name, removed in removals.items():
+        left = spectrum.knockout(*removed)
+        shifts[name] = {region: shift(spectrum.values[cut], left[cut]) for region, cut in cuts.items()}
+    return {
+        "shifts": shifts,
+        "traces": dict(zip(spectrum.part_names, spectrum.traces.tolist(), strict=True)),
+        "exact_values": spectrum.values[: last + 1].tolist(),
+    }
+
+
+def shift(before: Tensor, after: Tensor) -> float:
+    """Mean of |log10 λ_j / λ'_j| over ranks, each at most three decades."""
+    ratio = before.clamp_min(torch.finfo(before.dtype).tiny) / after.clamp_min(torch.finfo(after.dtype).tiny)
+    return float(ratio.log10().abs().clamp_max(DECADES).mean())
+
+
+def by_layer(problem: ds.Problem) -> dict[str, Any]:
+    """Each layer, from input to output: class shares of features and errors, products of means, neural collapse."""
+    rows = []
+    for layer in ds.layers(problem):
+        if layer.features is None or layer.errors is None or layer.collapse is None:
+            continue
+        features, errors = layer.features, layer.errors
+        between = float(features.parts["class"].sum())
+        products = layer.khatri_rao
+        tops = dict(zip(layer.gradients.part_names, layer.gradients.shares[0].tolist(), strict=True))
+        rows.append(
+            {
+                "layer": layer.name,
+                "features_between": between / (between + float(features.parts["within"].sum())),
+                "features_mean": float(features.parts["mean"].sum() / features.values.sum()),
+                "errors_class": float(errors.parts["class"].sum() / errors.values.sum()),
+                "errors_top_over_bulk": float(errors.values[0] / errors.parts["within"][0]),
+                "features_top_over_bulk": float(features.parts["class"][0] / features.parts["within"][0]),
+                "gradient_top": tops,
+                "class_cosine": float(products.class_cosine.nanmean()) if products else None,
+                "cross_cosine": float(products.cross_cosine.nanmean()) if products else None,
+                "nc1": layer.collapse.nc1,
+                "simplex": layer.collapse.nc2_simplex,
+            }
+        )
+    return {"layers": rows}

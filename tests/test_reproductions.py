@@ -1,0 +1,111 @@
+"""The claims' page: verdicts follow their stated rules, and one network is measured from end to end."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reproductions.claims import judged, misclassification, page, spread, table
+from reproductions.measure import Run, measure
+
+DOCS = Path(__file__).parent.parent / "docs"
+REMOVED, METHODS = ("class", "class + logit", "interaction"), ("subtraction", "projection")
+
+
+def record(*, left: int = 0, seed: int = 0, ratio: float = 5.0, test_error: float = 0.1) -> dict[str, Any]:
+    layers = [
+        {
+            "layer": name,
+            "features_between": 0.2 * depth,
+            "features_top_over_bulk": float(depth),
+            "errors_top_over_bulk": 9.0 - depth,
+            "errors_class": 0.5,
+            "class_cosine": 0.95,
+            "cross_cosine": 0.9,
+            "nc1": 1.0,
+            "simplex": 0.1,
+        }
+        for depth, name in enumerate(["fc1", "fc2"], 1)
+    ]
+    operator = {
+        "values": [2.0] * 13,
+        "edge": 0.2,
+        "outliers": 10,
+        "shares": {"class": 0.6, "logit": 0.3, "interaction": 0.05, "within": 0.05},
+        "left": {f"{what}, {how}": [left, left] for what in REMOVED[:2] for how in METHODS},
+        "overlap": {"class": 0.9, "cross_class": 0.97},
+        "ratio": ratio,
+    }
+    shifts = {
+        what: {"outliers": 0.5, "bump": 0.1, "bulk": 0.0}
+        for what in ("class", "class + logit", "interaction")
+    }
+    shifts |= {
+        "cross": {"outliers": 0.1, "bump": 0.4, "bulk": 0.2},
+        "within": {"outliers": 0.0, "bump": 1.0, "bulk": 3.0},
+    }
+    return {
+        "model": "mlp",
+        "data": "mnist",
+        "per_class": 13,
+        "seed": seed,
+        "train_accuracy": 1.0,
+        "test_error": test_error,
+        "H": operator,
+        "G": operator,
+        "shifts": shifts,
+        "layers": layers,
+        "clustering": [0.6, 0.2, 0.3, 0.0],
+    }
+
+
+def row(text: str, title: str) -> str:
+    return next(line for line in text.splitlines() if line.startswith(f"| {title}"))
+
+
+def test_verdicts_follow_from_the_records() -> None:
+    good, bad = page([record(left=1)]), page([record(left=8)])
+    assert "Holds: in 1 of 1 runs." in row(good, "The outliers are attributable to the class means")
+    assert "Does not hold: in 0 of 1 runs." in row(bad, "The outliers are attributable to the class means")
+    assert "Features: Holds" in row(good, "Outliers of features")
+    assert "Errors: Does not hold" in row(good, "Outliers of features")
+    assert "Bump: Holds: in 1 of 1 runs. Bulk: Holds" in row(good, "Cross-class means make the bump")
+    both = page([record(left=1), record(left=8, seed=1)])
+    assert "Holds in part: in 1 of 2 runs." in row(both, "The outliers are attributable to the class means")
+
+
+def test_error_bars_are_standard_errors_over_seeds() -> None:
+    assert spread([1.0, 2.0, 3.0]) == f"2.00 ± {1 / math.sqrt(3):.2f}"
+    assert spread([1.0, math.nan]) == "1.00"
+    assert spread([]) == "–"
+    assert judged([]) == "Not measured."
+    assert table(["a"], [["b"]]) == "| a |\n| --- |\n| b |"
+
+
+def test_a_rank_correlation_has_an_interval() -> None:
+    fits = [record(seed=j, ratio=float(j), test_error=0.5 - 0.01 * j) for j in range(12)]
+    found = misclassification(fits)
+    assert found.verdict.startswith("Holds: surely negative on 1 of 1")
+    assert found.rows[0][2] == "-1.00"
+    mixed = [record(seed=j, ratio=float(j), test_error=float((7 * j) % 12)) for j in range(12)]
+    assert misclassification(mixed).verdict.startswith("Does not hold")
+
+
+@pytest.mark.skipif(not (DOCS / "claims.jsonl").exists(), reason="no records were made yet")
+def test_the_page_is_that_of_its_records() -> None:
+    records = [json.loads(line) for line in (DOCS / "claims.jsonl").read_text().splitlines()]
+    assert (DOCS / "claims.md").read_text() == page(records)
+
+
+@pytest.mark.slow
+def test_a_network_is_measured_from_end_to_end(tmp_path: Path) -> None:
+    found = measure(Run("mlp", "digits", 13, 0), tmp_path)
+    assert found["train_accuracy"] == 1
+    assert found["H"]["outliers"] > 5
+    assert set(found["shifts"]["within"]) == {"outliers", "bump", "bulk"}
+    assert found["shifts"]["within"]["bulk"] == 3
+    assert json.loads(json.dumps(found))
+    assert "mlp | digits" in page([found])

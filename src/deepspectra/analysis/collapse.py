@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.operators.held import HeldRows, layer_of
+from deepspectra.operators.captures import layer_of
+from deepspectra.operators.held import HeldRows
 from deepspectra.operators.layerwise import counted, features_of, membership
 from deepspectra.operators.rows import GradientRows
 from deepspectra.problem import Problem

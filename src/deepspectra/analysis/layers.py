@@ -11,7 +11,8 @@ from torch import Tensor
 
 from deepspectra.analysis.collapse import Collapse, collapse_of
 from deepspectra.analysis.gram import EigenBasis, GramSpectrum, spectrum_of
-from deepspectra.operators.held import HeldRows, gram_of, layer_of
+from deepspectra.operators.captures import layer_of
+from deepspectra.operators.held import HeldRows, gram_of
 from deepspectra.operators.layerwise import (
     FEATURE_PARTS,
     counted,

@@ -13,8 +13,9 @@ from torch import Tensor
 from deepspectra.algorithms.lanczos import check_count
 from deepspectra.analysis.sampling import residual_norm, sampled_eigenspace
 from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
+from deepspectra.operators.captures import layer_of
 from deepspectra.operators.curvature import Hessian
-from deepspectra.operators.held import HeldRows, layer_of
+from deepspectra.operators.held import HeldRows
 from deepspectra.operators.layerwise import error_averages, layer_errors, layer_inputs, membership
 from deepspectra.operators.parts import KINDS, Decomposition, decompose
 from deepspectra.operators.projections import positive
@@ -232,7 +233,7 @@ def _error_means(parts: Decomposition, level: str, began: float) -> ClassMeans:
     basis = error_averages(rows, projections, ())["means"]  # (R, C²)
     shares = torch.split(basis, [num * (size - 1) for num in rows.sizes])
     for batch, share in zip(rows.captured(), shares, strict=True):
-        _add(sums, layer_errors(batch), share, rows.problem.memory)
+        _add(sums, layer_errors(batch.uses), share, rows.problem.memory)
     scaled, layers = _joined(sums)
     scaled = scaled.view(size, size, -1)
     cells, classes = projections.cell_weights, projections.class_weights

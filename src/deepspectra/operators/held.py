@@ -2,65 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from deepspectra import capture
-from deepspectra.errors import CurvatureError, DeepSpectraError, MemoryBudgetError
-from deepspectra.losses import CrossEntropy
+from deepspectra.errors import MemoryBudgetError
+from deepspectra.operators.captures import Captures, Complement
 from deepspectra.operators.projections import Projections
 from deepspectra.operators.rows import GradientRows
 from deepspectra.problem import Problem
-from deepspectra.products import FAILURES
 from deepspectra.uses import Lookup, Matrix, Slice, Use
 
-SAMPLE_ROWS = 3  # examples on which the uses of parameters are understood
 BLOCK_BYTES = 2**28  # of gradients that are formed at a time
 EXAMPLES = 16  # whose inner products with as many others are computed together
 BLOCK_ROWS = 256  # of a Gram matrix, of which the lower half is computed block by block
 FORMED_OVERHEAD = 1.15  # of multiplying formed gradients, for forming them
 
 
-class Complement:
-    """Orthonormal coordinates of R^C without √p_i, one example each: C − 1 scalars carry all of A's rows of i.
-
-    Σ_k √w_{i,k} a_{i,k} = 0, so nothing is lost and products, inner products and spectra stay what they are. By
-    a Householder reflection that takes √p_i to the first axis.
-    """
-
-    def __init__(self, probabilities: Tensor) -> None:
-        self.root = probabilities.sqrt()
-        self.normal = self.root.clone()
-        self.normal[:, 0] += 1
-        self.scale = 1 / self.normal[:, 0]
-
-    def reduce(self, rows: Tensor) -> Tensor:
-        """(N, C, K) → (N, C − 1, K)."""
-        return self._reflect(rows)[:, 1:]
-
-    def expand(self, reduced: Tensor) -> Tensor:
-        """(N, C − 1, K) → (N, C, K)."""
-        return self._reflect(torch.cat([torch.zeros_like(reduced[:, :1]), reduced], 1))
-
-    def basis(self) -> Tensor:
-        """(N, C, C − 1)."""
-        size = self.root.shape[1]
-        eye = torch.eye(size, dtype=self.root.dtype, device=self.root.device)
-        return self._reflect(eye.expand(len(self.root), size, size))[:, :, 1:]
-
-    def _reflect(self, rows: Tensor) -> Tensor:
-        normal, scale = self.normal.to(rows), self.scale.to(rows)
-        along = torch.einsum("nc,nck->nk", normal, rows) * scale[:, None]
-        return rows - normal[:, :, None] * along[:, None]
-
-
-class HeldRows(GradientRows):
+class HeldRows(GradientRows, Captures):
     """The rows A of `GradientRows`, held as the features and errors of every use of a parameter.
 
     C − 1 scalars an example stand for its C rows. Memory: about C − 1 times the activations of a forward pass
@@ -74,15 +37,11 @@ class HeldRows(GradientRows):
     """
 
     def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
+        GradientRows.__init__(self, problem)
         self.complement = Complement(self.probabilities)
-        with _refusing():
-            self.plan = capture.plan(problem.sample(SAMPLE_ROWS, torch.float64), self.weigh)
-        self.held: list[list[Use]] = []
-        self.limit = problem.memory // 3
+        Captures.__init__(self, problem)
         ends = itertools.accumulate(self.products.sizes, initial=0)
         self.starts = dict(zip(problem.parameters, ends, strict=False))  # of each parameter in the vector
-        self.bytes_by_layer: dict[str, int] = {}  # of features and errors of all the data, estimated
 
     @property
     def num_reduced(self) -> int:
@@ -94,55 +53,11 @@ class HeldRows(GradientRows):
         """Bytes of the Gram matrix, its eigenvectors and one more like it."""
         return 3 * 8 * self.num_reduced**2
 
-    def hold(self) -> bool:
-        """Bring features and errors into memory; False if they do not fit."""
-        if not self.held:
-            captured = self.captured()
-            first = next(captured)
-            self._estimate(first)
-            if sum(self.bytes_by_layer.values()) <= self.limit:
-                self.held = [first, *captured]
-        return bool(self.held)
-
-    def release(self) -> None:
-        """Drop them; products go through the network again."""
-        self.held = []
-
-    def _estimate(self, uses: list[Use]) -> None:
-        scale = len(self.labels) / self.sizes[0]
-        self.bytes_by_layer = dict.fromkeys(self.problem.layers, 0)
-        for use in uses:
-            self.bytes_by_layer[layer_of(use.slice.name)] += int(scale * use.num_bytes)
-
-    def captured(self, names: frozenset[str] | None = None) -> Iterator[list[Use]]:
-        """Uses of the named parameters with features and errors, batch by batch. Cost: that of `hold`."""
-        for batch in self.problem.batches:
-            with _refusing():
-                uses = capture.capture(self.problem, batch, self.plan, self.weigh, names)
-            yield uses
-
-    def features(self) -> Iterator[list[Use]]:
-        """Uses of all parameters with features alone, batch by batch. Cost: a forward pass."""
-        names = frozenset(self.problem.parameters) - frozenset(self.plan.alone)
-        for batch in self.problem.batches:
-            with _refusing():
-                uses = capture.capture(self.problem, batch, self.plan, _no_scalars, names)
-            yield uses
-
-    def weigh(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cotangents (n, C, C − 1) of the scalars: Σ_k U_{k,a} √w_{i,k} (p_i − y_k) = −√w_i ∘ U_a."""
-        loss = self.problem.loss_function
-        assert isinstance(loss, CrossEntropy)
-        p = outputs.double().softmax(-1)
-        curvature = loss.curvature_weights(outputs, targets).double() / self.problem.total_weight
-        scaled = -(curvature[:, None] * p).sqrt()[:, :, None] * Complement(p).basis()
-        return scaled.to(outputs)
-
     def apply(self, block: Tensor) -> Tensor:
         """A V: (N, C, K). Cost: a third of a gradient a column."""
         if not self.held:
             return super().apply(block)
-        return self.complement.expand(torch.cat([self._push(uses, block) for uses in self.held]))
+        return self.complement.expand(torch.cat([self._push(batch.uses, block) for batch in self.held]))
 
     def _push(self, uses: list[Use], block: Tensor) -> Tensor:
         """(n, C − 1, K) for one batch."""
@@ -159,7 +74,8 @@ class HeldRows(GradientRows):
             return super().transpose(rows)
         total = self.products.zeros(rows.shape[-1])
         reduced = self.complement.reduce(rows)
-        for uses, part in zip(self.held, torch.split(reduced, self.sizes), strict=True):
+        for batch, part in zip(self.held, torch.split(reduced, self.sizes), strict=True):
+            uses = batch.uses
             num_examples = uses[0].num_examples
             mixed = part.reshape(num_examples, -1, part.shape[-1])
             patterns, which = torch.unique(mixed.any(1), dim=1, return_inverse=True)
@@ -203,63 +119,6 @@ class HeldRows(GradientRows):
                 f"memory is {self.problem.memory / 2**30:.1f} GiB. Take fewer examples, or raise memory."
             )
         return gram_of(uses for _, uses in self.by_layer())
-
-    def by_layer(self) -> Iterator[tuple[str, list[list[Use]]]]:
-        """Each layer's uses, one list a batch: held, or captured for as many layers at a time as fit memory.
-
-        Raises:
-            MemoryBudgetError: one layer's features and errors do not fit.
-        """
-        self.hold()
-        for layers in self._groups():
-            names = [name for name in self.problem.parameter_names if layer_of(name) in layers]
-            batches = self.held or list(self.captured(frozenset(names)))
-            for layer in layers:
-                mine = [[use for use in uses if layer_of(use.slice.name) == layer] for uses in batches]
-                if mine[0]:
-                    yield layer, mine
-
-    def _groups(self) -> list[list[str]]:
-        """Layers whose features and errors fit memory together, in order."""
-        if self.held:
-            return [list(self.problem.layers)]
-        groups: list[list[str]] = []
-        used = self.limit + 1
-        for layer, size in self.bytes_by_layer.items():
-            if size > self.limit:
-                raise MemoryBudgetError(
-                    f"features and errors of layer {layer!r} take about {size / 2**30:.2f} GiB and a third of "
-                    f"memory is {self.limit / 2**30:.2f} GiB. Raise memory, or take fewer examples."
-                )
-            if used + size > self.limit:
-                groups.append([])
-                used = 0
-            groups[-1].append(layer)
-            used += size
-        return groups
-
-
-@contextlib.contextmanager
-def _refusing() -> Iterator[None]:
-    """A network that fails when it is watched, or when its examples pass alone, cannot be taken apart this way."""
-    try:
-        yield
-    except DeepSpectraError:
-        raise
-    except FAILURES as failure:
-        reason = (str(failure).splitlines() or [type(failure).__name__])[0]
-        raise CurvatureError(
-            f"features and errors of this network cannot be told apart by example ({reason})."
-        ) from failure
-
-
-def _no_scalars(outputs: Tensor, _: Tensor) -> Tensor:
-    return outputs.new_empty(*outputs.shape, 0)
-
-
-def layer_of(name: str) -> str:
-    """The module that owns a parameter."""
-    return name.rpartition(".")[0]
 
 
 def gram_of(layers: Iterable[list[list[Use]]]) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from deepspectra.errors import CurvatureError, MemoryBudgetError
 from deepspectra.operators.base import Operator
-from deepspectra.operators.held import HeldRows, layer_of
+from deepspectra.operators.captures import layer_of
+from deepspectra.operators.held import HeldRows
 from deepspectra.operators.projections import Projections, positive
 from deepspectra.operators.rows import GradientRows
 from deepspectra.uses import Convolution, Lookup, Matrix, Use
@@ -126,7 +127,7 @@ def error_parts(rows: HeldRows, projections: Projections, names: tuple[str, ...]
     """
     pieces: dict[str, list[Tensor]] = {}
     for batch in rows.captured():
-        _collect(pieces, layer_errors(batch), rows, rows.num_reduced)
+        _collect(pieces, layer_errors(batch.uses), rows, rows.num_reduced)
     return RowParts("errors", _joined(pieces), error_averages(rows, projections, names), names)
 
 

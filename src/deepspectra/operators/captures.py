@@ -1,0 +1,224 @@
+"""Features and errors of every use of a parameter: batch by batch, or held for all the data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepspectra import capture
+from deepspectra.errors import CurvatureError, DeepSpectraError, LossError, MemoryBudgetError
+from deepspectra.losses import CrossEntropy, Loss
+from deepspectra.problem import Problem
+from deepspectra.products import FAILURES
+from deepspectra.uses import Use
+
+SAMPLE_ROWS = 3  # examples on which the uses of parameters are understood
+ROUNDING = 1e-10  # of the largest curvature of a row, below zero
+
+
+class Complement:
+    """Orthonormal coordinates of R^C without √p_i, one example each: C − 1 scalars carry all of A's rows of i.
+
+    Σ_k √w_{i,k} a_{i,k} = 0, so nothing is lost and products, inner products and spectra stay what they are. By
+    a Householder reflection that takes √p_i to the first axis.
+    """
+
+    def __init__(self, probabilities: Tensor) -> None:
+        self.root = probabilities.sqrt()
+        self.normal = self.root.clone()
+        self.normal[:, 0] += 1
+        self.scale = 1 / self.normal[:, 0]
+
+    def reduce(self, rows: Tensor) -> Tensor:
+        """(N, C, K) → (N, C − 1, K)."""
+        return self._reflect(rows)[:, 1:]
+
+    def expand(self, reduced: Tensor) -> Tensor:
+        """(N, C − 1, K) → (N, C, K)."""
+        return self._reflect(torch.cat([torch.zeros_like(reduced[:, :1]), reduced], 1))
+
+    def basis(self) -> Tensor:
+        """(N, C, C − 1)."""
+        size = self.root.shape[1]
+        eye = torch.eye(size, dtype=self.root.dtype, device=self.root.device)
+        return self._reflect(eye.expand(len(self.root), size, size))[:, :, 1:]
+
+    def _reflect(self, rows: Tensor) -> Tensor:
+        normal, scale = self.normal.to(rows), self.scale.to(rows)
+        along = torch.einsum("nc,nck->nk", normal, rows) * scale[:, None]
+        return rows - normal[:, :, None] * along[:, None]
+
+
+def curvature_root(loss: Loss, outputs: Tensor, targets: Tensor, total_weight: float) -> Tensor:
+    """F (n, C, m) float64 with F_i F_iᵀ = ∂²(Σ ω ℓ / Σ ω)/∂z_i²; m = C − 1 for cross-entropy, else C.
+
+    Raises:
+        LossError: the loss is not convex in the outputs.
+    """
+    if isinstance(loss, CrossEntropy):
+        p = outputs.double().softmax(-1)
+        curvature = loss.curvature_weights(outputs, targets).double() / total_weight
+        root: Tensor = -(curvature[:, None] * p).sqrt()[:, :, None] * Complement(p).basis()
+        return root
+    columns = []
+    for tangent in torch.eye(outputs[:1].numel(), dtype=outputs.dtype, device=outputs.device):
+        along = tangent.view(outputs[:1].shape).expand_as(outputs)
+        columns.append(loss.curvature(outputs, targets, along).flatten(1).double())
+    values, vectors = torch.linalg.eigh(torch.stack(columns, 2) / total_weight)
+    if bool((values < -ROUNDING * values.abs().max()).any()):
+        raise LossError(
+            f"the loss {loss.name!r} is not convex in the outputs, so the Gauss-Newton matrix is no sum of squares "
+            "of errors. Use a convex loss, such as 'cross_entropy' or 'mse'."
+        )
+    root = vectors * values.clamp_min(0).sqrt()[:, None]
+    return root
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One batch.
+
+    Attributes:
+        uses: of its parameters, with features and errors.
+        weights: (n,) what each row counts: ω_i, or with label smoothing the curvature of its loss.
+        targets: of its rows.
+    """
+
+    uses: list[Use]
+    weights: Tensor
+    targets: Tensor
+
+
+class Captures:
+    """Features and errors of every use of a parameter in a problem.
+
+    The scalars of a row are the columns of a root of its loss curvature, so the squares of their gradients sum
+    to G. C − 1 scalars a row for cross-entropy, C for other losses.
+
+    Raises:
+        LossError: the loss is not convex in the outputs.
+        CurvatureError: rows not spread evenly over examples, or operations that differ between batches.
+
+    Cost: a forward and C − 1 backward passes without weight gradients each time that the data are gone through.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        with refusing():
+            self.plan = capture.plan(problem.sample(SAMPLE_ROWS, torch.float64), self.weigh)
+        self.held: list[Captured] = []
+        self.limit = problem.memory // 3
+        self.bytes_by_layer: dict[str, int] = {}  # of features and errors of all the data, estimated
+
+    def hold(self) -> bool:
+        """Bring features and errors into memory; False if they do not fit."""
+        if not self.held:
+            captured = self.captured()
+            first = next(captured)
+            self._estimate(first)
+            if sum(self.bytes_by_layer.values()) <= self.limit:
+                self.held = [first, *captured]
+        return bool(self.held)
+
+    def release(self) -> None:
+        """Drop them; they are captured again when they are needed."""
+        self.held = []
+
+    def batches(self) -> Iterator[Captured]:
+        """Each batch: held, or captured one at a time."""
+        yield from self.held or self.captured()
+
+    def by_layer(self) -> Iterator[tuple[str, list[list[Use]]]]:
+        """Each layer's uses, one list a batch: held, or captured for as many layers at a time as fit memory.
+
+        Raises:
+            MemoryBudgetError: one layer's features and errors do not fit.
+        """
+        self.hold()
+        for layers in self._groups():
+            names = [name for name in self.problem.parameter_names if layer_of(name) in layers]
+            batches = [batch.uses for batch in self.held or self.captured(frozenset(names))]
+            for layer in layers:
+                mine = [[use for use in uses if layer_of(use.slice.name) == layer] for uses in batches]
+                if mine[0]:
+                    yield layer, mine
+
+    def _estimate(self, first: Captured) -> None:
+        scale = self.problem.num_examples / max(1, int((first.weights > 0).sum()))
+        self.bytes_by_layer = dict.fromkeys(self.problem.layers, 0)
+        for use in first.uses:
+            self.bytes_by_layer[layer_of(use.slice.name)] += int(scale * use.num_bytes)
+
+    def captured(self, names: frozenset[str] | None = None) -> Iterator[Captured]:
+        """Batches with uses of the named parameters, one at a time."""
+        loss = self.problem.loss_function
+        for batch in self.problem.batches:
+            seen: list[tuple[Tensor, Tensor]] = []
+
+            def weigh(outputs: Tensor, targets: Tensor, seen: list[tuple[Tensor, Tensor]] = seen) -> Tensor:
+                measure = loss.curvature_weights if isinstance(loss, CrossEntropy) else loss.weights
+                seen.append((measure(outputs, targets), targets))
+                return self.weigh(outputs, targets)
+
+            with refusing():
+                uses = capture.capture(self.problem, batch, self.plan, weigh, names)
+            yield Captured(uses, *seen[-1])
+
+    def features(self) -> Iterator[list[Use]]:
+        """Uses of all parameters with features alone, batch by batch. Cost: a forward pass."""
+        names = frozenset(self.problem.parameters) - frozenset(self.plan.alone)
+        for batch in self.problem.batches:
+            with refusing():
+                uses = capture.capture(self.problem, batch, self.plan, _no_scalars, names)
+            yield uses
+
+    def weigh(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cotangents (n, C, m) of the scalars."""
+        problem = self.problem
+        return curvature_root(problem.loss_function, outputs, targets, problem.total_weight).to(outputs)
+
+    def _groups(self) -> list[list[str]]:
+        """Layers whose features and errors fit memory together, in order."""
+        if self.held:
+            return [list(self.problem.layers)]
+        groups: list[list[str]] = []
+        used = self.limit + 1
+        for layer, size in self.bytes_by_layer.items():
+            if size > self.limit:
+                raise MemoryBudgetError(
+                    f"features and errors of layer {layer!r} take about {size / 2**30:.2f} GiB and a third of "
+                    f"memory is {self.limit / 2**30:.2f} GiB. Raise memory, or take fewer examples."
+                )
+            if used + size > self.limit:
+                groups.append([])
+                used = 0
+            groups[-1].append(layer)
+            used += size
+        return groups
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """A network that fails when it is watched, or when its examples pass alone, cannot be taken apart this way."""
+    try:
+        yield
+    except DeepSpectraError:
+        raise
+    except FAILURES as failure:
+        reason = (str(failure).splitlines() or [type(failure).__name__])[0]
+        raise CurvatureError(
+            f"features and errors of this network cannot be told apart by example ({reason})."
+        ) from failure
+
+
+def _no_scalars(outputs: Tensor, _: Tensor) -> Tensor:
+    return outputs.new_empty(*outputs.shape, 0)
+
+
+def layer_of(name: str) -> str:
+    """The module that owns a parameter."""
+    return name.rpartition(".")[0]

@@ -1,0 +1,399 @@
+"""Kronecker-factored approximations of the Gauss-Newton matrix, block-diagonal over layers."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from deepspectra.errors import CurvatureError, LossError, MemoryBudgetError, OptionError
+from deepspectra.losses import CrossEntropy
+from deepspectra.operators.base import Operator
+from deepspectra.operators.captures import Captured, Captures
+from deepspectra.operators.factors import Moments, Place, Squares, places
+from deepspectra.problem import Problem
+
+KINDS = ("kfac", "ekfac", "cfac")
+SHARINGS = ("expand", "reduce")
+LARGEST_SUM = 4096  # rows of a sum of several products whose eigenvalues are found densely
+
+
+class KroneckerSum(Operator):
+    """Σ_r S_r ⊗ A_r on matrices (o, d) in row-major order: X ↦ Σ_r S_r X A_r; several groups are several blocks.
+
+    Args:
+        left: S (terms, groups, o, o).
+        right: A (terms, groups, d, d), or (terms, groups, d) where all are diagonal.
+        dtype: of products.
+        name: what it is.
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, dtype: torch.dtype, name: str) -> None:
+        self.left, self.right = left.to(dtype), right.to(dtype)
+        self.groups_shape = (left.shape[1], left.shape[2], right.shape[2])
+        size = left.shape[1] * left.shape[2] * right.shape[2]
+        super().__init__(size, dtype=dtype, device=left.device, name=name)
+
+    def _apply(self, block: Tensor) -> Tensor:
+        matrices = block.T.reshape(-1, *self.groups_shape)
+        total = torch.zeros_like(matrices)
+        for left, right in zip(self.left, self.right, strict=True):
+            half = left @ matrices
+            total += half * right[:, None] if right.ndim == 2 else half @ right
+        return total.flatten(1).T
+
+    @property
+    def trace(self) -> float:
+        """Σ_r tr S_r tr A_r."""
+        right = self.right if self.right.ndim == 3 else self.right.diagonal(dim1=2, dim2=3)
+        left = self.left.diagonal(dim1=2, dim2=3)
+        return float((left.double().sum(2) * right.double().sum(2)).sum())
+
+    @property
+    def norm(self) -> float:
+        """‖·‖_F, from Σ_rs ⟨S_r, S_s⟩ ⟨A_r, A_s⟩."""
+        left, right = self.left.double().flatten(2), self.right.double().flatten(2)
+        products = torch.einsum("rgi,sgi->rsg", left, left) * torch.einsum("rgi,sgi->rsg", right, right)
+        return float(products.sum().clamp_min(0).sqrt())
+
+    @functools.cached_property
+    def decomposed(self) -> Rotated:
+        """The same with eigenvectors, of a single product.
+
+        Raises:
+            CurvatureError: a sum of several, which has no closed form.
+        """
+        if len(self.left) != 1:
+            raise CurvatureError(
+                f"{self.name} is a sum of {len(self.left)} Kronecker products and has no eigenvectors or inverse in "
+                "closed form. Use 'kfac' or 'ekfac', or solve by conjugate gradients with its products."
+            )
+        left, U = torch.linalg.eigh(self.left[0].double())
+        if self.right.ndim == 3:
+            right, V = self.right[0].double(), None
+        else:
+            right, V = torch.linalg.eigh(self.right[0].double())
+        values = left.clamp_min(0)[:, :, None] * right.clamp_min(0)[:, None]
+        return Rotated(U, V, values, self.dtype, self.name)
+
+    def eigenvalues(self) -> Tensor:
+        """All, descending, float64.
+
+        Raises:
+            MemoryBudgetError: a sum of several products with more than 4,096 rows.
+        """
+        if len(self.left) == 1:
+            return self.decomposed.eigenvalues()
+        if self.shape[0] > LARGEST_SUM:
+            raise MemoryBudgetError(
+                f"{self.name} has {self.shape[0]:,} rows, and the eigenvalues of a sum of Kronecker products are "
+                f"found densely up to {LARGEST_SUM:,}. Use eigenpairs and density with its products."
+            )
+        values: Tensor = torch.linalg.eigvalsh(self.dense().double()).flip(0)
+        return values
+
+    def inverse(self, damping: float) -> Rotated:
+        """(· + δ I)⁻¹; of a single product."""
+        return self.decomposed.inverse(damping)
+
+
+class Rotated(Operator):
+    """(U ⊗ V) diag(D) (U ⊗ V)ᵀ on matrices (o, d) in row-major order: X ↦ U (D ∘ UᵀXV) Vᵀ.
+
+    Args:
+        left: U (groups, o, o).
+        right: V (groups, d, d), or None for the identity.
+        diagonal: D (groups, o, d).
+        dtype: of products.
+        name: what it is.
+    """
+
+    def __init__(
+        self, left: Tensor, right: Tensor | None, diagonal: Tensor, dtype: torch.dtype, name: str
+    ) -> None:
+        self.left = left.to(dtype)
+        self.right = None if right is None else right.to(dtype)
+        self.diagonal = diagonal
+        super().__init__(diagonal.numel(), dtype=dtype, device=left.device, name=name)
+
+    def _apply(self, block: Tensor) -> Tensor:
+        matrices = self.left.mT @ block.T.reshape(-1, *self.diagonal.shape)
+        if self.right is not None:
+            matrices = matrices @ self.right
+        matrices = self.left @ (matrices * self.diagonal.to(matrices))
+        if self.right is not None:
+            matrices = matrices @ self.right.mT
+        return matrices.flatten(1).T
+
+    @property
+    def trace(self) -> float:
+        """Σ D."""
+        return float(self.diagonal.sum())
+
+    @property
+    def norm(self) -> float:
+        """‖·‖_F = ‖D‖_F."""
+        return float(self.diagonal.norm())
+
+    @property
+    def decomposed(self) -> Rotated:
+        """Itself."""
+        return self
+
+    def eigenvalues(self) -> Tensor:
+        """All, descending, float64."""
+        return self.diagonal.flatten().sort(descending=True).values
+
+    def top(self, num: int) -> tuple[Tensor, Tensor]:
+        """The largest eigenvalues (num,) and their vectors u_i ⊗ v_j (n, num)."""
+        values, chosen = self.diagonal.flatten().topk(num)
+        basis = torch.zeros(self.shape[0], num, dtype=self.dtype, device=self.device)
+        basis[chosen, range(num)] = 1
+        matrices = self.left @ basis.T.reshape(-1, *self.diagonal.shape)
+        if self.right is not None:
+            matrices = matrices @ self.right.mT
+        return values, matrices.flatten(1).T
+
+    def inverse(self, damping: float) -> Rotated:
+        """(· + δ I)⁻¹."""
+        inverted = 1 / (self.diagonal + check_damping(damping))
+        return Rotated(self.left, self.right, inverted, self.dtype, f"({self.name} + {damping:g} I)⁻¹")
+
+
+Block = KroneckerSum | Rotated
+
+
+class Kronecker(Operator):
+    """A block-diagonal operator on the parameters of a problem, with Kronecker-factored blocks.
+
+    A block is a weight with its bias (the last column of inputs), or a vector such as a scale of normalised
+    features. Parameters without effect on the outputs are in no block.
+
+    Attributes:
+        kind: "kfac", "ekfac" or "cfac".
+        sharing: "expand" or "reduce".
+        blocks: name of a layer or parameter → its block, in the block's own order.
+        places: name → which parameters the block is of.
+        index: name → (n,) where the block's numbers lie in the vector of all parameters.
+    """
+
+    def __init__(
+        self,
+        blocks: Mapping[str, Block],
+        index: Mapping[str, Tensor],
+        places: Mapping[str, Place],
+        *,
+        size: int,
+        kind: str,
+        sharing: str,
+        beyond: float = 0.0,
+        name: str | None = None,
+    ) -> None:
+        first = next(iter(blocks.values()))
+        super().__init__(size, dtype=first.dtype, device=first.device, name=name or kind.upper())
+        self.blocks = MappingProxyType(dict(blocks))
+        self.index = MappingProxyType(dict(index))
+        self.places = MappingProxyType(dict(places))
+        self.kind = kind
+        self.sharing = sharing
+        self.beyond = beyond  # what multiplies parameters of no block
+
+    def _apply(self, block: Tensor) -> Tensor:
+        total = block * self.beyond
+        for name, operator in self.blocks.items():
+            index = self.index[name]
+            total[index] = operator @ block[index]
+        return total
+
+    @property
+    def trace(self) -> float:
+        """Exact."""
+        return sum(block.trace for block in self.blocks.values()) + self.beyond * self._num_beyond
+
+    @property
+    def norm(self) -> float:
+        """‖·‖_F, exact."""
+        squares = sum(block.norm**2 for block in self.blocks.values()) + self.beyond**2 * self._num_beyond
+        return float(squares**0.5)
+
+    def eigenvalues(self) -> Tensor:
+        """All P, descending, float64.
+
+        Raises:
+            MemoryBudgetError: "cfac" with a block of more than 4,096 rows.
+
+        Cost: eigenvalues of each factor, kept.
+        """
+        found = [block.eigenvalues() for block in self.blocks.values()]
+        rest = torch.full((self._num_beyond,), self.beyond, dtype=torch.float64, device=self.device)
+        return torch.cat([*found, rest]).sort(descending=True).values
+
+    def inverse(self, damping: float) -> Kronecker:
+        """(K + δ I)⁻¹ exactly, with the eigenvectors of the factors.
+
+        Args:
+            damping: δ > 0.
+
+        Raises:
+            OptionError: damping is not positive.
+            CurvatureError: "cfac" with more than one class: a sum of products has no inverse in closed form.
+        """
+        return Kronecker(
+            {name: block.inverse(damping) for name, block in self.blocks.items()},
+            self.index,
+            self.places,
+            size=self.shape[0],
+            kind=self.kind,
+            sharing=self.sharing,
+            beyond=1 / (self.beyond + check_damping(damping)),
+            name=f"({self.name} + {damping:g} I)⁻¹",
+        )
+
+    @property
+    def _num_beyond(self) -> int:
+        return self.shape[0] - sum(block.shape[0] for block in self.blocks.values())
+
+
+def kronecker(problem: Problem, kind: str = "kfac", *, sharing: str = "expand") -> Kronecker:
+    """A Kronecker-factored approximation of the Gauss-Newton matrix G, an operator block-diagonal over layers.
+
+    With features h and errors e of G's exact root (all classes, nothing sampled), weights ω_i of examples, and
+    W = Σ ω: S = Σ e eᵀ over examples and their scalars, A = Σ ω_i h hᵀ / W, so that S ⊗ A has the scale of G.
+
+    - "kfac": S ⊗ A. Exact where features and errors are uncorrelated.
+    - "ekfac": the eigenvectors of S ⊗ A with the diagonal Σ (uᵀ g v)², G's own: the nearest of all such matrices.
+    - "cfac": Σ_c S_c ⊗ A_c with S_c and A_c of the examples of class c, Σ_c S_c = S. Exact where features and
+      errors are uncorrelated within each class.
+
+    Weights and biases of a layer make one block. A vector of parameters that no matrix goes with (scales of
+    normalised features, biases alone) has its exact block up to 4,096 numbers, and of longer ones the diagonal.
+    A table of embeddings has a diagonal A, of frequencies. Parameters used several times count as shared.
+
+    Args:
+        problem: with a loss that is convex in the outputs.
+        kind: "kfac", "ekfac" or "cfac".
+        sharing: of weights over T positions (pixels, tokens, repeated uses). "expand": positions count as
+            examples, A = Σ h_t h_tᵀ / T and S = Σ e_t e_tᵀ. "reduce": one position with the mean of features
+            and the sum of errors. Where rows are tokens and positions match them, a position counts as its row.
+
+    Raises:
+        OptionError: another kind or sharing.
+        LossError: the loss is not convex; or for "cfac", not the cross-entropy of one class label an example.
+        CurvatureError: features and errors cannot be told apart by example, or a parameter is used in two ways,
+            such as an embedding tied to the output layer.
+        MemoryBudgetError: the factors do not fit memory.
+
+    Cost: a forward and C − 1 backward passes without weight gradients (C for other losses), and second moments:
+        about 4–6 gradients with ten classes; "ekfac" twice that. Memory: one batch of features and errors, and
+        the factors.
+
+    Source: Martens and Grosse 2015, arXiv 1503.05671 (KFAC); Grosse and Martens 2016, arXiv 1602.01407
+    (convolutions); Eschenhagen et al. 2023, arXiv 2311.00636 (expand, reduce); George et al. 2018, arXiv
+    1806.03884 (EKFAC); Papyan 2020, JMLR 21:252, definition 7.2 (CFAC). Departures: (1) the scalars of every
+    token are backpropagated by themselves; (2) weights of classes and ignored rows count in A as in the loss.
+    """
+    return made_from(Captures(problem), kind, sharing)
+
+
+def made_from(captures: Captures, kind: str, sharing: str = "expand") -> Kronecker:
+    """`kronecker` from features and errors that may be held already."""
+    problem = captures.problem
+    if kind not in KINDS:
+        raise OptionError(f"kind={kind!r}; it is one of {', '.join(map(repr, KINDS))}.")
+    if sharing not in SHARINGS:
+        raise OptionError(f"sharing={sharing!r}; it is 'expand' or 'reduce'.")
+    if kind == "cfac" and not isinstance(problem.loss_function, CrossEntropy):
+        raise LossError(
+            f"cfac needs the cross-entropy of class labels; the loss is {problem.loss_function.name}."
+        )
+    if kind == "ekfac":
+        captures.hold()
+    dtype = torch.promote_types(problem.dtype, torch.float32)
+    moments = _moments(
+        captures, problem.num_classes if kind == "cfac" else 1, sharing, by_class=kind == "cfac"
+    )
+    blocks: dict[str, Block] = {}
+    for name, moment in moments.items():
+        blocks[name] = KroneckerSum(*moment.factors(), dtype, f"{kind.upper()} of {name}")
+    found = {name: moment.place for name, moment in moments.items()}
+    if kind == "ekfac":
+        blocks |= _corrected(captures, found, blocks)
+    ends = itertools.accumulate((value.numel() for value in problem.parameters.values()), initial=0)
+    starts = dict(zip(problem.parameters, ends, strict=False))
+    index = {name: place.index(starts).to(problem.device) for name, place in found.items()}
+    operator = Kronecker(blocks, index, found, size=problem.num_parameters, kind=kind, sharing=sharing)
+    operator.memory = problem.memory // 4
+    return operator
+
+
+def _moments(captures: Captures, num_sets: int, sharing: str, *, by_class: bool) -> dict[str, Moments]:
+    problem = captures.problem
+    found: dict[str, Moments] = {}
+    for batch in captures.batches():
+        if not bool((batch.weights > 0).any()):
+            continue
+        if not found:
+            sizes = {name: value.numel() for name, value in problem.parameters.items()}
+            every = places(batch.uses, sizes)
+            _refuse_beyond_memory(problem, every, num_sets)
+            found = {place.name: Moments(place, num_sets, sharing, problem.device) for place in every}
+        weights = _by_example(batch)
+        sets = _classes(problem, batch) if by_class else torch.zeros(len(weights), dtype=torch.long)
+        for moment in found.values():
+            moment.add(moment.place.mine(batch.uses), weights, sets.to(problem.device))
+    if not found:
+        raise CurvatureError("no parameter of this problem has any effect on the outputs.")
+    return found
+
+
+def _corrected(captures: Captures, found: dict[str, Place], blocks: dict[str, Block]) -> dict[str, Block]:
+    """The blocks of matrices, with G's own diagonal for their eigenvectors."""
+    bases = {name: blocks[name].decomposed for name, place in found.items() if place.is_matrix}
+    squares = {name: Squares(found[name], basis.left, basis.right) for name, basis in bases.items()}
+    for batch in captures.batches():
+        weights = _by_example(batch)
+        for total in squares.values():
+            total.add(total.place.mine(batch.uses), weights)
+    return {
+        name: Rotated(basis.left, basis.right, squares[name].total, basis.dtype, basis.name)
+        for name, basis in bases.items()
+    }
+
+
+def _by_example(batch: Captured) -> Tensor:
+    """What rows count, (B, R)."""
+    num_examples = batch.uses[0].num_examples
+    return batch.weights.view(num_examples, -1).double()
+
+
+def _classes(problem: Problem, batch: Captured) -> Tensor:
+    """(B,) the class of each example."""
+    loss = problem.loss_function
+    assert isinstance(loss, CrossEntropy)
+    labels = loss.labels(batch.targets)
+    if len(labels) != batch.uses[0].num_examples:
+        raise LossError("cfac needs one class label an example, and these examples have several rows each.")
+    return labels
+
+
+def _refuse_beyond_memory(problem: Problem, every: list[Place], num_sets: int) -> None:
+    numbers = 0
+    for place in every:
+        groups, outputs, inputs = place.shape
+        numbers += num_sets * groups * (outputs**2 + (inputs**2 if place.is_matrix else 0))
+    if 16 * numbers > problem.memory:
+        raise MemoryBudgetError(
+            f"the Kronecker factors take {16 * numbers / 2**30:.1f} GiB; memory is {problem.memory / 2**30:.1f} GiB. "
+            "Restrict the problem to fewer layers, or raise memory."
+        )
+
+
+def check_damping(damping: float) -> float:
+    """A positive number."""
+    if not damping > 0:
+        raise OptionError(f"damping={damping!r} must be positive.")
+    return float(damping)

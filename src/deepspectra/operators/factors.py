@@ -7,6 +7,7 @@ h_t that end with 1.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import CurvatureError, FallbackWarning
+from deepspectra.operators.base import Operator
 from deepspectra.operators.captures import layer_of
 from deepspectra.uses import Convolution, Lookup, Matrix, Slice, Use
 
@@ -230,7 +232,7 @@ def chunks(uses: list[Use], chosen: Tensor, numbers: int = 0) -> Iterator[Tensor
     return iter(torch.split(chosen, size))
 
 
-def _with_ones(place: Place, features: Tensor, scale: Tensor | None = None) -> Tensor:
+def with_ones(place: Place, features: Tensor, scale: Tensor | None = None) -> Tensor:
     """(b, T, groups, inputs): features ending with 1 where there is a bias, times a scale (b, T)."""
     groups, _, inputs = place.shape
     wide = features.new_empty(*features.shape[:2], groups, inputs)
@@ -240,7 +242,7 @@ def _with_ones(place: Place, features: Tensor, scale: Tensor | None = None) -> T
     return wide if scale is None else wide.mul_(scale[:, :, None, None].to(wide))
 
 
-def _by_group(errors: Tensor, groups: int) -> Tensor:
+def by_group(errors: Tensor, groups: int) -> Tensor:
     """(b, J, o, T) → (b, J, groups, o / groups, T)."""
     return errors.view(*errors.shape[:2], groups, -1, errors.shape[3])
 
@@ -311,7 +313,7 @@ class Moments:
         if self.is_diagonal:
             self.inputs[which, 0].index_add_(0, found.features.flatten(), found.counts.flatten())
         else:
-            rows = _with_ones(self.place, found.features, found.counts.sqrt())
+            rows = with_ones(self.place, found.features, found.counts.sqrt())
             self.inputs[which] += second_moment(rows.flatten(0, 1))
 
     def _add_errors(self, errors: Tensor, which: int) -> None:
@@ -320,7 +322,7 @@ class Moments:
             flat = errors.flatten(0, 1)
             total = torch.addbmm(flat.new_zeros(outputs, outputs), flat, flat.mT)[None]
         else:
-            total = second_moment(_by_group(errors, groups).permute(0, 1, 4, 2, 3).flatten(0, 2))
+            total = second_moment(by_group(errors, groups).permute(0, 1, 4, 2, 3).flatten(0, 2))
         self.outputs[which] += total
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -356,11 +358,11 @@ class Squares:
         single = len(uses) == 1 and uses[0].errors.shape[2 if isinstance(uses[0], Lookup) else 3] == 1
         for chosen in chunks(uses, every, 0 if single else groups * outputs * inputs * scalars):
             found = positions(uses, weights, chosen)
-            errors = _by_group(found.errors, groups)
+            errors = by_group(found.errors, groups)
             if self.right is None:
                 self._add_rows(found.features, self.left.mT @ found.errors)
                 continue
-            features = _with_ones(self.place, found.dense_features(inputs)).transpose(1, 2)
+            features = with_ones(self.place, found.dense_features(inputs)).transpose(1, 2)
             if single:
                 self._add_single(features[:, :, 0], errors[..., 0])
             else:
@@ -396,3 +398,67 @@ class Squares:
         same = (index[:, :, None] == index[:, None]).to(rotated)  # (b, T, T)
         gathered = (rotated @ same[:, None]).square().sum(1) / same.sum(1)[:, None]  # (b, o, T)
         self.total[0].index_add_(1, index.flatten(), gathered.transpose(0, 1).flatten(1).double())
+
+
+# -- G's own block --------------------------------------------------------------------------------------------
+
+
+class ExactBlock(Operator):
+    """G's block of one place, in the place's own order, by features and errors.
+
+    Args:
+        place: which parameters.
+        batches: uses of the place, and of its bias, one list a batch.
+        dtype: of products.
+
+    Cost: of a product, two products of the features with a matrix of the weight's shape.
+    """
+
+    def __init__(self, place: Place, batches: list[list[Use]], dtype: torch.dtype) -> None:
+        groups, outputs, inputs = place.shape
+        device = batches[0][0].errors.device
+        super().__init__(groups * outputs * inputs, dtype=dtype, device=device, name=f"G of {place.name}")
+        self.place = place
+        self.batches = [
+            [use for use in batch if use.slice in (place.weight, place.bias)] for batch in batches
+        ]
+        self.num_rows = sum(math.prod(batch[0].errors.shape[:2]) for batch in self.batches)
+
+    def _apply(self, block: Tensor) -> Tensor:
+        weight, bias = self.place.split(block.T.reshape(-1, *self.place.shape))
+        total_weight = torch.zeros_like(weight)
+        total_bias = None if bias is None else torch.zeros_like(bias)
+        for batch in self.batches:
+            scalars = torch.zeros(())
+            for use in batch:
+                tangents = weight if use.slice == self.place.weight else bias
+                assert tangents is not None
+                scalars = scalars + use.push(tangents)
+            for use in batch:
+                total = total_weight if use.slice == self.place.weight else total_bias
+                assert total is not None
+                total += use.pull(scalars, slice(None)).view_as(total)
+        pairs = zip(total_weight, total_weight if total_bias is None else total_bias, strict=True)
+        joined = [self.place.join(one, None if total_bias is None else other) for one, other in pairs]
+        return torch.stack(joined).flatten(1).T
+
+    @property
+    def trace(self) -> float:
+        """Σ ‖g‖²."""
+        return sum(float(rows.double().square().sum()) for rows in self.gradients())
+
+    def gradients(self) -> Iterator[Tensor]:
+        """The rows (m, n) of a root of the block, a chunk at a time."""
+        groups, outputs, inputs = self.place.shape
+        for found in self.positions(groups * outputs * inputs * self.batches[0][0].errors.shape[1]):
+            features = with_ones(self.place, found.dense_features(inputs)).transpose(1, 2)[:, None]
+            yield (by_group(found.errors, groups) @ features).flatten(2).flatten(0, 1)
+
+    def positions(self, numbers: int = 0) -> Iterator[Positions]:
+        """Features and errors of some examples at a time, for which so many more numbers each fit a chunk."""
+        for batch in self.batches:
+            uses = self.place.mine(batch)
+            every = torch.arange(uses[0].num_examples, device=self.device)
+            weights = torch.ones(len(every), 1, dtype=torch.float64, device=self.device)
+            for chosen in chunks(uses, every, numbers):
+                yield positions(uses, weights, chosen)

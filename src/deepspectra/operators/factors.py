@@ -7,6 +7,7 @@ h_t that end with 1.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import CurvatureError, FallbackWarning
+from deepspectra.operators.base import Operator
 from deepspectra.operators.captures import layer_of
 from deepspectra.uses import Convolution, Lookup, Matrix, Slice, Use
 
 LARGEST_VECTOR = 4096  # numbers of a vector whose exact block is held; of longer ones its diagonal
 CHUNK_BYTES = 2**26  # of patches, errors or gradients that are treated at a time
 PANEL = 128  # columns of a symmetric product of which only the lower half is computed
+COMPARED = 16  # examples by whose errors a bias is recognised
 LONG = 32  # positions from which errors are multiplied example by example
 
 
@@ -139,14 +142,15 @@ def _is_bias(mine: list[Use], key: Slice, others: list[Use], other: Slice) -> bo
     """Whether a vector's gradients are sums of the errors of a matrix of the same layer."""
     if layer_of(key.name) != layer_of(other.name) or len(other.shape) != 1 or len(mine) != len(others):
         return False
-    matrix = [use.errors for use in mine if isinstance(use, Matrix)]
+    few = slice(None, None, max(1, mine[0].num_examples // COMPARED))
+    matrix = [use.errors[few] for use in mine if isinstance(use, Matrix)]
     if not matrix or matrix[0].shape[2] != other.numel:
         return False
     summed = sum(errors.sum(3) for errors in matrix)
     scale = max(float(errors.abs().sum(3).max()) for errors in matrix)
-    missed = summed - sum(use.errors for use in others)
+    missed = summed - sum(use.errors[few] for use in others)
     assert isinstance(missed, Tensor)
-    return float(missed.abs().max()) <= torch.finfo(missed.dtype).eps ** 0.5 * scale
+    return bool(missed.abs().max() <= torch.finfo(missed.dtype).eps ** 0.5 * scale)
 
 
 def _name(weight: Slice, bias: Slice | None, sizes: dict[str, int]) -> str:
@@ -228,31 +232,33 @@ def chunks(uses: list[Use], chosen: Tensor, numbers: int = 0) -> Iterator[Tensor
     return iter(torch.split(chosen, size))
 
 
-def _with_ones(place: Place, features: Tensor, scale: Tensor | None = None) -> Tensor:
+def with_ones(place: Place, features: Tensor, scale: Tensor | None = None) -> Tensor:
     """(b, T, groups, inputs): features ending with 1 where there is a bias, times a scale (b, T)."""
     groups, _, inputs = place.shape
-    wide = features.new_ones(*features.shape[:2], groups, inputs)
+    wide = features.new_empty(*features.shape[:2], groups, inputs)
+    if place.bias is not None:
+        wide[..., -1] = 1
     wide[..., : inputs - (place.bias is not None)] = features.reshape(*features.shape[:2], groups, -1)
     return wide if scale is None else wide.mul_(scale[:, :, None, None].to(wide))
 
 
-def _by_group(errors: Tensor, groups: int) -> Tensor:
+def by_group(errors: Tensor, groups: int) -> Tensor:
     """(b, J, o, T) → (b, J, groups, o / groups, T)."""
     return errors.view(*errors.shape[:2], groups, -1, errors.shape[3])
 
 
 def second_moment(rows: Tensor) -> Tensor:
-    """Σ r rᵀ of rows (n, groups, k): (groups, k, k) float64, of one group its lower half mirrored."""
+    """Σ r rᵀ of rows (n, groups, k): (groups, k, k), of which the lower half counts."""
     if rows.shape[1] > 1:
         turned = rows.transpose(0, 1)
-        return (turned.mT @ turned).double()
+        return turned.mT @ turned
     flat = rows[:, 0]
     size = flat.shape[1]
     lower = flat.new_zeros(size, size)
     for start in range(0, size, PANEL):
         stop = min(start + PANEL, size)
         torch.mm(flat[:, start:stop].T, flat[:, :stop], out=lower[start:stop, :stop])
-    return (lower.tril() + lower.tril(-1).T).double()[None]
+    return lower[None]
 
 
 # -- sums over the data ---------------------------------------------------------------------------------------
@@ -282,10 +288,10 @@ class Moments:
                     stacklevel=2,
                 )
         square = (inputs,) if self.is_diagonal else (inputs, inputs)
-        options = {"dtype": torch.float64, "device": device}
-        self.inputs = torch.zeros(num_sets, groups, *square, **options)  # type: ignore[arg-type]
-        self.outputs = torch.zeros(num_sets, groups, outputs, outputs, **options)  # type: ignore[arg-type]
-        self.mass = torch.zeros(num_sets, **options)  # type: ignore[arg-type]
+        empty = torch.zeros(num_sets, dtype=torch.float64, device=device)
+        self.inputs = empty.new_zeros(num_sets, groups, *square)
+        self.outputs = empty.new_zeros(num_sets, groups, outputs, outputs)
+        self.mass = empty
 
     def add(self, uses: list[Use], weights: Tensor, sets: Tensor) -> None:
         """A batch: uses of the place, weights (B, R) of rows and the set of each example (B,)."""
@@ -307,23 +313,28 @@ class Moments:
         if self.is_diagonal:
             self.inputs[which, 0].index_add_(0, found.features.flatten(), found.counts.flatten())
         else:
-            rows = _with_ones(self.place, found.features, found.counts.sqrt())
+            rows = with_ones(self.place, found.features, found.counts.sqrt())
             self.inputs[which] += second_moment(rows.flatten(0, 1))
 
     def _add_errors(self, errors: Tensor, which: int) -> None:
         groups, outputs, _ = self.place.shape
         if groups == 1 and errors.shape[3] >= LONG:
             flat = errors.flatten(0, 1)
-            total = torch.addbmm(flat.new_zeros(outputs, outputs), flat, flat.mT).double()[None]
+            total = torch.addbmm(flat.new_zeros(outputs, outputs), flat, flat.mT)[None]
         else:
-            total = second_moment(_by_group(errors, groups).permute(0, 1, 4, 2, 3).flatten(0, 2))
+            total = second_moment(by_group(errors, groups).permute(0, 1, 4, 2, 3).flatten(0, 2))
         self.outputs[which] += total
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """S (sets, groups, o, o) and A (sets, groups, d, d) or (sets, groups, d), of sets that count."""
         counted = self.mass > 0
-        shape = (-1, *[1] * (self.inputs.ndim - 1))
-        return self.outputs[counted], self.inputs[counted] / self.mass[counted].view(shape)
+        inputs = self.inputs if self.is_diagonal else _mirrored(self.inputs)
+        shape = (-1, *[1] * (inputs.ndim - 1))
+        return _mirrored(self.outputs)[counted], inputs[counted] / self.mass[counted].view(shape)
+
+
+def _mirrored(lower: Tensor) -> Tensor:
+    return lower.tril() + lower.tril(-1).mT
 
 
 class Squares:
@@ -344,26 +355,110 @@ class Squares:
         every = torch.arange(uses[0].num_examples, device=uses[0].errors.device)
         groups, outputs, inputs = self.place.shape
         scalars = uses[0].errors.shape[1]
-        single = len(uses) == 1 and uses[0].errors.shape[-1 if isinstance(uses[0], Matrix) else 2] == 1
+        single = len(uses) == 1 and uses[0].errors.shape[2 if isinstance(uses[0], Lookup) else 3] == 1
         for chosen in chunks(uses, every, 0 if single else groups * outputs * inputs * scalars):
             found = positions(uses, weights, chosen)
-            rotated = self.left.mT @ _by_group(found.errors, groups)  # (b, J, groups, o, T)
+            errors = by_group(found.errors, groups)
             if self.right is None:
-                self._add_rows(found.features, rotated[:, :, 0])
+                self._add_rows(found.features, self.left.mT @ found.errors)
                 continue
-            features = _with_ones(self.place, found.dense_features(inputs))
-            features = features.transpose(1, 2) @ self.right  # (b, groups, T, d)
-            if rotated.shape[-1] == 1:
-                squares = rotated[..., 0].square().sum(1).transpose(0, 1)  # (groups, b, o)
-                total = squares.mT @ features[:, :, 0].square().transpose(0, 1)
+            features = with_ones(self.place, found.dense_features(inputs)).transpose(1, 2)
+            if single:
+                self._add_single(features[:, :, 0], errors[..., 0])
             else:
-                turned = rotated.transpose(1, 2)  # (b, groups, J, o, T)
-                gradients = turned.flatten(2, 3) @ features  # (b, groups, J·o, d)
-                total = gradients.square_().sum(0).view(groups, scalars, outputs, -1).sum(1)
-            self.total += total.double()
+                self._add_gradients(features, errors.transpose(1, 2))
+
+    def _add_single(self, features: Tensor, errors: Tensor) -> None:
+        """Of features (b, groups, d) and errors (b, J, groups, o) at one position: (Σ_j (uᵀe)²) (hᵀv)²."""
+        assert self.right is not None
+        num, scalars = errors.shape[:2]
+        rotated = errors.flatten(0, 1).transpose(0, 1) @ self.left  # (groups, b·J, o)
+        squares = rotated.square_().view(len(rotated), num, scalars, -1).sum(2)
+        self.total += (squares.mT @ (features.transpose(0, 1) @ self.right).square_()).double()
+
+    def _add_gradients(self, features: Tensor, errors: Tensor) -> None:
+        """Of features (b, groups, T, d) and errors (b, groups, J, o, T), what is less to rotate of the two ways."""
+        assert self.right is not None
+        groups, outputs, inputs = self.place.shape
+        scalars, num_positions = errors.shape[2], errors.shape[4]
+        of_factors = num_positions * (inputs**2 + scalars * outputs**2)
+        first = of_factors < scalars * outputs * inputs * (outputs + inputs)
+        left = self.left[:, None]  # (groups, 1, o, o)
+        if first:
+            features, errors = features @ self.right, left.mT @ errors
+        gradients = errors.flatten(2, 3) @ features  # (b, groups, J·o, d)
+        if not first:
+            gradients = gradients @ self.right
+            gradients = left.mT @ gradients.view(*gradients.shape[:2], scalars, outputs, inputs)
+        squares = gradients.square_().sum(0).view(groups, scalars, outputs, inputs)
+        self.total += squares.sum(1).double()
 
     def _add_rows(self, index: Tensor, rotated: Tensor) -> None:
         """For rows of a table: positions of an example that take the same row add up first."""
         same = (index[:, :, None] == index[:, None]).to(rotated)  # (b, T, T)
         gathered = (rotated @ same[:, None]).square().sum(1) / same.sum(1)[:, None]  # (b, o, T)
         self.total[0].index_add_(1, index.flatten(), gathered.transpose(0, 1).flatten(1).double())
+
+
+# -- G's own block --------------------------------------------------------------------------------------------
+
+
+class ExactBlock(Operator):
+    """G's block of one place, in the place's own order, by features and errors.
+
+    Args:
+        place: which parameters.
+        batches: uses of the place, and of its bias, one list a batch.
+        dtype: of products.
+
+    Cost: of a product, two products of the features with a matrix of the weight's shape.
+    """
+
+    def __init__(self, place: Place, batches: list[list[Use]], dtype: torch.dtype) -> None:
+        groups, outputs, inputs = place.shape
+        device = batches[0][0].errors.device
+        super().__init__(groups * outputs * inputs, dtype=dtype, device=device, name=f"G of {place.name}")
+        self.place = place
+        self.batches = [
+            [use for use in batch if use.slice in (place.weight, place.bias)] for batch in batches
+        ]
+        self.num_rows = sum(math.prod(batch[0].errors.shape[:2]) for batch in self.batches)
+
+    def _apply(self, block: Tensor) -> Tensor:
+        weight, bias = self.place.split(block.T.reshape(-1, *self.place.shape))
+        total_weight = torch.zeros_like(weight)
+        total_bias = None if bias is None else torch.zeros_like(bias)
+        for batch in self.batches:
+            scalars = torch.zeros(())
+            for use in batch:
+                tangents = weight if use.slice == self.place.weight else bias
+                assert tangents is not None
+                scalars = scalars + use.push(tangents)
+            for use in batch:
+                total = total_weight if use.slice == self.place.weight else total_bias
+                assert total is not None
+                total += use.pull(scalars, slice(None)).view_as(total)
+        pairs = zip(total_weight, total_weight if total_bias is None else total_bias, strict=True)
+        joined = [self.place.join(one, None if total_bias is None else other) for one, other in pairs]
+        return torch.stack(joined).flatten(1).T
+
+    @property
+    def trace(self) -> float:
+        """Σ ‖g‖²."""
+        return sum(float(rows.double().square().sum()) for rows in self.gradients())
+
+    def gradients(self) -> Iterator[Tensor]:
+        """The rows (m, n) of a root of the block, a chunk at a time."""
+        groups, outputs, inputs = self.place.shape
+        for found in self.positions(groups * outputs * inputs * self.batches[0][0].errors.shape[1]):
+            features = with_ones(self.place, found.dense_features(inputs)).transpose(1, 2)[:, None]
+            yield (by_group(found.errors, groups) @ features).flatten(2).flatten(0, 1)
+
+    def positions(self, numbers: int = 0) -> Iterator[Positions]:
+        """Features and errors of some examples at a time, for which so many more numbers each fit a chunk."""
+        for batch in self.batches:
+            uses = self.place.mine(batch)
+            every = torch.arange(uses[0].num_examples, device=self.device)
+            weights = torch.ones(len(every), 1, dtype=torch.float64, device=self.device)
+            for chosen in chunks(uses, every, numbers):
+                yield positions(uses, weights, chosen)

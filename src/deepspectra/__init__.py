@@ -7,12 +7,15 @@ from deepspectra.algorithms.trace import trace
 from deepspectra.analysis.attribution import attribute
 from deepspectra.analysis.clustering import clustering
 from deepspectra.analysis.collapse import collapse
+from deepspectra.analysis.compare import compare
 from deepspectra.analysis.gram import gram_spectrum
 from deepspectra.analysis.hierarchy import three_level_map
+from deepspectra.analysis.kronecker import kronecker_quality
 from deepspectra.analysis.layers import layers
 from deepspectra.analysis.means import class_means, principal_subspace
 from deepspectra.apps.analyze import Analysis, analyze, load
 from deepspectra.operators.curvature import EmpiricalFisher, GaussNewton, Hessian, Residual
+from deepspectra.operators.kronecker import kronecker
 from deepspectra.operators.parts import decompose
 from deepspectra.problem import Problem
 
@@ -28,10 +31,13 @@ __all__ = [
     "class_means",
     "clustering",
     "collapse",
+    "compare",
     "decompose",
     "density",
     "eigenpairs",
     "gram_spectrum",
+    "kronecker",
+    "kronecker_quality",
     "layers",
     "load",
     "overlap",

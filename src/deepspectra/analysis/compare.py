@@ -1,0 +1,300 @@
+"""Whether independently trained networks share eigenspaces, layer by layer: measured, and predicted from factors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepspectra.algorithms.eigenpairs import eigenpairs
+from deepspectra.algorithms.lanczos import check_count
+from deepspectra.errors import ShapeError
+from deepspectra.operators.captures import Captures
+from deepspectra.operators.curvature import GaussNewton
+from deepspectra.operators.factors import ExactBlock
+from deepspectra.operators.held import gram_of
+from deepspectra.operators.kronecker import Block, Kronecker, Rotated, made_from
+from deepspectra.problem import Problem
+from deepspectra.results import Provenance
+
+SMALL = 3000  # rows of the largest Gram matrix that gives eigenvectors at once
+RTOL = 1e-2  # of eigenpairs found by products
+FEWEST = 10  # dimensions of a curve, if the layer has as many
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """Overlaps ‖UᵀV‖²_F / k of the top-k eigenspaces of one layer's block of G in two networks.
+
+    Attributes:
+        name: of the layer.
+        shape: (groups, outputs, inputs), the last input being the bias if there is one.
+        ks: (K,) dimensions, 1 to K.
+        measured: (K,) of the exact blocks.
+        kronecker: (K,) of their KFAC approximations S ⊗ A.
+        predicted: (K,) from the spectra of S and A and the eigenvectors of A alone, with eigenvectors of S that know
+            nothing of each other, (u·u')² = 1/m on average; of the output layer, whose outputs both networks share,
+            the same as `kronecker`.
+        baseline: (K,) k/n, of random subspaces.
+        alignment: (t·t')² of the top eigenvectors of A: the height of the peak that theory predicts at k = m.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    ks: Tensor
+    measured: Tensor
+    kronecker: Tensor
+    predicted: Tensor
+    baseline: Tensor
+    alignment: float
+
+    @property
+    def outputs(self) -> int:
+        """The number m of outputs."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def peak(self) -> tuple[int, float]:
+        """Where the measured curve is highest, and how high."""
+        return _peak(self.ks, self.measured)
+
+    @property
+    def predicted_peak(self) -> tuple[int, float]:
+        """Where the predicted curve is highest, and how high."""
+        return _peak(self.ks, self.predicted)
+
+    @property
+    def case(self) -> str:
+        """Where the prediction has its peak: "at m" (within a tenth), "early" or "delayed"."""
+        place = self.predicted_peak[0]
+        if abs(place - self.outputs) <= 0.1 * self.outputs:
+            return "at m"
+        return "early" if place < self.outputs else "delayed"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Eigenspaces of two networks of the same architecture.
+
+    Attributes:
+        layers: one entry a layer that multiplies features, from input to output.
+        whole: (K,) overlap of the top-k eigenspaces of G over all parameters, k from 1 to K.
+        seconds: wall-clock time spent.
+        provenance: of the first network.
+    """
+
+    layers: tuple[LayerComparison, ...]
+    whole: Tensor
+    seconds: float
+    provenance: Provenance
+
+    def __iter__(self) -> Iterator[LayerComparison]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> LayerComparison:
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(f"no layer {name!r}; there are {', '.join(layer.name for layer in self.layers)}.")
+
+    def __str__(self) -> str:
+        head = ("m", "peak at", "height", "at k = m", "predicted", "height", "(t·t′)²", "case", "random at m")
+        rows = [f"{'layer':<26} " + " ".join(f"{name:>{max(8, len(name))}}" for name in head)]
+        for layer in self.layers:
+            (place, height), (foreseen, foreseen_height) = layer.peak, layer.predicted_peak
+            at = min(layer.outputs, len(layer.ks)) - 1
+            rows.append(
+                f"{layer.name[-26:]:<26} {layer.outputs:>8} {place:>8} {height:>8.3f} "
+                f"{float(layer.measured[at]):>8.3f} {foreseen:>9} {foreseen_height:>8.3f} {layer.alignment:>8.3f} "
+                f"{layer.case:>8} {float(layer.baseline[at]):>11.2g}"
+            )
+        rows.append(
+            f"overlap of top-k eigenspaces of G; of all parameters {float(self.whole[-1]):.3f} at "
+            f"k = {len(self.whole)}; {self.seconds:.3g} s"
+        )
+        return "\n".join(rows)
+
+
+def compare(
+    first: Problem,
+    second: Problem,
+    *,
+    num: int | None = None,
+    num_whole: int | None = None,
+    seed: int = 0,
+    progress: Callable[[str], object] | None = None,
+) -> Comparison:
+    """Overlap of the top eigenspaces of two networks of the same architecture, each with its own data.
+
+    Parameters are compared as they stand. Hidden units of independently trained networks are in no common order, so
+    eigenvectors u of output factors do not match; what overlaps is the input side. Where A = E[h hᵀ] has one
+    dominant direction t, close to the mean feature, the top m eigenvectors of a layer's block are about u_i ⊗ t
+    for all u_i, and the overlap rises linearly to (t·t')² at k = m, the number of outputs, then falls. When A's
+    spectrum decays slowly, or that of S fast, the peak comes early or late; the predicted curve sorts the products
+    of eigenvalues and tells which.
+
+    Args:
+        first: a problem with a loss that is convex in the outputs.
+        second: another with the same layers and shapes.
+        num: dimensions of each layer's curve; by default 2 m, at least 10, as far as the rank goes.
+        num_whole: dimensions of the curve over all parameters; by default twice the number of classes.
+        seed: of random vectors.
+        progress: called with the name of each layer before it is compared.
+
+    Raises:
+        ShapeError: the two have different parameters.
+        LossError, CurvatureError, MemoryBudgetError: as for `kronecker`.
+
+    Cost: the factors of both, and the top eigenspaces: of at most 3,000 rows N (C − 1) from their inner products, of
+        more by Lanczos.
+
+    Source: Wu et al. 2020, arXiv 2010.04261, sections 2 and 5. Departure: G's blocks in place of the Hessian's,
+    which are the same for networks that are piecewise linear.
+    """
+    began = time.perf_counter()
+    _check_same(first, second)
+    for name, value in (("num", num), ("num_whole", num_whole)):
+        if value is not None:
+            check_count(name, value)
+    sides = [_Side(problem, seed) for problem in (first, second)]
+    layers = []
+    for name, exact in sides[0].blocks():
+        if progress is not None:
+            progress(name)
+        groups, outputs, _ = exact.place.shape
+        wanted = num or max(2 * groups * outputs, FEWEST)
+        spaces = [_top_space(exact, wanted, seed), _top_space(sides[1].block(name), wanted, seed)]
+        blocks = [side.factors.blocks[name] for side in sides]
+        layers.append(
+            _layer(exact, spaces, blocks, shared=outputs == first.num_classes and name == sides[0].last)
+        )
+    wanted = num_whole or 2 * first.num_classes
+    pairs = [
+        eigenpairs(GaussNewton(p), min(wanted, p.num_parameters), rtol=RTOL, seed=seed)
+        for p in (first, second)
+    ]
+    return Comparison(
+        tuple(layers),
+        _curve(pairs[0].vectors, pairs[1].vectors),
+        time.perf_counter() - began,
+        Provenance.of(GaussNewton(first), seed),
+    )
+
+
+class _Side:
+    """One of the networks: its factors, and the exact blocks of its layers."""
+
+    def __init__(self, problem: Problem, seed: int) -> None:
+        self.captures = Captures(problem)
+        self.captures.hold()
+        self.factors: Kronecker = made_from(self.captures, "kfac")
+        self.seed = seed
+        self.names = [name for name, place in self.factors.places.items() if place.is_matrix]
+
+    @property
+    def last(self) -> str:
+        """The last layer."""
+        return self.names[-1]
+
+    def blocks(self) -> Iterator[tuple[str, ExactBlock]]:
+        """Every layer's block of G, one after the other."""
+        for _, batches in self.captures.by_layer():
+            used = {use.slice for batch in batches for use in batch}
+            for name in self.names:
+                place = self.factors.places[name]
+                if place.weight in used:
+                    block = ExactBlock(place, batches, self.factors.dtype)
+                    block.memory = self.captures.problem.memory // 4
+                    yield name, block
+
+    def block(self, name: str) -> ExactBlock:
+        """One of them."""
+        return next(block for found, block in self.blocks() if found == name)
+
+
+def _check_same(first: Problem, second: Problem) -> None:
+    one, other = ({name: tuple(value.shape) for name, value in p.parameters.items()} for p in (first, second))
+    if one != other:
+        odd = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+        raise ShapeError(
+            f"the two problems must have the same parameters; these differ: {', '.join(map(repr, odd[:5]))}."
+        )
+
+
+def _top_space(exact: ExactBlock, num: int, seed: int) -> Tensor:
+    """The eigenvectors (n, K) of the largest eigenvalues of a block, K = num or its rank if that is less."""
+    num = min(num, exact.shape[0], exact.num_rows)
+    if exact.num_rows > SMALL:
+        found: Tensor = eigenpairs(exact, num, rtol=RTOL, seed=seed).vectors
+        return found
+    values, vectors = torch.linalg.eigh(gram_of([exact.batches]))
+    values, vectors = values.flip(0)[:num], vectors.flip(1)[:, :num]
+    kept = values > torch.finfo(exact.dtype).eps * exact.num_rows * values[0]
+    mixing = (vectors[:, kept] / values[kept].sqrt()).to(exact.dtype)
+    space, start = torch.zeros(exact.shape[0], mixing.shape[1], dtype=exact.dtype, device=exact.device), 0
+    for rows in exact.gradients():
+        space += rows.T @ mixing[start : start + len(rows)]
+        start += len(rows)
+    return space
+
+
+def _layer(exact: ExactBlock, spaces: list[Tensor], blocks: list[Block], *, shared: bool) -> LayerComparison:
+    num = min(space.shape[1] for space in spaces)
+    one, other = (block.decomposed for block in blocks)
+    approximated = _curve(one.top(num)[1], other.top(num)[1])
+    ks = torch.arange(1, num + 1)
+    aligned = _alignments(one, other)
+    return LayerComparison(
+        name=exact.place.name,
+        shape=exact.place.shape,
+        ks=ks,
+        measured=_curve(*(space[:, :num] for space in spaces)),
+        kronecker=approximated,
+        predicted=approximated if shared else _predicted(one, other, aligned, num),
+        baseline=ks.double() / exact.shape[0],
+        alignment=float(aligned[0, -1, -1]),
+    )
+
+
+def _curve(one: Tensor, other: Tensor) -> Tensor:
+    """‖UᵀV‖²_F / k of the first k columns, for every k."""
+    num = min(one.shape[1], other.shape[1])
+    squares = (one[:, :num].double().T @ other[:, :num].double()).square()
+    sums = squares.cumsum(0).cumsum(1).diagonal().cpu()
+    return sums / torch.arange(1, num + 1)
+
+
+def _alignments(one: Rotated, other: Rotated) -> Tensor:
+    """(t_j·t'_l)² of the eigenvectors of A: (groups, d, d), ascending."""
+    if one.right is None or other.right is None:  # rows of a table: the same unit vectors
+        size = one.diagonal.shape[2]
+        return torch.eye(size, dtype=torch.float64).expand(len(one.diagonal), -1, -1)
+    squares: Tensor = (one.right.double().mT @ other.right.double()).square().cpu()
+    return squares
+
+
+def _predicted(one: Rotated, other: Rotated, aligned: Tensor, num: int) -> Tensor:
+    """Σ over the top k products u_i ⊗ t_j of both of (t·t')² / (m k), counted by group g and j."""
+    groups, outputs, inputs = one.diagonal.shape
+    counts = []
+    for side in (one, other):
+        chosen = side.diagonal.flatten().topk(num).indices.cpu()
+        owner = (
+            chosen // (outputs * inputs) * inputs + chosen % inputs
+        )  # (group, j) of each of the top products
+        counts.append(
+            torch.nn.functional.one_hot(owner, groups * inputs).double().cumsum(0).view(num, groups, inputs)
+        )
+    sums = torch.einsum("kgj,gjl,kgl->k", counts[0], aligned, counts[1])
+    return sums / (outputs * torch.arange(1, num + 1))
+
+
+def _peak(ks: Tensor, curve: Tensor) -> tuple[int, float]:
+    place = int(curve.argmax())
+    return int(ks[place]), float(curve[place])

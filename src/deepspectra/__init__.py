@@ -6,10 +6,12 @@ from deepspectra.algorithms.subspace import overlap
 from deepspectra.algorithms.trace import trace
 from deepspectra.analysis.attribution import attribute
 from deepspectra.analysis.gram import gram_spectrum
+from deepspectra.analysis.kronecker import kronecker_quality
 from deepspectra.analysis.layers import layers
 from deepspectra.analysis.means import class_means, principal_subspace
 from deepspectra.apps.analyze import Analysis, analyze, load
 from deepspectra.operators.curvature import EmpiricalFisher, GaussNewton, Hessian, Residual
+from deepspectra.operators.kronecker import Kronecker, kronecker
 from deepspectra.operators.parts import decompose
 from deepspectra.problem import Problem
 
@@ -18,6 +20,7 @@ __all__ = [
     "EmpiricalFisher",
     "GaussNewton",
     "Hessian",
+    "Kronecker",
     "Problem",
     "Residual",
     "analyze",
@@ -27,6 +30,8 @@ __all__ = [
     "density",
     "eigenpairs",
     "gram_spectrum",
+    "kronecker",
+    "kronecker_quality",
     "layers",
     "load",
     "overlap",

@@ -15,7 +15,7 @@ from deepspectra.analysis.layers import layers
 from deepspectra.analysis.means import class_means, principal_subspace
 from deepspectra.apps.analyze import Analysis, analyze, load
 from deepspectra.operators.curvature import EmpiricalFisher, GaussNewton, Hessian, Residual
-from deepspectra.operators.kronecker import kronecker
+from deepspectra.operators.kronecker import Kronecker, kronecker
 from deepspectra.operators.parts import decompose
 from deepspectra.problem import Problem
 
@@ -24,6 +24,7 @@ __all__ = [
     "EmpiricalFisher",
     "GaussNewton",
     "Hessian",
+    "Kronecker",
     "Problem",
     "Residual",
     "analyze",

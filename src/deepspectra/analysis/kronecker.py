@@ -25,6 +25,7 @@ from deepspectra.uses import Use
 SMALL = 3000  # rows of the largest matrix whose spectrum is found densely
 PAIRED_ROWS = 1024  # whose inner products with as many others are computed together
 NUM_PROBES, NUM_STEPS = 4, 64  # of spectra that are not found densely
+RESOLVED = 100  # times the dtype's rounding, from which ‖G − K‖²/‖G‖² is more than rounding
 SPECTRAL_RTOL = 1e-2  # of the norm of the difference
 
 
@@ -33,7 +34,7 @@ class Fit:
     """One approximation K of one layer's block of G.
 
     Attributes:
-        frobenius: ‖G − K‖_F / ‖G‖_F; not resolved below the root of the dtype's rounding.
+        frobenius: ‖G − K‖_F / ‖G‖_F; not resolved below ten times the root of the dtype's rounding.
         cosine: ⟨G, K⟩ / (‖G‖_F ‖K‖_F).
         spectral: ‖G − K‖₂ / ‖G‖₂.
         decades: the Wasserstein-1 distance between the spectra in log10 λ, an average over the eigenvalues above
@@ -268,7 +269,7 @@ class _Comparison:
         product = _inner(self.exact, block)
         squared = max(0.0, self.norm**2 - 2 * product + block.norm**2)
         furthest = squared**0.5  # a bound, where the difference is rounding
-        if squared > torch.finfo(self.exact.dtype).eps * self.norm**2:
+        if squared > RESOLVED * torch.finfo(self.exact.dtype).eps * self.norm**2:
             pairs = eigenpairs(self.exact - block, 1, "magnitude", rtol=SPECTRAL_RTOL, seed=self.seed)
             furthest = float(pairs.values.abs()[0])
         return Fit(

@@ -21,6 +21,11 @@ def problem():
     x, y = torch.randn(60, 5), torch.arange(60) % 3
     return ds.Problem(make(), (x, y))
 
+def other():
+    torch.manual_seed(1)
+    x, y = torch.randn(60, 5), torch.arange(60) % 3
+    return ds.Problem(make(), (x, y))
+
 def nothing():
     return None
 """
@@ -51,6 +56,21 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def analysed(folder):
     return run("analyze", "mine.py:problem", "--out", "run", "--num-probes", 2, "--num-steps", 8, cwd=folder)
+
+
+def test_two_problems_are_compared(folder):
+    done = run("compare", "mine.py:problem", "mine.py:other", "--out", "two", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "The two networks share most in" in done.stdout
+    saved = xr.open_dataset(folder / "two" / "compare.nc", engine="h5netcdf")
+    assert list(saved["layer"].values) == ["0", "2"]
+    assert float(saved["overlap_curve"].max()) <= 1 + 1e-6
+    page = (folder / "two" / "compare.html").read_text()
+    assert 'id="chart-overlap_curves"' in page
+    assert 'id="chart-overlap_whole"' in page
+    alone = run("compare", "mine.py:problem", cwd=folder)
+    assert alone.returncode == 2
+    assert "two targets" in alone.stderr
 
 
 def test_anybodys_model_and_data(analysed, folder):

@@ -1,4 +1,4 @@
-"""The command line: `deepspectra demo`, `analyze`, `layers` and `report`."""
+"""The command line: `deepspectra demo`, `analyze`, `layers`, `compare` and `report`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import typer
 from rich.console import Console
 
 from deepspectra import zoo
+from deepspectra.analysis.compare import compare
 from deepspectra.analysis.layers import layers
 from deepspectra.apps.analyze import Analysis, analyze, load
+from deepspectra.apps.compare import comparison_dataset, save_comparison
 from deepspectra.apps.layers import layer_dataset, save_layers
 from deepspectra.errors import DeepSpectraError, OptionError, TargetError
 from deepspectra.problem import Problem
@@ -141,6 +143,37 @@ def layers_command(
     typer.echo(f"Report: {path}")
 
 
+@app.command("compare")
+def compare_command(
+    first: Target = None,
+    second: Target = None,
+    model: ModelName = None,
+    data: DataName = None,
+    data_root: DataRoot = None,
+    per_class: PerClass = None,
+    epochs: Epochs = None,
+    out: Out = Path("deepspectra-compare"),
+    memory: Memory = None,
+    device: Device = None,
+    seed: Seed = 0,
+) -> None:
+    """Do two networks share eigenspaces? Your own two problems (FIRST and SECOND), or two trainings of the zoo."""
+    if (first is None) != (second is None):
+        raise OptionError("compare takes two targets, or none and a model of the zoo, trained twice.")
+    problems = []
+    for j, target in enumerate((first, second)):
+        chosen = _Choice(model, data, data_root, None, per_class, epochs, memory, device, seed + j)
+        problem, _, name, source = _chosen_problem(target, chosen, out / f"seed-{seed + j}", draw=seed)
+        problems.append(problem)
+    with console.status("comparing") as status:
+        found = compare(*problems, seed=seed, progress=lambda name: status.update(f"layer {name}"))
+    dataset = comparison_dataset(found, problems[0], model=name, data=source, seed=seed)
+    path = save_comparison(dataset, out)
+    typer.echo(f"\n{found}\n\n{dataset.attrs['verdict']}\n")
+    typer.echo(f"Results: {path.parent}")
+    typer.echo(f"Report: {path}")
+
+
 @app.command()
 def report(
     directory: Annotated[Path, typer.Argument(help="Directory that analyze or Analysis.save wrote.")],
@@ -174,13 +207,16 @@ class _Choice(NamedTuple):
 
 
 def _chosen_problem(
-    target: str | None, chosen: _Choice, out: Path
+    target: str | None, chosen: _Choice, out: Path, draw: int | None = None
 ) -> tuple[Problem, list[str] | None, str, str]:
-    """The problem of a target or of the zoo, its class names, and names of model and data for the report."""
+    """The problem of a target or of the zoo, its class names, and names of model and data for the report.
+
+    `draw` is the seed of the draw of examples, if that is another than the training's.
+    """
     if target is None:
         model, data = chosen.model or "mlp", chosen.data or "digits"
         options = chosen._asdict() | {"model": model, "data": data}
-        problem, names = _zoo_problem(**options, out=out)
+        problem, names = _zoo_problem(**options, out=out, draw=draw)
         return (
             problem,
             names,
@@ -211,10 +247,12 @@ def _zoo_problem(
     memory: str | None = None,
     device: str | None = None,
     seed: int = 0,
+    draw: int | None = None,
 ) -> tuple[Problem, list[str]]:
     """Data, and a network from a checkpoint or trained here and saved beside the results."""
     size = PAPER_SIDE if model in CONVOLUTIONAL and data in ("mnist", "fashion") else None
-    examples = zoo.load(data, root=root, per_class=per_class, size=size, seed=seed)
+    drawn = seed if draw is None else draw
+    examples = zoo.load(data, root=root, per_class=per_class, size=size, seed=drawn)
     names = [str(name) for name in examples.class_names]
     shape = tuple(examples.inputs.shape[1:])
     network = zoo.build(model, input_shape=shape, num_classes=len(names), seed=seed)

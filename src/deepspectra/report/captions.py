@@ -166,6 +166,14 @@ HIERARCHY_CAPTION = (
     "around their class c in a trained network, and by k early in training: choose the colouring, and point at "
     "a circle for its pair. Only who is near whom has a meaning."
 )
+OVERLAPS_CAPTION = (
+    "Overlap of the top k eigenvectors of a layer's block of G in the two networks, against k. Hidden units of the "
+    "two are in no common order, so what overlaps is the input side: where the second moment A of the features has "
+    "one dominant direction t, the overlap rises to (t·t′)² at k = m, the number of outputs (dashed), then falls. "
+    "“Predicted” knows the spectra of the factors and the eigenvectors of A only; “of the Kronecker factors” also "
+    "the eigenvectors of S."
+)
+WHOLE_CAPTION = "Overlap of the top k eigenvectors of G over all parameters of the two networks."
 LAYERS_CAPTION = (
     "The largest eigenvalues of every layer: of the second moment of its features (what enters), of its "
     "backpropagated errors (what comes back to its output), and of its block of G. Each dash is one "
@@ -223,5 +231,7 @@ FIGURES: dict[str, tuple[str, dict[str, str], Caption]] = {
     "layer-traces": ("What the layers are made of", {"layer_traces": ""}, lambda _: LAYER_TRACES_CAPTION),
     "products": ("Products of means", {"layer_products": ""}, lambda _: PRODUCTS_CAPTION),
     "collapse": ("Neural collapse", {"layer_collapse": ""}, lambda _: COLLAPSE_CAPTION),
+    "overlaps": ("Shared eigenspaces", {"overlap_curves": ""}, lambda _: OVERLAPS_CAPTION),
+    "whole": ("All parameters together", {"overlap_whole": ""}, lambda _: WHOLE_CAPTION),
     "cost": ("What it cost", {"cost": ""}, _cost_caption),
 }

@@ -17,6 +17,7 @@ import xarray as xr
 
 from deepspectra.errors import DataError
 from deepspectra.report.class_charts import class_cosines, cross_class_weights, three_level_map
+from deepspectra.report.compare_charts import COMPARE_CHARTS
 from deepspectra.report.drawing import (
     INK,
     LABEL_INKS,
@@ -603,6 +604,7 @@ CHARTS: dict[str, Callable[[xr.Dataset], alt.TopLevelMixin]] = {
     "cross_class_weights": cross_class_weights,
     "three_level_map": three_level_map,
     **LAYER_CHARTS,
+    **COMPARE_CHARTS,
     "cost": cost,
 }
 

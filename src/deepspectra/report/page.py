@@ -75,6 +75,8 @@ LINKS = {
     "layer-traces": "Shares by layer",
     "products": "Products of means",
     "collapse": "Neural collapse",
+    "overlaps": "Shared eigenspaces",
+    "whole": "All parameters",
     "cost": "Cost",
     "tables": "Tables",
     "measured": "How it was measured",

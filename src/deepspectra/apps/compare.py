@@ -1,0 +1,90 @@
+"""The comparison of two networks as a job: a labelled dataset of its curves, its verdict and its report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from deepspectra.analysis.compare import Comparison
+from deepspectra.apps.dataset import problem_attributes
+from deepspectra.problem import Problem
+from deepspectra.report.page import write
+from deepspectra.results import versions
+
+CURVES = ("measured", "kronecker", "predicted", "baseline")
+DATASET_FILE, REPORT_FILE = "compare.nc", "compare.html"
+
+
+def comparison_dataset(
+    found: Comparison, problem: Problem, *, model: str = "", data: str = "", seed: int = 0
+) -> xr.Dataset:
+    """Every number of `compare` with its dimensions named; `docs/file-format.md` describes it.
+
+    Args:
+        found: of `compare`.
+        problem: the first of the two.
+        model: its name, for the report.
+        data: its name, for the report.
+        seed: of random vectors, for the report.
+    """
+    most = max(len(layer.ks) for layer in found)
+    curves = np.full((len(found), len(CURVES), most), np.nan)
+    for j, layer in enumerate(found):
+        for i, name in enumerate(CURVES):
+            curves[j, i, : len(layer.ks)] = getattr(layer, name)
+    variables = {
+        "overlap_curve": (("layer", "curve", "dimension"), curves),
+        "overlap_whole": (("whole_dimension",), found.whole.numpy()),
+        "layer_outputs": (("layer",), np.array([layer.outputs for layer in found])),
+        "layer_alignment": (("layer",), np.array([layer.alignment for layer in found])),
+    }
+    coords = {
+        "layer": [layer.name or "(model)" for layer in found],
+        "curve": list(CURVES),
+        "dimension": np.arange(1, most + 1),
+        "whole_dimension": np.arange(1, len(found.whole) + 1),
+    }
+    model = model or type(problem.model).__name__
+    attributes = {
+        "verdict": " ".join(sentences(found)),
+        "title": f"Two trainings of {model}" + (f" on {data}" if data else ""),
+        "model": model,
+        "data": data,
+        **problem_attributes(problem),
+        "seed": seed,
+        "loss_value": problem.loss(),
+        "accuracy": problem.accuracy(),
+        "provenance": json.dumps({"seconds": round(found.seconds, 1), "versions": versions()}),
+    }
+    return xr.Dataset(variables, coords=coords, attrs=attributes)
+
+
+def save_comparison(dataset: xr.Dataset, directory: str | Path) -> Path:
+    """Write compare.nc and compare.html into a directory, made if need be; returns the report's path."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    staged = folder / f".{DATASET_FILE}.part"
+    dataset.to_netcdf(staged, engine="h5netcdf")
+    staged.replace(folder / DATASET_FILE)
+    write(dataset, folder / REPORT_FILE)
+    return folder / REPORT_FILE
+
+
+def sentences(found: Comparison) -> list[str]:
+    """The verdict: the highest overlap, against chance and against the prediction."""
+    best = max(found, key=lambda layer: layer.peak[1])
+    place, height = best.peak
+    chance = height / float(best.baseline[place - 1])
+    foreseen, foreseen_height = best.predicted_peak
+    whole = float(found.whole[-1])
+    off = [abs(layer.peak[1] - layer.predicted_peak[1]) for layer in found]
+    return [
+        f"The two networks share most in {best.name or 'the model'}: their top {place} eigenvectors overlap by "
+        f"{height:.2f}, {chance:.0f} times what random subspaces do.",
+        f"Predicted from the spectra of the factors: {foreseen_height:.2f} at {foreseen}; over {len(found)} layers "
+        f"the predicted heights are off by {sum(off) / len(off):.2f} on average.",
+        f"Over all parameters the top {len(found.whole)} overlap by {whole:.3f}.",
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -89,8 +90,7 @@ def layer_dataset(
         "seed": seed,
         "loss_value": problem.loss(),
         "accuracy": problem.accuracy(),
-        "seconds": found.seconds,
-        **{f"version_{name}": str(version) for name, version in versions().items()},
+        "provenance": json.dumps({"seconds": round(found.seconds, 1), "versions": versions()}),
     }
     return xr.Dataset(variables, coords=coords, attrs=attributes)
 

@@ -325,18 +325,20 @@ class Density:
 
 
 @dataclass(frozen=True)
-class Trace:
-    """A trace with its standard error.
+class Estimate:
+    """A number that random vectors tell of an operator, with its standard error.
 
     Attributes:
-        value: the estimate of tr A.
+        quantity: "trace" | "Frobenius norm".
+        value: the estimate.
         standard_error: of `value`; 0 when exact, NaN when a single product allows none.
         num_products: products spent.
         seconds: wall-clock time spent.
-        method: "exact" | "XTrace" | "Hutchinson".
+        method: "exact" | "leave-one-out" | "Hutchinson".
         provenance: where it came from.
     """
 
+    quantity: str
     value: float
     standard_error: float
     num_products: int
@@ -346,8 +348,41 @@ class Trace:
 
     def __str__(self) -> str:
         return (
-            f"{'trace':<16} {self.value:>12.6g}\n{'standard error':<16} {self.standard_error:>12.2g}\n"
-            f"trace of {self.provenance.operator} by {self.method}, {_cost(self.num_products, self.seconds)}"
+            f"{self.quantity:<16} {self.value:>12.6g}\n{'standard error':<16} {self.standard_error:>12.2g}\n"
+            f"{self.quantity} of {self.provenance.operator} by {self.method}, "
+            f"{_cost(self.num_products, self.seconds)}"
+        )
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """A diagonal with a standard error per entry.
+
+    Attributes:
+        values: (P,) the estimates, on the operator's device and in its dtype (float32 for shorter ones).
+        standard_error: (P,) of `values`; 0 when exact, NaN when a single product allows none.
+        num_products: products spent.
+        seconds: wall-clock time spent.
+        method: "exact" | "leave-one-out" | "Hutchinson".
+        provenance: where it came from.
+    """
+
+    values: Tensor
+    standard_error: Tensor
+    num_products: int
+    seconds: float
+    method: str
+    provenance: Provenance
+
+    def __str__(self) -> str:
+        low, high = self.values.aminmax()
+        sizes = [tensor.double().square().mean().sqrt() for tensor in (self.values, self.standard_error)]
+        return (
+            f"{'smallest, largest entry':<26} {float(low):>12.5g} {float(high):>12.5g}\n"
+            f"{'root mean square':<26} {float(sizes[0]):>12.5g}\n"
+            f"{'of the standard errors':<26} {float(sizes[1]):>12.2g}\n"
+            f"diagonal of {self.provenance.operator} by {self.method}, "
+            f"{_cost(self.num_products, self.seconds)}"
         )
 
 

@@ -338,11 +338,13 @@ def test_a_small_memory_runs_the_probes_in_groups():
     assert distance(result, values) < 0.05
 
 
-def test_a_memory_too_small_for_one_probe_is_an_error():
+def test_a_memory_too_small_for_the_basis_asked_for_is_an_error():
     operator = Matrix(rotated(trained(300)))
     operator.memory = 8 * 300 * 40
-    with pytest.raises(MemoryBudgetError, match=r"Lower num_steps to 39 or raise A\.memory"):
-        density(operator)
+    with pytest.raises(
+        MemoryBudgetError, match=r"Lower num_steps to 39, raise A\.memory, or use basis='none'"
+    ):
+        density(operator, basis="full")
 
 
 # --- curves and distribution functions ---------------------------------------------------------------------

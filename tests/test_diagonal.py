@@ -6,8 +6,9 @@ from itertools import product
 import pytest
 import torch
 
+from deepspectra.algorithms.blocks import Products
 from deepspectra.algorithms.diagonal import _left_out, diagonal
-from deepspectra.algorithms.sketch import Products, sketch
+from deepspectra.algorithms.sketch import sketch
 from deepspectra.errors import FallbackWarning, NonFiniteError, OptionError, ShapeError
 from deepspectra.operators.base import Function, LowRank, Matrix
 from spectra import SPECTRA, rotated

@@ -8,8 +8,9 @@ import time
 import torch
 from torch import Tensor
 
+from deepspectra.algorithms.blocks import Products, Progress
 from deepspectra.algorithms.lanczos import as_operator, check_count
-from deepspectra.algorithms.sketch import Products, Progress, Sketch, method_for, sketch, standard_error
+from deepspectra.algorithms.sketch import Sketch, method_for, sketch, standard_error
 from deepspectra.operators.base import Operator
 from deepspectra.results import Diagonal, Provenance
 
@@ -52,8 +53,8 @@ def diagonal(
     began = time.perf_counter()
     operator = as_operator(A)
     check_count("num_products", num_products)
-    run = Products(operator, num_products, progress)
-    method = method_for(run, "diagonal")
+    run = Products(operator, min(num_products, operator.shape[0]), progress)
+    method = method_for(run, num_products, "diagonal")
     generator = torch.Generator().manual_seed(seed)
     if method == "exact":
         values = torch.cat([columns[rows].diagonal() for rows, columns in run.identity()])

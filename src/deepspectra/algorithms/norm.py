@@ -7,8 +7,9 @@ import time
 import torch
 from torch import Tensor
 
+from deepspectra.algorithms.blocks import Products, Progress
 from deepspectra.algorithms.lanczos import as_operator, check_count, inner_products
-from deepspectra.algorithms.sketch import Products, Progress, Sketch, method_for, sketch, standard_error
+from deepspectra.algorithms.sketch import Sketch, method_for, sketch, standard_error
 from deepspectra.operators.base import Operator
 from deepspectra.results import Estimate, Provenance
 
@@ -20,8 +21,8 @@ def frobenius_norm(
     began = time.perf_counter()
     operator = as_operator(A)
     check_count("num_products", num_products)
-    run = Products(operator, num_products, progress)
-    method = method_for(run, "frobenius_norm")
+    run = Products(operator, min(num_products, operator.shape[0]), progress)
+    method = method_for(run, num_products, "frobenius_norm")
     generator = torch.Generator().manual_seed(seed)
     if method == "exact":
         squares = torch.stack([_squares(columns).sum() for _, columns in run.identity()]).sum()[None]

@@ -18,70 +18,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.lanczos import basis_capacity, basis_dtype, gaussian_rows
-from deepspectra.errors import FallbackWarning, NonFiniteError
-from deepspectra.operators.base import Operator
+from deepspectra.algorithms.blocks import Products
+from deepspectra.algorithms.lanczos import basis_capacity
+from deepspectra.errors import FallbackWarning
 
-Progress = Callable[[int, int | None], object]
-
-BLOCK = 16  # vectors multiplied at once
 CORRELATION = 2  # the estimates share all vectors but one: n of them scatter the mean like n/2 at the worst
 ESSENTIAL = 1 - 1e-3  # leverage of a column that the others do not span
-
-
-class Products:
-    """Products in blocks, checked and counted."""
-
-    def __init__(self, operator: Operator, num_products: int, progress: Progress | None) -> None:
-        self.operator, self.progress = operator, progress
-        self.size, self.done = operator.shape[0], 0
-        self.asked, self.allowed = num_products, min(num_products, self.size)
-        self.like = torch.empty(0, dtype=basis_dtype(operator), device=operator.device)
-
-    def __call__(self, columns: Tensor) -> Tensor:
-        """A times columns (P, k)."""
-        products = torch.empty_like(columns)
-        for first in range(0, columns.shape[1], BLOCK):
-            block = columns[:, first : first + BLOCK]
-            products[:, first : first + BLOCK] = (self.operator @ block).detach()
-            self.done += block.shape[1]
-            if not bool(torch.isfinite(products[:, first : first + BLOCK]).all()):
-                raise NonFiniteError(
-                    f"a product with {self.operator.name} is NaN or infinite. "
-                    "Check the weights and the data, or use a wider dtype."
-                )
-            if self.progress is not None:
-                self.progress(self.done, self.allowed)
-        return products
-
-    def gaussian(self, count: int, generator: torch.Generator) -> Tensor:
-        """Standard normal columns (P, count)."""
-        return gaussian_rows(count, self.size, generator).T.to(self.like).contiguous()
-
-    def signs(self, count: int, generator: torch.Generator) -> Tensor:
-        """Columns (P, count) of independent signs ±1."""
-        return self.gaussian(count, generator).signbit().to(self.like) * 2 - 1
-
-    def samples(
-        self, draw: Callable[[int, torch.Generator], Tensor], generator: torch.Generator
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Blocks of independent random columns with their products."""
-        for first in range(0, self.allowed, BLOCK):
-            columns = draw(min(BLOCK, self.allowed - first), generator)
-            yield columns, self(columns)
-
-    def identity(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rows (k,) of blocks of A, and those columns (P, k) of it."""
-        for rows in torch.split(torch.arange(self.size), BLOCK):
-            block = torch.zeros(self.size, len(rows)).to(self.like)
-            block[rows, torch.arange(len(rows))] = 1
-            yield rows, self(block)
 
 
 class Sketch(NamedTuple):
@@ -132,10 +79,10 @@ def sketch(run: Products, omega: Tensor) -> Sketch:
     return Sketch(omega, Q, Z, _small(H), R, _small(Q.T @ omega), S)
 
 
-def method_for(run: Products, name: str) -> str:
+def method_for(run: Products, num_products: int, name: str) -> str:
     """What the products and the memory allow: "exact", "leave-one-out" or "Hutchinson"."""
-    half = run.asked // 2
-    if run.asked >= run.size:
+    half = num_products // 2
+    if num_products >= run.size:
         return "exact"
     if half >= 2 and 3 * half <= basis_capacity(run.operator):
         return "leave-one-out"

@@ -7,8 +7,9 @@ import time
 import torch
 from torch import Tensor
 
+from deepspectra.algorithms.blocks import Products, Progress
 from deepspectra.algorithms.lanczos import as_operator, check_count
-from deepspectra.algorithms.sketch import Products, Progress, Sketch, method_for, sketch, standard_error
+from deepspectra.algorithms.sketch import Sketch, method_for, sketch, standard_error
 from deepspectra.operators.base import Operator
 from deepspectra.results import Estimate, Provenance
 
@@ -48,8 +49,8 @@ def trace(
     began = time.perf_counter()
     operator = as_operator(A)
     check_count("num_products", num_products)
-    run = Products(operator, num_products, progress)
-    method = method_for(run, "trace")
+    run = Products(operator, min(num_products, operator.shape[0]), progress)
+    method = method_for(run, num_products, "trace")
     generator = torch.Generator().manual_seed(seed)
     if method == "exact":
         estimates = torch.stack([columns[rows].trace().double() for rows, columns in run.identity()]).sum()[

@@ -34,44 +34,44 @@ def quadratures(
             f"a probe needs room for {VECTORS} vectors of length {run.size:,}, even without a basis; "
             f"A.memory = {run.operator.memory:,} bytes holds {room}. Raise A.memory."
         )
+    known, eps = known.to(run.like), torch.finfo(run.like.dtype).eps
     found: list[tuple[Tensor, Tensor]] = []
     while len(found) < num_probes and len(known) < run.size:
-        start = run.gaussian(min(room // VECTORS, BLOCK, num_probes - len(found)), generator)
-        for alpha, beta in _tridiagonals(run, known.to(start), start, num_steps):
+        count = min(room // VECTORS, BLOCK, num_probes - len(found))
+        for alpha, beta in _tridiagonals(run, known, count, num_steps, generator):
             nodes, vectors = torch.linalg.eigh(_tridiagonal(alpha, beta))
-            found.append(_merged(nodes, vectors[0].square(), run.size, torch.finfo(start.dtype).eps))
+            found.append(_merged(nodes, vectors[0].square(), run.size, eps))
     return found
 
 
 def _tridiagonals(
-    run: Products, known: Tensor, current: Tensor, num_steps: int
+    run: Products, known: Tensor, num_probes: int, num_steps: int, generator: torch.Generator
 ) -> list[tuple[list[float], list[float]]]:
-    """α and β of Lanczos' recurrence from each column (P, g), in lockstep; it overwrites the columns."""
-    found: list[tuple[list[float], list[float]]] = [([], []) for _ in range(current.shape[1])]
-    running, eps = list(range(len(found))), torch.finfo(current.dtype).eps
-    previous, beta = torch.zeros_like(current), torch.zeros(len(found)).to(current).double()
-    norm = beta
+    """α and β of Lanczos' recurrence from each of the probes, in lockstep."""
+    found: list[tuple[list[float], list[float]]] = [([], []) for _ in range(num_probes)]
+    running, eps = list(range(num_probes)), torch.finfo(run.like.dtype).eps
+    current = run.gaussian(num_probes, generator)  # (P, g)
     _leave(known, current)
     current /= _dots(current, current).sqrt().to(current)
+    previous = torch.zeros_like(current)
+    beta = norm = torch.zeros(num_probes, dtype=torch.float64, device=current.device)
     for _ in range(num_steps):
-        product = run(current)
-        product.addcmul_(previous, -beta.to(current))
-        alpha = _dots(current, product)
-        product.addcmul_(current, -alpha.to(current))
-        _leave(known, product)
-        before, beta = beta, _dots(product, product).sqrt()
+        following = torch.addcmul(run(current), previous, -beta.to(current), out=previous)
+        alpha = _dots(current, following)
+        following.addcmul_(current, -alpha.to(current))
+        _leave(known, following)
+        before, beta = beta, _dots(following, following).sqrt()
         norm = torch.maximum(norm, torch.stack([before, alpha, beta]).norm(dim=0))  # ‖A q‖ as far as seen
         for probe, a, b in zip(running, alpha.tolist(), beta.tolist(), strict=True):
             found[probe][0].append(a)
             found[probe][1].append(b)
-        previous, current = current, product
-        del product
         going = beta > ROUNDING * eps * norm
-        if not bool(going.all()):  # an invariant subspace ends here
-            previous, current, beta, norm = previous[:, going], current[:, going], beta[going], norm[going]
-            running = [probe for probe, goes in zip(running, going.tolist(), strict=True) if goes]
+        running = [probe for probe, goes in zip(running, going.tolist(), strict=True) if goes]
         if not running:
             break
+        previous, current = current, following
+        if not bool(going.all()):  # an invariant subspace ends a probe
+            previous, current, beta, norm = previous[:, going], current[:, going], beta[going], norm[going]
         current /= beta.to(current)
     return found
 

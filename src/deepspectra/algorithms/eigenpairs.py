@@ -118,6 +118,20 @@ def explore(
     return result, search.krylov
 
 
+def unchallenged(
+    operator: Operator, num: int, rtol: float, least: int, most: int, generator: torch.Generator
+) -> Krylov:
+    """A basis of `least` to `most` products that has the `num` largest pairs to rtol·|λ|, as far as it can tell.
+
+    For whoever looks for missing pairs in another way.
+    """
+    search = _Search(
+        operator, num, "largest", rtol=rtol, budget=most, num_start=1, generator=generator, progress=None
+    )
+    search.settle(least, stand_still=0)
+    return search.krylov
+
+
 class _Search:
     """The state of one run: the basis, the wanted end, and the budget of products."""
 
@@ -155,7 +169,7 @@ class _Search:
         if first is not None:
             self._begin(first)
         while True:
-            outcome = self._settle()
+            outcome = self.settle()
             if outcome != "settled":
                 return outcome
             before = self._wanted(self.krylov.ritz())[0]
@@ -173,8 +187,8 @@ class _Search:
             self.krylov.expand(self.krylov.num_pending)
             self._aim(self.krylov.ritz())
 
-    def _settle(self) -> str:
-        """Multiply until the wanted pairs have converged and stand still, or cannot."""
+    def settle(self, least: int = 0, stand_still: int = STAND_STILL) -> str:
+        """Multiply, `least` times or more, until the wanted pairs have converged and stand still, or cannot."""
         still, since, best, best_at = None, 0, float("inf"), 0
         while True:
             if self.krylov.num_basis == self.krylov.operator.shape[0]:
@@ -199,9 +213,10 @@ class _Search:
                     best, best_at = excess, done
                 elif done - best_at >= 10 and float(residual_norms.max()) <= 1e3 * self.eps * self.norm:
                     return "stagnation"
-            elif still is None or _moved(values, still, tolerances):
+                continue
+            if still is None or _moved(values, still, tolerances):
                 still, since = values, done
-            elif done - since >= STAND_STILL:
+            if done >= least and done - since >= stand_still:
                 return "settled"
 
     def _judge_complete(self) -> str:

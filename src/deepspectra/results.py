@@ -77,6 +77,26 @@ class Quadrature:
 
 
 @dataclass(frozen=True)
+class Separation:
+    """How far eigenpairs lie from the rest of the spectrum, if the run has seen all of it that is near.
+
+    Each eigenvalue of A is taken to lie within the residual r of its own Ritz value θ. That is certain once
+    the basis spans R^P; before, it is what `eigenpairs` challenges with a fresh random vector.
+
+    Attributes:
+        gaps: (K,) from each value to the nearest interval [θ − r, θ + r] of another Ritz value; 0 inside one.
+        gap: the same from all K values to the Ritz values that are not among them; ∞ if there are none.
+        norm: ‖A‖ as far as seen.
+        complete: the basis spans R^P.
+    """
+
+    gaps: Tensor
+    gap: float
+    norm: float
+    complete: bool
+
+
+@dataclass(frozen=True)
 class Eigenpairs:
     """Eigenvalues and eigenvectors, with measured residuals.
 
@@ -93,6 +113,7 @@ class Eigenpairs:
         provenance: where it came from.
         quadrature: what the run's random vectors saw of the spectrum without these pairs; None after a restart
             of the basis, or when they saw nothing else.
+        separation: from the rest of the spectrum; None where it is not known.
     """
 
     values: Tensor
@@ -105,6 +126,7 @@ class Eigenpairs:
     rtol: float
     provenance: Provenance
     quadrature: Quadrature | None = None
+    separation: Separation | None = None
 
     @property
     def worst(self) -> float:
@@ -112,11 +134,66 @@ class Eigenpairs:
         relative = self.residual_norms / self.values.abs()
         return float(torch.where(self.residual_norms == 0, 0.0, relative).max())
 
+    @property
+    def status(self) -> str:
+        """What stands behind the pairs: "certified" | "statistical" | "not converged".
+
+        "certified": the residuals are met, and no pair can be missing, for the basis spans R^P. "statistical":
+        they are met, and none came up along a fresh random vector. "not converged": neither is claimed.
+        """
+        if not self.converged:
+            return "not converged"
+        return "certified" if self.separation and self.separation.complete else "statistical"
+
+    @property
+    def error_bounds(self) -> Tensor:
+        """(K,) bounds of |λ − an eigenvalue of A|: the residual r, which holds always, or the smaller r²/gap.
+
+        The second (Kato and Temple) holds for converged pairs, as `separation` states. Both are those of the
+        operator as it is computed, and include 10 ε‖A‖ for the rounding of the values.
+        """
+        residuals, gaps = self.residual_norms, self._gaps()
+        squares = torch.where(gaps > residuals, residuals.square() / gaps, residuals)
+        return squares + self._rounding()
+
+    @property
+    def angle_bounds(self) -> Tensor:
+        """(K,) bounds r/gap of the sine between each vector and its eigenvector; ∞ where none is known.
+
+        It is not known for pairs that have not converged, or are as near to another as its residual. Of such
+        a cluster only the span means something: see `subspace_angle_bound`.
+        """
+        gaps, known = self._gaps(), self.residual_norms + self._rounding()
+        return torch.where(gaps > 0, known / gaps, math.inf)
+
+    @property
+    def subspace_angle_bound(self) -> float:
+        """A bound of the sine of the largest angle between the K vectors' span and the eigenspace; or ∞.
+
+        Davis and Kahan's sin Θ theorem: the root of Σ r² over the gap between the K values and the rest.
+        """
+        if self.separation is None or not self.converged or self.separation.gap == 0:
+            return math.inf
+        return float((self.residual_norms + self._rounding()).norm()) / self.separation.gap
+
+    def _gaps(self) -> Tensor:
+        known = self.separation is not None and self.converged
+        return self.separation.gaps if self.separation and known else torch.zeros_like(self.values)
+
+    def _rounding(self) -> float:
+        norm = self.separation.norm if self.separation else float(self.values.abs().max())
+        return 10 * torch.finfo(self.vectors.dtype).eps * norm
+
     def __str__(self) -> str:
-        rows = [f"{'':>4} {'λ':>12} {'‖Av − λv‖':>12}"]
-        pairs = zip(self.values.tolist(), self.residual_norms.tolist(), strict=True)
-        rows += [f"{j:>4} {value:>12.5g} {residual:>12.2g}" for j, (value, residual) in enumerate(pairs, 1)]
-        state = "converged" if self.converged else "NOT converged"
+        rows = [f"{'':>4} {'λ':>12} {'‖Av − λv‖':>12} {'error of λ ≤':>14} {'sin ∠ ≤':>10}"]
+        columns = (self.values, self.residual_norms, self.error_bounds, self.angle_bounds)
+        rows += [
+            f"{j:>4} {value:>12.5g} {residual:>12.2g} {error:>14.2g} {angle:>10.2g}"
+            for j, (value, residual, error, angle) in enumerate(
+                zip(*(column.tolist() for column in columns), strict=True), 1
+            )
+        ]
+        state = f"converged ({self.status})" if self.converged else "NOT converged"
         rows.append(
             f"{self.which} {len(self.values)} of {self.provenance.operator}: {state}, worst residual/|λ| "
             f"{self.worst:.1e} (rtol {self.rtol:.1e}), {_cost(self.num_products, self.seconds)}"

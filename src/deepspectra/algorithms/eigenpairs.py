@@ -12,7 +12,7 @@ from torch import Tensor
 from deepspectra.algorithms.lanczos import Krylov, Ritz, as_operator, basis_capacity, basis_dtype, check_count
 from deepspectra.errors import ConvergenceWarning, DataError, MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
-from deepspectra.results import Eigenpairs, Provenance, Quadrature
+from deepspectra.results import Eigenpairs, Provenance, Quadrature, Separation
 
 Progress = Callable[[int, int | None], object]
 
@@ -38,7 +38,9 @@ def eigenpairs(
     ε^(2/3)·‖A‖, which are zero to working precision ε, only max(rtol·ε^(2/3), 8 ε)·‖A‖ is asked.) All wanted
     pairs must then stand still and survive a challenge: a fresh random vector and at least 5 products along it,
     which would reveal a missed pair or a further copy of a multiple eigenvalue.
-    Completeness is therefore probabilistic, unless the basis has grown to span R^P, when it is certain.
+    Completeness is therefore probabilistic, unless the basis has grown to span R^P, when it is certain: the
+    result's `status` says which. What the run saw of the rest of the spectrum bounds the errors of values,
+    vectors and span: `error_bounds`, `angle_bounds`, `subspace_angle_bound`.
 
     Args:
         A: an operator, or a symmetric matrix (P, P).
@@ -100,18 +102,19 @@ def explore(
         progress=progress,
     )
     outcome = search.run(first)
-    values, vectors, residual_norms, quadrature = search.extract()
+    ritz, chosen = search.extract()
     result = Eigenpairs(
-        values=values,
-        vectors=vectors,
-        residual_norms=residual_norms,
+        values=ritz.values[chosen],
+        vectors=search.krylov.combine(ritz.coefficients[:, chosen]),
+        residual_norms=ritz.residual_norms[chosen],
         converged=outcome == "converged",
         num_products=search.krylov.num_products,
         seconds=time.perf_counter() - began,
         which=which,
         rtol=rtol,
         provenance=Provenance.of(operator, seed),
-        quadrature=quadrature,
+        quadrature=search.quadrature(ritz, chosen),
+        separation=_separation(ritz, chosen, search.krylov.num_basis == operator.shape[0]),
     )
     if not result.converged:
         warnings.warn(_complaint(outcome, result, budget), ConvergenceWarning, stacklevel=3)
@@ -289,14 +292,12 @@ class _Search:
         floor = max(self.rtol * small, 8 * self.eps * self.norm)
         return torch.where(sizes > small, self.rtol * sizes, floor)
 
-    def extract(self) -> tuple[Tensor, Tensor, Tensor, Quadrature | None]:
-        """Values descending, vectors (P, K), residual norms of the wanted pairs there are, and the quadrature."""
+    def extract(self) -> tuple[Ritz, Tensor]:
+        """All Ritz pairs, and which of them are wanted, by descending value."""
         ritz = self.krylov.ritz()
-        chosen = select(ritz.values, self.which, min(self.num, len(ritz.values)))
-        vectors = self.krylov.combine(ritz.coefficients[:, chosen])
-        return ritz.values[chosen], vectors, ritz.residual_norms[chosen], self._quadrature(ritz, chosen)
+        return ritz, select(ritz.values, self.which, min(self.num, len(ritz.values)))
 
-    def _quadrature(self, ritz: Ritz, chosen: Tensor) -> Quadrature | None:
+    def quadrature(self, ritz: Ritz, chosen: Tensor) -> Quadrature | None:
         """What the tracked random vectors say of the spectrum beyond the chosen pairs."""
         rest = torch.ones(len(ritz.values), dtype=torch.bool)
         rest[chosen] = False
@@ -305,6 +306,16 @@ class _Search:
             return None
         weights = shares / shares.sum(1, keepdim=True)
         return Quadrature(ritz.values[rest], weights, tuple(self.num_steps))
+
+
+def _separation(ritz: Ritz, chosen: Tensor, complete: bool) -> Separation:
+    """Distances of the chosen values from the residual intervals of the other Ritz values."""
+    offsets = (ritz.values[chosen, None] - ritz.values).abs()  # (K, m)
+    distances = (offsets - ritz.residual_norms).clamp_min(0)
+    distances[torch.arange(len(chosen)), chosen] = torch.inf
+    gaps = distances.min(1).values
+    distances[:, chosen] = torch.inf
+    return Separation(gaps, float(distances.min()), float(ritz.values.abs().max()), complete)
 
 
 def select(values: Tensor, which: str, num: int) -> Tensor:

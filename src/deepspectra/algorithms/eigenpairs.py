@@ -19,6 +19,7 @@ Progress = Callable[[int, int | None], object]
 ENDS = ("largest", "smallest", "magnitude", "both")
 STAND_STILL = 1  # products over which converged pairs must not change before they are challenged
 SHORTEST_CHALLENGE = 5  # products of the search for missing copies, or a quarter of the basis if that is more
+REACH = 3  # residuals of a Ritz value within which its eigenvalue is taken to lie
 SPARE_VECTORS = 8  # the fewest basis vectors beyond `num` with which a restart makes headway
 
 
@@ -37,7 +38,8 @@ def eigenpairs(
     A pair has converged when its measured residual ‖A v − λ v‖ is at most rtol·|λ|. (Of eigenvalues below
     ε^(2/3)·‖A‖, which are zero to working precision ε, only max(rtol·ε^(2/3), 8 ε)·‖A‖ is asked.) All wanted
     pairs must then stand still and survive a challenge: a fresh random vector and at least 5 products along it,
-    which would reveal a missed pair or a further copy of a multiple eigenvalue.
+    which would reveal a missed pair or a further copy of a multiple eigenvalue, and products along any other
+    Ritz vector whose residual leaves room for a wanted eigenvalue, until it leaves none beyond the tolerance.
     Completeness is therefore probabilistic, unless the basis has grown to span R^P, when it is certain: the
     result's `status` says which. What the run saw of the rest of the spectrum bounds the errors of values,
     vectors and span: `error_bounds`, `angle_bounds`, `subspace_angle_bound`.
@@ -228,20 +230,48 @@ class _Search:
         return "converged" if bool((residual_norms <= tolerances).all()) else "stagnation"
 
     def _challenge(self) -> bool:
-        """Follow a fresh random vector; False if the budget ends first."""
+        """Follow a fresh random vector, then whatever rivals the wanted pairs; False if the budget ends first."""
         if not self.krylov.spans_all:
             self._make_room()
             self._append_random()
-        for _ in range(max(SHORTEST_CHALLENGE, self.krylov.num_basis // 4)):
-            if self.krylov.num_basis == self.krylov.operator.shape[0]:
-                break
+        followed, shortest = 0, max(SHORTEST_CHALLENGE, self.krylov.num_basis // 4)
+        while self.krylov.num_basis < self.krylov.operator.shape[0]:
+            towards = torch.eye(self.krylov.num_pending, dtype=torch.float64)[
+                :, -1:
+            ]  # the newest continues it
+            if followed >= shortest:
+                ritz = self.krylov.ritz()
+                rivals = self._rivals(ritz)
+                if len(rivals) == 0:
+                    break
+                towards, self.follows_newest = self._residuals(ritz, rivals), False
             if self.krylov.num_products >= self.budget:
                 return False
-            if self.krylov.num_pending > 1:  # the newest one continues the fresh vector
-                self.krylov.turn(torch.eye(self.krylov.num_pending, dtype=torch.float64)[-1])
+            self._turn(towards)
             self._multiply()
+            followed += 1
         self.follows_newest = False
         return True
+
+    def _rivals(self, ritz: Ritz) -> Tensor:
+        """Indices of other Ritz values that, moved by their residuals, would be wanted more than the chosen."""
+        chosen = select(ritz.values, self.which, self.num)
+        rest = torch.ones(len(ritz.values), dtype=torch.bool)
+        rest[chosen] = False
+        others = rest.nonzero()[:, 0]
+        values, reach = ritz.values[others], ritz.residual_norms[others]
+        slack = self._outward(ritz.values[chosen]) * self._tolerances(ritz.values)[chosen]
+        order = torch.cat([ritz.values[chosen] + slack, values + reach, values - reach]).sort()
+        best = order.indices[select(order.values, self.which, self.num)] - self.num
+        rivals: Tensor = others[best[best >= 0] % max(len(others), 1)]
+        return rivals
+
+    def _outward(self, values: Tensor) -> Tensor:
+        """±1 (K,): the side on which the end lies that a descending value is wanted for."""
+        if self.which == "magnitude":
+            return values.sign()
+        above = {"largest": self.num, "smallest": 0, "both": (self.num + 1) // 2}[self.which]
+        return torch.where(torch.arange(self.num) < above, 1.0, -1.0)
 
     def _append_random(self) -> None:
         self.krylov.append_random(self.generator)
@@ -272,13 +302,19 @@ class _Search:
 
     def _aim(self, ritz: Ritz) -> None:
         """Of several pending vectors, put first the direction of the largest unconverged wanted residual."""
-        if self.krylov.num_pending < 2:
-            return
         chosen = select(ritz.values, self.which, min(self.num, len(ritz.values)))
-        residuals = self.krylov.projected[self.krylov.num_basis :] @ ritz.coefficients[:, chosen]
-        unmet = residuals.norm(dim=0) > self._tolerances(ritz.values)[chosen]
-        if bool(unmet.any()):
-            self.krylov.turn(torch.linalg.svd(residuals[:, unmet])[0][:, 0])
+        self._turn(
+            self._residuals(ritz, chosen[ritz.residual_norms[chosen] > self._tolerances(ritz.values)[chosen]])
+        )
+
+    def _residuals(self, ritz: Ritz, which: Tensor) -> Tensor:
+        """What the residuals of some Ritz pairs have along the pending vectors (w, k)."""
+        return self.krylov.projected[self.krylov.num_basis :] @ ritz.coefficients[:, which]
+
+    def _turn(self, directions: Tensor) -> None:
+        """Of several pending vectors, put first the main one of some directions (w, k) among them."""
+        if self.krylov.num_pending > 1 and directions.numel():
+            self.krylov.turn(torch.linalg.svd(directions)[0][:, 0])
 
     def _wanted(self, ritz: Ritz) -> tuple[Tensor, Tensor, Tensor]:
         """Values, tolerances and residual norms of the wanted pairs."""
@@ -309,9 +345,9 @@ class _Search:
 
 
 def _separation(ritz: Ritz, chosen: Tensor, complete: bool) -> Separation:
-    """Distances of the chosen values from the residual intervals of the other Ritz values."""
+    """Distances of the chosen values from where the eigenvalues of the other Ritz values are taken to lie."""
     offsets = (ritz.values[chosen, None] - ritz.values).abs()  # (K, m)
-    distances = (offsets - ritz.residual_norms).clamp_min(0)
+    distances = (offsets - REACH * ritz.residual_norms).clamp_min(0)
     distances[torch.arange(len(chosen)), chosen] = torch.inf
     gaps = distances.min(1).values
     distances[:, chosen] = torch.inf

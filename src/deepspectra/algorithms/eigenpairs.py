@@ -230,24 +230,26 @@ class _Search:
         return "converged" if bool((residual_norms <= tolerances).all()) else "stagnation"
 
     def _challenge(self) -> bool:
-        """Follow a fresh random vector, then whatever rivals the wanted pairs; False if the budget ends first."""
-        if not self.krylov.spans_all:
-            self._make_room()
-            self._append_random()
-        followed, shortest = 0, max(SHORTEST_CHALLENGE, self.krylov.num_basis // 4)
+        """Follow a fresh random vector, then whatever rivals the wanted pairs; False if the budget ends first.
+
+        Before it what is pending is multiplied once, for it may hide the direction of a missing copy.
+        """
+        shortest, followed = max(SHORTEST_CHALLENGE, self.krylov.num_basis // 4), 0
         while self.krylov.num_basis < self.krylov.operator.shape[0]:
-            towards = torch.eye(self.krylov.num_pending, dtype=torch.float64)[
-                :, -1:
-            ]  # the newest continues it
-            if followed >= shortest:
+            if followed == 1 and not self.krylov.spans_all:
+                self._make_room()
+                self._append_random()
+            if 1 <= followed < shortest:
+                self._turn(torch.eye(self.krylov.num_pending, dtype=torch.float64)[:, -1:])  # the newest
+            elif followed >= shortest:
                 ritz = self.krylov.ritz()
                 rivals = self._rivals(ritz)
                 if len(rivals) == 0:
                     break
-                towards, self.follows_newest = self._residuals(ritz, rivals), False
+                self.follows_newest = False
+                self._turn(self._residuals(ritz, rivals))
             if self.krylov.num_products >= self.budget:
                 return False
-            self._turn(towards)
             self._multiply()
             followed += 1
         self.follows_newest = False

@@ -257,17 +257,19 @@ def test_bounds_of_separated_pairs_are_quadratic_and_tight():
     assert span <= pairs.subspace_angle_bound < 10 * span
 
 
-def test_a_rival_that_would_be_wanted_is_followed():
-    """Two eigenvalues that one start cannot tell apart, at a loose tolerance: mostly found, and cheaply."""
+@pytest.mark.parametrize(("which", "most"), [("magnitude", 0), ("both", 3)])
+def test_a_rival_that_would_be_wanted_is_followed(which, most):
+    """Two eigenvalues that one start cannot tell apart, at a loose tolerance, are nearly always both found."""
     missed = products = 0
-    for seed in range(24):
+    for seed in range(16):
         draw = torch.Generator().manual_seed(seed)
-        values = torch.cat([torch.tensor([3.0, 3 - 1e-4, 2.0]), torch.rand(97, generator=draw)]).double()
-        pairs = eigenpairs(rotated(values, seed), 3, rtol=1e-2, seed=seed)
-        missed += float((pairs.values - values[:3]).abs().max()) > 0.03
+        values = torch.cat([torch.tensor([3.0, 3 - 1e-4, 2.0, -1]), torch.rand(116, generator=draw)]).double()
+        pairs = eigenpairs(rotated(values, seed), 3, which, rtol=1e-2, seed=seed)
+        exact = values.sort().values
+        missed += float((pairs.values - exact[select(exact, which, 3)]).abs().max()) > 0.03
         products += pairs.num_products
-    assert missed <= 2
-    assert products <= 24 * 30
+    assert missed <= most
+    assert products <= 16 * 22
 
 
 def test_a_cluster_has_a_span_but_no_vectors():

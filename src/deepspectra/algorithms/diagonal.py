@@ -36,7 +36,8 @@ def diagonal(
 
     Returns:
         Diagonal. Over six kinds of spectra at 8 to 128 products the true error (root mean square over
-        entries) was 0.71 to 0.98 times the standard error, and 91 to 99 % of the entries lay within two.
+        entries) was 0.71 to 0.98 times the standard error, and 91 to 99 % of the entries lay within two; for a
+        diagonal operator with a million entries and 32 products it was 1.09, and 90 %.
 
     Raises:
         OptionError, ShapeError, DataError: an argument out of range or of a wrong shape.

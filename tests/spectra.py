@@ -1,6 +1,16 @@
 """Matrices with given eigenvalues."""
 
+import math
+
 import torch
+
+SIZE = 300
+SPECTRA = {
+    "trained": torch.cat([torch.logspace(0, -1, 10), 0.03 * torch.exp(-torch.linspace(0, 14, SIZE - 10))]),
+    "flat": torch.linspace(0.5, 1, SIZE),
+    "indefinite": torch.cos(torch.linspace(0, math.pi, SIZE)),
+    "power law": torch.arange(1, SIZE + 1) ** -1.0,
+}
 
 
 def rotated(values, seed=0, dtype=torch.float64):

@@ -1,5 +1,6 @@
 """Spectral densities against exact spectra."""
 
+import gc
 import math
 import warnings
 from dataclasses import replace
@@ -11,9 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import wasserstein_distance
 
+from deepspectra.algorithms.blocks import Products
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
-from deepspectra.errors import ConvergenceWarning, MemoryBudgetError, NonFiniteError, OptionError, ShapeError
+from deepspectra.algorithms.recurrence import _tridiagonal, _tridiagonals
+from deepspectra.errors import (
+    ConvergenceWarning,
+    FallbackWarning,
+    MemoryBudgetError,
+    NonFiniteError,
+    OptionError,
+    ShapeError,
+)
 from deepspectra.operators.base import Function, LowRank, Matrix
 from spectra import rotated
 
@@ -235,9 +245,10 @@ def test_a_count_between_exact_eigenvalues_is_exact():
     assert (round(count, 9), round(error, 9)) == (int((values > 0.01).sum()), 0)
 
 
-@pytest.mark.parametrize("scale", [1e-7, 1e7])
-def test_densities_scale_with_the_operator(scale):
-    matrix = rotated(trained(300))
+@pytest.mark.parametrize("scale", [2.0**-23, 2.0**23])  # about 1e∓7, without rounding
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_densities_scale_with_the_operator(scale, dtype):
+    matrix = rotated(trained(300), dtype=dtype)
     reference, scaled = density(matrix, 3, 30), density(scale * matrix, 3, 30)
     torch.testing.assert_close(scaled.nodes / scale, reference.nodes, rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(scaled.weights, reference.weights, rtol=1e-4, atol=1e-9)
@@ -338,11 +349,150 @@ def test_a_small_memory_runs_the_probes_in_groups():
     assert distance(result, values) < 0.05
 
 
-def test_a_memory_too_small_for_one_probe_is_an_error():
+def test_a_memory_too_small_for_the_basis_asked_for_is_an_error():
     operator = Matrix(rotated(trained(300)))
     operator.memory = 8 * 300 * 40
-    with pytest.raises(MemoryBudgetError, match=r"Lower num_steps to 39 or raise A\.memory"):
-        density(operator)
+    with pytest.raises(
+        MemoryBudgetError, match=r"Lower num_steps to 39, raise A\.memory, or use basis='none'"
+    ):
+        density(operator, basis="full")
+
+
+# --- without a basis ---------------------------------------------------------------------------------------
+
+
+def of_values(values, dtype=torch.float64, vectors=None):
+    operator = Function(lambda block: values.to(block)[:, None] * block, len(values), dtype=dtype)
+    if vectors is not None:
+        operator.memory = vectors * len(values) * torch.finfo(dtype).bits // 8
+    return operator
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("num_steps", [24, 64, 200])
+def test_no_copy_is_counted_without_a_basis(dtype, num_steps):
+    values = trained(2000)
+    operator = of_values(values, dtype)
+    run = Products(operator, 4 * num_steps, None)
+    start = run.gaussian(4, torch.Generator().manual_seed(0))
+    nothing, generator = torch.zeros(0, 2000, dtype=dtype), torch.Generator().manual_seed(0)
+    for alpha, beta in _tridiagonals(run, nothing, 4, num_steps, generator):
+        assert int((torch.linalg.eigvalsh(_tridiagonal(alpha, beta)) > 0.05).sum()) > 10  # copies there are
+    result = density(operator, 4, num_steps, basis="none")
+    for probe in range(4):
+        above = (result.probes == probe) & (result.nodes > 0.05)
+        assert int(above.sum()) == 10
+        torch.testing.assert_close(result.nodes[above].flip(0), values[:10], rtol=1e-5, atol=0)
+        shares = start[:10, probe].double().square() / start[:, probe].double().square().sum() / 4
+        torch.testing.assert_close(result.weights[above].flip(0), shares, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("num_steps", [24, 64])
+@pytest.mark.parametrize("deflated", [False, True])
+def test_without_a_basis_probes_are_as_accurate_as_reorthogonalised_ones(dtype, num_steps, deflated):
+    """One by one, so that these lock nothing and share nothing: within a half."""
+    values = trained(1000)
+    top = eigenpairs(of_values(values), 10, rtol=1e-6) if deflated else None
+    top = replace(top, quadrature=None) if deflated else None
+    errors = {"full": 0.0, "none": 0.0}
+    for basis in errors:
+        operator = of_values(values, dtype, num_steps + 11)
+        errors[basis] = distance(density(operator, 6, num_steps, deflate=top, basis=basis), values)
+    assert errors["none"] < 1.5 * errors["full"] + 1e-3
+    assert not deflated or errors["none"] < 0.05
+
+
+def test_without_a_basis_the_quadrature_reproduces_the_probes_moments():
+    values = torch.linspace(-1, 2, 120, dtype=torch.float64)
+    result = density(rotated(values), 3, 60, seed=3, basis="none")
+    z = torch.randn(3, 120, generator=torch.Generator().manual_seed(3), dtype=torch.float64).T
+    matrix, power = rotated(values), z
+    for degree in range(120):
+        moments = (z * power).sum(0) / (z * z).sum(0)
+        for probe in range(3):
+            mine = result.probes == probe
+            moment = float(result.weights[mine] @ result.nodes[mine] ** degree) * 3
+            assert moment == pytest.approx(float(moments[probe]), rel=1e-9, abs=1e-12)
+        power = matrix @ power
+
+
+def test_without_a_basis_three_vectors_a_probe_are_held():
+    values, held = trained(3000), []
+
+    def large():
+        tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.numel() >= 3000]
+        return {t.untyped_storage().data_ptr(): t.numel() for t in tensors}
+
+    def apply(block):
+        mine = large()
+        held.append(sum(mine[pointer] for pointer in mine.keys() - before) / block.numel())
+        return values[:, None] * block
+
+    before = set(large())
+    density(Function(apply, 3000, dtype=torch.float64), 4, 8, basis="none")
+    assert len(held) == 8
+    assert held[-1] == max(held) == 2  # and the product to come
+
+
+def test_a_memory_too_small_for_a_basis_does_without_one_and_says_so():
+    values = trained(500)
+    with pytest.warns(FallbackWarning, match="without a basis is used; it locks no eigenvalue"):
+        result = density(of_values(values, vectors=40), 5)
+    reference = density(of_values(values), 5, basis="none")
+    assert (result.num_products, result.num_probes) == (320, 5)
+    torch.testing.assert_close(result.weights.sum(), torch.tensor(1.0).double())
+    torch.testing.assert_close(result.nodes[result.nodes > 0.05], reference.nodes[reference.nodes > 0.05])
+    with pytest.raises(MemoryBudgetError, match=r"3 vectors of length 500, even without a basis"):
+        density(of_values(values, vectors=2), 5, basis="none")
+
+
+def test_without_a_basis_memory_sets_how_many_probes_advance_together():
+    seen = []
+    operator = of_values(trained(300), vectors=7)
+    progress = lambda done, expected: seen.append((done, expected))  # noqa: E731
+    result = density(operator, 5, 10, basis="none", progress=progress)
+    assert max(b[0] - a[0] for a, b in pairwise(seen)) == 2
+    assert seen[-1] == (50, 50)
+    assert sorted(set(result.probes.tolist())) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_without_a_basis_degenerate_spectra_are_resolved(dtype):
+    itself = Function(lambda block: block, 40, dtype=dtype)
+    for operator, value in ((itself, 1), (torch.zeros(40, 40, dtype=dtype), 0)):
+        result = density(operator, 3, 10, basis="none")
+        torch.testing.assert_close(result.nodes, torch.full((3,), value).double(), atol=1e-6, rtol=0)
+    values = torch.cat([torch.full((50,), 3.0), torch.full((30,), -1.0), torch.full((20,), 0.5)])
+    result = density(rotated(values, dtype=dtype), 3, 64, basis="none")
+    assert result.nodes.tolist() == pytest.approx([-1, 0.5, 3] * 3, abs=1e-5)
+    single = density(torch.tensor([[2.0]], dtype=dtype), basis="none")
+    assert single.nodes.tolist() == pytest.approx([2] * 8)
+
+
+def test_without_a_basis_deflated_pairs_keep_their_sign_and_do_not_come_back():
+    values = torch.cat([torch.tensor([-9.0, 4.0]), torch.linspace(-0.1, 0.2, 398)]).double()
+    top = replace(eigenpairs(rotated(values), 2, "magnitude", rtol=1e-6), quadrature=None)
+    result = density(rotated(values), 4, 120, deflate=top, basis="none")
+    outliers = result.nodes.abs() > 0.3
+    assert result.nodes[outliers].sort().values.tolist() == pytest.approx([-9, 4], rel=1e-9)
+    assert result.weights[outliers].tolist() == pytest.approx([1 / 400] * 2, rel=1e-12)
+    assert distance(result, values) < 0.1
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-7, 1e7, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_densities_without_a_basis_scale_with_the_operator(scale, dtype):
+    values = trained(300).to(dtype)
+    reference = density(of_values(values, dtype), 3, 10, basis="none")
+    scaled = density(of_values(scale * values, dtype), 3, 10, basis="none")
+    torch.testing.assert_close(scaled.nodes / scale, reference.nodes, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(scaled.weights, reference.weights, rtol=1e-2, atol=1e-6)
+
+
+def test_without_a_basis_products_that_are_not_finite_are_an_error():
+    with pytest.raises(NonFiniteError):
+        density(Function(lambda block: block * math.nan, 20), basis="none")
 
 
 # --- curves and distribution functions ---------------------------------------------------------------------
@@ -429,7 +579,14 @@ def test_the_printed_table_ends_with_a_verdict(sample):
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_probes": 0}, {"num_steps": 0}, {"num_steps": 2.0}, {"deflate": torch.ones(30, 2)}]
+    "options",
+    [
+        {"num_probes": 0},
+        {"num_steps": 0},
+        {"num_steps": 2.0},
+        {"deflate": torch.ones(30, 2)},
+        {"basis": "half"},
+    ],
 )
 def test_bad_options_are_refused(options):
     with pytest.raises(OptionError):

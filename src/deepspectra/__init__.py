@@ -1,7 +1,9 @@
 """deepspectra splits the spectrum of a deep network into the parts that cause it."""
 
 from deepspectra.algorithms.density import density
+from deepspectra.algorithms.diagonal import diagonal
 from deepspectra.algorithms.eigenpairs import eigenpairs
+from deepspectra.algorithms.norm import frobenius_norm
 from deepspectra.algorithms.subspace import overlap
 from deepspectra.algorithms.trace import trace
 from deepspectra.analysis.attribution import attribute
@@ -35,7 +37,9 @@ __all__ = [
     "compare",
     "decompose",
     "density",
+    "diagonal",
     "eigenpairs",
+    "frobenius_norm",
     "gram_spectrum",
     "kronecker",
     "kronecker_quality",

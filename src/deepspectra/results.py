@@ -83,6 +83,26 @@ class Quadrature:
 
 
 @dataclass(frozen=True)
+class Separation:
+    """How far eigenpairs lie from the rest of the spectrum, if the run has seen all of it that is near.
+
+    Each eigenvalue of A is taken to lie within three residuals r of its own Ritz value θ. That is certain once
+    the basis spans R^P; before, it is what `eigenpairs` challenges with a fresh random vector.
+
+    Attributes:
+        gaps: (K,) from each value to the nearest interval θ ± 3 r of another Ritz value; 0 inside one.
+        gap: the same from all K values to the Ritz values that are not among them; ∞ if there are none.
+        norm: ‖A‖ as far as seen.
+        complete: the basis spans R^P.
+    """
+
+    gaps: Tensor
+    gap: float
+    norm: float
+    complete: bool
+
+
+@dataclass(frozen=True)
 class Eigenpairs:
     """Eigenvalues and eigenvectors, with measured residuals.
 
@@ -99,6 +119,7 @@ class Eigenpairs:
         provenance: where it came from.
         quadrature: what the run's random vectors saw of the spectrum without these pairs; None after a restart
             of the basis, or when they saw nothing else.
+        separation: from the rest of the spectrum; None where it is not known.
     """
 
     values: Tensor
@@ -111,6 +132,7 @@ class Eigenpairs:
     rtol: float
     provenance: Provenance
     quadrature: Quadrature | None = None
+    separation: Separation | None = None
 
     @property
     def worst(self) -> float:
@@ -118,11 +140,68 @@ class Eigenpairs:
         relative = self.residual_norms / self.values.abs()
         return float(torch.where(self.residual_norms == 0, 0.0, relative).max())
 
+    @property
+    def status(self) -> str:
+        """What stands behind the pairs: "certified" | "statistical" | "not converged".
+
+        "certified": the residuals are met, and no pair can be missing, for the basis spans R^P. "statistical":
+        they are met, and none came up along a fresh random vector. "not converged": neither is claimed.
+        """
+        if not self.converged:
+            return "not converged"
+        return "certified" if self.separation and self.separation.complete else "statistical"
+
+    @property
+    def error_bounds(self) -> Tensor:
+        """(K,) bounds of |λ − an eigenvalue of A|: the residual r, which holds always, or the smaller r²/gap.
+
+        The second (Kato and Temple) is for converged pairs, and as good as the assumption of `separation`: in
+        288 runs at rtol = 1e-2 and 1e-4, on spectra with and without gaps, none broke it; in 2 of 96 with two
+        eigenvalues 1e-4 apart one had been missed. Bounds are those of the operator as it is computed, and
+        include 10 ε‖A‖ for the rounding of the values.
+        """
+        residuals, gaps = self.residual_norms, self._gaps()
+        squares = torch.where(gaps > residuals, residuals.square() / gaps, residuals)
+        return squares + self._rounding()
+
+    @property
+    def angle_bounds(self) -> Tensor:
+        """(K,) bounds r/gap of the sine between each vector and its eigenvector; ∞ where none is known.
+
+        It is not known for pairs that have not converged, or are as near to another as its residual. Of such
+        a cluster only the span means something: see `subspace_angle_bound`.
+        """
+        gaps, known = self._gaps(), self.residual_norms + self._rounding()
+        return torch.where(gaps > 0, known / gaps, math.inf)
+
+    @property
+    def subspace_angle_bound(self) -> float:
+        """A bound of the sine of the largest angle between the K vectors' span and the eigenspace; or ∞.
+
+        Davis and Kahan's sin Θ theorem: the root of Σ r² over the gap between the K values and the rest.
+        """
+        if self.separation is None or not self.converged or self.separation.gap == 0:
+            return math.inf
+        return float((self.residual_norms + self._rounding()).norm()) / self.separation.gap
+
+    def _gaps(self) -> Tensor:
+        known = self.separation is not None and self.converged
+        return self.separation.gaps if self.separation and known else torch.zeros_like(self.values)
+
+    def _rounding(self) -> float:
+        norm = self.separation.norm if self.separation else float(self.values.abs().max())
+        return 10 * torch.finfo(self.vectors.dtype).eps * norm
+
     def __str__(self) -> str:
-        rows = [f"{'':>4} {'λ':>12} {'‖Av − λv‖':>12}"]
-        pairs = zip(self.values.tolist(), self.residual_norms.tolist(), strict=True)
-        rows += [f"{j:>4} {value:>12.5g} {residual:>12.2g}" for j, (value, residual) in enumerate(pairs, 1)]
-        state = "converged" if self.converged else "NOT converged"
+        rows = [f"{'':>4} {'λ':>12} {'‖Av − λv‖':>12} {'error of λ ≤':>14} {'sin ∠ ≤':>10}"]
+        columns = (self.values, self.residual_norms, self.error_bounds, self.angle_bounds)
+        rows += [
+            f"{j:>4} {value:>12.5g} {residual:>12.2g} {error:>14.2g} {angle:>10.2g}"
+            for j, (value, residual, error, angle) in enumerate(
+                zip(*(column.tolist() for column in columns), strict=True), 1
+            )
+        ]
+        state = f"converged ({self.status})" if self.converged else "NOT converged"
         rows.append(
             f"{self.which} {len(self.values)} of {self.provenance.operator}: {state}, worst residual/|λ| "
             f"{self.worst:.1e} (rtol {self.rtol:.1e}), {_cost(self.num_products, self.seconds)}"
@@ -331,18 +410,20 @@ class Density:
 
 
 @dataclass(frozen=True)
-class Trace:
-    """A trace with its standard error.
+class Estimate:
+    """A number that random vectors tell of an operator, with its standard error.
 
     Attributes:
-        value: the estimate of tr A.
+        quantity: "trace" | "Frobenius norm".
+        value: the estimate.
         standard_error: of `value`; 0 when exact, NaN when a single product allows none.
         num_products: products spent.
         seconds: wall-clock time spent.
-        method: "exact" | "XTrace" | "Hutchinson".
+        method: "exact" | "leave-one-out" | "Hutchinson".
         provenance: where it came from.
     """
 
+    quantity: str
     value: float
     standard_error: float
     num_products: int
@@ -352,8 +433,41 @@ class Trace:
 
     def __str__(self) -> str:
         return (
-            f"{'trace':<16} {self.value:>12.6g}\n{'standard error':<16} {self.standard_error:>12.2g}\n"
-            f"trace of {self.provenance.operator} by {self.method}, {_cost(self.num_products, self.seconds)}"
+            f"{self.quantity:<16} {self.value:>12.6g}\n{'standard error':<16} {self.standard_error:>12.2g}\n"
+            f"{self.quantity} of {self.provenance.operator} by {self.method}, "
+            f"{_cost(self.num_products, self.seconds)}"
+        )
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """A diagonal with a standard error per entry.
+
+    Attributes:
+        values: (P,) the estimates, on the operator's device and in its dtype (float32 for shorter ones).
+        standard_error: (P,) of `values`; 0 when exact, NaN when a single product allows none.
+        num_products: products spent.
+        seconds: wall-clock time spent.
+        method: "exact" | "leave-one-out" | "Hutchinson".
+        provenance: where it came from.
+    """
+
+    values: Tensor
+    standard_error: Tensor
+    num_products: int
+    seconds: float
+    method: str
+    provenance: Provenance
+
+    def __str__(self) -> str:
+        low, high = self.values.aminmax()
+        sizes = [tensor.double().square().mean().sqrt() for tensor in (self.values, self.standard_error)]
+        return (
+            f"{'smallest, largest entry':<26} {float(low):>12.5g} {float(high):>12.5g}\n"
+            f"{'root mean square':<26} {float(sizes[0]):>12.5g}\n"
+            f"{'of the standard errors':<26} {float(sizes[1]):>12.2g}\n"
+            f"diagonal of {self.provenance.operator} by {self.method}, "
+            f"{_cost(self.num_products, self.seconds)}"
         )
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from deepspectra.algorithms.blocks import Products, Progress
 from deepspectra.algorithms.lanczos import Krylov, as_operator, basis_capacity, check_count, gaussian_rows
-from deepspectra.errors import DataError, MemoryBudgetError, OptionError, ShapeError
+from deepspectra.algorithms.recurrence import quadratures
+from deepspectra.errors import DataError, FallbackWarning, MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
 from deepspectra.results import Density, Eigenpairs, Provenance
-
-Progress = Callable[[int, int | None], object]
 
 LARGEST_BLOCK_BASIS = 2048  # vectors of a group of probes: its projected matrix is diagonalised on the CPU
 INF = float("inf")
@@ -28,6 +28,7 @@ def density(
     deflate: Eigenpairs | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    basis: str | None = None,
 ) -> Density:
     """The density (1/P) Σ_i δ(λ − λ_i) of a symmetric operator's spectrum, by stochastic Lanczos quadrature.
 
@@ -47,6 +48,12 @@ def density(
     projected operator's own density is still exact, and the values are Rayleigh quotients, off by at
     most ‖A v − λ v‖.
 
+    With basis="none" each probe goes its own way by Lanczos' recurrence, in three vectors, and copies of
+    converged eigenvalues are merged (`algorithms/recurrence.py`). Each probe's nodes and weights are then those
+    of its own exact quadrature up to what the copies cost: after m steps it is as accurate as a reorthogonalised
+    one of m less the number of copies. Nothing is locked, so outliers should be deflated; nodes closer than
+    100 ε‖A‖ are one.
+
     Args:
         A: an operator, or a symmetric matrix (P, P).
         num_probes: random probes; the error band comes from their scatter.
@@ -54,6 +61,8 @@ def density(
         deflate: eigenpairs of A known already.
         seed: of the probes.
         progress: called with (products so far, products expected).
+        basis: "full" keeps and reorthogonalises the basis, "none" keeps three vectors a probe; None is "full"
+            if one probe's basis fits `A.memory`, and otherwise "none" with a FallbackWarning.
 
     Returns:
         Density: nodes and weights that sum to 1.
@@ -61,11 +70,12 @@ def density(
     Raises:
         OptionError, ShapeError, DataError: an argument out of range or of a wrong shape.
         NonFiniteError: a product is NaN or infinite.
-        MemoryBudgetError: not even one probe's basis fits `A.memory`.
+        MemoryBudgetError: with basis="full", not even one probe's basis fits `A.memory`; else, not even three
+            vectors.
 
     Cost: num_probes·num_steps products at most, for the probes that `deflate` does not bring; a basis of at most
     `A.memory` bytes: probes are split into groups that fit, of at most 2048 vectors, and later groups run on the
-    complement of the pairs locked before.
+    complement of the pairs locked before. With basis="none", 3 vectors a probe, in groups of 16 or what fits.
 
     Source: Golub and Meurant (2010) for the quadrature; Papyan, JMLR 21 (2020), appendix C, algorithm 3.
     Departures: (1) full reorthogonalisation, hence no ghosts; (2) the probes share a block basis;
@@ -77,11 +87,14 @@ def density(
     operator = as_operator(A)
     check_count("num_probes", num_probes)
     check_count("num_steps", num_steps)
+    if basis not in (None, "full", "none"):
+        raise OptionError(f"basis must be 'full', 'none' or None; got {basis!r}.")
     known = _known_rows(operator, deflate)
     groups, num_products = _free_groups(deflate, num_probes, num_steps), 0
     if len(groups) < num_probes:
         generator = torch.Generator().manual_seed(seed)
-        fresh, num_products = _fresh_groups(
+        explore = _with_basis if _keeps_basis(operator, basis, num_steps, len(known)) else _without_basis
+        fresh, num_products = explore(
             operator, known, num_probes - len(groups), num_steps, generator, progress
         )
         groups += fresh
@@ -122,7 +135,44 @@ def _free_groups(deflate: Eigenpairs | None, num_probes: int, num_steps: int) ->
     return [_Group(nothing, seen.nodes, weights[None], (-INF, INF)) for weights in far[:num_probes]]
 
 
-def _fresh_groups(
+def _keeps_basis(operator: Operator, basis: str | None, num_steps: int, num_known: int) -> bool:
+    """Whether one probe's basis is kept: as asked, or if it fits."""
+    size, fit = operator.shape[0], basis_capacity(operator)
+    if basis == "none" or fit >= min(size, num_known + num_steps + 1):
+        return basis != "none"
+    room = (
+        f"{num_steps} steps need room for {num_known + num_steps + 1} vectors of length {size:,}; "
+        f"A.memory = {operator.memory:,} bytes holds {fit}."
+    )
+    if basis == "full":
+        raise MemoryBudgetError(
+            f"{room} Lower num_steps to {max(fit - num_known - 1, 0)}, raise A.memory, or use basis='none'."
+        )
+    warnings.warn(
+        f"density: {room} The recurrence without a basis is used; it locks no eigenvalue. "
+        "Deflate the outliers, raise A.memory, or pass basis='none' if that is meant.",
+        FallbackWarning,
+        stacklevel=3,
+    )
+    return False
+
+
+def _without_basis(
+    operator: Operator,
+    known: Tensor,
+    num_probes: int,
+    num_steps: int,
+    generator: torch.Generator,
+    progress: Progress | None,
+) -> tuple[list[_Group], int]:
+    """What new probes find by the recurrence alone, each a group of one, and the products they take."""
+    run = Products(operator, num_probes * num_steps, progress)
+    nothing = torch.zeros(0, dtype=torch.float64)
+    found = quadratures(run, known, num_probes, num_steps, generator)
+    return [_Group(nothing, nodes, weights[None], (-INF, INF)) for nodes, weights in found], run.done
+
+
+def _with_basis(
     operator: Operator,
     known: Tensor,
     num_probes: int,
@@ -236,12 +286,6 @@ def _group_sizes(operator: Operator, num_probes: int, num_steps: int, num_known:
     """Sizes of the groups of probes, as equal as they can be."""
     size = operator.shape[0]
     fit = basis_capacity(operator)
-    if fit < min(size, num_known + num_steps + 1):
-        raise MemoryBudgetError(
-            f"{num_steps} steps need room for {num_known + num_steps + 1} vectors of length {size:,}; "
-            f"A.memory = {operator.memory:,} bytes holds {fit}. "
-            f"Lower num_steps to {max(fit - num_known - 1, 0)} or raise A.memory."
-        )
     largest = num_probes if fit >= size else (fit - num_known) // (num_steps + 1)
     if size > LARGEST_BLOCK_BASIS:
         largest = max(1, min(largest, LARGEST_BLOCK_BASIS // num_steps))

@@ -12,13 +12,14 @@ from torch import Tensor
 from deepspectra.algorithms.lanczos import Krylov, Ritz, as_operator, basis_capacity, basis_dtype, check_count
 from deepspectra.errors import ConvergenceWarning, DataError, MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
-from deepspectra.results import Eigenpairs, Provenance, Quadrature
+from deepspectra.results import Eigenpairs, Provenance, Quadrature, Separation
 
 Progress = Callable[[int, int | None], object]
 
 ENDS = ("largest", "smallest", "magnitude", "both")
 STAND_STILL = 1  # products over which converged pairs must not change before they are challenged
 SHORTEST_CHALLENGE = 5  # products of the search for missing copies, or a quarter of the basis if that is more
+REACH = 3  # residuals of a Ritz value within which its eigenvalue is taken to lie
 SPARE_VECTORS = 8  # the fewest basis vectors beyond `num` with which a restart makes headway
 
 
@@ -37,8 +38,11 @@ def eigenpairs(
     A pair has converged when its measured residual ‖A v − λ v‖ is at most rtol·|λ|. (Of eigenvalues below
     ε^(2/3)·‖A‖, which are zero to working precision ε, only max(rtol·ε^(2/3), 8 ε)·‖A‖ is asked.) All wanted
     pairs must then stand still and survive a challenge: a fresh random vector and at least 5 products along it,
-    which would reveal a missed pair or a further copy of a multiple eigenvalue.
-    Completeness is therefore probabilistic, unless the basis has grown to span R^P, when it is certain.
+    which would reveal a missed pair or a further copy of a multiple eigenvalue, and products along any other
+    Ritz vector whose residual leaves room for a wanted eigenvalue, until it leaves none beyond the tolerance.
+    Completeness is therefore probabilistic, unless the basis has grown to span R^P, when it is certain: the
+    result's `status` says which. What the run saw of the rest of the spectrum bounds the errors of values,
+    vectors and span: `error_bounds`, `angle_bounds`, `subspace_angle_bound`.
 
     Args:
         A: an operator, or a symmetric matrix (P, P).
@@ -100,22 +104,37 @@ def explore(
         progress=progress,
     )
     outcome = search.run(first)
-    values, vectors, residual_norms, quadrature = search.extract()
+    ritz, chosen = search.extract()
     result = Eigenpairs(
-        values=values,
-        vectors=vectors,
-        residual_norms=residual_norms,
+        values=ritz.values[chosen],
+        vectors=search.krylov.combine(ritz.coefficients[:, chosen]),
+        residual_norms=ritz.residual_norms[chosen],
         converged=outcome == "converged",
         num_products=search.krylov.num_products,
         seconds=time.perf_counter() - began,
         which=which,
         rtol=rtol,
         provenance=Provenance.of(operator, seed),
-        quadrature=quadrature,
+        quadrature=search.quadrature(ritz, chosen),
+        separation=_separation(ritz, chosen, search.krylov.num_basis == operator.shape[0]),
     )
     if not result.converged:
         warnings.warn(_complaint(outcome, result, budget), ConvergenceWarning, stacklevel=3)
     return result, search.krylov
+
+
+def unchallenged(
+    operator: Operator, num: int, rtol: float, least: int, most: int, generator: torch.Generator
+) -> Krylov:
+    """A basis of `least` to `most` products that has the `num` largest pairs to rtol·|λ|, as far as it can tell.
+
+    For whoever looks for missing pairs in another way.
+    """
+    search = _Search(
+        operator, num, "largest", rtol=rtol, budget=most, num_start=1, generator=generator, progress=None
+    )
+    search.settle(least, stand_still=0)
+    return search.krylov
 
 
 class _Search:
@@ -155,7 +174,7 @@ class _Search:
         if first is not None:
             self._begin(first)
         while True:
-            outcome = self._settle()
+            outcome = self.settle()
             if outcome != "settled":
                 return outcome
             before = self._wanted(self.krylov.ritz())[0]
@@ -173,8 +192,8 @@ class _Search:
             self.krylov.expand(self.krylov.num_pending)
             self._aim(self.krylov.ritz())
 
-    def _settle(self) -> str:
-        """Multiply until the wanted pairs have converged and stand still, or cannot."""
+    def settle(self, least: int = 0, stand_still: int = STAND_STILL) -> str:
+        """Multiply, `least` times or more, until the wanted pairs have converged and stand still, or cannot."""
         still, since, best, best_at = None, 0, float("inf"), 0
         while True:
             if self.krylov.num_basis == self.krylov.operator.shape[0]:
@@ -199,9 +218,10 @@ class _Search:
                     best, best_at = excess, done
                 elif done - best_at >= 10 and float(residual_norms.max()) <= 1e3 * self.eps * self.norm:
                     return "stagnation"
-            elif still is None or _moved(values, still, tolerances):
+                continue
+            if still is None or _moved(values, still, tolerances):
                 still, since = values, done
-            elif done - since >= STAND_STILL:
+            if done >= least and done - since >= stand_still:
                 return "settled"
 
     def _judge_complete(self) -> str:
@@ -210,20 +230,50 @@ class _Search:
         return "converged" if bool((residual_norms <= tolerances).all()) else "stagnation"
 
     def _challenge(self) -> bool:
-        """Follow a fresh random vector; False if the budget ends first."""
-        if not self.krylov.spans_all:
-            self._make_room()
-            self._append_random()
-        for _ in range(max(SHORTEST_CHALLENGE, self.krylov.num_basis // 4)):
-            if self.krylov.num_basis == self.krylov.operator.shape[0]:
-                break
+        """Follow a fresh random vector, then whatever rivals the wanted pairs; False if the budget ends first.
+
+        Before it what is pending is multiplied once, for it may hide the direction of a missing copy.
+        """
+        shortest, followed = max(SHORTEST_CHALLENGE, self.krylov.num_basis // 4), 0
+        while self.krylov.num_basis < self.krylov.operator.shape[0]:
+            if followed == 1 and not self.krylov.spans_all:
+                self._make_room()
+                self._append_random()
+            if 1 <= followed < shortest:
+                self._turn(torch.eye(self.krylov.num_pending, dtype=torch.float64)[:, -1:])  # the newest
+            elif followed >= shortest:
+                ritz = self.krylov.ritz()
+                rivals = self._rivals(ritz)
+                if len(rivals) == 0:
+                    break
+                self.follows_newest = False
+                self._turn(self._residuals(ritz, rivals))
             if self.krylov.num_products >= self.budget:
                 return False
-            if self.krylov.num_pending > 1:  # the newest one continues the fresh vector
-                self.krylov.turn(torch.eye(self.krylov.num_pending, dtype=torch.float64)[-1])
             self._multiply()
+            followed += 1
         self.follows_newest = False
         return True
+
+    def _rivals(self, ritz: Ritz) -> Tensor:
+        """Indices of other Ritz values that, moved by their residuals, would be wanted more than the chosen."""
+        chosen = select(ritz.values, self.which, self.num)
+        rest = torch.ones(len(ritz.values), dtype=torch.bool)
+        rest[chosen] = False
+        others = rest.nonzero()[:, 0]
+        values, reach = ritz.values[others], ritz.residual_norms[others]
+        slack = self._outward(ritz.values[chosen]) * self._tolerances(ritz.values)[chosen]
+        order = torch.cat([ritz.values[chosen] + slack, values + reach, values - reach]).sort()
+        best = order.indices[select(order.values, self.which, self.num)] - self.num
+        rivals: Tensor = others[best[best >= 0] % max(len(others), 1)]
+        return rivals
+
+    def _outward(self, values: Tensor) -> Tensor:
+        """±1 (K,): the side on which the end lies that a descending value is wanted for."""
+        if self.which == "magnitude":
+            return values.sign()
+        above = {"largest": self.num, "smallest": 0, "both": (self.num + 1) // 2}[self.which]
+        return torch.where(torch.arange(self.num) < above, 1.0, -1.0)
 
     def _append_random(self) -> None:
         self.krylov.append_random(self.generator)
@@ -254,13 +304,19 @@ class _Search:
 
     def _aim(self, ritz: Ritz) -> None:
         """Of several pending vectors, put first the direction of the largest unconverged wanted residual."""
-        if self.krylov.num_pending < 2:
-            return
         chosen = select(ritz.values, self.which, min(self.num, len(ritz.values)))
-        residuals = self.krylov.projected[self.krylov.num_basis :] @ ritz.coefficients[:, chosen]
-        unmet = residuals.norm(dim=0) > self._tolerances(ritz.values)[chosen]
-        if bool(unmet.any()):
-            self.krylov.turn(torch.linalg.svd(residuals[:, unmet])[0][:, 0])
+        self._turn(
+            self._residuals(ritz, chosen[ritz.residual_norms[chosen] > self._tolerances(ritz.values)[chosen]])
+        )
+
+    def _residuals(self, ritz: Ritz, which: Tensor) -> Tensor:
+        """What the residuals of some Ritz pairs have along the pending vectors (w, k)."""
+        return self.krylov.projected[self.krylov.num_basis :] @ ritz.coefficients[:, which]
+
+    def _turn(self, directions: Tensor) -> None:
+        """Of several pending vectors, put first the main one of some directions (w, k) among them."""
+        if self.krylov.num_pending > 1 and directions.numel():
+            self.krylov.turn(torch.linalg.svd(directions)[0][:, 0])
 
     def _wanted(self, ritz: Ritz) -> tuple[Tensor, Tensor, Tensor]:
         """Values, tolerances and residual norms of the wanted pairs."""
@@ -274,14 +330,12 @@ class _Search:
         floor = max(self.rtol * small, 8 * self.eps * self.norm)
         return torch.where(sizes > small, self.rtol * sizes, floor)
 
-    def extract(self) -> tuple[Tensor, Tensor, Tensor, Quadrature | None]:
-        """Values descending, vectors (P, K), residual norms of the wanted pairs there are, and the quadrature."""
+    def extract(self) -> tuple[Ritz, Tensor]:
+        """All Ritz pairs, and which of them are wanted, by descending value."""
         ritz = self.krylov.ritz()
-        chosen = select(ritz.values, self.which, min(self.num, len(ritz.values)))
-        vectors = self.krylov.combine(ritz.coefficients[:, chosen])
-        return ritz.values[chosen], vectors, ritz.residual_norms[chosen], self._quadrature(ritz, chosen)
+        return ritz, select(ritz.values, self.which, min(self.num, len(ritz.values)))
 
-    def _quadrature(self, ritz: Ritz, chosen: Tensor) -> Quadrature | None:
+    def quadrature(self, ritz: Ritz, chosen: Tensor) -> Quadrature | None:
         """What the tracked random vectors say of the spectrum beyond the chosen pairs."""
         rest = torch.ones(len(ritz.values), dtype=torch.bool)
         rest[chosen] = False
@@ -290,6 +344,16 @@ class _Search:
             return None
         weights = shares / shares.sum(1, keepdim=True)
         return Quadrature(ritz.values[rest], weights, tuple(self.num_steps))
+
+
+def _separation(ritz: Ritz, chosen: Tensor, complete: bool) -> Separation:
+    """Distances of the chosen values from where the eigenvalues of the other Ritz values are taken to lie."""
+    offsets = (ritz.values[chosen, None] - ritz.values).abs()  # (K, m)
+    distances = (offsets - REACH * ritz.residual_norms).clamp_min(0)
+    distances[torch.arange(len(chosen)), chosen] = torch.inf
+    gaps = distances.min(1).values
+    distances[:, chosen] = torch.inf
+    return Separation(gaps, float(distances.min()), float(ritz.values.abs().max()), complete)
 
 
 def select(values: Tensor, which: str, num: int) -> Tensor:

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import time
-import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.lanczos import (
-    as_operator,
-    basis_capacity,
-    basis_dtype,
-    check_count,
-    gaussian_rows,
-)
-from deepspectra.errors import FallbackWarning, NonFiniteError
+from deepspectra.algorithms.blocks import Products, Progress
+from deepspectra.algorithms.lanczos import as_operator, check_count
+from deepspectra.algorithms.sketch import Sketch, method_for, sketch, standard_error
 from deepspectra.operators.base import Operator
-from deepspectra.results import Provenance, Trace
-
-Progress = Callable[[int, int | None], object]
-
-BLOCK = 16  # vectors multiplied at once
-CORRELATION = (
-    2  # XTrace's estimates share all vectors but one: n of them scatter the mean like n/2 at the worst
-)
+from deepspectra.results import Estimate, Provenance
 
 
 def trace(
     A: Operator | Tensor, num_products: int = 64, seed: int = 0, progress: Progress | None = None
-) -> Trace:
+) -> Estimate:
     """The trace of a symmetric operator, with a standard error.
 
     XTrace: with n = num_products // 2 Gaussian vectors Ω and the orthonormal basis Q of A Ω, each ω_i is left
@@ -46,7 +31,7 @@ def trace(
         progress: called with (products so far, products expected).
 
     Returns:
-        Trace. XTrace's estimates are exchangeable but not independent: over six kinds of spectra the true
+        Estimate. XTrace's estimates are exchangeable but not independent: over six kinds of spectra the true
         error was 1.03 to 1.40 times their scatter over √n, so the standard error is √2 times that. The trace
         then lies within two standard errors in 86 to 100 % of runs at 16 products, and in 95 to 100 % from 32
         on.
@@ -64,29 +49,21 @@ def trace(
     began = time.perf_counter()
     operator = as_operator(A)
     check_count("num_products", num_products)
-    run = _Products(operator, min(num_products, operator.shape[0]), progress)
+    run = Products(operator, min(num_products, operator.shape[0]), progress)
+    method = method_for(run, num_products, "trace")
     generator = torch.Generator().manual_seed(seed)
-    half = num_products // 2
-    if num_products >= operator.shape[0]:
-        method, estimates = "exact", [_exact(run)]
-    elif half < 2:
-        method, estimates = "Hutchinson", _hutchinson(run, num_products, generator)
-    elif 3 * half > basis_capacity(operator):
-        warnings.warn(
-            f"trace: {3 * half} vectors do not fit A.memory = {operator.memory:,} bytes; "
-            "plain Hutchinson is used, which is less accurate. Lower num_products or raise A.memory.",
-            FallbackWarning,
-            stacklevel=2,
-        )
-        method, estimates = "Hutchinson", _hutchinson(run, num_products, generator)
+    if method == "exact":
+        estimates = torch.stack([columns[rows].trace().double() for rows, columns in run.identity()]).sum()[
+            None
+        ]
+    elif method == "leave-one-out":
+        estimates = _left_out(sketch(run, run.gaussian(num_products // 2, generator)))
     else:
-        method, estimates = "XTrace", _xtrace(run, half, generator)
-    samples = torch.tensor(estimates, dtype=torch.float64)
-    independent = len(samples) / CORRELATION if method == "XTrace" else len(samples)
-    scatter = float(samples.std() / math.sqrt(independent)) if len(samples) > 1 else math.nan
-    return Trace(
-        value=float(samples.mean()),
-        standard_error=0.0 if method == "exact" else scatter,
+        estimates = torch.cat([_forms(z, image) for z, image in run.samples(run.gaussian, generator)])
+    return Estimate(
+        quantity="trace",
+        value=float(estimates.mean()),
+        standard_error=float(standard_error(estimates, method)),
         num_products=run.done,
         seconds=time.perf_counter() - began,
         method=method,
@@ -94,69 +71,15 @@ def trace(
     )
 
 
-class _Products:
-    """Checked and counted block products."""
-
-    def __init__(self, operator: Operator, expected: int, progress: Progress | None) -> None:
-        self.operator, self.expected, self.progress = operator, expected, progress
-        self.size, self.done = operator.shape[0], 0
-        self.like = torch.empty(0, dtype=basis_dtype(operator), device=operator.device)
-
-    def __call__(self, block: Tensor) -> Tensor:
-        product = (self.operator @ block).detach().to(self.like)
-        self.done += block.shape[1]
-        if not bool(torch.isfinite(product).all()):
-            raise NonFiniteError(
-                f"a product with {self.operator.name} is NaN or infinite. "
-                "Check the weights and the data, or use a wider dtype."
-            )
-        if self.progress is not None:
-            self.progress(self.done, self.expected)
-        return product
-
-    def gaussian(self, count: int, generator: torch.Generator) -> Tensor:
-        """Random columns (P, count)."""
-        return gaussian_rows(count, self.size, generator).T.to(self.like).contiguous()
+def _forms(z: Tensor, image: Tensor) -> Tensor:
+    """P zᵀAz/‖z‖² (k,)."""
+    forms = (z * image).sum(0, dtype=torch.float64) / z.square().sum(0, dtype=torch.float64)
+    return len(z) * forms.cpu()
 
 
-def _exact(run: _Products) -> float:
-    total = 0.0
-    for columns in torch.split(torch.arange(run.size), BLOCK):
-        block = torch.zeros(run.size, len(columns)).to(run.like)
-        block[columns, torch.arange(len(columns))] = 1
-        total += float(run(block)[columns].diagonal().sum(dtype=torch.float64))
-    return total
-
-
-def _hutchinson(run: _Products, count: int, generator: torch.Generator) -> list[float]:
-    """P·zᵀAz/‖z‖² for Gaussian z."""
-    estimates: list[float] = []
-    while len(estimates) < count:
-        z = run.gaussian(min(BLOCK, count - len(estimates)), generator)
-        forms = (z * run(z)).sum(0, dtype=torch.float64) / z.square().sum(0, dtype=torch.float64)
-        estimates += (run.size * forms).tolist()
-    return estimates
-
-
-def _xtrace(run: _Products, half: int, generator: torch.Generator) -> list[float]:
-    """The leave-one-out estimates; letters as in the paper, small matrices (n, n) in float64 on the CPU."""
-    omega = run.gaussian(half, generator)  # (P, n)
-    squares = omega.square().sum(0, dtype=torch.float64).cpu()
-    image = torch.empty_like(omega)
-    for j in range(0, half, BLOCK):
-        image[:, j : j + BLOCK] = run(omega[:, j : j + BLOCK])
-    Q, R_ = torch.linalg.qr(image)
-    R, W = (matrix.to(dtype=torch.float64, device="cpu") for matrix in (R_, Q.T @ omega))
-    del omega, image
-    H = torch.cat([(Q.T @ run(Q[:, j : j + BLOCK])).double().cpu() for j in range(0, half, BLOCK)], dim=1)
-    sizes = torch.linalg.svdvals(R)
-    if float(sizes[-1]) <= half * torch.finfo(Q.dtype).eps * float(sizes[0]):  # Q holds all of A's range
-        return [float(H.trace())] * half
-    S = torch.linalg.inv(R).T
-    S = S / S.norm(dim=0)  # s_i ⟂ R e_j for j ≠ i: Q_i Q_iᵀ = Q (I − s_i s_iᵀ) Qᵀ
-    X = W - S * (S * W).sum(0)  # Q X_i = Q_i Q_iᵀ ω_i
+def _left_out(parts: Sketch) -> Tensor:
+    """tr(P_i A) + ω_iᵀ B_i ω_i (n,)."""
+    H, W, S, X = parts.H, parts.W, parts.S, parts.X
     inside = H.trace() - (S * (H @ S)).sum(0)
-    outside = ((W - 2 * X) * R).sum(0) + (X * (H @ X)).sum(0)  # (ω − Q X)ᵀ A (ω − Q X) with A ω = Q R e_i
-    lengths = squares - X.square().sum(0)
-    estimates: list[float] = (inside + (run.size - half + 1) * outside / lengths).tolist()
-    return estimates
+    outside = parts.g * (S * W).sum(0) - (X * (parts.R - H @ W)).sum(0)
+    return inside + parts.sphere * outside

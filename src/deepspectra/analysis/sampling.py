@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deepspectra.algorithms.lanczos import Krylov, basis_capacity
-from deepspectra.errors import LossError, MemoryBudgetError
+from deepspectra.algorithms.eigenpairs import unchallenged
+from deepspectra.errors import LossError
 from deepspectra.losses import CrossEntropy
 from deepspectra.operators.curvature import Hessian
 from deepspectra.problem import Problem
@@ -106,22 +106,8 @@ def sampled_eigenspace(problem: Problem, num: int, num_samples: int | None, seed
     probabilities = inclusion(sizes, wanted)
     chosen = systematic(probabilities, generator)
     sample = problem.drawn(chosen, 1 / probabilities[chosen])
-    hessian = Hessian(sample)
     least, most = 2 * num + 4, min(4 * num + 20, problem.num_parameters)
-    if basis_capacity(hessian) < most + 1:
-        raise MemoryBudgetError(
-            f"num={num} needs a basis of {most} vectors; memory holds {basis_capacity(hessian)}. Raise memory."
-        )
-    krylov = Krylov(hessian, min(most + 1, problem.num_parameters))
-    krylov.append_random(generator)
-    while krylov.num_pending and krylov.num_basis < most:
-        krylov.expand(1)
-        ritz = krylov.ritz()
-        top = slice(-num, None)
-        if krylov.num_basis >= least and bool(
-            (ritz.residual_norms[top] <= RTOL * ritz.values[top].abs()).all()
-        ):
-            break
+    krylov = unchallenged(Hessian(sample), num, RTOL, least, most, generator)
     values, coefficients, _ = krylov.ritz()
     return Sampled(
         values.flip(0)[:num],

@@ -1,0 +1,60 @@
+"""Frobenius norm by the same left-out vectors as the trace, with its standard error."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from deepspectra.algorithms.blocks import Products, Progress
+from deepspectra.algorithms.lanczos import as_operator, check_count, inner_products
+from deepspectra.algorithms.sketch import Sketch, method_for, sketch, standard_error
+from deepspectra.operators.base import Operator
+from deepspectra.results import Estimate, Provenance
+
+
+def frobenius_norm(
+    A: Operator | Tensor, num_products: int = 64, seed: int = 0, progress: Progress | None = None
+) -> Estimate:
+    """‖A‖_F = (Σ_i λ_i²)^½ of a symmetric operator, with a standard error."""
+    began = time.perf_counter()
+    operator = as_operator(A)
+    check_count("num_products", num_products)
+    run = Products(operator, min(num_products, operator.shape[0]), progress)
+    method = method_for(run, num_products, "frobenius_norm")
+    generator = torch.Generator().manual_seed(seed)
+    if method == "exact":
+        squares = torch.stack([_squares(columns).sum() for _, columns in run.identity()]).sum()[None]
+    elif method == "leave-one-out":
+        squares = _left_out(sketch(run, run.gaussian(num_products // 2, generator)))
+    else:
+        blocks = run.samples(run.gaussian, generator)
+        squares = torch.cat([run.size * _squares(image) / _squares(z) for z, image in blocks])
+    norm = float(squares.mean().sqrt())
+    error = float(standard_error(squares, method))
+    return Estimate(
+        quantity="Frobenius norm",
+        value=norm,
+        standard_error=error / (2 * norm) if norm else error,
+        num_products=run.done,
+        seconds=time.perf_counter() - began,
+        method=method,
+        provenance=Provenance.of(operator, seed),
+    )
+
+
+def _squares(columns: Tensor) -> Tensor:
+    """Squared lengths (k,)."""
+    lengths: Tensor = torch.linalg.vector_norm(columns, dim=0, dtype=torch.float64)
+    return lengths.square().cpu()
+
+
+def _left_out(parts: Sketch) -> Tensor:
+    """‖A‖² − ‖B_i‖² + ‖B_i ω_i‖² (n,)."""
+    H, S, X = parts.H, parts.S, parts.X
+    gram = inner_products(parts.Z.T, parts.Z.T)
+    known = H.square().sum() + 2 * gram.trace()
+    unknown = 2 * (S * (gram @ S)).sum(0) + (S * (H @ S)).sum(0).square()
+    outside = parts.g.square() + (X * (gram @ X)).sum(0)
+    return known - unknown + parts.sphere * outside

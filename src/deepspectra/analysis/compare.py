@@ -11,17 +11,14 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.lanczos import check_count
+from deepspectra.analysis.blocks import RTOL, Blocks, top_pairs
 from deepspectra.errors import ShapeError
-from deepspectra.operators.captures import Captures
 from deepspectra.operators.curvature import GaussNewton
 from deepspectra.operators.factors import ExactBlock
-from deepspectra.operators.held import gram_of
-from deepspectra.operators.kronecker import Block, Kronecker, Rotated, made_from
+from deepspectra.operators.kronecker import Block, Rotated
 from deepspectra.problem import Problem
 from deepspectra.results import Provenance
 
-SMALL = 3000  # rows of the largest Gram matrix that gives eigenvectors at once
-RTOL = 1e-2  # of eigenpairs found by products
 FEWEST = 10  # dimensions of a curve, if the layer has as many
 
 
@@ -162,17 +159,17 @@ def compare(
     for name, value in (("num", num), ("num_whole", num_whole)):
         if value is not None:
             check_count(name, value)
-    sides = [_Side(problem, seed) for problem in (first, second)]
+    sides = [Blocks(problem) for problem in (first, second)]
     layers = []
-    for name, exact in sides[0].blocks():
+    for name, exact in sides[0]:
         if progress is not None:
             progress(name)
         groups, outputs, _ = exact.place.shape
         wanted = num or max(2 * groups * outputs, FEWEST)
-        spaces = [_top_space(exact, wanted, seed), _top_space(sides[1].block(name), wanted, seed)]
+        spaces = [top_pairs(block, wanted, seed)[1] for block in (exact, sides[1][name])]
         blocks = [side.factors.blocks[name] for side in sides]
         layers.append(
-            _layer(exact, spaces, blocks, shared=outputs == first.num_classes and name == sides[0].last)
+            _layer(exact, spaces, blocks, shared=outputs == first.num_classes and name == sides[0].names[-1])
         )
     wanted = num_whole or 2 * first.num_classes
     pairs = [
@@ -187,37 +184,6 @@ def compare(
     )
 
 
-class _Side:
-    """One of the networks: its factors, and the exact blocks of its layers."""
-
-    def __init__(self, problem: Problem, seed: int) -> None:
-        self.captures = Captures(problem)
-        self.captures.hold()
-        self.factors: Kronecker = made_from(self.captures, "kfac")
-        self.seed = seed
-        self.names = [name for name, place in self.factors.places.items() if place.is_matrix]
-
-    @property
-    def last(self) -> str:
-        """The last layer."""
-        return self.names[-1]
-
-    def blocks(self) -> Iterator[tuple[str, ExactBlock]]:
-        """Every layer's block of G, one after the other."""
-        for _, batches in self.captures.by_layer():
-            used = {use.slice for batch in batches for use in batch}
-            for name in self.names:
-                place = self.factors.places[name]
-                if place.weight in used:
-                    block = ExactBlock(place, batches, self.factors.dtype)
-                    block.memory = self.captures.problem.memory // 4
-                    yield name, block
-
-    def block(self, name: str) -> ExactBlock:
-        """One of them."""
-        return next(block for found, block in self.blocks() if found == name)
-
-
 def _check_same(first: Problem, second: Problem) -> None:
     one, other = ({name: tuple(value.shape) for name, value in p.parameters.items()} for p in (first, second))
     if one != other:
@@ -225,23 +191,6 @@ def _check_same(first: Problem, second: Problem) -> None:
         raise ShapeError(
             f"the two problems must have the same parameters; these differ: {', '.join(map(repr, odd[:5]))}."
         )
-
-
-def _top_space(exact: ExactBlock, num: int, seed: int) -> Tensor:
-    """The eigenvectors (n, K) of the largest eigenvalues of a block, K = num or its rank if that is less."""
-    num = min(num, exact.shape[0], exact.num_rows)
-    if exact.num_rows > SMALL:
-        found: Tensor = eigenpairs(exact, num, rtol=RTOL, seed=seed).vectors
-        return found
-    values, vectors = torch.linalg.eigh(gram_of([exact.batches]))
-    values, vectors = values.flip(0)[:num], vectors.flip(1)[:, :num]
-    kept = values > torch.finfo(exact.dtype).eps * exact.num_rows * values[0]
-    mixing = (vectors[:, kept] / values[kept].sqrt()).to(exact.dtype)
-    space, start = torch.zeros(exact.shape[0], mixing.shape[1], dtype=exact.dtype, device=exact.device), 0
-    for rows in exact.gradients():
-        space += rows.T @ mixing[start : start + len(rows)]
-        start += len(rows)
-    return space
 
 
 def _layer(exact: ExactBlock, spaces: list[Tensor], blocks: list[Block], *, shared: bool) -> LayerComparison:

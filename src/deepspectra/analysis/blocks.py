@@ -1,0 +1,67 @@
+"""G's blocks, one a layer, beside the Kronecker factors of their second moments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from deepspectra.algorithms.eigenpairs import eigenpairs
+from deepspectra.operators.captures import Captures
+from deepspectra.operators.factors import ExactBlock
+from deepspectra.operators.held import gram_of
+from deepspectra.operators.kronecker import Kronecker, made_from
+from deepspectra.problem import Problem
+
+SMALL = 3000  # rows of the largest Gram matrix that gives eigenvectors at once
+RTOL = 1e-2  # of eigenpairs found by products
+
+
+class Blocks:
+    """Blocks of all layers that multiply features, and their KFAC factors.
+
+    Attributes:
+        captures: features and errors, held if they fit.
+        factors: S and A of every layer.
+        names: of the layers, from input to output.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.captures = Captures(problem)
+        self.captures.hold()
+        self.factors: Kronecker = made_from(self.captures, "kfac")
+        self.names = [name for name, place in self.factors.places.items() if place.is_matrix]
+
+    def __iter__(self) -> Iterator[tuple[str, ExactBlock]]:
+        for _, batches in self.captures.by_layer():
+            used = {use.slice for batch in batches for use in batch}
+            for name in self.names:
+                place = self.factors.places[name]
+                if place.weight in used:
+                    block = ExactBlock(place, batches, self.factors.dtype)
+                    block.memory = self.captures.problem.memory // 4
+                    yield name, block
+
+    def __getitem__(self, name: str) -> ExactBlock:
+        return next(block for found, block in self if found == name)
+
+
+def top_pairs(exact: ExactBlock, num: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues (K,) of a block and their eigenvectors (n, K), K = num or its rank if that is less.
+
+    Of at most 3,000 rows from their inner products, of more by Lanczos.
+    """
+    num = min(num, exact.shape[0], exact.num_rows)
+    if exact.num_rows > SMALL:
+        found = eigenpairs(exact, num, rtol=RTOL, seed=seed)
+        return found.values, found.vectors
+    values, vectors = torch.linalg.eigh(gram_of([exact.batches]))
+    values, vectors = values.flip(0)[:num], vectors.flip(1)[:, :num]
+    kept = values > torch.finfo(exact.dtype).eps * exact.num_rows * values[0]
+    mixing = (vectors[:, kept] / values[kept].sqrt()).to(exact.dtype)
+    space, start = torch.zeros(exact.shape[0], mixing.shape[1], dtype=exact.dtype, device=exact.device), 0
+    for rows in exact.gradients():
+        space += rows.T @ mixing[start : start + len(rows)]
+        start += len(rows)
+    return values[kept], space

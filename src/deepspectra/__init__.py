@@ -10,6 +10,7 @@ from deepspectra.analysis.attribution import attribute
 from deepspectra.analysis.clustering import clustering
 from deepspectra.analysis.collapse import collapse
 from deepspectra.analysis.compare import compare
+from deepspectra.analysis.dissect import dissect
 from deepspectra.analysis.gram import gram_spectrum
 from deepspectra.analysis.hierarchy import three_level_map
 from deepspectra.analysis.kronecker import kronecker_quality
@@ -38,6 +39,7 @@ __all__ = [
     "decompose",
     "density",
     "diagonal",
+    "dissect",
     "eigenpairs",
     "frobenius_norm",
     "gram_spectrum",

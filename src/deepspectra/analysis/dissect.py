@@ -1,0 +1,235 @@
+"""What the top eigenvectors of a layer's block are made of: input directions, output directions, closed forms."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepspectra.algorithms.lanczos import check_count
+from deepspectra.algorithms.subspace import overlap
+from deepspectra.analysis.blocks import Blocks, top_pairs
+from deepspectra.operators.curvature import GaussNewton
+from deepspectra.operators.factors import ExactBlock
+from deepspectra.operators.kronecker import KroneckerSum
+from deepspectra.problem import Problem
+from deepspectra.results import Provenance
+
+
+@dataclass(frozen=True)
+class LayerDissection:
+    """The top K eigenvectors h_j of one layer's block of G, reshaped to matrices Mat(h_j) (outputs, inputs).
+
+    E[xxᵀ] is the second moment of the layer's input x over positions, E[M] of its errors; eigenvectors descend.
+
+    Attributes:
+        name: of the layer.
+        shape: (outputs, inputs), the last input being the bias if there is one.
+        values: (K,) eigenvalues of the block.
+        rank_one: (K,) σ_1/‖·‖_F of Mat(h_j); 1 for u ⊗ v.
+        factored_values: (K,) the largest products τ_i γ_j of the eigenvalues of the factors.
+        input_correspondence: (I, K) ‖Mat(h_j) v_i‖² with the eigenvectors v_i of A, bias included.
+        output_correspondence: (O, K) ‖Mat(h_j)ᵀ u_i‖² with the eigenvectors u_i of S.
+        input_ratio: λ_1/λ_2 of E[xxᵀ], without the bias.
+        input_alignment: (v_1·E[x])²/‖E[x]‖², without the bias.
+        output_values: (O,) largest eigenvalues of E[M].
+        closed_form: overlap of the top C − 1 eigenspace of E[M] with the row space of S without 1ᵀS, S the
+            product of the later weights; NaN where these are not all matrices that follow each other.
+        closed_range: the same with the range of Sᵀ(I − 11ᵀ/C)S.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    values: Tensor
+    rank_one: Tensor
+    factored_values: Tensor
+    input_correspondence: Tensor
+    output_correspondence: Tensor
+    input_ratio: float
+    input_alignment: float
+    output_values: Tensor
+    closed_form: float
+    closed_range: float
+
+
+@dataclass(frozen=True)
+class Dissection(Mapping[str, LayerDissection]):
+    """Every layer that multiplies features, from input to output.
+
+    Attributes:
+        layers: layer → what its block is made of.
+        seconds: wall-clock time spent.
+        provenance: where it came from.
+    """
+
+    layers: Mapping[str, LayerDissection]
+    seconds: float
+    provenance: Provenance
+
+    def __getitem__(self, name: str) -> LayerDissection:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __str__(self) -> str:
+        head = ("λ₁", "λ₁/τ₁γ₁", "rank one", "v₁ share", "λ₁/λ₂ xxᵀ", "v₁·E[x]", "closed form", "its range")
+        rows = [f"{'layer':<26} " + " ".join(f"{name:>11}" for name in head)]
+        for name, layer in self.layers.items():
+            cells = (
+                float(layer.values[0]),
+                float(layer.values[0] / layer.factored_values[0]),
+                float(layer.rank_one.mean()),
+                float(layer.input_correspondence[0].mean()),
+                layer.input_ratio,
+                layer.input_alignment,
+                layer.closed_form,
+                layer.closed_range,
+            )
+            rows.append(f"{name[-26:]:<26} " + " ".join(f"{cell:>11.3g}" for cell in cells))
+        rows.append(
+            "of the top eigenvectors of each layer's block of G: mean σ₁/‖·‖ reshaped, mean share along the top "
+            f"eigenvector of E[xxᵀ]; overlaps of the closed forms of E[M]; {self.seconds:.3g} s"
+        )
+        return "\n".join(rows)
+
+
+def dissect(
+    problem: Problem,
+    *,
+    num: int | None = None,
+    num_directions: int = 20,
+    seed: int = 0,
+    progress: Callable[[str], object] | None = None,
+) -> Dissection:
+    """How far each layer's block of G is E[M] ⊗ E[xxᵀ], eigenvector by eigenvector.
+
+    If features and errors were uncorrelated, the eigenvectors of the block would be u_i ⊗ v_j, their reshaped
+    matrices of rank one, and each column of the correspondence matrices a single 1.
+
+    Args:
+        problem: with a loss that is convex in the outputs.
+        num: eigenvectors of each block; by default twice the number of classes.
+        num_directions: rows of the correspondence matrices.
+        seed: of random vectors.
+        progress: called with the name of each layer before it is dissected.
+
+    Raises:
+        OptionError: num or num_directions below 1.
+        LossError, CurvatureError, MemoryBudgetError: as for `kronecker`.
+
+    Cost: the factors, their eigenvectors, and the top eigenspace of each block: of at most 3,000 rows N (C − 1)
+        from their inner products, of more by Lanczos. Grouped convolutions are left out.
+
+    Source: Wu et al. 2020, arXiv 2010.04261: definition 2.2 (reshaping), section 3 (correspondence, λ_1/λ_2),
+        section 4 and appendix (closed form of the output Hessian's top space).
+    """
+    began = time.perf_counter()
+    num = 2 * problem.num_classes if num is None else num
+    check_count("num", num)
+    check_count("num_directions", num_directions)
+    blocks = Blocks(problem)
+    weights = _weights(problem, blocks)
+    layers = {}
+    for name, exact in blocks:
+        if exact.place.groups > 1:
+            continue
+        if progress is not None:
+            progress(name)
+        factors = blocks.factors.blocks[name]
+        assert isinstance(factors, KroneckerSum)
+        later = weights[blocks.names.index(name) + 1 :]
+        layers[name] = _dissected(exact, factors, later, problem.num_classes, (num, num_directions, seed))
+    return Dissection(layers, time.perf_counter() - began, Provenance.of(GaussNewton(problem), seed))
+
+
+def _weights(problem: Problem, blocks: Blocks) -> list[Tensor | None]:
+    """Each layer's matrix (outputs, inputs) in float64, None for kernels and tables."""
+    found: list[Tensor | None] = []
+    for name in blocks.names:
+        place = blocks.factors.places[name]
+        value = problem.parameters[place.weight.name]
+        whole = value.numel() == place.weight.numel and value.ndim == 2
+        found.append(place.join(value.detach(), None)[0].double() if whole else None)
+    return found
+
+
+def _dissected(
+    exact: ExactBlock,
+    factors: KroneckerSum,
+    later: list[Tensor | None],
+    num_classes: int,
+    sizes: tuple[int, int, int],
+) -> LayerDissection:
+    num, num_directions, seed = sizes
+    _, outputs, inputs = exact.place.shape
+    values, vectors = top_pairs(exact, num, seed)
+    reshaped = vectors.double().T.view(-1, outputs, inputs)
+    kron = factors.decomposed
+    left = kron.left[0].double().flip(1)[:, :num_directions]
+    right = torch.eye(inputs).to(left) if kron.right is None else kron.right[0].double().flip(1)
+    output_values = torch.linalg.eigvalsh(factors.left[0, 0].double()).flip(0)
+    ratio, alignment = _inputs(exact, factors)
+    space = kron.left[0].double().flip(1)[:, : num_classes - 1]
+    published, whole_range = _closed_forms(later, outputs, num_classes)
+    return LayerDissection(
+        name=exact.place.name,
+        shape=(outputs, inputs),
+        values=values.double().cpu(),
+        rank_one=torch.linalg.matrix_norm(reshaped, 2).cpu() / torch.linalg.matrix_norm(reshaped).cpu(),
+        factored_values=kron.eigenvalues()[: len(values)].cpu(),
+        input_correspondence=(reshaped @ right[:, :num_directions]).square().sum(1).T.cpu(),
+        output_correspondence=(reshaped.mT @ left).square().sum(1).T.cpu(),
+        input_ratio=ratio,
+        input_alignment=alignment,
+        output_values=output_values[:num_directions].cpu(),
+        closed_form=_agreement(space, published),
+        closed_range=_agreement(space, whole_range),
+    )
+
+
+def _inputs(exact: ExactBlock, factors: KroneckerSum) -> tuple[float, float]:
+    """λ_1/λ_2 of E[xxᵀ] and (v_1·E[x])²/‖E[x]‖², without the bias."""
+    if factors.right.ndim == 3:  # rows of a table
+        frequencies = factors.right[0, 0].double().sort(descending=True).values
+        return float(frequencies[0] / frequencies[1]), float(frequencies[0] ** 2 / frequencies.square().sum())
+    size = exact.place.shape[2] - (exact.place.bias is not None)
+    values, vectors = torch.linalg.eigh(factors.right[0, 0, :size, :size].double())
+    total = torch.zeros(size, dtype=torch.float64, device=exact.device)
+    for found in exact.positions():
+        total += torch.einsum("bt,btd->d", found.counts.to(found.features), found.features).double()
+    ratio = (
+        float(values[-1] / values[-2].clamp_min(torch.finfo(values.dtype).tiny)) if size > 1 else float("inf")
+    )
+    return ratio, float((vectors[:, -1] @ total).square() / total.square().sum())
+
+
+def _closed_forms(
+    later: list[Tensor | None], outputs: int, num_classes: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Orthonormal bases (outputs, C − 1) of the row space of S without 1ᵀS, and of the rows of S less their mean."""
+    product = torch.eye(num_classes, dtype=torch.float64)
+    for weight in reversed(later):
+        if weight is None or weight.shape[0] != product.shape[1]:
+            return None, None
+        product = product.to(weight) @ weight
+    if product.shape != (num_classes, outputs):
+        return None, None
+    along = product.sum(0)
+    along = along / along.norm().clamp_min(torch.finfo(along.dtype).tiny)
+    freed = product - torch.outer(product @ along, along)
+    bases = [
+        torch.linalg.svd(rows, full_matrices=False)[2][: num_classes - 1].T
+        for rows in (freed, product - product.mean(0))
+    ]
+    return bases[0], bases[1]
+
+
+def _agreement(space: Tensor, closed: Tensor | None) -> float:
+    return float("nan") if closed is None else overlap(space, closed.to(space))

@@ -16,6 +16,7 @@ from deepspectra.analysis.hierarchy import three_level_map
 from deepspectra.analysis.kronecker import kronecker_quality
 from deepspectra.analysis.layers import layers
 from deepspectra.analysis.means import class_means, principal_subspace
+from deepspectra.analysis.weights import weights
 from deepspectra.apps.analyze import Analysis, analyze, load
 from deepspectra.operators.curvature import EmpiricalFisher, GaussNewton, Hessian, Residual
 from deepspectra.operators.kronecker import Kronecker, kronecker
@@ -51,4 +52,5 @@ __all__ = [
     "principal_subspace",
     "three_level_map",
     "trace",
+    "weights",
 ]

@@ -1,0 +1,195 @@
+"""The part of trained weights that class means explain: at rest under weight decay W = −(1/η) Ave e hᵀ."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepspectra.errors import LossError
+from deepspectra.losses import CrossEntropy
+from deepspectra.operators.captures import Captures, layer_of
+from deepspectra.operators.curvature import GaussNewton
+from deepspectra.operators.projections import positive
+from deepspectra.problem import Problem
+from deepspectra.results import Provenance
+from deepspectra.uses import Matrix, Use
+
+RANK_RTOL = 1e-6  # singular value of class means that is more than rounding
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer's weight W (outputs, inputs), beside what gradient descent with weight decay would settle at.
+
+    Attributes:
+        name: of the parameter.
+        singular_values: of W, descending.
+        class_singular_values: (≤ C,) of −(1/η) Σ_c (N_c/N) e_c h_cᵀ, with e_c and h_c the class means of true-label
+            errors and of features, and η the decay below.
+        rest_cosine: between W and −∇_W of the loss; 1 at rest.
+        class_cosine: between W and the product of class means.
+        class_share: ‖P_e W P_h‖² / ‖W‖², P_e and P_h the projections on the spans of the C class means of errors
+            and of features: how much of W lives between them.
+        baseline: the same for random spans of these dimensions, a product of two ratios of dimensions.
+        decay: −⟨W, ∇_W⟩ / ‖W‖², the weight decay for which the layer would be at rest.
+    """
+
+    name: str
+    singular_values: Tensor
+    class_singular_values: Tensor
+    rest_cosine: float
+    class_cosine: float
+    class_share: float
+    baseline: float
+    decay: float
+
+
+@dataclass(frozen=True)
+class Weights(Mapping[str, LayerWeights]):
+    """Every fully connected weight, from input to output.
+
+    Attributes:
+        layers: layer → its weight.
+        seconds: wall-clock time spent.
+        provenance: where it came from.
+    """
+
+    layers: Mapping[str, LayerWeights]
+    seconds: float
+    provenance: Provenance
+
+    def __getitem__(self, name: str) -> LayerWeights:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __str__(self) -> str:
+        head = ("σ₁", "at rest", "class cos", "share", "random", "decay")
+        rows = [f"{'layer':<26} " + " ".join(f"{name:>10}" for name in head)]
+        for name, layer in self.layers.items():
+            cells = (
+                float(layer.singular_values[0]),
+                layer.rest_cosine,
+                layer.class_cosine,
+                layer.class_share,
+                layer.baseline,
+                layer.decay,
+            )
+            rows.append(f"{name[-26:]:<26} " + " ".join(f"{cell:>10.3g}" for cell in cells))
+        rows.append(
+            "cosines of W with −∇ and with products of class means; share of W between their spans; "
+            f"{self.seconds:.3g} s"
+        )
+        return "\n".join(rows)
+
+
+def weights(problem: Problem) -> Weights:
+    """How much of each fully connected weight the class means of features and errors explain.
+
+    Training with weight decay η comes to rest at W = −(1/η) (1/N) Σ e_i h_iᵀ with the errors e_i of the true labels.
+    If within-class scatter adds little, the top singular values of W are those of the class means.
+
+    Args:
+        problem: one with cross-entropy and class labels, one row an example. Weights used once, at one position of
+            each example; others are left out.
+
+    Raises:
+        LossError: the loss is not the cross-entropy of class labels.
+        CurvatureError: features and errors cannot be told apart by example.
+
+    Cost: two gradients, and a singular value decomposition of each weight.
+
+    Source: Papyan 2020, JMLR 21:252, on weights, as a claim; the measures are this library's.
+    """
+    began = time.perf_counter()
+    sums = _class_sums(problem)
+    gradient = problem.unflatten(problem.gradient())
+    found = {}
+    for name, (features, errors, sizes) in sums.items():
+        weight = problem.parameters[name].detach().double()
+        found[layer_of(name)] = _explained(
+            name, weight, gradient[name].double(), features / positive(sizes), errors
+        )
+    return Weights(found, time.perf_counter() - began, Provenance.of(GaussNewton(problem)))
+
+
+class TrueRows(Captures):
+    """Features, and the errors of the loss itself: one scalar an example."""
+
+    def weigh(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The gradient of the loss (n, C, 1)."""
+        return self.problem.loss_function.gradient(outputs, targets)[:, :, None] / self.problem.total_weight
+
+
+def _class_sums(problem: Problem) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Weight → Σ_{i∈c} h_i (C, inputs), Σ_{i∈c} e_i (C, outputs) and N_c (C, 1), of fully connected layers."""
+    loss = problem.loss_function
+    if not isinstance(loss, CrossEntropy):
+        raise LossError(f"class means need the cross-entropy of class labels; the loss is {loss.name}.")
+    found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    for batch in TrueRows(problem).batches():
+        member = torch.nn.functional.one_hot(loss.labels(batch.targets), problem.num_classes).double()
+        member = member * (batch.weights > 0)[:, None]
+        uses = Counter(use.slice.name for use in batch.uses)
+        for use in batch.uses:
+            name = use.slice.name
+            if uses[name] > 1 or use.num_examples != len(member) or not _is_plain(use, problem):
+                continue
+            h, e, n = (
+                member.T @ use.inputs.double(),
+                member.T @ use.errors[:, 0, :, 0].double(),
+                member.sum(0)[:, None],
+            )
+            if name in found:
+                h, e, n = h + found[name][0], e + found[name][1], n + found[name][2]
+            found[name] = h, e, n
+    return found
+
+
+def _is_plain(use: Use, problem: Problem) -> bool:
+    """A whole matrix, used at one position of each example."""
+    return (
+        type(use) is Matrix
+        and not use.slice.transposed
+        and use.slice.shape == tuple(problem.parameters[use.slice.name].shape)
+        and use.errors.shape[3] == 1
+    )
+
+
+def _explained(name: str, weight: Tensor, gradient: Tensor, features: Tensor, errors: Tensor) -> LayerWeights:
+    """Of W, ∇_W, the class means of features (C, inputs) and the class sums of errors (C, outputs)."""
+    product = -errors.T @ features
+    norm = weight.norm()
+    decay = float(-(weight * gradient).sum() / norm**2)
+    left, right = (_span(rows) for rows in (errors, features))
+    inside = (left.T @ weight @ right).square().sum() / norm**2
+    return LayerWeights(
+        name=name,
+        singular_values=torch.linalg.svdvals(weight).cpu(),
+        class_singular_values=torch.linalg.svdvals(product)[: len(features)].cpu() / (decay or float("nan")),
+        rest_cosine=_cosine(weight, -gradient),
+        class_cosine=_cosine(weight, product),
+        class_share=float(inside),
+        baseline=left.shape[1] * right.shape[1] / weight.numel(),
+        decay=decay,
+    )
+
+
+def _span(rows: Tensor) -> Tensor:
+    """Orthonormal columns that span the rows (C, n)."""
+    _, singular, vectors = torch.linalg.svd(rows, full_matrices=False)
+    spanned: Tensor = vectors[singular > RANK_RTOL * singular[0]].T
+    return spanned
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    return float((one * other).sum() / (one.norm() * other.norm()).clamp_min(torch.finfo(one.dtype).tiny))

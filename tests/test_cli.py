@@ -97,7 +97,7 @@ def test_the_report_is_made_again_from_the_saved_numbers(analysed, folder):
 
 
 def test_layers_of_anybodys_model(folder):
-    done = run("layers", "mine.py:problem", "--out", "deep", cwd=folder)
+    done = run("layers", "mine.py:problem", "--kronecker", "--out", "deep", cwd=folder)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line]
     assert "NC1" in lines[0]
@@ -110,7 +110,11 @@ def test_layers_of_anybodys_model(folder):
             dataset.attrs["verdict"] in done.stdout.replace("\n", " ")
             or dataset.attrs["verdict"] in done.stdout
         )
+        assert float(dataset["kronecker_fit"].sel(approximation="ekfac", fit="frobenius").max()) < 1
+        assert "Nearest to G's block" in dataset.attrs["verdict"]
     page = (folder / "deep" / "layers.html").read_text()
+    assert 'id="chart-kronecker_fits"' in page
+    assert 'id="chart-kronecker_overlaps"' in page
     for name in ("layer_spectra", "layer_traces", "layer_products", "layer_collapse"):
         assert f'id="chart-{name}"' in page
 

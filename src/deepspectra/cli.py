@@ -20,6 +20,7 @@ from deepspectra.apps.analyze import Analysis, analyze, load
 from deepspectra.apps.compare import comparison_dataset, save_comparison
 from deepspectra.apps.layers import layer_dataset, save_layers
 from deepspectra.errors import DeepSpectraError, OptionError, TargetError
+from deepspectra.operators.kronecker import KINDS
 from deepspectra.problem import Problem
 
 app = typer.Typer(
@@ -129,13 +130,20 @@ def layers_command(
     out: Out = Path("deepspectra-run"),
     memory: Memory = None,
     device: Device = None,
+    kronecker: Annotated[
+        bool, typer.Option(help="Judge KFAC, EKFAC and CFAC too, which takes longer.")
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Features, errors and gradients of every layer, exactly: for up to about 12,000 examples × (classes − 1)."""
     chosen = _Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed)
     problem, _, model, data = _chosen_problem(target, chosen, out)
     with console.status("layers") as status:
-        found = layers(problem, progress=lambda name: status.update(f"layer {name}"))
+        found = layers(
+            problem,
+            kronecker=KINDS if kronecker else (),
+            progress=lambda name: status.update(f"layer {name}"),
+        )
     dataset = layer_dataset(found, problem, model=model, data=data, seed=seed)
     path = save_layers(dataset, out)
     typer.echo(f"\n{found}\n\n{dataset.attrs['verdict']}\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deepspectra.analysis.collapse import Collapse, collapse_of
 from deepspectra.analysis.gram import EigenBasis, GramSpectrum, spectrum_of
+from deepspectra.analysis.kronecker import KroneckerQuality, kronecker_quality
 from deepspectra.operators.captures import layer_of
 from deepspectra.operators.held import HeldRows, gram_of
 from deepspectra.operators.layerwise import (
@@ -83,10 +84,12 @@ class Layers:
     Attributes:
         layers: the layers.
         seconds: wall-clock time spent.
+        kronecker: how well Kronecker-factored approximations stand for each block of G, if asked for.
     """
 
     layers: tuple[Layer, ...]
     seconds: float
+    kronecker: KroneckerQuality | None = None
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
@@ -121,7 +124,7 @@ class Layers:
             "shares of the largest eigenvalue of gradients; largest eigenvalue and trace shares of features and "
             "errors; ⊗: mean cosine between means of gradients and products of means"
         )
-        return "\n".join(rows)
+        return "\n".join([*rows, *([str(self.kronecker)] if self.kronecker else [])])
 
 
 def _first(spectrum: GramSpectrum | None, parts: tuple[str, ...]) -> str:
@@ -136,6 +139,7 @@ def layers(
     problem: Problem,
     *,
     effects: str = "two-way",
+    kronecker: Sequence[str] = (),
     dtype: torch.dtype | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> Layers:
@@ -147,6 +151,7 @@ def layers(
     Args:
         problem: one with cross-entropy and class labels.
         effects: "two-way" or "four-way", as in `decompose`.
+        kronecker: approximations to be judged as by `kronecker_quality`, such as ("kfac", "cfac").
         dtype: to compute in; the problem's own by default.
         progress: called with the name of each layer before it is analysed.
 
@@ -170,7 +175,9 @@ def layers(
         if progress is not None:
             progress(name)
         found.append(_layer(name, uses, parts, bases))
-    return Layers(tuple(found), time.perf_counter() - began)
+    rows.release()
+    quality = kronecker_quality(problem, kronecker, dtype=dtype, progress=progress) if kronecker else None
+    return Layers(tuple(found), time.perf_counter() - began, quality)
 
 
 def _layer(name: str, uses: list[list[Use]], parts: Decomposition, bases: dict[str, Tensor]) -> Layer:

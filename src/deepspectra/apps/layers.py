@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 
 from deepspectra.analysis.gram import GramSpectrum
+from deepspectra.analysis.kronecker import KroneckerQuality
 from deepspectra.analysis.layers import Layer, Layers
 from deepspectra.apps.dataset import problem_attributes
 from deepspectra.problem import Problem
@@ -21,6 +23,7 @@ KINDS = ("features", "errors", "gradients")
 PARTS = ("mean", "class", "logit", "interaction", "within", "true")
 STATISTICS = ("class_cosine", "class_error", "cross_cosine", "cross_error")
 MEASURES = ("nc1", "nc2_norms", "nc2_angles", "nc2_simplex", "nc3", "nc4")
+FITS = ("frobenius", "cosine", "spectral", "decades", "trace")
 DATASET_FILE, REPORT_FILE = "layers.nc", "layers.html"
 MOST_RANKS = 60  # eigenvalues kept of each spectrum
 EXPLAINED = 0.9  # cosine from which products of means stand for means of products
@@ -72,6 +75,7 @@ def layer_dataset(
         "collapse": (("layer", "measure"), collapse),
         "layer_parameters": (("layer",), np.array([layer.num_parameters for layer in found.layers])),
     }
+    kronecker, kinds = _kronecker(found)
     coords = {
         "layer": [layer.name or "(model)" for layer in found.layers],
         "kind": list(KINDS),
@@ -79,7 +83,7 @@ def layer_dataset(
         "statistic": list(STATISTICS),
         "moment": ["mean", "deviation"],
         "measure": list(MEASURES),
-    }
+    } | kinds
     model = model or type(problem.model).__name__
     attributes = {
         "verdict": " ".join(sentences(found)),
@@ -92,7 +96,26 @@ def layer_dataset(
         "accuracy": problem.accuracy(),
         "provenance": json.dumps({"seconds": round(found.seconds, 1), "versions": versions()}),
     }
-    return xr.Dataset(variables, coords=coords, attrs=attributes)
+    return xr.Dataset(variables | kronecker, coords=coords, attrs=attributes)
+
+
+def _kronecker(found: Layers) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Variables and coordinates of Kronecker-factored approximations, if they were judged."""
+    if found.kronecker is None:
+        return {}, {}
+    quality = found.kronecker
+    ks = max((layer.ks for layer in quality), key=len)
+    shape = (len(quality), len(quality.kinds))
+    errors, overlaps = np.full((*shape, len(FITS)), np.nan), np.full((*shape, len(ks)), np.nan)
+    for j, layer in enumerate(quality):
+        for i, kind in enumerate(quality.kinds):
+            fit = layer.fits[kind]
+            errors[j, i] = [getattr(fit, name) for name in FITS]
+            overlaps[j, i, : len(fit.overlaps)] = fit.overlaps
+    dims = ("block", "approximation")
+    variables = {"kronecker_fit": ((*dims, "fit"), errors), "kronecker_overlap": ((*dims, "size"), overlaps)}
+    names = {"block": [layer.name or "(model)" for layer in quality], "approximation": list(quality.kinds)}
+    return variables, names | {"fit": list(FITS), "size": list(ks)}
 
 
 def save_layers(dataset: xr.Dataset, directory: str | Path) -> Path:
@@ -138,7 +161,20 @@ def sentences(found: Layers) -> list[str]:
             f"Products of class means h ⊗ e stand for class means of gradients (cosine at least {EXPLAINED}) in "
             f"{good} of {len(products)} layers; the mean cosine runs from {min(cosines):.2f} to {max(cosines):.2f}."
         )
+    if found.kronecker is not None and len(found.kronecker):
+        lines.append(_best_fit(found.kronecker))
     return lines
+
+
+def _best_fit(quality: KroneckerQuality) -> str:
+    """Which approximation is nearest to G in how many layers."""
+    nearest = [min(layer.fits, key=lambda kind: layer.fits[kind].frobenius) for layer in quality]
+    counts = ", ".join(
+        f"{kind.upper()} in {nearest.count(kind)}" for kind in quality.kinds if kind in nearest
+    )
+    errors = {kind: [layer.fits[kind].frobenius for layer in quality] for kind in quality.kinds}
+    ranges = ", ".join(f"{kind.upper()} {min(some):.0%} to {max(some):.0%}" for kind, some in errors.items())
+    return f"Nearest to G's block: {counts} of {len(quality)} layers; relative Frobenius errors {ranges}."
 
 
 def _top_part(spectrum: GramSpectrum) -> str:

@@ -166,6 +166,14 @@ HIERARCHY_CAPTION = (
     "around their class c in a trained network, and by k early in training: choose the colouring, and point at "
     "a circle for its pair. Only who is near whom has a meaning."
 )
+KRONECKER_CAPTION = (
+    "How far Kronecker-factored approximations K are from each layer's block of G: relative errors in the Frobenius "
+    "and the spectral norm, the Wasserstein-1 distance of their spectra in log₁₀ λ, and the cosine ⟨G, K⟩ / ‖G‖‖K‖. "
+    "KFAC is S ⊗ A; EKFAC has its eigenvectors and G's own diagonal there; CFAC sums S_c ⊗ A_c over classes."
+)
+KRONECKER_SPACES_CAPTION = (
+    "Overlap of an approximation's top k eigenvectors with those of the block of G, for the chosen layer."
+)
 OVERLAPS_CAPTION = (
     "Overlap of the top k eigenvectors of a layer's block of G in the two networks, against k. Hidden units of the "
     "two are in no common order, so what overlaps is the input side: where the second moment A of the features has "
@@ -231,6 +239,12 @@ FIGURES: dict[str, tuple[str, dict[str, str], Caption]] = {
     "layer-traces": ("What the layers are made of", {"layer_traces": ""}, lambda _: LAYER_TRACES_CAPTION),
     "products": ("Products of means", {"layer_products": ""}, lambda _: PRODUCTS_CAPTION),
     "collapse": ("Neural collapse", {"layer_collapse": ""}, lambda _: COLLAPSE_CAPTION),
+    "kronecker": ("Kronecker factors", {"kronecker_fits": ""}, lambda _: KRONECKER_CAPTION),
+    "kronecker-spaces": (
+        "Eigenspaces of Kronecker factors",
+        {"kronecker_overlaps": ""},
+        lambda _: KRONECKER_SPACES_CAPTION,
+    ),
     "overlaps": ("Shared eigenspaces", {"overlap_curves": ""}, lambda _: OVERLAPS_CAPTION),
     "whole": ("All parameters together", {"overlap_whole": ""}, lambda _: WHOLE_CAPTION),
     "cost": ("What it cost", {"cost": ""}, _cost_caption),

@@ -33,6 +33,13 @@ MEASURE_LABELS = {
     "nc4": "NC4: decisions other than the nearest class mean's",
 }
 MEASURE_COLOURS = {"nc1": INK, "nc2_norms": "#0072B2", "nc2_simplex": "#E69F00", "nc4": "#D55E00"}
+FIT_LABELS = {
+    "frobenius": "‖G − K‖_F / ‖G‖_F",
+    "spectral": "‖G − K‖₂ / ‖G‖₂",
+    "decades": "distance of spectra, decades",
+    "cosine": "cosine",
+}
+KIND_COLOURS = {"kfac": "#0072B2", "ekfac": "#E69F00", "cfac": "#009E73", "optimal": INK}
 MOST_DECADES = 16  # ticks of an axis that is cut to what is shown
 LOWEST = 1e-6  # of a spectrum's largest eigenvalue; smaller ones are not drawn
 
@@ -214,9 +221,75 @@ def layer_collapse(dataset: xr.Dataset) -> alt.LayerChart:
     return finished(alt.layer(*([rule] if low < 1 < high else []), lines), width=WIDTH, height=260)
 
 
+def kronecker_fits(dataset: xr.Dataset) -> alt.LayerChart:
+    """How far Kronecker-factored approximations are from each layer's block of G, in a measure to choose."""
+    require(dataset, "kronecker_fit")
+    table = [
+        row | {"label": row["approximation"].upper()}
+        for row in rows(dataset, "kronecker_fit")
+        if row["fit"] in FIT_LABELS
+    ]
+    kinds = [str(kind) for kind in dataset["approximation"].values]
+    names = [str(name) for name in dataset["block"].values]
+    choice = alt.param(
+        name="fit",
+        value="frobenius",
+        bind=alt.binding_radio(options=list(FIT_LABELS), labels=list(FIT_LABELS.values()), name=" "),
+    )
+    labels = {kind: kind.upper() for kind in kinds}
+    lines = (
+        blank(table)
+        .mark_line(point=True, strokeWidth=1.6)
+        .encode(
+            x=alt.X(
+                "block:N",
+                sort=names,
+                title="layer, from input to output",
+                axis=alt.Axis(labelAngle=-40, labelLimit=160, grid=False),
+            ),
+            y=alt.Y("kronecker_fit:Q", title="chosen measure", scale=alt.Scale(domainMin=0)),
+            color=colour(kinds, labels, KIND_COLOURS),
+            tooltip=[
+                alt.Tooltip("block:N", title="layer"),
+                alt.Tooltip("label:N", title="approximation"),
+                alt.Tooltip("kronecker_fit:Q", title="value", format=".3~g"),
+            ],
+        )
+        .transform_filter("datum.fit === fit")
+    )
+    return finished(alt.layer(lines).add_params(choice), width=WIDTH, height=260)
+
+
+def kronecker_overlaps(dataset: xr.Dataset) -> alt.LayerChart:
+    """Overlap of the top eigenspaces of approximations with those of G's blocks."""
+    require(dataset, "kronecker_overlap")
+    table = [row | {"label": row["approximation"].upper()} for row in rows(dataset, "kronecker_overlap")]
+    kinds = [str(kind) for kind in dataset["approximation"].values]
+    names = [str(name) for name in dataset["block"].values]
+    choice = alt.param(name="block", value=names[-1], bind=alt.binding_select(options=names, name="layer "))
+    lines = (
+        blank(table)
+        .mark_line(point=True, strokeWidth=1.6)
+        .encode(
+            x=alt.X("size:Q", title="dimension k", scale=alt.Scale(type="log"), axis=alt.Axis(format="d")),
+            y=alt.Y("kronecker_overlap:Q", title="overlap ‖UᵀV‖² / k", scale=alt.Scale(domain=[0, 1])),
+            color=colour(kinds, {kind: kind.upper() for kind in kinds}, KIND_COLOURS),
+            tooltip=[
+                alt.Tooltip("label:N", title="approximation"),
+                alt.Tooltip("size:Q", title="k"),
+                alt.Tooltip("kronecker_overlap:Q", title="overlap", format=".3f"),
+            ],
+        )
+        .transform_filter("datum.block === block")
+    )
+    return finished(alt.layer(lines).add_params(choice), width=WIDTH, height=220)
+
+
 LAYER_CHARTS = {
     "layer_spectra": layer_spectra,
     "layer_traces": layer_traces,
     "layer_products": layer_products,
     "layer_collapse": layer_collapse,
+    "kronecker_fits": kronecker_fits,
+    "kronecker_overlaps": kronecker_overlaps,
 }

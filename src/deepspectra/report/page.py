@@ -75,6 +75,8 @@ LINKS = {
     "layer-traces": "Shares by layer",
     "products": "Products of means",
     "collapse": "Neural collapse",
+    "kronecker": "Kronecker factors",
+    "kronecker-spaces": "Their eigenspaces",
     "overlaps": "Shared eigenspaces",
     "whole": "All parameters",
     "cost": "Cost",

@@ -139,7 +139,7 @@ class KroneckerQuality:
 
 def kronecker_quality(
     problem: Problem,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = ("kfac", "ekfac", "cfac"),
     *,
     sharing: str = "expand",
     ks: Sequence[int] = (1, 2, 5, 10, 20),
@@ -157,7 +157,7 @@ def kronecker_quality(
 
     Args:
         problem: with a loss that is convex in the outputs.
-        kinds: among "kfac", "ekfac" and "cfac".
+        kinds: among "kfac", "ekfac", "cfac" and "optimal" (of one product).
         sharing: as in `kronecker`.
         ks: sizes of the eigenspaces to compare, ascending; those beyond a layer's rank are left out.
         floor: relative to ‖G‖₂, where logarithms of eigenvalues stop.

@@ -14,10 +14,11 @@ from deepspectra.errors import CurvatureError, LossError, MemoryBudgetError, Opt
 from deepspectra.losses import CrossEntropy
 from deepspectra.operators.base import Operator
 from deepspectra.operators.captures import Captured, Captures
-from deepspectra.operators.factors import Moments, Place, Squares, places
+from deepspectra.operators.factors import ExactBlock, Moments, Place, Squares, places
+from deepspectra.operators.nearest import nearest_sum
 from deepspectra.problem import Problem
 
-KINDS = ("kfac", "ekfac", "cfac")
+KINDS = ("kfac", "ekfac", "cfac", "optimal")
 SHARINGS = ("expand", "reduce")
 LARGEST_SUM = 4096  # rows of a sum of several products whose eigenvalues are found densely
 
@@ -174,7 +175,7 @@ class Kronecker(Operator):
     features. Parameters without effect on the outputs are in no block.
 
     Attributes:
-        kind: "kfac", "ekfac" or "cfac".
+        kind: "kfac", "ekfac", "cfac" or "optimal".
         sharing: "expand" or "reduce".
         blocks: name of a layer or parameter → its block, in the block's own order.
         places: name → which parameters the block is of.
@@ -258,7 +259,7 @@ class Kronecker(Operator):
         return self.shape[0] - sum(block.shape[0] for block in self.blocks.values())
 
 
-def kronecker(problem: Problem, kind: str = "kfac", *, sharing: str = "expand") -> Kronecker:
+def kronecker(problem: Problem, kind: str = "kfac", *, sharing: str = "expand", rank: int = 1) -> Kronecker:
     """A Kronecker-factored approximation of the Gauss-Newton matrix G, an operator block-diagonal over layers.
 
     With features h and errors e of G's exact root (all classes, nothing sampled), weights ω_i of examples, and
@@ -268,6 +269,7 @@ def kronecker(problem: Problem, kind: str = "kfac", *, sharing: str = "expand") 
     - "ekfac": the eigenvectors of S ⊗ A with the diagonal Σ (uᵀ g v)², G's own: the nearest of all such matrices.
     - "cfac": Σ_c S_c ⊗ A_c with S_c and A_c of the examples of class c, Σ_c S_c = S. Exact where features and
       errors are uncorrelated within each class.
+    - "optimal": of all sums of `rank` products with symmetric factors the nearest to G in the Frobenius norm.
 
     Weights and biases of a layer make one block. A vector of parameters that no matrix goes with (scales of
     normalised features, biases alone) has its exact block up to 4,096 numbers, and of longer ones the diagonal.
@@ -275,37 +277,42 @@ def kronecker(problem: Problem, kind: str = "kfac", *, sharing: str = "expand") 
 
     Args:
         problem: with a loss that is convex in the outputs.
-        kind: "kfac", "ekfac" or "cfac".
+        kind: "kfac", "ekfac", "cfac" or "optimal".
         sharing: of weights over T positions (pixels, tokens, repeated uses). "expand": positions count as
             examples, A = Σ h_t h_tᵀ / T and S = Σ e_t e_tᵀ. "reduce": one position with the mean of features
             and the sum of errors. Where rows are tokens and positions match them, a position counts as its row.
+            "optimal" only starts from it.
+        rank: number of products, of "optimal".
 
     Raises:
-        OptionError: another kind or sharing.
+        OptionError: another kind or sharing, or a rank that is not for "optimal".
         LossError: the loss is not convex; or for "cfac", not the cross-entropy of one class label an example.
         CurvatureError: features and errors cannot be told apart by example, or a parameter is used in two ways,
             such as an embedding tied to the output layer.
         MemoryBudgetError: the factors do not fit memory.
 
     Cost: a forward and C − 1 backward passes without weight gradients (C for other losses), and second moments:
-        about 4–6 gradients with ten classes; "ekfac" twice that. Memory: one batch of features and errors, and
-        the factors.
+        about 4–6 gradients with ten classes; "ekfac" twice that, "optimal" several times. Memory: one batch of
+        features and errors, and the factors; "optimal" holds features and errors of a layer.
 
     Source: Martens and Grosse 2015, arXiv 1503.05671 (KFAC); Grosse and Martens 2016, arXiv 1602.01407
     (convolutions); Eschenhagen et al. 2023, arXiv 2311.00636 (expand, reduce); George et al. 2018, arXiv
-    1806.03884 (EKFAC); Papyan 2020, JMLR 21:252, definition 7.2 (CFAC). Departures: (1) the scalars of every
-    token are backpropagated by themselves; (2) weights of classes and ignored rows count in A as in the loss.
+    1806.03884 (EKFAC); Papyan 2020, JMLR 21:252, definition 7.2 (CFAC); Van Loan and Pitsianis 1993 (the nearest
+    sum). Departures: (1) the scalars of every token are backpropagated by themselves; (2) weights of classes and
+    ignored rows count in A as in the loss.
     """
-    return made_from(Captures(problem), kind, sharing)
+    return made_from(Captures(problem), kind, sharing, rank)
 
 
-def made_from(captures: Captures, kind: str, sharing: str = "expand") -> Kronecker:
+def made_from(captures: Captures, kind: str, sharing: str = "expand", rank: int = 1) -> Kronecker:
     """`kronecker` from features and errors that may be held already."""
     problem = captures.problem
     if kind not in KINDS:
         raise OptionError(f"kind={kind!r}; it is one of {', '.join(map(repr, KINDS))}.")
     if sharing not in SHARINGS:
         raise OptionError(f"sharing={sharing!r}; it is 'expand' or 'reduce'.")
+    if rank < 1 or (rank > 1 and kind != "optimal"):
+        raise OptionError(f"rank={rank}: at least 1, and more than 1 product for kind='optimal' only.")
     if kind == "cfac" and not isinstance(problem.loss_function, CrossEntropy):
         raise LossError(
             f"cfac needs the cross-entropy of class labels; the loss is {problem.loss_function.name}."
@@ -322,6 +329,8 @@ def made_from(captures: Captures, kind: str, sharing: str = "expand") -> Kroneck
     found = {name: moment.place for name, moment in moments.items()}
     if kind == "ekfac":
         blocks |= _corrected(captures, found, blocks)
+    if kind == "optimal":
+        blocks |= _nearest(captures, found, blocks, rank)
     ends = itertools.accumulate((value.numel() for value in problem.parameters.values()), initial=0)
     starts = dict(zip(problem.parameters, ends, strict=False))
     index = {name: place.index(starts).to(problem.device) for name, place in found.items()}
@@ -362,6 +371,28 @@ def _corrected(captures: Captures, found: dict[str, Place], blocks: dict[str, Bl
         name: Rotated(basis.left, basis.right, squares[name].total, basis.dtype, basis.name)
         for name, basis in bases.items()
     }
+
+
+def _nearest(
+    captures: Captures, found: dict[str, Place], blocks: dict[str, Block], rank: int
+) -> dict[str, Block]:
+    """The blocks of matrices, as near to G as sums of products can be."""
+    result: dict[str, Block] = {}
+    for _, batches in captures.by_layer():
+        names = {use.slice.name for use in batches[0]}
+        for name, place in found.items():
+            start = blocks[name]
+            if (
+                place.is_matrix
+                and place.weight.name in names
+                and isinstance(start, KroneckerSum)
+                and start.norm
+            ):
+                right = start.right[0].double()
+                right = torch.diag_embed(right) if right.ndim == 2 else right
+                factors = nearest_sum(ExactBlock(place, batches, start.dtype), right, rank)
+                result[name] = KroneckerSum(*factors, start.dtype, start.name)
+    return result
 
 
 def _by_example(batch: Captured) -> Tensor:

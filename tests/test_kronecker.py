@@ -544,14 +544,14 @@ def test_curvlinops_agrees_without_class_weights(name: str, loss: nn.Module, sha
 
 
 @pytest.mark.parametrize(
-    "name", ["relu_mlp", "conv_pool", "attention_function", "every_option", "mse_module"]
+    "name", ["relu_mlp", "conv_pool", "token_classes", "mse_module"]
 )
 @pytest.mark.parametrize("small", [3000, 0])
 def test_quality_is_that_of_dense_blocks(name: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deepspectra.analysis.kronecker.SMALL", small)
     monkeypatch.setattr("deepspectra.analysis.kronecker.PAIRED_ROWS", 20)
     case, ref = case_and_reference(name)
-    kinds = ("kfac", "ekfac", "optimal") if name in ("attention_function", "mse_module") else KINDS
+    kinds = ("kfac", "ekfac", "optimal") if name in ("token_classes", "mse_module") else KINDS
     found = ds.kronecker_quality(case.problem(), kinds, ks=(1, 3), rtol=1e-8)
     operators = {kind: ds.kronecker(case.problem(), kind) for kind in kinds}
     assert {layer.name for layer in found} == {

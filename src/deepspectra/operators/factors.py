@@ -247,6 +247,19 @@ def by_group(errors: Tensor, groups: int) -> Tensor:
     return errors.view(*errors.shape[:2], groups, -1, errors.shape[3])
 
 
+def across_features(features: Tensor, matrix: Tensor) -> Tensor:
+    """H A for features (b, groups, T, d) and A (groups, d, d), as one product a group."""
+    rows = features.transpose(0, 1)
+    return (rows.flatten(1, 2) @ matrix).view(*rows.shape[:3], -1).transpose(0, 1)
+
+
+def across_errors(matrix: Tensor, errors: Tensor) -> Tensor:
+    """S e for symmetric S (groups, o, o) and errors (b, groups, J, o, T)."""
+    if errors.shape[4] == 1:
+        return across_features(errors[..., 0], matrix)[..., None]
+    return matrix[:, None] @ errors
+
+
 def second_moment(rows: Tensor) -> Tensor:
     """Σ r rᵀ of rows (n, groups, k): (groups, k, k), of which the lower half counts."""
     if rows.shape[1] > 1:
@@ -445,14 +458,54 @@ class ExactBlock(Operator):
     @property
     def trace(self) -> float:
         """Σ ‖g‖²."""
-        return sum(float(rows.double().square().sum()) for rows in self.gradients())
+        return self.inner(None, None)
+
+    def inner(self, left: Tensor | None, right: Tensor | None) -> float:
+        """⟨G, S ⊗ A⟩ = Σ tr(S g A gᵀ), of factors (groups, o, o) and (groups, d, d), or identities.
+
+        From similarities of positions, or from gradients, whichever is less to multiply.
+        """
+        groups, outputs, inputs = self.place.shape
+        scalars = self.batches[0][0].errors.shape[1]
+        num = self.num_positions
+        of_similarities = num * (inputs**2 + scalars * outputs**2 + num * (inputs + scalars * outputs))
+        of_gradients = scalars * outputs * inputs * (outputs + inputs + num)
+        by_similarities = of_similarities < of_gradients
+        total = 0.0
+        for found in self.positions(num**2 if by_similarities else scalars * groups * outputs * inputs):
+            features, errors = self.factors(found)
+            if by_similarities:
+                similar = (features if right is None else across_features(features, right)) @ features.mT
+                turned = errors if left is None else across_errors(left, errors)
+                alike = turned.mT @ errors if num > 1 else (turned * errors).sum(3, keepdim=True)
+                pairs = alike.sum(2)
+                total += float((similar * pairs).double().sum())
+            else:
+                gradients = errors @ features[:, :, None]
+                turned = gradients if left is None else left[:, None] @ gradients
+                turned = turned if right is None else turned @ right[:, None]
+                total += float((gradients * turned).double().sum())
+        return total
+
+    @property
+    def num_positions(self) -> int:
+        """T, of all uses together."""
+        uses = self.place.mine(self.batches[0])
+        return sum(use.errors.shape[2 if isinstance(use, Lookup) else 3] for use in uses)
+
+    def factors(self, found: Positions) -> tuple[Tensor, Tensor]:
+        """Features (b, groups, T, d) and errors (b, groups, J, o, T)."""
+        groups, _, inputs = self.place.shape
+        features = with_ones(self.place, found.dense_features(inputs)).transpose(1, 2)
+        return features, by_group(found.errors, groups).transpose(1, 2)
 
     def gradients(self) -> Iterator[Tensor]:
         """The rows (m, n) of a root of the block, a chunk at a time."""
         groups, outputs, inputs = self.place.shape
         for found in self.positions(groups * outputs * inputs * self.batches[0][0].errors.shape[1]):
-            features = with_ones(self.place, found.dense_features(inputs)).transpose(1, 2)[:, None]
-            yield (by_group(found.errors, groups) @ features).flatten(2).flatten(0, 1)
+            features, errors = self.factors(found)
+            gradients = errors @ features[:, :, None]  # (b, groups, J, o, d)
+            yield gradients.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def positions(self, numbers: int = 0) -> Iterator[Positions]:
         """Features and errors of some examples at a time, for which so many more numbers each fit a chunk."""

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import ConvergenceWarning
-from deepspectra.operators.factors import ExactBlock, Positions, by_group, with_ones
-from deepspectra.uses import Lookup
+from deepspectra.operators.factors import ExactBlock, across_errors, across_features
 
 RTOL = 1e-7  # of the norm of the sum, from one iteration to the next
 MOST_ITERATIONS = 100
@@ -63,30 +62,16 @@ def _swept(exact: ExactBlock, matrices: Tensor, *, to_left: bool) -> Tensor:
     _, outputs, inputs = exact.place.shape
     size = outputs if to_left else inputs
     total = matrices.new_zeros(*matrices.shape[:2], size, size)
-    for found in exact.positions(_similarities(exact)):
-        features, errors = _prepared(exact, found)
+    for found in exact.positions(exact.num_positions**2 * exact.batches[0][0].errors.shape[1]):
+        features, errors = exact.factors(found)
         for index, matrix in enumerate(matrices.to(features)):
             if to_left:
-                similar = (features @ matrix) @ features.mT  # (b, groups, T, T)
+                similar = across_features(features, matrix) @ features.mT  # (b, groups, T, T)
                 total[index] += _weighted(errors, similar[:, :, None])
             else:
-                similar = (errors.mT @ (matrix[:, None] @ errors)).sum(2)
+                similar = (errors.mT @ across_errors(matrix, errors)).sum(2)
                 total[index] += _weighted(features.mT[:, :, None], similar[:, :, None])
     return total
-
-
-def _similarities(exact: ExactBlock) -> int:
-    """Numbers of similarities an example."""
-    use = exact.place.mine(exact.batches[0])[0]
-    num_positions = use.errors.shape[2 if isinstance(use, Lookup) else 3]
-    return num_positions**2 * use.errors.shape[1]
-
-
-def _prepared(exact: ExactBlock, found: Positions) -> tuple[Tensor, Tensor]:
-    """Features (b, groups, T, d) and errors (b, groups, J, o, T)."""
-    groups, _, inputs = exact.place.shape
-    features = with_ones(exact.place, found.dense_features(inputs)).transpose(1, 2)
-    return features, by_group(found.errors, groups).transpose(1, 2)
 
 
 def _weighted(columns: Tensor, similar: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import deepspectra as ds
 from deepspectra.errors import CurvatureError, FallbackWarning, LossError, MemoryBudgetError, OptionError
-from deepspectra.operators import factors
+from deepspectra.operators import factors, places
 from deepspectra.operators.captures import Captures
 from nets import CASES, Case, chunks, labels
 from reference import Reference, case_and_reference, error
@@ -374,7 +374,7 @@ def test_batches_do_not_matter(name: str, sharing: str) -> None:
 def test_chunks_do_not_matter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = CASES["conv_pool"]().problem()
     expected = ds.kronecker(problem, kind).dense()
-    monkeypatch.setattr(factors, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(places, "CHUNK_BYTES", 1)
     monkeypatch.setattr(factors, "PANEL", 3)
     monkeypatch.setattr(factors, "LONG", 2)
     assert error(ds.kronecker(problem, kind).dense(), expected) < RTOL
@@ -512,7 +512,7 @@ def concave(output: Tensor, target: Tensor) -> Tensor:
 
 
 def test_eigenvalues_of_large_sums_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepspectra.operators.kronecker.LARGEST_SUM", 10)
+    monkeypatch.setattr("deepspectra.operators.blocks.LARGEST_SUM", 10)
     with pytest.raises(MemoryBudgetError, match="densely"):
         ds.kronecker(CASES["relu_mlp"]().problem(), "cfac").eigenvalues()
 
@@ -543,9 +543,7 @@ def test_curvlinops_agrees_without_class_weights(name: str, loss: nn.Module, sha
 # ----------------------------------------------------------------------------------------------------- quality
 
 
-@pytest.mark.parametrize(
-    "name", ["relu_mlp", "conv_pool", "token_classes", "mse_module"]
-)
+@pytest.mark.parametrize("name", ["relu_mlp", "conv_pool", "token_classes", "mse_module"])
 @pytest.mark.parametrize("small", [3000, 0])
 def test_quality_is_that_of_dense_blocks(name: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deepspectra.analysis.kronecker.SMALL", small)

@@ -14,17 +14,19 @@ from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.errors import MemoryBudgetError, OptionError
 from deepspectra.operators.base import Operator
+from deepspectra.operators.blocks import Block, KroneckerSum, Rotated
 from deepspectra.operators.captures import Captures
-from deepspectra.operators.factors import ExactBlock, with_ones
+from deepspectra.operators.exact import ExactBlock
 from deepspectra.operators.held import gram_of
-from deepspectra.operators.kronecker import KINDS, Block, KroneckerSum, Rotated, made_from
+from deepspectra.operators.kronecker import KINDS, made_from
+from deepspectra.operators.places import with_ones
 from deepspectra.problem import Problem
 from deepspectra.results import Provenance
 from deepspectra.uses import Matrix
 
 SMALL = 3000  # rows of the largest matrix whose spectrum is found densely
 PAIRED_ROWS = 1024  # whose inner products with as many others are computed together
-NUM_PROBES, NUM_STEPS = 4, 64  # of spectra that are not found densely
+NUM_PROBES, NUM_STEPS = 2, 64  # of spectra that are not found densely
 RESOLVED = 100  # times the dtype's rounding, from which ‖G − K‖²/‖G‖² is more than rounding
 SPECTRAL_RTOL = 1e-2  # of the norm of the difference
 

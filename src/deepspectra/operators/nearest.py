@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import ConvergenceWarning
-from deepspectra.operators.factors import ExactBlock, across_errors, across_features
+from deepspectra.operators.exact import ExactBlock
+from deepspectra.operators.places import across_errors, across_features
 
 RTOL = 1e-7  # of the norm of the sum, from one iteration to the next
 MOST_ITERATIONS = 100

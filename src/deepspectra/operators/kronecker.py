@@ -123,6 +123,7 @@ def kronecker(problem: Problem, kind: str = "kfac", *, sharing: str = "expand", 
 
     - "kfac": S ⊗ A. Exact where features and errors are uncorrelated.
     - "ekfac": the eigenvectors of S ⊗ A with the diagonal Σ (uᵀ g v)², G's own: the nearest of all such matrices.
+      Where eigenvalues of a factor coincide, its eigenvectors are one choice among many.
     - "cfac": Σ_c S_c ⊗ A_c with S_c and A_c of the examples of class c, Σ_c S_c = S. Exact where features and
       errors are uncorrelated within each class.
     - "optimal": of all sums of `rank` products with symmetric factors the nearest to G in the Frobenius norm.
@@ -148,8 +149,9 @@ def kronecker(problem: Problem, kind: str = "kfac", *, sharing: str = "expand", 
         MemoryBudgetError: the factors do not fit memory.
 
     Cost: a forward and C − 1 backward passes without weight gradients (C for other losses), and second moments:
-        about 4–6 gradients with ten classes; "ekfac" twice that, "optimal" several times. Memory: one batch of
-        features and errors, and the factors; "optimal" holds features and errors of a layer.
+    about 6 gradients with ten classes on a perceptron or a LeNet; "cfac" 6–8, "ekfac" 10–11 with its
+    eigenvectors, "optimal" several times. Memory: the factors, and one batch of features and errors; of "ekfac"
+    those of all the data if they fit, or else a second pass; of "optimal" those of a layer.
 
     Source: Martens and Grosse 2015, arXiv 1503.05671 (KFAC); Grosse and Martens 2016, arXiv 1602.01407
     (convolutions); Eschenhagen et al. 2023, arXiv 2311.00636 (expand, reduce); George et al. 2018, arXiv

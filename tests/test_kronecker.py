@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import deepspectra as ds
 from deepspectra.errors import CurvatureError, FallbackWarning, LossError, MemoryBudgetError, OptionError
-from deepspectra.operators import factors
+from deepspectra.operators import factors, places
 from deepspectra.operators.captures import Captures
 from nets import CASES, Case, chunks, labels
 from reference import Reference, case_and_reference, error
@@ -130,6 +130,34 @@ def test_ekfac_is_nearer_than_kfac_and_its_diagonal_is_the_best(name: str, shari
                 block.diagonal += step * noise * truth.norm()
                 assert (truth - block.dense()).norm() > missed
                 block.diagonal -= step * noise * truth.norm()
+
+
+def symmetric_part(size: int) -> Tensor:
+    """The projection (size², size²) of matrices on symmetric ones."""
+    swap = torch.eye(size**2).view(size, size, size, size).transpose(2, 3).reshape(size**2, size**2)
+    return (torch.eye(size**2) + swap).double() / 2
+
+
+@pytest.mark.parametrize("name", ["relu_mlp", "conv_pool", "token_classes"])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_optimal_sum_is_as_near_as_singular_values_say(name: str, rank: int) -> None:
+    case, ref = case_and_reference(name)
+    K = ds.kronecker(case.problem(), "optimal", rank=rank)
+    for layer, place in K.places.items():
+        truth, (_, o, d) = block_of(K, ref.gauss_newton, layer), place.shape
+        rearranged = truth.view(o, d, o, d).transpose(1, 2).reshape(o * o, d * d)
+        values = torch.linalg.svdvals(symmetric_part(o) @ rearranged @ symmetric_part(d))
+        least = truth.square().sum() - values[:rank].square().sum()
+        missed = (truth - K.blocks[layer].dense()).square().sum()
+        assert float((missed - least) / truth.square().sum()) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_optimal_product_is_semi_definite_and_has_an_inverse() -> None:
+    K = ds.kronecker(CASES["conv_pool"]().problem(), "optimal")
+    values = K.eigenvalues()
+    assert error(values, torch.linalg.eigvalsh(K.dense()).flip(0)) < RTOL
+    inverse = K.inverse(0.1).dense()
+    assert error(inverse @ (K.dense() + 0.1 * torch.eye(len(values)).double()), torch.eye(len(values))) < RTOL
 
 
 # ---------------------------------------------------------------------------------------------- weight sharing
@@ -346,7 +374,7 @@ def test_batches_do_not_matter(name: str, sharing: str) -> None:
 def test_chunks_do_not_matter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = CASES["conv_pool"]().problem()
     expected = ds.kronecker(problem, kind).dense()
-    monkeypatch.setattr(factors, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(places, "CHUNK_BYTES", 1)
     monkeypatch.setattr(factors, "PANEL", 3)
     monkeypatch.setattr(factors, "LONG", 2)
     assert error(ds.kronecker(problem, kind).dense(), expected) < RTOL
@@ -460,6 +488,8 @@ def test_options_and_losses_are_checked() -> None:
     problem = CASES["relu_mlp"]().problem()
     with pytest.raises(OptionError, match="kfac"):
         ds.kronecker(problem, "shampoo")
+    with pytest.raises(OptionError, match="rank=2"):
+        ds.kronecker(problem, rank=2)
     with pytest.raises(OptionError, match="reduce"):
         ds.kronecker(problem, sharing="sum")
     with pytest.raises(OptionError, match="positive"):
@@ -482,7 +512,7 @@ def concave(output: Tensor, target: Tensor) -> Tensor:
 
 
 def test_eigenvalues_of_large_sums_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepspectra.operators.kronecker.LARGEST_SUM", 10)
+    monkeypatch.setattr("deepspectra.operators.blocks.LARGEST_SUM", 10)
     with pytest.raises(MemoryBudgetError, match="densely"):
         ds.kronecker(CASES["relu_mlp"]().problem(), "cfac").eigenvalues()
 
@@ -513,15 +543,13 @@ def test_curvlinops_agrees_without_class_weights(name: str, loss: nn.Module, sha
 # ----------------------------------------------------------------------------------------------------- quality
 
 
-@pytest.mark.parametrize(
-    "name", ["relu_mlp", "conv_pool", "attention_function", "every_option", "mse_module"]
-)
+@pytest.mark.parametrize("name", ["relu_mlp", "conv_pool", "token_classes", "mse_module"])
 @pytest.mark.parametrize("small", [3000, 0])
 def test_quality_is_that_of_dense_blocks(name: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deepspectra.analysis.kronecker.SMALL", small)
     monkeypatch.setattr("deepspectra.analysis.kronecker.PAIRED_ROWS", 20)
     case, ref = case_and_reference(name)
-    kinds = ("kfac", "ekfac") if name in ("attention_function", "mse_module") else KINDS
+    kinds = ("kfac", "ekfac", "optimal") if name in ("token_classes", "mse_module") else KINDS
     found = ds.kronecker_quality(case.problem(), kinds, ks=(1, 3), rtol=1e-8)
     operators = {kind: ds.kronecker(case.problem(), kind) for kind in kinds}
     assert {layer.name for layer in found} == {

@@ -14,17 +14,19 @@ from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.errors import MemoryBudgetError, OptionError
 from deepspectra.operators.base import Operator
+from deepspectra.operators.blocks import Block, KroneckerSum, Rotated
 from deepspectra.operators.captures import Captures
-from deepspectra.operators.factors import ExactBlock, Place, by_group, with_ones
+from deepspectra.operators.exact import ExactBlock
 from deepspectra.operators.held import gram_of
-from deepspectra.operators.kronecker import KINDS, Block, KroneckerSum, Rotated, made_from
+from deepspectra.operators.kronecker import KINDS, made_from
+from deepspectra.operators.places import with_ones
 from deepspectra.problem import Problem
 from deepspectra.results import Provenance
-from deepspectra.uses import Use
+from deepspectra.uses import Matrix
 
 SMALL = 3000  # rows of the largest matrix whose spectrum is found densely
 PAIRED_ROWS = 1024  # whose inner products with as many others are computed together
-NUM_PROBES, NUM_STEPS = 4, 64  # of spectra that are not found densely
+NUM_PROBES, NUM_STEPS = 2, 64  # of spectra that are not found densely
 RESOLVED = 100  # times the dtype's rounding, from which ‖G − K‖²/‖G‖² is more than rounding
 SPECTRAL_RTOL = 1e-2  # of the norm of the difference
 
@@ -139,7 +141,7 @@ class KroneckerQuality:
 
 def kronecker_quality(
     problem: Problem,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = ("kfac", "ekfac", "cfac"),
     *,
     sharing: str = "expand",
     ks: Sequence[int] = (1, 2, 5, 10, 20),
@@ -157,7 +159,7 @@ def kronecker_quality(
 
     Args:
         problem: with a loss that is convex in the outputs.
-        kinds: among "kfac", "ekfac" and "cfac".
+        kinds: among "kfac", "ekfac", "cfac" and "optimal" (of one product).
         sharing: as in `kronecker`.
         ks: sizes of the eigenspaces to compare, ascending; those beyond a layer's rank are left out.
         floor: relative to ‖G‖₂, where logarithms of eigenvalues stop.
@@ -303,7 +305,7 @@ def _norm_and_values(exact: ExactBlock, memory: int) -> tuple[float, Tensor | No
         total = sum(some.T @ some for some in exact.gradients())
         assert isinstance(total, Tensor)
         gram = total.double()
-    elif _has_single_position(exact.place, exact.batches) and rows > SMALL:
+    elif _is_plain(exact) and rows > SMALL:
         return _paired_norm(exact), None
     elif 16 * rows**2 > memory:
         raise MemoryBudgetError(
@@ -318,9 +320,9 @@ def _norm_and_values(exact: ExactBlock, memory: int) -> tuple[float, Tensor | No
     return float(gram.norm()), torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
 
 
-def _has_single_position(place: Place, batches: list[list[Use]]) -> bool:
-    uses = place.mine(batches[0])
-    return len(uses) == 1 and place.groups == 1 and uses[0].errors.ndim == 4 and uses[0].errors.shape[3] == 1
+def _is_plain(exact: ExactBlock) -> bool:
+    """A matrix used at one position."""
+    return exact.num_positions == exact.place.groups == 1 and issubclass(exact.place.kind, Matrix)
 
 
 def _paired_norm(exact: ExactBlock) -> float:
@@ -341,42 +343,23 @@ def _paired_norm(exact: ExactBlock) -> float:
 
 
 def _inner(exact: ExactBlock, block: Block) -> float:
-    """⟨G, K⟩ = Σ tr(S g A gᵀ) over gradients g, from features and errors or from gradients."""
+    """⟨G, K⟩."""
     if isinstance(block, Rotated):  # the projection of G on the diagonals in its basis
         return block.norm**2
-    groups, outputs, inputs = exact.place.shape
-    scalars, *_ = exact.batches[0][0].errors.shape[1:]
-    total = 0.0
-    for found in exact.positions(scalars * groups * outputs * inputs):
-        num_positions = found.errors.shape[3]
-        errors = by_group(found.errors, groups).transpose(1, 2)  # (b, groups, J, o, T)
-        of_factors = num_positions * (inputs**2 + scalars * outputs**2) + num_positions**2 * (
-            inputs + scalars * outputs
-        )
-        of_gradients = scalars * outputs * inputs * (outputs + inputs + num_positions)
-        if block.right.ndim == 3:
-            total += _inner_of_rows(found.features, errors, block)
-            continue
-        features = with_ones(exact.place, found.dense_features(inputs)).transpose(1, 2)  # (b, groups, T, d)
-        for left, right in zip(block.left, block.right, strict=True):
-            if of_factors < of_gradients:
-                similar = (features @ right) @ features.mT
-                mixed = torch.einsum("bgjot,bgjos->bgts", left[:, None] @ errors, errors)
-                total += float((similar * mixed).double().sum())
-            else:
-                gradients = errors @ features[:, :, None]
-                turned = left[:, None] @ gradients @ right[:, None]
-                total += float((gradients * turned).double().sum())
-    return total
+    if block.right.ndim == 3:
+        return _inner_of_rows(exact, block)
+    return sum(exact.inner(left, right) for left, right in zip(block.left, block.right, strict=True))
 
 
-def _inner_of_rows(index: Tensor, errors: Tensor, block: KroneckerSum) -> float:
+def _inner_of_rows(exact: ExactBlock, block: KroneckerSum) -> float:
     """For rows of a table, of which A is diagonal."""
     total = 0.0
-    same = index[:, :, None] == index[:, None]
-    for left, right in zip(block.left, block.right, strict=True):
-        mixed = torch.einsum("bgjot,bgjos->bts", left[:, None] @ errors, errors)
-        total += float((mixed * same * right[0][index][:, None]).double().sum())
+    for found in exact.positions(exact.num_positions**2):
+        index, errors = found.features, found.errors
+        same = index[:, :, None] == index[:, None]
+        for left, right in zip(block.left[:, 0], block.right[:, 0], strict=True):
+            alike = ((left @ errors).mT @ errors).sum(1)
+            total += float((alike * same * right[index][:, None]).double().sum())
     return total
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -13,158 +12,16 @@ from torch import Tensor
 from deepspectra.errors import CurvatureError, LossError, MemoryBudgetError, OptionError
 from deepspectra.losses import CrossEntropy
 from deepspectra.operators.base import Operator
+from deepspectra.operators.blocks import Block, KroneckerSum, Rotated, check_damping
 from deepspectra.operators.captures import Captured, Captures
-from deepspectra.operators.factors import Moments, Place, Squares, places
+from deepspectra.operators.exact import ExactBlock
+from deepspectra.operators.factors import Moments, Squares
+from deepspectra.operators.nearest import nearest_sum
+from deepspectra.operators.places import Place, places
 from deepspectra.problem import Problem
 
-KINDS = ("kfac", "ekfac", "cfac")
+KINDS = ("kfac", "ekfac", "cfac", "optimal")
 SHARINGS = ("expand", "reduce")
-LARGEST_SUM = 4096  # rows of a sum of several products whose eigenvalues are found densely
-
-
-class KroneckerSum(Operator):
-    """Σ_r S_r ⊗ A_r on matrices (o, d) in row-major order: X ↦ Σ_r S_r X A_r; several groups are several blocks.
-
-    Args:
-        left: S (terms, groups, o, o).
-        right: A (terms, groups, d, d), or (terms, groups, d) where all are diagonal.
-        dtype: of products.
-        name: what it is.
-    """
-
-    def __init__(self, left: Tensor, right: Tensor, dtype: torch.dtype, name: str) -> None:
-        self.left, self.right = left.to(dtype), right.to(dtype)
-        self.groups_shape = (left.shape[1], left.shape[2], right.shape[2])
-        size = left.shape[1] * left.shape[2] * right.shape[2]
-        super().__init__(size, dtype=dtype, device=left.device, name=name)
-
-    def _apply(self, block: Tensor) -> Tensor:
-        matrices = block.T.reshape(-1, *self.groups_shape)
-        total = torch.zeros_like(matrices)
-        for left, right in zip(self.left, self.right, strict=True):
-            half = left @ matrices
-            total += half * right[:, None] if right.ndim == 2 else half @ right
-        return total.flatten(1).T
-
-    @property
-    def trace(self) -> float:
-        """Σ_r tr S_r tr A_r."""
-        right = self.right if self.right.ndim == 3 else self.right.diagonal(dim1=2, dim2=3)
-        left = self.left.diagonal(dim1=2, dim2=3)
-        return float((left.double().sum(2) * right.double().sum(2)).sum())
-
-    @property
-    def norm(self) -> float:
-        """‖·‖_F, from Σ_rs ⟨S_r, S_s⟩ ⟨A_r, A_s⟩."""
-        left, right = self.left.double().flatten(2), self.right.double().flatten(2)
-        products = torch.einsum("rgi,sgi->rsg", left, left) * torch.einsum("rgi,sgi->rsg", right, right)
-        return float(products.sum().clamp_min(0).sqrt())
-
-    @functools.cached_property
-    def decomposed(self) -> Rotated:
-        """The same with eigenvectors, of a single product.
-
-        Raises:
-            CurvatureError: a sum of several, which has no closed form.
-        """
-        if len(self.left) != 1:
-            raise CurvatureError(
-                f"{self.name} is a sum of {len(self.left)} Kronecker products and has no eigenvectors or inverse in "
-                "closed form. Use 'kfac' or 'ekfac', or solve by conjugate gradients with its products."
-            )
-        left, U = torch.linalg.eigh(self.left[0].double())
-        if self.right.ndim == 3:
-            right, V = self.right[0].double(), None
-        else:
-            right, V = torch.linalg.eigh(self.right[0].double())
-        values = left.clamp_min(0)[:, :, None] * right.clamp_min(0)[:, None]
-        return Rotated(U, V, values, self.dtype, self.name)
-
-    def eigenvalues(self) -> Tensor:
-        """All, descending, float64.
-
-        Raises:
-            MemoryBudgetError: a sum of several products with more than 4,096 rows.
-        """
-        if len(self.left) == 1:
-            return self.decomposed.eigenvalues()
-        if self.shape[0] > LARGEST_SUM:
-            raise MemoryBudgetError(
-                f"{self.name} has {self.shape[0]:,} rows, and the eigenvalues of a sum of Kronecker products are "
-                f"found densely up to {LARGEST_SUM:,}. Use eigenpairs and density with its products."
-            )
-        values: Tensor = torch.linalg.eigvalsh(self.dense().double()).flip(0)
-        return values
-
-    def inverse(self, damping: float) -> Rotated:
-        """(· + δ I)⁻¹; of a single product."""
-        return self.decomposed.inverse(damping)
-
-
-class Rotated(Operator):
-    """(U ⊗ V) diag(D) (U ⊗ V)ᵀ on matrices (o, d) in row-major order: X ↦ U (D ∘ UᵀXV) Vᵀ.
-
-    Args:
-        left: U (groups, o, o).
-        right: V (groups, d, d), or None for the identity.
-        diagonal: D (groups, o, d).
-        dtype: of products.
-        name: what it is.
-    """
-
-    def __init__(
-        self, left: Tensor, right: Tensor | None, diagonal: Tensor, dtype: torch.dtype, name: str
-    ) -> None:
-        self.left = left.to(dtype)
-        self.right = None if right is None else right.to(dtype)
-        self.diagonal = diagonal
-        super().__init__(diagonal.numel(), dtype=dtype, device=left.device, name=name)
-
-    def _apply(self, block: Tensor) -> Tensor:
-        matrices = self.left.mT @ block.T.reshape(-1, *self.diagonal.shape)
-        if self.right is not None:
-            matrices = matrices @ self.right
-        matrices = self.left @ (matrices * self.diagonal.to(matrices))
-        if self.right is not None:
-            matrices = matrices @ self.right.mT
-        return matrices.flatten(1).T
-
-    @property
-    def trace(self) -> float:
-        """Σ D."""
-        return float(self.diagonal.sum())
-
-    @property
-    def norm(self) -> float:
-        """‖·‖_F = ‖D‖_F."""
-        return float(self.diagonal.norm())
-
-    @property
-    def decomposed(self) -> Rotated:
-        """Itself."""
-        return self
-
-    def eigenvalues(self) -> Tensor:
-        """All, descending, float64."""
-        return self.diagonal.flatten().sort(descending=True).values
-
-    def top(self, num: int) -> tuple[Tensor, Tensor]:
-        """The largest eigenvalues (num,) and their vectors u_i ⊗ v_j (n, num)."""
-        values, chosen = self.diagonal.flatten().topk(num)
-        basis = torch.zeros(self.shape[0], num, dtype=self.dtype, device=self.device)
-        basis[chosen, range(num)] = 1
-        matrices = self.left @ basis.T.reshape(-1, *self.diagonal.shape)
-        if self.right is not None:
-            matrices = matrices @ self.right.mT
-        return values, matrices.flatten(1).T
-
-    def inverse(self, damping: float) -> Rotated:
-        """(· + δ I)⁻¹."""
-        inverted = 1 / (self.diagonal + check_damping(damping))
-        return Rotated(self.left, self.right, inverted, self.dtype, f"({self.name} + {damping:g} I)⁻¹")
-
-
-Block = KroneckerSum | Rotated
 
 
 class Kronecker(Operator):
@@ -174,7 +31,7 @@ class Kronecker(Operator):
     features. Parameters without effect on the outputs are in no block.
 
     Attributes:
-        kind: "kfac", "ekfac" or "cfac".
+        kind: "kfac", "ekfac", "cfac" or "optimal".
         sharing: "expand" or "reduce".
         blocks: name of a layer or parameter → its block, in the block's own order.
         places: name → which parameters the block is of.
@@ -258,7 +115,7 @@ class Kronecker(Operator):
         return self.shape[0] - sum(block.shape[0] for block in self.blocks.values())
 
 
-def kronecker(problem: Problem, kind: str = "kfac", *, sharing: str = "expand") -> Kronecker:
+def kronecker(problem: Problem, kind: str = "kfac", *, sharing: str = "expand", rank: int = 1) -> Kronecker:
     """A Kronecker-factored approximation of the Gauss-Newton matrix G, an operator block-diagonal over layers.
 
     With features h and errors e of G's exact root (all classes, nothing sampled), weights ω_i of examples, and
@@ -266,8 +123,10 @@ def kronecker(problem: Problem, kind: str = "kfac", *, sharing: str = "expand") 
 
     - "kfac": S ⊗ A. Exact where features and errors are uncorrelated.
     - "ekfac": the eigenvectors of S ⊗ A with the diagonal Σ (uᵀ g v)², G's own: the nearest of all such matrices.
+      Where eigenvalues of a factor coincide, its eigenvectors are one choice among many.
     - "cfac": Σ_c S_c ⊗ A_c with S_c and A_c of the examples of class c, Σ_c S_c = S. Exact where features and
       errors are uncorrelated within each class.
+    - "optimal": of all sums of `rank` products with symmetric factors the nearest to G in the Frobenius norm.
 
     Weights and biases of a layer make one block. A vector of parameters that no matrix goes with (scales of
     normalised features, biases alone) has its exact block up to 4,096 numbers, and of longer ones the diagonal.
@@ -275,37 +134,43 @@ def kronecker(problem: Problem, kind: str = "kfac", *, sharing: str = "expand") 
 
     Args:
         problem: with a loss that is convex in the outputs.
-        kind: "kfac", "ekfac" or "cfac".
+        kind: "kfac", "ekfac", "cfac" or "optimal".
         sharing: of weights over T positions (pixels, tokens, repeated uses). "expand": positions count as
             examples, A = Σ h_t h_tᵀ / T and S = Σ e_t e_tᵀ. "reduce": one position with the mean of features
             and the sum of errors. Where rows are tokens and positions match them, a position counts as its row.
+            "optimal" only starts from it.
+        rank: number of products, of "optimal".
 
     Raises:
-        OptionError: another kind or sharing.
+        OptionError: another kind or sharing, or a rank that is not for "optimal".
         LossError: the loss is not convex; or for "cfac", not the cross-entropy of one class label an example.
         CurvatureError: features and errors cannot be told apart by example, or a parameter is used in two ways,
             such as an embedding tied to the output layer.
         MemoryBudgetError: the factors do not fit memory.
 
     Cost: a forward and C − 1 backward passes without weight gradients (C for other losses), and second moments:
-        about 4–6 gradients with ten classes; "ekfac" twice that. Memory: one batch of features and errors, and
-        the factors.
+    about 6 gradients with ten classes on a perceptron or a LeNet; "cfac" 6–8, "ekfac" 10–11 with its
+    eigenvectors, "optimal" several times. Memory: the factors, and one batch of features and errors; of "ekfac"
+    those of all the data if they fit, or else a second pass; of "optimal" those of a layer.
 
     Source: Martens and Grosse 2015, arXiv 1503.05671 (KFAC); Grosse and Martens 2016, arXiv 1602.01407
     (convolutions); Eschenhagen et al. 2023, arXiv 2311.00636 (expand, reduce); George et al. 2018, arXiv
-    1806.03884 (EKFAC); Papyan 2020, JMLR 21:252, definition 7.2 (CFAC). Departures: (1) the scalars of every
-    token are backpropagated by themselves; (2) weights of classes and ignored rows count in A as in the loss.
+    1806.03884 (EKFAC); Papyan 2020, JMLR 21:252, definition 7.2 (CFAC); Van Loan and Pitsianis 1993 (the nearest
+    sum). Departures: (1) the scalars of every token are backpropagated by themselves; (2) weights of classes and
+    ignored rows count in A as in the loss.
     """
-    return made_from(Captures(problem), kind, sharing)
+    return made_from(Captures(problem), kind, sharing, rank)
 
 
-def made_from(captures: Captures, kind: str, sharing: str = "expand") -> Kronecker:
+def made_from(captures: Captures, kind: str, sharing: str = "expand", rank: int = 1) -> Kronecker:
     """`kronecker` from features and errors that may be held already."""
     problem = captures.problem
     if kind not in KINDS:
         raise OptionError(f"kind={kind!r}; it is one of {', '.join(map(repr, KINDS))}.")
     if sharing not in SHARINGS:
         raise OptionError(f"sharing={sharing!r}; it is 'expand' or 'reduce'.")
+    if rank < 1 or (rank > 1 and kind != "optimal"):
+        raise OptionError(f"rank={rank}: at least 1, and more than 1 product for kind='optimal' only.")
     if kind == "cfac" and not isinstance(problem.loss_function, CrossEntropy):
         raise LossError(
             f"cfac needs the cross-entropy of class labels; the loss is {problem.loss_function.name}."
@@ -322,6 +187,8 @@ def made_from(captures: Captures, kind: str, sharing: str = "expand") -> Kroneck
     found = {name: moment.place for name, moment in moments.items()}
     if kind == "ekfac":
         blocks |= _corrected(captures, found, blocks)
+    if kind == "optimal":
+        blocks |= _nearest(captures, found, blocks, rank)
     ends = itertools.accumulate((value.numel() for value in problem.parameters.values()), initial=0)
     starts = dict(zip(problem.parameters, ends, strict=False))
     index = {name: place.index(starts).to(problem.device) for name, place in found.items()}
@@ -364,6 +231,28 @@ def _corrected(captures: Captures, found: dict[str, Place], blocks: dict[str, Bl
     }
 
 
+def _nearest(
+    captures: Captures, found: dict[str, Place], blocks: dict[str, Block], rank: int
+) -> dict[str, Block]:
+    """The blocks of matrices, as near to G as sums of products can be."""
+    result: dict[str, Block] = {}
+    for _, batches in captures.by_layer():
+        names = {use.slice.name for use in batches[0]}
+        for name, place in found.items():
+            start = blocks[name]
+            if (
+                place.is_matrix
+                and place.weight.name in names
+                and isinstance(start, KroneckerSum)
+                and start.norm
+            ):
+                right = start.right[0].double()
+                right = torch.diag_embed(right) if right.ndim == 2 else right
+                factors = nearest_sum(ExactBlock(place, batches, start.dtype), right, rank)
+                result[name] = KroneckerSum(*factors, start.dtype, start.name)
+    return result
+
+
 def _by_example(batch: Captured) -> Tensor:
     """What rows count, (B, R)."""
     num_examples = batch.uses[0].num_examples
@@ -390,10 +279,3 @@ def _refuse_beyond_memory(problem: Problem, every: list[Place], num_sets: int) -
             f"the Kronecker factors take {16 * numbers / 2**30:.1f} GiB; memory is {problem.memory / 2**30:.1f} GiB. "
             "Restrict the problem to fewer layers, or raise memory."
         )
-
-
-def check_damping(damping: float) -> float:
-    """A positive number."""
-    if not damping > 0:
-        raise OptionError(f"damping={damping!r} must be positive.")
-    return float(damping)

@@ -1,0 +1,165 @@
+"""Blocks of a Kronecker-factored operator: sums of products, and diagonals between rotations."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
+from deepspectra.operators.base import Operator
+
+LARGEST_SUM = 4096  # rows of a sum of several products whose eigenvalues are found densely
+
+
+class KroneckerSum(Operator):
+    """Σ_r S_r ⊗ A_r on matrices (o, d) in row-major order: X ↦ Σ_r S_r X A_r; several groups are several blocks.
+
+    Args:
+        left: S (terms, groups, o, o).
+        right: A (terms, groups, d, d), or (terms, groups, d) where all are diagonal.
+        dtype: of products.
+        name: what it is.
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, dtype: torch.dtype, name: str) -> None:
+        self.left, self.right = left.to(dtype), right.to(dtype)
+        self.groups_shape = (left.shape[1], left.shape[2], right.shape[2])
+        size = left.shape[1] * left.shape[2] * right.shape[2]
+        super().__init__(size, dtype=dtype, device=left.device, name=name)
+
+    def _apply(self, block: Tensor) -> Tensor:
+        matrices = block.T.reshape(-1, *self.groups_shape)
+        total = torch.zeros_like(matrices)
+        for left, right in zip(self.left, self.right, strict=True):
+            half = left @ matrices
+            total += half * right[:, None] if right.ndim == 2 else half @ right
+        return total.flatten(1).T
+
+    @property
+    def trace(self) -> float:
+        """Σ_r tr S_r tr A_r."""
+        right = self.right if self.right.ndim == 3 else self.right.diagonal(dim1=2, dim2=3)
+        left = self.left.diagonal(dim1=2, dim2=3)
+        return float((left.double().sum(2) * right.double().sum(2)).sum())
+
+    @property
+    def norm(self) -> float:
+        """‖·‖_F, from Σ_rs ⟨S_r, S_s⟩ ⟨A_r, A_s⟩."""
+        left, right = self.left.double().flatten(2), self.right.double().flatten(2)
+        products = torch.einsum("rgi,sgi->rsg", left, left) * torch.einsum("rgi,sgi->rsg", right, right)
+        return float(products.sum().clamp_min(0).sqrt())
+
+    @functools.cached_property
+    def decomposed(self) -> Rotated:
+        """The same with eigenvectors, of a single product.
+
+        Raises:
+            CurvatureError: a sum of several, which has no closed form.
+        """
+        if len(self.left) != 1:
+            raise CurvatureError(
+                f"{self.name} is a sum of {len(self.left)} Kronecker products and has no eigenvectors or inverse in "
+                "closed form. Use 'kfac' or 'ekfac', or solve by conjugate gradients with its products."
+            )
+        left, U = torch.linalg.eigh(self.left[0].double())
+        if self.right.ndim == 3:
+            right, V = self.right[0].double(), None
+        else:
+            right, V = torch.linalg.eigh(self.right[0].double())
+        values = left.clamp_min(0)[:, :, None] * right.clamp_min(0)[:, None]
+        return Rotated(U, V, values, self.dtype, self.name)
+
+    def eigenvalues(self) -> Tensor:
+        """All, descending, float64.
+
+        Raises:
+            MemoryBudgetError: a sum of several products with more than 4,096 rows.
+        """
+        if len(self.left) == 1:
+            return self.decomposed.eigenvalues()
+        if self.shape[0] > LARGEST_SUM:
+            raise MemoryBudgetError(
+                f"{self.name} has {self.shape[0]:,} rows, and the eigenvalues of a sum of Kronecker products are "
+                f"found densely up to {LARGEST_SUM:,}. Use eigenpairs and density with its products."
+            )
+        values: Tensor = torch.linalg.eigvalsh(self.dense().double()).flip(0)
+        return values
+
+    def inverse(self, damping: float) -> Rotated:
+        """(· + δ I)⁻¹; of a single product."""
+        return self.decomposed.inverse(damping)
+
+
+class Rotated(Operator):
+    """(U ⊗ V) diag(D) (U ⊗ V)ᵀ on matrices (o, d) in row-major order: X ↦ U (D ∘ UᵀXV) Vᵀ.
+
+    Args:
+        left: U (groups, o, o).
+        right: V (groups, d, d), or None for the identity.
+        diagonal: D (groups, o, d).
+        dtype: of products.
+        name: what it is.
+    """
+
+    def __init__(
+        self, left: Tensor, right: Tensor | None, diagonal: Tensor, dtype: torch.dtype, name: str
+    ) -> None:
+        self.left = left.to(dtype)
+        self.right = None if right is None else right.to(dtype)
+        self.diagonal = diagonal
+        super().__init__(diagonal.numel(), dtype=dtype, device=left.device, name=name)
+
+    def _apply(self, block: Tensor) -> Tensor:
+        matrices = self.left.mT @ block.T.reshape(-1, *self.diagonal.shape)
+        if self.right is not None:
+            matrices = matrices @ self.right
+        matrices = self.left @ (matrices * self.diagonal.to(matrices))
+        if self.right is not None:
+            matrices = matrices @ self.right.mT
+        return matrices.flatten(1).T
+
+    @property
+    def trace(self) -> float:
+        """Σ D."""
+        return float(self.diagonal.sum())
+
+    @property
+    def norm(self) -> float:
+        """‖·‖_F = ‖D‖_F."""
+        return float(self.diagonal.norm())
+
+    @property
+    def decomposed(self) -> Rotated:
+        """Itself."""
+        return self
+
+    def eigenvalues(self) -> Tensor:
+        """All, descending, float64."""
+        return self.diagonal.flatten().sort(descending=True).values
+
+    def top(self, num: int) -> tuple[Tensor, Tensor]:
+        """The largest eigenvalues (num,) and their vectors u_i ⊗ v_j (n, num)."""
+        values, chosen = self.diagonal.flatten().topk(num)
+        basis = torch.zeros(self.shape[0], num, dtype=self.dtype, device=self.device)
+        basis[chosen, range(num)] = 1
+        matrices = self.left @ basis.T.reshape(-1, *self.diagonal.shape)
+        if self.right is not None:
+            matrices = matrices @ self.right.mT
+        return values, matrices.flatten(1).T
+
+    def inverse(self, damping: float) -> Rotated:
+        """(· + δ I)⁻¹."""
+        inverted = 1 / (self.diagonal + check_damping(damping))
+        return Rotated(self.left, self.right, inverted, self.dtype, f"({self.name} + {damping:g} I)⁻¹")
+
+
+Block = KroneckerSum | Rotated
+
+
+def check_damping(damping: float) -> float:
+    """A positive number."""
+    if not damping > 0:
+        raise OptionError(f"damping={damping!r} must be positive.")
+    return float(damping)

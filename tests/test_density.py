@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import wasserstein_distance
 
-from deepspectra.algorithms.blocks import Products
+from deepspectra.algorithms.counted import Products
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.recurrence import _tridiagonal, _tridiagonals

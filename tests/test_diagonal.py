@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from deepspectra.algorithms.blocks import Products
+from deepspectra.algorithms.counted import Products
 from deepspectra.algorithms.diagonal import _left_out, diagonal
 from deepspectra.algorithms.sketch import sketch
 from deepspectra.errors import FallbackWarning, NonFiniteError, OptionError, ShapeError

@@ -512,7 +512,7 @@ def concave(output: Tensor, target: Tensor) -> Tensor:
 
 
 def test_eigenvalues_of_large_sums_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepspectra.operators.blocks.LARGEST_SUM", 10)
+    monkeypatch.setattr("deepspectra.operators.factored.LARGEST_SUM", 10)
     with pytest.raises(MemoryBudgetError, match="densely"):
         ds.kronecker(CASES["relu_mlp"]().problem(), "cfac").eigenvalues()
 

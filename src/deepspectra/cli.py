@@ -20,7 +20,6 @@ from deepspectra.apps.analyze import Analysis, analyze, load
 from deepspectra.apps.compare import comparison_dataset, save_comparison
 from deepspectra.apps.layers import layer_dataset, save_layers
 from deepspectra.errors import DeepSpectraError, OptionError, TargetError
-from deepspectra.operators.kronecker import KINDS
 from deepspectra.problem import Problem
 
 app = typer.Typer(
@@ -58,6 +57,7 @@ MALLOC_OPTIONS = {
     -1: 2**31 - 1,
     -2: 2**28,
 }  # of mallopt: mmap threshold, trim threshold, top pad
+JUDGED = ("kfac", "ekfac", "cfac")  # Kronecker-factored approximations
 PAPER_SIDE = 32  # side to which the papers pad images for convolutional networks
 
 
@@ -141,7 +141,7 @@ def layers_command(
     with console.status("layers") as status:
         found = layers(
             problem,
-            kronecker=KINDS if kronecker else (),
+            kronecker=JUDGED if kronecker else (),
             progress=lambda name: status.update(f"layer {name}"),
         )
     dataset = layer_dataset(found, problem, model=model, data=data, seed=seed)

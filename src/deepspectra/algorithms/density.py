@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.blocks import Products, Progress
+from deepspectra.algorithms.counted import Products, Progress
 from deepspectra.algorithms.lanczos import Krylov, as_operator, basis_capacity, check_count, gaussian_rows
 from deepspectra.algorithms.recurrence import quadratures
 from deepspectra.errors import DataError, FallbackWarning, MemoryBudgetError, OptionError, ShapeError

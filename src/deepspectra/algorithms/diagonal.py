@@ -8,7 +8,7 @@ import time
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.blocks import Products, Progress
+from deepspectra.algorithms.counted import Products, Progress
 from deepspectra.algorithms.lanczos import as_operator, check_count
 from deepspectra.algorithms.sketch import Sketch, method_for, sketch, standard_error
 from deepspectra.operators.base import Operator

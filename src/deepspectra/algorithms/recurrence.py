@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.blocks import BLOCK, Products
+from deepspectra.algorithms.counted import BLOCK, Products
 from deepspectra.algorithms.lanczos import ROUNDING, basis_capacity
 from deepspectra.errors import MemoryBudgetError
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.blocks import Products
+from deepspectra.algorithms.counted import Products
 from deepspectra.algorithms.lanczos import basis_capacity
 from deepspectra.errors import FallbackWarning
 

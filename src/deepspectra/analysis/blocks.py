@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.operators.captures import Captures
-from deepspectra.operators.factors import ExactBlock
+from deepspectra.operators.exact import ExactBlock
 from deepspectra.operators.held import gram_of
 from deepspectra.operators.kronecker import Kronecker, made_from
 from deepspectra.problem import Problem

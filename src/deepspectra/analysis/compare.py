@@ -14,8 +14,8 @@ from deepspectra.algorithms.lanczos import check_count
 from deepspectra.analysis.blocks import RTOL, Blocks, top_pairs
 from deepspectra.errors import ShapeError
 from deepspectra.operators.curvature import GaussNewton
-from deepspectra.operators.factors import ExactBlock
-from deepspectra.operators.kronecker import Block, Rotated
+from deepspectra.operators.exact import ExactBlock
+from deepspectra.operators.factored import Block, Rotated
 from deepspectra.problem import Problem
 from deepspectra.results import Provenance
 

@@ -13,8 +13,8 @@ from deepspectra.algorithms.lanczos import check_count
 from deepspectra.algorithms.subspace import overlap
 from deepspectra.analysis.blocks import Blocks, top_pairs
 from deepspectra.operators.curvature import GaussNewton
-from deepspectra.operators.factors import ExactBlock
-from deepspectra.operators.kronecker import KroneckerSum
+from deepspectra.operators.exact import ExactBlock
+from deepspectra.operators.factored import KroneckerSum
 from deepspectra.problem import Problem
 from deepspectra.results import Provenance
 

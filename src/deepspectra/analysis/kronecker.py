@@ -14,9 +14,9 @@ from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.errors import MemoryBudgetError, OptionError
 from deepspectra.operators.base import Operator
-from deepspectra.operators.blocks import Block, KroneckerSum, Rotated
 from deepspectra.operators.captures import Captures
 from deepspectra.operators.exact import ExactBlock
+from deepspectra.operators.factored import Block, KroneckerSum, Rotated
 from deepspectra.operators.held import gram_of
 from deepspectra.operators.kronecker import KINDS, made_from
 from deepspectra.operators.places import with_ones

@@ -12,9 +12,9 @@ from torch import Tensor
 from deepspectra.errors import CurvatureError, LossError, MemoryBudgetError, OptionError
 from deepspectra.losses import CrossEntropy
 from deepspectra.operators.base import Operator
-from deepspectra.operators.blocks import Block, KroneckerSum, Rotated, check_damping
 from deepspectra.operators.captures import Captured, Captures
 from deepspectra.operators.exact import ExactBlock
+from deepspectra.operators.factored import Block, KroneckerSum, Rotated, check_damping
 from deepspectra.operators.factors import Moments, Squares
 from deepspectra.operators.nearest import nearest_sum
 from deepspectra.operators.places import Place, places

@@ -271,7 +271,9 @@ def kronecker_overlaps(dataset: xr.Dataset) -> alt.LayerChart:
         blank(table)
         .mark_line(point=True, strokeWidth=1.6)
         .encode(
-            x=alt.X("size:Q", title="dimension k", scale=alt.Scale(type="log"), axis=alt.Axis(format="d")),
+            x=alt.X(
+                "size:Q", title="dimension k", scale=alt.Scale(type="log", nice=False), axis=_sizes(dataset)
+            ),
             y=alt.Y("kronecker_overlap:Q", title="overlap ‖UᵀV‖² / k", scale=alt.Scale(domain=[0, 1])),
             color=colour(kinds, {kind: kind.upper() for kind in kinds}, KIND_COLOURS),
             tooltip=[
@@ -283,6 +285,10 @@ def kronecker_overlaps(dataset: xr.Dataset) -> alt.LayerChart:
         .transform_filter("datum.block === block")
     )
     return finished(alt.layer(lines).add_params(choice), width=WIDTH, height=220)
+
+
+def _sizes(dataset: xr.Dataset) -> alt.Axis:
+    return alt.Axis(values=[int(k) for k in dataset["size"].values], format="d")
 
 
 LAYER_CHARTS = {

@@ -23,6 +23,7 @@ def tables_section(dataset: xr.Dataset) -> str:
         _trace_table(dataset),
         _layer_table(dataset),
         _collapse_table(dataset),
+        _kronecker_table(dataset),
     ]
     body = "\n".join(table for table in tables if table)
     return f'<section id="tables">\n<h2>Tables</h2>\n{body}\n</section>' if body else ""
@@ -159,6 +160,27 @@ def _collapse_table(dataset: xr.Dataset) -> str:
     ]
     head = ["layer", *(name.replace("nc", "NC").replace("_", " ") for name in measures), *products.values()]
     return table_html("collapse-table", "Neural collapse, and products of means", head, body)
+
+
+def _kronecker_table(dataset: xr.Dataset) -> str:
+    """How far each approximation is from each layer's block of G."""
+    if not holds(dataset, "kronecker_fit"):
+        return ""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows(dataset, "kronecker_fit"):
+        found.setdefault((row["block"], row["approximation"]), {})[row["fit"]] = row["kronecker_fit"]
+    names = {
+        "frobenius": "‖G − K‖_F / ‖G‖_F",
+        "spectral": "‖G − K‖₂ / ‖G‖₂",
+        "cosine": "cosine",
+        "decades": "decades",
+        "trace": "tr K / tr G",
+    }
+    body: list[list[Cell]] = [
+        [layer, kind.upper(), *(values.get(name) for name in names)]
+        for (layer, kind), values in found.items()
+    ]
+    return table_html("kronecker-table", "Kronecker factors", ["layer", "K", *names.values()], body)
 
 
 def _averaging_table(dataset: xr.Dataset) -> str:

@@ -68,6 +68,7 @@ def test_two_problems_are_compared(folder):
     page = (folder / "two" / "compare.html").read_text()
     assert 'id="chart-overlap_curves"' in page
     assert 'id="chart-overlap_whole"' in page
+    assert 'id="overlap-table"' in page
     alone = run("compare", "mine.py:problem", cwd=folder)
     assert alone.returncode == 2
     assert "two targets" in alone.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import altair as alt
 import xarray as xr
 
-from deepspectra.report.drawing import INK, MUTED, WIDTH, blank, colour, finished, require, rows
+from deepspectra.report.drawing import INK, MUTED, WIDTH, Row, blank, colour, finished, require, rows
 
 CURVE_LABELS = {
     "measured": "measured",
@@ -27,7 +27,7 @@ def overlap_curves(dataset: xr.Dataset) -> alt.LayerChart:
         blank(table)
         .mark_line(strokeWidth=2)
         .encode(
-            x=alt.X("dimension:Q", title="dimension k"),
+            x=alt.X("dimension:Q", title="dimension k", axis=alt.Axis(tickMinStep=1)),
             y=y,
             color=colour(list(CURVE_LABELS), CURVE_LABELS, CURVE_COLOURS, columns=4),
             tooltip=[
@@ -46,6 +46,16 @@ def overlap_curves(dataset: xr.Dataset) -> alt.LayerChart:
     text = base.mark_text(align="left", dx=5, dy=-6, baseline="top", color=MUTED)
     text = text.encode(y=alt.value(0), text="text:N")
     return finished(alt.layer(rule, lines, text).add_params(choice), width=WIDTH, height=300)
+
+
+def peaks(dataset: xr.Dataset) -> list[Row]:
+    """Of each layer: where measured and predicted curves are highest, and how high."""
+    found: dict[str, Row] = {row["layer"]: row for row in rows(dataset, "layer_outputs", "layer_alignment")}
+    for row in rows(dataset, "overlap_curve"):
+        layer, curve = found[row["layer"]], row["curve"]
+        if row["overlap_curve"] > layer.get(f"{curve}_height", -1.0):
+            layer[f"{curve}_height"], layer[f"{curve}_at"] = row["overlap_curve"], int(row["dimension"])
+    return list(found.values())
 
 
 def overlap_whole(dataset: xr.Dataset) -> alt.LayerChart:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import xarray as xr
 
 from deepspectra.report.charts import knockout_summary, outliers
+from deepspectra.report.compare_charts import peaks
 from deepspectra.report.drawing import LEVEL_NAMES, Row, holds, number, rows
 from deepspectra.report.text import escaped, finite, operator_name, symbol
 
@@ -24,6 +25,7 @@ def tables_section(dataset: xr.Dataset) -> str:
         _layer_table(dataset),
         _collapse_table(dataset),
         _kronecker_table(dataset),
+        _overlap_table(dataset),
     ]
     body = "\n".join(table for table in tables if table)
     return f'<section id="tables">\n<h2>Tables</h2>\n{body}\n</section>' if body else ""
@@ -181,6 +183,22 @@ def _kronecker_table(dataset: xr.Dataset) -> str:
         for (layer, kind), values in found.items()
     ]
     return table_html("kronecker-table", "Kronecker factors", ["layer", "K", *names.values()], body)
+
+
+def _overlap_table(dataset: xr.Dataset) -> str:
+    """The highest overlap of each layer's eigenspaces, measured and predicted."""
+    if not holds(dataset, "overlap_curve"):
+        return ""
+    names = {
+        "layer_outputs": "outputs m",
+        "measured_at": "peak at k",
+        "measured_height": "height",
+        "predicted_at": "predicted at k",
+        "predicted_height": "its height",
+        "layer_alignment": "(t·t′)²",
+    }
+    body: list[list[Cell]] = [[row["layer"], *(row.get(name) for name in names)] for row in peaks(dataset)]
+    return table_html("overlap-table", "Shared eigenspaces", ["layer", *names.values()], body)
 
 
 def _averaging_table(dataset: xr.Dataset) -> str:

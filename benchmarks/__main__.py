@@ -42,19 +42,20 @@ def main() -> None:
         console.print(f"{tool}: {version}")
     kept = read(out / RESULTS) if options.only else {"sections": {}}
     for name in options.only or SECTIONS:
-        began, rows = time.process_time(), []
-        for row in SECTIONS[name](found, options.quick):
-            console.print(page.line(row), highlight=False)
-            rows.append(row)
-        kept["sections"][name] = {
+        began = time.process_time()
+        section: dict[str, Any] = {
             "machine": machine(),
             "versions": versions() | tools,
             "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-            "cpu_minutes": round((time.process_time() - began) / 60, 1),
             "quick": options.quick,
-            "rows": [asdict(row) for row in rows],
+            "rows": [],
         }
-        write(out / RESULTS, kept)
+        kept["sections"][name] = section
+        for row in SECTIONS[name](found, options.quick):
+            console.print(page.line(row), highlight=False, soft_wrap=True)
+            section["rows"].append(asdict(row))
+            section["cpu_minutes"] = round((time.process_time() - began) / 60, 1)
+            write(out / RESULTS, kept)
     page.write(kept, out)
     console.print(f"written: {out / 'benchmarks.md'}, {out / RESULTS} and charts beside it", soft_wrap=True)
 

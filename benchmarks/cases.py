@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,6 +40,10 @@ class Case:
     def problem(self) -> ds.Problem:
         """A new problem, with nothing kept from earlier ones."""
         return ds.Problem(self.model, (self.x, self.y))
+
+    def copy(self) -> Case:
+        """The same with a network of its own, for tools that leave hooks behind."""
+        return replace(self, model=copy.deepcopy(self.model))
 
     def gradient(self) -> Tensor:
         """The gradient of the mean loss, by plain PyTorch."""

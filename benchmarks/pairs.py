@@ -18,7 +18,8 @@ from torch import Tensor
 
 import deepspectra as ds
 from benchmarks.cases import Case, build
-from benchmarks.measure import OURS, Cost, Row, compare
+from benchmarks.measure import OURS, ROUNDS, Cost, Row, compare
+from benchmarks.peers import LIMIT
 from deepspectra.errors import ConvergenceWarning
 from deepspectra.products import products_of
 from deepspectra.results import Eigenpairs
@@ -26,6 +27,7 @@ from deepspectra.results import Eigenpairs
 NUM = 10
 RTOL = 1e-2  # residual relative to the eigenvalue
 TRUTH = 1e-4
+LONG = 10.0  # CPU seconds after which a job is not repeated
 SUBSPACE = NUM - 1  # C − 1: as many outliers as classes, less one
 
 
@@ -37,7 +39,9 @@ class Setting:
     pairs: float
     sampled: tuple[tuple[int, float, float], ...]  # examples drawn, overlap of at least, gradients at most
     rivals: tuple[str, ...] = ("hessian-eigenthings", "curvlinops")
-    steps: tuple[int, ...] = (14, 18, 22)  # of Lanczos, for the subspace
+    steps: tuple[int, ...] = (14, 18)  # of Lanczos, for the subspace
+    rounds: int = ROUNDS
+    confirmed: bool = True  # by ARPACK
 
 
 FIVE = ((250, 0, 0), (500, 0.97, 6.0), (1000, 0, 0), (2000, 0, 0))
@@ -45,10 +49,16 @@ SETTINGS = (
     Setting(("mlp", "mnist", 5000), 32, FIVE, rivals=("hessian-eigenthings", "curvlinops", "PyHessian")),
     Setting(("mlp", "fashion", 5000), 40, FIVE),
     Setting(("lenet", "mnist", 2000), 30, FIVE[:3]),
-    Setting(("mlp", "mnist", 30000, 10), 22, ((500, 0, 0), (2000, 0.98, 3.5), (4000, 0, 0)),
-            rivals=("hessian-eigenthings",), steps=()),
-)  # fmt: skip
-QUICK = Setting(("tiny", "digits", 1000, 10), 0, ((250, 0, 0),), steps=(18,))
+    Setting(
+        ("mlp", "mnist", 30000, 10),
+        22,
+        ((500, 0, 0), (2000, 0.98, 3.5), (4000, 0, 0)),
+        rivals=(),
+        steps=(),
+        confirmed=False,
+    ),
+)
+QUICK = Setting(("tiny", "digits", 1000, 10), 0, ((250, 0, 0),), steps=(18,), rounds=2)
 CERTIFIED = 8.0  # gradients for a sampled subspace with its certificate
 FASTER = {"hessian-eigenthings": 1.6, "curvlinops": 2.3}  # than these by so much
 
@@ -90,18 +100,19 @@ class Truth:
 
 @functools.cache
 def truth_of(setting: Setting) -> Truth:
-    """The truth, by two programs."""
+    """The truth, by two programs where the case is not too large."""
     from scipy.sparse.linalg import eigsh
 
     H = ds.Hessian(case_of(setting).problem())
     top = ds.eigenpairs(H, num=NUM + 1, rtol=TRUTH, seed=100)
-    start = case_of(setting).vector(101)[:, 0].numpy()
-    values = np.sort(eigsh(H.to_scipy(), k=NUM, which="LA", tol=RTOL / 10, v0=start)[0])[::-1].copy()
-    apart = float((torch.from_numpy(values).double() / top.values[:NUM] - 1).abs().max())
+    apart = 0.0
+    if setting.confirmed:
+        start = case_of(setting).vector(101)[:, 0].numpy()
+        values = np.sort(eigsh(H.to_scipy(), k=NUM, which="LA", tol=RTOL / 10, v0=start)[0])[::-1].copy()
+        apart = float((torch.from_numpy(values).double() / top.values[:NUM] - 1).abs().max())
     if apart > RTOL:
-        raise ArithmeticError(
-            f"two programs disagree on the eigenvalues of {case_of(setting).name} by {apart:.1e}."
-        )
+        name = case_of(setting).name
+        raise ArithmeticError(f"two programs disagree on the eigenvalues of {name} by {apart:.1e}.")
     return Truth(H, top.values, top.vectors, apart)
 
 
@@ -130,10 +141,16 @@ def certified(peers: list[Any], quick: bool) -> Iterator[Row]:
         for peer in (peer for peer in peers if peer.name in setting.rivals):
             if peer.name == "hessian-eigenthings":
                 steps = best_steps(peer, case, truth)
-                calls[peer.name] = lambda seed, p=peer, c=case, s=steps: p.lanczos(c, NUM, s, seed)
+                calls[peer.name] = lambda _, p=peer, c=case, s=steps: p.lanczos(c, NUM, s, 0)
             else:
                 calls[peer.name] = lambda seed, p=peer, c=case: p.top(c, NUM, seed)
-        costs = compare(calls, case.gradient, patience=25, keep=lambda _, found, t=truth: summary(t, found))
+        costs = compare(
+            calls,
+            case.gradient,
+            rounds=setting.rounds,
+            patience=LONG,
+            keep=lambda _, found, t=truth: summary(t, found),
+        )
         yield from pair_rows(setting, case, truth, costs)
         products_of(truth.operator.problem).release()
 
@@ -157,7 +174,11 @@ def best_steps(peer: Any, case: Case, truth: Truth) -> int:
 
         return peer.lanczos(case, NUM, steps, 0, product=product)
 
-    return next((m for m in range(NUM + 4, 80, 2) if summary(truth, longer(m))["captured"] > 1 - RTOL), 80)
+    for steps in range(NUM + 4, 80, 2):
+        found = summary(truth, longer(steps))
+        if found["claimed"] and found["captured"] > 1 - RTOL:
+            return steps
+    return 80
 
 
 def summary(truth: Truth, found: Any) -> dict[str, Any]:
@@ -195,12 +216,12 @@ def pair_rows(setting: Setting, case: Case, truth: Truth, costs: dict[str, Cost]
         elif tool in FASTER and OURS in reached:
             target, met = f"we {FASTER[tool]:g}× faster", cost.median >= FASTER[tool] * reached[OURS]
         notes = [] if complete else ["a pair is missing"]
-        if tool == OURS:
+        if tool == OURS and setting.confirmed:
             notes.append(f"truth and ARPACK agree to {truth.confirmed:.0e}")
         if tool == "hessian-eigenthings":
-            notes.append("steps chosen in hindsight")
+            notes.append("steps and start chosen in hindsight")
         if tool == "PyHessian":
-            notes.append("stopped after 100 products")
+            notes.append(f"stopped after {LIMIT} products")
         fields["note"] = "; ".join(notes)
         products = float(np.median([found["products"] for found in cost.results]))
         yield Row("pairs", case.name, "top 10", tool, quality=residual, measure="residual",
@@ -230,7 +251,11 @@ def subspaces(peers: list[Any], quick: bool) -> Iterator[Row]:
                         c, SUBSPACE, s, seed
                     )
         costs = compare(
-            calls, case.gradient, patience=8, keep=lambda _, found, t=truth: subspace_summary(t, found)
+            calls,
+            case.gradient,
+            rounds=setting.rounds,
+            patience=LONG,
+            keep=lambda _, found, t=truth: subspace_summary(t, found),
         )
         yield from subspace_rows(setting, case, costs)
         products_of(truth.operator.problem).release()

@@ -24,6 +24,7 @@ from benchmarks.reference import flat
 Product = Callable[[Tensor], Tensor]
 Quadrature = tuple[Tensor, Tensor]  # nodes and weights
 LOSS = nn.CrossEntropyLoss()
+LIMIT = 60  # products after which power iteration is stopped
 
 
 class Curvlinops:
@@ -150,7 +151,7 @@ class PyHessian:
 
         return apply
 
-    def top(self, case: Case, num: int, seed: int, most: int = 100) -> tuple[Tensor, int]:
+    def top(self, case: Case, num: int, seed: int, most: int = LIMIT) -> tuple[Tensor, int]:
         """As many of the largest eigenvectors as `most` products give, (P, ≤ num), and the products taken."""
         batches = _Limited(case.batches, most)
         whole = self._whole(case, batches)

@@ -24,9 +24,9 @@ Estimate = Callable[[int], tuple[Tensor, Tensor]]  # seed → nodes and weights
 
 def run(peers: list[Any], quick: bool) -> Iterator[Row]:
     """Rows of a trained and an untrained network."""
-    data, num = ("digits", 500) if quick else ("mnist", 5000)
+    network, data, num = ("toy", "digits", 500) if quick else ("tiny", "mnist", 5000)
     for trained in (True,) if quick else (True, False):
-        case = build("tiny", data, num, epochs=None if trained else 0)
+        case = build(network, data, num, epochs=(10 if quick else None) if trained else 0)
         matrix, exact = spectrum(case)
         single = matrix.float()
         budgets = BUDGETS[:1] if quick else BUDGETS

@@ -24,7 +24,7 @@ READING = "Problem(…): reading and checking"
 def run(_: list[Any], quick: bool) -> Iterator[Row]:
     """Rows of two networks."""
     if quick:
-        yield from both(build("tiny", "digits", 1000, epochs=5), aimed=False)
+        yield from both(build("toy", "digits", 500, epochs=10), aimed=False)
         return
     yield from both(build("mlp", "mnist", 5000), aimed=True)
     yield from both(build("lenet", "mnist", 1000, epochs=3), aimed=True)

@@ -58,7 +58,7 @@ SETTINGS = (
         confirmed=False,
     ),
 )
-QUICK = Setting(("tiny", "digits", 1000, 10), 0, ((250, 0, 0),), steps=(18,), rounds=2)
+QUICK = Setting(("toy", "digits", 500, 10), 0, ((250, 0, 0),), steps=(18,), rounds=2)
 CERTIFIED = 8.0  # gradients for a sampled subspace with its certificate
 FASTER = {"hessian-eigenthings": 1.6, "curvlinops": 2.3}  # than these by so much
 

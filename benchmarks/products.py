@@ -29,7 +29,7 @@ STREAMED = 1.7
 def cases(quick: bool) -> Iterator[tuple[str, Case]]:
     """The networks, trained a little: what a product costs does not depend on the weights."""
     if quick:
-        yield "mlp", build("tiny", "digits", 1000, epochs=5)
+        yield "mlp", build("toy", "digits", 500, epochs=10)
         return
     for name, (arguments, *_) in SETTINGS.items():
         yield name, build(*arguments, epochs=None if name == "mlp" else 3)

@@ -247,7 +247,7 @@ def test_the_quick_bench_writes_file_page_and_charts(tmp_path):
     assert set(sections) == {"products", "means", "density", "pairs", "subspace"}
     rows = [row for section in sections.values() for row in section["rows"] if row["tool"] == "deepspectra"]
     assert rows
-    assert all(row["right"] for row in rows)
+    assert all(row["right"] for row in rows), [row for row in rows if not row["right"]]
     page = (tmp_path / "benchmarks.md").read_text()
     for name in ("products", "pairs", "subspace", "density"):
         assert f"(bench/{name}.svg)" in page

@@ -59,10 +59,10 @@ def products(rows: list[Row]) -> Chart | None:
         return None
     base = alt.Chart({"values": table})
     y = alt.Y("task:N", sort=None, title=None, axis=alt.Axis(labelLimit=320))
-    x = alt.X("cost:Q", scale=alt.Scale(type="log"), title="cost in gradients")
+    x = alt.X("cost:Q", scale=alt.Scale(type="log", nice=False, padding=12), title="cost in gradients")
     right = alt.condition("datum.right", alt.value(1), alt.value(0))
-    points = base.mark_point(size=90, filled=True, strokeWidth=1.5).encode(
-        x=x, y=y, color=_colour(table), stroke=_colour(table, legend=None), fillOpacity=right
+    points = base.mark_point(size=90, strokeWidth=2).encode(
+        x=x, y=y, color=_colour(table), fill=_colour(table), fillOpacity=right
     )
     bounds = base.mark_tick(color="#1f2933", thickness=2, size=16).encode(x="bound:Q", y=y)
     text = {"text": "One product", "subtitle": "bar: least cost that the arithmetic allows; hollow: wrong"}

@@ -30,7 +30,7 @@ relative error under 10⁻³. Graphs are kept across products by deepspectra; th
 *bound* counts multiplications in matrix products and convolutions: with F a forward pass and g a gradient, as
 PyTorch's FlopCounterMode counts them, H v takes at least 4g − 6F and G v at least 2g − 2F when all that does not
 depend on v is kept. A cost under the bound means that the gradient itself runs below the machine's speed there.
-*Ratio* is the cost of the best right peer over ours.""",
+Beside it in brackets: our distance from it.""",
     "means": """\
 ## Class means
 
@@ -215,12 +215,13 @@ def _products(rows: list[Row]) -> str:
     for case, what in dict.fromkeys((row.case, row.what) for row in rows):
         some = {row.tool: row for row in rows if (row.case, row.what) == (case, what)}
         ours = some[OURS]
-        bound = "–" if ours.bound is None else f"{ours.bound:.2f}"
+        far = "" if ours.cost is None or ours.bound is None else f" ({ours.cost / ours.bound:.2f}×)"
+        bound = "–" if ours.bound is None else f"{ours.bound:.2f}{far}"
         targets = "; ".join(filter(None, (_target(row) for row in some.values())))
         lines.append(
             [case, what, *(_cell(some.get(tool)) for tool in tools), bound, _ratio(rows, ours), targets]
         )
-    return _table(["network, data", "product", *tools, "bound", "ratio", "target"], lines)
+    return _table(["network, data", "product", *tools, "bound (we)", "best peer / we", "target"], lines)
 
 
 def _means(rows: list[Row]) -> str:
@@ -243,7 +244,8 @@ def _pairs(rows: list[Row]) -> str:
         for row in rows
     ]
     return _table(
-        ["network, data", "tool", "cost, g", "products", "residual", "ratio", "target", "note"], lines
+        ["network, data", "tool", "cost, g", "products", "residual", "best peer / we", "target", "note"],
+        lines,
     )
 
 

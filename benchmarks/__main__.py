@@ -48,6 +48,7 @@ def main() -> None:
             "versions": versions() | tools,
             "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
             "quick": options.quick,
+            "note": options.note,
             "rows": [],
         }
         kept["sections"][name] = section
@@ -69,6 +70,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", choices=SECTIONS, help="measure these again, keep the file's others"
     )
+    parser.add_argument("--note", default="", help="what a reader should know of this run, for the page")
     parser.add_argument("--out", type=Path, help="folder; docs/ by default, a temporary one with --quick")
     return parser.parse_args()
 

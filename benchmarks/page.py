@@ -100,16 +100,18 @@ def _where(sections: dict[str, Any]) -> str:
         groups.setdefault((found, tools), []).append(
             f"{name} ({section['date']}, {section['cpu_minutes']:g} CPU minutes)"
         )
-    return "\n\n".join(
-        f"- Machine: {found}\n- Versions: {tools}\n- Measured: {'; '.join(names)}"
-        for (found, tools), names in groups.items()
-    )
+    notes = dict.fromkeys(section["note"] for section in sections.values() if section.get("note"))
+    return "\n".join(
+        [f"- Machine: {found}\n- Versions: {tools}\n- Measured: {'; '.join(names)}"
+         for (found, tools), names in groups.items()]
+        + [f"- {note}" for note in notes]
+    )  # fmt: skip
 
 
 def _verdict(rows: list[Row]) -> str:
     """How many targets are met, every one that is missed, and every row in which a right peer costs less."""
     aimed = [row for row in rows if row.met is not None]
-    missed = [f"- missed: {line(row)}" for row in aimed if not row.met]
+    missed = [f"- {line(row)}" for row in aimed if not row.met]
     lost = [
         f"- lost: {row.case} · {row.what}: {best.tool} {_value(best)}, we {_value(row)}"
         for row in rows

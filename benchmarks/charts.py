@@ -36,10 +36,10 @@ def _family(tool: str) -> str:
     return tool.partition(",")[0]
 
 
-def _colour(table: list[dict[str, Any]], **options: Any) -> alt.Color:
+def _colour(table: list[dict[str, Any]]) -> alt.Color:
     names = [name for name in COLOURS if name in {row["tool"] for row in table}]
     scale = alt.Scale(domain=names, range=[COLOURS[name] for name in names])
-    return alt.Color("tool:N", scale=scale, sort=None, title=None, **options)
+    return alt.Color("tool:N", scale=scale, sort=None, title=None)
 
 
 def products(rows: list[Row]) -> Chart | None:
@@ -104,7 +104,7 @@ def pairs(rows: list[Row]) -> Chart | None:
 
 def subspace(rows: list[Row]) -> Chart | None:
     """What is missing of the top nine against cost, a panel a case."""
-    kinds = {"class means": "means", "cross-class means": "means"}
+    kinds = {"class means": "means", "cross-class means": "means", "sampled, certified": "certified"}
     table = [
         {
             "tool": _family(row.tool),
@@ -126,7 +126,7 @@ def subspace(rows: list[Row]) -> Chart | None:
     points = base.mark_point(size=80, filled=True).encode(
         x=x, y=y, color=_colour(table), shape=alt.Shape("how:N", title=None)
     )
-    lines = base.mark_line(strokeWidth=1).encode(x=x, y=y, color=_colour(table, legend=None), detail="how:N")
+    lines = base.mark_line(strokeWidth=1).encode(x=x, y=y, color=_colour(table), detail="how:N")
     text = base.mark_text(align="left", dx=6, dy=-5, fontSize=10).encode(x=x, y=y, text="label:N")
     panels = [
         (lines + points + text)

@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH := .venv-bench
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 MANIFESTS := pyproject.toml constraints.txt
 
@@ -28,15 +29,15 @@ check: $(VENV)/.installed-dev ## check format, lint, types and the arrows betwee
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.installed ## time products and means in gradients, beside the peers installed
-	$(BIN)/python benchmarks/bench.py
+bench: $(BENCH)/.installed ## measure cost and accuracy beside the peers, write docs/benchmarks.md
+	OMP_NUM_THREADS=1 $(BENCH)/bin/python -m benchmarks $(BENCH_OPTIONS)
 
 reproduce: $(VENV)/.installed ## measure the papers' claims on DEEPSPECTRA_DATA (hours) and write docs/claims.md
 	$(BIN)/python -m reproductions
 
 clean: ## remove the environment and every cache
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf $(VENV) $(BENCH) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "deepspectra needs Python 3.10 or later; set PYTHON=")'
@@ -49,3 +50,11 @@ $(VENV)/.installed: $(MANIFESTS) | $(BIN)/python
 $(VENV)/.installed-dev: $(MANIFESTS) | $(BIN)/python
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.installed
+
+# The peers have an environment of their own. Without them, on a machine that cannot reach them, we are measured alone.
+$(BENCH)/.installed: $(MANIFESTS) benchmarks/peers.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --pre -r benchmarks/peers.txt \
+	  || echo "The peers cannot be installed here: deepspectra is measured alone."
+	@touch $@

@@ -79,10 +79,10 @@ def test_ten_complete_pairs_take_few_products(problem, count):
     assert count.products <= 28  # 26 where this was written
 
 
-def test_class_means_take_one_backward_pass(problem, count):
+def test_class_means_take_one_pass_forward_and_one_back(problem, count):
     ds.class_means(problem, level="class")
     assert count.backward == EXAMPLES
-    assert count.forward == 2 * EXAMPLES  # probabilities first, then the pass that is differentiated
+    assert count.forward == EXAMPLES
 
 
 def test_cross_class_means_take_fewer_backward_passes_than_classes(problem, count):

@@ -273,6 +273,10 @@ class Products:
             self.notes["check"] = "; ".join(self.faults) or "symmetric, and agrees with finite differences"
         return self._way
 
+    def inherit(self, other: Products) -> None:
+        """Take the way that was found right for the same network on other data."""
+        self._way, self.notes["way"] = other.way(), other.notes["way"]
+
     def _is_right(self, way: type[Way]) -> bool:
         """Whether a way works here and passes its check; if not, `faults` says why."""
         try:

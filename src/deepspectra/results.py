@@ -52,10 +52,10 @@ class Provenance:
         )
 
     @staticmethod
-    def of_rows(name: str, rows: Tensor) -> Provenance:
+    def of_rows(name: str, rows: Tensor, seed: int | None = None) -> Provenance:
         """The provenance of a computation on rows (..., D)."""
         dtype = str(rows.dtype).removeprefix("torch.")
-        return Provenance(name, rows.shape[-1], dtype, str(rows.device), None, versions())
+        return Provenance(name, rows.shape[-1], dtype, str(rows.device), seed, versions())
 
 
 def versions() -> dict[str, str]:

@@ -14,11 +14,11 @@ from deepspectra.algorithms.lanczos import check_count
 from deepspectra.analysis.sampling import residual_norm, sampled_eigenspace
 from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
 from deepspectra.operators.captures import layer_of
-from deepspectra.operators.curvature import Hessian
 from deepspectra.operators.held import HeldRows
 from deepspectra.operators.layerwise import error_averages, layer_errors, layer_inputs, membership
 from deepspectra.operators.parts import KINDS, Decomposition, decompose
 from deepspectra.operators.projections import positive
+from deepspectra.operators.rows import class_sums, labelled_loss
 from deepspectra.problem import Problem
 from deepspectra.results import Provenance
 
@@ -176,30 +176,29 @@ def class_means(problem: Problem, of: str = "gradients", *, level: str = "cross_
 
 
 def _gradient_means(problem: Problem, level: str, began: float) -> ClassMeans:
-    parts = decompose(problem)
-    projections = parts.projections
-    size = projections.num_classes
-    cells = projections.cell_weights
-    _refuse_beyond_memory(parts, size * size if level == "cross_class" else size)
+    labelled_loss(problem)
+    size = problem.num_classes
+    _refuse_beyond_memory(problem, size * size if level == "cross_class" else size)
     crossed = None
-    own = cells.diagonal()
     if level == "cross_class":
-        factor = parts.factor("means").view(-1, size, size)
+        parts = decompose(problem)
+        cells = parts.projections.cell_weights
+        factor = parts.factor("means").view(-1, size, size)  # √w_ck g_ck
         crossed = (factor / positive(cells).sqrt().to(factor)).permute(1, 2, 0)
-        true = factor.diagonal(dim1=1, dim2=2).T
+        sums = factor.diagonal(dim1=1, dim2=2) * cells.diagonal().sqrt().to(factor)
     else:
-        true = parts.factor("true").T
-    # w_c g_c = −w_cc g_cc, and `true` holds √w_cc g_cc
-    scale = own.sqrt() / positive(projections.class_weights) * (projections.class_weights > 0)
+        sums, cells = class_sums(problem)
+    classes = cells.clone().fill_diagonal_(0).sum(1)
+    means = -sums.T / positive(classes).to(sums)[:, None]  # w_c g_c = −w_cc g_cc
     return ClassMeans(
-        class_means=-true * scale.to(true)[:, None],
+        class_means=means * (classes > 0).to(means)[:, None],
         cross_class_means=crossed,
-        class_weights=projections.class_weights,
+        class_weights=classes,
         cross_class_weights=cells,
         of="gradients",
         layers=_parameter_places(problem),
         seconds=time.perf_counter() - began,
-        provenance=Provenance.of(parts["class"]),
+        provenance=Provenance.of_rows("gradients", means),
     )
 
 
@@ -330,13 +329,15 @@ def principal_subspace(
         return _sampled(problem, num, num_samples, num_checks=num_checks, seed=seed)
     _check_level(level)
     began = time.perf_counter()
-    parts = decompose(problem)
-    size = parts.projections.num_classes
-    _refuse_beyond_memory(parts, size * size if level == "cross_class" else size)
-    values, vectors = subspace_of(parts, level, num)
-    return Subspace(
-        values[: vectors.shape[1]], vectors, level, time.perf_counter() - began, Provenance.of(parts["class"])
-    )
+    labelled_loss(problem)
+    size = problem.num_classes
+    _refuse_beyond_memory(problem, size * size if level == "cross_class" else size)
+    if level == "class":
+        values, vectors = _principal(_class_factor(*class_sums(problem)), num, level)
+    else:
+        values, vectors = subspace_of(decompose(problem), level, num)
+    provenance = Provenance.of_rows("means of gradients", vectors.T)
+    return Subspace(values[: vectors.shape[1]], vectors, level, time.perf_counter() - began, provenance)
 
 
 def _sampled(
@@ -360,7 +361,7 @@ def _sampled(
         vectors=found.vectors,
         level="sampled",
         seconds=time.perf_counter() - began,
-        provenance=Provenance.of(Hessian(problem), seed),
+        provenance=Provenance.of_rows("Hessian of a sample", found.vectors.T, seed),
         certificate=Certificate(found.num_samples, num_checks, norm, error, gap, bound),
     )
 
@@ -371,12 +372,20 @@ def subspace_of(parts: Decomposition, level: str, num: int | None = None) -> tup
     From the Gram matrix of the means; eigenvalues at the level of rounding are left out.
     """
     if level == "class":
-        own, classes = parts.projections.cell_weights.diagonal(), parts.projections.class_weights
-        grown = (1 + own / positive(classes) * (classes > 0)).sqrt()
-        factor = parts.factor("true")
-        factor = factor * grown.to(factor)
-    else:
-        factor = parts.factor("means")
+        cells = parts.projections.cell_weights
+        true = parts.factor("true")
+        return _principal(_class_factor(true * cells.diagonal().sqrt().to(true), cells), num, level)
+    return _principal(parts.factor("means"), num, level)
+
+
+def _class_factor(sums: Tensor, cells: Tensor) -> Tensor:
+    """F (P, C) with F Fᵀ = G_class + G_true, from Σ_{i∈c} w_{i,c} g_{i,c} and w_{c,k}: the two are collinear."""
+    own, classes = cells.diagonal(), cells.clone().fill_diagonal_(0).sum(1)
+    scale = ((1 / positive(own) + 1 / positive(classes) * (classes > 0)) * (own > 0)).sqrt()
+    return sums * scale.to(sums)
+
+
+def _principal(factor: Tensor, num: int | None, level: str) -> tuple[Tensor, Tensor]:
     gram = _gram(factor)
     values, mixed = torch.linalg.eigh(gram)
     values, mixed = values.flip(0), mixed.flip(1)
@@ -401,8 +410,9 @@ def _check_level(level: str) -> None:
         raise OptionError(f"level={level!r}; it is 'class', 'cross_class' or, for a subspace, 'sampled'.")
 
 
-def _refuse_beyond_memory(parts: Decomposition, columns: int) -> None:
-    problem, size = parts.problem, parts.num_bytes(columns)
+def _refuse_beyond_memory(problem: Problem, columns: int) -> None:
+    itemsize = torch.promote_types(problem.dtype, torch.float32).itemsize
+    size = columns * problem.num_parameters * itemsize
     if size > problem.memory:
         raise MemoryBudgetError(
             f"{columns:,} means of {problem.num_parameters:,} parameters take {size / 2**30:.1f} GiB; memory is "

@@ -21,6 +21,7 @@ from deepspectra.errors import LossError
 from deepspectra.losses import CrossEntropy
 from deepspectra.operators.curvature import Hessian
 from deepspectra.problem import Problem
+from deepspectra.products import products_of
 
 SHARE = 15  # of the examples one in so many is drawn,
 FEWEST = 500  # but not fewer than these
@@ -106,6 +107,7 @@ def sampled_eigenspace(problem: Problem, num: int, num_samples: int | None, seed
     probabilities = inclusion(sizes, wanted)
     chosen = systematic(probabilities, generator)
     sample = problem.drawn(chosen, 1 / probabilities[chosen])
+    products_of(sample).inherit(products_of(problem))
     least, most = 2 * num + 4, min(4 * num + 20, problem.num_parameters)
     krylov = unchallenged(Hessian(sample), num, RTOL, least, most, generator)
     values, coefficients, _ = krylov.ritz()

@@ -33,11 +33,7 @@ class GradientRows:
     """
 
     def __init__(self, problem: Problem) -> None:
-        loss = problem.loss_function
-        if not isinstance(loss, CrossEntropy):
-            raise LossError(
-                f"class structure needs the cross-entropy of class labels; this problem's loss is {loss.name}."
-            )
+        loss = labelled_loss(problem)
         self.problem = problem
         self.products = products_of(problem)
         probabilities, labels, curvature = [], [], []
@@ -99,6 +95,42 @@ class GradientRows:
                 cells = factor[:, c * size : (c + 1) * size]
                 cells[:, k] = cells @ (-root[c] / root[c, k]).to(factor)
         return factor
+
+
+def class_sums(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Σ_{i∈c} w_{i,c} g_{i,c} = −w_c g_c of every class (P, C), and the weights w_{c,k} (C, C), in one pass.
+
+    Raises:
+        LossError: not the cross-entropy of class labels.
+
+    Cost: one gradient.
+    """
+    loss = labelled_loss(problem)
+    size = problem.num_classes
+    cells = torch.zeros(size, size, dtype=torch.float64, device=problem.device)
+
+    def cotangent(outputs: Tensor, targets: Tensor) -> Tensor:
+        p, labels = outputs.double().softmax(-1), loss.labels(targets)
+        weights = loss.curvature_weights(outputs, targets).double()[:, None] * p / problem.total_weight
+        cells.index_add_(0, labels, weights)
+        own = torch.nn.functional.one_hot(labels, size).to(weights)
+        return _cotangent(p, (weights * own)[:, :, None] * own[:, None])
+
+    return products_of(problem).pull_each(cotangent, size), cells
+
+
+def labelled_loss(problem: Problem) -> CrossEntropy:
+    """The problem's loss, if it has classes.
+
+    Raises:
+        LossError: not the cross-entropy of class labels.
+    """
+    loss = problem.loss_function
+    if not isinstance(loss, CrossEntropy):
+        raise LossError(
+            f"class structure needs the cross-entropy of class labels; this problem's loss is {loss.name}."
+        )
+    return loss
 
 
 def _cotangent(probabilities: Tensor, scaled: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def problem():
     x, y = torch.randn(60, 5), torch.arange(60) % 3
     return ds.Problem(make(), (x, y))
 
-def other():
+def twin():
     torch.manual_seed(1)
     x, y = torch.randn(60, 5), torch.arange(60) % 3
     return ds.Problem(make(), (x, y))
@@ -59,7 +59,7 @@ def analysed(folder):
 
 
 def test_two_problems_are_compared(folder):
-    done = run("compare", "mine.py:problem", "mine.py:other", "--out", "two", cwd=folder)
+    done = run("compare", "mine.py:problem", "mine.py:twin", "--out", "two", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "The two networks share most in" in done.stdout
     saved = xr.open_dataset(folder / "two" / "compare.nc", engine="h5netcdf")

@@ -17,8 +17,9 @@ from deepspectra import zoo
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.layers import layers
 from deepspectra.apps.analyze import Analysis, analyze, load
-from deepspectra.apps.compare import comparison_dataset, save_comparison
-from deepspectra.apps.layers import layer_dataset, save_layers
+from deepspectra.apps.compare import comparison_dataset
+from deepspectra.apps.layers import layer_dataset
+from deepspectra.apps.pages import save_page
 from deepspectra.errors import DeepSpectraError, OptionError, TargetError
 from deepspectra.problem import Problem
 
@@ -145,7 +146,7 @@ def layers_command(
             progress=lambda name: status.update(f"layer {name}"),
         )
     dataset = layer_dataset(found, problem, model=model, data=data, seed=seed)
-    path = save_layers(dataset, out)
+    path = save_page(dataset, out, "layers")
     typer.echo(f"\n{found}\n\n{dataset.attrs['verdict']}\n")
     typer.echo(f"Results: {path.parent}")
     typer.echo(f"Report: {path}")
@@ -176,7 +177,7 @@ def compare_command(
     with console.status("comparing") as status:
         found = compare(*problems, seed=seed, progress=lambda name: status.update(f"layer {name}"))
     dataset = comparison_dataset(found, problems[0], model=name, data=source, seed=seed)
-    path = save_comparison(dataset, out)
+    path = save_page(dataset, out, "compare")
     typer.echo(f"\n{found}\n\n{dataset.attrs['verdict']}\n")
     typer.echo(f"Results: {path.parent}")
     typer.echo(f"Report: {path}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -65,6 +66,35 @@ def versions() -> dict[str, str]:
     except PackageNotFoundError:  # running from a source tree that was never installed
         own = "unknown"
     return {"deepspectra": own, "torch": torch.__version__, "python": platform.python_version()}
+
+
+Entry = TypeVar("Entry")
+
+
+@dataclass(frozen=True)
+class ByLayer(Mapping[str, Entry]):
+    """Results of layers by name, from input to output.
+
+    Attributes:
+        layers: layer → its result.
+        seconds: wall-clock time spent.
+        provenance: where it came from.
+    """
+
+    layers: Mapping[str, Entry]
+    seconds: float
+    provenance: Provenance
+
+    def __getitem__(self, name: str) -> Entry:
+        if name not in self.layers:
+            raise KeyError(f"no layer {name!r}; there are {', '.join(self.layers)}.")
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from deepspectra.operators.held import HeldRows
 from deepspectra.operators.layerwise import counted, features_of, membership
 from deepspectra.operators.rows import GradientRows
 from deepspectra.problem import Problem
-from deepspectra.results import Provenance
+from deepspectra.results import ByLayer, Provenance
 
 
 @dataclass(frozen=True)
@@ -42,28 +41,8 @@ class Collapse:
     cosines: Tensor
 
 
-@dataclass(frozen=True)
-class CollapseByLayer(Mapping[str, Collapse]):
-    """Neural collapse of the features that enter each layer, from input to output.
-
-    Attributes:
-        layers: layer → its measures.
-        seconds: wall-clock time spent.
-        provenance: where it came from.
-    """
-
-    layers: Mapping[str, Collapse]
-    seconds: float
-    provenance: Provenance
-
-    def __getitem__(self, name: str) -> Collapse:
-        return self.layers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
+class CollapseByLayer(ByLayer[Collapse]):
+    """Neural collapse of the features that enter each layer."""
 
     def __str__(self) -> str:
         names = ("nc1", "nc2_norms", "nc2_angles", "nc2_simplex", "nc3", "nc4")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from deepspectra.operators.curvature import GaussNewton
 from deepspectra.operators.exact import ExactBlock
 from deepspectra.operators.factored import KroneckerSum
 from deepspectra.problem import Problem
-from deepspectra.results import Provenance
+from deepspectra.results import ByLayer, Provenance
 
 
 @dataclass(frozen=True)
@@ -55,28 +55,8 @@ class LayerDissection:
     closed_range: float
 
 
-@dataclass(frozen=True)
-class Dissection(Mapping[str, LayerDissection]):
-    """Every layer that multiplies features, from input to output.
-
-    Attributes:
-        layers: layer → what its block is made of.
-        seconds: wall-clock time spent.
-        provenance: where it came from.
-    """
-
-    layers: Mapping[str, LayerDissection]
-    seconds: float
-    provenance: Provenance
-
-    def __getitem__(self, name: str) -> LayerDissection:
-        return self.layers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
+class Dissection(ByLayer[LayerDissection]):
+    """What the blocks of all layers that multiply features are made of."""
 
     def __str__(self) -> str:
         head = ("λ₁", "λ₁/τ₁γ₁", "rank one", "v₁ share", "λ₁/λ₂ xxᵀ", "v₁·E[x]", "closed form", "its range")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ from deepspectra.operators.captures import Captures, layer_of
 from deepspectra.operators.curvature import GaussNewton
 from deepspectra.operators.projections import positive
 from deepspectra.problem import Problem
-from deepspectra.results import Provenance
+from deepspectra.results import ByLayer, Provenance
 from deepspectra.uses import Matrix, Use
 
 RANK_RTOL = 1e-6  # singular value of class means that is more than rounding
@@ -49,28 +48,8 @@ class LayerWeights:
     decay: float
 
 
-@dataclass(frozen=True)
-class Weights(Mapping[str, LayerWeights]):
-    """Every fully connected weight, from input to output.
-
-    Attributes:
-        layers: layer → its weight.
-        seconds: wall-clock time spent.
-        provenance: where it came from.
-    """
-
-    layers: Mapping[str, LayerWeights]
-    seconds: float
-    provenance: Provenance
-
-    def __getitem__(self, name: str) -> LayerWeights:
-        return self.layers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
+class Weights(ByLayer[LayerWeights]):
+    """Every fully connected weight, beside the class means of its features and errors."""
 
     def __str__(self) -> str:
         head = ("σ₁", "at rest", "class cos", "share", "random", "decay")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import xarray as xr
@@ -11,11 +10,9 @@ import xarray as xr
 from deepspectra.analysis.compare import Comparison
 from deepspectra.apps.dataset import problem_attributes
 from deepspectra.problem import Problem
-from deepspectra.report.page import write
 from deepspectra.results import versions
 
 CURVES = ("measured", "kronecker", "predicted", "baseline")
-DATASET_FILE, REPORT_FILE = "compare.nc", "compare.html"
 
 
 def comparison_dataset(
@@ -60,17 +57,6 @@ def comparison_dataset(
         "provenance": json.dumps({"seconds": round(found.seconds, 1), "versions": versions()}),
     }
     return xr.Dataset(variables, coords=coords, attrs=attributes)
-
-
-def save_comparison(dataset: xr.Dataset, directory: str | Path) -> Path:
-    """Write compare.nc and compare.html into a directory, made if need be; returns the report's path."""
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    staged = folder / f".{DATASET_FILE}.part"
-    dataset.to_netcdf(staged, engine="h5netcdf")
-    staged.replace(folder / DATASET_FILE)
-    write(dataset, folder / REPORT_FILE)
-    return folder / REPORT_FILE
 
 
 def sentences(found: Comparison) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from deepspectra.analysis.kronecker import KroneckerQuality
 from deepspectra.analysis.layers import Layer, Layers
 from deepspectra.apps.dataset import problem_attributes
 from deepspectra.problem import Problem
-from deepspectra.report.page import write
 from deepspectra.results import versions
 
 KINDS = ("features", "errors", "gradients")
@@ -24,7 +22,6 @@ PARTS = ("mean", "class", "logit", "interaction", "within", "true")
 STATISTICS = ("class_cosine", "class_error", "cross_cosine", "cross_error")
 MEASURES = ("nc1", "nc2_norms", "nc2_angles", "nc2_simplex", "nc3", "nc4")
 FITS = ("frobenius", "cosine", "spectral", "decades", "trace")
-DATASET_FILE, REPORT_FILE = "layers.nc", "layers.html"
 MOST_RANKS = 60  # eigenvalues kept of each spectrum
 EXPLAINED = 0.9  # cosine from which products of means stand for means of products
 
@@ -116,17 +113,6 @@ def _kronecker(found: Layers) -> tuple[dict[str, Any], dict[str, Any]]:
     variables = {"kronecker_fit": ((*dims, "fit"), errors), "kronecker_overlap": ((*dims, "size"), overlaps)}
     names = {"block": [layer.name or "(model)" for layer in quality], "approximation": list(quality.kinds)}
     return variables, names | {"fit": list(FITS), "size": list(ks)}
-
-
-def save_layers(dataset: xr.Dataset, directory: str | Path) -> Path:
-    """Write layers.nc and layers.html into a directory, made if need be; returns the report's path."""
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    staged = folder / f".{DATASET_FILE}.part"
-    dataset.to_netcdf(staged, engine="h5netcdf")
-    staged.replace(folder / DATASET_FILE)
-    write(dataset, folder / REPORT_FILE)
-    return folder / REPORT_FILE
 
 
 def _spectra(layer: Layer) -> tuple[GramSpectrum | None, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,18 +19,20 @@ RTOL = 1e-2  # of eigenpairs found by products
 
 
 class Blocks:
-    """Blocks of all layers that multiply features, and their KFAC factors.
+    """Blocks of all layers that multiply features, and their Kronecker-factored approximations.
 
     Attributes:
         captures: features and errors, held if they fit.
-        factors: S and A of every layer.
+        approximations: kind → all layers' approximations.
+        factors: the first of them; by default KFAC's S and A.
         names: of the layers, from input to output.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, kinds: Sequence[str] = ("kfac",), sharing: str = "expand") -> None:
         self.captures = Captures(problem)
         self.captures.hold()
-        self.factors: Kronecker = made_from(self.captures, "kfac")
+        self.approximations = {kind: made_from(self.captures, kind, sharing) for kind in kinds}
+        self.factors: Kronecker = self.approximations[kinds[0]]
         self.names = [name for name, place in self.factors.places.items() if place.is_matrix]
 
     def __iter__(self) -> Iterator[tuple[str, ExactBlock]]:

@@ -71,16 +71,15 @@ def collapse(problem: Problem) -> CollapseByLayer:
     """
     began = time.perf_counter()
     rows = HeldRows(problem)
-    found = {}
-    for name, features in features_of(rows).items():
-        own = {key: value for key, value in problem.parameters.items() if layer_of(key) == name}
-        found[name] = collapse_of(features, rows, own)
-    last = features[:0]
+    features = features_of(rows)
+    found = {name: collapse_of(entering, rows, name) for name, entering in features.items()}
+    *_, last = features.values()
     return CollapseByLayer(found, time.perf_counter() - began, Provenance.of_rows("features", last))
 
 
-def collapse_of(features: Tensor, rows: GradientRows, own: dict[str, Tensor]) -> Collapse:
-    """NC1 to NC4 of features (N, D) that enter a layer of these parameters."""
+def collapse_of(features: Tensor, rows: GradientRows, layer: str) -> Collapse:
+    """NC1 to NC4 of features (N, D) that enter a layer."""
+    own = {name: value for name, value in rows.problem.parameters.items() if layer_of(name) == layer}
     member = membership(rows)
     live = counted(rows) > 0
     kept = member.any(0)

@@ -180,7 +180,7 @@ def compare(
         tuple(layers),
         _curve(pairs[0].vectors, pairs[1].vectors),
         time.perf_counter() - began,
-        Provenance.of(GaussNewton(first), seed),
+        pairs[0].provenance,
     )
 
 

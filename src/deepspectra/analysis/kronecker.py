@@ -12,19 +12,18 @@ from torch import Tensor
 
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
+from deepspectra.analysis.blocks import SMALL, Blocks
 from deepspectra.errors import MemoryBudgetError, OptionError
 from deepspectra.operators.base import Operator
-from deepspectra.operators.captures import Captures
 from deepspectra.operators.exact import ExactBlock
 from deepspectra.operators.factored import Block, KroneckerSum, Rotated
 from deepspectra.operators.held import gram_of
-from deepspectra.operators.kronecker import KINDS, made_from
+from deepspectra.operators.kronecker import KINDS
 from deepspectra.operators.places import with_ones
 from deepspectra.problem import Problem
 from deepspectra.results import Provenance
 from deepspectra.uses import Matrix
 
-SMALL = 3000  # rows of the largest matrix whose spectrum is found densely
 PAIRED_ROWS = 1024  # whose inner products with as many others are computed together
 NUM_PROBES, NUM_STEPS = 2, 64  # of spectra that are not found densely
 RESOLVED = 100  # times the dtype's rounding, from which ‖G − K‖²/‖G‖² is more than rounding
@@ -182,27 +181,19 @@ def kronecker_quality(
     """
     began = time.perf_counter()
     sizes = _checked(kinds, ks)
-    captures = Captures(problem if dtype is None else problem.to(dtype))
-    captures.hold()
-    operators = {kind: made_from(captures, kind, sharing) for kind in kinds}
-    first = operators[kinds[0]]
+    blocks = Blocks(problem if dtype is None else problem.to(dtype), kinds, sharing)
+    memory = blocks.captures.problem.memory
     found = []
-    for _, batches in captures.by_layer():
-        names = {use.slice.name for batch in batches for use in batch}
-        for name, place in first.places.items():
-            if not place.is_matrix or place.weight.name not in names:
-                continue
-            if progress is not None:
-                progress(name)
-            exact = ExactBlock(place, batches, first.dtype)
-            exact.memory = captures.problem.memory // 4
-            if not exact.trace:
-                continue
-            comparison = _Comparison(exact, captures.problem.memory, max(sizes), rtol, seed)
-            blocks = {kind: operators[kind].blocks[name] for kind in kinds}
-            found.append(comparison.fits(blocks, sizes, floor))
+    for name, exact in blocks:
+        if progress is not None:
+            progress(name)
+        if not exact.trace:
+            continue
+        comparison = _Comparison(exact, memory, max(sizes), rtol, seed)
+        approximations = {kind: operator.blocks[name] for kind, operator in blocks.approximations.items()}
+        found.append(comparison.fits(approximations, sizes, floor))
     return KroneckerQuality(
-        tuple(found), tuple(kinds), floor, time.perf_counter() - began, Provenance.of(first, seed)
+        tuple(found), tuple(kinds), floor, time.perf_counter() - began, Provenance.of(blocks.factors, seed)
     )
 
 

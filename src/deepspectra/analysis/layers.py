@@ -205,7 +205,7 @@ def _layer(name: str, uses: list[list[Use]], parts: Decomposition, bases: dict[s
         ),
         gradients=_spectrum(gram_of([uses]), bases, tuple(parts), size, parts, f"gradients of {name}"),
         khatri_rao=_khatri_rao([batch[0] for batch in matrices], parts, bases) if single else None,
-        collapse=None if features is None else collapse_of(features, rows, own),
+        collapse=None if features is None else collapse_of(features, rows, name),
     )
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import xarray as xr
 
 from deepspectra.analysis.compare import Comparison
-from deepspectra.apps.dataset import problem_attributes
+from deepspectra.apps.pages import page_attributes
 from deepspectra.problem import Problem
-from deepspectra.results import versions
 
 CURVES = ("measured", "kronecker", "predicted", "baseline")
 
@@ -44,18 +41,15 @@ def comparison_dataset(
         "dimension": np.arange(1, most + 1),
         "whole_dimension": np.arange(1, len(found.whole) + 1),
     }
-    model = model or type(problem.model).__name__
-    attributes = {
-        "verdict": " ".join(sentences(found)),
-        "title": f"Two trainings of {model}" + (f" on {data}" if data else ""),
-        "model": model,
-        "data": data,
-        **problem_attributes(problem),
-        "seed": seed,
-        "loss_value": problem.loss(),
-        "accuracy": problem.accuracy(),
-        "provenance": json.dumps({"seconds": round(found.seconds, 1), "versions": versions()}),
-    }
+    attributes = page_attributes(
+        problem,
+        verdict=" ".join(sentences(found)),
+        subject="Two trainings of",
+        model=model,
+        data=data,
+        seed=seed,
+        seconds=found.seconds,
+    )
     return xr.Dataset(variables, coords=coords, attrs=attributes)
 
 

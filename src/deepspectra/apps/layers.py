@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -13,9 +12,8 @@ import xarray as xr
 from deepspectra.analysis.gram import GramSpectrum
 from deepspectra.analysis.kronecker import KroneckerQuality
 from deepspectra.analysis.layers import Layer, Layers
-from deepspectra.apps.dataset import problem_attributes
+from deepspectra.apps.pages import page_attributes
 from deepspectra.problem import Problem
-from deepspectra.results import versions
 
 KINDS = ("features", "errors", "gradients")
 PARTS = ("mean", "class", "logit", "interaction", "within", "true")
@@ -81,18 +79,15 @@ def layer_dataset(
         "moment": ["mean", "deviation"],
         "measure": list(MEASURES),
     } | kinds
-    model = model or type(problem.model).__name__
-    attributes = {
-        "verdict": " ".join(sentences(found)),
-        "title": f"Layers of {model}" + (f" on {data}" if data else ""),
-        "model": model,
-        "data": data,
-        **problem_attributes(problem),
-        "seed": seed,
-        "loss_value": problem.loss(),
-        "accuracy": problem.accuracy(),
-        "provenance": json.dumps({"seconds": round(found.seconds, 1), "versions": versions()}),
-    }
+    attributes = page_attributes(
+        problem,
+        verdict=" ".join(sentences(found)),
+        subject="Layers of",
+        model=model,
+        data=data,
+        seed=seed,
+        seconds=found.seconds,
+    )
     return xr.Dataset(variables | kronecker, coords=coords, attrs=attributes)
 
 

@@ -5,13 +5,12 @@ from deepspectra.report.charts import (
     charts,
     cost,
     knockouts,
-    log_spectrum,
     shares,
-    spectrum,
 )
 from deepspectra.report.class_charts import class_cosines, cross_class_weights, three_level_map
 from deepspectra.report.drawing import save_chart
 from deepspectra.report.page import render, write
+from deepspectra.report.spectrum_charts import log_spectrum, spectrum
 
 __all__ = [
     "averaging",

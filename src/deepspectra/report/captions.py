@@ -7,14 +7,14 @@ from collections.abc import Callable
 import numpy as np
 import xarray as xr
 
-from deepspectra.report.charts import (
+from deepspectra.report.class_charts import class_names, cosines
+from deepspectra.report.drawing import LEVEL_NAMES, Row, holds, number, rows
+from deepspectra.report.findings import (
     knockout_summary,
     mean_shares,
     outliers,
     outliers_left,
 )
-from deepspectra.report.class_charts import class_names, cosines
-from deepspectra.report.drawing import LEVEL_NAMES, Row, holds, number, rows
 from deepspectra.report.text import attribute, escaped, finite, joined, number_html, share_html, symbol
 
 

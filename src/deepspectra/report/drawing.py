@@ -201,6 +201,11 @@ def log_axis(low: float, high: float, most: int = 6, **options: Any) -> alt.Axis
     return ticks_axis(ticks, [tick(value) for value in ticks], **options)
 
 
+def tip(field: str, title: str, form: str = ".3~g") -> alt.Tooltip:
+    """A number in a tooltip."""
+    return alt.Tooltip(field=field, type="quantitative", title=title, format=form)
+
+
 def save_chart(chart: alt.TopLevelMixin, path: str | Path) -> None:
     """Save a chart as .svg, .pdf, .png, .html or .json, without a browser.
 

@@ -62,10 +62,10 @@ def _part_colour(table: list[Row]) -> alt.Color:
     )
 
 
-def _depth(dataset: xr.Dataset) -> alt.X:
-    names = [str(name) for name in dataset["layer"].values]
+def _depth(dataset: xr.Dataset, dimension: str = "layer") -> alt.X:
+    names = [str(name) for name in dataset[dimension].values]
     axis = alt.Axis(labelAngle=-40, labelLimit=160, grid=False)
-    return alt.X("layer:N", sort=names, title="layer, from input to output", axis=axis)
+    return alt.X(f"{dimension}:N", sort=names, title="layer, from input to output", axis=axis)
 
 
 def layer_spectra(dataset: xr.Dataset) -> alt.LayerChart:
@@ -224,31 +224,20 @@ def layer_collapse(dataset: xr.Dataset) -> alt.LayerChart:
 def kronecker_fits(dataset: xr.Dataset) -> alt.LayerChart:
     """How far Kronecker-factored approximations are from each layer's block of G, in a measure to choose."""
     require(dataset, "kronecker_fit")
-    table = [
-        row | {"label": row["approximation"].upper()}
-        for row in rows(dataset, "kronecker_fit")
-        if row["fit"] in FIT_LABELS
-    ]
-    kinds = [str(kind) for kind in dataset["approximation"].values]
-    names = [str(name) for name in dataset["block"].values]
+    table, shade = _approximations(dataset, "kronecker_fit")
+    table = [row for row in table if row["fit"] in FIT_LABELS]
     choice = alt.param(
         name="fit",
         value="frobenius",
         bind=alt.binding_radio(options=list(FIT_LABELS), labels=list(FIT_LABELS.values()), name=" "),
     )
-    labels = {kind: kind.upper() for kind in kinds}
     lines = (
         blank(table)
         .mark_line(point=True, strokeWidth=1.6)
         .encode(
-            x=alt.X(
-                "block:N",
-                sort=names,
-                title="layer, from input to output",
-                axis=alt.Axis(labelAngle=-40, labelLimit=160, grid=False),
-            ),
+            x=_depth(dataset, "block"),
             y=alt.Y("kronecker_fit:Q", title="chosen measure", scale=alt.Scale(domainMin=0)),
-            color=colour(kinds, labels, KIND_COLOURS),
+            color=shade,
             tooltip=[
                 alt.Tooltip("block:N", title="layer"),
                 alt.Tooltip("label:N", title="approximation"),
@@ -263,8 +252,7 @@ def kronecker_fits(dataset: xr.Dataset) -> alt.LayerChart:
 def kronecker_overlaps(dataset: xr.Dataset) -> alt.LayerChart:
     """Overlap of the top eigenspaces of approximations with those of G's blocks."""
     require(dataset, "kronecker_overlap")
-    table = [row | {"label": row["approximation"].upper()} for row in rows(dataset, "kronecker_overlap")]
-    kinds = [str(kind) for kind in dataset["approximation"].values]
+    table, shade = _approximations(dataset, "kronecker_overlap")
     names = [str(name) for name in dataset["block"].values]
     choice = alt.param(name="block", value=names[-1], bind=alt.binding_select(options=names, name="layer "))
     lines = (
@@ -275,7 +263,7 @@ def kronecker_overlaps(dataset: xr.Dataset) -> alt.LayerChart:
                 "size:Q", title="dimension k", scale=alt.Scale(type="log", nice=False), axis=_sizes(dataset)
             ),
             y=alt.Y("kronecker_overlap:Q", title="overlap ‖UᵀV‖² / k", scale=alt.Scale(domain=[0, 1])),
-            color=colour(kinds, {kind: kind.upper() for kind in kinds}, KIND_COLOURS),
+            color=shade,
             tooltip=[
                 alt.Tooltip("label:N", title="approximation"),
                 alt.Tooltip("size:Q", title="k"),
@@ -285,6 +273,13 @@ def kronecker_overlaps(dataset: xr.Dataset) -> alt.LayerChart:
         .transform_filter("datum.block === block")
     )
     return finished(alt.layer(lines).add_params(choice), width=WIDTH, height=220)
+
+
+def _approximations(dataset: xr.Dataset, name: str) -> tuple[list[Row], alt.Color]:
+    """A variable's rows with the names of the approximations, and their colours."""
+    labels = {str(kind): str(kind).upper() for kind in dataset["approximation"].values}
+    table = [row | {"label": labels[row["approximation"]]} for row in rows(dataset, name)]
+    return table, colour(list(labels), labels, KIND_COLOURS)
 
 
 def _sizes(dataset: xr.Dataset) -> alt.Axis:

@@ -24,8 +24,9 @@ import xarray as xr
 
 from deepspectra.errors import FileError
 from deepspectra.report.captions import FIGURES
-from deepspectra.report.charts import charts, mean_shares, outliers
+from deepspectra.report.charts import charts
 from deepspectra.report.drawing import holds, number, rows
+from deepspectra.report.findings import mean_shares, outliers
 from deepspectra.report.tables import Cell, table_html, tables_section
 from deepspectra.report.text import attribute, escaped, joined, json_attribute, number_html, symbol
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 import xarray as xr
 
-from deepspectra.report.charts import knockout_summary, outliers
 from deepspectra.report.compare_charts import peaks
 from deepspectra.report.drawing import LEVEL_NAMES, Row, holds, number, rows
+from deepspectra.report.findings import knockout_summary, outliers
 from deepspectra.report.text import escaped, finite, operator_name, symbol
 
 Cell = str | int | float | tuple[str, float] | None  # a pair: the text shown and the value behind it

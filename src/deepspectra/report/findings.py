@@ -1,0 +1,83 @@
+"""What a saved analysis says: outliers, shares and knock-outs, for charts, captions and tables alike."""
+
+from __future__ import annotations
+
+import math
+
+import xarray as xr
+
+from deepspectra.report.drawing import OPERATOR_NAMES, Row, holds, rows
+
+
+def outliers_left(row: Row) -> str:
+    """How many outliers a knock-out leaves, in the words that fit what is known."""
+    count, upper = row.get("knockout_outliers"), row.get("knockout_upper")
+    if count is None or not math.isfinite(count):
+        return "not counted"
+    if row["knockout"] == "nothing":
+        return f"{count:.0f} outliers"
+    if upper is None or not math.isfinite(upper):
+        return f"at least {count:.0f}" if count else "none found"
+    if upper > count:
+        return f"{count:.0f} to {upper:.0f} left"
+    return f"{count:.0f} left" if count else "none left"
+
+
+def outliers(dataset: xr.Dataset) -> list[Row]:
+    """Outlier eigenpairs by operator and descending eigenvalue, each with its residual norm and shares."""
+    if not holds(dataset, "eigenvalue", "is_outlier"):
+        return []
+    found = [
+        row for row in rows(dataset, "eigenvalue", "is_outlier", "residual_norm") if row["is_outlier"] == 1
+    ]
+    shares = {(row["operator"], row["pair"]): row for row in _shares_by_pair(dataset)}
+    found.sort(key=lambda row: (list(OPERATOR_NAMES).index(row["operator"]), -row["eigenvalue"]))
+    rank: dict[str, int] = {}
+    for row in found:
+        row["rank"] = rank[row["operator"]] = rank.get(row["operator"], 0) + 1
+        row.update(shares.get((row["operator"], row["pair"]), {}))
+    return found
+
+
+def _shares_by_pair(dataset: xr.Dataset) -> list[Row]:
+    if not holds(dataset, "share"):
+        return []
+    table: dict[tuple[str, int], Row] = {}
+    for row in rows(dataset, "share"):
+        pair = table.setdefault(
+            (row["operator"], row["pair"]), {"operator": row["operator"], "pair": row["pair"]}
+        )
+        pair[f"share {row['part']}"] = row["share"]
+    return list(table.values())
+
+
+def mean_shares(dataset: xr.Dataset) -> dict[str, dict[str, float]]:
+    """Mean share of each part over the outliers, by operator."""
+    if not holds(dataset, "mean_share"):
+        return {}
+    out: dict[str, dict[str, float]] = {}
+    for row in rows(dataset, "mean_share"):
+        out.setdefault(row["operator"], {})[row["part"]] = row["mean_share"]
+    return out
+
+
+def knockout_summary(dataset: xr.Dataset) -> list[Row]:
+    """One record per operator, knock-out and method: largest eigenvalue left, its residual, outliers left."""
+    names = ("knockout_value", "knockout_residual_norm", "knockout_outliers", "knockout_upper")
+    table: dict[tuple[str, str, str], Row] = {}
+    for row in rows(dataset, *names):
+        key = (row["operator"], row["knockout"], row["method"])
+        best = table.get(key)
+        if best is None or row["knockout_value"] > best["knockout_value"]:
+            table[key] = row
+    first: dict[tuple[str, float], Row] = {}
+    return [
+        row
+        for row in table.values()
+        if row["knockout"] != "nothing" or first.setdefault((row["operator"], 0.0), row) is row
+    ]
+
+
+def outlier_thresholds(dataset: xr.Dataset) -> list[Row]:
+    """Of outliers, by operator."""
+    return rows(dataset, "outlier_threshold") if holds(dataset, "outlier_threshold") else []

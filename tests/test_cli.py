@@ -116,7 +116,7 @@ def test_layers_of_anybodys_model(folder):
     page = (folder / "deep" / "layers.html").read_text()
     assert 'id="chart-kronecker_fits"' in page
     assert 'id="chart-kronecker_overlaps"' in page
-    for name in ("layer_spectra", "layer_traces", "layer_products", "layer_collapse"):
+    for name in ("layer_spectra", "layer_densities", "layer_traces", "layer_products", "layer_collapse"):
         assert f'id="chart-{name}"' in page
 
 

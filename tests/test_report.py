@@ -511,7 +511,7 @@ def layers_page():
     model = torch.nn.Sequential(
         torch.nn.Conv2d(1, 3, 3),
         torch.nn.BatchNorm2d(3),
-        torch.nn.ReLU(),
+        torch.nn.Tanh(),
         torch.nn.Flatten(),
         torch.nn.Linear(48, 3),
     ).eval()
@@ -519,7 +519,7 @@ def layers_page():
     return render(layer_dataset(ds.layers(problem), problem, data="<noise>"))
 
 
-LAYER_CHARTS = ("layer_spectra", "layer_traces", "layer_products", "layer_collapse")
+LAYER_CHARTS = ("layer_spectra", "layer_densities", "layer_traces", "layer_products", "layer_collapse")
 
 
 def test_the_page_of_layers_says_what_was_found_and_escapes_names(layers_page):
@@ -528,6 +528,7 @@ def test_the_page_of_layers_says_what_was_found_and_escapes_names(layers_page):
     assert "Of 2 layers with weights" in layers_page
     assert "Layers of Sequential on &lt;noise&gt;" in layers_page
     assert 'id="layer-table"' in layers_page
+    assert 'id="block-table"' in layers_page
     assert 'id="collapse-table"' in layers_page
     assert 'id="chart-spectrum"' not in layers_page
 

@@ -59,6 +59,8 @@ MALLOC_OPTIONS = {
     -2: 2**28,
 }  # of mallopt: mmap threshold, trim threshold, top pad
 JUDGED = ("kfac", "ekfac", "cfac")  # Kronecker-factored approximations
+SECONDS_OF_CUBE = 4e-10  # of eigenvalues and vectors of a dense matrix, times the cube of its rows, on a CPU
+FEW_ROWS = 3000  # whose eigenvalues take seconds
 PAPER_SIDE = 32  # side to which the papers pad images for convolutional networks
 
 
@@ -139,6 +141,7 @@ def layers_command(
     """Features, errors and gradients of every layer, exactly: for up to about 12,000 examples × (classes − 1)."""
     chosen = _Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed)
     problem, _, model, data = _chosen_problem(target, chosen, out)
+    _warn_of_long_spectra(problem)
     with console.status("layers") as status:
         found = layers(
             problem,
@@ -150,6 +153,17 @@ def layers_command(
     typer.echo(f"\n{found}\n\n{dataset.attrs['verdict']}\n")
     typer.echo(f"Results: {path.parent}")
     typer.echo(f"Report: {path}")
+
+
+def _warn_of_long_spectra(problem: Problem) -> None:
+    """Say beforehand how long dense eigenvalues of a layer will take, if that is minutes."""
+    num_rows = problem.num_examples * (problem.num_classes - 1)
+    minutes = SECONDS_OF_CUBE * num_rows**3 / 60
+    if minutes >= 1:
+        console.print(
+            f"{num_rows:,} rows (examples × (classes − 1)): about {minutes:.0f} minutes for each layer of more "
+            f"parameters than that, seconds with --per-class {FEW_ROWS // problem.num_classes**2 or 1}."
+        )
 
 
 @app.command("compare")

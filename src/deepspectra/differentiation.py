@@ -10,7 +10,7 @@ import copy
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,8 +38,13 @@ class Way(ABC):
     def __init__(self, function: Scalar, parameters: Tree) -> None: ...
 
     @abstractmethod
-    def __call__(self, tangent: list[Tensor], *, batched: bool = False) -> list[Tensor]:
-        """The product, one tensor a parameter; with `batched`, of K tangents stacked in front."""
+    def __call__(
+        self, tangent: list[Tensor], *, batched: bool = False, among: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """The product, one tensor a parameter; with `batched`, of K tangents stacked in front.
+
+        With `among`, of the diagonal block of these parameters: tangents and products of these alone.
+        """
 
 
 class DoubleBackward(Way):
@@ -57,20 +62,24 @@ class DoubleBackward(Way):
                 if value.requires_grad
                 else (None,) * len(self.leaves)  # no selected parameter enters
             )
-        live = [(j, g) for j, g in enumerate(gradient) if g is not None and g.requires_grad]
-        self.index = [j for j, _ in live]
-        self.gradient = [g for _, g in live]
+        self.gradient = {j: g for j, g in enumerate(gradient) if g is not None and g.requires_grad}
 
-    def __call__(self, tangent: list[Tensor], *, batched: bool = False) -> list[Tensor]:
-        """The product, one tensor a parameter; with `batched`, of K tangents stacked in front."""
-        if not self.gradient:
+    def __call__(
+        self, tangent: list[Tensor], *, batched: bool = False, among: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """See `Way`; a block costs only what lies between its layer and the outputs."""
+        chosen = range(len(self.leaves)) if among is None else among
+        live = [
+            (self.gradient[j], part) for j, part in zip(chosen, tangent, strict=True) if j in self.gradient
+        ]
+        if not live:
             return [torch.zeros_like(part) for part in tangent]
         with differentiable():
             return list(
                 torch.autograd.grad(
-                    self.gradient,
-                    self.leaves,
-                    [tangent[j] for j in self.index],
+                    [gradient for gradient, _ in live],
+                    [self.leaves[j] for j in chosen],
+                    [part for _, part in live],
                     retain_graph=True,
                     materialize_grads=True,
                     is_grads_batched=batched,
@@ -84,16 +93,24 @@ class Linearized(Way):
     name = "linearize"
 
     def __init__(self, function: Scalar, parameters: Tree) -> None:
-        self.names = list(parameters)
+        self.names, self.values = list(parameters), parameters
         with warnings.catch_warnings(), differentiable():
             warnings.simplefilter("ignore")  # the tracer warns about its own bookkeeping
             self.linear = _linearized(torch.func.grad(function), parameters)
 
-    def __call__(self, tangent: list[Tensor], *, batched: bool = False) -> list[Tensor]:
-        """The product, one tensor a parameter; with `batched`, of K tangents stacked in front."""
+    def __call__(
+        self, tangent: list[Tensor], *, batched: bool = False, among: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """See `Way`; a block costs as much as the whole."""
         linear = torch.func.vmap(self.linear) if batched else self.linear
-        product = linear(dict(zip(self.names, tangent, strict=True)))
-        return [product[name] for name in self.names]
+        names = self.names if among is None else [self.names[j] for j in among]
+        given = dict(zip(names, tangent, strict=True))
+        lead = tangent[0].shape[:1] if batched else ()
+        for name, value in self.values.items():
+            if name not in given:
+                given[name] = value.new_zeros(()).expand((*lead, *value.shape))
+        product = linear({name: given[name] for name in self.names})
+        return [product[name] for name in names]
 
 
 def _linearized(function: Callable[[Tree], Any], parameters: Tree) -> Callable[[Tree], Any]:

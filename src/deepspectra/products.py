@@ -8,8 +8,9 @@ faster of two is chosen by measuring on one batch.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,13 +72,12 @@ class Products:
 
     # blocks and vectors
 
-    def _split(self, rows: Tensor) -> list[Tensor]:
-        """Views of rows (K, P) or a vector (P,), one a parameter."""
+    def _split(self, rows: Tensor, among: Sequence[int] | None = None) -> list[Tensor]:
+        """Views of rows (K, P) or a vector (P,), one a parameter, of all or among some."""
         lead = rows.shape[:-1]
-        return [
-            part.view((*lead, *s))
-            for part, s in zip(torch.split(rows, self.sizes, -1), self.shapes, strict=True)
-        ]
+        chosen = range(len(self.sizes)) if among is None else among
+        parts = torch.split(rows, [self.sizes[j] for j in chosen], -1)
+        return [part.view((*lead, *self.shapes[j])) for j, part in zip(chosen, parts, strict=True)]
 
     def _rows(self, block: Tensor) -> Tensor:
         return block.T.to(self.problem.dtype).contiguous()
@@ -100,18 +100,20 @@ class Products:
         apply: Callable[..., list[Tensor]],
         *,
         split: bool = False,
+        among: Sequence[int] | None = None,
     ) -> None:
         """Add apply(rows), or of rows split into parameters, to total (K, P), in chunks of columns."""
         for chunk in self._chunks(len(rows), size):
             single = chunk.stop - chunk.start == 1
             at = chunk.start if single else chunk
-            given = self._split(rows[at]) if split else rows[at]
-            _add(self._split(total[at]), apply(given, batched=not single))
+            given = self._split(rows[at], among) if split else rows[at]
+            _add(self._split(total[at], among), apply(given, batched=not single))
 
-    def zeros(self, num_columns: int) -> Tensor:
+    def zeros(self, num_columns: int, size: int | None = None) -> Tensor:
         """(K, P) zeros to sum into, in at least float32."""
         dtype = torch.promote_types(self.problem.dtype, torch.float32)
-        return torch.zeros(num_columns, sum(self.sizes), dtype=dtype, device=self.problem.device)
+        size = sum(self.sizes) if size is None else size
+        return torch.zeros(num_columns, size, dtype=dtype, device=self.problem.device)
 
     # the graphs
 
@@ -162,21 +164,32 @@ class Products:
 
     # second derivatives of scalars
 
-    def hessian(self, block: Tensor) -> Tensor:
-        """Σ_i ω_i ∂²ℓ_i/∂θ² applied to a block."""
-        return self._second("hessian", self._loss_of, block)
+    def hessian(self, block: Tensor, among: Sequence[int] | None = None) -> Tensor:
+        """Σ_i ω_i ∂²ℓ_i/∂θ² applied to a block of vectors; its diagonal block `among` some of the parameters."""
+        return self._second("hessian", self._loss_of, [(block, among)])[0]
 
     def residual(self, block: Tensor) -> Tensor:
-        """Σ_i Σ_k ω_i (∂ℓ_i/∂z_k) ∂²z_{ik}/∂θ² applied to a block."""
-        return self._second("residual", self._residual_of, block)
+        """Σ_i Σ_k ω_i (∂ℓ_i/∂z_k) ∂²z_{ik}/∂θ² applied to a block of vectors."""
+        return self._second("residual", self._residual_of, [(block, None)])[0]
 
-    def _second(self, kind: str, scalar: Callable[[Any], Scalar], block: Tensor) -> Tensor:
+    def residuals(self, blocks: Sequence[tuple[Tensor, Sequence[int]]]) -> list[Tensor]:
+        """The diagonal blocks of the same, each applied to its own vectors, in one pass over the data."""
+        return self._second("residual", self._residual_of, blocks)
+
+    def _second(
+        self,
+        kind: str,
+        scalar: Callable[[Any], Scalar],
+        blocks: Sequence[tuple[Tensor, Sequence[int] | None]],
+    ) -> list[Tensor]:
         way = self.way()
-        total = self.zeros(block.shape[1])
-        rows = self._rows(block)
+        given = [self._rows(block) for block, _ in blocks]
+        totals = [self.zeros(*rows.shape) for rows in given]
         for _, graph in self._graphs(kind, lambda batch: way(scalar(batch), self.problem.parameters)):
-            self._through(total, rows, self._size(kind), graph, split=True)
-        return total.T
+            for total, rows, (_, among) in zip(totals, given, blocks, strict=True):
+                apply = functools.partial(graph, among=among)
+                self._through(total, rows, self._size(kind), apply, split=True, among=among)
+        return [total.T for total in totals]
 
     def _size(self, kind: str) -> int:
         return self.stores[kind].bytes_each or 0

@@ -52,6 +52,16 @@ class GramSpectrum:
         return torch.stack([self.parts[name].sum() for name in self.part_names])
 
     @property
+    def stable_rank(self) -> float:
+        """‖G‖_F² / ‖G‖₂²: how many eigenvalues are of the size of the largest (Rudelson and Vershynin 2007)."""
+        return float((self.values / self.values[0]).square().sum())
+
+    @property
+    def intrinsic_dimension(self) -> float:
+        """Tr G / ‖G‖₂, the stable rank of the rows (Tropp 2015, arXiv 1501.01571, section 7)."""
+        return float((self.values / self.values[0]).sum())
+
+    @property
     def density(self) -> Density:
         """The spectral density of G, every node an eigenvalue and one node for all the zeros."""
         return _density(self.values, self.provenance, self.seconds)
@@ -132,26 +142,53 @@ def gram_spectrum(
 
 
 class EigenBasis:
-    """Eigenvectors in sample space of rows A: A Aᵀ = V Λ Vᵀ, whatever the rows are.
+    """Eigenvectors of a second moment AᵀA of rows A, and what its parts are in their coordinates.
 
-    In the coordinates of the eigenvectors of AᵀA, that matrix is Λ and a part AᵀΠA with Π = BBᵀ is Φ Φᵀ,
-    Φ = Λ^½ Vᵀ B.
+    There AᵀA is Λ and a part AᵀΠA with Π = BBᵀ is Φ Φᵀ, Φ = Uᵀ Aᵀ B, whatever the rows are. With A Aᵀ = V Λ Vᵀ,
+    Φ = Λ^½ Vᵀ B: either side will do, and the smaller is taken.
 
-    Args:
-        gram: A Aᵀ (R, R).
-        bases: part → B (R, r) with Π = BBᵀ; "means" is all of them together, and "within" what they leave.
-        most: how many eigenvalues can differ from zero, beside R.
-        precision: relative rounding of the rows.
+    Attributes:
+        values: Λ, descending.
+        coordinates: part → Φ; "means" is all parts but "within" together, and "within" what they leave.
+        tiny: what is zero up to rounding.
+        vectors: V (R, ·), if it is known.
     """
 
-    def __init__(self, gram: Tensor, bases: Mapping[str, Tensor], most: int, precision: float) -> None:
+    def __init__(
+        self, values: Tensor, coordinates: dict[str, Tensor], precision: float, vectors: Tensor | None = None
+    ) -> None:
+        self.values = values
+        self.coordinates = coordinates
+        self.tiny = precision * len(values) * float(values[0])
+        self.vectors = vectors
+
+    @classmethod
+    def of_gram(cls, gram: Tensor, bases: Mapping[str, Tensor], most: int, precision: float) -> EigenBasis:
+        """From A Aᵀ (R, R) and the bases B (R, r), of which at most so many eigenvalues differ from zero.
+
+        `precision` is the relative rounding of the rows.
+        """
         values, vectors = torch.linalg.eigh(gram)
         num = min(len(values), most)
-        self.values = values.flip(0)[:num].clamp_min(0)
-        self.vectors = vectors.flip(1)[:, :num]
-        self.tiny = precision * num * float(self.values[0])
-        root = self.values.sqrt()[:, None]
-        self.coordinates = {name: root * (self.vectors.T @ basis.to(root)) for name, basis in bases.items()}
+        values, vectors = values.flip(0)[:num].clamp_min(0), vectors.flip(1)[:, :num]
+        root = values.sqrt()[:, None]
+        coordinates = {name: root * (vectors.T @ basis.to(root)) for name, basis in bases.items()}
+        return cls(values, coordinates, precision, vectors)
+
+    @classmethod
+    def of_moment(cls, moment: Tensor, sums: Mapping[str, Tensor], precision: float) -> EigenBasis:
+        """From AᵀA (D, D) and AᵀB (D, r)."""
+        values, vectors = torch.linalg.eigh(moment)
+        coordinates = {name: vectors.flip(1).T @ some for name, some in sums.items()}
+        return cls(values.flip(0).clamp_min(0), coordinates, precision)
+
+    @classmethod
+    def of_rows(cls, rows: Tensor, bases: Mapping[str, Tensor], precision: float) -> EigenBasis:
+        """From the rows A (R, D) themselves, by their smaller side."""
+        if rows.shape[1] >= len(rows):
+            return cls.of_gram((rows @ rows.T).double(), bases, rows.shape[1], precision)
+        sums = {name: (rows.T @ basis.to(rows)).double() for name, basis in bases.items()}
+        return cls.of_moment((rows.T @ rows).double(), sums, precision)
 
     def part(self, name: str) -> tuple[Tensor, Tensor]:
         """The non-zero eigenvalues of a part, descending, and its quadratic form with each eigenvector (R,)."""
@@ -188,7 +225,9 @@ def gradient_basis(parts: Decomposition) -> EigenBasis:
     assert isinstance(parts.rows, HeldRows)
     problem = parts.problem
     averages = error_averages(parts.rows, parts.projections, tuple(parts))
-    return EigenBasis(parts.rows.gram(), averages, problem.num_parameters, torch.finfo(problem.dtype).eps)
+    return EigenBasis.of_gram(
+        parts.rows.gram(), averages, problem.num_parameters, torch.finfo(problem.dtype).eps
+    )
 
 
 def provenance_of(parts: Decomposition) -> Provenance:
@@ -206,6 +245,7 @@ def gradient_pairs(
     Cost: a third of a gradient a pair.
     """
     assert isinstance(parts.rows, HeldRows)
+    assert basis.vectors is not None
     rows, values, v = parts.rows, basis.values[:num], basis.vectors[:, :num]
     shape = (len(rows.labels), -1, v.shape[1])
     vectors = rows.transpose(rows.complement.expand((v / values.sqrt()).view(shape)))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from torch import Tensor
 from deepspectra.analysis.collapse import Collapse, collapse_of
 from deepspectra.analysis.gram import EigenBasis, GramSpectrum, spectrum_of
 from deepspectra.analysis.kronecker import KroneckerQuality, kronecker_quality
+from deepspectra.analysis.second_order import LayerHessian, layer_hessians
+from deepspectra.errors import CurvatureError, FallbackWarning, MemoryBudgetError
 from deepspectra.operators.captures import layer_of
-from deepspectra.operators.held import HeldRows, gram_of
+from deepspectra.operators.held import HeldRows, gram_of, moment_of
 from deepspectra.operators.layerwise import (
     FEATURE_PARTS,
     counted,
@@ -65,6 +68,7 @@ class Layer:
         gradients: spectrum of the layer's block of G.
         khatri_rao: see there; None where a parameter is used several times.
         collapse: see there; None without features.
+        hessian: spectrum of the layer's block of H; None unless asked for, or without second derivatives.
     """
 
     name: str
@@ -75,6 +79,7 @@ class Layer:
     gradients: GramSpectrum
     khatri_rao: KhatriRao | None
     collapse: Collapse | None
+    hessian: LayerHessian | None = None
 
 
 @dataclass(frozen=True)
@@ -104,27 +109,51 @@ class Layers:
         raise KeyError(f"no layer {name!r}; there are {', '.join(layer.name for layer in self.layers)}.")
 
     def __str__(self) -> str:
-        head = (
-            f"{'layer':<26} {'λ₁ of G':>10} {'class':>6} {'logit':>6} {'within':>6} │ {'features':>8} {'mean':>6} "
-            f"{'class':>6} │ {'errors':>8} {'class':>6} │ {'⊗ class':>7} {'⊗ cross':>7} │ {'NC1':>8}"
-        )
-        rows = [head]
-        for layer in self.layers:
-            top = dict(zip(layer.gradients.part_names, layer.gradients.shares[0].tolist(), strict=True))
-            cells = [f"{layer.name[-26:]:<26} {float(layer.gradients.values[0]):>10.3g}"]
-            cells += [f"{top.get(name, float('nan')):>6.0%}" for name in ("class", "logit", "within")]
-            cells.append("│ " + _first(layer.features, ("mean", "class")))
-            cells.append("│ " + _first(layer.errors, ("class",)))
-            products = layer.khatri_rao
-            pair = (products.class_cosine, products.cross_cosine) if products else ()
-            cells.append("│ " + (" ".join(f"{float(c.nanmean()):>7.2f}" for c in pair) or " " * 15))
-            cells.append("│ " + (f"{layer.collapse.nc1:>8.2g}" if layer.collapse else ""))
-            rows.append(" ".join(cells))
-        rows.append(
-            "shares of the largest eigenvalue of gradients; largest eigenvalue and trace shares of features and "
-            "errors; ⊗: mean cosine between means of gradients and products of means"
-        )
-        return "\n".join([*rows, *([str(self.kronecker)] if self.kronecker else [])])
+        tables = [*_structure(self.layers), *_curvature(self.layers)]
+        return "\n".join([*tables, *([str(self.kronecker)] if self.kronecker else [])])
+
+
+def _structure(layers: tuple[Layer, ...]) -> list[str]:
+    """What each layer's spectra are made of, as a table."""
+    rows = [
+        f"{'layer':<26} {'λ₁ of G':>10} {'class':>6} {'logit':>6} {'within':>6} │ {'features':>8} {'mean':>6} "
+        f"{'class':>6} │ {'errors':>8} {'class':>6} │ {'⊗ class':>7} {'⊗ cross':>7} │ {'NC1':>8}"
+    ]
+    for layer in layers:
+        top = dict(zip(layer.gradients.part_names, layer.gradients.shares[0].tolist(), strict=True))
+        cells = [f"{layer.name[-26:]:<26} {float(layer.gradients.values[0]):>10.3g}"]
+        cells += [f"{top.get(name, float('nan')):>6.0%}" for name in ("class", "logit", "within")]
+        cells.append("│ " + _first(layer.features, ("mean", "class")))
+        cells.append("│ " + _first(layer.errors, ("class",)))
+        products = layer.khatri_rao
+        pair = (products.class_cosine, products.cross_cosine) if products else ()
+        cells.append("│ " + (" ".join(f"{float(c.nanmean()):>7.2f}" for c in pair) or " " * 15))
+        cells.append("│ " + (f"{layer.collapse.nc1:>8.2g}" if layer.collapse else ""))
+        rows.append(" ".join(cells))
+    rows.append(
+        "shares of the largest eigenvalue of gradients; largest eigenvalue and trace shares of features and "
+        "errors; ⊗: mean cosine between means of gradients and products of means"
+    )
+    return rows
+
+
+def _curvature(layers: tuple[Layer, ...]) -> list[str]:
+    """Each layer's blocks of G and H, as a table."""
+    head = ("parameters", "λ₁ of G", "tr G", "stable rank", "‖R‖/‖G‖", "λ₁ of H", "tr H", "lowest of H")
+    rows = [f"{'layer':<26} " + " ".join(f"{name:>11}" for name in head)]
+    for layer in layers:
+        values = layer.gradients.values
+        cells = [f"{layer.num_parameters:>11,}"]
+        numbers = [float(values[0]), float(values.sum()), layer.gradients.stable_rank]
+        h = layer.hessian
+        if h is not None:
+            numbers.append(h.residual)
+            numbers += [] if h.is_gauss_newton else [float(h.values[0]), h.trace, h.smallest]
+        cells += [f"{some:>11.3g}" for some in numbers]
+        cells += [f"{'that of G':>11}"] if h is not None and h.is_gauss_newton else []
+        rows.append(f"{layer.name[-26:]:<26} " + " ".join(cells))
+    rows.append("blocks of each layer: stable rank ‖G‖_F²/‖G‖₂²; R = H − G, relative Frobenius norm")
+    return rows
 
 
 def _first(spectrum: GramSpectrum | None, parts: tuple[str, ...]) -> str:
@@ -140,18 +169,24 @@ def layers(
     *,
     effects: str = "two-way",
     kronecker: Sequence[str] = (),
+    hessian: bool = True,
+    num: int | None = None,
     dtype: torch.dtype | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> Layers:
     """Class structure of every layer: exact spectra of features, errors and gradients with their parts.
 
     Features are whole inputs of an example and errors whole outputs, all positions together. Everything is
-    exact, from Gram matrices; for up to about 12,000 rows N (C − 1).
+    exact, from Gram matrices; for up to about 12,000 rows N (C − 1). The Hessian's block of a layer is seen to be
+    that of G, which is exact, or its largest eigenvalues, trace and density are found by products.
 
     Args:
         problem: one with cross-entropy and class labels.
         effects: "two-way" or "four-way", as in `decompose`.
         kronecker: approximations to be judged as by `kronecker_quality`, such as ("kfac", "cfac").
+        hessian: whether to look at the Hessian's blocks too; a network without second derivatives has none, and
+            gets a FallbackWarning.
+        num: eigenvalues of each block of the Hessian; by default the number of classes.
         dtype: to compute in; the problem's own by default.
         progress: called with the name of each layer before it is analysed.
 
@@ -161,7 +196,8 @@ def layers(
         CurvatureError: features and errors cannot be told apart by example.
 
     Cost: C − 1 backward passes without weight gradients, repeated for every group of layers whose features and
-    errors fit memory together; Gram matrices and their eigenvalues, three a layer.
+    errors fit memory together; Gram matrices and their eigenvalues, three a layer; for the Hessian a pass that
+    builds second-order graphs, and about 100 products with each block that is not G's.
 
     Source: Papyan 2020, JMLR 21:252, sections 4–6.
     """
@@ -176,8 +212,27 @@ def layers(
             progress(name)
         found.append(_layer(name, uses, parts, bases))
     rows.release()
+    if hessian:
+        found = _with_hessian(parts.problem, found, num or problem.num_classes, progress)
     quality = kronecker_quality(problem, kronecker, dtype=dtype, progress=progress) if kronecker else None
     return Layers(tuple(found), time.perf_counter() - began, quality)
+
+
+def _with_hessian(
+    problem: Problem, found: list[Layer], num: int, progress: Callable[[str], object] | None
+) -> list[Layer]:
+    """The layers with the spectra of their blocks of H, if the network has second derivatives."""
+    spectra = {layer.name: layer.gradients for layer in found}
+    try:
+        blocks = layer_hessians(problem, spectra, num, progress=progress)
+    except CurvatureError as error:
+        warnings.warn(
+            f"layers: without the Hessian's blocks, since {error} Pass hessian=False if that is meant.",
+            FallbackWarning,
+            stacklevel=3,
+        )
+        return found
+    return [replace(layer, hessian=blocks[layer.name]) for layer in found]
 
 
 def _layer(name: str, uses: list[list[Use]], parts: Decomposition, bases: dict[str, Tensor]) -> Layer:
@@ -200,38 +255,60 @@ def _layer(name: str, uses: list[list[Use]], parts: Decomposition, bases: dict[s
         features=None if features is None else _feature_spectrum(features, parts, name),
         errors=None
         if errors is None
-        else _spectrum(
-            (errors @ errors.T).double(), bases, tuple(parts), errors.shape[1], parts, f"errors of {name}"
-        ),
-        gradients=_spectrum(gram_of([uses]), bases, tuple(parts), size, parts, f"gradients of {name}"),
+        else _row_spectrum(errors, bases, tuple(parts), parts, f"errors of {name}"),
+        gradients=_gradient_spectrum(uses, bases, size, parts, name),
         khatri_rao=_khatri_rao([batch[0] for batch in matrices], parts, bases) if single else None,
         collapse=None if features is None else collapse_of(features, rows, name),
     )
 
 
-def _spectrum(
-    gram: Tensor,
-    bases: dict[str, Tensor],
-    names: tuple[str, ...],
-    size: int,
-    parts: Decomposition,
-    what: str,
+def _row_spectrum(
+    rows: Tensor, bases: dict[str, Tensor], names: tuple[str, ...], parts: Decomposition, what: str
 ) -> GramSpectrum:
+    """Of rows that are held."""
     began = time.perf_counter()
-    problem = parts.problem
-    basis = EigenBasis(gram, bases, size, torch.finfo(problem.dtype).eps)
+    basis = EigenBasis.of_rows(rows, bases, torch.finfo(parts.problem.dtype).eps)
+    return spectrum_of(basis, names, _provenance(parts.problem, what, rows.shape[1]), began)
+
+
+def _gradient_spectrum(
+    uses: list[list[Use]], bases: dict[str, Tensor], size: int, parts: Decomposition, name: str
+) -> GramSpectrum:
+    """Of a layer's gradients, from their inner products or from their second moment, whichever is smaller."""
+    began = time.perf_counter()
+    num_rows = len(bases["means"])
+    _refuse_beyond_memory(parts.problem, min(num_rows, size), name)
+    eps = torch.finfo(parts.problem.dtype).eps
+    basis = (
+        EigenBasis.of_moment(*moment_of(uses, bases), eps)
+        if size < num_rows
+        else EigenBasis.of_gram(gram_of([uses]), bases, size, eps)
+    )
+    provenance = _provenance(parts.problem, f"gradients of {name}", size)
+    return spectrum_of(basis, tuple(parts), provenance, began)
+
+
+def _refuse_beyond_memory(problem: Problem, side: int, name: str) -> None:
+    needed = 3 * 8 * side**2  # a matrix, its eigenvectors, and one more
+    if needed > problem.memory:
+        raise MemoryBudgetError(
+            f"the spectrum of {name or 'the model'} takes a matrix of {side:,} rows and its eigenvectors, "
+            f"{needed / 2**30:.1f} GiB; memory is {problem.memory / 2**30:.1f} GiB. Take fewer examples, or raise "
+            "memory."
+        )
+
+
+def _provenance(problem: Problem, what: str, size: int) -> Provenance:
     dtype = str(problem.dtype).removeprefix("torch.")
-    provenance = Provenance(what, size, dtype, str(problem.device), None, versions())
-    return spectrum_of(basis, names, provenance, began)
+    return Provenance(what, size, dtype, str(problem.device), None, versions())
 
 
 def _feature_spectrum(features: Tensor, parts: Decomposition, name: str) -> GramSpectrum:
     """Of (1/N) Σ h hᵀ: global mean, class means about it, scatter within classes."""
     weight = counted(parts.rows)
     scaled = features * (weight / weight.sum()).sqrt().to(features)[:, None]
-    gram = (scaled @ scaled.T).double()
     averages = feature_averages(parts.rows)
-    return _spectrum(gram, averages, FEATURE_PARTS, features.shape[1], parts, f"features of {name}")
+    return _row_spectrum(scaled, averages, FEATURE_PARTS, parts, f"features of {name}")
 
 
 def _khatri_rao(uses: list[Matrix], parts: Decomposition, bases: dict[str, Tensor]) -> KhatriRao:

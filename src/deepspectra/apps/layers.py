@@ -21,6 +21,12 @@ STATISTICS = ("class_cosine", "class_error", "cross_cosine", "cross_error")
 MEASURES = ("nc1", "nc2_norms", "nc2_angles", "nc2_simplex", "nc3", "nc4")
 FITS = ("frobenius", "cosine", "spectral", "decades", "trace")
 MOST_RANKS = 60  # eigenvalues kept of each spectrum
+SERIES = ("gauss_newton", "hessian_positive", "hessian_negative")
+BLOCK_MEASURES = ("residual", "trace", "trace_standard_error", "smallest")
+POINTS, SMALLEST = (
+    160,
+    1e-8,
+)  # of a layer's density: points, and what is drawn as zero, of the largest eigenvalue
 EXPLAINED = 0.9  # cosine from which products of means stand for means of products
 
 
@@ -71,14 +77,19 @@ def layer_dataset(
         "layer_parameters": (("layer",), np.array([layer.num_parameters for layer in found.layers])),
     }
     kronecker, kinds = _kronecker(found)
-    coords = {
-        "layer": [layer.name or "(model)" for layer in found.layers],
-        "kind": list(KINDS),
-        "layer_part": list(PARTS),
-        "statistic": list(STATISTICS),
-        "moment": ["mean", "deviation"],
-        "measure": list(MEASURES),
-    } | kinds
+    blocks, measures = _blocks(found)
+    coords = (
+        {
+            "layer": [layer.name or "(model)" for layer in found.layers],
+            "kind": list(KINDS),
+            "layer_part": list(PARTS),
+            "statistic": list(STATISTICS),
+            "moment": ["mean", "deviation"],
+            "measure": list(MEASURES),
+        }
+        | kinds
+        | measures
+    )
     attributes = page_attributes(
         problem,
         verdict=" ".join(sentences(found)),
@@ -88,7 +99,35 @@ def layer_dataset(
         seed=seed,
         seconds=found.seconds,
     )
-    return xr.Dataset(variables | kronecker, coords=coords, attrs=attributes)
+    return xr.Dataset(variables | kronecker | blocks, coords=coords, attrs=attributes)
+
+
+def _blocks(found: Layers) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Variables and coordinates of the layers' blocks of G and H: sizes, largest eigenvalues, densities."""
+    hessians = [layer.hessian for layer in found.layers]
+    num = max((len(h.values) for h in hessians if h is not None), default=1)
+    ranks = np.full((len(found), len(KINDS)), np.nan)
+    values, measures = np.full((len(found), num), np.nan), np.full((len(found), len(BLOCK_MEASURES)), np.nan)
+    grids, curves = (np.full((len(found), len(SERIES), POINTS), np.nan) for _ in range(2))
+    for j, (layer, h) in enumerate(zip(found.layers, hessians, strict=True)):
+        ranks[j] = [math.nan if one is None else one.stable_rank for one in _spectra(layer)]
+        drawn = [(layer.gradients.density, 1)]
+        if h is not None:
+            values[j, : len(h.values)] = h.values
+            measures[j] = [getattr(h, name) for name in BLOCK_MEASURES]
+            drawn += [] if h.is_gauss_newton else [(h.density, 1), (h.density, -1)]
+        for i, (density, sign) in enumerate(drawn):
+            if bool((density.nodes * sign > 0).any()):
+                curve = density.smooth("log", sign=sign, num_points=POINTS, epsilon=SMALLEST)
+                grids[j, i], curves[j, i] = curve.grid, curve.density
+    variables = {
+        "stable_rank": (("layer", "kind"), ranks),
+        "hessian_eigenvalue": (("layer", "hessian_rank"), values),
+        "hessian_block": (("layer", "block_measure"), measures),
+        "layer_density": (("layer", "series", "layer_point"), curves),
+        "layer_density_grid": (("layer", "series", "layer_point"), grids),
+    }
+    return variables, {"series": list(SERIES), "block_measure": list(BLOCK_MEASURES)}
 
 
 def _kronecker(found: Layers) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -142,9 +181,26 @@ def sentences(found: Layers) -> list[str]:
             f"Products of class means h ⊗ e stand for class means of gradients (cosine at least {EXPLAINED}) in "
             f"{good} of {len(products)} layers; the mean cosine runs from {min(cosines):.2f} to {max(cosines):.2f}."
         )
+    lines += _hessian_sentence(found)
     if found.kronecker is not None and len(found.kronecker):
         lines.append(_best_fit(found.kronecker))
     return lines
+
+
+def _hessian_sentence(found: Layers) -> list[str]:
+    """In how many layers the Hessian's block is that of G."""
+    blocks = [(layer, layer.hessian) for layer in found.layers if layer.hessian is not None]
+    if not blocks:
+        return []
+    apart = [(layer, h) for layer, h in blocks if not h.is_gauss_newton]
+    if not apart:
+        return [f"The Hessian's block is that of G, up to rounding, in all {len(blocks)} layers."]
+    layer, h = max(apart, key=lambda pair: pair[1].residual)
+    return [
+        f"The Hessian's block is that of G in {len(blocks) - len(apart)} of {len(blocks)} layers; the residual is "
+        f"largest in {layer.name}, {h.residual:.2g} times G's block, where the lowest eigenvalue is {h.smallest:.2g} "
+        f"and the largest {float(h.values[0]):.2g}."
+    ]
 
 
 def _best_fit(quality: KroneckerQuality) -> str:

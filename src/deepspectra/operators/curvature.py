@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,11 @@ class Curvature(Operator):
         self.problem = problem
         self.products = products_of(problem)
         self.memory = problem.memory // 4
+
+    def places(self, names: Sequence[str]) -> list[int]:
+        """Where parameters of these names stand among all."""
+        order = {name: j for j, name in enumerate(self.problem.parameters)}
+        return sorted(order[name] for name in names)
 
     def start_block(self, kind: str) -> Tensor:
         """The averaged means as starting vectors: "class_means" or "cross_class_means"."""
@@ -68,6 +75,32 @@ class Residual(Curvature):
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.products.residual(block) / self.problem.total_weight
+
+    def diagonal_blocks(self, blocks: Sequence[tuple[Sequence[str], Tensor]]) -> list[Tensor]:
+        """Diagonal blocks times vectors of their own, (P_j, K) for parameters of these names, in one pass."""
+        found = self.products.residuals([(block, self.places(names)) for names, block in blocks])
+        return [product / self.problem.total_weight for product in found]
+
+
+class HessianBlock(Operator):
+    """A diagonal block of H: what the parameters of one layer see of each other.
+
+    The blocks of all layers share the graphs of the network's batches: while these are kept, a product costs no
+    primal pass, and of the backward passes only what lies between the layer and the outputs.
+
+    Args:
+        hessian: of the whole problem.
+        names: of the parameters of the block.
+    """
+
+    def __init__(self, hessian: Hessian, names: Sequence[str]) -> None:
+        self.hessian, self.among = hessian, hessian.places(names)
+        size = sum(hessian.problem.parameters[name].numel() for name in names)
+        super().__init__(size, dtype=hessian.dtype, device=hessian.device, name="Hessian of a layer")
+        self.memory = hessian.memory
+
+    def _apply(self, block: Tensor) -> Tensor:
+        return self.hessian.products.hessian(block, self.among) / self.hessian.problem.total_weight
 
 
 class GaussNewton(Curvature):

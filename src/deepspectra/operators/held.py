@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -132,16 +132,42 @@ def gram_of(layers: Iterable[list[list[Use]]]) -> Tensor:
     return total.tril_() + total.tril(-1).T
 
 
+def moment_of(held: list[list[Use]], bases: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """AᵀA (P, P) and AᵀB for bases B (R, r), float64, of the gradients A (R, P) to one layer's parameters.
+
+    The other side of `gram_of`, for layers of fewer parameters than there are rows; the order of the parameters is
+    that of the uses.
+
+    Cost: R P² multiplications; a batch's gradients are formed at a time.
+    """
+    stretches = _stretches(held)
+    moment, sums, start = torch.zeros(()), dict.fromkeys(bases, torch.zeros(())), 0
+    for uses in held:
+        pieces = []
+        for stretch in stretches:
+            mine = [use.formed(slice(None)) for use in uses if _stretch(use) == stretch]
+            pieces.append(functools.reduce(torch.add, mine).flatten(0, 1))
+        rows = torch.cat(pieces, 1)
+        moment = moment + (rows.T @ rows).double()
+        for name, basis in bases.items():
+            sums[name] = sums[name] + (rows.T @ basis[start : start + len(rows)].to(rows)).double()
+        start += len(rows)
+    return moment, sums
+
+
+def _stretch(use: Use) -> tuple[str, int, tuple[int, ...]]:
+    return use.slice.name, use.slice.start, use.slice.shape
+
+
+def _stretches(held: list[list[Use]]) -> dict[tuple[str, int, tuple[int, ...]], None]:
+    """Which stretches of parameters are used, in order."""
+    return dict.fromkeys(_stretch(use) for uses in held for use in uses)
+
+
 def _add_lower(total: Tensor, held: list[list[Use]], sizes: list[int]) -> None:
     """Each stretch of a parameter, to the lower half at least."""
-    stretches = dict.fromkeys(
-        (use.slice.name, use.slice.start, use.slice.shape) for uses in held for use in uses
-    )
-    for stretch in stretches:
-        mine = [
-            [use for use in uses if (use.slice.name, use.slice.start, use.slice.shape) == stretch]
-            for uses in held
-        ]
+    for stretch in _stretches(held):
+        mine = [[use for use in uses if _stretch(use) == stretch] for uses in held]
         factored = [[use for use in batch if isinstance(use, (Matrix, Lookup))] for batch in mine]
         if [len(batch) for batch in factored] == [len(batch) for batch in mine] and _prefers_inner(factored):
             _add_inner(total, factored, sizes)

@@ -188,7 +188,12 @@ LAYERS_CAPTION = (
     "eigenvalue in the colour of the part that has most of it; all are exact. Outliers stand apart from "
     "the dashes below them."
 )
-
+LAYER_DENSITIES_CAPTION = (
+    "The density of the eigenvalues of each layer's diagonal block of G, exact, per decade of λ and without its "
+    "zeros; each row has a scale of its own, and its largest eigenvalues are marked. Where the outputs are linear "
+    "in the layer's own parameters the Hessian's block is the same matrix. Elsewhere its density is drawn beside "
+    "it, eigenvalues below zero by their size."
+)
 LAYER_TRACES_CAPTION = (
     "How much of each layer's trace the parts make: of features, the global mean, the class means about "
     "it and the scatter within classes; of errors and gradients, the parts of G."
@@ -236,6 +241,11 @@ FIGURES: dict[str, tuple[str, dict[str, str], Caption]] = {
     ),
     "hierarchy": ("The map of the means", {"three_level_map": ""}, lambda _: HIERARCHY_CAPTION),
     "layers": ("Layer by layer", {"layer_spectra": ""}, lambda _: LAYERS_CAPTION),
+    "layer-densities": (
+        "Spectra of the layers' blocks",
+        {"layer_densities": ""},
+        lambda _: LAYER_DENSITIES_CAPTION,
+    ),
     "layer-traces": ("What the layers are made of", {"layer_traces": ""}, lambda _: LAYER_TRACES_CAPTION),
     "products": ("Products of means", {"layer_products": ""}, lambda _: PRODUCTS_CAPTION),
     "collapse": ("Neural collapse", {"layer_collapse": ""}, lambda _: COLLAPSE_CAPTION),

@@ -10,6 +10,7 @@ import xarray as xr
 from deepspectra.report.drawing import (
     INK,
     MUTED,
+    OPERATOR_COLOURS,
     PART_COLOURS,
     WIDTH,
     Mark,
@@ -20,6 +21,7 @@ from deepspectra.report.drawing import (
     log_axis,
     require,
     rows,
+    ticks_axis,
 )
 
 LAYER_COLOURS = {**PART_COLOURS, "mean": "#7a7a7a"}
@@ -40,6 +42,18 @@ FIT_LABELS = {
     "cosine": "cosine",
 }
 KIND_COLOURS = {"kfac": "#0072B2", "ekfac": "#E69F00", "cfac": "#009E73", "optimal": INK}
+SERIES_LABELS = {
+    "gauss_newton": "block of G",
+    "hessian_positive": "of H where it differs",
+    "hessian_negative": "of H, below zero",
+}
+SERIES_COLOURS = {
+    "gauss_newton": OPERATOR_COLOURS["gauss_newton"],
+    "hessian_positive": INK,
+    "hessian_negative": "#D55E00",
+}
+ROW_HEIGHT, MARK_HEIGHT = 0.86, 0.3  # of a layer's highest curve, and of a mark for an eigenvalue, in rows
+MARKED = 0.02  # of a layer's largest eigenvalue: those above are marked one by one
 MOST_DECADES = 16  # ticks of an axis that is cut to what is shown
 LOWEST = 1e-6  # of a spectrum's largest eigenvalue; smaller ones are not drawn
 
@@ -286,8 +300,89 @@ def _sizes(dataset: xr.Dataset) -> alt.Axis:
     return alt.Axis(values=[int(k) for k in dataset["size"].values], format="d")
 
 
+def layer_densities(dataset: xr.Dataset) -> alt.LayerChart:
+    """Densities of each layer's blocks of G and H, one row a layer."""
+    require(dataset, "layer_density", "layer_density_grid")
+    names = [str(name) for name in dataset["layer"].values]
+    table = rows(dataset, "layer_density", "layer_density_grid")
+    highest: dict[tuple[Any, ...], float] = {}
+    for row in table:
+        key = (row["layer"], row["series"])
+        highest[key] = max(row["layer_density"], highest.get(key, 0.0))
+    tops = {
+        name: max((v for (layer, _), v in highest.items() if layer == name), default=1.0) for name in names
+    }
+    for row in table:
+        row["base"] = float(len(names) - 1 - names.index(row["layer"]))
+        row["top"] = row["base"] + ROW_HEIGHT * row["layer_density"] / tops[row["layer"]]
+        row["label"] = SERIES_LABELS[row["series"]]
+    shown = [name for name in SERIES_LABELS if any(row["series"] == name for row in table)]
+    values = [row["layer_density_grid"] for row in table]
+    x = alt.X(
+        "layer_density_grid:Q",
+        scale=alt.Scale(type="log", nice=False),
+        axis=log_axis(min(values), max(values), most=MOST_DECADES, title="|eigenvalue|"),
+    )
+    tops_of = {
+        row["layer"]: row["layer_eigenvalue"]
+        for row in rows(dataset, "layer_eigenvalue")
+        if row["kind"] == "gradients" and row["rank"] == 0
+    }
+    places = [float(len(names) - 1 - j) for j in range(len(names))]
+    y = alt.Y(
+        "base:Q",
+        scale=alt.Scale(domain=[0, len(names)]),
+        axis=ticks_axis(places, names, title=None, grid=True, labelOverlap=False, labelLimit=150),
+    )
+    shade = colour(shown, SERIES_LABELS, SERIES_COLOURS)
+    filled = blank([row for row in table if row["series"] == "gauss_newton"])
+    areas = filled.mark_area(opacity=0.3).encode(x=x, y=y, y2="top:Q", color=shade, detail="layer:N")
+    lines = (
+        blank(table)
+        .mark_line(strokeWidth=1.4)
+        .encode(
+            x=x,
+            y=alt.Y("top:Q", title=None),
+            color=shade,
+            detail="layer:N",
+            tooltip=[
+                alt.Tooltip("layer:N", title="layer"),
+                alt.Tooltip("label:N", title="block of"),
+                alt.Tooltip("layer_density_grid:Q", title="|λ|", format=".3~g"),
+                alt.Tooltip("layer_density:Q", title="mass per decade", format=".3~g"),
+            ],
+        )
+    )
+    marks = [
+        {
+            "layer": row["layer"],
+            "value": row["layer_eigenvalue"],
+            "base": float(len(names) - 1 - names.index(row["layer"])),
+        }
+        for row in rows(dataset, "layer_eigenvalue")
+        if row["kind"] == "gradients" and row["layer_eigenvalue"] > MARKED * tops_of[row["layer"]]
+    ]
+    for mark in marks:
+        mark["top"] = mark["base"] + MARK_HEIGHT
+    ticks = (
+        blank(marks)
+        .mark_rule(color=SERIES_COLOURS["gauss_newton"], strokeWidth=1)
+        .encode(
+            x="value:Q",
+            y="base:Q",
+            y2="top:Q",
+            tooltip=[
+                alt.Tooltip("layer:N", title="layer"),
+                alt.Tooltip("value:Q", title="λ of G", format=".3~g"),
+            ],
+        )
+    )
+    return finished(alt.layer(areas, lines, ticks), width=WIDTH, height=30 + 44 * len(names))
+
+
 LAYER_CHARTS = {
     "layer_spectra": layer_spectra,
+    "layer_densities": layer_densities,
     "layer_traces": layer_traces,
     "layer_products": layer_products,
     "layer_collapse": layer_collapse,

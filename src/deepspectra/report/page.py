@@ -73,6 +73,7 @@ LINKS = {
     "classes": "Classes",
     "hierarchy": "Map",
     "layers": "Layers",
+    "layer-densities": "Blocks",
     "layer-traces": "Shares by layer",
     "products": "Products of means",
     "collapse": "Neural collapse",

@@ -23,6 +23,7 @@ def tables_section(dataset: xr.Dataset) -> str:
         _averaging_table(dataset),
         _trace_table(dataset),
         _layer_table(dataset),
+        _block_table(dataset),
         _collapse_table(dataset),
         _kronecker_table(dataset),
         _overlap_table(dataset),
@@ -138,6 +139,44 @@ def _layer_table(dataset: xr.Dataset) -> str:
     ]
     head = ["layer", "of", "largest λ", *parts]
     return table_html("layer-table", "Layers: the largest eigenvalue and its shares", head, body)
+
+
+def _block_table(dataset: xr.Dataset) -> str:
+    """Each layer's blocks of G and H: traces, stable ranks, and how far the two are apart."""
+    if not holds(dataset, "stable_rank"):
+        return ""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows(dataset, "layer_parameters"):
+        found[row["layer"]] = {"parameters": row["layer_parameters"], "trace of G": 0.0}
+    for row in rows(dataset, "layer_trace"):
+        if row["kind"] == "gradients":
+            found[row["layer"]]["trace of G"] += row["layer_trace"]
+    for row in rows(dataset, "stable_rank"):
+        if row["kind"] == "gradients":
+            found[row["layer"]]["stable rank of G"] = row["stable_rank"]
+    for row in rows(dataset, "hessian_eigenvalue"):
+        if row["hessian_rank"] == 0:
+            found[row["layer"]]["largest λ of H"] = row["hessian_eigenvalue"]
+    names = {
+        "residual": "‖R‖/‖G‖",
+        "trace": "trace of H",
+        "trace_standard_error": "its standard error",
+        "smallest": "lowest of H",
+    }
+    for row in rows(dataset, "hessian_block"):
+        found[row["layer"]][names[row["block_measure"]]] = row["hessian_block"]
+    head = [
+        "parameters",
+        "trace of G",
+        "stable rank of G",
+        "‖R‖/‖G‖",
+        "largest λ of H",
+        *list(names.values())[1:],
+    ]
+    body: list[list[Cell]] = [
+        [layer, *(values.get(name) for name in head)] for layer, values in found.items()
+    ]
+    return table_html("block-table", "Layers: their blocks of G and H", ["layer", *head], body)
 
 
 def _collapse_table(dataset: xr.Dataset) -> str:

@@ -16,7 +16,8 @@ from reference import case_and_reference, error
 
 def test_reshaped_eigenvectors_and_correspondences_are_those_of_dense_blocks() -> None:
     case, ref = case_and_reference("relu_mlp")
-    found = ds.dissect(case.problem(), num=3, num_directions=4)
+    found = ds.dissect(case.problem(), num=3, num_directions=4, num_whole=0)
+    assert found.whole is None
     kron = ds.kronecker(case.problem())
     for name, layer in found.items():
         own = [f"{name}.weight", f"{name}.bias"]
@@ -90,6 +91,67 @@ def test_convolutions_have_no_closed_form_behind_them_only() -> None:
     found = ds.dissect(problem)
     assert list(found) == [layer.name for layer in ds.layers(problem) if layer.features is not None]
     assert not math.isnan(found[list(found)[-1]].closed_range)
-    assert len(str(found).splitlines()) == len(found) + 2
+    assert len(str(found).splitlines()) == len(found) + 3
     with pytest.raises(OptionError, match="num"):
         ds.dissect(problem, num=0)
+
+
+def test_the_whole_is_what_dense_rows_with_mean_inputs_give() -> None:
+    case, ref = case_and_reference("relu_mlp")
+    found = ds.dissect(case.problem(), num=4).whole
+    rows = ref.rows.flatten(0, -2)
+    x, _ = case.tensors
+    starts, at = {}, 0
+    for name, value in ref.parameters.items():
+        starts[name], at = at, at + value.numel()
+    flat, published, errors, directions = [], [], [], []
+    for name, module in case.model.named_children():
+        if isinstance(module, nn.Linear):
+            mean = torch.cat([x.mean(0), torch.ones(1).double()]).detach()
+            begin = starts[f"{name}.bias"]
+            e = rows[:, begin : begin + module.out_features]  # the gradient to a bias is the error
+            flat += [torch.einsum("ro,i->roi", e, mean[:-1]).flatten(1), e]
+            errors.append(e)
+            directions.append(mean)
+        x = module(x)
+    approximate = torch.cat(flat, 1)
+    values, vectors = (some.flip(-1) for some in torch.linalg.eigh(approximate.T @ approximate))
+    exact = torch.linalg.eigh(ref.gauss_newton)[1].flip(1)[:, :4]
+    assert error(found.values, torch.linalg.eigvalsh(ref.gauss_newton).flip(0)[:4]) < 1e-4
+    assert error(found.approximated, values[:4]) < 1e-9
+    for k in range(1, 5):
+        expected = float((vectors[:, :k].T @ exact[:, :k]).square().sum() / k)
+        assert float(found.overlaps[k - 1]) == pytest.approx(expected, abs=1e-3)
+    sigma, u = (some.flip(-1) for some in torch.linalg.eigh(torch.cat(errors, 1).T @ torch.cat(errors, 1)))
+    pieces = torch.split(u, [e.shape[1] for e in errors])
+    for piece, mean in zip(pieces, directions, strict=True):
+        published += [torch.einsum("ok,i->oik", piece, mean[:-1]).flatten(0, 1), piece * mean[-1]]
+    w = torch.cat(published)[:, :4]
+    assert error(found.published, sigma[:4] * w.square().sum(0)) < 1e-9
+    q = torch.linalg.qr(w).Q
+    assert float(found.published_overlaps[3]) == pytest.approx(
+        float((q.T @ exact).square().sum() / 4), abs=1e-3
+    )
+    assert bool((found.overlaps[3] <= found.reach.mean() + 1e-9).all())
+    assert "E[x]" in str(found)
+
+
+@pytest.mark.parametrize("name", ["mlp", "convolutions", "embedding"])
+def test_the_whole_is_exact_where_inputs_do_not_vary(name: str) -> None:
+    torch.manual_seed(3)
+    if name == "mlp":
+        model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+        x = torch.randn(1, 5)
+    elif name == "convolutions":  # constant images, kernels of one pixel, groups
+        model = nn.Sequential(
+            nn.Conv2d(2, 4, 1), nn.Tanh(), nn.Conv2d(4, 4, 1, groups=2), nn.Flatten(), nn.Linear(36, 3)
+        )
+        x = torch.randn(1, 2, 1, 1).expand(1, 2, 3, 3).contiguous()
+    else:
+        model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(8, 3))
+        x = torch.tensor([[2, 2]])
+    problem = ds.Problem(model.double(), (x.double() if name != "embedding" else x, torch.tensor([1])))
+    found = ds.dissect(problem, num=2).whole
+    assert error(found.approximated, found.values) < 1e-4
+    assert bool((found.overlaps - 1).abs().max() < 1e-4)
+    assert bool((found.reach - 1).abs().max() < 1e-4)

@@ -12,6 +12,7 @@ from torch import Tensor
 from deepspectra.algorithms.lanczos import check_count
 from deepspectra.algorithms.subspace import overlap
 from deepspectra.analysis.blocks import Blocks, top_pairs
+from deepspectra.analysis.whole import Stack, WholeDissection
 from deepspectra.operators.curvature import GaussNewton
 from deepspectra.operators.exact import ExactBlock
 from deepspectra.operators.factored import KroneckerSum
@@ -55,8 +56,15 @@ class LayerDissection:
     closed_range: float
 
 
+@dataclass(frozen=True)
 class Dissection(ByLayer[LayerDissection]):
-    """What the blocks of all layers that multiply features are made of."""
+    """What the blocks of all layers that multiply features are made of.
+
+    Attributes:
+        whole: the same question for all layers together; None if it was left out.
+    """
+
+    whole: WholeDissection | None
 
     def __str__(self) -> str:
         head = ("λ₁", "λ₁/τ₁γ₁", "rank one", "v₁ share", "λ₁/λ₂ xxᵀ", "v₁·E[x]", "closed form", "its range")
@@ -77,13 +85,14 @@ class Dissection(ByLayer[LayerDissection]):
             "of the top eigenvectors of each layer's block of G: mean σ₁/‖·‖ reshaped, mean share along the top "
             f"eigenvector of E[xxᵀ]; overlaps of the closed forms of E[M]; {self.seconds:.3g} s"
         )
-        return "\n".join(rows)
+        return "\n".join([*rows, *([str(self.whole)] if self.whole else [])])
 
 
 def dissect(
     problem: Problem,
     *,
     num: int | None = None,
+    num_whole: int | None = None,
     num_directions: int = 20,
     seed: int = 0,
     progress: Callable[[str], object] | None = None,
@@ -96,6 +105,7 @@ def dissect(
     Args:
         problem: with a loss that is convex in the outputs.
         num: eigenvectors of each block; by default twice the number of classes.
+        num_whole: of G over all parameters, by default as many; 0 leaves the whole out.
         num_directions: rows of the correspondence matrices.
         seed: of random vectors.
         progress: called with the name of each layer before it is dissected.
@@ -105,10 +115,11 @@ def dissect(
         LossError, CurvatureError, MemoryBudgetError: as for `kronecker`.
 
     Cost: the factors, their eigenvectors, and the top eigenspace of each block: of at most 3,000 rows N (C − 1)
-        from their inner products, of more by Lanczos. Grouped convolutions are left out.
+        from their inner products, of more by Lanczos; the top eigenpairs of G by products. Grouped convolutions
+        count in the whole only.
 
     Source: Wu et al. 2020, arXiv 2010.04261: definition 2.2 (reshaping), section 3 (correspondence, λ_1/λ_2),
-        section 4 and appendix (closed form of the output Hessian's top space).
+        section 4 and appendix (closed form of the output Hessian's top space), appendix C (the whole).
     """
     began = time.perf_counter()
     num = 2 * problem.num_classes if num is None else num
@@ -116,8 +127,10 @@ def dissect(
     check_count("num_directions", num_directions)
     blocks = Blocks(problem)
     weights = _weights(problem, blocks)
-    layers = {}
+    layers, stack = {}, Stack()
     for name, exact in blocks:
+        if num_whole != 0:
+            stack.add(exact)
         if exact.place.groups > 1:
             continue
         if progress is not None:
@@ -126,7 +139,10 @@ def dissect(
         assert isinstance(factors, KroneckerSum)
         later = weights[blocks.names.index(name) + 1 :]
         layers[name] = _dissected(exact, factors, later, problem.num_classes, (num, num_directions, seed))
-    return Dissection(layers, time.perf_counter() - began, Provenance.of(GaussNewton(problem), seed))
+    num_whole = num if num_whole is None else num_whole
+    whole = stack.against(problem, blocks, num_whole, seed) if num_whole else None
+    provenance = Provenance.of(GaussNewton(problem), seed)
+    return Dissection(layers, time.perf_counter() - began, provenance, whole)
 
 
 def _weights(problem: Problem, blocks: Blocks) -> list[Tensor | None]:

@@ -97,6 +97,25 @@ def test_the_report_is_made_again_from_the_saved_numbers(analysed, folder):
     assert (folder / "again.html").read_text() == (folder / "run" / "report.html").read_text()
 
 
+def test_a_study_of_the_zoo(folder):
+    options = ("--per-class", 3, "--epochs", 2, "--networks", 1, "--out", "study")
+    done = run("study", "initialisation", *options, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "untrained" in done.stderr
+    assert "From initialisation to trained" in done.stdout
+    with xr.open_dataset(folder / "study" / "study.nc", engine="h5netcdf") as saved:
+        assert list(saved["variant"].values) == ["initialisation", "one epoch", "trained"]
+        losses = saved["study_loss"].values[:, 0]
+        assert losses[0] > losses[1] > losses[2]
+    page = (folder / "study" / "study.html").read_text()
+    for name in ("chart-study_measures", "study-table", "training-table"):
+        assert f'id="{name}"' in page
+    assert (folder / "study" / "one-epoch" / "seed-0" / "model.safetensors").exists()
+    wrong = run("study", "nothing", cwd=folder)
+    assert wrong.returncode == 2
+    assert "batch-norm, random-labels, initialisation" in wrong.stderr.replace("\n", " ")
+
+
 def test_layers_of_anybodys_model(folder):
     done = run("layers", "mine.py:problem", "--kronecker", "--out", "deep", cwd=folder)
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ import xarray as xr
 import deepspectra as ds
 from deepspectra import report
 from deepspectra.apps.layers import layer_dataset
+from deepspectra.apps.study import study_dataset
 from deepspectra.errors import DataError, FileError, OptionError
 from deepspectra.report import render
 from deepspectra.report.drawing import PART_COLOURS, number
@@ -538,3 +539,17 @@ def test_the_page_of_layers_draws_in_a_browser_without_a_complaint(layers_page, 
     elements = opened(layers_page, tmp_path)
     for name in LAYER_CHARTS:
         assert "<svg" in elements.split(f'id="chart-{name}"')[1].split("</figure>")[0]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium to open the page")
+def test_the_page_of_a_study_draws_in_a_browser_without_a_complaint(tmp_path):
+    problems = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+        problems.append(ds.Problem(model, (torch.randn(18, 4), torch.arange(18) % 3)))
+    found = ds.study({"<one>": problems[:2], "other": problems[2:]})
+    page = render(study_dataset(found, problems[0]))
+    elements = opened(page, tmp_path)
+    assert "<svg" in elements.split('id="chart-study_measures"')[1].split("</figure>")[0]
+    assert "&lt;one&gt;" in page

@@ -1,4 +1,4 @@
-"""The command line: `deepspectra demo`, `analyze`, `layers`, `compare` and `report`."""
+"""The command line: `deepspectra demo`, `analyze`, `layers`, `compare`, `study` and `report`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from rich.console import Console
 from deepspectra import zoo
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.layers import layers
+from deepspectra.analysis.study import study
 from deepspectra.apps.analyze import Analysis, analyze, load
 from deepspectra.apps.compare import comparison_dataset
 from deepspectra.apps.layers import layer_dataset
 from deepspectra.apps.pages import save_page
+from deepspectra.apps.study import STUDIES, Variant, study_dataset
 from deepspectra.errors import DeepSpectraError, OptionError, TargetError
 from deepspectra.problem import Problem
 
@@ -197,6 +199,39 @@ def compare_command(
     typer.echo(f"Report: {path}")
 
 
+@app.command("study")
+def study_command(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(STUDIES)}.")],
+    model: ModelName = None,
+    data: DataName = None,
+    data_root: DataRoot = None,
+    per_class: PerClass = None,
+    epochs: Epochs = None,
+    networks: Annotated[int, typer.Option(min=1, help="Trainings of each variant.")] = 2,
+    out: Out = Path("deepspectra-study"),
+    memory: Memory = None,
+    device: Device = None,
+    seed: Seed = 0,
+) -> None:
+    """Train a network of the zoo in several variants, and measure every layer of each."""
+    if name not in STUDIES:
+        raise OptionError(f"there is no study {name!r}; there are {', '.join(STUDIES)}.")
+    variants: dict[str, list[Problem]] = {}
+    for variant in STUDIES[name]:
+        for j in range(networks):
+            chosen = _Choice(model, data, data_root, None, per_class, epochs, memory, device, seed + j)
+            place = out / variant.name.replace(" ", "-") / f"seed-{seed + j}"
+            problem, _, network, source = _chosen_problem(None, chosen, place, draw=seed, variant=variant)
+            variants.setdefault(variant.name, []).append(problem)
+    with console.status("measuring") as status:
+        found = study(variants, seed=seed, progress=status.update)
+    dataset = study_dataset(found, problem, name=name, model=network, data=source, seed=seed)
+    path = save_page(dataset, out, "study")
+    typer.echo(f"\n{found}\n\n{dataset.attrs['verdict']}\n")
+    typer.echo(f"Results: {path.parent}")
+    typer.echo(f"Report: {path}")
+
+
 @app.command()
 def report(
     directory: Annotated[Path, typer.Argument(help="Directory that analyze or Analysis.save wrote.")],
@@ -230,16 +265,17 @@ class _Choice(NamedTuple):
 
 
 def _chosen_problem(
-    target: str | None, chosen: _Choice, out: Path, draw: int | None = None
+    target: str | None, chosen: _Choice, out: Path, draw: int | None = None, variant: Variant | None = None
 ) -> tuple[Problem, list[str] | None, str, str]:
     """The problem of a target or of the zoo, its class names, and names of model and data for the report.
 
-    `draw` is the seed of the draw of examples, if that is another than the training's.
+    `draw` is the seed of the draw of examples, if that is another than the training's; `variant` says how a study
+    changes the network.
     """
     if target is None:
         model, data = chosen.model or "mlp", chosen.data or "digits"
         options = chosen._asdict() | {"model": model, "data": data}
-        problem, names = _zoo_problem(**options, out=out, draw=draw)
+        problem, names = _zoo_problem(**options, out=out, draw=draw, variant=variant)
         return (
             problem,
             names,
@@ -271,19 +307,26 @@ def _zoo_problem(
     device: str | None = None,
     seed: int = 0,
     draw: int | None = None,
+    variant: Variant | None = None,
 ) -> tuple[Problem, list[str]]:
     """Data, and a network from a checkpoint or trained here and saved beside the results."""
+    variant = variant or Variant("")
     size = PAPER_SIDE if model in CONVOLUTIONAL and data in ("mnist", "fashion") else None
     drawn = seed if draw is None else draw
     examples = zoo.load(data, root=root, per_class=per_class, size=size, seed=drawn)
+    if variant.random_labels:
+        examples = examples.relabelled(drawn)
     names = [str(name) for name in examples.class_names]
     shape = tuple(examples.inputs.shape[1:])
     network = zoo.build(model, input_shape=shape, num_classes=len(names), seed=seed)
+    if variant.batch_norm:
+        network = zoo.normalised(network, shape)
     if checkpoint is not None:
         zoo.load_checkpoint(checkpoint, network)
     else:
         recipe = zoo.recipe(model, data, len(examples))
         epochs = recipe.epochs if epochs is None else epochs
+        epochs = min(1, epochs) if variant.epochs is None else epochs * variant.epochs
         with console.status("training") as status:
             history = zoo.train(
                 network,
@@ -302,7 +345,9 @@ def _zoo_problem(
         path = out / "model.safetensors"
         zoo.save_checkpoint(path, network, {"model": model, "data": data, "epochs": epochs, "seed": seed})
         last = f"accuracy {history.accuracies[-1]:.1%} while training" if len(history) else "untrained"
-        console.print(f"Trained {model} on {len(examples):,} examples of {data}: {last}; saved as {path}")
+        console.print(
+            f"Trained {model} on {len(examples):,} examples of {examples.name}: {last}; saved as {path}"
+        )
     network.eval()
     data_pair = (examples.inputs, examples.targets)
     return Problem(network, data_pair, device=device, memory=memory), names

@@ -49,21 +49,49 @@ class Blocks:
         return next(block for found, block in self if found == name)
 
 
-def top_pairs(exact: ExactBlock, num: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalues (K,) of a block and their eigenvectors (n, K), K = num or its rank if that is less.
+def dense_spectrum(exact: ExactBlock, num: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """All non-zero eigenvalues of a block, its K ≤ num largest and their eigenvectors (n, K); None if it is large.
 
-    Of at most 3,000 rows from their inner products, of more by Lanczos.
+    From the smaller side of its rows, of at most 3,000.
     """
-    num = min(num, exact.shape[0], exact.num_rows)
-    if exact.num_rows > SMALL:
-        found = eigenpairs(exact, num, rtol=RTOL, seed=seed)
-        return found.values, found.vectors
-    values, vectors = torch.linalg.eigh(gram_of([exact.batches]))
-    values, vectors = values.flip(0)[:num], vectors.flip(1)[:, :num]
-    kept = values > torch.finfo(exact.dtype).eps * exact.num_rows * values[0]
-    mixing = (vectors[:, kept] / values[kept].sqrt()).to(exact.dtype)
+    size, num_rows = exact.shape[0], exact.num_rows
+    if min(size, num_rows) > SMALL:
+        return None
+    narrow = size <= num_rows
+    gram = _moment(exact) if narrow else gram_of([exact.batches])
+    values, vectors = (found.flip(-1) for found in torch.linalg.eigh(gram))
+    live = values > torch.finfo(exact.dtype).eps * len(values) * values[0]
+    num = min(num, int(live.sum()))
+    vectors = vectors[:, :num].to(exact.dtype)
+    if not narrow:
+        vectors = _combined(exact, vectors / values[:num].sqrt().to(exact.dtype))
+    return values.clamp_min(0), values[:num], vectors
+
+
+def _moment(exact: ExactBlock) -> Tensor:
+    """(n, n) float64."""
+    total = torch.zeros(exact.shape, dtype=torch.float64, device=exact.device)
+    for rows in exact.gradients():
+        total += rows.T @ rows
+    return total
+
+
+def _combined(exact: ExactBlock, mixing: Tensor) -> Tensor:
+    """Aᵀ times mixing (R, K)."""
     space, start = torch.zeros(exact.shape[0], mixing.shape[1], dtype=exact.dtype, device=exact.device), 0
     for rows in exact.gradients():
         space += rows.T @ mixing[start : start + len(rows)]
         start += len(rows)
-    return values[kept], space
+    return space
+
+
+def top_pairs(exact: ExactBlock, num: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues (K,) of a block and their eigenvectors (n, K), K = num or its rank if that is less.
+
+    Of at most 3,000 rows or parameters from the smaller side, of more by Lanczos.
+    """
+    found = dense_spectrum(exact, num)
+    if found is not None:
+        return found[1], found[2]
+    pairs = eigenpairs(exact, min(num, exact.shape[0], exact.num_rows), rtol=RTOL, seed=seed)
+    return pairs.values, pairs.vectors

@@ -111,10 +111,12 @@ class Comparison:
                 f"{float(layer.measured[at]):>8.3f} {foreseen:>9} {foreseen_height:>8.3f} {layer.alignment:>8.3f} "
                 f"{layer.case:>8} {float(layer.baseline[at]):>11.2g}"
             )
-        rows.append(
-            f"overlap of top-k eigenspaces of G; of all parameters {float(self.whole[-1]):.3f} at "
-            f"k = {len(self.whole)}; {self.seconds:.3g} s"
+        whole = (
+            f"; of all parameters {float(self.whole[-1]):.3f} at k = {len(self.whole)}"
+            if len(self.whole)
+            else ""
         )
+        rows.append(f"overlap of top-k eigenspaces of G{whole}; {self.seconds:.3g} s")
         return "\n".join(rows)
 
 
@@ -140,7 +142,8 @@ def compare(
         first: a problem with a loss that is convex in the outputs.
         second: another with the same layers and shapes.
         num: dimensions of each layer's curve; by default 2 m, at least 10, as far as the rank goes.
-        num_whole: dimensions of the curve over all parameters; by default twice the number of classes.
+        num_whole: dimensions of the curve over all parameters, by default twice the number of classes; 0 leaves the
+            whole out.
         seed: of random vectors.
         progress: called with the name of each layer before it is compared.
 
@@ -156,9 +159,9 @@ def compare(
     """
     began = time.perf_counter()
     _check_same(first, second)
-    for name, value in (("num", num), ("num_whole", num_whole)):
+    for name, value, smallest in (("num", num, 1), ("num_whole", num_whole, 0)):
         if value is not None:
-            check_count(name, value)
+            check_count(name, value, smallest)
     sides = [Blocks(problem) for problem in (first, second)]
     layers = []
     for name, exact in sides[0]:
@@ -171,17 +174,22 @@ def compare(
         layers.append(
             _layer(exact, spaces, blocks, shared=outputs == first.num_classes and name == sides[0].names[-1])
         )
-    wanted = num_whole or 2 * first.num_classes
-    pairs = [
-        eigenpairs(GaussNewton(p), min(wanted, p.num_parameters), rtol=RTOL, seed=seed)
-        for p in (first, second)
-    ]
+    wanted = 2 * first.num_classes if num_whole is None else num_whole
     return Comparison(
         tuple(layers),
-        _curve(pairs[0].vectors, pairs[1].vectors),
+        _whole(first, second, wanted, seed),
         time.perf_counter() - began,
-        pairs[0].provenance,
+        Provenance.of(GaussNewton(first), seed),
     )
+
+
+def _whole(first: Problem, second: Problem, num: int, seed: int) -> Tensor:
+    """The curve over all parameters."""
+    if not num:
+        return torch.zeros(0, dtype=torch.float64)
+    num = min(num, first.num_parameters)
+    pairs = [eigenpairs(GaussNewton(problem), num, rtol=RTOL, seed=seed) for problem in (first, second)]
+    return _curve(pairs[0].vectors, pairs[1].vectors)
 
 
 def _check_same(first: Problem, second: Problem) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
-from deepspectra.analysis.blocks import SMALL, Blocks
+from deepspectra.analysis.blocks import SMALL, Blocks, dense_spectrum
 from deepspectra.errors import MemoryBudgetError, OptionError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.exact import ExactBlock
@@ -235,21 +235,24 @@ class _Comparison:
     def __init__(self, exact: ExactBlock, memory: int, num: int, rtol: float, seed: int) -> None:
         self.exact, self.rtol, self.seed = exact, rtol, seed
         size = exact.shape[0]
-        rank = min(size, exact.num_rows)
-        self.pairs = eigenpairs(exact, min(num, rank), rtol=rtol, seed=seed)
-        self.norm, values = _norm_and_values(exact, memory)
-        self.spectrum = _Spectrum.probed(exact, seed) if values is None else _Spectrum.of(values, size)
-        largest = float(self.pairs.values[0])
-        self.num = int((self.pairs.values > largest * torch.finfo(exact.dtype).eps * size).sum())
+        found = dense_spectrum(exact, num)
+        if found is not None:
+            values, self.values, self.vectors = found
+            self.norm, self.spectrum = float(values.norm()), _Spectrum.of(values, size)
+        else:
+            pairs = eigenpairs(exact, min(num, size, exact.num_rows), rtol=rtol, seed=seed)
+            live = pairs.values > float(pairs.values[0]) * torch.finfo(exact.dtype).eps * size
+            self.values, self.vectors = pairs.values[live], pairs.vectors[:, live.to(exact.device)]
+            self.norm, self.spectrum = norm_of(exact, memory), _Spectrum.probed(exact, seed)
 
     def fits(self, blocks: Mapping[str, Block], sizes: tuple[int, ...], floor: float) -> LayerFits:
         """Of all kinds."""
         size = self.exact.shape[0]
-        ks = tuple(k for k in sizes if k <= self.num)
+        ks = tuple(k for k in sizes if k <= len(self.values))
         return LayerFits(
             name=self.exact.place.name,
             shape=self.exact.place.shape,
-            largest=float(self.pairs.values[0]),
+            largest=float(self.values[0]),
             norm=self.norm,
             ks=ks,
             baseline=torch.tensor([k / size for k in ks], dtype=torch.float64),
@@ -258,9 +261,9 @@ class _Comparison:
         )
 
     def _fit(self, block: Block, ks: tuple[int, ...], floor: float) -> Fit:
-        largest = float(self.pairs.values[0])
+        largest = float(self.values[0])
         product = _inner(self.exact, block)
-        squared = max(0.0, self.norm**2 - 2 * product + block.norm**2)
+        squared = squared_distance(self.norm, block, product)
         furthest = squared**0.5  # a bound, where the difference is rounding
         if squared > RESOLVED * torch.finfo(self.exact.dtype).eps * self.norm**2:
             pairs = eigenpairs(self.exact - block, 1, "magnitude", rtol=SPECTRAL_RTOL, seed=self.seed)
@@ -285,30 +288,32 @@ class _Comparison:
             others = eigenpairs(block, ks[-1], rtol=self.rtol, seed=self.seed).vectors
         else:
             _, others = block.decomposed.top(ks[-1])
-        squares = (self.pairs.vectors[:, : ks[-1]].double().T @ others.double()).square()
+        squares = (self.vectors[:, : ks[-1]].double().T @ others.double()).square()
         return torch.stack([squares[:k, :k].sum() / k for k in ks]).cpu()
 
 
-def _norm_and_values(exact: ExactBlock, memory: int) -> tuple[float, Tensor | None]:
-    """‖G‖_F, and its eigenvalues that differ from zero where the smaller of its Gram matrices is small."""
-    size, rows = exact.shape[0], exact.num_rows
-    if size <= SMALL and size <= rows:
-        total = sum(some.T @ some for some in exact.gradients())
-        assert isinstance(total, Tensor)
-        gram = total.double()
-    elif _is_plain(exact) and rows > SMALL:
-        return _paired_norm(exact), None
-    elif 16 * rows**2 > memory:
+def relative_error(exact: ExactBlock, norm: float, block: Block) -> float:
+    """‖G − K‖_F / ‖G‖_F of one approximation of a block with this Frobenius norm."""
+    return float(squared_distance(norm, block, _inner(exact, block)) ** 0.5 / norm)
+
+
+def squared_distance(norm: float, block: Block, product: float) -> float:
+    """‖G − K‖²_F from ‖G‖_F, K and ⟨G, K⟩."""
+    return max(0.0, norm**2 - 2 * product + block.norm**2)
+
+
+def norm_of(exact: ExactBlock, memory: int) -> float:
+    """‖G‖_F of many rows, from their inner products."""
+    rows = exact.num_rows
+    if _is_plain(exact):
+        return _paired_norm(exact)
+    if 16 * rows**2 > memory:
         raise MemoryBudgetError(
-            f"{exact.place.name} has {size:,} parameters of shared weights and the data {rows:,} rows, whose inner "
-            f"products take {16 * rows**2 / 2**30:.1f} GiB; memory is {memory / 2**30:.1f} GiB. "
+            f"{exact.place.name} has {exact.shape[0]:,} parameters of shared weights and the data {rows:,} rows, "
+            f"whose inner products take {16 * rows**2 / 2**30:.1f} GiB; memory is {memory / 2**30:.1f} GiB. "
             "Take fewer examples, or raise memory."
         )
-    else:
-        gram = gram_of([exact.batches])
-    if len(gram) > SMALL:
-        return float(gram.norm()), None
-    return float(gram.norm()), torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+    return float(gram_of([exact.batches]).norm())
 
 
 def _is_plain(exact: ExactBlock) -> bool:

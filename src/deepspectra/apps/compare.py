@@ -59,12 +59,15 @@ def sentences(found: Comparison) -> list[str]:
     place, height = best.peak
     chance = height / float(best.baseline[place - 1])
     foreseen, foreseen_height = best.predicted_peak
-    whole = float(found.whole[-1])
     off = [abs(layer.peak[1] - layer.predicted_peak[1]) for layer in found]
-    return [
+    lines = [
         f"The two networks share most in {best.name or 'the model'}: their top {place} eigenvectors overlap by "
         f"{height:.2f}, {chance:.0f} times what random subspaces do.",
         f"Predicted from the spectra of the factors: {foreseen_height:.2f} at {foreseen}; over {len(found)} layers "
         f"the predicted heights are off by {sum(off) / len(off):.2f} on average.",
-        f"Over all parameters the top {len(found.whole)} overlap by {whole:.3f}.",
     ]
+    if len(found.whole):
+        lines.append(
+            f"Over all parameters the top {len(found.whole)} overlap by {float(found.whole[-1]):.3f}."
+        )
+    return lines

@@ -182,6 +182,11 @@ OVERLAPS_CAPTION = (
     "the eigenvectors of S."
 )
 WHOLE_CAPTION = "Overlap of the top k eigenvectors of G over all parameters of the two networks."
+STUDY_CAPTION = (
+    "A measure of every layer in each variant of the network: points are networks trained from different seeds (or "
+    "pairs of them, for overlaps between networks), lines their means. Choose the measure; the table has the means "
+    "of all."
+)
 LAYERS_CAPTION = (
     "The largest eigenvalues of every layer: of the second moment of its features (what enters), of its "
     "backpropagated errors (what comes back to its output), and of its block of G. Each dash is one "
@@ -255,6 +260,7 @@ FIGURES: dict[str, tuple[str, dict[str, str], Caption]] = {
         {"kronecker_overlaps": ""},
         lambda _: KRONECKER_SPACES_CAPTION,
     ),
+    "study": ("What changes", {"study_measures": ""}, lambda _: STUDY_CAPTION),
     "overlaps": ("Shared eigenspaces", {"overlap_curves": ""}, lambda _: OVERLAPS_CAPTION),
     "whole": ("All parameters together", {"overlap_whole": ""}, lambda _: WHOLE_CAPTION),
     "cost": ("What it cost", {"cost": ""}, _cost_caption),

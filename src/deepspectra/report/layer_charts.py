@@ -76,7 +76,8 @@ def _part_colour(table: list[Row]) -> alt.Color:
     )
 
 
-def _depth(dataset: xr.Dataset, dimension: str = "layer") -> alt.X:
+def depth_axis(dataset: xr.Dataset, dimension: str = "layer") -> alt.X:
+    """Layers from input to output."""
     names = [str(name) for name in dataset[dimension].values]
     axis = alt.Axis(labelAngle=-40, labelLimit=160, grid=False)
     return alt.X(f"{dimension}:N", sort=names, title="layer, from input to output", axis=axis)
@@ -110,7 +111,7 @@ def layer_spectra(dataset: xr.Dataset) -> alt.LayerChart:
         blank(table)
         .mark_tick(thickness=2.2, bandSize=16)
         .encode(
-            x=_depth(dataset),
+            x=depth_axis(dataset),
             y=y,
             color=_part_colour(table),
             tooltip=[
@@ -147,7 +148,7 @@ def layer_traces(dataset: xr.Dataset) -> alt.LayerChart:
         blank(table)
         .mark_bar(size=16)
         .encode(
-            x=_depth(dataset),
+            x=depth_axis(dataset),
             y=alt.Y(
                 "share:Q",
                 title="share of the trace",
@@ -186,7 +187,7 @@ def layer_products(dataset: xr.Dataset) -> alt.LayerChart:
         for row in found.values()
     ]
     shade = colour(list(STATISTIC_LABELS), STATISTIC_LABELS, STATISTIC_COLOURS)
-    base = blank(table).encode(x=_depth(dataset), color=shade)
+    base = blank(table).encode(x=depth_axis(dataset), color=shade)
     bars = base.mark_rule(opacity=0.45, strokeWidth=2).encode(
         y=alt.Y("low:Q", title="cosine", scale=alt.Scale(domainMax=1)), y2="high:Q"
     )
@@ -217,7 +218,7 @@ def layer_collapse(dataset: xr.Dataset) -> alt.LayerChart:
         blank(table)
         .mark_line(point=True, strokeWidth=1.6)
         .encode(
-            x=_depth(dataset),
+            x=depth_axis(dataset),
             y=alt.Y(
                 "collapse:Q",
                 scale=alt.Scale(type="log", domainMin=low / 1.5, domainMax=high * 1.5),
@@ -249,7 +250,7 @@ def kronecker_fits(dataset: xr.Dataset) -> alt.LayerChart:
         blank(table)
         .mark_line(point=True, strokeWidth=1.6)
         .encode(
-            x=_depth(dataset, "block"),
+            x=depth_axis(dataset, "block"),
             y=alt.Y("kronecker_fit:Q", title="chosen measure", scale=alt.Scale(domainMin=0)),
             color=shade,
             tooltip=[

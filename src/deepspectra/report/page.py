@@ -79,6 +79,7 @@ LINKS = {
     "collapse": "Neural collapse",
     "kronecker": "Kronecker factors",
     "kronecker-spaces": "Their eigenspaces",
+    "study": "What changes",
     "overlaps": "Shared eigenspaces",
     "whole": "All parameters",
     "cost": "Cost",

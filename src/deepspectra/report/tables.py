@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import xarray as xr
 
 from deepspectra.report.compare_charts import peaks
 from deepspectra.report.drawing import LEVEL_NAMES, Row, holds, number, rows
 from deepspectra.report.findings import knockout_summary, outliers
-from deepspectra.report.text import escaped, finite, operator_name, symbol
+from deepspectra.report.study_charts import means as study_means
+from deepspectra.report.text import escaped, finite, json_attribute, operator_name, symbol
 
 Cell = str | int | float | tuple[str, float] | None  # a pair: the text shown and the value behind it
 
@@ -27,6 +28,8 @@ def tables_section(dataset: xr.Dataset) -> str:
         _collapse_table(dataset),
         _kronecker_table(dataset),
         _overlap_table(dataset),
+        _study_table(dataset),
+        _training_table(dataset),
     ]
     body = "\n".join(table for table in tables if table)
     return f'<section id="tables">\n<h2>Tables</h2>\n{body}\n</section>' if body else ""
@@ -238,6 +241,36 @@ def _overlap_table(dataset: xr.Dataset) -> str:
     }
     body: list[list[Cell]] = [[row["layer"], *(row.get(name) for name in names)] for row in peaks(dataset)]
     return table_html("overlap-table", "Shared eigenspaces", ["layer", *names.values()], body)
+
+
+def _study_table(dataset: xr.Dataset) -> str:
+    """Means over networks of every measure, layer by layer and variant by variant."""
+    found = study_means(dataset)
+    if not found:
+        return ""
+    labels = json_attribute(dataset, "measures")
+    body: list[list[Cell]] = [
+        [layer, variant, *(measured.get(key) for key in labels)]
+        for (layer, variant), measured in sorted(found.items(), key=_order(dataset))
+    ]
+    return table_html("study-table", "Measures of every layer", ["layer", "variant", *labels.values()], body)
+
+
+def _order(dataset: xr.Dataset) -> Callable[[tuple[tuple[str, str], Row]], tuple[int, int]]:
+    """By layer, then by variant, as they stand."""
+    layers, variants = ([str(name) for name in dataset[dim].values] for dim in ("layer", "variant"))
+    return lambda item: (layers.index(item[0][0]), variants.index(item[0][1]))
+
+
+def _training_table(dataset: xr.Dataset) -> str:
+    """Loss and accuracy of each network of a study."""
+    if not holds(dataset, "study_loss"):
+        return ""
+    body: list[list[Cell]] = [
+        [row["variant"], row["network"] + 1, row["study_loss"], _percentage(row.get("study_accuracy"))]
+        for row in rows(dataset, "study_loss", "study_accuracy")
+    ]
+    return table_html("training-table", "Training", ["variant", "network", "loss", "accuracy"], body)
 
 
 def _averaging_table(dataset: xr.Dataset) -> str:

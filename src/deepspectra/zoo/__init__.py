@@ -1,7 +1,7 @@
 """The papers' networks and data sets, and the training that joins them: for the demo, sweeps and tests."""
 
 from deepspectra.zoo.data import CIFAR100_SAMPLE_SIZES, DATA_NAMES, SAMPLE_SIZES, LabelledData, load
-from deepspectra.zoo.models import MODEL_NAMES, build, lenet, mlp, resnet18, transformer, vgg11_bn
+from deepspectra.zoo.models import MODEL_NAMES, build, lenet, mlp, normalised, resnet18, transformer, vgg11_bn
 from deepspectra.zoo.training import (
     History,
     Recipe,
@@ -26,6 +26,7 @@ __all__ = [
     "load",
     "load_checkpoint",
     "mlp",
+    "normalised",
     "recipe",
     "resnet18",
     "save_checkpoint",

@@ -16,7 +16,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +80,12 @@ class LabelledData(Dataset[tuple[Tensor, Tensor]]):
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
+
+    def relabelled(self, seed: int) -> LabelledData:
+        """The same images with labels drawn at random, each class equally likely."""
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(0, self.num_classes, (len(self),), generator=generator)
+        return replace(self, targets=labels, name=f"{self.name}, random labels")
 
 
 class _Source(NamedTuple):

@@ -380,6 +380,57 @@ _BUILDERS: Mapping[str, Callable[[tuple[int, ...], int], nn.Module]] = {
 MODEL_NAMES = tuple(_BUILDERS)
 
 
+def normalised(model: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
+    """The same network with batch norm, without parameters of its own, after every ReLU module.
+
+    Features that enter the next layer then have mean zero and variance one over the data. The names and shapes of
+    the parameters stay what they are, so that layers can be compared with those of the plain network.
+
+    Args:
+        model: a network whose ReLUs are `nn.ReLU` modules; it is changed.
+        input_shape: (C, H, W) of one image.
+
+    Returns:
+        The network, in train mode.
+
+    Raises:
+        OptionError: no such modules, or there is batch norm already.
+
+    Source: Wu et al. 2020, arXiv 2010.04261, appendix on batch norm (after the ReLU, no affine transformation).
+    """
+    modules = dict(model.named_modules())
+    places = [name for name, module in modules.items() if isinstance(module, nn.ReLU)]
+    if not places or any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules.values()):
+        raise OptionError(
+            "batch norm is put after ReLU modules of a network without batch norm, such as mlp and lenet; "
+            f"this one has {len(places)} ReLU modules" + (" and batch norm already." if places else ".")
+        )
+    shapes = _output_shapes(model, [modules[name] for name in places], input_shape)
+    for name, shape in zip(places, shapes, strict=True):
+        norm = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
+        parent, _, child = name.rpartition(".")
+        setattr(modules[parent], child, nn.Sequential(modules[name], norm(shape[1], affine=False)))
+    return model.train()
+
+
+@torch.no_grad()
+def _output_shapes(
+    model: nn.Module, watched: list[nn.Module], input_shape: tuple[int, ...]
+) -> list[torch.Size]:
+    """Of watched modules, for two images."""
+    shapes: dict[nn.Module, torch.Size] = {}
+
+    def note(module: nn.Module, _: object, output: Tensor) -> None:
+        shapes[module] = output.shape
+
+    hooks = [module.register_forward_hook(note) for module in watched]
+    parameter = next(model.parameters())
+    model(torch.zeros(2, *input_shape, dtype=parameter.dtype, device=parameter.device))
+    for hook in hooks:
+        hook.remove()
+    return [shapes[module] for module in watched]
+
+
 def build(name: str, *, input_shape: tuple[int, ...], num_classes: int, seed: int = 0) -> nn.Module:
     """A freshly initialised network, the same one for the same seed.
 

@@ -1,0 +1,225 @@
+"""What changes from one kind of network to another: the same measures of every layer, over several trainings."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepspectra.algorithms.subspace import overlap
+from deepspectra.analysis.blocks import Blocks, dense_spectrum, top_pairs
+from deepspectra.analysis.compare import compare
+from deepspectra.analysis.dissect import dissect
+from deepspectra.analysis.kronecker import norm_of, relative_error
+from deepspectra.analysis.layers import layers
+from deepspectra.errors import OptionError
+from deepspectra.losses import CrossEntropy
+from deepspectra.problem import Problem
+
+MEASURES = {
+    "input_ratio": "λ₁/λ₂ of E[xxᵀ]",
+    "input_alignment": "(v₁·E[x])²/‖E[x]‖²",
+    "gap": "λ_{C−1}/λ_C of the block of G",
+    "output_gap": "τ_{C−1}/τ_C of E[M]",
+    "rank_one": "σ₁/‖·‖_F of the top C − 1 eigenvectors",
+    "closed_form": "overlap of E[M]'s top C − 1 with their closed form",
+    "kfac_error": "‖G − S⊗A‖_F/‖G‖_F",
+    "cfac_error": "‖G − Σ S_c⊗A_c‖_F/‖G‖_F",
+    "kfac_overlap": "overlap of the top C − 1 of S⊗A and G",
+    "class_share": "class means in the top C − 1 eigenvalues",
+    "means_share": "class and logit means in them",
+    "shared": "overlap between networks at k = m",
+    "shared_peak": "its highest",
+}
+ROUNDING = 1e-6  # of the largest eigenvalue
+MOST_ROWS = 3000  # N (C − 1) for which the parts of a layer's eigenvalues are computed
+
+
+@dataclass(frozen=True)
+class Study:
+    """Measures of every layer in every variant of a network.
+
+    Attributes:
+        variants: their names.
+        layers: layers that multiply features, from input to output.
+        measures: key → what is measured.
+        values: (variants, layers, measures, samples) float64: of each network, or for "shared" and "shared_peak" of
+            each pair of networks; NaN where a measure does not apply.
+        losses: (variants, networks).
+        accuracies: (variants, networks); NaN without class labels.
+        seconds: wall-clock time spent.
+    """
+
+    variants: tuple[str, ...]
+    layers: tuple[str, ...]
+    measures: Mapping[str, str]
+    values: Tensor
+    losses: Tensor
+    accuracies: Tensor
+    seconds: float
+
+    def of(self, variant: str, layer: str, measure: str) -> Tensor:
+        """The samples (n,) of one measure that there are."""
+        index = self.variants.index(variant), self.layers.index(layer), list(self.measures).index(measure)
+        found = self.values[index]
+        return found[~found.isnan()]
+
+    def __str__(self) -> str:
+        width = max(10, *(len(name) for name in self.variants))
+        keys = list(self.measures)
+        rows = [f"{'layer':<22} {'variant':<{width}} " + " ".join(f"{key[:12]:>12}" for key in keys)]
+        for layer in self.layers:
+            for j, variant in enumerate(self.variants):
+                cells = [self.of(variant, layer, key) for key in keys]
+                text = " ".join(f"{float(c.mean()):>12.3g}" if len(c) else f"{'–':>12}" for c in cells)
+                rows.append(f"{(layer if not j else '')[-22:]:<22} {variant:<{width}} {text}")
+        rows += [f"{key}: {meaning}" for key, meaning in self.measures.items()]
+        for variant, losses, accuracies in zip(
+            self.variants, self.losses.tolist(), self.accuracies.tolist(), strict=True
+        ):
+            rows.append(
+                f"{variant}: loss {_listed(losses, '.3g')}, training accuracy {_listed(accuracies, '.1%')}"
+            )
+        rows.append(f"means over networks, or over pairs of them; {self.seconds:.3g} s")
+        return "\n".join(rows)
+
+
+def _listed(values: list[float], form: str) -> str:
+    return ", ".join(f"{value:{form}}" for value in values)
+
+
+def study(
+    variants: Mapping[str, Sequence[Problem]],
+    *,
+    seed: int = 0,
+    progress: Callable[[str], object] | None = None,
+) -> Study:
+    """The same measures of every layer in several variants of a network, such as with and without batch norm.
+
+    Of every network: what its factors and eigenvectors are like (`dissect`), how far Kronecker factors are from G
+    in the Frobenius norm, and what the top eigenvalues are made of (`layers`, for class labels and up to 3,000 rows
+    N (C − 1)). Of every pair of networks of a variant: the overlap of their eigenspaces (`compare`).
+
+    Args:
+        variants: name → independently trained networks, one or more each, layers of the same name being compared.
+        seed: of random vectors.
+        progress: called with what is being measured.
+
+    Raises:
+        OptionError: no variants, or one without networks.
+        ShapeError: networks of one variant that differ in their parameters.
+        LossError, CurvatureError, MemoryBudgetError: as for `kronecker`.
+
+    Cost: that of `dissect`, `kronecker` and `layers` for each network, and of `compare` for each pair.
+
+    Source: Wu et al. 2020, arXiv 2010.04261, sections 3–5 and appendices, for batch norm, random labels and
+    networks at initialisation.
+    """
+    began = time.perf_counter()
+    if not variants or not all(len(networks) for networks in variants.values()):
+        raise OptionError("study needs variants, each with at least one network.")
+    found: dict[str, list[dict[str, dict[str, float]]]] = {}
+    for variant, networks in variants.items():
+        samples = []
+        for number, problem in enumerate(networks):
+            _say(progress, f"{variant}, network {number + 1} of {len(networks)}")
+            samples.append(_of_network(problem, seed))
+        for one, other in itertools.combinations(networks, 2):
+            _say(progress, f"{variant}, eigenspaces of two networks")
+            samples.append(_of_pair(one, other, seed))
+        found[variant] = samples
+    names = list(dict.fromkeys(layer for samples in found.values() for one in samples for layer in one))
+    most = max(len(samples) for samples in found.values())
+    values = torch.full((len(found), len(names), len(MEASURES), most), torch.nan, dtype=torch.float64)
+    for v, samples in enumerate(found.values()):
+        for s, sample in enumerate(samples):
+            for layer, measured in sample.items():
+                for key, value in measured.items():
+                    values[v, names.index(layer), list(MEASURES).index(key), s] = value
+    widest = max(len(networks) for networks in variants.values())
+    losses, accuracies = (torch.full((len(found), widest), torch.nan, dtype=torch.float64) for _ in range(2))
+    for v, networks in enumerate(variants.values()):
+        for n, problem in enumerate(networks):
+            losses[v, n], accuracies[v, n] = problem.loss(), problem.accuracy()
+    return Study(
+        tuple(found), tuple(names), MEASURES, values, losses, accuracies, time.perf_counter() - began
+    )
+
+
+def _say(progress: Callable[[str], object] | None, text: str) -> None:
+    if progress is not None:
+        progress(text)
+
+
+def _of_network(problem: Problem, seed: int) -> dict[str, dict[str, float]]:
+    """Layer → measures of one network."""
+    inner = max(1, problem.num_classes - 1)
+    found: dict[str, dict[str, float]] = {}
+    for name, layer in dissect(problem, num=inner + 1, num_whole=0, seed=seed).items():
+        found[name] = {
+            "input_ratio": layer.input_ratio,
+            "input_alignment": layer.input_alignment,
+            "gap": _ratio(layer.values, inner),
+            "output_gap": _ratio(layer.output_values, inner),
+            "rank_one": float(layer.rank_one[:inner].mean()),
+            "closed_form": layer.closed_form,
+        }
+    is_classifier = isinstance(problem.loss_function, CrossEntropy)
+    kinds = ("kfac", "cfac") if is_classifier else ("kfac",)
+    for name, measured in _of_factors(problem, kinds, inner, seed):
+        found.setdefault(name, {}).update(measured)
+    if is_classifier and problem.num_examples * inner <= MOST_ROWS:
+        for entry in layers(problem, hessian=False):
+            if entry.name in found:
+                found[entry.name] |= _part_shares(
+                    entry.gradients.values[:inner], entry.gradients.shares[:inner]
+                )
+    return found
+
+
+def _of_factors(
+    problem: Problem, kinds: tuple[str, ...], inner: int, seed: int
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """How far Kronecker-factored approximations are from each layer's block of G."""
+    blocks = Blocks(problem, kinds)
+    for name, exact in blocks:
+        dense = dense_spectrum(exact, inner)
+        norm = norm_of(exact, problem.memory) if dense is None else float(dense[0].norm())
+        if not norm:
+            continue
+        space = top_pairs(exact, inner, seed)[1] if dense is None else dense[2]
+        measured = {
+            f"{kind}_error": relative_error(exact, norm, operator.blocks[name])
+            for kind, operator in blocks.approximations.items()
+        }
+        if space.shape[1] == inner:
+            measured["kfac_overlap"] = overlap(space, blocks.factors.blocks[name].decomposed.top(inner)[1])
+        yield name, measured
+
+
+def _ratio(values: Tensor, inner: int) -> float:
+    """λ_{C−1}/λ_C; NaN where the latter is zero up to rounding."""
+    tiny = ROUNDING * float(values[0])
+    return (
+        float(values[inner - 1] / values[inner]) if len(values) > inner and values[inner] > tiny else math.nan
+    )
+
+
+def _part_shares(values: Tensor, shares: Tensor) -> dict[str, float]:
+    """Of class, and of class and logit together, in the sum of the largest eigenvalues."""
+    weighted = (values[:, None] * shares).nansum(0) / values.sum()
+    return {"class_share": float(weighted[0]), "means_share": float(weighted[:2].sum())}
+
+
+def _of_pair(one: Problem, other: Problem, seed: int) -> dict[str, dict[str, float]]:
+    """Layer → overlaps of the eigenspaces of two networks."""
+    found = {}
+    for layer in compare(one, other, num_whole=0, seed=seed):
+        at = min(layer.outputs, len(layer.ks)) - 1
+        found[layer.name] = {"shared": float(layer.measured[at]), "shared_peak": layer.peak[1]}
+    return found

@@ -1,0 +1,61 @@
+"""Charts of a study: a measure of every layer, variant by variant."""
+
+from __future__ import annotations
+
+import altair as alt
+import xarray as xr
+
+from deepspectra.report.drawing import INK, WIDTH, Row, blank, colour, finished, holds, require, rows
+from deepspectra.report.layer_charts import depth_axis
+from deepspectra.report.text import json_attribute
+
+VARIANT_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+FIRST = "input_ratio"  # the measure that is shown before another is chosen
+
+
+def study_measures(dataset: xr.Dataset) -> alt.LayerChart:
+    """A measure of every layer, to choose: means over networks as lines, networks as points."""
+    require(dataset, "study")
+    labels = json_attribute(dataset, "measures")
+    variants = [str(name) for name in dataset["variant"].values]
+    table = [row | {"label": row["variant"]} for row in rows(dataset, "study")]
+    present = [key for key in labels if any(row["measured"] == key for row in table)]
+    choice = alt.param(
+        name="measured_shown",
+        value=FIRST if FIRST in present else present[0],
+        bind=alt.binding_select(options=present, labels=[labels[key] for key in present], name="measure "),
+    )
+    colours = {name: VARIANT_COLOURS[j % len(VARIANT_COLOURS)] for j, name in enumerate(variants)}
+    base = (
+        blank(table)
+        .transform_filter("datum.measured === measured_shown")
+        .encode(x=depth_axis(dataset), color=colour(variants, {}, colours or {"": INK}))
+    )
+    y = alt.Y("study:Q", title="chosen measure", scale=alt.Scale(zero=False))
+    lines = base.mark_line(strokeWidth=1.6).encode(y=y.aggregate("mean"))
+    points = base.mark_point(filled=True, size=45, opacity=0.75).encode(
+        y=y,
+        tooltip=[
+            alt.Tooltip("layer:N", title="layer"),
+            alt.Tooltip("variant:N", title="variant"),
+            alt.Tooltip("study:Q", title="value", format=".3~g"),
+        ],
+    )
+    return finished(alt.layer(lines, points).add_params(choice), width=WIDTH, height=300)
+
+
+def means(dataset: xr.Dataset) -> dict[tuple[str, str], Row]:
+    """(layer, variant) → measure → mean over networks."""
+    if not holds(dataset, "study"):
+        return {}
+    sums: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in rows(dataset, "study"):
+        entry = sums.setdefault((row["layer"], row["variant"]), {})
+        entry.setdefault(row["measured"], []).append(row["study"])
+    return {
+        place: {key: sum(values) / len(values) for key, values in entry.items()}
+        for place, entry in sums.items()
+    }
+
+
+STUDY_CHARTS = {"study_measures": study_measures}

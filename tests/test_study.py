@@ -1,0 +1,146 @@
+"""What changes from one kind of network to another: measures against the functions that they come from."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import deepspectra as ds
+from deepspectra import zoo
+from deepspectra.analysis.study import MEASURES
+from deepspectra.apps.study import STUDIES, sentences, study_dataset
+from deepspectra.errors import OptionError, ShapeError
+from nets import labels
+
+SHAPE = (1, 4, 4)
+
+
+def network(seed: int, *, batch_norm: bool = False) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+    if batch_norm:
+        model = zoo.normalised(model, SHAPE)
+        model(torch.rand(40, *SHAPE))
+    return model.eval()
+
+
+def problem(seed: int, **options: bool) -> ds.Problem:
+    torch.manual_seed(9)
+    return ds.Problem(network(seed, **options).double(), (torch.rand(30, *SHAPE).double(), labels(30, 3)))
+
+
+@pytest.fixture(scope="module")
+def found():
+    return ds.study(
+        {"plain": [problem(0), problem(1)], "batch norm": [problem(j, batch_norm=True) for j in (0, 1)]}
+    )
+
+
+def test_measures_are_those_of_the_functions_they_come_from(found) -> None:
+    assert found.variants == ("plain", "batch norm")
+    assert found.layers == ("1", "3")
+    assert found.values.shape == (2, 2, len(MEASURES), 3)
+    dissected = [ds.dissect(problem(j), num=3) for j in (0, 1)]
+    for layer in found.layers:
+        assert found.of("plain", layer, "input_ratio").tolist() == pytest.approx(
+            [some[layer].input_ratio for some in dissected]
+        )
+        assert found.of("plain", layer, "gap").tolist() == pytest.approx(
+            [float(some[layer].values[1] / some[layer].values[2]) for some in dissected]
+        )
+        quality = ds.kronecker_quality(problem(0), ("kfac", "cfac"), ks=(2,))[layer]
+        assert float(found.of("plain", layer, "kfac_error")[0]) == pytest.approx(
+            quality.fits["kfac"].frobenius
+        )
+        assert float(found.of("plain", layer, "cfac_error")[0]) == pytest.approx(
+            quality.fits["cfac"].frobenius
+        )
+        together = ds.compare(problem(0, batch_norm=True), problem(1, batch_norm=True))[layer]
+        at = min(together.outputs, len(together.ks)) - 1
+        shared = found.of("batch norm", layer, "shared")
+        assert shared.tolist() == pytest.approx([float(together.measured[at])])
+        gradients = ds.layers(problem(0))[layer].gradients
+        expected = gradients.values[:2] @ gradients.shares[:2, 0] / gradients.values[:2].sum()
+        assert float(found.of("plain", layer, "class_share")[0]) == pytest.approx(float(expected))
+        assert bool(
+            (found.of("plain", layer, "means_share") >= found.of("plain", layer, "class_share")).all()
+        )
+    assert not len(found.of("plain", "3", "output_gap"))  # τ_C is zero: the outputs' curvature has rank C − 1
+    assert found.losses.tolist()[0] == pytest.approx([problem(0).loss(), problem(1).loss()])
+    assert found.accuracies.tolist()[1][0] == pytest.approx(problem(0, batch_norm=True).accuracy())
+
+
+def test_it_says_what_falls_and_what_rises(found) -> None:
+    said = sentences(found)
+    ratios = [
+        torch.stack([found.of(v, layer, "input_ratio").mean() for layer in found.layers]).mean()
+        for v in found.variants
+    ]
+    assert said[0].startswith("From plain to batch norm")
+    assert f"{float(ratios[0]):.3g}, then {float(ratios[1]):.3g}" in said[1]
+    assert str(found).count("batch norm") >= 3
+    dataset = study_dataset(found, problem(0), name="batch-norm", model="small", data="noise")
+    assert dataset["study"].dims == ("variant", "layer", "measured", "sample")
+    assert dataset.attrs["title"] == "Study of batch-norm: small on noise"
+    assert "accuracy" not in dataset.attrs
+
+
+def test_one_network_of_any_convex_loss_has_fewer_measures() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+    regression = ds.Problem(model, (torch.randn(20, 4).double(), torch.randn(20, 2).double()), loss="mse")
+    found = ds.study({"alone": [regression]})
+    assert len(found.of("alone", "0", "kfac_error")) == 1
+    for measure in ("cfac_error", "class_share", "shared"):
+        assert not len(found.of("alone", "0", measure))
+    assert math.isnan(float(found.accuracies[0, 0]))
+    assert sentences(found) == ["2 layers of alone."]
+
+
+def test_bad_variants_are_refused() -> None:
+    with pytest.raises(OptionError, match="at least one network"):
+        ds.study({})
+    with pytest.raises(OptionError, match="at least one network"):
+        ds.study({"plain": []})
+    torch.manual_seed(0)
+    other = nn.Sequential(nn.Flatten(), nn.Linear(16, 7), nn.ReLU(), nn.Linear(7, 3)).double()
+    odd = ds.Problem(other, (torch.rand(9, *SHAPE).double(), labels(9, 3)))
+    with pytest.raises(ShapeError, match="same parameters"):
+        ds.study({"plain": [problem(0), odd]})
+
+
+def test_batch_norm_after_every_relu_keeps_names_and_centres_features() -> None:
+    plain = zoo.build("lenet", input_shape=(1, 8, 8), num_classes=10)
+    changed = zoo.normalised(zoo.build("lenet", input_shape=(1, 8, 8), num_classes=10), (1, 8, 8))
+    assert {n: p.shape for n, p in plain.named_parameters()} == {
+        n: p.shape for n, p in changed.named_parameters()
+    }
+    seen = []
+    changed.fc2.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    changed(torch.randn(50, 1, 8, 8))
+    assert seen[0].mean(0).abs().max() < 1e-5
+    live = seen[0].std(0) > 0.1  # units that never fire stay zero
+    assert live.any()
+    assert (seen[0].std(0, correction=0)[live] - 1).abs().median() < 1e-2
+    with pytest.raises(OptionError, match="batch norm already"):
+        zoo.normalised(changed, (1, 8, 8))
+    with pytest.raises(OptionError, match="0 ReLU modules"):
+        zoo.normalised(zoo.build("transformer", input_shape=(1, 8, 8), num_classes=10), (1, 8, 8))
+
+
+def test_random_labels_are_drawn_once() -> None:
+    data = zoo.load("digits", per_class=20)
+    one, again, other = data.relabelled(0), data.relabelled(0), data.relabelled(1)
+    assert torch.equal(one.targets, again.targets)
+    assert not torch.equal(one.targets, other.targets)
+    assert one.inputs is data.inputs
+    assert one.name == "digits, random labels"
+    assert float((one.targets == data.targets).double().mean()) < 0.25
+    assert set(one.targets.tolist()) == set(range(10))
+
+
+def test_there_are_three_studies() -> None:
+    assert list(STUDIES) == ["batch-norm", "random-labels", "initialisation"]

@@ -150,6 +150,51 @@ def test_the_khatri_rao_claim_is_measured_by_its_definition(name: str) -> None:
                 )
 
 
+@pytest.mark.parametrize("name", ["relu_mlp", "conv_pool", "absent_class", "class_weights"])
+def test_gradients_without_the_mean_feature(name: str) -> None:
+    """Against gradients to a weight less Σ e ⊗ h̄, where Σ e is the gradient to its bias."""
+    case, ref = case_and_reference(name)
+    starts, at = {}, 0
+    for key, value in ref.parameters.items():
+        starts[key], at = (at, value.numel()), at + value.numel()
+    modules = dict(case.model.named_modules())
+    for layer in ds.layers(case.problem()):
+        module = modules[layer.name]
+        assert isinstance(module, (nn.Linear, nn.Conv2d))
+        inputs, _ = inputs_and_errors(ref, module)
+        if isinstance(module, nn.Conv2d):
+            images = inputs.view(len(inputs), module.in_channels, -1)
+            side = math.isqrt(images.shape[2])
+            patches = torch.nn.functional.unfold(
+                images.view(*images.shape[:2], side, side), module.kernel_size
+            )
+            features = patches.mT
+        else:
+            features = inputs[:, None]
+        counts = (ref.weights.sum(1) > 0).double()  # rows of classes with weight
+        mean = (counts[:, None, None] * features).sum((0, 1)) / (counts.sum() * features.shape[1])
+        (start, size), (begin, num) = starts[f"{layer.name}.weight"], starts[f"{layer.name}.bias"]
+        rows, summed = ref.rows[:, start : start + size], ref.rows[:, begin : begin + num]
+        centred = rows - torch.einsum("ro,d->rod", summed, mean).flatten(1)
+        scale = float(descending(centred.T @ centred)[0])
+        assert layer.centred is not None
+        assert agrees(layer.centred.values, centred.T @ centred, scale)
+        for part in FIVE:
+            expected = centred.T @ ref.projections[part] @ centred
+            assert agrees(layer.centred.parts[part], expected, scale)
+
+
+def test_logit_means_of_constant_features_are_products_with_them() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+    x = torch.randn(1, 4).double().expand(12, 4).contiguous()
+    (layer,) = ds.layers(ds.Problem(model, (x, labels(12, 3))))
+    assert layer.khatri_rao is not None
+    assert error(layer.khatri_rao.logit_cosine, torch.ones(3).double()) < 1e-12
+    assert layer.centred is not None
+    assert float(layer.centred.values[0]) < 1e-12 * float(layer.gradients.values[0])
+
+
 def simplex(num_classes: int) -> Tensor:
     return torch.eye(num_classes, dtype=torch.float64) - 1 / num_classes
 

@@ -65,9 +65,9 @@ def test_measures_are_those_of_the_functions_they_come_from(found) -> None:
         gradients = ds.layers(problem(0))[layer].gradients
         expected = gradients.values[:2] @ gradients.shares[:2, 0] / gradients.values[:2].sum()
         assert float(found.of("plain", layer, "class_share")[0]) == pytest.approx(float(expected))
-        assert bool(
-            (found.of("plain", layer, "means_share") >= found.of("plain", layer, "class_share")).all()
-        )
+        centred = ds.layers(problem(0))[layer].centred
+        expected = centred.values[:2] @ centred.shares[:2, 1] / centred.values[:2].sum()
+        assert float(found.of("plain", layer, "centred_logit_share")[0]) == pytest.approx(float(expected))
     assert not len(found.of("plain", "3", "output_gap"))  # τ_C is zero: the outputs' curvature has rank C − 1
     assert found.losses.tolist()[0] == pytest.approx([problem(0).loss(), problem(1).loss()])
     assert found.accuracies.tolist()[1][0] == pytest.approx(problem(0, batch_norm=True).accuracy())

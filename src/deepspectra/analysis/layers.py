@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from deepspectra.analysis.blocks import SMALL
 from deepspectra.analysis.collapse import Collapse, collapse_of
 from deepspectra.analysis.gram import EigenBasis, GramSpectrum, spectrum_of
 from deepspectra.analysis.kronecker import KroneckerQuality, kronecker_quality
@@ -39,11 +40,15 @@ CHUNK_BYTES = 2**28  # of gradients of means that are compared at a time
 class KhatriRao:
     """How well products of means stand for means of products: h_c ⊗ e_c for g_c, h_c ⊗ e_{c,k} for g_{c,k}.
 
+    And h̄ ⊗ e_k for the logit means: if every class has the same mean feature h̄, what is left of the mean gradients
+    of a potential class k is the common feature times its mean error.
+
     Attributes:
         class_cosine: (C,) cosine between g_c and h_c ⊗ e_c; NaN for an absent class.
         class_error: (C,) ‖g_c − h_c ⊗ e_c‖ / ‖g_c‖.
         cross_cosine: (C, C) of the cells (c, k).
         cross_error: (C, C).
+        logit_cosine: (C,) cosine between the logit mean g_k = Σ_{c≠k} w_{c,k} g_{c,k}/Σ w and h̄ ⊗ e_k.
 
     Source: Papyan 2020, JMLR 21:252, section 6, as a claim; the measurement is this library's.
     """
@@ -52,6 +57,7 @@ class KhatriRao:
     class_error: Tensor
     cross_cosine: Tensor
     cross_error: Tensor
+    logit_cosine: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class Layer:
         khatri_rao: see there; None where a parameter is used several times.
         collapse: see there; None without features.
         hessian: spectrum of the layer's block of H; None unless asked for, or without second derivatives.
+        centred: spectrum of the gradients to the matrix or kernel with h − h̄ in place of the features h: what G's
+            block would be without the mean feature; None where `khatri_rao` is, and for more than 3,000 rows.
     """
 
     name: str
@@ -80,6 +88,7 @@ class Layer:
     khatri_rao: KhatriRao | None
     collapse: Collapse | None
     hessian: LayerHessian | None = None
+    centred: GramSpectrum | None = None
 
 
 @dataclass(frozen=True)
@@ -259,6 +268,9 @@ def _layer(name: str, uses: list[list[Use]], parts: Decomposition, bases: dict[s
         gradients=_gradient_spectrum(uses, bases, size, parts, name),
         khatri_rao=_khatri_rao([batch[0] for batch in matrices], parts, bases) if single else None,
         collapse=None if features is None else collapse_of(features, rows, name),
+        centred=_centred_spectrum([batch[0] for batch in matrices], parts, bases, name)
+        if single and len(bases["means"]) <= SMALL
+        else None,
     )
 
 
@@ -311,6 +323,33 @@ def _feature_spectrum(features: Tensor, parts: Decomposition, name: str) -> Gram
     return _row_spectrum(scaled, averages, FEATURE_PARTS, parts, f"features of {name}")
 
 
+def _centred_spectrum(
+    uses: list[Matrix], parts: Decomposition, bases: dict[str, Tensor], name: str
+) -> GramSpectrum:
+    """Of Σ_t e_t (h_t − h̄)ᵀ, from inner products.
+
+    With s = Σ_t e_t and q = Σ_t e_t (h_tᵀh̄) they are those of the gradients, less s qᵀ and its transpose, plus
+    ‖h̄‖² s sᵀ.
+    """
+    began = time.perf_counter()
+    mean = _mean_features(uses, parts).mean(0)
+    pairs = [_summed(use, mean) for use in uses]
+    s, q = (torch.cat([pair[j] for pair in pairs]).double() for j in range(2))
+    gram = gram_of([[[use] for use in uses]])
+    gram += float(mean.double().square().sum()) * (s @ s.T) - s @ q.T - q @ s.T
+    size = uses[0].slice.numel
+    basis = EigenBasis.of_gram(gram, bases, size, torch.finfo(parts.problem.dtype).eps)
+    provenance = _provenance(parts.problem, f"gradients of {name} with centred features", size)
+    return spectrum_of(basis, tuple(parts), provenance, began)
+
+
+def _summed(use: Matrix, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_t e_t and Σ_t e_t (h_tᵀ h̄), (B·J, o) each."""
+    along = torch.einsum("btd,d->bt", use.features(), mean)
+    weighted = torch.einsum("bjot,bt->bjo", use.errors, along)
+    return use.errors.sum(3).flatten(0, 1), weighted.flatten(0, 1)
+
+
 def _khatri_rao(uses: list[Matrix], parts: Decomposition, bases: dict[str, Tensor]) -> KhatriRao:
     """Means of gradients against products of means of features and errors."""
     member = membership(parts.rows)
@@ -344,7 +383,35 @@ def _khatri_rao(uses: list[Matrix], parts: Decomposition, bases: dict[str, Tenso
         for table, row, values in zip(classes, cells, (cosines, errors), strict=True):
             table[c] = float(values[0])
             row[c, other] = values[1:].double().cpu()
-    return KhatriRao(classes[0], classes[1], cells[0], cells[1])
+    logits = _logit_cosines(uses, sizes, parts, means)
+    return KhatriRao(classes[0], classes[1], cells[0], cells[1], logits)
+
+
+def _logit_cosines(uses: list[Matrix], sizes: list[int], parts: Decomposition, means: Tensor) -> Tensor:
+    """(C,) cosines between logit means and h̄ ⊗ e_k; `means` (R, C, C) are the columns of the cells' averages."""
+    feature = _mean_features(uses, parts)
+    weights = parts.projections.cell_weights
+    num_classes = len(weights)
+    found = torch.full((num_classes,), torch.nan, dtype=torch.float64)
+    for k in range(num_classes):
+        others = [c for c in range(num_classes) if c != k and float(weights[c, k]) > 0]
+        if not others:
+            continue
+        column = means[:, others, k] @ weights[others, k].sqrt().to(means)[:, None]
+        gradient, product = _pair(uses, sizes, column, feature)
+        scale = gradient.norm() * product.norm()
+        found[k] = float((gradient * product).sum() / scale.clamp_min(torch.finfo(gradient.dtype).tiny))
+    return found
+
+
+def _mean_features(uses: list[Matrix], parts: Decomposition) -> Tensor:
+    """(T, d) over rows that count."""
+    weight = counted(parts.rows)
+    share = weight / weight.sum()
+    return sum(  # type: ignore[return-value]
+        torch.einsum("b,btd->td", some.to(use.errors), use.features())
+        for some, use in zip(torch.split(share, [use.num_examples for use in uses]), uses, strict=True)
+    )
 
 
 def _pair(uses: list[Matrix], sizes: list[int], columns: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from deepspectra.algorithms.subspace import overlap
 from deepspectra.analysis.blocks import Blocks, dense_spectrum, top_pairs
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.dissect import dissect
+from deepspectra.analysis.gram import GramSpectrum
 from deepspectra.analysis.kronecker import norm_of, relative_error
 from deepspectra.analysis.layers import layers
 from deepspectra.errors import OptionError
@@ -32,7 +33,10 @@ MEASURES = {
     "cfac_error": "‖G − Σ S_c⊗A_c‖_F/‖G‖_F",
     "kfac_overlap": "overlap of the top C − 1 of S⊗A and G",
     "class_share": "class means in the top C − 1 eigenvalues",
-    "means_share": "class and logit means in them",
+    "logit_share": "logit means in them",
+    "centred_class_share": "class means in them without the mean feature",
+    "centred_logit_share": "logit means in them without the mean feature",
+    "logit_product": "cosine of logit means and h̄ ⊗ e_k",
     "shared": "overlap between networks at k = m",
     "shared_peak": "its highest",
 }
@@ -175,10 +179,13 @@ def _of_network(problem: Problem, seed: int) -> dict[str, dict[str, float]]:
         found.setdefault(name, {}).update(measured)
     if is_classifier and problem.num_examples * inner <= MOST_ROWS:
         for entry in layers(problem, hessian=False):
-            if entry.name in found:
-                found[entry.name] |= _part_shares(
-                    entry.gradients.values[:inner], entry.gradients.shares[:inner]
-                )
+            if entry.name not in found:
+                continue
+            found[entry.name] |= _part_shares(entry.gradients, inner)
+            if entry.centred is not None and entry.khatri_rao is not None:
+                shares = _part_shares(entry.centred, inner)
+                found[entry.name] |= {f"centred_{key}": value for key, value in shares.items()}
+                found[entry.name]["logit_product"] = float(entry.khatri_rao.logit_cosine.nanmean())
     return found
 
 
@@ -210,10 +217,11 @@ def _ratio(values: Tensor, inner: int) -> float:
     )
 
 
-def _part_shares(values: Tensor, shares: Tensor) -> dict[str, float]:
-    """Of class, and of class and logit together, in the sum of the largest eigenvalues."""
-    weighted = (values[:, None] * shares).nansum(0) / values.sum()
-    return {"class_share": float(weighted[0]), "means_share": float(weighted[:2].sum())}
+def _part_shares(spectrum: GramSpectrum, num: int) -> dict[str, float]:
+    """Of class means and of logit means in the sum of the largest eigenvalues."""
+    values = spectrum.values[:num]
+    weighted = (values[:, None] * spectrum.shares[:num]).nansum(0) / values.sum()
+    return {f"{part}_share": float(weighted[spectrum.part_names.index(part)]) for part in ("class", "logit")}
 
 
 def _of_pair(one: Problem, other: Problem, seed: int) -> dict[str, dict[str, float]]:

@@ -15,9 +15,9 @@ from deepspectra.analysis.layers import Layer, Layers
 from deepspectra.apps.pages import page_attributes
 from deepspectra.problem import Problem
 
-KINDS = ("features", "errors", "gradients")
+KINDS = ("features", "errors", "gradients", "centred")
 PARTS = ("mean", "class", "logit", "interaction", "within", "true")
-STATISTICS = ("class_cosine", "class_error", "cross_cosine", "cross_error")
+STATISTICS = ("class_cosine", "class_error", "cross_cosine", "cross_error", "logit_cosine")
 MEASURES = ("nc1", "nc2_norms", "nc2_angles", "nc2_simplex", "nc3", "nc4")
 FITS = ("frobenius", "cosine", "spectral", "decades", "trace")
 MOST_RANKS = 60  # eigenvalues kept of each spectrum
@@ -150,7 +150,7 @@ def _kronecker(found: Layers) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _spectra(layer: Layer) -> tuple[GramSpectrum | None, ...]:
-    return layer.features, layer.errors, layer.gradients
+    return layer.features, layer.errors, layer.gradients, layer.centred
 
 
 def sentences(found: Layers) -> list[str]:
@@ -181,10 +181,40 @@ def sentences(found: Layers) -> list[str]:
             f"Products of class means h ⊗ e stand for class means of gradients (cosine at least {EXPLAINED}) in "
             f"{good} of {len(products)} layers; the mean cosine runs from {min(cosines):.2f} to {max(cosines):.2f}."
         )
-    lines += _hessian_sentence(found)
+    lines += _centred_sentence(found) + _hessian_sentence(found)
     if found.kronecker is not None and len(found.kronecker):
         lines.append(_best_fit(found.kronecker))
     return lines
+
+
+def _centred_sentence(found: Layers) -> list[str]:
+    """What the mean feature does: whether it makes the logit means, and what class means carry without it."""
+    layers = [layer for layer in found.layers if layer.centred is not None and layer.khatri_rao is not None]
+    if not layers:
+        return []
+    before, after = (
+        {part: sum(_top_share(one, part) for one in spectra) / len(layers) for part in ("logit", "class")}
+        for spectra in (
+            [layer.gradients for layer in layers],
+            [layer.centred for layer in layers if layer.centred is not None],
+        )
+    )
+    cosines = [float(layer.khatri_rao.logit_cosine.nanmean()) for layer in layers if layer.khatri_rao]
+    return [
+        "Without the mean feature the logit means' share of each layer's top C − 1 eigenvalues would be "
+        f"{after['logit']:.0%} in place of {before['logit']:.0%}, and the class means' {after['class']:.0%} in "
+        f"place of {before['class']:.0%}; logit means are products h̄ ⊗ e with a mean cosine of "
+        f"{sum(cosines) / len(cosines):.2f}."
+    ]
+
+
+def _top_share(spectrum: GramSpectrum, part: str) -> float:
+    """Of a part in the sum of as many top eigenvalues as there are class means."""
+    top = len(spectrum.parts["class"])
+    if part not in spectrum.part_names:
+        return math.nan
+    values, shares = spectrum.values[:top], spectrum.shares[:top, spectrum.part_names.index(part)]
+    return float((values * shares).nansum() / values.sum())
 
 
 def _hessian_sentence(found: Layers) -> list[str]:

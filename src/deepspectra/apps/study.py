@@ -20,7 +20,7 @@ TOLD = (
     "kfac_error",
     "kfac_overlap",
     "class_share",
-    "means_share",
+    "logit_share",
     "shared",
 )  # in the verdict
 

@@ -191,7 +191,8 @@ LAYERS_CAPTION = (
     "The largest eigenvalues of every layer: of the second moment of its features (what enters), of its "
     "backpropagated errors (what comes back to its output), and of its block of G. Each dash is one "
     "eigenvalue in the colour of the part that has most of it; all are exact. Outliers stand apart from "
-    "the dashes below them."
+    "the dashes below them. “Without the mean feature” is what the gradients of a layer would be if the "
+    "features that enter it had mean zero."
 )
 LAYER_DENSITIES_CAPTION = (
     "The density of the eigenvalues of each layer's diagonal block of G, exact, per decade of λ and without its "
@@ -207,7 +208,8 @@ LAYER_TRACES_CAPTION = (
 PRODUCTS_CAPTION = (
     "Whether means of gradients are products of means: the cosine between g_c and h_c ⊗ e_c (class means) "
     "and between g_{c,k} and h_c ⊗ e_{c,k} (cross-class means), averaged over classes or pairs; bars are "
-    "one standard deviation. At 1 the two agree up to length."
+    "one standard deviation. At 1 the two agree up to length. Logit means are compared with h̄ ⊗ e_k: where these "
+    "agree, it is the mean feature that makes them."
 )
 
 COLLAPSE_CAPTION = (

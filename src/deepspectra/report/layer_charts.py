@@ -25,9 +25,22 @@ from deepspectra.report.drawing import (
 )
 
 LAYER_COLOURS = {**PART_COLOURS, "mean": "#7a7a7a"}
-KIND_LABELS = {"features": "Features", "errors": "Backpropagated errors", "gradients": "Gradients"}
-STATISTIC_LABELS = {"class_cosine": "class means", "cross_cosine": "cross-class means"}
-STATISTIC_COLOURS = {"class_cosine": PART_COLOURS["class"], "cross_cosine": "#882255"}
+KIND_LABELS = {
+    "features": "Features",
+    "errors": "Backpropagated errors",
+    "gradients": "Gradients",
+    "centred": "Gradients without the mean feature",
+}
+STATISTIC_LABELS = {
+    "class_cosine": "class means",
+    "cross_cosine": "cross-class means",
+    "logit_cosine": "logit means",
+}
+STATISTIC_COLOURS = {
+    "class_cosine": PART_COLOURS["class"],
+    "cross_cosine": "#882255",
+    "logit_cosine": PART_COLOURS["logit"],
+}
 MEASURE_LABELS = {
     "nc1": "NC1: scatter within classes over that between",
     "nc2_norms": "NC2: spread of the norms of class means",

@@ -198,6 +198,7 @@ def _collapse_table(dataset: xr.Dataset) -> str:
         "class_error": "its error",
         "cross_cosine": "cos g_ck, h⊗e",
         "cross_error": "error of that",
+        "logit_cosine": "cos g_k, h̄⊗e",
     }
     body: list[list[Cell]] = [
         [layer, *(values.get(name) for name in (*measures, *products))] for layer, values in found.items()

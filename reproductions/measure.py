@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import deepspectra as ds
 from deepspectra import zoo
@@ -18,9 +17,7 @@ SPARE_PAIRS = 3  # beyond the number of classes
 RTOL = 1e-2
 TEST_EXAMPLES = 2000
 EXACT_ROWS = 3000  # up to which the whole spectrum of G, and every layer, are computed
-DECADES = 3.0  # by which an eigenvalue that a knock-out removes counts as moved
 NETWORK_SIZE = {"mlp": None, "mlp-bn": None}  # others take images padded to 32
-BULK_SHARE = 0.5  # of the eigenvalues beyond the C² first that are called bulk: the larger half
 
 
 @dataclass(frozen=True)
@@ -93,38 +90,17 @@ def outliers_and_averages(problem: ds.Problem, num_classes: int) -> dict[str, An
 
 
 def regions(problem: ds.Problem, num_classes: int) -> dict[str, Any]:
-    """How far each knock-out moves outliers, bump and bulk of G, in decades of λ, from the exact spectrum.
-
-    Outliers are the first C − 1 eigenvalues, the bump those up to the C²-th, the bulk the larger half of the rest.
-    The shift is the mean of log10 λ_j / λ'_j over the ranks j of a region, which is the Wasserstein-1 distance of
-    the two sets of log λ; a rank that is gone counts as three decades.
-    """
-    spectrum = ds.gram_spectrum(problem, effects="two-way")
-    removals = {
-        "class": ("class", "true"),
-        "class + logit": ("class", "true", "logit"),
-        "interaction": ("interaction",),
-        "cross": ("logit", "interaction"),
-        "within": ("within",),
-    }
-    first, last = num_classes - 1, num_classes**2
-    end = last + int(BULK_SHARE * (len(spectrum.values) - last))
-    cuts = {"outliers": slice(0, first), "bump": slice(first, last), "bulk": slice(last, end)}
-    shifts: dict[str, dict[str, float]] = {}
-    for name, removed in removals.items():
-        left = spectrum.knockout(*removed)
-        shifts[name] = {region: shift(spectrum.values[cut], left[cut]) for region, cut in cuts.items()}
+    """How far each knock-out moves outliers, bump and bulk of G, in decades of λ, from the exact spectrum."""
+    found = ds.regions(problem, num_groups=0).whole
+    spectrum = ds.gram_spectrum(problem, effects="two-way", dtype=problem.dtype)
     return {
-        "shifts": shifts,
+        "shifts": {
+            name: dict(zip(found.regions, shifts, strict=True))
+            for name, shifts in zip(found.knockouts, found.values.tolist(), strict=True)
+        },
         "traces": dict(zip(spectrum.part_names, spectrum.traces.tolist(), strict=True)),
-        "exact_values": spectrum.values[: last + 1].tolist(),
+        "exact_values": spectrum.values[: num_classes**2 + 1].tolist(),
     }
-
-
-def shift(before: Tensor, after: Tensor) -> float:
-    """Mean of |log10 λ_j / λ'_j| over ranks, each at most three decades."""
-    ratio = before.clamp_min(torch.finfo(before.dtype).tiny) / after.clamp_min(torch.finfo(after.dtype).tiny)
-    return float(ratio.log10().abs().clamp_max(DECADES).mean())
 
 
 def by_layer(problem: ds.Problem) -> dict[str, Any]:

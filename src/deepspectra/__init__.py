@@ -16,6 +16,7 @@ from deepspectra.analysis.hierarchy import three_level_map
 from deepspectra.analysis.kronecker import kronecker_quality
 from deepspectra.analysis.layers import layers
 from deepspectra.analysis.means import class_means, principal_subspace
+from deepspectra.analysis.regions import regions
 from deepspectra.analysis.study import study
 from deepspectra.analysis.weights import weights
 from deepspectra.apps.analyze import Analysis, analyze, load
@@ -51,6 +52,7 @@ __all__ = [
     "load",
     "overlap",
     "principal_subspace",
+    "regions",
     "study",
     "three_level_map",
     "trace",

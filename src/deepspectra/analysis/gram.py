@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -85,13 +85,7 @@ class GramSpectrum:
         known += ["within"] if method == "subtraction" else []
         if not removed or not set(removed) <= set(known):
             raise OptionError(f"removed={removed}: name some of {', '.join(known)}.")
-        phi = [self._coordinates[name] for name in removed if name != "within"]
-        taken = torch.cat([self.values.new_zeros(len(self.values), 0), *phi], 1)
-        if "within" not in removed:
-            return _without(self.values, taken, method)
-        means = self._coordinates["means"]
-        left: Tensor = torch.linalg.eigvalsh(means @ means.T - taken @ taken.T).flip(0).clamp_min(0)
-        return left
+        return _knocked_out(self.values, self._coordinates, removed, method)
 
     def __str__(self) -> str:
         total = float(self.values.sum())
@@ -201,6 +195,10 @@ class EigenBasis:
             found, forms = torch.linalg.eigvalsh(gram).flip(0), phi.square().sum(1)
         return found[found > self.tiny], forms
 
+    def without(self, removed: Sequence[str]) -> Tensor:
+        """All eigenvalues, descending, after parts are subtracted."""
+        return _knocked_out(self.values, self.coordinates, removed, "subtraction")
+
 
 def spectrum_of(
     basis: EigenBasis, names: tuple[str, ...], provenance: Provenance, began: float
@@ -264,6 +262,19 @@ def gradient_pairs(
         rtol=float(missed / values.min()),
         provenance=provenance_of(parts),
     )
+
+
+def _knocked_out(
+    values: Tensor, coordinates: Mapping[str, Tensor], removed: Sequence[str], method: str
+) -> Tensor:
+    """All eigenvalues without the named parts, descending."""
+    phi = [coordinates[name] for name in removed if name != "within"]
+    taken = torch.cat([values.new_zeros(len(values), 0), *phi], 1)
+    if "within" not in removed:
+        return _without(values, taken, method)
+    means = coordinates["means"]
+    left: Tensor = torch.linalg.eigvalsh(means @ means.T - taken @ taken.T).flip(0).clamp_min(0)
+    return left
 
 
 def _without(values: Tensor, phi: Tensor, method: str) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepspectra.errors import CurvatureError, MemoryBudgetError
 from deepspectra.operators.base import Operator
-from deepspectra.operators.captures import layer_of
+from deepspectra.operators.captures import Complement, layer_of
 from deepspectra.operators.held import HeldRows
 from deepspectra.operators.projections import Projections, positive
 from deepspectra.operators.rows import GradientRows
@@ -170,7 +170,11 @@ def membership(rows: GradientRows) -> Tensor:
 
 def feature_averages(rows: GradientRows) -> dict[str, Tensor]:
     """B (N, r) of "mean", the average of all rows, of "class", class averages about it, and of "means", both."""
-    member = membership(rows)
+    return averages_of_members(membership(rows))
+
+
+def averages_of_members(member: Tensor) -> dict[str, Tensor]:
+    """The same for rows of which class each is (n, C), zero where one does not count."""
     by_class = (member / positive(member.sum(0)).sqrt())[:, member.any(0)]
     mean = (member.sum(1) / member.sum().sqrt())[:, None]
     return {"mean": mean, "class": by_class - mean @ (mean.T @ by_class), "means": by_class}
@@ -178,9 +182,17 @@ def feature_averages(rows: GradientRows) -> dict[str, Tensor]:
 
 def error_averages(rows: HeldRows, projections: Projections, names: tuple[str, ...]) -> dict[str, Tensor]:
     """B (R, r) of every part but "within", and of "means", for the reduced rows of errors and gradients."""
-    reduce = rows.complement.reduce
+    return reduced_averages(rows.complement, projections, names)
+
+
+def reduced_averages(
+    complement: Complement, projections: Projections, names: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """The same for any examples, given their C − 1 coordinates."""
     wanted = [*(name for name in names if name != "within"), "means"]
-    return {name: reduce(projections.expand(projections.basis(name))).flatten(0, 1) for name in wanted}
+    return {
+        name: complement.reduce(projections.expand(projections.basis(name))).flatten(0, 1) for name in wanted
+    }
 
 
 def _collect(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from reproductions import dissecting
 from reproductions.claims import judged, misclassification, page, spread, table
 from reproductions.measure import Run, measure
+
+from deepspectra import zoo
 
 DOCS = Path(__file__).parent.parent / "docs"
 REMOVED, METHODS = ("class", "class + logit", "interaction"), ("subtraction", "projection")
@@ -109,3 +113,18 @@ def test_a_network_is_measured_from_end_to_end(tmp_path: Path) -> None:
     assert found["shifts"]["within"]["bulk"] == 3
     assert json.loads(json.dumps(found))
     assert "mlp | digits" in page([found])
+
+
+def test_layers_are_dissected_and_set_beside_published_numbers() -> None:
+    build = partial(zoo.mlp, widths=(8,))
+    run = dissecting.Run("784-200-200-10, mnist", "batch-norm", build, "digits", None, 4, 2)
+    record = dissecting.measure(run, Path())
+    assert record == json.loads(json.dumps(record))
+    assert list(record["values"]) == ["plain", "batch norm"]
+    assert list(record["values"]["plain"]) == ["fc1", "fc2"]
+    text = dissecting.page([record])
+    ratio = record["values"]["plain"]["fc2"]["input_ratio"]
+    assert f"{sum(ratio) / 2:.3g} (12.3)" in text  # published for this network and layer
+    counted = [line for line in text.splitlines() if line.startswith("- ")]
+    assert sum(int(line.split(" in ")[1].split(" ")[0]) for line in counted) == 4
+    assert list(dissecting.RUNS)[1] == "lenet-mnist-batch-norm"

@@ -30,6 +30,7 @@ MEASURES = {
     "rank_one": "σ₁/‖·‖_F of the top C − 1 eigenvectors",
     "closed_form": "overlap of E[M]'s top C − 1 with their closed form",
     "kfac_error": "‖G − S⊗A‖_F/‖G‖_F",
+    "ekfac_error": "the same with G's diagonal in the eigenbasis of S⊗A",
     "cfac_error": "‖G − Σ S_c⊗A_c‖_F/‖G‖_F",
     "kfac_overlap": "overlap of the top C − 1 of S⊗A and G",
     "class_share": "class means in the top C − 1 eigenvalues",
@@ -174,7 +175,7 @@ def _of_network(problem: Problem, seed: int) -> dict[str, dict[str, float]]:
             "closed_form": layer.closed_form,
         }
     is_classifier = isinstance(problem.loss_function, CrossEntropy)
-    kinds = ("kfac", "cfac") if is_classifier else ("kfac",)
+    kinds = ("kfac", "ekfac", "cfac") if is_classifier else ("kfac", "ekfac")
     for name, measured in _of_factors(problem, kinds, inner, seed):
         found.setdefault(name, {}).update(measured)
     if is_classifier and problem.num_examples * inner <= MOST_ROWS:

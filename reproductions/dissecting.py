@@ -1,0 +1,262 @@
+"""Measure the claims on layers and Kronecker factors, and write them beside the published numbers.
+
+python -m reproductions.dissecting --data-root DIR [--runs lenet-cifar10-batch-norm ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+import deepspectra as ds
+from deepspectra import zoo
+from deepspectra.apps.study import STUDIES, Variant
+from reproductions.claims import table
+
+HERE = Path(__file__).parent.parent / "docs"
+RECORDS, PAGE = HERE / "dissecting.jsonl", HERE / "dissecting.md"
+NETWORKS = 2  # trainings of each variant
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One study of one network. Training is the paper's: SGD without momentum or weight decay."""
+
+    name: str
+    study: str
+    build: Callable[..., nn.Module]
+    data: str
+    side: int | None
+    per_class: int
+    epochs: int
+    learning_rate: float = 0.01
+    batch_size: int = 16
+
+
+def _runs() -> dict[str, Run]:
+    small = partial(zoo.mlp, widths=(200, 200))
+    runs = [
+        Run("784-200-200-10, mnist", "batch-norm", small, "mnist", None, 100, 60),
+        Run("lenet, mnist", "batch-norm", zoo.lenet, "mnist", 32, 100, 60),
+        Run("lenet, cifar10", "batch-norm", zoo.lenet, "cifar10", None, 100, 150),
+        Run("lenet, cifar10", "random-labels", zoo.lenet, "cifar10", None, 100, 150),
+        Run("784-200-200-10, mnist", "initialisation", small, "mnist", None, 100, 60),
+    ]
+    return {f"{run.name.replace(', ', '-')}-{run.study}": run for run in runs}
+
+
+RUNS = _runs()
+# Wu et al. 2020, arXiv 2010.04261: figures 6, 21, 26-28 read off, tables 6-9; trained on all the data
+PUBLISHED: dict[tuple[str, str, str, str], str] = {
+    **{
+        ("lenet, cifar10", "plain", layer, "shared"): value
+        for layer, value in (
+            ("conv1", ".78"),
+            ("conv2", ".38"),
+            ("fc1", ".46"),
+            ("fc2", ".16"),
+            ("fc3", ".20–.26"),
+        )
+    },
+    **{
+        ("lenet, cifar10", "batch norm", layer, "shared"): value
+        for layer, value in (("conv1", ".88"), ("fc1", ".015"), ("fc2", ".009"), ("fc3", ".02"))
+    },
+    **{
+        ("lenet, cifar10", "plain", layer, "rank_one"): value
+        for layer, value in (
+            ("conv1", ".99"),
+            ("conv2", ".94"),
+            ("fc1", ".85"),
+            ("fc2", ".75"),
+            ("fc3", ".85"),
+        )
+    },
+    **{("lenet, cifar10", "plain", layer, "input_ratio"): "7.2" for layer in ("fc1", "fc2", "fc3")},
+    **{("lenet, cifar10", "plain", layer, "input_ratio"): "15.9" for layer in ("conv1", "conv2")},
+    **{("lenet, cifar10", "batch norm", layer, "input_ratio"): "1.54" for layer in ("fc1", "fc2", "fc3")},
+    **{("784-200-200-10, mnist", "plain", layer, "input_ratio"): "12.3" for layer in ("fc2", "fc3")},
+    **{("784-200-200-10, mnist", "batch norm", layer, "input_ratio"): "1.16" for layer in ("fc2", "fc3")},
+    **{
+        ("lenet, mnist", "plain", layer, "closed_form"): value
+        for layer, value in (("fc1", ".890"), ("fc2", ".931"), ("fc3", ".999"))
+    },
+    **{
+        ("lenet, cifar10", "true labels", layer, "closed_form"): value
+        for layer, value in (("fc1", ".951"), ("fc2", ".972"), ("fc3", ".999"))
+    },
+    **{
+        ("lenet, cifar10", "random labels", layer, "closed_form"): value
+        for layer, value in (("fc1", ".213"), ("fc2", ".701"), ("fc3", ".999"))
+    },
+    **{
+        ("784-200-200-10, mnist", "plain", layer, "kfac_overlap"): value
+        for layer, value in (("fc1", ".97–.74"), ("fc2", ".95"), ("fc3", ".9"))
+    },
+    **{("lenet, cifar10", "batch norm", layer, "kfac_overlap"): ".40–.46" for layer in ("fc1", "fc2")},
+}
+
+
+def measure(run: Run, root: Path) -> Record:
+    """Train every variant, study them, and return plain numbers."""
+    variants = {
+        variant.name: [_trained(run, variant, seed, root) for seed in range(NETWORKS)]
+        for variant in STUDIES[run.study]
+    }
+    found = ds.study(variants)
+    values = {
+        variant: {
+            layer: {measure: found.of(variant, layer, measure).tolist() for measure in found.measures}
+            for layer in found.layers
+        }
+        for variant in found.variants
+    }
+    whole = {}
+    for variant, problems in variants.items():
+        dissected = ds.dissect(problems[0]).whole
+        assert dissected is not None
+        top = problems[0].num_classes - 2  # of the top C − 1
+        whole[variant] = [float(some[top]) for some in (dissected.overlaps, dissected.published_overlaps)]
+    return {
+        "name": run.name,
+        "study": run.study,
+        "per_class": run.per_class,
+        "epochs": run.epochs,
+        "values": values,
+        "whole": whole,
+        "accuracies": dict(zip(found.variants, found.accuracies.tolist(), strict=True)),
+        "seconds": found.seconds,
+    }
+
+
+def _trained(run: Run, variant: Variant, seed: int, root: Path) -> ds.Problem:
+    data = zoo.load(run.data, root=root, per_class=run.per_class, size=run.side, seed=0)
+    data = data.relabelled(0) if variant.random_labels else data
+    torch.manual_seed(seed)
+    model = run.build(data.input_shape, data.num_classes)
+    model = zoo.normalised(model, data.input_shape) if variant.batch_norm else model
+    epochs = 1 if variant.epochs is None else variant.epochs * run.epochs
+    options = {"learning_rate": run.learning_rate, "batch_size": run.batch_size, "milestones": ()}
+    zoo.train(model, data, epochs=epochs, momentum=0.0, weight_decay=0.0, seed=seed, **options)
+    return ds.Problem(model, data)
+
+
+def page(records: list[Record]) -> str:
+    """The page as Markdown."""
+    parts = [
+        "# Dissecting layers on real data",
+        "",
+        f"{NETWORKS} trainings of each network by SGD without momentum or weight decay, measured on the images that "
+        "they were trained on; published numbers are those of Wu et al. 2020 (arXiv 2010.04261), who train on all "
+        "of the data. `python -m reproductions.dissecting` measures what is missing in "
+        "[dissecting.jsonl](dissecting.jsonl) and writes this page from it.",
+    ]
+    for record in records:
+        parts += ["", *_section(record)]
+    return "\n".join([*parts, "", *_best(records)]) + "\n"
+
+
+SHOWN = (
+    ("input_ratio", "λ₁/λ₂ of E[xxᵀ]"),
+    ("rank_one", "σ₁/‖·‖"),
+    ("gap", "λ₉/λ₁₀"),
+    ("closed_form", "closed form"),
+    ("kfac_overlap", "top 9 of KFAC"),
+    ("shared", "between networks, k = m"),
+    ("kfac_error", "KFAC"),
+    ("ekfac_error", "EKFAC"),
+    ("cfac_error", "CFAC"),
+)
+
+
+def _section(record: Record) -> list[str]:
+    accuracies = "; ".join(
+        f"{variant} {' and '.join(f'{a:.1%}' for a in values)}"
+        for variant, values in record["accuracies"].items()
+    )
+    rows = []
+    for variant, layers in record["values"].items():
+        for layer, measures in layers.items():
+            cells = [_cell(record["name"], variant, layer, key, measures.get(key, [])) for key, _ in SHOWN]
+            rows.append([layer, variant, *cells])
+    wholes = "; ".join(
+        f"{variant} {one:.2f} ({other:.2f})" for variant, (one, other) in record["whole"].items()
+    )
+    return [
+        f"## {record['name']}: {record['study'].replace('-', ' ')}",
+        "",
+        f"{record['per_class']} images a class, {record['epochs']} epochs. Training accuracy: {accuracies}. "
+        f"All parameters: overlap of u ⊗ E[x] with the top nine eigenvectors of G (as published): {wholes}. "
+        "In brackets: published. The last three columns are ‖G − K‖_F/‖G‖_F.",
+        "",
+        table(["layer", "variant", *(label for _, label in SHOWN)], rows),
+    ]
+
+
+def _cell(name: str, variant: str, layer: str, measure: str, values: list[float]) -> str:
+    published = PUBLISHED.get((name, variant, layer, measure))
+    text = f"{sum(values) / len(values):.3g}" if values else "–"
+    return f"{text} ({published})" if published else text
+
+
+def _best(records: list[Record]) -> list[str]:
+    """In which layers which approximation is nearest to G."""
+    wins: dict[str, list[str]] = {"kfac": [], "ekfac": [], "cfac": []}
+    for record in records:
+        for variant, layers in record["values"].items():
+            for layer, measures in layers.items():
+                errors = {
+                    kind: sum(measures[f"{kind}_error"]) for kind in wins if measures.get(f"{kind}_error")
+                }
+                if errors:
+                    wins[min(errors, key=lambda kind: errors[kind])].append(
+                        f"{layer} ({record['name']}, {variant})"
+                    )
+    return [
+        "## Which approximation is nearest",
+        "",
+        *(
+            f"- {kind.upper()} in {len(where)} layers: {', '.join(where) or 'none'}."
+            for kind, where in wins.items()
+        ),
+    ]
+
+
+def main() -> None:
+    """Measure what is missing, a record a line, and write the page anew after each."""
+    parser = argparse.ArgumentParser(prog="python -m reproductions.dissecting", description=__doc__)
+    parser.add_argument("--data-root", type=Path, default=os.environ.get("DEEPSPECTRA_DATA"))
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--page-only", action="store_true", help="write the page from the records there are")
+    options = parser.parse_args()
+    records = [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.exists() else []
+    done = {(record["name"], record["study"]) for record in records}
+    for key in () if options.page_only else options.runs:
+        run = RUNS[key]
+        if (run.name, run.study) in done:
+            continue
+        if options.data_root is None:
+            parser.error("--data-root or DEEPSPECTRA_DATA must name the folder of the data sets.")
+        record = measure(run, Path(options.data_root))
+        records.append(record)
+        with RECORDS.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        Console().print(f"{key}: {record['seconds']:.0f} s")
+        PAGE.write_text(page(records))
+    if records:
+        PAGE.write_text(page(records))
+
+
+if __name__ == "__main__":
+    main()

@@ -256,16 +256,18 @@ def _divide(sums: Tensor, weights: Tensor) -> Tensor:
     return torch.where(weights[..., None] > 0, sums / weights[..., None], 0.0)
 
 
-def projections(weights: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The orthogonal projections in R^{nC} for weights w_{i,k} (n, C) and true classes (n,).
+def projections(weights: Tensor, labels: Tensor, groups: Tensor | None = None) -> dict[str, Tensor]:
+    """The orthogonal projections in R^{nC} for weights w_{i,k} (n, C) and true classes (n,), or their groups (C,).
 
     "logit" and "interaction" are "cross" in two, with the classes taken out first; "logit_first" is the
     logits' projection before the classes are taken out, and "class_second" the classes' after the logits.
     """
     n, C = weights.shape
     entry = weights.sqrt()
-    true_class = labels[:, None].expand(n, C)
-    potential = torch.arange(C).expand(n, C)
+    groups = torch.arange(C) if groups is None else groups
+    true_class = groups[labels][:, None].expand(n, C)
+    potential = groups.expand(n, C)
+    size, C = n * C, int(groups.max()) + 1
 
     def unit(mask: Tensor) -> Tensor:
         vector = (entry * mask).flatten()
@@ -283,7 +285,7 @@ def projections(weights: Tensor, labels: Tensor) -> dict[str, Tensor]:
         "cross": on_pairs - on_class,
         "logit": additive - on_class,
         "interaction": on_pairs - additive,
-        "within": torch.eye(n * C).to(weights) - on_pairs - on_true,
+        "within": torch.eye(size).to(weights) - on_pairs - on_true,
         "true": on_true,
         "logit_first": on_logits,
         "class_second": additive - on_logits,

@@ -12,6 +12,7 @@ from deepspectra.analysis.collapse import collapse
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.dissect import dissect
 from deepspectra.analysis.gram import gram_spectrum
+from deepspectra.analysis.grouping import class_groups
 from deepspectra.analysis.hierarchy import three_level_map
 from deepspectra.analysis.kronecker import kronecker_quality
 from deepspectra.analysis.layers import layers
@@ -35,6 +36,7 @@ __all__ = [
     "Residual",
     "analyze",
     "attribute",
+    "class_groups",
     "class_means",
     "clustering",
     "collapse",

@@ -205,14 +205,15 @@ class Problem:
                 outputs, targets = self.evaluate(self.parameters, batch)
             yield batch, outputs, targets
 
-    def class_batches(self) -> Iterator[Any]:
-        """The batches, split so that each holds one class where batches can be split at all."""
+    def class_batches(self, groups: Tensor | None = None) -> Iterator[Any]:
+        """The batches, split so that each holds one class, or one of `groups` (C,), where they can be split."""
         for batch in self.batches:
             if self._module.function is not _forward_pair or not is_labelled(batch):
                 yield batch
                 continue
-            for label in batch[1].unique():
-                kept = batch[1] == label
+            labels = batch[1] if groups is None else groups.to(batch[1].device)[batch[1].clamp_min(0)]
+            for label in labels.unique():
+                kept = labels == label
                 yield batch if kept.all() else (batch[0][kept], batch[1][kept])
 
     def loss(self) -> float:

@@ -246,19 +246,24 @@ class Products:
             self._pull(total, jacobian, torch.stack(bent))
         return total.T
 
-    def pull_each(self, cotangent: Callable[[Tensor, Tensor], Tensor], num_columns: int) -> Tensor:
-        """Jᵀ U with U (n, C, K) = cotangent(outputs, targets) a batch, each batch of one class: (P, K).
+    def pull_each(
+        self,
+        cotangent: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        num_columns: int,
+        groups: Tensor | None = None,
+    ) -> Tensor:
+        """Jᵀ U with each batch of one class, or of one group of classes: (P, K).
 
-        For one pass: no graph is kept, and columns that are zero on a batch cost nothing there.
+        `cotangent` takes outputs and targets of a batch to the columns of U that are not zero there (n, C, k) and
+        to which they are (k,). For one pass: no graph is kept.
         """
         total = self.zeros(num_columns)
         store = self.stores.setdefault("forward", Store({}))
-        for batch in self.problem.class_batches():
+        for batch in self.problem.class_batches(groups):
             graph, size = _measured(Forward, self.problem, batch)
             store.bytes_each = max(size, store.bytes_each or 0)
-            rows = cotangent(graph.outputs, graph.targets).movedim(-1, 0)
-            (live,) = rows.flatten(1).any(1).nonzero(as_tuple=True)
-            given = rows[live].to(graph.outputs.dtype)
+            columns, live = cotangent(graph.outputs, graph.targets)
+            given = columns.movedim(-1, 0).to(graph.outputs.dtype)
             for chunk in self._chunks(len(live), store.bytes_each):
                 part = graph.pull(given[chunk], batched=True) if chunk.stop - chunk.start > 1 else None
                 for j, column in enumerate(live[chunk].tolist()):

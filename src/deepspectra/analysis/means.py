@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from deepspectra.operators.captures import layer_of
 from deepspectra.operators.held import HeldRows
 from deepspectra.operators.layerwise import error_averages, layer_errors, layer_inputs, membership
 from deepspectra.operators.parts import KINDS, Decomposition, decompose
-from deepspectra.operators.projections import positive
+from deepspectra.operators.projections import grouped, positive
 from deepspectra.operators.rows import class_sums, labelled_loss
 from deepspectra.problem import Problem
 from deepspectra.results import Provenance
@@ -140,7 +140,13 @@ class Certificate:
         )
 
 
-def class_means(problem: Problem, of: str = "gradients", *, level: str = "cross_class") -> ClassMeans:
+def class_means(
+    problem: Problem,
+    of: str = "gradients",
+    *,
+    level: str = "cross_class",
+    groups: Tensor | Sequence[int] | None = None,
+) -> ClassMeans:
     """Means over the examples of each class, and of each (class, potential class), of gradients, errors or features.
 
     g_{c,k} averages over the examples i of class c the gradient they would have were they of class k, with
@@ -152,9 +158,10 @@ def class_means(problem: Problem, of: str = "gradients", *, level: str = "cross_
         of: "gradients"; "features" that enter each layer with a matrix or a kernel; "errors" at the output of
             each layer with a matrix, a kernel or a table.
         level: "cross_class" for both kinds, "class" for the C class means alone.
+        groups: (C,) the group of each class, as in `decompose`; C is then the number of groups.
 
     Raises:
-        OptionError: another `of` or `level`.
+        OptionError: another `of` or `level`, or groups that are not one number a class.
         LossError: the loss is not the cross-entropy of class labels.
         MemoryBudgetError: the means do not fit the problem's memory; C² P numbers are needed, or C P.
         CurvatureError: features and errors cannot be told apart by example.
@@ -167,27 +174,29 @@ def class_means(problem: Problem, of: str = "gradients", *, level: str = "cross_
     _check_level(level)
     began = time.perf_counter()
     if of == "gradients":
-        return _gradient_means(problem, level, began)
+        return _gradient_means(problem, level, groups, began)
     if of not in KINDS:
         raise OptionError(f"of={of!r}; it is one of {', '.join(map(repr, KINDS))}.")
-    parts = decompose(problem, hold=True)
-    assert isinstance(parts.rows, HeldRows)
-    return _feature_means(parts.rows, began) if of == "features" else _error_means(parts, level, began)
+    parts = decompose(problem, hold=True, groups=groups)
+    return _feature_means(parts, began) if of == "features" else _error_means(parts, level, began)
 
 
-def _gradient_means(problem: Problem, level: str, began: float) -> ClassMeans:
+def _gradient_means(
+    problem: Problem, level: str, groups: Tensor | Sequence[int] | None, began: float
+) -> ClassMeans:
     labelled_loss(problem)
-    size = problem.num_classes
+    found = grouped(groups, problem.num_classes, problem.device)
+    size = _num_groups(problem, found)
     _refuse_beyond_memory(problem, size * size if level == "cross_class" else size)
     crossed = None
     if level == "cross_class":
-        parts = decompose(problem)
+        parts = decompose(problem, groups=found)
         cells = parts.projections.cell_weights
         factor = parts.factor("means").view(-1, size, size)  # √w_ck g_ck
         crossed = (factor / positive(cells).sqrt().to(factor)).permute(1, 2, 0)
         sums = factor.diagonal(dim1=1, dim2=2) * cells.diagonal().sqrt().to(factor)
     else:
-        sums, cells = class_sums(problem)
+        sums, cells = class_sums(problem, found)
     classes = cells.clone().fill_diagonal_(0).sum(1)
     means = -sums.T / positive(classes).to(sums)[:, None]  # w_c g_c = −w_cc g_cc
     return ClassMeans(
@@ -202,9 +211,15 @@ def _gradient_means(problem: Problem, level: str, began: float) -> ClassMeans:
     )
 
 
-def _feature_means(rows: HeldRows, began: float) -> ClassMeans:
+def _num_groups(problem: Problem, groups: Tensor | None) -> int:
+    return problem.num_classes if groups is None else int(groups.max()) + 1
+
+
+def _feature_means(parts: Decomposition, began: float) -> ClassMeans:
     """Σ_{i∈c} h_i / N_c, batch by batch."""
-    member = membership(rows)
+    rows = parts.rows
+    assert isinstance(rows, HeldRows)
+    member = membership(rows, parts.projections.groups)
     sizes = member.sum(0)
     sums: dict[str, Tensor] = {}
     shares = torch.split(member / positive(sizes), rows.sizes)
@@ -230,7 +245,7 @@ def _error_means(parts: Decomposition, level: str, began: float) -> ClassMeans:
     size = projections.num_classes
     sums: dict[str, Tensor] = {}
     basis = error_averages(rows, projections, ())["means"]  # (R, C²)
-    shares = torch.split(basis, [num * (size - 1) for num in rows.sizes])
+    shares = torch.split(basis, [num * (rows.weights.shape[1] - 1) for num in rows.sizes])
     for batch, share in zip(rows.captured(), shares, strict=True):
         _add(sums, layer_errors(batch.uses), share, rows.problem.memory)
     scaled, layers = _joined(sums)
@@ -294,6 +309,7 @@ def principal_subspace(
     num: int | None = None,
     num_samples: int | None = None,
     num_checks: int = 3,
+    groups: Tensor | Sequence[int] | None = None,
     seed: int = 0,
 ) -> Subspace:
     """The top eigenspace of G and of the Hessian, by averaging gradients or from few examples.
@@ -311,6 +327,7 @@ def principal_subspace(
         num: how many directions; by default all that the means span, or C − 1 if sampled.
         num_samples: examples to draw; by default one in 15, but at least 500.
         num_checks: products with the full Hessian for the certificate; 0 for none.
+        groups: (C,) the group of each class, as in `decompose`; not for "sampled".
         seed: of the draw and of the random vectors.
 
     Raises:
@@ -326,16 +343,19 @@ def principal_subspace(
     weighted form, with the true-class part added by Σ_k p_k g_k = 0.
     """
     if level == "sampled":
+        if groups is not None:
+            raise OptionError("groups= belongs to averages; a sample has none.")
         return _sampled(problem, num, num_samples, num_checks=num_checks, seed=seed)
     _check_level(level)
     began = time.perf_counter()
     labelled_loss(problem)
-    size = problem.num_classes
+    found = grouped(groups, problem.num_classes, problem.device)
+    size = _num_groups(problem, found)
     _refuse_beyond_memory(problem, size * size if level == "cross_class" else size)
     if level == "class":
-        values, vectors = _principal(_class_factor(*class_sums(problem)), num, level)
+        values, vectors = _principal(_class_factor(*class_sums(problem, found)), num, level)
     else:
-        values, vectors = subspace_of(decompose(problem), level, num)
+        values, vectors = subspace_of(decompose(problem, groups=found), level, num)
     provenance = Provenance.of_rows("means of gradients", vectors.T)
     return Subspace(values[: vectors.shape[1]], vectors, level, time.perf_counter() - began, provenance)
 
@@ -416,5 +436,6 @@ def _refuse_beyond_memory(problem: Problem, columns: int) -> None:
     if size > problem.memory:
         raise MemoryBudgetError(
             f"{columns:,} means of {problem.num_parameters:,} parameters take {size / 2**30:.1f} GiB; memory is "
-            f"{problem.memory / 2**30:.1f} GiB. Ask for level='class', raise memory, or restrict the parameters."
+            f"{problem.memory / 2**30:.1f} GiB. Ask for level='class', put classes into groups, raise memory, or "
+            "restrict the parameters."
         )

@@ -101,6 +101,14 @@ class HeldRows(GradientRows, Captures):
             return super().factor(projections, basis)
         return self.transpose(projections.expand(basis))
 
+    def _other_cells(self, projections: Projections, heaviest: Tensor) -> Tensor:
+        """√w_ck g_ck for all cells but the heaviest of each class, which are zero: (P, C²)."""
+        if not self.held:
+            return super()._other_cells(projections, heaviest)
+        basis = projections.basis("means")
+        basis[range(len(heaviest)), heaviest] = 0
+        return self.factor(projections, basis)
+
     # inner products of rows
 
     def gram(self) -> Tensor:

@@ -108,12 +108,12 @@ def features_of(rows: HeldRows) -> dict[str, Tensor]:
     return _joined(pieces)
 
 
-def feature_parts(rows: HeldRows) -> RowParts:
-    """The parts of (1/N) Σ h hᵀ."""
+def feature_parts(rows: HeldRows, groups: Tensor | None = None) -> RowParts:
+    """The parts of (1/N) Σ h hᵀ, by class or by groups of classes."""
     weight = counted(rows)
     root = (weight / weight.sum()).sqrt()[:, None]
     scaled = {name: features * root.to(features) for name, features in features_of(rows).items()}
-    return RowParts("features", scaled, feature_averages(rows), FEATURE_PARTS)
+    return RowParts("features", scaled, feature_averages(rows, groups), FEATURE_PARTS)
 
 
 def error_parts(rows: HeldRows, projections: Projections, names: tuple[str, ...]) -> RowParts:
@@ -162,15 +162,17 @@ def counted(rows: GradientRows) -> Tensor:
     return (rows.curvature > 0).double()
 
 
-def membership(rows: GradientRows) -> Tensor:
-    """(N, C) float64: 1 where a row that counts is of a class."""
-    one_hot = torch.nn.functional.one_hot(rows.labels, rows.weights.shape[1])
+def membership(rows: GradientRows, groups: Tensor | None = None) -> Tensor:
+    """(N, C) float64: 1 where a row that counts is of a class, or of a group of classes."""
+    labels = rows.labels if groups is None else groups[rows.labels]
+    num_classes = rows.weights.shape[1] if groups is None else int(groups.max()) + 1
+    one_hot = torch.nn.functional.one_hot(labels, num_classes)
     return one_hot.double() * counted(rows)[:, None]
 
 
-def feature_averages(rows: GradientRows) -> dict[str, Tensor]:
+def feature_averages(rows: GradientRows, groups: Tensor | None = None) -> dict[str, Tensor]:
     """B (N, r) of "mean", the average of all rows, of "class", class averages about it, and of "means", both."""
-    return averages_of_members(membership(rows))
+    return averages_of_members(membership(rows, groups))
 
 
 def averages_of_members(member: Tensor) -> dict[str, Tensor]:

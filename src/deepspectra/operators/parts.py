@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, overload
 
 import torch
@@ -13,7 +13,7 @@ from deepspectra.operators.base import LowRank
 from deepspectra.operators.curvature import Curvature
 from deepspectra.operators.held import HeldRows
 from deepspectra.operators.layerwise import RowParts, error_parts, feature_parts
-from deepspectra.operators.projections import FOUR_WAY, TWO_WAY, Projections
+from deepspectra.operators.projections import FOUR_WAY, TWO_WAY, Projections, grouped
 from deepspectra.operators.rows import GradientRows
 from deepspectra.problem import Problem
 
@@ -30,7 +30,14 @@ class Decomposition(Mapping[str, "Part"]):
         effects: "four-way" or "two-way".
     """
 
-    def __init__(self, problem: Problem, effects: str, first: str, hold: bool = False) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        effects: str,
+        first: str,
+        hold: bool = False,
+        groups: Tensor | Sequence[int] | None = None,
+    ) -> None:
         names = {"four-way": FOUR_WAY, "two-way": TWO_WAY}
         if effects not in names:
             raise OptionError(f"effects={effects!r}; it is 'four-way' or 'two-way'.")
@@ -39,7 +46,8 @@ class Decomposition(Mapping[str, "Part"]):
         self.problem = problem
         self.effects = effects
         self.rows = HeldRows(problem) if hold else GradientRows(problem)
-        self.projections = Projections(self.rows.weights, self.rows.labels, first=first)
+        found = grouped(groups, problem.num_classes, self.rows.weights.device)
+        self.projections = Projections(self.rows.weights, self.rows.labels, first=first, groups=found)
         self._parts = {name: Part(self, name) for name in names[effects]}
         self._factors: dict[str, Tensor] = {}
         self._reserved = 0  # bytes set aside for the means
@@ -151,6 +159,7 @@ def decompose(
     effects: str = "four-way",
     first: str = "class",
     hold: bool = False,
+    groups: Tensor | Sequence[int] | None = None,
 ) -> Decomposition: ...
 
 
@@ -161,6 +170,7 @@ def decompose(
     *,
     effects: str = "four-way",
     first: str = "class",
+    groups: Tensor | Sequence[int] | None = None,
 ) -> RowParts: ...
 
 
@@ -171,6 +181,7 @@ def decompose(
     effects: str = "four-way",
     first: str = "class",
     hold: bool = False,
+    groups: Tensor | Sequence[int] | None = None,
 ) -> Decomposition | RowParts:
     """Split G, or the second moment of features or of errors, into parts made by averages over classes.
 
@@ -185,6 +196,10 @@ def decompose(
         first: "class" or "logit": which of the two effects takes what both could explain.
         hold: of gradients: keep features and errors of every layer in memory if they fit (`HeldRows`);
             products with the parts then cost two thirds of a gradient, and means a third of one each.
+        groups: (C,) the group of each class, numbered from 0: averages are then over groups, both of true and of
+            potential classes, and "true" is the own group. With thousands of classes C means and C² cross-class
+            means are too many to hold or to read; `class_groups` finds groups, and a single group for all but a
+            few chosen classes leaves these.
 
     Returns:
         A mapping from names to operators that sum to the whole exactly, for unbalanced and absent classes and
@@ -192,7 +207,7 @@ def decompose(
 
     Raises:
         LossError: the loss is not the cross-entropy of class labels.
-        OptionError: unknown `of`, effects or order.
+        OptionError: unknown `of`, effects or order, or groups that are not one number a class.
         CurvatureError: features and errors cannot be told apart by example.
         MemoryBudgetError: features or errors of all layers do not fit a third of the problem's memory.
 
@@ -201,10 +216,10 @@ def decompose(
     """
     if of not in KINDS:
         raise OptionError(f"of={of!r}; it is one of {', '.join(map(repr, KINDS))}.")
-    parts = Decomposition(problem, effects, first, hold or of != "gradients")
+    parts = Decomposition(problem, effects, first, hold or of != "gradients", groups)
     if of == "gradients":
         return parts
     assert isinstance(parts.rows, HeldRows)
     if of == "features":
-        return feature_parts(parts.rows)
+        return feature_parts(parts.rows, parts.projections.groups)
     return error_parts(parts.rows, parts.projections, tuple(parts))

@@ -17,9 +17,14 @@ They are mutually orthogonal and sum to the identity, so AᵀA = Σ AᵀΠA spli
 semi-definite parts, whatever the rows are: gradients, features or errors. The published four parts (Papyan 2019
 arXiv 1901.08244; 2020, JMLR 21:252, section 6) have cross = logit + interaction. Two-way effects do not commute
 exactly: `first` says whether class or logit keeps what both could explain.
+
+With many classes c and k may stand for groups of classes: then a cell is all of one group's examples and another
+group's potential classes, and all of the above holds as it is.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,27 +43,30 @@ class Projections:
         weights: (N, C) w_{i,k} ≥ 0.
         labels: (N,) true class of each row.
         first: "class" or "logit", the effect that takes the overlap of the two.
+        groups: (C,) the group of each class; by default each is its own.
 
     Attributes:
+        num_classes: how many groups there are; below, C is that number.
         cell_weights: (C, C) w_{c,k} = Σ_{i∈c} w_{i,k}.
         class_weights: (C,) w_c = Σ_{k≠c} w_{c,k}.
 
     Cost: arrays of N × C × K numbers; no parameter-sized vector is touched.
     """
 
-    def __init__(self, weights: Tensor, labels: Tensor, *, first: str = "class") -> None:
+    def __init__(
+        self, weights: Tensor, labels: Tensor, *, first: str = "class", groups: Tensor | None = None
+    ) -> None:
         if first not in ("class", "logit"):
             raise OptionError(f"first={first!r}; it is 'class' or 'logit'.")
         self.first = first
-        self.labels = labels
-        self.num_classes = weights.shape[1]
+        self.groups = groups
+        self.labels = labels if groups is None else groups[labels]
+        self.num_classes = weights.shape[1] if groups is None else int(groups.max()) + 1
         weights = weights.double()
-        self.cell_weights = weights.new_zeros(self.num_classes, self.num_classes).index_add_(
-            0, labels, weights
-        )
+        self.cell_weights = self._by_cell(weights)
         self._root = self.cell_weights.sqrt()
         # α_{i,k} = √(w_{i,k}/w_{c,k}) β_{c,k} carries a cell coordinate to its rows, and back
-        self._unit = (weights / positive(self.cell_weights)[labels]).sqrt()
+        self._unit = (weights / self._by_row(positive(self.cell_weights))).sqrt()
         off = self.cell_weights.clone().fill_diagonal_(0)
         self.class_weights, self.logit_weights = off.sum(1), off.sum(0)
         self._by_class = off.sqrt() / positive(self.class_weights).sqrt()[:, None]  # b_c over cells
@@ -79,12 +87,24 @@ class Projections:
 
     def coordinates(self, rows: Tensor) -> Tensor:
         """⟨b_{c,k}, α⟩ for α (N, C, K): (C, C, K)."""
-        scaled = self._unit.to(rows)[:, :, None] * rows
-        return scaled.new_zeros(self.num_classes, *rows.shape[1:]).index_add_(0, self.labels, scaled)
+        return self._by_cell(self._unit.to(rows)[:, :, None] * rows)
 
     def expand(self, cells: Tensor) -> Tensor:
         """Σ_{c,k} b_{c,k} β_{c,k} for β (C, C, K): (N, C, K)."""
-        return self._unit.to(cells)[:, :, None] * cells[self.labels]
+        return self._unit.to(cells)[:, :, None] * self._by_row(cells)
+
+    def _by_cell(self, rows: Tensor) -> Tensor:
+        """Sums over the rows of each cell: (N, C', ...) of single classes to (C, C, ...)."""
+        if self.groups is not None:
+            rows = rows.new_zeros(len(rows), self.num_classes, *rows.shape[2:]).index_add_(
+                1, self.groups, rows
+            )
+        return rows.new_zeros(self.num_classes, *rows.shape[1:]).index_add_(0, self.labels, rows)
+
+    def _by_row(self, cells: Tensor) -> Tensor:
+        """The cell of each row: (C, C, ...) to (N, C', ...)."""
+        found = cells[self.labels]
+        return found if self.groups is None else found[:, self.groups]
 
     # -- the projections -------------------------------------------------------------------------------------
 
@@ -141,6 +161,26 @@ class Projections:
         if part == "class":
             return (by_class - torch.einsum("ckd,rd->ckr", by_logit, self._mixing)) @ self._logit_mix
         raise OptionError(f"{part!r} has no basis of cells.")
+
+
+def grouped(groups: Tensor | Sequence[int] | None, num_classes: int, device: torch.device) -> Tensor | None:
+    """Checked groups of classes (C,) on a device.
+
+    Raises:
+        OptionError: not one number from 0 on for each class, with none left out.
+    """
+    if groups is None:
+        return None
+    found = torch.as_tensor(groups)
+    if found.shape != (num_classes,) or found.is_floating_point() or int(found.min()) < 0:
+        raise OptionError(
+            f"groups must be {num_classes:,} numbers from 0 on, the group of each class; got shape "
+            f"{tuple(found.shape)}, {found.dtype}."
+        )
+    missing = set(range(int(found.max()) + 1)) - set(found.tolist())
+    if missing:
+        raise OptionError(f"groups must be numbered without gaps; no class is in {sorted(missing)[:5]}.")
+    return found.long().to(device)
 
 
 def positive(weights: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -65,18 +67,13 @@ class GradientRows:
         class only: the C class means together cost one gradient, all cells C−1 backward passes on one forward
         pass. Other batches (tokens, forward=) take a backward pass for every column they touch.
         """
-        cells = projections.cell_weights
-        mixed = basis * positive(cells).rsqrt()[:, :, None]
+        mixed = basis * positive(projections.cell_weights).rsqrt()[:, :, None]  # (C, C, r)
 
-        def cotangent(outputs: Tensor, targets: Tensor) -> Tensor:
-            loss = self.problem.loss_function
-            assert isinstance(loss, CrossEntropy)
-            p = outputs.double().softmax(-1)
-            curvature = loss.curvature_weights(outputs, targets).double() / self.problem.total_weight
-            scaled = (curvature[:, None] * p)[:, :, None] * mixed[loss.labels(targets)]
-            return _cotangent(p, scaled)
+        def columns(labels: Tensor) -> tuple[Tensor, Tensor]:
+            (live,) = mixed[torch.unique(labels)].flatten(0, 1).any(0).nonzero(as_tuple=True)
+            return mixed[..., live][labels], live
 
-        return self.products.pull_each(cotangent, basis.shape[-1])
+        return self._means(projections, columns, basis.shape[-1])
 
     def cells(self, projections: Projections) -> Tensor:
         """√w_ck g_ck for all cells (P, C²).
@@ -86,19 +83,55 @@ class GradientRows:
         """
         size = projections.num_classes
         root = projections.cell_weights.sqrt()
-        basis = torch.eye(size * size, dtype=root.dtype, device=root.device).view(size, size, -1)
-        heaviest = root.argmax(1).tolist()
-        basis[range(size), heaviest] = 0
-        factor = self.factor(projections, basis)
-        for c, k in enumerate(heaviest):
+        heaviest = root.argmax(1)
+        factor = self._other_cells(projections, heaviest)
+        for c, k in enumerate(heaviest.tolist()):
             if root[c, k] > 0:
                 cells = factor[:, c * size : (c + 1) * size]
                 cells[:, k] = cells @ (-root[c] / root[c, k]).to(factor)
         return factor
 
+    def _other_cells(self, projections: Projections, heaviest: Tensor) -> Tensor:
+        """√w_ck g_ck for all cells but the heaviest of each class, which are zero: (P, C²)."""
+        size = projections.num_classes
+        root = projections.cell_weights.sqrt()
+        every = torch.arange(size, device=root.device)
 
-def class_sums(problem: Problem) -> tuple[Tensor, Tensor]:
+        def columns(labels: Tensor) -> tuple[Tensor, Tensor]:
+            present = torch.unique(labels).tolist()
+            cells = [(c, every[every != heaviest[c]]) for c in present]
+            scale = root.new_zeros(len(labels), size, len(present) * (size - 1))
+            for j, (c, k) in enumerate(cells):
+                mine = root.new_zeros(size, size - 1)
+                mine[k, range(size - 1)] = 1 / positive(root[c, k])
+                scale[labels == c, :, j * (size - 1) : (j + 1) * (size - 1)] = mine
+            return scale, torch.cat([c * size + k for c, k in cells])
+
+        return self._means(projections, columns, size**2)
+
+    def _means(
+        self, projections: Projections, columns: Callable[[Tensor], tuple[Tensor, Tensor]], num: int
+    ) -> Tensor:
+        """Σ_i Σ_k w_{i,k} s_{c(i),k} g_{i,k} for columns s of cells: (P, num).
+
+        `columns` takes a batch's labels (n,) to its columns (n, C, k) that are not zero, and which they are (k,).
+        """
+        loss, groups = labelled_loss(self.problem), projections.groups
+
+        def cotangent(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            p, labels = outputs.double().softmax(-1), loss.labels(targets)
+            curvature = loss.curvature_weights(outputs, targets).double() / self.problem.total_weight
+            mixed, live = columns(labels if groups is None else groups[labels])
+            mixed = mixed if groups is None else mixed[:, groups]
+            return _cotangent(p, (curvature[:, None] * p)[:, :, None] * mixed), live
+
+        return self.products.pull_each(cotangent, num, groups)
+
+
+def class_sums(problem: Problem, groups: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Σ_{i∈c} w_{i,c} g_{i,c} = −w_c g_c of every class (P, C), and the weights w_{c,k} (C, C), in one pass.
+
+    With `groups` of classes, of every group.
 
     Raises:
         LossError: not the cross-entropy of class labels.
@@ -106,17 +139,21 @@ def class_sums(problem: Problem) -> tuple[Tensor, Tensor]:
     Cost: one gradient.
     """
     loss = labelled_loss(problem)
-    size = problem.num_classes
+    single = torch.arange(problem.num_classes, device=problem.device)
+    owner = single if groups is None else groups
+    size = int(owner.max()) + 1
     cells = torch.zeros(size, size, dtype=torch.float64, device=problem.device)
 
-    def cotangent(outputs: Tensor, targets: Tensor) -> Tensor:
-        p, labels = outputs.double().softmax(-1), loss.labels(targets)
+    def cotangent(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        p, mine = outputs.double().softmax(-1), owner[loss.labels(targets)]
         weights = loss.curvature_weights(outputs, targets).double()[:, None] * p / problem.total_weight
-        cells.index_add_(0, labels, weights)
-        own = torch.nn.functional.one_hot(labels, size).to(weights)
-        return _cotangent(p, (weights * own)[:, :, None] * own[:, None])
+        by_group = weights.new_zeros(len(weights), size).index_add_(1, owner, weights)
+        cells.index_add_(0, mine, by_group)
+        own = weights * (owner == mine[:, None])
+        live = torch.unique(mine)
+        return _cotangent(p, own[:, :, None] * (mine[:, None] == live)[:, None]), live
 
-    return products_of(problem).pull_each(cotangent, size), cells
+    return products_of(problem).pull_each(cotangent, size, groups), cells
 
 
 def labelled_loss(problem: Problem) -> CrossEntropy:

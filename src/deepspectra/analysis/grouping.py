@@ -1,0 +1,50 @@
+"""Groups of classes that the network treats alike, for averages over thousands of classes."""
+
+from __future__ import annotations
+
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from deepspectra.algorithms.lanczos import check_count
+from deepspectra.operators.rows import labelled_loss
+from deepspectra.problem import Problem
+
+NUM_ROWS = 512  # on which logits are compared
+LARGE = 2000  # classes, from which on fewer restarts of k-means are made
+
+
+def class_groups(problem: Problem, num: int, *, num_rows: int = NUM_ROWS, seed: int = 0) -> Tensor:
+    """The group of each class (C,), numbered from 0: classes whose logits rise and fall together.
+
+    Each class is described by its logits on some rows, less their mean over classes and scaled to length one;
+    k-means with `num` centres puts similar ones together. So every class has a group, whether examples of it are
+    there or not. For `groups=` of `decompose`, `class_means` and `principal_subspace`.
+
+    Args:
+        problem: one with cross-entropy and class labels.
+        num: how many groups, at most C.
+        num_rows: rows that logits are taken from, spread evenly over the data.
+        seed: of k-means.
+
+    Raises:
+        OptionError: num or num_rows out of range.
+        LossError: the loss is not the cross-entropy of class labels.
+
+    Cost: a forward pass; k-means of C points in num_rows dimensions.
+    """
+    labelled_loss(problem)
+    check_count("num", num, largest=problem.num_classes)
+    check_count("num_rows", num_rows)
+    step = max(1, problem.num_examples // num_rows)
+    logits, seen = [], 0
+    for outputs, _ in problem.row_batches():
+        logits.append(outputs[(-seen) % step :: step].double().cpu())
+        seen += len(outputs)
+    points = torch.cat(logits)[:num_rows]
+    points = (points - points.mean(1, keepdim=True)).T
+    points = points / points.norm(dim=1, keepdim=True).clamp_min(torch.finfo(points.dtype).tiny)
+    restarts = 1 if problem.num_classes > LARGE else 10
+    found = KMeans(num, n_init=restarts, random_state=seed).fit_predict(points.numpy())
+    labels: Tensor = torch.unique(torch.from_numpy(found).long(), return_inverse=True)[1]
+    return labels

@@ -1,0 +1,169 @@
+"""Averages over groups of classes, against brute force, and the groups that a network's logits suggest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import deepspectra as ds
+from deepspectra.errors import OptionError
+from nets import CASES, labels
+from reference import case_and_reference, error, projections
+
+NAMES = ("relu_mlp", "conv_pool", "absent_class", "class_weights", "token_classes")
+
+
+def groups_of(num_classes: int) -> Tensor:
+    """Two classes together, the others alone: 0, 1, 0, 2, ..."""
+    return torch.tensor([0, 1, 0, *range(2, num_classes - 1)])
+
+
+def descending(matrix: Tensor) -> Tensor:
+    return torch.linalg.eigvalsh((matrix + matrix.T) / 2).flip(0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("effects", ["four-way", "two-way"])
+@pytest.mark.parametrize("hold", [False, True])
+def test_parts_by_groups_are_averages_over_groups(name: str, effects: str, hold: bool) -> None:
+    case, ref = case_and_reference(name)
+    groups = groups_of(ref.num_classes)
+    expected = projections(ref.weights, ref.labels, groups)
+    parts = ds.decompose(case.problem(), effects=effects, hold=hold, groups=groups)
+    total = torch.zeros_like(ref.gauss_newton)
+    for part, operator in parts.items():
+        dense = operator.dense()
+        wanted = ref.rows.T @ expected[part] @ ref.rows
+        assert float((dense - wanted).norm()) < 1e-9 * float(ref.gauss_newton.norm())
+        total += dense
+    assert error(total, ref.gauss_newton) < 1e-9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_means_by_groups(name: str) -> None:
+    case, ref = case_and_reference(name)
+    groups = groups_of(ref.num_classes)
+    means = ds.class_means(case.problem(), groups=groups)
+    alone = ds.class_means(case.problem(), level="class", groups=groups)
+    size = int(groups.max()) + 1
+    assert means.class_means.shape == (size, case.problem().num_parameters)
+    for a in range(size):
+        mine = groups[ref.labels] == a
+        for b in range(size):
+            weights = ref.weights[mine][:, groups == b]
+            gradients = ref.gradients[mine][:, groups == b]
+            assert float(means.cross_class_weights[a, b]) == pytest.approx(float(weights.sum()), abs=1e-15)
+            if float(weights.sum()) > 0:
+                mean = (weights[..., None] * gradients).sum((0, 1)) / weights.sum()
+                assert error(means.cross_class_means[a, b], mean) < 1e-8
+        weights, gradients = ref.weights[mine][:, groups != a], ref.gradients[mine][:, groups != a]
+        if float(weights.sum()) > 0:
+            mean = (weights[..., None] * gradients).sum((0, 1)) / weights.sum()
+            assert error(means.class_means[a], mean) < 1e-8
+            assert error(alone.class_means[a], mean) < 1e-8
+
+
+@pytest.mark.parametrize("level", ["class", "cross_class"])
+def test_principal_subspace_by_groups(level: str) -> None:
+    case, ref = case_and_reference("relu_mlp")
+    groups = groups_of(ref.num_classes)
+    on = projections(ref.weights, ref.labels, groups)
+    part = on["class"] + on["true"] if level == "class" else torch.eye(len(on["within"])) - on["within"]
+    found = ds.principal_subspace(case.problem(), level=level, groups=groups)
+    expected = descending(ref.rows.T @ part @ ref.rows)[: len(found.values)]
+    assert error(found.values, expected) < 1e-8
+
+
+def test_features_and_errors_by_groups() -> None:
+    case, ref = case_and_reference("relu_mlp")
+    groups = groups_of(ref.num_classes)
+    x, y = case.tensors
+    parts = ds.decompose(case.problem(), of="features", groups=groups).layer("0")
+    means = torch.stack([x[groups[y] == a].mean(0) for a in groups.unique()])
+    sizes = torch.stack([(groups[y] == a).sum() for a in groups.unique()]).double()
+    centred = means - x.mean(0)
+    assert error(parts["class"].dense(), (centred.T * sizes / len(x)) @ centred) < 1e-10
+    assert (
+        error(ds.class_means(case.problem(), "features", groups=groups).layer("0").class_means, means) < 1e-10
+    )
+    errors = ds.decompose(case.problem(), of="errors", groups=groups)
+    whole = sum(errors[part].dense() for part in errors)
+    single = ds.decompose(case.problem(), of="errors")
+    assert error(whole, sum(single[part].dense() for part in single)) < 1e-10
+    crossed = ds.class_means(case.problem(), "errors", groups=groups)
+    assert crossed.cross_class_means.shape[:2] == (3, 3)
+    factor = torch.linalg.matrix_rank(errors["class"].dense())
+    assert int(factor) <= 3
+
+
+def test_every_class_its_own_group_changes_nothing() -> None:
+    case, ref = case_and_reference("conv_pool")
+    single = torch.arange(ref.num_classes)
+    for of in ("gradients", "features", "errors"):
+        one = ds.class_means(case.problem(), of)
+        other = ds.class_means(case.problem(), of, groups=single)
+        assert torch.equal(one.class_means, other.class_means)
+
+
+def test_attribution_by_groups() -> None:
+    case, ref = case_and_reference("relu_mlp")
+    parts = ds.decompose(case.problem(), effects="two-way", groups=groups_of(ref.num_classes))
+    found = ds.attribute(ds.GaussNewton(case.problem()), parts)
+    assert error(found.pair_shares.sum(1), torch.ones(len(found.values)).double()) < 1e-8
+
+
+def test_a_thousand_classes_in_twenty_groups() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 30), nn.ReLU(), nn.Linear(30, 1000))
+    x, y = torch.randn(64, 12), torch.randint(0, 1000, (64,))
+    problem = ds.Problem(model, (x, y), memory="200MiB")
+    groups = torch.arange(1000) % 20
+    means = ds.class_means(problem, groups=groups)
+    assert means.cross_class_means.shape == (20, 20, problem.num_parameters)
+    logits = model(x)
+    p = logits.softmax(1).detach()
+    mine = groups[y] == 3
+    outside = groups != 3
+    weights = (p[mine][:, outside] / 64).double()
+    pulled = p[mine].double() * weights.sum(1, keepdim=True)  # Σ_k w (p − y_k)
+    pulled[:, outside] -= weights
+    gradients = torch.autograd.grad(logits[mine], list(model.parameters()), pulled.float())
+    expected = torch.cat([g.flatten() for g in gradients]) / float(weights.sum())
+    assert error(means.class_means[3].double(), expected.double()) < 1e-4
+    averaged = ds.principal_subspace(problem, level="cross_class", groups=groups)
+    top = ds.eigenpairs(ds.GaussNewton(problem), 5, rtol=1e-2)
+    assert bool((averaged.values[:5] <= top.values * (1 + 1e-2)).all())
+
+
+def test_groups_that_are_none_are_refused() -> None:
+    problem = CASES["relu_mlp"]().problem()
+    for groups, message in (
+        ([0, 1], "4 numbers"),
+        ([0.5] * 4, "4 numbers"),
+        ([0, 1, 3, 3], "gaps"),
+        ([-1, 0, 1, 2], "from 0"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            ds.decompose(problem, groups=groups)
+        with pytest.raises(OptionError, match=message):
+            ds.class_means(problem, groups=groups)
+    with pytest.raises(OptionError, match="sample"):
+        ds.principal_subspace(problem, level="sampled", groups=[0, 1, 2, 3])
+
+
+def test_classes_whose_logits_move_together_are_one_group() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(3, 8).repeat_interleave(torch.tensor([4, 2, 3]), 0) + 0.01 * torch.randn(9, 8)
+    model = nn.Sequential(nn.Linear(8, 9, bias=False))
+    model[0].weight.data = weight
+    problem = ds.Problem(model, (torch.randn(90, 8), labels(90, 3)))  # six classes have no example
+    found = ds.class_groups(problem, 3)
+    assert len(found.unique()) == 3
+    for block in (slice(0, 4), slice(4, 6), slice(6, 9)):
+        assert len(found[block].unique()) == 1
+    assert torch.equal(found, ds.class_groups(problem, 3))
+    assert ds.class_groups(problem, 9, num_rows=20).sort().values.tolist() == list(range(9))
+    with pytest.raises(OptionError, match="at most 9"):
+        ds.class_groups(problem, 10)
+    ds.decompose(problem, groups=found)

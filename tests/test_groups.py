@@ -167,3 +167,22 @@ def test_classes_whose_logits_move_together_are_one_group() -> None:
     with pytest.raises(OptionError, match="at most 9"):
         ds.class_groups(problem, 10)
     ds.decompose(problem, groups=found)
+
+
+def test_an_analysis_by_groups(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+    y = labels(40, 5)
+    problem = ds.Problem(model, (torch.randn(40, 6), y))
+    options = {"num_probes": 2, "num_steps": 8, "progress": False}
+    found = ds.analyze(problem, groups=[0, 0, 1, 2, 2], class_names=["a", "b", "c"], **options)
+    assert found.dataset["class"].values.tolist() == ["a", "b", "c"]
+    counts = torch.bincount(torch.tensor([0, 0, 1, 2, 2])[y]).tolist()
+    assert found.dataset["class_count"].values.tolist() == counts
+    parts = ds.decompose(problem, effects="two-way", groups=[0, 0, 1, 2, 2])
+    trace = found.dataset["part_trace"].sel(part="class").item()
+    assert trace == pytest.approx(float(parts["class"].dense().trace()), rel=1e-4)
+    page = found.to_html(tmp_path / "report.html").read_text()
+    assert "3 groups of 5 classes" in page
+    with pytest.raises(OptionError, match="2 class names for 3"):
+        ds.analyze(problem, groups=[0, 0, 1, 2, 2], class_names=["a", "b"], **options)

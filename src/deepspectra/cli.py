@@ -15,6 +15,7 @@ from rich.console import Console
 
 from deepspectra import zoo
 from deepspectra.analysis.compare import compare
+from deepspectra.analysis.grouping import class_groups
 from deepspectra.analysis.layers import layers
 from deepspectra.analysis.study import study
 from deepspectra.apps.analyze import Analysis, analyze, load
@@ -105,11 +106,16 @@ def analyze_command(
     device: Device = None,
     num_probes: Annotated[int | None, typer.Option(help="Probes of each density.")] = None,
     num_steps: Annotated[int | None, typer.Option(help="Krylov steps of each probe.")] = None,
+    groups: Annotated[
+        int | None, typer.Option(help="Average over so many groups of classes, by their logits.")
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Analyse your own problem (TARGET), or a model of the zoo on one of its data sets."""
     chosen = _Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed)
     problem, names, model, data = _chosen_problem(target, chosen, out)
+    owner = None if groups is None else class_groups(problem, groups, seed=seed)
+    names = names if owner is None else _group_names(names, owner.tolist())
     result = analyze(
         problem,
         num_probes=num_probes,
@@ -119,8 +125,16 @@ def analyze_command(
         model=model,
         data=data,
         class_names=names,
+        groups=owner,
     )
     _finish(result, out)
+
+
+def _group_names(names: list[str] | None, owner: list[int]) -> list[str]:
+    """The first two classes of each group, and how many more there are."""
+    names = names or [str(c) for c in range(len(owner))]
+    members = [[name for name, g in zip(names, owner, strict=True) if g == j] for j in range(max(owner) + 1)]
+    return [", ".join(some[:2]) + (f" +{len(some) - 2}" if len(some) > 2 else "") for some in members]
 
 
 @app.command("layers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from deepspectra.apps import stages
 from deepspectra.apps.dataset import build
 from deepspectra.apps.ledger import Ledger
 from deepspectra.errors import FileError, OptionError
+from deepspectra.operators.projections import grouped
 from deepspectra.problem import Problem
 from deepspectra.report.page import write
 
@@ -107,6 +109,7 @@ def analyze(
     model: str = "",
     data: str = "",
     class_names: list[str] | None = None,
+    groups: Tensor | Sequence[int] | None = None,
 ) -> Analysis:
     """Compute the spectra of H, G and R, attribute the outliers, and judge the papers' claims on them.
 
@@ -122,7 +125,9 @@ def analyze(
         title: of the report.
         model: its name, for the report.
         data: its name, for the report.
-        class_names: one a class, for the report.
+        class_names: one a class, or one a group, for the report.
+        groups: (C,) the group of each class, as in `decompose`, for problems of very many classes; C is then the
+            number of groups wherever averages are meant.
 
     Returns:
         The analysis; `str()` is the verdict, `.save(dir)` and `.to_html(path)` write it.
@@ -130,12 +135,14 @@ def analyze(
     Raises:
         LossError: the loss is not the cross-entropy of class labels.
         CurvatureError: the network has no right second derivative.
-        OptionError: class names that are not one a class.
+        OptionError: class names that are not one a class, or groups that are not one number a class.
 
     Cost: itemised in the result.
     """
-    if class_names is not None and len(class_names) != problem.num_classes:
-        raise OptionError(f"{len(class_names)} class names for {problem.num_classes} classes.")
+    owner = grouped(groups, problem.num_classes, problem.device)
+    num_classes = problem.num_classes if owner is None else int(owner.max()) + 1
+    if class_names is not None and len(class_names) != num_classes:
+        raise OptionError(f"{len(class_names)} class names for {num_classes} classes.")
     found = stages.run(
         problem,
         Ledger(progress),
@@ -143,9 +150,12 @@ def analyze(
         num_probes=num_probes,
         num_steps=num_steps,
         rtol=rtol,
+        groups=owner,
         seed=seed,
     )
     dataset = build(found, class_names)
+    if owner is not None:
+        dataset.attrs["averages"] = f"{num_classes} groups of {problem.num_classes:,} classes"
     model = model or type(problem.model).__name__
     dataset.attrs.update(
         title=title or f"Spectrum of {model}" + (f" on {data}" if data else ""), model=model, data=data

@@ -26,7 +26,7 @@ Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]
 
 def build(found: Findings, class_names: list[str] | None = None) -> xr.Dataset:
     """The dataset of an analysis; `docs/file-format.md` describes it."""
-    num_classes = found.problem.num_classes
+    num_classes = found.num_classes
     variables: Variables = {}
     for group in (_curves, _nodes, _pairs, _shares, _knockouts, _averages, _traces, _classes, _costs):
         variables |= group(found)
@@ -209,7 +209,7 @@ def _classes(found: Findings) -> Variables:
     projections = found.parts.projections
     num_classes = projections.num_classes
     counted = found.parts.rows.curvature > 0
-    counts = torch.bincount(found.parts.rows.labels[counted], minlength=num_classes)
+    counts = torch.bincount(projections.labels[counted], minlength=num_classes)
     gram = np.full((num_classes, num_classes), np.nan)
     factor = found.parts.factor("class")
     present = (projections.class_weights > 0).cpu().numpy()

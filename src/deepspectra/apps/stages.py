@@ -76,6 +76,7 @@ class Findings:
     problem: Problem
     ledger: Ledger
     seed: int
+    num_classes: int  # or groups of classes, over which averages are taken
     rtol: float = float("nan")
     loss: float = float("nan")
     accuracy: float = float("nan")
@@ -103,22 +104,24 @@ def run(
     num_probes: int | None,
     num_steps: int | None,
     rtol: float | None,
+    groups: Tensor | None,
     seed: int,
 ) -> Findings:
     """Every stage; the kept graphs of one kind are dropped before another kind needs their memory."""
-    found = Findings(problem, ledger, seed)
+    num_classes = problem.num_classes if groups is None else int(groups.max()) + 1
+    found = Findings(problem, ledger, seed, num_classes)
     products = products_of(problem)
     _measure_gradient(found)
     effort = next(e for e in EFFORTS if ledger.gradient_seconds <= e.up_to_seconds)
     found.rtol = rtol or effort.rtol
-    num = num or problem.num_classes + effort.spare_pairs
+    num = num or num_classes + effort.spare_pairs
     probes = num_probes or effort.num_probes
     steps = min(num_steps or effort.num_steps, problem.num_parameters)
     with ledger.stage("checking derivatives"):
         hessian = Hessian(problem)
     basis = _find_pairs(found, "hessian", hessian, num)
     with ledger.stage("class structure"):
-        found.parts, exact = _parts(problem, products)
+        found.parts, exact = _parts(problem, products, groups)
     _average(found)
     if exact:
         _find_exact(found, num)
@@ -145,17 +148,17 @@ def run(
     return found
 
 
-def _parts(problem: Problem, products: Products) -> tuple[Decomposition, bool]:
+def _parts(problem: Problem, products: Products, groups: Tensor | None) -> tuple[Decomposition, bool]:
     """The parts of G, and whether features and errors of every layer are held, for which the graphs make room."""
     if problem.num_examples * (problem.num_classes - 1) <= EXACT_ROWS:
         products.release()
         try:
-            parts = decompose(problem, effects="two-way", hold=True)
+            parts = decompose(problem, effects="two-way", hold=True, groups=groups)
             assert isinstance(parts.rows, HeldRows)
             return parts, parts.rows.gram_bytes <= problem.memory and parts.rows.hold()
         except CurvatureError as error:  # a network that does not tell its examples apart
             products.notes["exact spectrum of G"] = f"not computed: {error}"
-    return decompose(problem, effects="two-way"), False
+    return decompose(problem, effects="two-way", groups=groups), False
 
 
 def _find_exact(found: Findings, num: int) -> None:
@@ -230,7 +233,7 @@ def _average(found: Findings) -> None:
         stage = f"averaging: {level.replace('_', '-')} means"
         with found.ledger.stage(stage):
             if level == "class" or found.parts.holds_means():
-                num = max(1, found.problem.num_classes - 1)
+                num = max(1, found.num_classes - 1)
                 found.subspaces[level] = subspace_of(found.parts, level, num)
         found.subspace_gradients[level] = found.ledger.gradients(found.ledger.costs[stage])
     if "cross_class" in found.subspaces and drawable(found.parts.projections.cell_weights):
@@ -244,7 +247,7 @@ def _overlap(found: Findings) -> None:
     """Overlap of the averaged subspaces with the eigenspaces of the C−1 largest pairs."""
     for level, (_, vectors) in found.subspaces.items():
         most = min(vectors.shape[1], len(found.pairs["hessian"].values))
-        found.dimensions[level] = k = max(1, min(found.problem.num_classes - 1, most))
+        found.dimensions[level] = k = max(1, min(found.num_classes - 1, most))
         for name, pairs in found.pairs.items():
             found.overlaps[level, name] = overlap(vectors[:, :k], pairs.vectors[:, :k])
 

@@ -248,6 +248,7 @@ def _conditions(dataset: xr.Dataset) -> str:
         "loss_value": "training loss",
         "gradient_norm": "norm of the gradient",
         "gradient_seconds": "seconds for one gradient",
+        "averages": "averages over",
     }
     listed = {label: attribute(dataset, name) for name, label in names.items()}
     listed |= {

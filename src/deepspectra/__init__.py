@@ -7,12 +7,12 @@ from deepspectra.algorithms.norm import frobenius_norm
 from deepspectra.algorithms.subspace import overlap
 from deepspectra.algorithms.trace import trace
 from deepspectra.analysis.attribution import attribute
+from deepspectra.analysis.class_groups import class_groups
 from deepspectra.analysis.clustering import clustering
 from deepspectra.analysis.collapse import collapse
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.dissect import dissect
 from deepspectra.analysis.gram import gram_spectrum
-from deepspectra.analysis.grouping import class_groups
 from deepspectra.analysis.hierarchy import three_level_map
 from deepspectra.analysis.kronecker import kronecker_quality
 from deepspectra.analysis.layers import layers

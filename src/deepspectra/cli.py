@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 
 from deepspectra import zoo
+from deepspectra.analysis.class_groups import class_groups
 from deepspectra.analysis.compare import compare
-from deepspectra.analysis.grouping import class_groups
 from deepspectra.analysis.layers import layers
 from deepspectra.analysis.study import study
 from deepspectra.apps.analyze import Analysis, analyze, load

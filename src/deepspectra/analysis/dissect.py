@@ -12,7 +12,7 @@ from torch import Tensor
 from deepspectra.algorithms.lanczos import check_count
 from deepspectra.algorithms.subspace import overlap
 from deepspectra.analysis.blocks import Blocks, top_pairs
-from deepspectra.analysis.whole import Stack, WholeDissection
+from deepspectra.analysis.dissect_whole import Stack, WholeDissection
 from deepspectra.operators.curvature import GaussNewton
 from deepspectra.operators.exact import ExactBlock
 from deepspectra.operators.factored import KroneckerSum

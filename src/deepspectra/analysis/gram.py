@@ -15,7 +15,7 @@ from deepspectra.operators.held import HeldRows
 from deepspectra.operators.layerwise import error_averages
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem import Problem
-from deepspectra.results import Density, Eigenpairs, Provenance
+from deepspectra.results import Density, Eigenpairs, Provenance, versions
 
 DRAWN_STEPS = 64  # resolution at which an exact spectrum is drawn
 NUM_CHECKS = 2  # random sums by which pairs are checked
@@ -231,6 +231,12 @@ def gradient_basis(parts: Decomposition) -> EigenBasis:
 def provenance_of(parts: Decomposition) -> Provenance:
     """Of G."""
     return Provenance.of(GaussNewton(parts.problem))
+
+
+def provenance_of_rows(parts: Decomposition, what: str, size: int) -> Provenance:
+    """Of the second moment of some rows of so many numbers."""
+    dtype = str(parts.problem.dtype).removeprefix("torch.")
+    return Provenance(what, size, dtype, str(parts.problem.device), None, versions())
 
 
 def gradient_pairs(

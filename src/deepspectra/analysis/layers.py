@@ -12,9 +12,10 @@ from torch import Tensor
 
 from deepspectra.analysis.blocks import SMALL
 from deepspectra.analysis.collapse import Collapse, collapse_of
-from deepspectra.analysis.gram import EigenBasis, GramSpectrum, spectrum_of
+from deepspectra.analysis.gram import EigenBasis, GramSpectrum, provenance_of_rows, spectrum_of
+from deepspectra.analysis.khatri_rao import KhatriRao, centred_spectrum, khatri_rao
 from deepspectra.analysis.kronecker import KroneckerQuality, kronecker_quality
-from deepspectra.analysis.second_order import LayerHessian, layer_hessians
+from deepspectra.analysis.layer_hessians import LayerHessian, layer_hessians
 from deepspectra.errors import CurvatureError, FallbackWarning, MemoryBudgetError
 from deepspectra.operators.captures import layer_of
 from deepspectra.operators.held import HeldRows, gram_of, moment_of
@@ -25,39 +26,11 @@ from deepspectra.operators.layerwise import (
     feature_averages,
     layer_errors,
     layer_inputs,
-    membership,
 )
 from deepspectra.operators.parts import Decomposition, decompose
-from deepspectra.operators.projections import positive
 from deepspectra.problem import Problem
-from deepspectra.results import Provenance, versions
+from deepspectra.results import Provenance
 from deepspectra.uses import Lookup, Matrix, Use
-
-CHUNK_BYTES = 2**28  # of gradients of means that are compared at a time
-
-
-@dataclass(frozen=True)
-class KhatriRao:
-    """How well products of means stand for means of products: h_c ⊗ e_c for g_c, h_c ⊗ e_{c,k} for g_{c,k}.
-
-    And h̄ ⊗ e_k for the logit means: if every class has the same mean feature h̄, what is left of the mean gradients
-    of a potential class k is the common feature times its mean error.
-
-    Attributes:
-        class_cosine: (C,) cosine between g_c and h_c ⊗ e_c; NaN for an absent class.
-        class_error: (C,) ‖g_c − h_c ⊗ e_c‖ / ‖g_c‖.
-        cross_cosine: (C, C) of the cells (c, k).
-        cross_error: (C, C).
-        logit_cosine: (C,) cosine between the logit mean g_k = Σ_{c≠k} w_{c,k} g_{c,k}/Σ w and h̄ ⊗ e_k.
-
-    Source: Papyan 2020, JMLR 21:252, section 6, as a claim; the measurement is this library's.
-    """
-
-    class_cosine: Tensor
-    class_error: Tensor
-    cross_cosine: Tensor
-    cross_error: Tensor
-    logit_cosine: Tensor
 
 
 @dataclass(frozen=True)
@@ -266,9 +239,9 @@ def _layer(name: str, uses: list[list[Use]], parts: Decomposition, bases: dict[s
         if errors is None
         else _row_spectrum(errors, bases, tuple(parts), parts, f"errors of {name}"),
         gradients=_gradient_spectrum(uses, bases, size, parts, name),
-        khatri_rao=_khatri_rao([batch[0] for batch in matrices], parts, bases) if single else None,
+        khatri_rao=khatri_rao([batch[0] for batch in matrices], parts, bases) if single else None,
         collapse=None if features is None else collapse_of(features, rows, name),
-        centred=_centred_spectrum([batch[0] for batch in matrices], parts, bases, name)
+        centred=centred_spectrum([batch[0] for batch in matrices], parts, bases, name)
         if single and len(bases["means"]) <= SMALL
         else None,
     )
@@ -280,7 +253,7 @@ def _row_spectrum(
     """Of rows that are held."""
     began = time.perf_counter()
     basis = EigenBasis.of_rows(rows, bases, torch.finfo(parts.problem.dtype).eps)
-    return spectrum_of(basis, names, _provenance(parts.problem, what, rows.shape[1]), began)
+    return spectrum_of(basis, names, Provenance.of_rows(what, rows), began)
 
 
 def _gradient_spectrum(
@@ -296,7 +269,7 @@ def _gradient_spectrum(
         if size < num_rows
         else EigenBasis.of_gram(gram_of([uses]), bases, size, eps)
     )
-    provenance = _provenance(parts.problem, f"gradients of {name}", size)
+    provenance = provenance_of_rows(parts, f"gradients of {name}", size)
     return spectrum_of(basis, tuple(parts), provenance, began)
 
 
@@ -310,123 +283,9 @@ def _refuse_beyond_memory(problem: Problem, side: int, name: str) -> None:
         )
 
 
-def _provenance(problem: Problem, what: str, size: int) -> Provenance:
-    dtype = str(problem.dtype).removeprefix("torch.")
-    return Provenance(what, size, dtype, str(problem.device), None, versions())
-
-
 def _feature_spectrum(features: Tensor, parts: Decomposition, name: str) -> GramSpectrum:
     """Of (1/N) Σ h hᵀ: global mean, class means about it, scatter within classes."""
     weight = counted(parts.rows)
     scaled = features * (weight / weight.sum()).sqrt().to(features)[:, None]
     averages = feature_averages(parts.rows)
     return _row_spectrum(scaled, averages, FEATURE_PARTS, parts, f"features of {name}")
-
-
-def _centred_spectrum(
-    uses: list[Matrix], parts: Decomposition, bases: dict[str, Tensor], name: str
-) -> GramSpectrum:
-    """Of Σ_t e_t (h_t − h̄)ᵀ, from inner products.
-
-    With s = Σ_t e_t and q = Σ_t e_t (h_tᵀh̄) they are those of the gradients, less s qᵀ and its transpose, plus
-    ‖h̄‖² s sᵀ.
-    """
-    began = time.perf_counter()
-    mean = _mean_features(uses, parts).mean(0)
-    pairs = [_summed(use, mean) for use in uses]
-    s, q = (torch.cat([pair[j] for pair in pairs]).double() for j in range(2))
-    gram = gram_of([[[use] for use in uses]])
-    gram += float(mean.double().square().sum()) * (s @ s.T) - s @ q.T - q @ s.T
-    size = uses[0].slice.numel
-    basis = EigenBasis.of_gram(gram, bases, size, torch.finfo(parts.problem.dtype).eps)
-    provenance = _provenance(parts.problem, f"gradients of {name} with centred features", size)
-    return spectrum_of(basis, tuple(parts), provenance, began)
-
-
-def _summed(use: Matrix, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ_t e_t and Σ_t e_t (h_tᵀ h̄), (B·J, o) each."""
-    along = torch.einsum("btd,d->bt", use.features(), mean)
-    weighted = torch.einsum("bjot,bt->bjo", use.errors, along)
-    return use.errors.sum(3).flatten(0, 1), weighted.flatten(0, 1)
-
-
-def _khatri_rao(uses: list[Matrix], parts: Decomposition, bases: dict[str, Tensor]) -> KhatriRao:
-    """Means of gradients against products of means of features and errors."""
-    member = membership(parts.rows)
-    share = member / positive(member.sum(0))
-    sizes = [use.num_examples for use in uses]
-    features = sum(
-        torch.einsum("bc,btd->ctd", some.to(use.errors), use.features())
-        for some, use in zip(torch.split(share, sizes), uses, strict=True)
-    )
-    assert isinstance(features, Tensor)  # (C, T, d) class means
-    num_classes = share.shape[1]
-    present = parts.projections.class_weights > 0
-    classes = (
-        torch.full((num_classes,), torch.nan, dtype=torch.float64),
-        torch.full((num_classes,), torch.nan, dtype=torch.float64),
-    )
-    cells = tuple(torch.full((num_classes, num_classes), torch.nan, dtype=torch.float64) for _ in range(2))
-    cell_weights = parts.projections.cell_weights
-    scale = (cell_weights / positive(parts.projections.class_weights)[:, None]).sqrt()
-    means = bases["means"].view(-1, num_classes, num_classes)
-    for c in torch.nonzero(present).flatten().tolist():
-        other = [k for k in range(num_classes) if k != c]
-        # the class mean is its cells' weighted sum: b_c = Σ_{k≠c} √(w_ck/w_c) b_ck
-        columns = torch.cat([means[:, c, other] @ scale[c, other, None], means[:, c, other]], 1)
-        gradient, product = _pair(uses, sizes, columns, features[c])
-        norms = gradient.norm(dim=1), product.norm(dim=1)
-        cosines = (gradient * product).sum(1) / (norms[0] * norms[1]).clamp_min(
-            torch.finfo(gradient.dtype).tiny
-        )
-        errors = (gradient - product).norm(dim=1) / norms[0].clamp_min(torch.finfo(gradient.dtype).tiny)
-        for table, row, values in zip(classes, cells, (cosines, errors), strict=True):
-            table[c] = float(values[0])
-            row[c, other] = values[1:].double().cpu()
-    logits = _logit_cosines(uses, sizes, parts, means)
-    return KhatriRao(classes[0], classes[1], cells[0], cells[1], logits)
-
-
-def _logit_cosines(uses: list[Matrix], sizes: list[int], parts: Decomposition, means: Tensor) -> Tensor:
-    """(C,) cosines between logit means and h̄ ⊗ e_k; `means` (R, C, C) are the columns of the cells' averages."""
-    feature = _mean_features(uses, parts)
-    weights = parts.projections.cell_weights
-    num_classes = len(weights)
-    found = torch.full((num_classes,), torch.nan, dtype=torch.float64)
-    for k in range(num_classes):
-        others = [c for c in range(num_classes) if c != k and float(weights[c, k]) > 0]
-        if not others:
-            continue
-        column = means[:, others, k] @ weights[others, k].sqrt().to(means)[:, None]
-        gradient, product = _pair(uses, sizes, column, feature)
-        scale = gradient.norm() * product.norm()
-        found[k] = float((gradient * product).sum() / scale.clamp_min(torch.finfo(gradient.dtype).tiny))
-    return found
-
-
-def _mean_features(uses: list[Matrix], parts: Decomposition) -> Tensor:
-    """(T, d) over rows that count."""
-    weight = counted(parts.rows)
-    share = weight / weight.sum()
-    return sum(  # type: ignore[return-value]
-        torch.einsum("b,btd->td", some.to(use.errors), use.features())
-        for some, use in zip(torch.split(share, [use.num_examples for use in uses]), uses, strict=True)
-    )
-
-
-def _pair(uses: list[Matrix], sizes: list[int], columns: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ α g and h ⊗ Σ α e for columns α (R, r) and a mean feature h (T, d): (r, o·d) each."""
-    scalars = uses[0].errors.shape[1]
-    gradient: Tensor | float = 0.0
-    error: Tensor | float = 0.0
-    for use, part in zip(uses, torch.split(columns, [size * scalars for size in sizes]), strict=True):
-        mixed = part.view(use.num_examples, scalars, -1).to(use.errors)
-        live = mixed.flatten(1).any(1).nonzero().flatten()
-        if not len(live):
-            continue
-        combined = use.combined(mixed[live], live)
-        gradient = gradient + use.gradients(combined, live)
-        error = error + combined.sum(0)
-    assert isinstance(gradient, Tensor)
-    assert isinstance(error, Tensor)
-    return gradient.flatten(1), (error @ feature).flatten(1)

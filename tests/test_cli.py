@@ -97,6 +97,23 @@ def test_the_report_is_made_again_from_the_saved_numbers(analysed, folder):
     assert (folder / "again.html").read_text() == (folder / "run" / "report.html").read_text()
 
 
+def test_layers_at_several_epochs_are_one_report(folder):
+    options = ("--per-class", 3, "--epochs", 2, "--at", "0,1", "--out", "moments")
+    done = run("layers", *options, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    losses = []
+    for place in ("epoch-0", "epoch-1", "end"):
+        with xr.open_dataset(folder / "moments" / place / "layers.nc", engine="h5netcdf") as saved:
+            losses.append(saved.attrs["loss_value"])
+    assert losses[0] > losses[1] > losses[2]
+    page = (folder / "moments" / "layers.html").read_text()
+    assert [f">{label}</label>" in page for label in ("epoch 0", "epoch 1", "end")] == [True] * 3
+    places = [f"moments/{place}" for place in ("epoch-0", "end")]
+    again = run("report", *places, "--out", "two.html", cwd=folder)
+    assert again.returncode == 0, again.stderr
+    assert 'id="chart-layer_spectra-m1"' in (folder / "two.html").read_text()
+
+
 def test_a_study_of_the_zoo(folder):
     options = ("--per-class", 3, "--epochs", 2, "--networks", 1, "--out", "study")
     done = run("study", "initialisation", *options, cwd=folder)
@@ -151,7 +168,11 @@ def test_layers_of_anybodys_model(folder):
         (("analyze", "mine.py:problem", "--device", "cpu", "--per-class", "3"), "--per-class, --device"),
         (("analyze", "--model", "nonsense"), "nonsense"),
         (("analyze", "--data", "mnist", "--data-root", "nowhere"), "nowhere"),
-        (("report", "nowhere"), "does not exist"),
+        (("report", "nowhere"), "none of analysis.nc"),
+        (("analyze", "mine.py:problem", "--at", "0,1"), "--at follows the training"),
+        (("layers", "--at", "3,1"), "epochs in order"),
+        (("layers", "--at", "1,x"), "epochs in order"),
+        (("layers", "--per-class", "3", "--epochs", "1", "--at", "5"), "ended before that epoch"),
         (("analyze", "--memory", "lots"), "memory='lots'"),
     ],
 )

@@ -19,6 +19,7 @@ from deepspectra.apps.study import study_dataset
 from deepspectra.errors import DataError, FileError, OptionError
 from deepspectra.report import render
 from deepspectra.report.drawing import PART_COLOURS, number
+from deepspectra.report.text import escaped
 
 OPERATORS = ["hessian", "gauss_newton", "residual"]
 PARTS = ["class", "logit", "interaction", "within", "true", "residual"]
@@ -553,3 +554,43 @@ def test_the_page_of_a_study_draws_in_a_browser_without_a_complaint(tmp_path):
     elements = opened(page, tmp_path)
     assert "<svg" in elements.split('id="chart-study_measures"')[1].split("</figure>")[0]
     assert "&lt;one&gt;" in page
+
+
+def small_analysis(seed, name):
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    problem = ds.Problem(model, (torch.randn(18, 4), torch.arange(18) % 3))
+    return ds.analyze(problem, num_probes=1, num_steps=4, progress=False, model=name)
+
+
+def test_a_series_is_one_page_with_names_of_its_own_for_each(tmp_path):
+    found = {"epoch <1>": small_analysis(0, "early"), "end": small_analysis(1, "late")}
+    page = ds.save_series(found, tmp_path / "all.html").read_text()
+    assert "epoch &lt;1&gt;" in page
+    names = re.findall(r'\bid="([^"]+)"', page.split("<main")[1])
+    assert len(names) == len(set(names))
+    for j in range(2):
+        for name in ("spectrum-m", "chart-shares-m", "eigenvalues-m"):
+            assert f"{name}{j}" in names
+    tabs = re.findall(r'<label for="([^"]+)"', page)
+    assert set(tabs) <= set(re.findall(r'\bid="([^"]+)"', page))
+    for analysis in found.values():
+        assert escaped(analysis.verdict.split(". ")[0]) in page
+    assert page.count('class="moment away"') == 1
+    with pytest.raises(DataError, match="at least one"):
+        ds.save_series({}, tmp_path / "none.html")
+    with pytest.raises(FileError, match="cannot write"):
+        ds.save_series(found, tmp_path / "no" / "where.html")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium to open the page")
+def test_a_series_shows_what_is_chosen_and_draws_all_of_it(tmp_path):
+    series = {"one": small_analysis(0, "early").dataset, "two": small_analysis(1, "late").dataset}
+    choose = "<script type=module>document.getElementById('moment-0').click()</script></body>"
+    page, _, rest = report.render_series(series).rpartition("</body>")
+    elements = opened(page + choose + rest, tmp_path)
+    shown = re.findall(r'<div class="(moment(?: away)?)"', elements)
+    assert shown == ["moment", "moment away"]
+    for j in range(2):
+        for name in ("spectrum", "shares", "cost"):
+            assert "<svg" in elements.split(f'id="chart-{name}-m{j}"')[1].split("</figure>")[0]

@@ -20,7 +20,7 @@ from deepspectra.analysis.means import class_means, principal_subspace
 from deepspectra.analysis.regions import regions
 from deepspectra.analysis.study import study
 from deepspectra.analysis.weights import weights
-from deepspectra.apps.analyze import Analysis, analyze, load
+from deepspectra.apps.analyze import Analysis, analyze, load, save_series
 from deepspectra.operators.curvature import EmpiricalFisher, GaussNewton, Hessian, Residual
 from deepspectra.operators.kronecker import Kronecker, kronecker
 from deepspectra.operators.parts import decompose
@@ -55,6 +55,7 @@ __all__ = [
     "overlap",
     "principal_subspace",
     "regions",
+    "save_series",
     "study",
     "three_level_map",
     "trace",

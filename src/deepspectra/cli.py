@@ -16,15 +16,16 @@ from rich.console import Console
 from deepspectra import zoo
 from deepspectra.analysis.class_groups import class_groups
 from deepspectra.analysis.compare import compare
-from deepspectra.analysis.layers import layers
+from deepspectra.analysis.layers import Layers, layers
 from deepspectra.analysis.study import study
-from deepspectra.apps.analyze import Analysis, analyze, load
+from deepspectra.apps.analyze import Analysis, analyze, save_series
 from deepspectra.apps.compare import comparison_dataset
 from deepspectra.apps.layers import layer_dataset
-from deepspectra.apps.pages import save_page
+from deepspectra.apps.pages import load_page, save_page
 from deepspectra.apps.study import STUDIES, Variant, study_dataset
 from deepspectra.errors import DeepSpectraError, OptionError, TargetError
 from deepspectra.problem import Problem
+from deepspectra.report.page import write, write_series
 
 app = typer.Typer(
     add_completion=False,
@@ -55,6 +56,9 @@ Memory = Annotated[str | None, typer.Option(help='Memory budget, such as "8GiB".
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda.")]
 Out = Annotated[Path, typer.Option(help="Directory of the results and the report.")]
 Seed = Annotated[int, typer.Option(help="Seed of the training and of every random vector.")]
+At = Annotated[
+    str | None, typer.Option(help="Also after these epochs of training, such as 0,1,5; one report of all.")
+]
 CONVOLUTIONAL = ("lenet", "vgg11-bn", "resnet18")
 MALLOC_OPTIONS = {
     -3: 2**31 - 1,
@@ -109,25 +113,29 @@ def analyze_command(
     groups: Annotated[
         int | None, typer.Option(help="Average over so many groups of classes, by their logits.")
     ] = None,
+    at: At = None,
     seed: Seed = 0,
 ) -> None:
     """Analyse your own problem (TARGET), or a model of the zoo on one of its data sets."""
     chosen = _Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed)
-    problem, names, model, data = _chosen_problem(target, chosen, out)
-    owner = None if groups is None else class_groups(problem, groups, seed=seed)
-    names = names if owner is None else _group_names(names, owner.tolist())
-    result = analyze(
-        problem,
-        num_probes=num_probes,
-        num_steps=num_steps,
-        seed=seed,
-        title=f"Spectrum of {target}" if target else "",
-        model=model,
-        data=data,
-        class_names=names,
-        groups=owner,
-    )
-    _finish(result, out)
+    series = {}
+    for moment in _moments(target, chosen, out, at):
+        owner = None if groups is None else class_groups(moment.problem, groups, seed=seed)
+        names = moment.class_names if owner is None else _group_names(moment.class_names, owner.tolist())
+        series[moment.label] = analyze(
+            moment.problem,
+            num_probes=num_probes,
+            num_steps=num_steps,
+            seed=seed,
+            title=f"Spectrum of {target}" if target else "",
+            model=moment.model,
+            data=moment.data,
+            class_names=names,
+            groups=owner,
+        )
+        _finish(series[moment.label], moment.place)
+    if len(series) > 1:
+        typer.echo(f"All: {save_series(series, out / 'report.html')}")
 
 
 def _group_names(names: list[str] | None, owner: list[int]) -> list[str]:
@@ -152,23 +160,33 @@ def layers_command(
     kronecker: Annotated[
         bool, typer.Option(help="Judge KFAC, EKFAC and CFAC too, which takes longer.")
     ] = False,
+    at: At = None,
     seed: Seed = 0,
 ) -> None:
     """Features, errors and gradients of every layer, exactly: for up to about 12,000 examples × (classes − 1)."""
     chosen = _Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed)
-    problem, _, model, data = _chosen_problem(target, chosen, out)
+    series = {}
+    for moment in _moments(target, chosen, out, at):
+        found = _layers_of(moment.problem, kronecker=kronecker)
+        dataset = layer_dataset(found, moment.problem, model=moment.model, data=moment.data, seed=seed)
+        path = save_page(dataset, moment.place, "layers")
+        series[moment.label] = dataset
+        typer.echo(f"\n{found}\n\n{dataset.attrs['verdict']}\n")
+        typer.echo(f"Results: {path.parent}")
+        typer.echo(f"Report: {path}")
+    if len(series) > 1:
+        write_series(series, out / "layers.html")
+        typer.echo(f"All: {out / 'layers.html'}")
+
+
+def _layers_of(problem: Problem, *, kronecker: bool) -> Layers:
     _warn_of_long_spectra(problem)
     with console.status("layers") as status:
-        found = layers(
+        return layers(
             problem,
             kronecker=JUDGED if kronecker else (),
             progress=lambda name: status.update(f"layer {name}"),
         )
-    dataset = layer_dataset(found, problem, model=model, data=data, seed=seed)
-    path = save_page(dataset, out, "layers")
-    typer.echo(f"\n{found}\n\n{dataset.attrs['verdict']}\n")
-    typer.echo(f"Results: {path.parent}")
-    typer.echo(f"Report: {path}")
 
 
 def _warn_of_long_spectra(problem: Problem) -> None:
@@ -248,12 +266,20 @@ def study_command(
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="Directory that analyze or Analysis.save wrote.")],
-    out: Annotated[Path | None, typer.Option(help="The HTML file; by default in the directory.")] = None,
+    directories: Annotated[
+        list[Path],
+        typer.Argument(help="Directories that commands wrote; of several, one page to choose from."),
+    ],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; by default in the last directory.")] = None,
 ) -> None:
-    """Write the report of a saved analysis again."""
-    result = load(directory)
-    typer.echo(f"Report: {result.to_html(out or directory / 'report.html')}")
+    """Write the report of a saved analysis again, or one report of several."""
+    series = {str(directory): load_page(directory) for directory in directories}
+    path = out or directories[-1] / "report.html"
+    if len(series) > 1:
+        write_series(series, path)
+    else:
+        write(next(iter(series.values())), path)
+    typer.echo(f"Report: {path}")
 
 
 def _finish(result: Analysis, out: Path) -> None:
@@ -262,6 +288,51 @@ def _finish(result: Analysis, out: Path) -> None:
     typer.echo(f"\n{result}\n")
     typer.echo(f"Results: {folder}")
     typer.echo(f"Report: {path}")
+
+
+class _Moment(NamedTuple):
+    """A problem to be looked at, and where what is found of it goes."""
+
+    label: str
+    place: Path
+    problem: Problem
+    class_names: list[str] | None
+    model: str
+    data: str
+
+
+def _moments(target: str | None, chosen: _Choice, out: Path, at: str | None) -> list[_Moment]:
+    """The problem at each epoch that is asked for, and at the end of training."""
+    epochs = _epochs(at)
+    if epochs and (target is not None or chosen.checkpoint is not None):
+        raise OptionError(
+            "--at follows the training of a network of the zoo; there is none with a checkpoint or target."
+        )
+    final = _chosen_problem(target, chosen, out, snapshots=epochs)
+    moments = []
+    for epoch in epochs:
+        place = _snapshot(out, epoch)
+        if not place.is_file():
+            raise OptionError(f"--at {epoch}: training ended before that epoch.")
+        earlier = _chosen_problem(None, chosen._replace(checkpoint=place), out)
+        moments.append(_Moment(f"epoch {epoch}", place.parent, *earlier))
+    return [*moments, _Moment("end" if epochs else "", out / "end" if epochs else out, *final)]
+
+
+def _epochs(at: str | None) -> tuple[int, ...]:
+    """The numbers in "0,1,5"."""
+    try:
+        found = tuple(int(part) for part in at.split(",")) if at else ()
+    except ValueError:
+        found = (-1,)
+    if list(found) != sorted(set(found)) or min(found, default=0) < 0:
+        raise OptionError(f"--at {at}: expected epochs in order, such as 0,1,5.")
+    return found
+
+
+def _snapshot(out: Path, epoch: int) -> Path:
+    """Where the weights after an epoch are kept."""
+    return out / f"epoch-{epoch}" / "model.safetensors"
 
 
 class _Choice(NamedTuple):
@@ -279,17 +350,22 @@ class _Choice(NamedTuple):
 
 
 def _chosen_problem(
-    target: str | None, chosen: _Choice, out: Path, draw: int | None = None, variant: Variant | None = None
+    target: str | None,
+    chosen: _Choice,
+    out: Path,
+    draw: int | None = None,
+    variant: Variant | None = None,
+    snapshots: tuple[int, ...] = (),
 ) -> tuple[Problem, list[str] | None, str, str]:
     """The problem of a target or of the zoo, its class names, and names of model and data for the report.
 
     `draw` is the seed of the draw of examples, if that is another than the training's; `variant` says how a study
-    changes the network.
+    changes the network, and `snapshots` after which epochs its weights are kept.
     """
     if target is None:
         model, data = chosen.model or "mlp", chosen.data or "digits"
         options = chosen._asdict() | {"model": model, "data": data}
-        problem, names = _zoo_problem(**options, out=out, draw=draw, variant=variant)
+        problem, names = _zoo_problem(**options, out=out, draw=draw, variant=variant, snapshots=snapshots)
         return (
             problem,
             names,
@@ -322,6 +398,7 @@ def _zoo_problem(
     seed: int = 0,
     draw: int | None = None,
     variant: Variant | None = None,
+    snapshots: tuple[int, ...] = (),
 ) -> tuple[Problem, list[str]]:
     """Data, and a network from a checkpoint or trained here and saved beside the results."""
     variant = variant or Variant("")
@@ -341,7 +418,22 @@ def _zoo_problem(
         recipe = zoo.recipe(model, data, len(examples))
         epochs = recipe.epochs if epochs is None else epochs
         epochs = min(1, epochs) if variant.epochs is None else epochs * variant.epochs
+        about = {"model": model, "data": data, "seed": seed}
+
+        def keep(epoch: int) -> None:
+            if epoch in snapshots:
+                zoo.save_checkpoint(_snapshot(out, epoch), network, about | {"epochs": epoch})
+
+        keep(0)
         with console.status("training") as status:
+
+            def show(history: zoo.History) -> None:
+                keep(len(history))
+                status.update(
+                    f"training {model} on {data}: epoch {len(history)} of {epochs}, "
+                    f"loss {history.losses[-1]:.4f}, accuracy {history.accuracies[-1]:.1%}"
+                )
+
             history = zoo.train(
                 network,
                 examples,
@@ -351,13 +443,10 @@ def _zoo_problem(
                 milestones=recipe.milestones,
                 seed=seed,
                 device=device,
-                progress=lambda h: status.update(
-                    f"training {model} on {data}: epoch {len(h)} of {epochs}, loss {h.losses[-1]:.4f}, "
-                    f"accuracy {h.accuracies[-1]:.1%}"
-                ),
+                progress=show,
             )
         path = out / "model.safetensors"
-        zoo.save_checkpoint(path, network, {"model": model, "data": data, "epochs": epochs, "seed": seed})
+        zoo.save_checkpoint(path, network, about | {"epochs": epochs})
         last = f"accuracy {history.accuracies[-1]:.1%} while training" if len(history) else "untrained"
         console.print(
             f"Trained {model} on {len(examples):,} examples of {examples.name}: {last}; saved as {path}"

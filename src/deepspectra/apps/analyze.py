@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from deepspectra.apps.ledger import Ledger
 from deepspectra.errors import FileError, OptionError
 from deepspectra.operators.projections import grouped
 from deepspectra.problem import Problem
-from deepspectra.report.page import write
+from deepspectra.report.page import write, write_series
 
 DATASET_FILE, VECTORS_FILE = "analysis.nc", "vectors.safetensors"
 
@@ -67,6 +67,19 @@ class Analysis:
         """Write the report, one self-contained HTML file."""
         write(self.dataset, path)
         return Path(path)
+
+
+def save_series(analyses: Mapping[str, Analysis], path: str | Path) -> Path:
+    """Write one page of several analyses by label, such as those of a network at several epochs.
+
+    The reader chooses among them; the last is shown first.
+
+    Raises:
+        DataError: there are no analyses.
+        FileError: the file cannot be written.
+    """
+    write_series({label: analysis.dataset for label, analysis in analyses.items()}, path)
+    return Path(path)
 
 
 def load(directory: str | Path) -> Analysis:

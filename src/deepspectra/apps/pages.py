@@ -8,9 +8,12 @@ from pathlib import Path
 import xarray as xr
 
 from deepspectra.apps.dataset import problem_attributes
+from deepspectra.errors import FileError
 from deepspectra.problem import Problem
 from deepspectra.report.page import write
 from deepspectra.results import versions
+
+STEMS = ("analysis", "layers", "compare", "study")  # of what the commands save
 
 
 def page_attributes(
@@ -29,6 +32,25 @@ def page_attributes(
         "accuracy": problem.accuracy(),
         "provenance": json.dumps({"seconds": round(seconds, 1), "versions": versions()}),
     }
+
+
+def load_page(directory: str | Path) -> xr.Dataset:
+    """The dataset that a command saved in a directory: an analysis, or else of layers, a comparison or a study.
+
+    Raises:
+        FileError: there is none, or it cannot be read.
+    """
+    folder = Path(directory)
+    path = next((folder / f"{stem}.nc" for stem in STEMS if (folder / f"{stem}.nc").is_file()), None)
+    if path is None:
+        raise FileError(
+            f"{folder} has none of {', '.join(f'{stem}.nc' for stem in STEMS)}; nothing was saved there."
+        )
+    try:
+        with xr.open_dataset(path, engine="h5netcdf") as file:
+            return file.load()
+    except (OSError, ValueError, KeyError) as error:
+        raise FileError(f"{path} is truncated or foreign ({error}). Run the command again.") from error
 
 
 def save_page(dataset: xr.Dataset, directory: str | Path, stem: str) -> Path:

@@ -9,7 +9,7 @@ from deepspectra.report.charts import (
 )
 from deepspectra.report.class_charts import class_cosines, cross_class_weights, three_level_map
 from deepspectra.report.drawing import save_chart
-from deepspectra.report.page import render, write
+from deepspectra.report.page import render, render_series, write, write_series
 from deepspectra.report.spectrum_charts import log_spectrum, spectrum
 
 __all__ = [
@@ -21,9 +21,11 @@ __all__ = [
     "knockouts",
     "log_spectrum",
     "render",
+    "render_series",
     "save_chart",
     "shares",
     "spectrum",
     "three_level_map",
     "write",
+    "write_series",
 ]

@@ -22,7 +22,7 @@ import numpy as np
 import vl_convert
 import xarray as xr
 
-from deepspectra.errors import FileError
+from deepspectra.errors import DataError, FileError
 from deepspectra.report.captions import FIGURES
 from deepspectra.report.charts import charts
 from deepspectra.report.drawing import holds, number, rows
@@ -37,7 +37,20 @@ def write(dataset: xr.Dataset, path: str | os.PathLike[str]) -> None:
     Raises:
         FileError: the file cannot be written.
     """
-    page = render(dataset)
+    _save(render(dataset), path)
+
+
+def write_series(series: Mapping[str, xr.Dataset], path: str | os.PathLike[str]) -> None:
+    """Write one page of several analyses, such as those of a network at several epochs, with a choice among them.
+
+    Raises:
+        FileError: the file cannot be written.
+        DataError: there are no analyses.
+    """
+    _save(render_series(series), path)
+
+
+def _save(page: str, path: str | os.PathLike[str]) -> None:
     try:
         Path(path).write_text(page, encoding="utf-8")
     except OSError as error:
@@ -46,19 +59,64 @@ def write(dataset: xr.Dataset, path: str | os.PathLike[str]) -> None:
 
 def render(dataset: xr.Dataset) -> str:
     """The page as a string; sections whose variables the analysis does not hold are left out."""
+    body, names, specs = _body(dataset)
+    head = _verdict(str(attribute(dataset, "verdict", "")))
+    return _filled(dataset, head, _cards(dataset), names, body, specs)
+
+
+def render_series(series: Mapping[str, xr.Dataset]) -> str:
+    """One page of several analyses by label; the last is shown first.
+
+    Raises:
+        DataError: there are no analyses.
+    """
+    if not series:
+        raise DataError("a page of several analyses needs at least one of them.")
+    bodies: list[str] = []
+    names: dict[str, None] = {}
+    specs: dict[str, Any] = {}
+    last = len(series) - 1
+    for j, dataset in enumerate(series.values()):
+        body, sections, drawn = _body(dataset)
+        summary = _verdict(str(attribute(dataset, "verdict", ""))) + _cards(dataset)
+        away = "" if j == last else " away"
+        bodies.append(f'<div class="moment{away}">\n{summary}\n{_numbered(body, j)}\n</div>')
+        names |= dict.fromkeys(sections)
+        specs |= {f"{name}-m{j}": spec for name, spec in drawn.items()}
+    buttons = [
+        f'<input type="radio" name="moment" id="moment-{j}" value="{j}"{" checked" if j == last else ""}>'
+        f'<label for="moment-{j}">{escaped(label)}</label>'
+        for j, label in enumerate(series)
+    ]
+    choice = f'<div class="moments" role="radiogroup" aria-label="Which analysis">{"".join(buttons)}</div>'
+    shown = list(series.values())[last]
+    return _filled(shown, "", choice, list(names), "\n".join(bodies), specs)
+
+
+def _numbered(body: str, number: int) -> str:
+    """Markup whose names are those of one analysis among several."""
+    return re.sub(r'\b(id|for|name|data-table)="([^"]+)"', rf'\1="\2-m{number}"', body)
+
+
+def _body(dataset: xr.Dataset) -> tuple[str, list[str], dict[str, Any]]:
+    """Figures, tables and how it was measured; the names of these sections; the specifications of the charts."""
     figures, specs = _figures(dataset, charts(dataset))
-    tables, measured = tables_section(dataset), _measured(dataset)
-    links = [*figures, *({"tables": "Tables"} if tables else {}), "measured", "glossary", "cite"]
+    tables = tables_section(dataset)
+    names = [*figures, *(["tables"] if tables else []), "measured"]
+    return "\n".join([*figures.values(), tables, _measured(dataset)]), names, specs
+
+
+def _filled(
+    dataset: xr.Dataset, verdict: str, cards: str, names: list[str], body: str, specs: dict[str, Any]
+) -> str:
     template = Template(files("deepspectra.report").joinpath("template.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=escaped(attribute(dataset, "title", "A spectrum")),
-        verdict=_verdict(str(attribute(dataset, "verdict", ""))),
+        verdict=verdict,
         subject=_subject(dataset),
-        cards=_cards(dataset),
-        contents=" ".join(f'<a href="#{name}">{LINKS[name]}</a>' for name in links),
-        figures="\n".join(figures.values()),
-        tables=tables,
-        measured=measured,
+        cards=cards,
+        contents=" ".join(f'<a href="#{name}">{LINKS[name]}</a>' for name in [*names, "glossary", "cite"]),
+        body=body,
         citation=_citation(dataset),
         specs=json.dumps(specs, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         bundle=_bundle(),

@@ -41,6 +41,7 @@ MEASURES = {
     "shared": "overlap between networks at k = m",
     "shared_peak": "its highest",
 }
+SHOWN = ("input_ratio", "gap", "rank_one", "kfac_error", "cfac_error", "class_share", "logit_share", "shared")
 ROUNDING = 1e-6  # of the largest eigenvalue
 MOST_ROWS = 3000  # N (C − 1) for which the parts of a layer's eigenvalues are computed
 
@@ -76,14 +77,13 @@ class Study:
 
     def __str__(self) -> str:
         width = max(10, *(len(name) for name in self.variants))
-        keys = list(self.measures)
-        rows = [f"{'layer':<22} {'variant':<{width}} " + " ".join(f"{key[:12]:>12}" for key in keys)]
+        rows = [f"{'layer':<22} {'variant':<{width}} " + " ".join(f"{key:>11}" for key in SHOWN)]
         for layer in self.layers:
             for j, variant in enumerate(self.variants):
-                cells = [self.of(variant, layer, key) for key in keys]
-                text = " ".join(f"{float(c.mean()):>12.3g}" if len(c) else f"{'–':>12}" for c in cells)
+                cells = [self.of(variant, layer, key) for key in SHOWN]
+                text = " ".join(f"{float(c.mean()):>11.3g}" if len(c) else f"{'–':>11}" for c in cells)
                 rows.append(f"{(layer if not j else '')[-22:]:<22} {variant:<{width}} {text}")
-        rows += [f"{key}: {meaning}" for key, meaning in self.measures.items()]
+        rows += [f"{key}: {self.measures[key]}" for key in SHOWN]
         for variant, losses, accuracies in zip(
             self.variants, self.losses.tolist(), self.accuracies.tolist(), strict=True
         ):

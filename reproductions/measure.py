@@ -91,8 +91,8 @@ def outliers_and_averages(problem: ds.Problem, num_classes: int) -> dict[str, An
 
 def regions(problem: ds.Problem, num_classes: int) -> dict[str, Any]:
     """How far each knock-out moves outliers, bump and bulk of G, in decades of λ, from the exact spectrum."""
-    found = ds.regions(problem, num_groups=0).whole
-    spectrum = ds.gram_spectrum(problem, effects="two-way", dtype=problem.dtype)
+    found = ds.regions(problem.to(torch.float64), num_groups=0).whole
+    spectrum = ds.gram_spectrum(problem, effects="two-way")
     return {
         "shifts": {
             name: dict(zip(found.regions, shifts, strict=True))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import typer
+import xarray as xr
 from rich.console import Console
 
 from deepspectra import zoo
@@ -169,11 +170,8 @@ def layers_command(
     for moment in _moments(target, chosen, out, at):
         found = _layers_of(moment.problem, kronecker=kronecker)
         dataset = layer_dataset(found, moment.problem, model=moment.model, data=moment.data, seed=seed)
-        path = save_page(dataset, moment.place, "layers")
+        _finish_page(found, dataset, moment.place, "layers")
         series[moment.label] = dataset
-        typer.echo(f"\n{found}\n\n{dataset.attrs['verdict']}\n")
-        typer.echo(f"Results: {path.parent}")
-        typer.echo(f"Report: {path}")
     if len(series) > 1:
         write_series(series, out / "layers.html")
         typer.echo(f"All: {out / 'layers.html'}")
@@ -225,10 +223,7 @@ def compare_command(
     with console.status("comparing") as status:
         found = compare(*problems, seed=seed, progress=lambda name: status.update(f"layer {name}"))
     dataset = comparison_dataset(found, problems[0], model=name, data=source, seed=seed)
-    path = save_page(dataset, out, "compare")
-    typer.echo(f"\n{found}\n\n{dataset.attrs['verdict']}\n")
-    typer.echo(f"Results: {path.parent}")
-    typer.echo(f"Report: {path}")
+    _finish_page(found, dataset, out, "compare")
 
 
 @app.command("study")
@@ -258,10 +253,7 @@ def study_command(
     with console.status("measuring") as status:
         found = study(variants, seed=seed, progress=status.update)
     dataset = study_dataset(found, problem, name=name, model=network, data=source, seed=seed)
-    path = save_page(dataset, out, "study")
-    typer.echo(f"\n{found}\n\n{dataset.attrs['verdict']}\n")
-    typer.echo(f"Results: {path.parent}")
-    typer.echo(f"Report: {path}")
+    _finish_page(found, dataset, out, "study")
 
 
 @app.command()
@@ -287,6 +279,13 @@ def _finish(result: Analysis, out: Path) -> None:
     path = result.to_html(folder / "report.html")
     typer.echo(f"\n{result}\n")
     typer.echo(f"Results: {folder}")
+    typer.echo(f"Report: {path}")
+
+
+def _finish_page(found: object, dataset: xr.Dataset, out: Path, stem: str) -> None:
+    path = save_page(dataset, out, stem)
+    typer.echo(f"\n{found}\n\n{dataset.attrs['verdict']}\n")
+    typer.echo(f"Results: {path.parent}")
     typer.echo(f"Report: {path}")
 
 

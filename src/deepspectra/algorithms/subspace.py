@@ -76,3 +76,11 @@ def _basis(columns: Tensor, name: str) -> Tensor:
     u, sizes, _ = torch.linalg.svd(r, full_matrices=False)
     basis: Tensor = q @ u[:, _kept(sizes, columns.shape, columns.dtype, name)]
     return basis
+
+
+def overlap_curve(U: Tensor, V: Tensor) -> Tensor:
+    """‖UᵀV‖²_F / k of the first k orthonormal columns of each, for every k they both have: (K,) float64."""
+    num = min(U.shape[1], V.shape[1])
+    squares = (U[:, :num].double().T @ V[:, :num].double()).square()
+    sums: Tensor = squares.cumsum(0).cumsum(1).diagonal().cpu()
+    return sums / torch.arange(1, num + 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.operators.captures import layer_of
+from deepspectra.operators.captures import parameters_of
 from deepspectra.operators.held import HeldRows
 from deepspectra.operators.layerwise import counted, features_of, membership
 from deepspectra.operators.rows import GradientRows
@@ -79,7 +79,7 @@ def collapse(problem: Problem) -> CollapseByLayer:
 
 def collapse_of(features: Tensor, rows: GradientRows, layer: str) -> Collapse:
     """NC1 to NC4 of features (N, D) that enter a layer."""
-    own = {name: value for name, value in rows.problem.parameters.items() if layer_of(name) == layer}
+    own = parameters_of(rows.problem, layer)
     member = membership(rows)
     live = counted(rows) > 0
     kept = member.any(0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.lanczos import check_count
+from deepspectra.algorithms.subspace import overlap_curve
 from deepspectra.analysis.blocks import RTOL, Blocks, top_pairs
 from deepspectra.errors import ShapeError
 from deepspectra.operators.curvature import GaussNewton
@@ -189,7 +190,7 @@ def _whole(first: Problem, second: Problem, num: int, seed: int) -> Tensor:
         return torch.zeros(0, dtype=torch.float64)
     num = min(num, first.num_parameters)
     pairs = [eigenpairs(GaussNewton(problem), num, rtol=RTOL, seed=seed) for problem in (first, second)]
-    return _curve(pairs[0].vectors, pairs[1].vectors)
+    return overlap_curve(pairs[0].vectors, pairs[1].vectors)
 
 
 def _check_same(first: Problem, second: Problem) -> None:
@@ -204,27 +205,19 @@ def _check_same(first: Problem, second: Problem) -> None:
 def _layer(exact: ExactBlock, spaces: list[Tensor], blocks: list[Block], *, shared: bool) -> LayerComparison:
     num = min(space.shape[1] for space in spaces)
     one, other = (block.decomposed for block in blocks)
-    approximated = _curve(one.top(num)[1], other.top(num)[1])
+    approximated = overlap_curve(one.top(num)[1], other.top(num)[1])
     ks = torch.arange(1, num + 1)
     aligned = _alignments(one, other)
     return LayerComparison(
         name=exact.place.name,
         shape=exact.place.shape,
         ks=ks,
-        measured=_curve(*(space[:, :num] for space in spaces)),
+        measured=overlap_curve(*(space[:, :num] for space in spaces)),
         kronecker=approximated,
         predicted=approximated if shared else _predicted(one, other, aligned, num),
         baseline=ks.double() / exact.shape[0],
         alignment=float(aligned[0, -1, -1]),
     )
-
-
-def _curve(one: Tensor, other: Tensor) -> Tensor:
-    """‖UᵀV‖²_F / k of the first k columns, for every k."""
-    num = min(one.shape[1], other.shape[1])
-    squares = (one[:, :num].double().T @ other[:, :num].double()).square()
-    sums = squares.cumsum(0).cumsum(1).diagonal().cpu()
-    return sums / torch.arange(1, num + 1)
 
 
 def _alignments(one: Rotated, other: Rotated) -> Tensor:

@@ -127,9 +127,10 @@ def dissect(
     check_count("num_directions", num_directions)
     blocks = Blocks(problem)
     weights = _weights(problem, blocks)
+    num_whole = num if num_whole is None else num_whole
     layers, stack = {}, Stack()
     for name, exact in blocks:
-        if num_whole != 0:
+        if num_whole:
             stack.add(exact)
         if exact.place.groups > 1:
             continue
@@ -139,7 +140,6 @@ def dissect(
         assert isinstance(factors, KroneckerSum)
         later = weights[blocks.names.index(name) + 1 :]
         layers[name] = _dissected(exact, factors, later, problem.num_classes, (num, num_directions, seed))
-    num_whole = num if num_whole is None else num_whole
     whole = stack.against(problem, blocks, num_whole, seed) if num_whole else None
     provenance = Provenance.of(GaussNewton(problem), seed)
     return Dissection(layers, time.perf_counter() - began, provenance, whole)

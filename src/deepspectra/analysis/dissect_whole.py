@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
+from deepspectra.algorithms.subspace import overlap_curve
 from deepspectra.analysis.blocks import RTOL, Blocks
 from deepspectra.operators.curvature import GaussNewton
 from deepspectra.operators.exact import ExactBlock
@@ -82,8 +83,8 @@ class Stack:
             values=pairs.values[:num].cpu(),
             approximated=values[:num].cpu(),
             published=(sigma[:num] * tilted.square().sum(0)).cpu(),
-            overlaps=_overlaps(vectors[:, :num], exact[:, :num]),
-            published_overlaps=_overlaps(torch.linalg.qr(tilted).Q, exact[:, :num]),
+            overlaps=overlap_curve(vectors[:, :num], exact[:, :num]),
+            published_overlaps=overlap_curve(torch.linalg.qr(tilted).Q, exact[:, :num]),
             reach=exact[:, :num].square().sum(0).cpu(),
         )
 
@@ -101,9 +102,3 @@ class Stack:
             unit = mean / mean.norm(dim=1, keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny)
             rows.append(torch.einsum("goik,gi->gok", own, unit).flatten(0, 1))
         return torch.cat(rows)
-
-
-def _overlaps(space: Tensor, exact: Tensor) -> Tensor:
-    """‖UᵀV‖²_F / k of the first k columns, for every k."""
-    sums: Tensor = (space.T @ exact).square().cumsum(0).cumsum(1).diagonal().cpu()
-    return sums / torch.arange(1, len(sums) + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,13 @@ class GramSpectrum:
     def intrinsic_dimension(self) -> float:
         """Tr G / ‖G‖₂, the stable rank of the rows (Tropp 2015, arXiv 1501.01571, section 7)."""
         return float((self.values / self.values[0]).sum())
+
+    def share_of_top(self, part: str, num: int) -> float:
+        """What a part has of the sum of the `num` largest eigenvalues; NaN of a part that is not there."""
+        if part not in self.part_names:
+            return math.nan
+        values, shares = self.values[:num], self.shares[:num, self.part_names.index(part)]
+        return float((values * shares).nansum() / values.sum())
 
     @property
     def density(self) -> Density:

@@ -100,13 +100,14 @@ def khatri_rao(uses: list[Matrix], parts: Decomposition, bases: dict[str, Tensor
         for table, row, values in zip(classes, cells, (cosines, errors), strict=True):
             table[c] = float(values[0])
             row[c, other] = values[1:].double().cpu()
-    logits = _logit_cosines(uses, sizes, parts, means)
+    mean = torch.einsum("c,ctd->td", (member.sum(0) / member.sum()).to(features), features)
+    logits = _logit_cosines(uses, mean, parts, means)
     return KhatriRao(classes[0], classes[1], cells[0], cells[1], logits)
 
 
-def _logit_cosines(uses: list[Matrix], sizes: list[int], parts: Decomposition, means: Tensor) -> Tensor:
+def _logit_cosines(uses: list[Matrix], feature: Tensor, parts: Decomposition, means: Tensor) -> Tensor:
     """(C,) cosines between logit means and h̄ ⊗ e_k; `means` (R, C, C) are the columns of the cells' averages."""
-    feature = _mean_features(uses, parts)
+    sizes = [use.num_examples for use in uses]
     weights = parts.projections.cell_weights
     num_classes = len(weights)
     found = torch.full((num_classes,), torch.nan, dtype=torch.float64)

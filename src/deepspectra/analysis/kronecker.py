@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
+from deepspectra.algorithms.subspace import overlap_curve
 from deepspectra.analysis.blocks import SMALL, Blocks, dense_spectrum
 from deepspectra.errors import MemoryBudgetError, OptionError
 from deepspectra.operators.base import Operator
@@ -288,8 +289,7 @@ class _Comparison:
             others = eigenpairs(block, ks[-1], rtol=self.rtol, seed=self.seed).vectors
         else:
             _, others = block.decomposed.top(ks[-1])
-        squares = (self.vectors[:, : ks[-1]].double().T @ others.double()).square()
-        return torch.stack([squares[:k, :k].sum() / k for k in ks]).cpu()
+        return overlap_curve(self.vectors, others)[torch.tensor(ks) - 1]
 
 
 def relative_error(exact: ExactBlock, norm: float, block: Block) -> float:

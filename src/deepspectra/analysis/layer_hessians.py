@@ -12,7 +12,7 @@ from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.trace import trace
 from deepspectra.analysis.gram import GramSpectrum
-from deepspectra.operators.captures import layer_of
+from deepspectra.operators.captures import parameters_of
 from deepspectra.operators.curvature import Hessian, HessianBlock, Residual
 from deepspectra.problem import Problem
 from deepspectra.results import Density
@@ -82,7 +82,7 @@ def layer_hessians(
 
     Source: Wu et al. 2020, arXiv 2010.04261, section 3, for layer-wise Hessians of piecewise linear networks.
     """
-    owned = {layer: [name for name in problem.parameters if layer_of(name) == layer] for layer in gradients}
+    owned = {layer: list(parameters_of(problem, layer)) for layer in gradients}
     sizes = _residual_sizes(problem, owned, gradients, seed)
     eps = torch.finfo(torch.promote_types(problem.dtype, torch.float32)).eps
     hessian = Hessian(problem)

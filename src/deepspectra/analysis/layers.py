@@ -17,7 +17,7 @@ from deepspectra.analysis.khatri_rao import KhatriRao, centred_spectrum, khatri_
 from deepspectra.analysis.kronecker import KroneckerQuality, kronecker_quality
 from deepspectra.analysis.layer_hessians import LayerHessian, layer_hessians
 from deepspectra.errors import CurvatureError, FallbackWarning, MemoryBudgetError
-from deepspectra.operators.captures import layer_of
+from deepspectra.operators.captures import parameters_of
 from deepspectra.operators.held import HeldRows, gram_of, moment_of
 from deepspectra.operators.layerwise import (
     FEATURE_PARTS,
@@ -219,7 +219,7 @@ def _with_hessian(
 
 def _layer(name: str, uses: list[list[Use]], parts: Decomposition, bases: dict[str, Tensor]) -> Layer:
     rows = parts.rows
-    own = {key: value for key, value in parts.problem.parameters.items() if layer_of(key) == name}
+    own = parameters_of(parts.problem, name)
     size = sum(value.numel() for value in own.values())
     matrices = [[use for use in batch if isinstance(use, Matrix)] for batch in uses]
     fed = [use for use in uses[0] if isinstance(use, (Matrix, Lookup))]

@@ -17,7 +17,7 @@ from deepspectra.operators.captures import layer_of
 from deepspectra.operators.held import HeldRows
 from deepspectra.operators.layerwise import error_averages, layer_errors, layer_inputs, membership
 from deepspectra.operators.parts import KINDS, Decomposition, decompose
-from deepspectra.operators.projections import grouped, positive
+from deepspectra.operators.projections import grouped, num_groups, positive
 from deepspectra.operators.rows import class_sums, labelled_loss
 from deepspectra.problem import Problem
 from deepspectra.results import Provenance
@@ -186,7 +186,7 @@ def _gradient_means(
 ) -> ClassMeans:
     labelled_loss(problem)
     found = grouped(groups, problem.num_classes, problem.device)
-    size = _num_groups(problem, found)
+    size = num_groups(found, problem.num_classes)
     _refuse_beyond_memory(problem, size * size if level == "cross_class" else size)
     crossed = None
     if level == "cross_class":
@@ -209,10 +209,6 @@ def _gradient_means(
         seconds=time.perf_counter() - began,
         provenance=Provenance.of_rows("gradients", means),
     )
-
-
-def _num_groups(problem: Problem, groups: Tensor | None) -> int:
-    return problem.num_classes if groups is None else int(groups.max()) + 1
 
 
 def _feature_means(parts: Decomposition, began: float) -> ClassMeans:
@@ -350,7 +346,7 @@ def principal_subspace(
     began = time.perf_counter()
     labelled_loss(problem)
     found = grouped(groups, problem.num_classes, problem.device)
-    size = _num_groups(problem, found)
+    size = num_groups(found, problem.num_classes)
     _refuse_beyond_memory(problem, size * size if level == "cross_class" else size)
     if level == "class":
         values, vectors = _principal(_class_factor(*class_sums(problem, found)), num, level)

@@ -172,8 +172,8 @@ def _grams(parts: Decomposition, of: str) -> Iterator[tuple[str, Tensor]]:
             yield name, gram_of([uses])
         return
     split = feature_parts(rows) if of == "features" else error_parts(rows, parts.projections, TWO_WAY)
-    for name, matrix in split.matrices.items():
-        yield name, (matrix @ matrix.T).double()
+    for name in split.matrices:
+        yield name, split.layer(name).gram()
 
 
 class _Judge:

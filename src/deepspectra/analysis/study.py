@@ -220,9 +220,7 @@ def _ratio(values: Tensor, inner: int) -> float:
 
 def _part_shares(spectrum: GramSpectrum, num: int) -> dict[str, float]:
     """Of class means and of logit means in the sum of the largest eigenvalues."""
-    values = spectrum.values[:num]
-    weighted = (values[:, None] * spectrum.shares[:num]).nansum(0) / values.sum()
-    return {f"{part}_share": float(weighted[spectrum.part_names.index(part)]) for part in ("class", "logit")}
+    return {f"{part}_share": spectrum.share_of_top(part, num) for part in ("class", "logit")}
 
 
 def _of_pair(one: Problem, other: Problem, seed: int) -> dict[str, dict[str, float]]:

@@ -15,8 +15,9 @@ from torch import Tensor
 from deepspectra.apps import stages
 from deepspectra.apps.dataset import build
 from deepspectra.apps.ledger import Ledger
+from deepspectra.apps.pages import save_dataset
 from deepspectra.errors import FileError, OptionError
-from deepspectra.operators.projections import grouped
+from deepspectra.operators.projections import grouped, num_groups
 from deepspectra.problem import Problem
 from deepspectra.report.page import write, write_series
 
@@ -50,9 +51,7 @@ class Analysis:
         """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        staged = folder / f".{DATASET_FILE}.part"
-        self.dataset.to_netcdf(staged, engine="h5netcdf")
-        staged.replace(folder / DATASET_FILE)
+        save_dataset(self.dataset, folder / DATASET_FILE)
         flat = {
             f"{kind}/{name}": value.detach().cpu().contiguous()
             for kind, tree in self.vectors.items()
@@ -153,7 +152,7 @@ def analyze(
     Cost: itemised in the result.
     """
     owner = grouped(groups, problem.num_classes, problem.device)
-    num_classes = problem.num_classes if owner is None else int(owner.max()) + 1
+    num_classes = num_groups(owner, problem.num_classes)
     if class_names is not None and len(class_names) != num_classes:
         raise OptionError(f"{len(class_names)} class names for {num_classes} classes.")
     found = stages.run(

@@ -23,10 +23,8 @@ FITS = ("frobenius", "cosine", "spectral", "decades", "trace")
 MOST_RANKS = 60  # eigenvalues kept of each spectrum
 SERIES = ("gauss_newton", "hessian_positive", "hessian_negative")
 BLOCK_MEASURES = ("residual", "trace", "trace_standard_error", "smallest")
-POINTS, SMALLEST = (
-    160,
-    1e-8,
-)  # of a layer's density: points, and what is drawn as zero, of the largest eigenvalue
+POINTS = 160  # of a layer's density
+SMALLEST = 1e-8  # of a layer's largest eigenvalue: what is drawn as zero
 EXPLAINED = 0.9  # cosine from which products of means stand for means of products
 
 
@@ -210,11 +208,7 @@ def _centred_sentence(found: Layers) -> list[str]:
 
 def _top_share(spectrum: GramSpectrum, part: str) -> float:
     """Of a part in the sum of as many top eigenvalues as there are class means."""
-    top = len(spectrum.parts["class"])
-    if part not in spectrum.part_names:
-        return math.nan
-    values, shares = spectrum.values[:top], spectrum.shares[:top, spectrum.part_names.index(part)]
-    return float((values * shares).nansum() / values.sum())
+    return spectrum.share_of_top(part, len(spectrum.parts["class"]))
 
 
 def _hessian_sentence(found: Layers) -> list[str]:

@@ -53,13 +53,18 @@ def load_page(directory: str | Path) -> xr.Dataset:
         raise FileError(f"{path} is truncated or foreign ({error}). Run the command again.") from error
 
 
+def save_dataset(dataset: xr.Dataset, path: Path) -> None:
+    """Write a NetCDF file beside its place and move it there, so that a killed run leaves no half file."""
+    staged = path.with_name(f".{path.name}.part")
+    dataset.to_netcdf(staged, engine="h5netcdf")
+    staged.replace(path)
+
+
 def save_page(dataset: xr.Dataset, directory: str | Path, stem: str) -> Path:
     """Write STEM.nc and STEM.html into a directory, made if need be; returns the page's path."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    staged = folder / f".{stem}.nc.part"
-    dataset.to_netcdf(staged, engine="h5netcdf")
-    staged.replace(folder / f"{stem}.nc")
+    save_dataset(dataset, folder / f"{stem}.nc")
     page = folder / f"{stem}.html"
     write(dataset, page)
     return page

@@ -32,6 +32,7 @@ from deepspectra.operators.base import Operator
 from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
 from deepspectra.operators.held import HeldRows
 from deepspectra.operators.parts import Decomposition, decompose
+from deepspectra.operators.projections import num_groups
 from deepspectra.problem import Problem
 from deepspectra.products import Products, products_of
 from deepspectra.results import Density, Eigenpairs
@@ -108,7 +109,7 @@ def run(
     seed: int,
 ) -> Findings:
     """Every stage; the kept graphs of one kind are dropped before another kind needs their memory."""
-    num_classes = problem.num_classes if groups is None else int(groups.max()) + 1
+    num_classes = num_groups(groups, problem.num_classes)
     found = Findings(problem, ledger, seed, num_classes)
     products = products_of(problem)
     _measure_gradient(found)

@@ -219,6 +219,11 @@ def _no_scalars(outputs: Tensor, _: Tensor) -> Tensor:
     return outputs.new_empty(*outputs.shape, 0)
 
 
+def parameters_of(problem: Problem, layer: str) -> dict[str, Tensor]:
+    """The selected parameters that a layer owns, by name."""
+    return {name: value for name, value in problem.parameters.items() if layer_of(name) == layer}
+
+
 def layer_of(name: str) -> str:
     """The module that owns a parameter."""
     return name.rpartition(".")[0]

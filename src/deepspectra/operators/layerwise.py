@@ -16,7 +16,7 @@ from deepspectra.errors import CurvatureError, MemoryBudgetError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.captures import Complement, layer_of
 from deepspectra.operators.held import HeldRows
-from deepspectra.operators.projections import Projections, positive
+from deepspectra.operators.projections import Projections, num_groups, positive
 from deepspectra.operators.rows import GradientRows
 from deepspectra.uses import Convolution, Lookup, Matrix, Use
 
@@ -165,8 +165,7 @@ def counted(rows: GradientRows) -> Tensor:
 def membership(rows: GradientRows, groups: Tensor | None = None) -> Tensor:
     """(N, C) float64: 1 where a row that counts is of a class, or of a group of classes."""
     labels = rows.labels if groups is None else groups[rows.labels]
-    num_classes = rows.weights.shape[1] if groups is None else int(groups.max()) + 1
-    one_hot = torch.nn.functional.one_hot(labels, num_classes)
+    one_hot = torch.nn.functional.one_hot(labels, num_groups(groups, rows.weights.shape[1]))
     return one_hot.double() * counted(rows)[:, None]
 
 

@@ -61,7 +61,7 @@ class Projections:
         self.first = first
         self.groups = groups
         self.labels = labels if groups is None else groups[labels]
-        self.num_classes = weights.shape[1] if groups is None else int(groups.max()) + 1
+        self.num_classes = num_groups(groups, weights.shape[1])
         weights = weights.double()
         self.cell_weights = self._by_cell(weights)
         self._root = self.cell_weights.sqrt()
@@ -181,6 +181,11 @@ def grouped(groups: Tensor | Sequence[int] | None, num_classes: int, device: tor
     if missing:
         raise OptionError(f"groups must be numbered without gaps; no class is in {sorted(missing)[:5]}.")
     return found.long().to(device)
+
+
+def num_groups(groups: Tensor | None, num_classes: int) -> int:
+    """How many groups there are; without, each class is its own."""
+    return num_classes if groups is None else int(groups.max()) + 1
 
 
 def positive(weights: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deepspectra.errors import LossError
 from deepspectra.losses import CrossEntropy
-from deepspectra.operators.projections import Projections, positive
+from deepspectra.operators.projections import Projections, num_groups, positive
 from deepspectra.problem import Problem
 from deepspectra.products import products_of
 
@@ -141,7 +141,7 @@ def class_sums(problem: Problem, groups: Tensor | None = None) -> tuple[Tensor, 
     loss = labelled_loss(problem)
     single = torch.arange(problem.num_classes, device=problem.device)
     owner = single if groups is None else groups
-    size = int(owner.max()) + 1
+    size = num_groups(groups, problem.num_classes)
     cells = torch.zeros(size, size, dtype=torch.float64, device=problem.device)
 
     def cotangent(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

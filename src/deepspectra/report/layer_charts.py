@@ -319,16 +319,13 @@ def layer_densities(dataset: xr.Dataset) -> alt.LayerChart:
     require(dataset, "layer_density", "layer_density_grid")
     names = [str(name) for name in dataset["layer"].values]
     table = rows(dataset, "layer_density", "layer_density_grid")
-    highest: dict[tuple[Any, ...], float] = {}
+    base = {name: float(len(names) - 1 - j) for j, name in enumerate(names)}
+    highest: dict[str, float] = {}
     for row in table:
-        key = (row["layer"], row["series"])
-        highest[key] = max(row["layer_density"], highest.get(key, 0.0))
-    tops = {
-        name: max((v for (layer, _), v in highest.items() if layer == name), default=1.0) for name in names
-    }
+        highest[row["layer"]] = max(row["layer_density"], highest.get(row["layer"], 0.0))
     for row in table:
-        row["base"] = float(len(names) - 1 - names.index(row["layer"]))
-        row["top"] = row["base"] + ROW_HEIGHT * row["layer_density"] / tops[row["layer"]]
+        row["base"] = base[row["layer"]]
+        row["top"] = row["base"] + ROW_HEIGHT * row["layer_density"] / highest[row["layer"]]
         row["label"] = SERIES_LABELS[row["series"]]
     shown = [name for name in SERIES_LABELS if any(row["series"] == name for row in table)]
     values = [row["layer_density_grid"] for row in table]
@@ -337,16 +334,12 @@ def layer_densities(dataset: xr.Dataset) -> alt.LayerChart:
         scale=alt.Scale(type="log", nice=False),
         axis=log_axis(min(values), max(values), most=MOST_DECADES, title="|eigenvalue|"),
     )
-    tops_of = {
-        row["layer"]: row["layer_eigenvalue"]
-        for row in rows(dataset, "layer_eigenvalue")
-        if row["kind"] == "gradients" and row["rank"] == 0
-    }
-    places = [float(len(names) - 1 - j) for j in range(len(names))]
     y = alt.Y(
         "base:Q",
         scale=alt.Scale(domain=[0, len(names)]),
-        axis=ticks_axis(places, names, title=None, grid=True, labelOverlap=False, labelLimit=150),
+        axis=ticks_axis(
+            list(base.values()), names, title=None, grid=True, labelOverlap=False, labelLimit=150
+        ),
     )
     shade = colour(shown, SERIES_LABELS, SERIES_COLOURS)
     filled = blank([row for row in table if row["series"] == "gauss_newton"])
@@ -367,17 +360,18 @@ def layer_densities(dataset: xr.Dataset) -> alt.LayerChart:
             ],
         )
     )
+    found = [row for row in rows(dataset, "layer_eigenvalue") if row["kind"] == "gradients"]
+    largest = {row["layer"]: row["layer_eigenvalue"] for row in found if row["rank"] == 0}
     marks = [
         {
             "layer": row["layer"],
             "value": row["layer_eigenvalue"],
-            "base": float(len(names) - 1 - names.index(row["layer"])),
+            "base": base[row["layer"]],
+            "top": base[row["layer"]] + MARK_HEIGHT,
         }
-        for row in rows(dataset, "layer_eigenvalue")
-        if row["kind"] == "gradients" and row["layer_eigenvalue"] > MARKED * tops_of[row["layer"]]
+        for row in found
+        if row["layer_eigenvalue"] > MARKED * largest[row["layer"]]
     ]
-    for mark in marks:
-        mark["top"] = mark["base"] + MARK_HEIGHT
     ticks = (
         blank(marks)
         .mark_rule(color=SERIES_COLOURS["gauss_newton"], strokeWidth=1)

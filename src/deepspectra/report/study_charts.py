@@ -5,7 +5,7 @@ from __future__ import annotations
 import altair as alt
 import xarray as xr
 
-from deepspectra.report.drawing import INK, WIDTH, Row, blank, colour, finished, holds, require, rows
+from deepspectra.report.drawing import WIDTH, Row, blank, colour, finished, holds, require, rows
 from deepspectra.report.layer_charts import depth_axis
 from deepspectra.report.text import json_attribute
 
@@ -29,7 +29,7 @@ def study_measures(dataset: xr.Dataset) -> alt.LayerChart:
     base = (
         blank(table)
         .transform_filter("datum.measured === measured_shown")
-        .encode(x=depth_axis(dataset), color=colour(variants, {}, colours or {"": INK}))
+        .encode(x=depth_axis(dataset), color=colour(variants, {}, colours))
     )
     y = alt.Y("study:Q", title="chosen measure", scale=alt.Scale(zero=False))
     lines = base.mark_line(strokeWidth=1.6).encode(y=y.aggregate("mean"))

@@ -199,6 +199,7 @@ def test_the_commands_and_their_options_are_these(folder):
         "--per-class",
         "--out",
         "--memory",
+        "--resume",
         "--seed",
     ):
         assert option in words

@@ -6,13 +6,16 @@ import contextlib
 import ctypes
 import importlib
 import importlib.util
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import typer
 import xarray as xr
 from rich.console import Console
+from torch import nn
 
 from deepspectra import zoo
 from deepspectra.analysis.class_groups import class_groups
@@ -24,7 +27,7 @@ from deepspectra.apps.compare import comparison_dataset
 from deepspectra.apps.layers import layer_dataset
 from deepspectra.apps.pages import load_page, save_page
 from deepspectra.apps.study import STUDIES, Variant, study_dataset
-from deepspectra.errors import DeepSpectraError, OptionError, TargetError
+from deepspectra.errors import DeepSpectraError, FileError, OptionError, TargetError
 from deepspectra.problem import Problem
 from deepspectra.report.page import write, write_series
 
@@ -69,6 +72,7 @@ MALLOC_OPTIONS = {
 JUDGED = ("kfac", "ekfac", "cfac")  # Kronecker-factored approximations
 SECONDS_OF_CUBE = 4e-10  # of eigenvalues and vectors of a dense matrix, times the cube of its rows, on a CPU
 FEW_ROWS = 3000  # whose eigenvalues take seconds
+STAGES = "stages"  # folder of what an analysis keeps to be resumed
 PAPER_SIDE = 32  # side to which the papers pad images for convolutional networks
 
 
@@ -115,12 +119,17 @@ def analyze_command(
         int | None, typer.Option(help="Average over so many groups of classes, by their logits.")
     ] = None,
     at: At = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Keep finished stages in OUT; go on from those of a stopped run."),
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Analyse your own problem (TARGET), or a model of the zoo on one of its data sets."""
-    chosen = _Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed)
-    series = {}
+    chosen = _Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed, resume)
+    series, unfinished = {}, []
     for moment in _moments(target, chosen, out, at):
+        unfinished.append(moment.place / STAGES)
         owner = None if groups is None else class_groups(moment.problem, groups, seed=seed)
         names = moment.class_names if owner is None else _group_names(moment.class_names, owner.tolist())
         series[moment.label] = analyze(
@@ -133,10 +142,13 @@ def analyze_command(
             data=moment.data,
             class_names=names,
             groups=owner,
+            resume=unfinished[-1] if resume else None,
         )
         _finish(series[moment.label], moment.place)
     if len(series) > 1:
         typer.echo(f"All: {save_series(series, out / 'report.html')}")
+    for folder in unfinished:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _group_names(names: list[str] | None, owner: list[int]) -> list[str]:
@@ -346,6 +358,7 @@ class _Choice(NamedTuple):
     memory: str | None
     device: str | None
     seed: int
+    resume: bool = False
 
 
 def _chosen_problem(
@@ -395,6 +408,7 @@ def _zoo_problem(
     memory: str | None = None,
     device: str | None = None,
     seed: int = 0,
+    resume: bool = False,
     draw: int | None = None,
     variant: Variant | None = None,
     snapshots: tuple[int, ...] = (),
@@ -411,48 +425,68 @@ def _zoo_problem(
     network = zoo.build(model, input_shape=shape, num_classes=len(names), seed=seed)
     if variant.batch_norm:
         network = zoo.normalised(network, shape)
+    recipe = zoo.recipe(model, data, len(examples))
+    epochs = recipe.epochs if epochs is None else epochs
+    epochs = min(1, epochs) if variant.epochs is None else epochs * variant.epochs
+    about: dict[str, str | int] = {"model": model, "data": data, "seed": seed}
+    about |= {"examples": len(examples), "epochs": epochs}
+    trained = out / "model.safetensors"
     if checkpoint is not None:
         zoo.load_checkpoint(checkpoint, network)
+    elif resume and trained.is_file():
+        earlier = zoo.load_checkpoint(trained, network)
+        if earlier != about:
+            raise FileError(f"{trained} was trained otherwise: {earlier}, not {about}. Choose another --out.")
+        console.print(f"{model} was trained before: {trained}")
     else:
-        recipe = zoo.recipe(model, data, len(examples))
-        epochs = recipe.epochs if epochs is None else epochs
-        epochs = min(1, epochs) if variant.epochs is None else epochs * variant.epochs
-        about = {"model": model, "data": data, "seed": seed}
-
-        def keep(epoch: int) -> None:
-            if epoch in snapshots:
-                zoo.save_checkpoint(_snapshot(out, epoch), network, about | {"epochs": epoch})
-
-        keep(0)
-        with console.status("training") as status:
-
-            def show(history: zoo.History) -> None:
-                keep(len(history))
-                status.update(
-                    f"training {model} on {data}: epoch {len(history)} of {epochs}, "
-                    f"loss {history.losses[-1]:.4f}, accuracy {history.accuracies[-1]:.1%}"
-                )
-
-            history = zoo.train(
-                network,
-                examples,
-                epochs=epochs,
-                learning_rate=recipe.learning_rate,
-                batch_size=recipe.batch_size,
-                milestones=recipe.milestones,
-                seed=seed,
-                device=device,
-                progress=show,
-            )
-        path = out / "model.safetensors"
-        zoo.save_checkpoint(path, network, about | {"epochs": epochs})
-        last = f"accuracy {history.accuracies[-1]:.1%} while training" if len(history) else "untrained"
-        console.print(
-            f"Trained {model} on {len(examples):,} examples of {examples.name}: {last}; saved as {path}"
-        )
+        _train(network, examples, replace(recipe, epochs=epochs), out, about, snapshots, device)
     network.eval()
     data_pair = (examples.inputs, examples.targets)
     return Problem(network, data_pair, device=device, memory=memory), names
+
+
+def _train(
+    network: nn.Module,
+    examples: zoo.LabelledData,
+    recipe: zoo.Recipe,
+    out: Path,
+    about: dict[str, str | int],
+    snapshots: tuple[int, ...],
+    device: str | None,
+) -> None:
+    """Train a network and save it beside the results, also after the epochs in `snapshots`."""
+
+    def keep(epoch: int) -> None:
+        if epoch in snapshots:
+            zoo.save_checkpoint(_snapshot(out, epoch), network, about | {"epochs": epoch})
+
+    keep(0)
+    with console.status("training") as status:
+
+        def show(history: zoo.History) -> None:
+            keep(len(history))
+            status.update(
+                f"training {about['model']} on {about['data']}: epoch {len(history)} of {recipe.epochs}, "
+                f"loss {history.losses[-1]:.4f}, accuracy {history.accuracies[-1]:.1%}"
+            )
+
+        history = zoo.train(
+            network,
+            examples,
+            epochs=recipe.epochs,
+            learning_rate=recipe.learning_rate,
+            batch_size=recipe.batch_size,
+            milestones=recipe.milestones,
+            seed=int(about["seed"]),
+            device=device,
+            progress=show,
+        )
+    path = out / "model.safetensors"
+    zoo.save_checkpoint(path, network, about)
+    last = f"accuracy {history.accuracies[-1]:.1%} while training" if len(history) else "untrained"
+    console.print(
+        f"Trained {about['model']} on {len(examples):,} examples of {examples.name}: {last}; saved as {path}"
+    )
 
 
 def _load_target(target: str) -> Problem:

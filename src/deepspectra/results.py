@@ -65,7 +65,7 @@ def versions() -> dict[str, str]:
         own = version("deepspectra")
     except PackageNotFoundError:  # running from a source tree that was never installed
         own = "unknown"
-    return {"deepspectra": own, "torch": torch.__version__, "python": platform.python_version()}
+    return {"deepspectra": own, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 Entry = TypeVar("Entry")

@@ -14,7 +14,8 @@ touched.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +81,31 @@ class Krylov:
         krylov.projected = torch.diag(pairs.values.cpu().double())
         krylov.tracked = torch.zeros(krylov.num_basis, 0, dtype=torch.float64)
         krylov._lost = torch.diag(pairs.residual_norms.cpu().double().square())
+        return krylov
+
+    def state(self) -> dict[str, Tensor | int | float]:
+        """All of it but the operator, to go on with elsewhere; the rows are shared, not copied."""
+        return {
+            "capacity": len(self.rows),
+            "rows": self.rows[: self.num_rows],
+            "num_fixed": self.num_fixed,
+            "num_basis": self.num_basis,
+            "num_pending": self.num_pending,
+            "num_products": self.num_products,
+            "projected": self.projected,
+            "tracked": self.tracked,
+            "lost": self._lost,
+            "scale": self._scale,
+        }
+
+    @classmethod
+    def of_state(cls, operator: Operator, state: Mapping[str, Any]) -> Krylov:
+        """The basis that had this state."""
+        krylov = cls(operator, state["capacity"])
+        for name in ("num_fixed", "num_basis", "num_pending", "num_products", "projected", "tracked"):
+            setattr(krylov, name, state[name])
+        krylov.rows[: krylov.num_rows] = state["rows"]
+        krylov._lost, krylov._scale = state["lost"], state["scale"]
         return krylov
 
     def append(self, vectors: Tensor, *, track: bool = False) -> Tensor:

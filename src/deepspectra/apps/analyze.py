@@ -122,6 +122,7 @@ def analyze(
     data: str = "",
     class_names: list[str] | None = None,
     groups: Tensor | Sequence[int] | None = None,
+    resume: str | Path | None = None,
 ) -> Analysis:
     """Compute the spectra of H, G and R, attribute the outliers, and judge the papers' claims on them.
 
@@ -140,6 +141,9 @@ def analyze(
         class_names: one a class, or one a group, for the report.
         groups: (C,) the group of each class, as in `decompose`, for problems of very many classes; C is then the
             number of groups wherever averages are meant.
+        resume: a folder where finished stages are kept; called again with it after a stop, the analysis goes on
+            behind the last of them, with the same result. It takes as much space as the eigenvectors and, until
+            outliers are attributed, the Krylov basis of H; it can be removed once the result is saved.
 
     Returns:
         The analysis; `str()` is the verdict, `.save(dir)` and `.to_html(path)` write it.
@@ -148,6 +152,7 @@ def analyze(
         LossError: the loss is not the cross-entropy of class labels.
         CurvatureError: the network has no right second derivative.
         OptionError: class names that are not one a class, or groups that are not one number a class.
+        FileError: the folder to resume from is of another problem or of other options, or damaged.
 
     Cost: itemised in the result.
     """
@@ -164,6 +169,7 @@ def analyze(
         rtol=rtol,
         groups=owner,
         seed=seed,
+        resume=None if resume is None else Path(resume),
     )
     dataset = build(found, class_names)
     if owner is not None:

@@ -254,7 +254,8 @@ def _attributes(found: Findings) -> dict[str, object]:
             str(n) for n in (found.densities["hessian"].num_probes, found.densities["hessian"].num_steps)
         ),
         **products.notes,
-        "doubts": "; ".join(found.doubts) or "none: every eigenpair converged",
+        **({"finished before a stop": ", ".join(found.ledger.taken)} if found.ledger.taken else {}),
+        "doubts": "; ".join(found.ledger.doubts) or "none: every eigenpair converged",
     }
     thresholds = {
         "bulk edge": [
@@ -311,6 +312,6 @@ def sentences(found: Findings) -> list[str]:
         f"Traces: H {traces['hessian']:.3g}, of which G {traces['gauss_newton']:.3g} and R "
         f"{traces['residual']:.3g}."
     )
-    if found.doubts:
-        lines.append("Not everything converged: " + "; ".join(found.doubts))
+    if found.ledger.doubts:
+        lines.append("Not everything converged: " + "; ".join(found.ledger.doubts))
     return lines

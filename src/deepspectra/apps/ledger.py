@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from deepspectra.apps.kept import Kept
+from deepspectra.errors import ConvergenceWarning
 from deepspectra.results import Cost
 
 Report = Callable[[int, int | None], None]
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -23,11 +28,34 @@ class Ledger:
         gradient_seconds: seconds of one full-data gradient, the unit of cost; set when it is measured.
         show: whether to draw progress on standard error.
         costs: stage → cost, in the order they ran.
+        doubts: convergence warnings, word for word.
+        taken: stages that an earlier run had finished.
+        kept: where results of stages are kept, for a run that may be stopped.
     """
 
     show: bool = True
     gradient_seconds: float = float("nan")
     costs: dict[str, Cost] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
+    taken: list[str] = field(default_factory=list)
+    kept: Kept | None = None
+
+    def run(self, name: str, work: Callable[[Report], Result]) -> Result:
+        """The result of a stage: what `work`, called as in `stage`, returns, or what it did in a stopped run."""
+        entry = None if self.kept is None else self.kept.read(name)
+        if entry is None:
+            doubts: list[str] = []
+            with self.stage(name) as report, _noting(doubts):
+                result = work(report)
+            self.doubts += doubts
+            if self.kept is not None:
+                self.kept.write(name, (result, self.costs[name], doubts))
+            return result
+        earlier: Result
+        earlier, self.costs[name], doubts = entry
+        self.doubts += doubts
+        self.taken.append(name)
+        return earlier
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Report]:
@@ -54,7 +82,7 @@ class Ledger:
             seconds = time.perf_counter() - began
             spent = f"{seconds / self.gradient_seconds:.0f} g"
             bars.update(task, completed=done, total=max(done, 1), spent=spent)
-        self.costs[name] = self.costs.get(name, Cost(0, 0.0)) + Cost(done, seconds)
+        self.costs[name] = Cost(done, seconds)
 
     @property
     def total(self) -> Cost:
@@ -64,3 +92,15 @@ class Ledger:
     def gradients(self, cost: Cost) -> float:
         """A cost in full-data gradients."""
         return cost.seconds / self.gradient_seconds
+
+
+@contextmanager
+def _noting(doubts: list[str]) -> Iterator[None]:
+    """Collect convergence warnings for the report, and still give them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        if issubclass(warning.category, ConvergenceWarning):
+            doubts.append(str(warning.message))
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,8 +26,9 @@ from deepspectra.analysis.gram import (
 )
 from deepspectra.analysis.hierarchy import drawable, place
 from deepspectra.analysis.means import subspace_of
-from deepspectra.apps.ledger import Ledger
-from deepspectra.errors import ConvergenceWarning, CurvatureError
+from deepspectra.apps.kept import Kept, Label
+from deepspectra.apps.ledger import Ledger, Report
+from deepspectra.errors import CurvatureError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
 from deepspectra.operators.held import HeldRows
@@ -41,6 +42,7 @@ LETTERS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
 TRACE_PROBES = 4
 EXACT_ROWS = 3000  # up to which G's spectrum is computed exactly
 FEWEST_STEPS = 4  # of a density that is worth having
+BASIS, UNIT = "basis of H", "seconds of a gradient"  # kept beside the results of stages
 
 
 class Effort(NamedTuple):
@@ -71,7 +73,6 @@ class Findings:
         part_traces: (2, parts), traces of G's parts and their standard errors.
         exact: all eigenvalues of G and its parts, if the gradients are few enough.
         places: of class means and of cross-class means on the map, if these are held.
-        doubts: convergence warnings, word for word.
     """
 
     problem: Problem
@@ -89,7 +90,6 @@ class Findings:
     dimensions: dict[str, int] = field(default_factory=dict)
     overlaps: dict[tuple[str, str], float] = field(default_factory=dict)
     shares: dict[str, Tensor] = field(default_factory=dict)
-    doubts: list[str] = field(default_factory=list)
     exact: GramSpectrum | None = None
     places: tuple[Tensor, Tensor] | None = None
     parts: Decomposition = field(init=False)
@@ -107,12 +107,22 @@ def run(
     rtol: float | None,
     groups: Tensor | None,
     seed: int,
+    resume: Path | None,
 ) -> Findings:
     """Every stage; the kept graphs of one kind are dropped before another kind needs their memory."""
     num_classes = num_groups(groups, problem.num_classes)
     found = Findings(problem, ledger, seed, num_classes)
     products = products_of(problem)
     _measure_gradient(found)
+    if resume is not None:
+        options: dict[str, Label] = {
+            "num": num,
+            "num_probes": num_probes,
+            "num_steps": num_steps,
+            "rtol": rtol,
+        }
+        options["groups"] = "" if groups is None else _digest([groups])
+        _go_on(found, resume, options)
     effort = next(e for e in EFFORTS if ledger.gradient_seconds <= e.up_to_seconds)
     found.rtol = rtol or effort.rtol
     num = num or num_classes + effort.spare_pairs
@@ -126,17 +136,7 @@ def run(
     _average(found)
     if exact:
         _find_exact(found, num)
-    with ledger.stage("attribution of H") as report, _noting(found.doubts):
-        found.attribution = attribute(
-            hessian,
-            found.parts,
-            pairs=found.pairs["hessian"],
-            basis=basis,
-            shares=found.shares.get("hessian"),
-            max_products=effort.knockout_products,
-            seed=seed,
-            progress=report,
-        )
+    _attribute(found, hessian, basis, effort.knockout_products)
     del basis
     _find_density(found, "hessian", hessian, probes, steps)
     products.release()
@@ -165,18 +165,44 @@ def _parts(problem: Problem, products: Products, groups: Tensor | None) -> tuple
 def _find_exact(found: Findings, num: int) -> None:
     """The whole spectrum of G, its pairs and its parts from inner products of gradients; shares of H's pairs."""
     assert isinstance(found.parts.rows, HeldRows)
-    began = time.perf_counter()
-    with found.ledger.stage("exact spectrum of G"):
-        basis = gradient_basis(found.parts)
-        found.exact = spectrum_of(basis, tuple(found.parts), provenance_of(found.parts), began)
-        found.densities["gauss_newton"] = found.exact.density
-        found.pairs["gauss_newton"] = gradient_pairs(basis, found.parts, min(num, len(basis.values)), began)
-        found.part_traces = torch.stack([found.exact.traces, torch.zeros_like(found.exact.traces)])
-        shares = found.exact.shares[:num]
-        found.shares["gauss_newton"] = torch.cat([shares, 1 - shares.sum(1, keepdim=True)], 1)
-    with found.ledger.stage("shares of H"):
-        found.shares["hessian"] = pair_shares(found.parts, found.pairs["hessian"])
+    parts = found.parts
+
+    def work(_: Report) -> tuple[GramSpectrum, Eigenpairs]:
+        began = time.perf_counter()
+        basis = gradient_basis(parts)
+        exact = spectrum_of(basis, tuple(parts), provenance_of(parts), began)
+        return exact, gradient_pairs(basis, parts, min(num, len(basis.values)), began)
+
+    exact, found.pairs["gauss_newton"] = found.ledger.run("exact spectrum of G", work)
+    found.exact = exact
+    found.densities["gauss_newton"] = exact.density
+    found.part_traces = torch.stack([exact.traces, torch.zeros_like(exact.traces)])
+    shares = exact.shares[:num]
+    found.shares["gauss_newton"] = torch.cat([shares, 1 - shares.sum(1, keepdim=True)], 1)
+    found.shares["hessian"] = found.ledger.run(
+        "shares of H", lambda _: pair_shares(parts, found.pairs["hessian"])
+    )
     found.parts.rows.release()
+
+
+def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, max_products: int | None) -> None:
+    """What the outliers of H owe to which part, in the basis that found them, which goes on growing."""
+
+    def work(report: Report) -> Attribution:
+        return attribute(
+            hessian,
+            found.parts,
+            pairs=found.pairs["hessian"],
+            basis=_kept_basis(found, hessian) if basis is None else basis,
+            shares=found.shares.get("hessian"),
+            max_products=max_products,
+            seed=found.seed,
+            progress=report,
+        )
+
+    found.attribution = found.ledger.run("attribution of H", work)
+    if found.ledger.kept is not None:
+        found.ledger.kept.drop(BASIS)
 
 
 def _find_by_products(found: Findings, num: int, probes: int, steps: int) -> None:
@@ -184,9 +210,9 @@ def _find_by_products(found: Findings, num: int, probes: int, steps: int) -> Non
     gauss_newton = GaussNewton(found.problem)
     _find_pairs(found, "gauss_newton", gauss_newton, num)
     _find_density(found, "gauss_newton", gauss_newton, probes, steps)
-    with found.ledger.stage("shares of G"):
-        found.shares["gauss_newton"] = pair_shares(found.parts, found.pairs["gauss_newton"])
-        found.part_traces = _part_traces(found.parts, found.pairs["gauss_newton"], found.shares, found.seed)
+    found.shares["gauss_newton"], found.part_traces = found.ledger.run(
+        "shares of G", lambda _: _shares(found)
+    )
     gauss_newton.products.release()
 
 
@@ -202,46 +228,100 @@ def _measure_gradient(found: Findings) -> None:
                 break
 
 
-def _find_pairs(found: Findings, name: str, operator: Operator, num: int) -> Krylov:
+def _go_on(found: Findings, folder: Path, options: dict[str, Label]) -> None:
+    """Keep results of stages in a folder, and take those of a stopped run, with its unit of cost, from it."""
+    problem, ledger = found.problem, found.ledger
+    names = ",".join(problem.parameter_names)
+    own: dict[str, Label] = {
+        "examples": problem.num_examples,
+        "classes": problem.num_classes,
+        "parameters": problem.num_parameters,
+        "dtype": str(problem.dtype),
+        "device": str(problem.device),
+        "weights": _digest(problem.model.state_dict().values(), names),
+        "loss": found.loss,
+        "seed": found.seed,
+    }
+    ledger.kept = Kept(folder, own | options)
+    earlier = ledger.kept.read(UNIT)
+    if earlier is None:
+        ledger.kept.write(UNIT, ledger.gradient_seconds)
+    else:
+        ledger.gradient_seconds = earlier
+
+
+def _digest(tensors: Iterable[Tensor], text: str = "") -> str:
+    """Of a text and the bytes of some tensors."""
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _find_pairs(found: Findings, name: str, operator: Operator, num: int) -> Krylov | None:
+    """The basis that found them, if they were not found before."""
+    basis: Krylov | None = None
     num = min(num, found.problem.num_parameters)
-    with found.ledger.stage(f"top eigenpairs of {LETTERS[name]}") as report, _noting(found.doubts):
-        found.pairs[name], basis = explore(operator, num, rtol=found.rtol, seed=found.seed, progress=report)
+
+    def work(report: Report) -> Eigenpairs:
+        nonlocal basis
+        pairs, basis = explore(operator, num, rtol=found.rtol, seed=found.seed, progress=report)
+        if found.ledger.kept is not None and name == "hessian":
+            found.ledger.kept.write(BASIS, basis.state())
+        return pairs
+
+    found.pairs[name] = found.ledger.run(f"top eigenpairs of {LETTERS[name]}", work)
     return basis
+
+
+def _kept_basis(found: Findings, hessian: Hessian) -> Krylov | None:
+    """The basis that found the pairs of H in a run that was stopped."""
+    state = found.ledger.kept and found.ledger.kept.read(BASIS)
+    return Krylov.of_state(hessian, state) if state else None
 
 
 def _find_density(found: Findings, name: str, operator: Operator, probes: int, steps: int) -> None:
     known = len(found.pairs[name].values) if name in found.pairs else 0
     room = basis_capacity(operator) - known - 1
     if FEWEST_STEPS <= room < steps:
-        found.doubts.append(
+        found.ledger.doubts.append(
             f"the density of {LETTERS[name]} has {room} steps a probe; more do not fit memory"
         )
         steps = room
-    with found.ledger.stage(f"density of {LETTERS[name]}") as report, _noting(found.doubts):
-        found.densities[name] = density(
+    found.densities[name] = found.ledger.run(
+        f"density of {LETTERS[name]}",
+        lambda report: density(
             operator,
             num_probes=probes,
             num_steps=steps,
             deflate=found.pairs.get(name),
             seed=found.seed + 2,
             progress=report,
-        )
+        ),
+    )
 
 
 def _average(found: Findings) -> None:
     """The principal subspaces by averaging alone; the C² means only if they fit in memory."""
+    ledger, parts, num = found.ledger, found.parts, max(1, found.num_classes - 1)
     for level in ("class", "cross_class"):
         stage = f"averaging: {level.replace('_', '-')} means"
-        with found.ledger.stage(stage):
-            if level == "class" or found.parts.holds_means():
-                num = max(1, found.num_classes - 1)
-                found.subspaces[level] = subspace_of(found.parts, level, num)
-        found.subspace_gradients[level] = found.ledger.gradients(found.ledger.costs[stage])
-    if "cross_class" in found.subspaces and drawable(found.parts.projections.cell_weights):
-        with found.ledger.stage("map of the means"):
-            rows = found.parts.factor("means").T
-            gram = inner_products(rows, rows)
-            found.places = place(gram, found.parts.projections.cell_weights, found.seed)
+
+        def work(_: Report, level: str = level) -> tuple[Tensor, Tensor] | tuple[()]:
+            held = level == "class" or parts.holds_means()
+            return subspace_of(parts, level, num) if held else ()
+
+        if subspace := ledger.run(stage, work):
+            found.subspaces[level] = subspace
+        found.subspace_gradients[level] = ledger.gradients(ledger.costs[stage])
+    if "cross_class" in found.subspaces and drawable(parts.projections.cell_weights):
+        found.places = ledger.run("map of the means", lambda _: _map(parts, found.seed))
+
+
+def _map(parts: Decomposition, seed: int) -> tuple[Tensor, Tensor]:
+    """Places of class means and of cross-class means."""
+    rows = parts.factor("means").T
+    return place(inner_products(rows, rows), parts.projections.cell_weights, seed)
 
 
 def _overlap(found: Findings) -> None:
@@ -253,7 +333,14 @@ def _overlap(found: Findings) -> None:
             found.overlaps[level, name] = overlap(vectors[:, :k], pairs.vectors[:, :k])
 
 
-def _part_traces(parts: Decomposition, pairs: Eigenpairs, shares: dict[str, Tensor], seed: int) -> Tensor:
+def _shares(found: Findings) -> tuple[Tensor, Tensor]:
+    """What each part has of the pairs of G, and the traces of the parts."""
+    pairs = found.pairs["gauss_newton"]
+    shares = pair_shares(found.parts, pairs)
+    return shares, _part_traces(found.parts, pairs, shares, found.seed)
+
+
+def _part_traces(parts: Decomposition, pairs: Eigenpairs, shares: Tensor, seed: int) -> Tensor:
     """Traces of the parts and their standard errors (2, parts).
 
     Exact on the top eigenvectors of G, by Hutchinson's |Π A v|² over random signs on their complement.
@@ -264,17 +351,5 @@ def _part_traces(parts: Decomposition, pairs: Eigenpairs, shares: dict[str, Tens
     block = signs.to(pairs.vectors)
     block -= pairs.vectors @ (pairs.vectors.T @ block)
     samples = squared_norms(parts, block).cpu()
-    top = pairs.values.cpu() @ shares["gauss_newton"][:, :-1]
+    top = pairs.values.cpu() @ shares[:, :-1]
     return torch.stack([top + samples.mean(1), samples.std(1) / TRACE_PROBES**0.5])
-
-
-@contextmanager
-def _noting(doubts: list[str]) -> Iterator[None]:
-    """Collect convergence warnings for the report, and still give them."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for warning in caught:
-        if issubclass(warning.category, ConvergenceWarning):
-            doubts.append(str(warning.message))
-        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

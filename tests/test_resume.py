@@ -1,0 +1,176 @@
+"""An analysis that was stopped goes on behind its last finished stage, with the result of one that was not."""
+
+import contextlib
+import functools
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+import deepspectra as ds
+from deepspectra import errors, zoo
+from deepspectra.algorithms.eigenpairs import explore
+from deepspectra.algorithms.lanczos import Krylov
+from deepspectra.apps import stages
+from deepspectra.apps.kept import Kept
+from deepspectra.apps.ledger import Ledger
+
+
+def problem(seed=0):
+    data = zoo.load("digits", per_class=6)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = zoo.mlp((1, 8, 8), 10, widths=(12,))
+    zoo.train(net, data, epochs=20, learning_rate=0.1, batch_size=16)
+    return ds.Problem(net, (data.inputs, data.targets))
+
+
+def analysed(folder=None, of=None, **options):
+    return ds.analyze(of or problem(), num_probes=1, num_steps=8, progress=False, resume=folder, **options)
+
+
+@contextlib.contextmanager
+def stopped_in(monkeypatch, stage):
+    """The run is stopped where this stage would begin; yields the stages begun before."""
+    begun, original = [], Ledger.stage
+
+    def watched(self, name):
+        if name == stage:
+            raise KeyboardInterrupt
+        begun.append(name)
+        return original(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "stage", watched)
+        yield begun
+
+
+STOPS = {
+    "exact": ("shares of H", "attribution of H", "density of R"),
+    "products": ("class structure", "attribution of H", "shares of G"),
+}
+
+
+@pytest.mark.parametrize("route", STOPS)
+def test_a_stopped_run_ends_with_the_numbers_of_an_unbroken_one(route, tmp_path, monkeypatch):
+    if route == "products":
+        monkeypatch.setattr(stages, "EXACT_ROWS", 0)
+    whole = analysed()
+    for stop in STOPS[route]:
+        with stopped_in(monkeypatch, stop) as first, pytest.raises(KeyboardInterrupt):
+            analysed(tmp_path)
+    with stopped_in(monkeypatch, None) as second:
+        resumed = analysed(tmp_path)
+    assert "top eigenpairs of H" in first or "top eigenpairs of H" not in second
+    assert "top eigenpairs of H" not in second
+    assert STOPS[route][-1] in second
+    assert list(resumed.dataset.stage.values) == list(whole.dataset.stage.values)
+    for name, values in whole.dataset.data_vars.items():
+        if name in ("cost_seconds", "cost_gradients", "subspace_gradients"):  # by the clock
+            assert bool((resumed.dataset[name] >= 0).all()), name
+        elif values.dtype.kind == "f":
+            np.testing.assert_allclose(resumed.dataset[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
+    for name, tree in whole.vectors.items():
+        for parameter, vectors in tree.items():
+            assert torch.equal(resumed.vectors[name][parameter], vectors)
+    assert not (tmp_path / "basis-of-H.pt").exists()  # the largest file, and not needed any more
+
+
+def test_warnings_of_finished_stages_are_still_in_the_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "explore", functools.partial(explore, max_products=14))
+    stop = stopped_in(monkeypatch, "class structure")
+    with stop, pytest.raises(KeyboardInterrupt), pytest.warns(errors.ConvergenceWarning):
+        analysed(tmp_path)
+    resumed = analysed(tmp_path)
+    provenance = json.loads(resumed.dataset.attrs["provenance"])
+    assert "converged" in provenance["doubts"]
+    assert provenance["finished before a stop"] == "top eigenpairs of H"
+
+
+def test_stages_of_another_computation_are_refused(tmp_path, monkeypatch):
+    first = problem()
+    with stopped_in(monkeypatch, "top eigenpairs of H"), pytest.raises(KeyboardInterrupt):
+        analysed(tmp_path, first)
+    with pytest.raises(errors.FileError, match=r"another computation: seed was 0 and is 1\. Remove it"):
+        analysed(tmp_path, first, seed=1)
+    with pytest.raises(errors.FileError, match="num was None and is 4"):
+        analysed(tmp_path, first, num=4)
+    with pytest.raises(errors.FileError, match=r"weights was .* loss was"):
+        analysed(tmp_path, problem(seed=1))
+    with pytest.raises(errors.FileError, match="groups was"):
+        analysed(tmp_path, first, groups=[0] * 5 + [1] * 5)
+
+
+def test_a_damaged_stage_is_said_and_can_be_done_again(tmp_path, monkeypatch):
+    of = problem()
+    with stopped_in(monkeypatch, "class structure"), pytest.raises(KeyboardInterrupt):
+        analysed(tmp_path, of)
+    file = tmp_path / "top-eigenpairs-of-H.pt"
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"not a result"):
+        file.write_bytes(damaged)
+        with pytest.raises(errors.FileError, match="Remove it to do that stage again"):
+            analysed(tmp_path, of)
+    file.unlink()
+    assert analysed(tmp_path, of).verdict
+
+
+def test_what_is_kept_runs_no_code(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (print, ("code ran",))
+
+    kept = Kept(tmp_path, {"seed": 0})
+    torch.save(Trap(), tmp_path / "trap.pt")
+    with pytest.raises(errors.FileError):
+        kept.read("trap")
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    with pytest.raises(errors.FileError, match="cannot be written"):
+        Kept(file, {"seed": 0})
+
+
+def test_a_basis_goes_on_from_its_state():
+    matrix = torch.diag(torch.linspace(0, 1, 60, dtype=torch.float64) ** 8)
+    _, basis = explore(matrix, 3, rtol=1e-6)
+    twin = Krylov.of_state(
+        basis.operator, {k: v.clone() if hasattr(v, "clone") else v for k, v in basis.state().items()}
+    )
+    for krylov in (basis, twin):
+        krylov.append_random(torch.Generator().manual_seed(5))
+        krylov.expand(1)
+    for left, right in zip(basis.ritz(), twin.ritz(), strict=True):
+        assert torch.equal(left, right)
+    assert torch.equal(
+        basis.combine(torch.eye(4, dtype=torch.float64)), twin.combine(torch.eye(4, dtype=torch.float64))
+    )
+
+
+def test_a_killed_command_goes_on_behind_training_and_stages(tmp_path):
+    command = [sys.executable, "-m", "deepspectra.cli", "analyze", "--per-class", "12", "--epochs", "4"]
+    command += ["--num-probes", "1", "--num-steps", "4", "--resume", "--out", str(tmp_path)]
+    found = tmp_path / "stages" / "top-eigenpairs-of-H.pt"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+        deadline = time.monotonic() + 120
+        while not found.exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        first.kill()
+    assert not (tmp_path / "analysis.nc").exists()
+    trained = (tmp_path / "model.safetensors").read_bytes()
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "was trained before" in again.stderr.replace("\n", " ")
+    assert (tmp_path / "model.safetensors").read_bytes() == trained
+    with xr.open_dataset(tmp_path / "analysis.nc", engine="h5netcdf") as file:
+        assert "top eigenpairs of H" in json.loads(file.attrs["provenance"])["finished before a stop"]
+    assert not (tmp_path / "stages").exists()
+    other = subprocess.run([*command, "--seed", "1"], check=False, capture_output=True, text=True)
+    assert other.returncode == 2
+    assert "was trained otherwise" in other.stderr

@@ -141,8 +141,7 @@ def measure(run: Run, root: Path) -> Record:
 
 
 def _trained(run: Run, variant: Variant, seed: int, root: Path) -> ds.Problem:
-    data = zoo.load(run.data, root=root, per_class=run.per_class, size=run.side, seed=0)
-    data = data.relabelled(0) if variant.random_labels else data
+    data = variant.of(zoo.load(run.data, root=root, per_class=run.per_class, size=run.side, seed=0), 0)
     torch.manual_seed(seed)
     model = run.build(data.input_shape, data.num_classes)
     model = zoo.normalised(model, data.input_shape) if variant.batch_norm else model

@@ -10,7 +10,7 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra import zoo
-from deepspectra.analysis.study import MEASURES
+from deepspectra.analysis.study import LEFT, MEASURES
 from deepspectra.apps.study import STUDIES, sentences, study_dataset
 from deepspectra.errors import OptionError, ShapeError
 from nets import labels
@@ -41,10 +41,10 @@ def found():
 
 def test_measures_are_those_of_the_functions_they_come_from(found) -> None:
     assert found.variants == ("plain", "batch norm")
-    assert found.layers == ("1", "3")
-    assert found.values.shape == (2, 2, len(MEASURES), 3)
+    assert found.layers == ("1", "3", "all layers")
+    assert found.values.shape == (2, 3, len(MEASURES), 3)
     dissected = [ds.dissect(problem(j), num=3) for j in (0, 1)]
-    for layer in found.layers:
+    for layer in found.layers[:-1]:
         assert found.of("plain", layer, "input_ratio").tolist() == pytest.approx(
             [some[layer].input_ratio for some in dissected]
         )
@@ -68,6 +68,13 @@ def test_measures_are_those_of_the_functions_they_come_from(found) -> None:
         centred = ds.layers(problem(0))[layer].centred
         expected = centred.values[:2] @ centred.shares[:2, 1] / centred.values[:2].sum()
         assert float(found.of("plain", layer, "centred_logit_share")[0]) == pytest.approx(float(expected))
+    whole = ds.gram_spectrum(problem(1), effects="two-way")
+    edge = 1.25 * float(whole.parts["within"][0])
+    for key, removed in (("outliers", ()), ("left_without_class", ("class", "true")),
+                         ("left_without_class_logit", ("class", "logit", "true"))):  # fmt: skip
+        values = whole.knockout(*removed) if removed else whole.values
+        assert float(found.of("plain", "all layers", key)[1]) == int((values > edge).sum())
+    assert not len(found.of("plain", "all layers", "kfac_error"))
     assert not len(found.of("plain", "3", "output_gap"))  # τ_C is zero: the outputs' curvature has rank C − 1
     assert found.losses.tolist()[0] == pytest.approx([problem(0).loss(), problem(1).loss()])
     assert found.accuracies.tolist()[1][0] == pytest.approx(problem(0, batch_norm=True).accuracy())
@@ -76,11 +83,14 @@ def test_measures_are_those_of_the_functions_they_come_from(found) -> None:
 def test_it_says_what_falls_and_what_rises(found) -> None:
     said = sentences(found)
     ratios = [
-        torch.stack([found.of(v, layer, "input_ratio").mean() for layer in found.layers]).mean()
+        torch.stack([found.of(v, layer, "input_ratio").mean() for layer in found.layers[:-1]]).mean()
         for v in found.variants
     ]
-    assert said[0].startswith("From plain to batch norm")
-    assert f"{float(ratios[0]):.3g}, then {float(ratios[1]):.3g}" in said[1]
+    assert said[0].startswith("Outliers of G → left without class means → ")
+    counts = [found.of("plain", "all layers", key).mean() for key in LEFT]
+    assert "plain " + " → ".join(f"{float(count):.3g}" for count in counts) in said[0]
+    assert said[1].startswith("From plain to batch norm")
+    assert f"{float(ratios[0]):.3g}, then {float(ratios[1]):.3g}" in said[2]
     assert str(found).count("batch norm") >= 3
     dataset = study_dataset(found, problem(0), name="batch-norm", model="small", data="noise")
     assert dataset["study"].dims == ("variant", "layer", "measured", "sample")
@@ -142,5 +152,23 @@ def test_random_labels_are_drawn_once() -> None:
     assert set(one.targets.tolist()) == set(range(10))
 
 
-def test_there_are_three_studies() -> None:
-    assert list(STUDIES) == ["batch-norm", "random-labels", "initialisation"]
+def test_the_first_classes_of_a_data_set() -> None:
+    data = zoo.load("digits", per_class=5)
+    some = data.of_classes(3)
+    assert some.targets.unique().tolist() == [0, 1, 2]
+    assert torch.equal(some.inputs, data.inputs[data.targets < 3])
+    assert some.class_names == ("0", "1", "2")
+    assert (some.name, data.of_classes(10).name) == ("digits, 3 classes", "digits")
+    for num in (1, 11):
+        with pytest.raises(OptionError, match="at least 2 and at most 10"):
+            data.of_classes(num)
+
+
+def test_there_are_four_studies() -> None:
+    assert list(STUDIES) == ["batch-norm", "random-labels", "initialisation", "classes"]
+    assert [variant.of(zoo.load("digits", per_class=2), 0).num_classes for variant in STUDIES["classes"]] == [
+        2,
+        3,
+        5,
+        10,
+    ]

@@ -417,9 +417,7 @@ def _zoo_problem(
     variant = variant or Variant("")
     size = PAPER_SIDE if model in CONVOLUTIONAL and data in ("mnist", "fashion") else None
     drawn = seed if draw is None else draw
-    examples = zoo.load(data, root=root, per_class=per_class, size=size, seed=drawn)
-    if variant.random_labels:
-        examples = examples.relabelled(drawn)
+    examples = variant.of(zoo.load(data, root=root, per_class=per_class, size=size, seed=drawn), drawn)
     names = [str(name) for name in examples.class_names]
     shape = tuple(examples.inputs.shape[1:])
     network = zoo.build(model, input_shape=shape, num_classes=len(names), seed=seed)

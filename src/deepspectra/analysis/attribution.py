@@ -11,13 +11,13 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs, explore
 from deepspectra.algorithms.lanczos import Krylov
+from deepspectra.analysis.gram import MARGIN
 from deepspectra.errors import OptionError, ShapeError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.parts import Decomposition, Means, Part
 from deepspectra.operators.projections import positive
 from deepspectra.results import Eigenpairs, Provenance
 
-MARGIN = 1.25  # an outlier is at least so many times the bulk's edge
 EDGE_RTOL = 5e-2  # its eigenvalue is then right to about its square
 EDGE_PRODUCTS = 30  # at most, from a basis that knows the operator
 STILL = 2  # products over which the edge must not move

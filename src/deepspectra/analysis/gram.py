@@ -18,6 +18,8 @@ from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem import Problem
 from deepspectra.results import Density, Eigenpairs, Provenance, versions
 
+MARGIN = 1.25  # an outlier is at least so many times the bulk's edge
+
 DRAWN_STEPS = 64  # resolution at which an exact spectrum is drawn
 NUM_CHECKS = 2  # random sums by which pairs are checked
 RANK_RTOL = 1e-6  # singular value of a part's coordinates that is more than rounding
@@ -73,6 +75,20 @@ class GramSpectrum:
     def density(self) -> Density:
         """The spectral density of G, every node an eigenvalue and one node for all the zeros."""
         return _density(self.values, self.provenance, self.seconds)
+
+    def num_outliers(self, *removed: str, margin: float = MARGIN) -> int:
+        """How many eigenvalues are over `margin` times the largest of "within", after parts are subtracted.
+
+        Args:
+            removed: parts, as in `knockout`; none for the outliers of G itself.
+            margin: an outlier is at least so many times the bulk's edge.
+
+        Raises:
+            OptionError: as `knockout`.
+        """
+        edge = float(self.parts["within"][0]) if len(self.parts["within"]) else 0.0
+        values = self.knockout(*removed) if removed else self.values
+        return int((values > margin * edge).sum())
 
     def knockout(self, *removed: str, method: str = "subtraction") -> Tensor:
         """All eigenvalues (R,) of G without parts, descending.

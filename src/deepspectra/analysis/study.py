@@ -15,7 +15,7 @@ from deepspectra.algorithms.subspace import overlap
 from deepspectra.analysis.blocks import Blocks, dense_spectrum, top_pairs
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.dissect import dissect
-from deepspectra.analysis.gram import GramSpectrum
+from deepspectra.analysis.gram import MARGIN, GramSpectrum, gram_spectrum
 from deepspectra.analysis.kronecker import norm_of, relative_error
 from deepspectra.analysis.layers import layers
 from deepspectra.errors import OptionError
@@ -38,10 +38,19 @@ MEASURES = {
     "centred_class_share": "class means in them without the mean feature",
     "centred_logit_share": "logit means in them without the mean feature",
     "logit_product": "cosine of logit means and h̄ ⊗ e_k",
+    "outliers": f"outliers of G: over {MARGIN} times the largest eigenvalue of the part within classes",
+    "left_without_class": "outliers left without class means",
+    "left_without_class_logit": "outliers left without class and logit means",
     "shared": "overlap between networks at k = m",
     "shared_peak": "its highest",
 }
 SHOWN = ("input_ratio", "gap", "rank_one", "kfac_error", "cfac_error", "class_share", "logit_share", "shared")
+WHOLE = "all layers"
+LEFT = {
+    "outliers": (),
+    "left_without_class": ("class", "true"),
+    "left_without_class_logit": ("class", "true", "logit"),
+}
 ROUNDING = 1e-6  # of the largest eigenvalue
 MOST_ROWS = 3000  # N (C − 1) for which the parts of a layer's eigenvalues are computed
 
@@ -52,7 +61,7 @@ class Study:
 
     Attributes:
         variants: their names.
-        layers: layers that multiply features, from input to output.
+        layers: layers that multiply features, from input to output, and "all layers" together.
         measures: key → what is measured.
         values: (variants, layers, measures, samples) float64: of each network, or for "shared" and "shared_peak" of
             each pair of networks; NaN where a measure does not apply.
@@ -107,8 +116,10 @@ def study(
     """The same measures of every layer in several variants of a network, such as with and without batch norm.
 
     Of every network: what its factors and eigenvectors are like (`dissect`), how far Kronecker factors are from G
-    in the Frobenius norm, and what the top eigenvalues are made of (`layers`, for class labels and up to 3,000 rows
-    N (C − 1)). Of every pair of networks of a variant: the overlap of their eigenspaces (`compare`).
+    in the Frobenius norm, and for class labels and up to 3,000 rows N (C − 1) what the top eigenvalues are made of,
+    how many of them are outliers, and how many of these class means and logit means explain (`layers`, and
+    `gram_spectrum` for all layers together). Of every pair of networks of a variant: the overlap of their
+    eigenspaces (`compare`).
 
     Args:
         variants: name → independently trained networks, one or more each, layers of the same name being compared.
@@ -138,7 +149,8 @@ def study(
             _say(progress, f"{variant}, eigenspaces of two networks")
             samples.append(_of_pair(one, other, seed))
         found[variant] = samples
-    names = list(dict.fromkeys(layer for samples in found.values() for one in samples for layer in one))
+    places = dict.fromkeys(layer for samples in found.values() for one in samples for layer in one)
+    names = [name for name in places if name != WHOLE] + [WHOLE] * (WHOLE in places)
     most = max(len(samples) for samples in found.values())
     values = torch.full((len(found), len(names), len(MEASURES), most), torch.nan, dtype=torch.float64)
     for v, samples in enumerate(found.values()):
@@ -182,11 +194,13 @@ def _of_network(problem: Problem, seed: int) -> dict[str, dict[str, float]]:
         for entry in layers(problem, hessian=False):
             if entry.name not in found:
                 continue
-            found[entry.name] |= _part_shares(entry.gradients, inner)
+            found[entry.name] |= _part_shares(entry.gradients, inner) | _outliers(entry.gradients)
             if entry.centred is not None and entry.khatri_rao is not None:
                 shares = _part_shares(entry.centred, inner)
                 found[entry.name] |= {f"centred_{key}": value for key, value in shares.items()}
                 found[entry.name]["logit_product"] = float(entry.khatri_rao.logit_cosine.nanmean())
+        whole = gram_spectrum(problem, effects="two-way", dtype=problem.dtype)
+        found[WHOLE] = _part_shares(whole, inner) | _outliers(whole)
     return found
 
 
@@ -221,6 +235,11 @@ def _ratio(values: Tensor, inner: int) -> float:
 def _part_shares(spectrum: GramSpectrum, num: int) -> dict[str, float]:
     """Of class means and of logit means in the sum of the largest eigenvalues."""
     return {f"{part}_share": spectrum.share_of_top(part, num) for part in ("class", "logit")}
+
+
+def _outliers(spectrum: GramSpectrum) -> dict[str, float]:
+    """How many there are, and how many knock-outs leave."""
+    return {key: float(spectrum.num_outliers(*removed)) for key, removed in LEFT.items()}
 
 
 def _of_pair(one: Problem, other: Problem, seed: int) -> dict[str, dict[str, float]]:

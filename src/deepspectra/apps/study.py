@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from deepspectra.analysis.study import Study
+from deepspectra.analysis.study import LEFT, WHOLE, Study
 from deepspectra.apps.pages import page_attributes
 from deepspectra.problem import Problem
+from deepspectra.zoo import LabelledData
 
 RANDOM_LABELS_EPOCHS = 4  # times those of true labels, which take fewer to fit
 TOLD = (
@@ -34,12 +35,19 @@ class Variant:
         batch_norm: put after every ReLU.
         random_labels: drawn for the training set.
         epochs: of training, as a multiple of the recipe's; None for one epoch.
+        classes: how many of the data's are kept, the first ones; None for all.
     """
 
     name: str
     batch_norm: bool = False
     random_labels: bool = False
     epochs: int | None = 1
+    classes: int | None = None
+
+    def of(self, data: LabelledData, seed: int) -> LabelledData:
+        """The examples that this variant is trained on."""
+        data = data if self.classes is None else data.of_classes(self.classes)
+        return data.relabelled(seed) if self.random_labels else data
 
 
 STUDIES: Mapping[str, tuple[Variant, ...]] = {
@@ -53,6 +61,7 @@ STUDIES: Mapping[str, tuple[Variant, ...]] = {
         Variant("one epoch", epochs=None),
         Variant("trained"),
     ),
+    "classes": tuple(Variant(f"{num} classes", classes=num) for num in (2, 3, 5, 10)),
 }
 
 
@@ -97,15 +106,15 @@ def study_dataset(
 def sentences(found: Study) -> list[str]:
     """The verdict: how the last variant differs from the first, in the mean over layers and in how many layers."""
     first, last = found.variants[0], found.variants[-1]
+    layers = [name for name in found.layers if name != WHOLE]
+    whole = _explained(found)
     if first == last:
-        return [f"{len(found.layers)} layers of {first}."]
+        return [f"{len(layers)} layers of {first}.", *whole]
     lines, lower = [], 0
     for key in TOLD:
         pairs = [
             (float(one.mean()), float(other.mean()))
-            for one, other in (
-                (found.of(first, name, key), found.of(last, name, key)) for name in found.layers
-            )
+            for one, other in ((found.of(first, name, key), found.of(last, name, key)) for name in layers)
             if len(one) and len(other)
         ]
         if not pairs:
@@ -120,4 +129,19 @@ def sentences(found: Study) -> list[str]:
             f"Mean {found.measures[key]}: {before:.3g}, then {after:.3g} ({way} of {len(pairs)} layers)."
         )
     head = f"From {first} to {last}, {lower} of {len(lines)} measures fall on average over the layers."
-    return [head, *lines]
+    return [*whole, head, *lines]
+
+
+def _explained(found: Study) -> list[str]:
+    """How many outliers of G there are, and how many the means leave, variant by variant."""
+    if WHOLE not in found.layers:
+        return []
+    counts = [
+        f"{variant} " + " → ".join(f"{float(found.of(variant, WHOLE, key).mean()):.3g}" for key in LEFT)
+        for variant in found.variants
+        if len(found.of(variant, WHOLE, "outliers"))
+    ]
+    return [
+        "Outliers of G → left without class means → left without class and logit means, on average over networks: "
+        f"{'; '.join(counts)}."
+    ]

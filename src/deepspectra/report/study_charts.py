@@ -10,6 +10,7 @@ from deepspectra.report.layer_charts import depth_axis
 from deepspectra.report.text import json_attribute
 
 VARIANT_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+WHOLE = "all layers"
 FIRST = "input_ratio"  # the measure that is shown before another is chosen
 
 
@@ -32,7 +33,8 @@ def study_measures(dataset: xr.Dataset) -> alt.LayerChart:
         .encode(x=depth_axis(dataset), color=colour(variants, {}, colours))
     )
     y = alt.Y("study:Q", title="chosen measure", scale=alt.Scale(zero=False))
-    lines = base.mark_line(strokeWidth=1.6).encode(y=y.aggregate("mean"))
+    in_order = base.transform_filter(f"datum.layer !== '{WHOLE}'")
+    lines = in_order.mark_line(strokeWidth=1.6).encode(y=y.aggregate("mean"))
     points = base.mark_point(filled=True, size=45, opacity=0.75).encode(
         y=y,
         tooltip=[

@@ -81,6 +81,26 @@ class LabelledData(Dataset[tuple[Tensor, Tensor]]):
         """Number of classes."""
         return len(self.class_names)
 
+    def of_classes(self, num: int) -> LabelledData:
+        """The images of the first `num` classes.
+
+        Raises:
+            OptionError: fewer than two, or more than there are.
+        """
+        if not 2 <= num <= self.num_classes:
+            raise OptionError(
+                f"{num} classes of {self.name}: it is at least 2 and at most {self.num_classes}."
+            )
+        kept = self.targets < num
+        name = self.name if num == self.num_classes else f"{self.name}, {num} classes"
+        return replace(
+            self,
+            inputs=self.inputs[kept],
+            targets=self.targets[kept],
+            class_names=self.class_names[:num],
+            name=name,
+        )
+
     def relabelled(self, seed: int) -> LabelledData:
         """The same images with labels drawn at random, each class equally likely."""
         generator = torch.Generator().manual_seed(seed)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import deepspectra as ds
-from deepspectra.analysis.regions import REMOVED, Shifts
+from deepspectra.analysis.regions import REMOVED, REMOVED_OF_HESSIAN, Shifts
 from deepspectra.errors import LossError, MemoryBudgetError, OptionError
 from nets import CASES, labels
 from reference import case_and_reference, error
@@ -121,3 +121,69 @@ def test_bad_options_are_refused() -> None:
     with pytest.raises(MemoryBudgetError, match="4,000 rows"):
         ds.regions(ds.Problem(model, (torch.randn(2000, 20), labels(2000, 3)), memory="100MiB"))
     assert "decades" in str(ds.regions(problem, num_groups=0))
+
+
+def projected(ref, matrix: Tensor) -> Tensor:
+    """A matrix in the range of G."""
+    values, vectors = torch.linalg.eigh(ref.gauss_newton)
+    q = vectors[:, values > 1e-10 * values[-1]]
+    return q.T @ matrix @ q
+
+
+@pytest.mark.parametrize("name", ["relu_mlp", "conv_pool", "class_weights"])
+def test_shifts_of_h_are_those_of_dense_eigenvalues_in_the_space_of_gradients(name: str) -> None:
+    case, ref = case_and_reference(name)
+    found = ds.regions(case.problem(), "hessian", num_groups=0)
+    whole = torch.linalg.eigvalsh(projected(ref, ref.hessian)).flip(0)
+    parts = dict(ref.parts) | {"residual": ref.hessian - ref.gauss_newton}
+    num = ref.num_classes
+    positive = int((whole > 1e-10 * whole[0]).sum())
+    assert found.whole.knockouts[-1] == "residual"
+    for knockout, removed in REMOVED_OF_HESSIAN.items():
+        left = torch.linalg.eigvalsh(projected(ref, ref.hessian - sum(parts[p] for p in removed))).flip(0)
+        for region, cut in (("outliers", slice(0, num - 1)), ("bump", slice(num - 1, min(num**2, positive)))):
+            if left[cut].abs().min() < 1e-9 * whole[0]:
+                continue  # its sign is rounding
+            expected = by_hand(whole[cut], left[cut].clamp_min(0))
+            assert found.whole.of(knockout, region) == pytest.approx(expected, abs=1e-6), (knockout, region)
+    assert len(found) == 0
+    values, vectors = torch.linalg.eigh(ref.gauss_newton)
+    q = vectors[:, values > 1e-10 * values[-1]]
+    theta, y = torch.linalg.eigh(q.T @ ref.hessian @ q)
+    top = q @ y[:, -(num - 1) :]
+    missed = (ref.hessian @ top - top * theta[-(num - 1) :]).norm(dim=0) / theta[-(num - 1) :]
+    assert found.missed == pytest.approx(float(missed.max()), abs=1e-7)
+    assert ("miss" in str(found)) == (found.missed > 0)
+
+
+def test_errors_of_h_are_those_of_leaving_groups_out_of_it() -> None:
+    case, _ = case_and_reference("relu_mlp")
+    found = ds.regions(case.problem(), "hessian", num_groups=3, seed=5)
+    alone = ds.regions(case.problem(), "hessian", num_groups=0)
+    torch.testing.assert_close(found.whole.values, alone.whole.values, rtol=1e-6, atol=1e-8)
+    assert bool((found.whole.standard_errors[:, 0] > 0).all())
+    x, y = case.tensors
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(5))
+    by_class = y.argsort(stable=True)
+    x, y = x[by_class], y[by_class]
+    full = reference(case.model, x, y)
+    values, vectors = torch.linalg.eigh(full[1])
+    q = vectors[:, values > 1e-10 * values[-1]]
+    tables = []
+    for group in torch.tensor_split(order, 3):
+        kept = torch.ones(len(y), dtype=torch.bool)
+        kept[group] = False
+        hessian, gauss_newton = (q.T @ matrix @ q for matrix in reference(case.model, x[kept], y[kept]))
+        before, after = (torch.linalg.eigvalsh(m).flip(0) for m in (hessian, gauss_newton))
+        size = case.problem().num_classes - 1
+        tables.append(by_hand(before[:size], after[:size]))
+    left_out = torch.tensor(tables, dtype=torch.float64)
+    expected = (2 / 3 * (left_out - left_out.mean()).square().sum()).sqrt()
+    row = found.whole.knockouts.index("residual")
+    assert float(found.whole.standard_errors[row, 0]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def reference(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Dense H and G of the examples."""
+    problem = ds.Problem(model, (x, y))
+    return ds.Hessian(problem).dense(), ds.GaussNewton(problem).dense()

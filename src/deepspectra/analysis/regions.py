@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from deepspectra.algorithms.lanczos import check_count
 from deepspectra.analysis.gram import EigenBasis
 from deepspectra.errors import MemoryBudgetError, OptionError
 from deepspectra.operators.captures import Complement
-from deepspectra.operators.curvature import GaussNewton
+from deepspectra.operators.curvature import GaussNewton, Hessian
 from deepspectra.operators.held import HeldRows, gram_of
 from deepspectra.operators.layerwise import (
     averages_of_members,
@@ -42,6 +42,9 @@ REMOVED_OF_FEATURES = {
     "mean + class": ("mean", "class"),
     "within": ("within",),
 }
+REMOVED_OF_HESSIAN = REMOVED | {"residual": ("residual",)}
+OF = (*KINDS, "hessian")
+BLOCK = 32  # columns that are multiplied together
 DECADES = 3.0  # by which an eigenvalue that a knock-out removes counts as moved
 BULK_SHARE = 0.5  # of the eigenvalues beyond outliers and bump that are called bulk: the larger half
 SURE = 2.0  # standard errors by which a region must move more than the others
@@ -99,17 +102,21 @@ class Regions(ByLayer[Shifts]):
     """Shifts of every layer's spectrum, and of all layers together.
 
     Attributes:
-        of: "gradients", "features" or "errors".
+        of: "gradients", "features", "errors" or "hessian", which has no layers.
         whole: of all layers together; for gradients the spectrum of G.
+        missed: the largest ‖H y − θ y‖/θ of the first C − 1 pairs of the Hessian in the space of gradients, what
+            that space misses of them; 0 for others.
     """
 
     of: str
     whole: Shifts
+    missed: float = 0.0
 
     def __str__(self) -> str:
         tables = [f"{self.of}, all layers\n{self.whole}"]
         tables += [f"{self.of} of {name or 'the model'}\n{shifts}" for name, shifts in self.layers.items()]
-        return "\n\n".join([*tables, f"decades of λ, ± standard errors; {self.seconds:.3g} s"])
+        note = f"; outliers miss {self.missed:.1%} of H" if self.missed else ""
+        return "\n\n".join([*tables, f"decades of λ, ± standard errors{note}; {self.seconds:.3g} s"])
 
 
 def regions(
@@ -120,15 +127,17 @@ def regions(
     seed: int = 0,
     progress: Callable[[str], object] | None = None,
 ) -> Regions:
-    """How far knocking parts out moves outliers, bump and bulk: of G, of features and of errors, layer by layer.
+    """How far knocking parts out moves outliers, bump and bulk: of G, H, features and errors, layer by layer.
 
     The claims to be judged are outliers ← class means, bump ← cross-class means, bulk ← scatter within classes, and
     in the two-way account outliers ← class and logit means, bump ← interaction. Spectra are exact, from inner
-    products of rows.
+    products of rows; that of the Hessian is taken in the space that gradients span, where all of G is, and what
+    is knocked out there may also be the residual R = H − G.
 
     Args:
         problem: one with cross-entropy and class labels.
-        of: "gradients", "features" (whole inputs of layers) or "errors" (at their outputs).
+        of: "gradients", "features" (whole inputs of layers), "errors" (at their outputs), or "hessian", of all
+            layers together.
         num_groups: random groups of examples that are left out in turn, for standard errors; 0 for none.
         seed: of the groups.
         progress: called with the name of each layer before it is analysed.
@@ -136,22 +145,27 @@ def regions(
     Raises:
         OptionError: an unknown `of`, or num_groups of 1 or more than there are examples.
         LossError: the loss is not the cross-entropy of class labels.
-        CurvatureError: features and errors cannot be told apart by example.
+        CurvatureError: features and errors cannot be told apart by example, or H has no right second derivative.
         MemoryBudgetError: Gram matrices do not fit memory.
 
     Cost: C − 1 backward passes without weight gradients; for each layer and for the whole, and for each group again,
-    eigenvectors of a matrix of R = N (C − 1) rows (N of features) and its eigenvalues once a knock-out.
+    eigenvectors of a matrix of R = N (C − 1) rows (N of features) and its eigenvalues once a knock-out. The
+    Hessian: R products besides, and two with the rows of gradients for each.
 
     Source: Papyan 2020, JMLR 21:252, section 6, judges knock-outs by eye; the numbers are this library's.
     """
     began = time.perf_counter()
-    if of not in KINDS:
-        raise OptionError(f"of={of!r}; it is one of {', '.join(map(repr, KINDS))}.")
+    if of not in OF:
+        raise OptionError(f"of={of!r}; it is one of {', '.join(map(repr, OF))}.")
     check_count("num_groups", num_groups, 0, problem.num_examples)
     if num_groups == 1:
         raise OptionError("num_groups=1 leaves nothing when its group is left out; it is 0, or at least 2.")
     parts = decompose(problem, effects="two-way", hold=True)
     judge = _Judge(parts, of, num_groups, seed)
+    provenance = Provenance.of(GaussNewton(problem), seed)
+    if of == "hessian":
+        whole, missed = _of_hessian(problem, parts, judge, progress)
+        return Regions({}, time.perf_counter() - began, provenance, of, whole, missed)
     found, total = {}, torch.zeros(())
     for name, gram in _grams(parts, of):
         if progress is not None:
@@ -159,7 +173,6 @@ def regions(
         found[name] = judge(gram)
         total = total + gram
     whole = judge(total) if len(found) > 1 else next(iter(found.values()))
-    provenance = Provenance.of(GaussNewton(problem), seed)
     return Regions(found, time.perf_counter() - began, provenance, of, whole)
 
 
@@ -182,7 +195,7 @@ class _Judge:
     def __init__(self, parts: Decomposition, of: str, num_groups: int, seed: int) -> None:
         assert isinstance(parts.rows, HeldRows)
         self.rows, self.of = parts.rows, of
-        self.removed = REMOVED_OF_FEATURES if of == "features" else REMOVED
+        self.removed = {"features": REMOVED_OF_FEATURES, "hessian": REMOVED_OF_HESSIAN}.get(of, REMOVED)
         self.eps = torch.finfo(parts.problem.dtype).eps
         num, size = self.rows.weights.shape
         self.each = 1 if of == "features" else size - 1  # rows an example
@@ -195,18 +208,30 @@ class _Judge:
             )
         every = torch.ones(num, dtype=torch.bool)
         order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
+        self.groups: list[Tensor] = []  # of examples, ascending
         self.subsets = [every]
         for group in torch.tensor_split(order, num_groups) if num_groups else ():
             kept = every.clone()
             kept[group] = False
+            self.groups.append(group.sort().values)
             self.subsets.append(kept)
         self.averages = [self._averages(kept.to(self.rows.labels.device)) for kept in self.subsets]
 
     def __call__(self, gram: Tensor) -> Shifts:
-        tables = []
+        """Of the matrix whose inner products of rows these are."""
+        return self.of_spectra(
+            EigenBasis.of_gram(gram[chosen][:, chosen], bases, len(gram), self.eps)
+            for chosen, bases in self.chosen(gram.device)
+        )
+
+    def chosen(self, device: torch.device) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Which rows are kept, and their averages: all, and all but each group."""
         for kept, bases in zip(self.subsets, self.averages, strict=True):
-            chosen = kept.repeat_interleave(self.each).to(gram.device)
-            tables.append(self._shifts(gram[chosen][:, chosen], bases))
+            yield kept.repeat_interleave(self.each).to(device), bases
+
+    def of_spectra(self, spectra: Iterable[EigenBasis | _HessianBasis]) -> Shifts:
+        """Of a spectrum, given first, with errors from those without a group."""
+        tables = [self._shifts(spectrum) for spectrum in spectra]
         errors = torch.full_like(tables[0], torch.nan)
         if len(tables) > 1:
             left_out = torch.stack(tables[1:])
@@ -222,8 +247,7 @@ class _Judge:
         projections = Projections(rows.weights[kept], rows.labels[kept])
         return reduced_averages(Complement(rows.probabilities[kept]), projections, TWO_WAY)
 
-    def _shifts(self, gram: Tensor, bases: dict[str, Tensor]) -> Tensor:
-        basis = EigenBasis.of_gram(gram, bases, len(gram), self.eps)
+    def _shifts(self, basis: EigenBasis | _HessianBasis) -> Tensor:
         first, last = self.cuts
         rank = int((basis.values > basis.tiny).sum())
         end = last + int(BULK_SHARE * max(0, rank - last))
@@ -233,6 +257,75 @@ class _Judge:
             left = basis.without(removed)
             found.append(torch.stack([_shift(basis.values[cut], left[cut]) for cut in cuts]))
         return torch.stack(found).cpu()
+
+
+class _HessianBasis:
+    """H in the coordinates of an orthonormal basis of the space of gradients, and what parts are there.
+
+    Attributes:
+        values: eigenvalues, descending.
+        tiny: what is zero up to rounding.
+    """
+
+    def __init__(self, hessian: Tensor, rows: Tensor, bases: Mapping[str, Tensor], precision: float) -> None:
+        self.hessian = hessian
+        self.moment = rows.T @ rows  # G
+        self.coordinates = {name: rows.T @ basis.to(rows) for name, basis in bases.items()}
+        self.values = torch.linalg.eigvalsh(hessian).flip(0)
+        self.tiny = precision * len(hessian) * float(self.values[0])
+
+    def without(self, removed: Sequence[str]) -> Tensor:
+        """All eigenvalues, descending, after parts are subtracted."""
+        left = self.hessian - sum(self._part(name) for name in removed)
+        found: Tensor = torch.linalg.eigvalsh(left).flip(0)
+        return found
+
+    def _part(self, name: str) -> Tensor:
+        if name == "residual":
+            return self.hessian - self.moment
+        phi = self.coordinates["means" if name == "within" else name]
+        return self.moment - phi @ phi.T if name == "within" else phi @ phi.T
+
+
+def _of_hessian(
+    problem: Problem, parts: Decomposition, judge: _Judge, progress: Callable[[str], object] | None
+) -> tuple[Shifts, float]:
+    """Shifts of the spectrum of H, and what the space of gradients misses of its outliers."""
+    rows = parts.rows
+    assert isinstance(rows, HeldRows)
+    whole = Hessian(problem)
+    groups = [
+        Hessian(problem.drawn(group, torch.ones(len(group), dtype=torch.float64))) for group in judge.groups
+    ] or [whole]
+    squares, v = torch.linalg.eigh(rows.gram())
+    kept = squares > judge.eps * len(squares) * squares[-1]
+    turn, coordinates = v[:, kept] / squares[kept].sqrt(), v[:, kept] * squares[kept].sqrt()
+    # The basis is Q = Aᵀ turn, and A Q = coordinates; Qᵀ H Q of each group of examples, column by column
+    each = [torch.zeros(turn.shape[1], turn.shape[1], dtype=turn.dtype, device=turn.device) for _ in groups]
+    for columns in torch.split(torch.arange(turn.shape[1]), BLOCK):
+        if progress is not None:
+            progress(f"Hessian, {int(columns[0])} of {turn.shape[1]:,} products")
+        vectors = _spread(rows, turn[:, columns])
+        for matrix, hessian in zip(each, groups, strict=True):
+            images = rows.complement.reduce(rows.apply(hessian @ vectors)).flatten(0, 1)
+            matrix[:, columns] = turn.T @ images.to(turn)
+    total = torch.stack(each).sum(0)
+    total = (total + total.T) / 2
+    spectra = [total, *((total - (own + own.T) / 2) for own in each)]
+    shifts = judge.of_spectra(
+        _HessianBasis(matrix, coordinates[chosen], bases, judge.eps)
+        for matrix, (chosen, bases) in zip(spectra, judge.chosen(total.device), strict=False)
+    )
+    values, y = torch.linalg.eigh(total)
+    first = judge.cuts[0]
+    top, theta = _spread(rows, turn @ y[:, -first:]), values[-first:]
+    missed = (whole @ top).double() - top.double() * theta
+    return shifts, float((missed.norm(dim=0) / theta).max())
+
+
+def _spread(rows: HeldRows, reduced: Tensor) -> Tensor:
+    """Aᵀ α for α (R, k) over reduced rows."""
+    return rows.transpose(rows.complement.expand(reduced.view(len(rows.labels), -1, reduced.shape[1])))
 
 
 def _shift(before: Tensor, after: Tensor) -> Tensor:

@@ -114,6 +114,25 @@ def test_layers_at_several_epochs_are_one_report(folder):
     assert 'id="chart-layer_spectra-m1"' in (folder / "two.html").read_text()
 
 
+def test_regions_of_anybodys_model(folder):
+    done = run("regions", "mine.py:problem", "--num-groups", 3, "--of", "gradients,hessian", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "gradients, all layers" in done.stdout
+    assert "Of H: " in done.stdout
+    with xr.open_dataset(folder / "deepspectra-run" / "regions.nc", engine="h5netcdf") as saved:
+        assert list(saved["spectrum"].values) == ["gradients", "hessian"]
+        assert list(saved["removed"].values)[-1] == "residual"
+        assert bool((saved["region_shift_error"].sel(spectrum="hessian", place="all layers") >= 0).any())
+    page = (folder / "deepspectra-run" / "regions.html").read_text()
+    for name in ("chart-region_shifts", "region-table"):
+        assert f'id="{name}"' in page
+    again = run("report", "deepspectra-run", cwd=folder)
+    assert again.returncode == 0, again.stderr
+    wrong = run("regions", "mine.py:problem", "--of", "gradients,weights", cwd=folder)
+    assert wrong.returncode == 2
+    assert "of='weights'" in wrong.stderr
+
+
 def test_a_study_of_the_zoo(folder):
     options = ("--per-class", 3, "--epochs", 2, "--networks", 1, "--out", "study")
     done = run("study", "initialisation", *options, cwd=folder)
@@ -189,7 +208,7 @@ def test_what_is_wrong_is_said_in_one_message(folder, arguments, message, monkey
 
 
 def test_the_commands_and_their_options_are_these(folder):
-    assert {"demo", "analyze", "layers", "report"} <= set(run("--help", cwd=folder).stdout.split())
+    assert {"demo", "analyze", "layers", "regions", "report"} <= set(run("--help", cwd=folder).stdout.split())
     words = run("analyze", "--help", cwd=folder).stdout
     for option in (
         "--model",

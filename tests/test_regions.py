@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import deepspectra as ds
-from deepspectra.analysis.regions import REMOVED, REMOVED_OF_HESSIAN, Shifts
-from deepspectra.errors import LossError, MemoryBudgetError, OptionError
+from deepspectra.analysis.regions import OF, REMOVED, REMOVED_OF_HESSIAN, Shifts
+from deepspectra.apps.pages import save_page
+from deepspectra.apps.regions import CLAIMS, regions_dataset, sentences
+from deepspectra.errors import DataError, LossError, MemoryBudgetError, OptionError
+from deepspectra.report.drawing import save_chart
+from deepspectra.report.region_charts import region_shifts
 from nets import CASES, labels
 from reference import case_and_reference, error
 
@@ -187,3 +191,56 @@ def reference(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Dense H and G of the examples."""
     problem = ds.Problem(model, (x, y))
     return ds.Hessian(problem).dense(), ds.GaussNewton(problem).dense()
+
+
+def test_the_dataset_and_the_verdict_are_the_shifts() -> None:
+    case, _ = case_and_reference("relu_mlp")
+    problem = case.problem()
+    found = [ds.regions(problem, of, num_groups=3) for of in ("gradients", "hessian", "features")]
+    dataset = regions_dataset(found, problem, model="small", data="noise", seed=1)
+    layers = list(found[0])
+    assert list(dataset["place"].values) == ["all layers", *layers]
+    gradients, hessian, features = found
+    for one, place, shifts in (
+        (gradients, "all layers", gradients.whole),
+        (gradients, layers[1], gradients[layers[1]]),
+        (hessian, "all layers", hessian.whole),
+        (features, layers[0], features[layers[0]]),
+    ):
+        for name in shifts.knockouts:
+            saved = dataset.sel(spectrum=one.of, place=place, removed=name)
+            row = shifts.knockouts.index(name)
+            assert saved["region_shift"].values == pytest.approx(shifts.values[row].numpy(), nan_ok=True)
+            errors = shifts.standard_errors[row].numpy()
+            assert saved["region_shift_error"].values == pytest.approx(errors, nan_ok=True)
+            most = shifts.moved(name)
+            assert int(saved["region_moved"]) == (-1 if most is None else shifts.regions.index(most))
+    assert bool(dataset["region_shift"].sel(spectrum="hessian", place=layers[0]).isnull().all())
+    said = sentences(found)
+    for one, sentence in zip(found, said, strict=False):
+        judged = {name: region for name, region in CLAIMS.items() if name in one.whole.knockouts}
+        for name, region in judged.items():
+            held = one.whole.moved(name) == region
+            before, _, after = sentence.partition(" hold")
+            assert f"{region} ← {name}" in (before if held else after)
+    assert dataset.attrs["verdict"] == " ".join(said)
+    assert sum("move, in decades of λ" in sentence for sentence in said) == 2
+    assert any(sentence.startswith(f"Of the {len(layers)} layers' gradients") for sentence in said)
+
+
+def test_a_page_draws_every_kind_of_spectrum(tmp_path) -> None:
+    case, _ = case_and_reference("relu_mlp")
+    problem = case.problem()
+    dataset = regions_dataset([ds.regions(problem, of, num_groups=2) for of in OF], problem)
+    chart = region_shifts(dataset).to_dict()
+    assert chart["params"][0]["bind"]["options"] == list(OF)
+    (table,) = chart["datasets"].values()
+    assert {row["spectrum"] for row in table} == set(OF)
+    assert all(row["low"] <= row["region_shift"] <= row["high"] for row in table)
+    page = save_page(dataset, tmp_path, "regions").read_text()
+    assert 'id="chart-region_shifts"' in page
+    assert 'id="region-table"' in page
+    save_chart(region_shifts(dataset), tmp_path / "regions.svg")
+    assert "outliers" in (tmp_path / "regions.svg").read_text()
+    with pytest.raises(DataError, match="region_shift"):
+        region_shifts(dataset.drop_vars("region_shift"))

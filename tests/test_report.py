@@ -15,6 +15,7 @@ import xarray as xr
 import deepspectra as ds
 from deepspectra import report
 from deepspectra.apps.layers import layer_dataset
+from deepspectra.apps.regions import regions_dataset
 from deepspectra.apps.study import study_dataset
 from deepspectra.errors import DataError, FileError, OptionError
 from deepspectra.report import render
@@ -543,7 +544,7 @@ def test_the_page_of_layers_draws_in_a_browser_without_a_complaint(layers_page, 
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium to open the page")
-def test_the_page_of_a_study_draws_in_a_browser_without_a_complaint(tmp_path):
+def test_the_pages_of_a_study_and_of_regions_draw_in_a_browser_without_a_complaint(tmp_path):
     problems = []
     for seed in range(3):
         torch.manual_seed(seed)
@@ -554,6 +555,9 @@ def test_the_page_of_a_study_draws_in_a_browser_without_a_complaint(tmp_path):
     elements = opened(page, tmp_path)
     assert "<svg" in elements.split('id="chart-study_measures"')[1].split("</figure>")[0]
     assert "&lt;one&gt;" in page
+    page = render(regions_dataset([ds.regions(problems[0], of) for of in ("hessian", "errors")], problems[0]))
+    elements = opened(page, tmp_path)
+    assert "<svg" in elements.split('id="chart-region_shifts"')[1].split("</figure>")[0]
 
 
 def small_analysis(seed, name):

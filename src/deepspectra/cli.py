@@ -1,4 +1,4 @@
-"""The command line: `deepspectra demo`, `analyze`, `layers`, `compare`, `study` and `report`."""
+"""The command line: `deepspectra demo`, `analyze`, `layers`, `regions`, `compare`, `study` and `report`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ from deepspectra import zoo
 from deepspectra.analysis.class_groups import class_groups
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.layers import Layers, layers
+from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
+from deepspectra.analysis.regions import regions
 from deepspectra.analysis.study import study
 from deepspectra.apps.analyze import Analysis, analyze, save_series
 from deepspectra.apps.compare import comparison_dataset
 from deepspectra.apps.layers import layer_dataset
 from deepspectra.apps.pages import load_page, save_page
+from deepspectra.apps.regions import regions_dataset
 from deepspectra.apps.study import STUDIES, Variant, study_dataset
 from deepspectra.errors import DeepSpectraError, FileError, OptionError, TargetError
 from deepspectra.problem import Problem
@@ -208,6 +211,46 @@ def _warn_of_long_spectra(problem: Problem) -> None:
             f"{num_rows:,} rows (examples × (classes − 1)): about {minutes:.0f} minutes for each layer of more "
             f"parameters than that, seconds with --per-class {FEW_ROWS // problem.num_classes**2 or 1}."
         )
+
+
+@app.command("regions")
+def regions_command(
+    target: Target = None,
+    model: ModelName = None,
+    data: DataName = None,
+    data_root: DataRoot = None,
+    checkpoint: Checkpoint = None,
+    per_class: PerClass = None,
+    epochs: Epochs = None,
+    out: Out = Path("deepspectra-run"),
+    memory: Memory = None,
+    device: Device = None,
+    of: Annotated[str, typer.Option(help="Whose spectra, in any order.")] = ",".join(KINDS_OF_REGIONS),
+    num_groups: Annotated[
+        int, typer.Option(help="Groups of examples left out in turn, for standard errors; 0 for none.")
+    ] = 8,
+    at: At = None,
+    seed: Seed = 0,
+) -> None:
+    """Which part makes outliers, bump and bulk: exact knock-outs in decades, for up to some hundred examples."""
+    chosen = _Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed)
+    kinds = of.split(",")
+    series = {}
+    for moment in _moments(target, chosen, out, at):
+        found = []
+        with console.status("regions") as status:
+            for kind in kinds:
+
+                def show(name: str, kind: str = kind) -> None:
+                    status.update(f"{kind}: {name}")
+
+                found.append(regions(moment.problem, kind, num_groups=num_groups, seed=seed, progress=show))
+        dataset = regions_dataset(found, moment.problem, model=moment.model, data=moment.data, seed=seed)
+        _finish_page("\n\n".join(map(str, found)), dataset, moment.place, "regions")
+        series[moment.label] = dataset
+    if len(series) > 1:
+        write_series(series, out / "regions.html")
+        typer.echo(f"All: {out / 'regions.html'}")
 
 
 @app.command("compare")

@@ -23,7 +23,7 @@ from deepspectra.operators.layerwise import (
     membership,
     reduced_averages,
 )
-from deepspectra.operators.parts import KINDS, Decomposition, decompose
+from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.operators.projections import TWO_WAY, Projections
 from deepspectra.problem import Problem
 from deepspectra.results import ByLayer, Provenance
@@ -43,7 +43,7 @@ REMOVED_OF_FEATURES = {
     "within": ("within",),
 }
 REMOVED_OF_HESSIAN = REMOVED | {"residual": ("residual",)}
-OF = (*KINDS, "hessian")
+OF = ("gradients", "hessian", "features", "errors")
 BLOCK = 32  # columns that are multiplied together
 DECADES = 3.0  # by which an eigenvalue that a knock-out removes counts as moved
 BULK_SHARE = 0.5  # of the eigenvalues beyond outliers and bump that are called bulk: the larger half
@@ -86,7 +86,9 @@ class Shifts:
         rows = [f"{'without':<14} " + " ".join(f"{region:>14}" for region in self.regions) + "  moves most"]
         for j, name in enumerate(self.knockouts):
             cells = [
-                f"{value:.2f}" if math.isnan(error) else f"{value:.2f} ± {error:.2f}"
+                "–"
+                if math.isnan(value)
+                else f"{value:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
                 for value, error in zip(
                     self.values[j].tolist(), self.standard_errors[j].tolist(), strict=True
                 )

@@ -13,7 +13,7 @@ from deepspectra.problem import Problem
 from deepspectra.report.page import write
 from deepspectra.results import versions
 
-STEMS = ("analysis", "layers", "compare", "study")  # of what the commands save
+STEMS = ("analysis", "layers", "regions", "compare", "study")  # of what the commands save
 
 
 def page_attributes(
@@ -35,7 +35,7 @@ def page_attributes(
 
 
 def load_page(directory: str | Path) -> xr.Dataset:
-    """The dataset that a command saved in a directory: an analysis, or else of layers, a comparison or a study.
+    """The dataset that a command saved in a directory: an analysis, or else that of another command.
 
     Raises:
         FileError: there is none, or it cannot be read.

@@ -50,6 +50,7 @@ from deepspectra.report.findings import (
     outliers_left,
 )
 from deepspectra.report.layer_charts import LAYER_CHARTS
+from deepspectra.report.region_charts import REGION_CHARTS
 from deepspectra.report.spectrum_charts import log_spectrum, spectrum
 from deepspectra.report.study_charts import STUDY_CHARTS
 
@@ -330,6 +331,7 @@ CHARTS: dict[str, Callable[[xr.Dataset], alt.TopLevelMixin]] = {
     "cross_class_weights": cross_class_weights,
     "three_level_map": three_level_map,
     **LAYER_CHARTS,
+    **REGION_CHARTS,
     **STUDY_CHARTS,
     **COMPARE_CHARTS,
     "cost": cost,

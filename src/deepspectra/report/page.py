@@ -137,6 +137,7 @@ LINKS = {
     "collapse": "Neural collapse",
     "kronecker": "Kronecker factors",
     "kronecker-spaces": "Their eigenspaces",
+    "regions": "Regions",
     "study": "What changes",
     "overlaps": "Shared eigenspaces",
     "whole": "All parameters",

@@ -28,6 +28,7 @@ def tables_section(dataset: xr.Dataset) -> str:
         _collapse_table(dataset),
         _kronecker_table(dataset),
         _overlap_table(dataset),
+        _region_table(dataset),
         _study_table(dataset),
         _training_table(dataset),
     ]
@@ -242,6 +243,33 @@ def _overlap_table(dataset: xr.Dataset) -> str:
     }
     body: list[list[Cell]] = [[row["layer"], *(row.get(name) for name in names)] for row in peaks(dataset)]
     return table_html("overlap-table", "Shared eigenspaces", ["layer", *names.values()], body)
+
+
+def _region_table(dataset: xr.Dataset) -> str:
+    """How far each knock-out moves each region, and which it moves most."""
+    if not holds(dataset, "region_shift"):
+        return ""
+    regions = [str(name) for name in dataset["region"].values]
+    found: dict[tuple[str, str, str], Row] = {}
+    for row in rows(dataset, "region_shift", "region_shift_error"):
+        entry = found.setdefault((row["spectrum"], row["place"], row["removed"]), {})
+        entry[row["region"]], entry[row["region"] + " ±"] = row["region_shift"], row["region_shift_error"]
+    head = [column for name in regions for column in (name, name + " ±")]
+    moved = dataset["region_moved"]
+    body: list[list[Cell]] = [
+        [
+            *key,
+            *(entry.get(name) for name in head),
+            _region(regions, int(moved.sel(spectrum=key[0], place=key[1], removed=key[2]))),
+        ]
+        for key, entry in found.items()
+    ]
+    head = ["rows", "of", "without", *head, "moves most"]
+    return table_html("region-table", "Regions, in decades of λ", head, body)
+
+
+def _region(names: list[str], index: int) -> str:
+    return names[index] if index >= 0 else "–"
 
 
 def _study_table(dataset: xr.Dataset) -> str:

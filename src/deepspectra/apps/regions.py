@@ -1,0 +1,118 @@
+"""Which part makes which region of a spectrum, as a job: a labelled dataset, a verdict on the claims, a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import xarray as xr
+
+from deepspectra.analysis.regions import REGIONS, Regions, Shifts
+from deepspectra.apps.pages import page_attributes
+from deepspectra.problem import Problem
+
+WHOLE = "all layers"
+CLAIMS = {  # knock-out → the region that it is said to make
+    "class": "outliers",
+    "mean + class": "outliers",
+    "class + logit": "outliers",
+    "cross": "bump",
+    "interaction": "bump",
+    "within": "bulk",
+}
+TOLD = ("gradients", "hessian")  # of which the verdict gives numbers
+NAMES = {"gradients": "G", "hessian": "H", "features": "features", "errors": "backpropagated errors"}
+
+
+def regions_dataset(
+    found: Sequence[Regions], problem: Problem, *, model: str = "", data: str = "", seed: int = 0
+) -> xr.Dataset:
+    """Every number of `regions`, for one kind of rows or several; `docs/file-format.md` describes it.
+
+    Args:
+        found: of `regions`, of different kinds.
+        problem: whose spectra they are.
+        model: its name, for the report.
+        data: its name, for the report.
+        seed: of the groups of examples, for the report.
+    """
+    places = [WHOLE, *dict.fromkeys(name for one in found for name in one if len(one) > 1)]
+    knockouts = list(dict.fromkeys(name for one in found for name in one.whole.knockouts))
+    shape = (len(found), len(places), len(knockouts), len(REGIONS))
+    values, errors = (np.full(shape, np.nan) for _ in range(2))
+    moved = np.full(shape[:3], -1, dtype=np.int8)
+    for s, one in enumerate(found):
+        for place, shifts in _places(one):
+            for row, name in enumerate(shifts.knockouts):
+                at = (s, places.index(place), knockouts.index(name))
+                values[at], errors[at] = shifts.values[row], shifts.standard_errors[row]
+                most = shifts.moved(name)
+                moved[at] = -1 if most is None else REGIONS.index(most)
+    attributes = page_attributes(
+        problem,
+        verdict=" ".join(sentences(found)),
+        subject="Regions of the spectra of",
+        model=model,
+        data=data,
+        seed=seed,
+        seconds=sum(one.seconds for one in found),
+    )
+    variables = {
+        "region_shift": (("spectrum", "place", "removed", "region"), values),
+        "region_shift_error": (("spectrum", "place", "removed", "region"), errors),
+        "region_moved": (("spectrum", "place", "removed"), moved),
+    }
+    coords = {
+        "spectrum": [one.of for one in found],
+        "place": [place or "(model)" for place in places],
+        "removed": knockouts,
+        "region": list(REGIONS),
+    }
+    return xr.Dataset(variables, coords=coords, attrs=attributes)
+
+
+def _places(found: Regions) -> Iterator[tuple[str, Shifts]]:
+    """All layers together, and each by itself if there are several."""
+    yield WHOLE, found.whole
+    if len(found) > 1:
+        yield from found.items()
+
+
+def sentences(found: Sequence[Regions]) -> list[str]:
+    """The verdict: which claims hold in each kind of spectrum, by how much, and in how many layers."""
+    lines = []
+    for one in found:
+        judged = [(name, region) for name, region in CLAIMS.items() if name in one.whole.knockouts]
+        held = [f"{region} ← {name}" for name, region in judged if one.whole.moved(name) == region]
+        not_held = [f"{region} ← {name}" for name, region in judged if one.whole.moved(name) != region]
+        start = f"Of {NAMES[one.of]}: {_listed(held) or 'no claim'} {'hold' if len(held) > 1 else 'holds'}"
+        lines.append(start + (f", {_listed(not_held)} {_does(not_held)} not." if not_held else "."))
+    for one in found:
+        if one.of in TOLD:
+            measured = "; ".join(_moves(one.whole, name) for name in ("class", "class + logit", "within"))
+            lines.append(
+                f"Outliers, bump and bulk of {NAMES[one.of]} move, in decades of λ, without {measured}."
+            )
+        if len(one) > 1 and one.of != "features":
+            counts = ", ".join(
+                f"{region} ← {name} in {sum(shifts.moved(name) == region for shifts in one.values())}"
+                for name, region in CLAIMS.items()
+                if name in one.whole.knockouts
+            )
+            lines.append(f"Of the {len(one)} layers' {one.of}: {counts}.")
+        if one.missed:
+            lines.append(f"The space of gradients misses at most {one.missed:.1%} of an outlier of H.")
+    return lines
+
+
+def _does(claims: list[str]) -> str:
+    return "do" if len(claims) > 1 else "does"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + "".join(names[-1:])
+
+
+def _moves(shifts: Shifts, name: str) -> str:
+    moved = ", ".join(f"{shifts.of(name, region):.2f}" for region in REGIONS)
+    return f"{name} by {moved}"

@@ -1,0 +1,84 @@
+"""Which knock-out moves which region of a spectrum."""
+
+from __future__ import annotations
+
+import altair as alt
+import xarray as xr
+
+from deepspectra.report.drawing import INK, WIDTH, Row, blank, colour, finished, require, rows, tip
+
+SPECTRUM_LABELS = {
+    "gradients": "Gradients (G)",
+    "hessian": "Hessian H",
+    "features": "Features",
+    "errors": "Backpropagated errors",
+}
+REGION_COLOURS = {"outliers": "#0072B2", "bump": "#CC79A7", "bulk": "#009E73"}
+LANE = 22  # pixels of a knock-out's region
+
+
+def region_shifts(dataset: xr.Dataset) -> alt.LayerChart:
+    """How far each knock-out moves outliers, bump and bulk, with standard errors."""
+    require(dataset, "region_shift")
+    table = [row | _reach(row) for row in rows(dataset, "region_shift", "region_shift_error")]
+    spectra = list(dict.fromkeys(row["spectrum"] for row in table))
+    places = [str(place) for place in dataset["place"].values]
+    regions = [str(region) for region in dataset["region"].values]
+    shown = alt.param(
+        name="spectrum_shown",
+        value=spectra[0],
+        bind=alt.binding_radio(
+            options=spectra, labels=[SPECTRUM_LABELS.get(name, name) for name in spectra], name=" "
+        ),
+    )
+    place = alt.param(
+        name="place_shown", value=places[0], bind=alt.binding_select(options=places, name="of ")
+    )
+    together = [name for name in spectra if not any(_within(row, name, places[0]) for row in table)]
+    base = (
+        blank(table)
+        .transform_filter("datum.spectrum === spectrum_shown")
+        .transform_filter(f"datum.place === place_shown || indexof({together}, datum.spectrum) >= 0")
+        .encode(
+            y=alt.Y(
+                "removed:N",
+                title="without",
+                sort=[str(name) for name in dataset["removed"].values],
+                axis=alt.Axis(ticks=False, domain=False, grid=True, labelLimit=160),
+                scale=alt.Scale(paddingInner=0.25),
+            ),
+            yOffset=alt.YOffset("label:N", sort=regions),
+            color=colour(regions, {}, REGION_COLOURS),
+        )
+    )
+    axis = alt.Axis(title="moved by, decades of λ", tickCount=7)
+    x = alt.X("region_shift:Q", axis=axis, scale=alt.Scale(domainMin=0))
+    tooltip = [
+        alt.Tooltip("removed:N", title="without"),
+        alt.Tooltip("label:N", title="region"),
+        tip("region_shift", "moved by, decades"),
+        tip("region_shift_error", "± standard error"),
+    ]
+    bars = base.mark_bar(opacity=0.8).encode(x=x, tooltip=tooltip)
+    errors = base.mark_rule(color=INK, strokeWidth=1.2).encode(
+        x=alt.X("low:Q"), x2="high:Q", color=alt.value(INK), tooltip=tooltip
+    )
+    height = LANE * len(regions) * len(dataset["removed"])
+    return finished(alt.layer(bars, errors).add_params(shown, place), width=WIDTH, height=height)
+
+
+def _reach(row: Row) -> Row:
+    error = row.get("region_shift_error") or 0.0
+    return {
+        "label": row["region"],
+        "low": max(0.0, row["region_shift"] - error),
+        "high": row["region_shift"] + error,
+    }
+
+
+def _within(row: Row, spectrum: str, whole: str) -> bool:
+    """Whether a row is of one layer of this spectrum."""
+    return bool(row["spectrum"] == spectrum and row["place"] != whole)
+
+
+REGION_CHARTS = {"region_shifts": region_shifts}

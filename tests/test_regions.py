@@ -68,6 +68,28 @@ def test_features_and_errors_are_judged_as_their_second_moments() -> None:
     assert math.isnan(features[name].of("class", "bump"))
 
 
+@pytest.mark.parametrize("of", ["gradients", "hessian"])
+def test_parts_can_be_projected_out_too(of: str) -> None:
+    case, ref = case_and_reference("relu_mlp")
+    found = ds.regions(case.problem(), of, method="projection", num_groups=0)
+    assert found.whole.knockouts == ("class", "class + logit", "interaction", "cross")
+    matrix = projected(ref, ref.hessian if of == "hessian" else ref.gauss_newton)
+    whole = torch.linalg.eigvalsh(matrix).flip(0)
+    num = ref.num_classes
+    for knockout in ("class", "class + logit"):
+        part = projected(ref, sum(ref.parts[name] for name in REMOVED[knockout]))
+        values, vectors = torch.linalg.eigh(part)
+        q = vectors[:, values > 1e-10 * values[-1]]
+        away = torch.eye(len(q), dtype=q.dtype) - q @ q.T
+        left = torch.linalg.eigvalsh(away @ matrix @ away).flip(0)[: num - 1]
+        expected = by_hand(whole[: num - 1], left.clamp_min(0))
+        assert found.whole.of(knockout, "outliers") == pytest.approx(expected, abs=1e-6)
+    assert "by projection" in str(found)
+    page = regions_dataset([found], case.problem())
+    assert page.attrs["method"] == "projection"
+    assert "bulk ← within" not in page.attrs["verdict"]
+
+
 def test_errors_are_those_of_leaving_groups_of_examples_out() -> None:
     case, _ = case_and_reference("relu_mlp")
     x, y = case.tensors
@@ -113,6 +135,8 @@ def test_in_collapsed_features_class_means_make_the_outliers_and_scatter_the_bul
 
 def test_bad_options_are_refused() -> None:
     problem = CASES["relu_mlp"]().problem()
+    with pytest.raises(OptionError, match="'removal'"):
+        ds.regions(case_and_reference("relu_mlp")[0].problem(), method="removal")
     with pytest.raises(OptionError, match="'weights'"):
         ds.regions(problem, "weights")
     with pytest.raises(OptionError, match="at least 2"):

@@ -21,8 +21,8 @@ from deepspectra import zoo
 from deepspectra.analysis.class_groups import class_groups
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.layers import Layers, layers
+from deepspectra.analysis.regions import METHODS, regions
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
-from deepspectra.analysis.regions import regions
 from deepspectra.analysis.study import study
 from deepspectra.apps.analyze import Analysis, analyze, save_series
 from deepspectra.apps.compare import comparison_dataset
@@ -226,6 +226,7 @@ def regions_command(
     memory: Memory = None,
     device: Device = None,
     of: Annotated[str, typer.Option(help="Whose spectra, in any order.")] = ",".join(KINDS_OF_REGIONS),
+    method: Annotated[str, typer.Option(help=f"{' or '.join(METHODS)}.")] = METHODS[0],
     num_groups: Annotated[
         int, typer.Option(help="Groups of examples left out in turn, for standard errors; 0 for none.")
     ] = 8,
@@ -244,7 +245,11 @@ def regions_command(
                 def show(name: str, kind: str = kind) -> None:
                     status.update(f"{kind}: {name}")
 
-                found.append(regions(moment.problem, kind, num_groups=num_groups, seed=seed, progress=show))
+                found.append(
+                    regions(
+                        moment.problem, kind, method=method, num_groups=num_groups, seed=seed, progress=show
+                    )
+                )
         dataset = regions_dataset(found, moment.problem, model=moment.model, data=moment.data, seed=seed)
         _finish_page("\n\n".join(map(str, found)), dataset, moment.place, "regions")
         series[moment.label] = dataset

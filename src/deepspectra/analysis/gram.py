@@ -219,9 +219,9 @@ class EigenBasis:
             found, forms = torch.linalg.eigvalsh(gram).flip(0), phi.square().sum(1)
         return found[found > self.tiny], forms
 
-    def without(self, removed: Sequence[str]) -> Tensor:
-        """All eigenvalues, descending, after parts are subtracted."""
-        return _knocked_out(self.values, self.coordinates, removed, "subtraction")
+    def without(self, removed: Sequence[str], method: str = "subtraction") -> Tensor:
+        """All eigenvalues, descending, after parts are subtracted or projected out, as in `GramSpectrum.knockout`."""
+        return _knocked_out(self.values, self.coordinates, removed, method)
 
 
 def spectrum_of(
@@ -312,13 +312,19 @@ def _without(values: Tensor, phi: Tensor, method: str) -> Tensor:
     if method == "subtraction":
         left = torch.diag(values) - phi @ phi.T
     else:
-        inner, singular, _ = torch.linalg.svd(phi, full_matrices=False)
-        largest = float(singular[0]) if len(singular) else 0.0
-        q = inner[:, singular > RANK_RTOL * largest]
+        q = range_of(phi)
         half = torch.diag(values.sqrt()) - q @ (q.T * values.sqrt())  # (I − QQᵀ) Λ^½
         left = half @ half.T
     found: Tensor = torch.linalg.eigvalsh(left).flip(0).clamp_min(0)
     return found
+
+
+def range_of(phi: Tensor) -> Tensor:
+    """Orthonormal columns that span those of Φ, up to rounding."""
+    inner, singular, _ = torch.linalg.svd(phi, full_matrices=False)
+    largest = float(singular[0]) if len(singular) else 0.0
+    basis: Tensor = inner[:, singular > RANK_RTOL * largest]
+    return basis
 
 
 def _density(values: Tensor, provenance: Provenance, seconds: float) -> Density:

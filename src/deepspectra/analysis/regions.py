@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.lanczos import check_count
-from deepspectra.analysis.gram import EigenBasis
+from deepspectra.analysis.gram import EigenBasis, range_of
 from deepspectra.errors import MemoryBudgetError, OptionError
 from deepspectra.operators.captures import Complement
 from deepspectra.operators.curvature import GaussNewton, Hessian
@@ -43,6 +43,8 @@ REMOVED_OF_FEATURES = {
     "within": ("within",),
 }
 REMOVED_OF_HESSIAN = REMOVED | {"residual": ("residual",)}
+WIDE = ("within", "residual")  # parts that span too much to be projected out
+METHODS = ("subtraction", "projection")
 OF = ("gradients", "hessian", "features", "errors")
 BLOCK = 32  # columns that are multiplied together
 DECADES = 3.0  # by which an eigenvalue that a knock-out removes counts as moved
@@ -55,7 +57,7 @@ class Shifts:
     """How far knock-outs move the regions of one spectrum.
 
     Attributes:
-        knockouts: what is removed, by subtraction; class means and true-class means go together.
+        knockouts: what is removed; class means and true-class means go together.
         regions: "outliers", the first C − 1 eigenvalues (C of features); "bump", those up to the C²-th (none of
             features); "bulk", the larger half of the rest.
         values: (knockouts, regions) mean of |log10 λ_j/λ'_j| over the ranks j of a region, the Wasserstein-1
@@ -108,14 +110,16 @@ class Regions(ByLayer[Shifts]):
         whole: of all layers together; for gradients the spectrum of G.
         missed: the largest ‖H y − θ y‖/θ of the first C − 1 pairs of the Hessian in the space of gradients, what
             that space misses of them; 0 for others.
+        method: "subtraction" or "projection".
     """
 
     of: str
     whole: Shifts
     missed: float = 0.0
+    method: str = "subtraction"
 
     def __str__(self) -> str:
-        tables = [f"{self.of}, all layers\n{self.whole}"]
+        tables = [f"{self.of}, all layers, by {self.method}\n{self.whole}"]
         tables += [f"{self.of} of {name or 'the model'}\n{shifts}" for name, shifts in self.layers.items()]
         note = f"; outliers miss {self.missed:.1%} of H" if self.missed else ""
         return "\n\n".join([*tables, f"decades of λ, ± standard errors{note}; {self.seconds:.3g} s"])
@@ -125,6 +129,7 @@ def regions(
     problem: Problem,
     of: str = "gradients",
     *,
+    method: str = "subtraction",
     num_groups: int = 8,
     seed: int = 0,
     progress: Callable[[str], object] | None = None,
@@ -140,12 +145,14 @@ def regions(
         problem: one with cross-entropy and class labels.
         of: "gradients", "features" (whole inputs of layers), "errors" (at their outputs), or "hessian", of all
             layers together.
+        method: "subtraction", A − B, or "projection", (I − QQᵀ) A (I − QQᵀ) with Q a basis of B, which "within" and
+            "residual" span too much for.
         num_groups: random groups of examples that are left out in turn, for standard errors; 0 for none.
         seed: of the groups.
         progress: called with the name of each layer before it is analysed.
 
     Raises:
-        OptionError: an unknown `of`, or num_groups of 1 or more than there are examples.
+        OptionError: an unknown `of` or method, or num_groups of 1 or more than there are examples.
         LossError: the loss is not the cross-entropy of class labels.
         CurvatureError: features and errors cannot be told apart by example, or H has no right second derivative.
         MemoryBudgetError: Gram matrices do not fit memory.
@@ -159,15 +166,17 @@ def regions(
     began = time.perf_counter()
     if of not in OF:
         raise OptionError(f"of={of!r}; it is one of {', '.join(map(repr, OF))}.")
+    if method not in METHODS:
+        raise OptionError(f"method={method!r}; it is one of {', '.join(map(repr, METHODS))}.")
     check_count("num_groups", num_groups, 0, problem.num_examples)
     if num_groups == 1:
         raise OptionError("num_groups=1 leaves nothing when its group is left out; it is 0, or at least 2.")
     parts = decompose(problem, effects="two-way", hold=True)
-    judge = _Judge(parts, of, num_groups, seed)
+    judge = _Judge(parts, of, method, num_groups, seed)
     provenance = Provenance.of(GaussNewton(problem), seed)
     if of == "hessian":
         whole, missed = _of_hessian(problem, parts, judge, progress)
-        return Regions({}, time.perf_counter() - began, provenance, of, whole, missed)
+        return Regions({}, time.perf_counter() - began, provenance, of, whole, missed, method)
     found, total = {}, torch.zeros(())
     for name, gram in _grams(parts, of):
         if progress is not None:
@@ -175,7 +184,7 @@ def regions(
         found[name] = judge(gram)
         total = total + gram
     whole = judge(total) if len(found) > 1 else next(iter(found.values()))
-    return Regions(found, time.perf_counter() - began, provenance, of, whole)
+    return Regions(found, time.perf_counter() - began, provenance, of, whole, method=method)
 
 
 def _grams(parts: Decomposition, of: str) -> Iterator[tuple[str, Tensor]]:
@@ -194,10 +203,12 @@ def _grams(parts: Decomposition, of: str) -> Iterator[tuple[str, Tensor]]:
 class _Judge:
     """Shifts of a spectrum from the Gram matrix of its rows, with jackknife errors."""
 
-    def __init__(self, parts: Decomposition, of: str, num_groups: int, seed: int) -> None:
+    def __init__(self, parts: Decomposition, of: str, method: str, num_groups: int, seed: int) -> None:
         assert isinstance(parts.rows, HeldRows)
-        self.rows, self.of = parts.rows, of
-        self.removed = {"features": REMOVED_OF_FEATURES, "hessian": REMOVED_OF_HESSIAN}.get(of, REMOVED)
+        self.rows, self.of, self.method = parts.rows, of, method
+        known = {"features": REMOVED_OF_FEATURES, "hessian": REMOVED_OF_HESSIAN}.get(of, REMOVED)
+        projected = method == "projection"
+        self.removed = {n: some for n, some in known.items() if not (projected and set(some) & set(WIDE))}
         self.eps = torch.finfo(parts.problem.dtype).eps
         num, size = self.rows.weights.shape
         self.each = 1 if of == "features" else size - 1  # rows an example
@@ -256,7 +267,7 @@ class _Judge:
         cuts = (slice(0, first), slice(first, last), slice(last, end))
         found = []
         for removed in self.removed.values():
-            left = basis.without(removed)
+            left = basis.without(removed, self.method)
             found.append(torch.stack([_shift(basis.values[cut], left[cut]) for cut in cuts]))
         return torch.stack(found).cpu()
 
@@ -276,9 +287,14 @@ class _HessianBasis:
         self.values = torch.linalg.eigvalsh(hessian).flip(0)
         self.tiny = precision * len(hessian) * float(self.values[0])
 
-    def without(self, removed: Sequence[str]) -> Tensor:
-        """All eigenvalues, descending, after parts are subtracted."""
-        left = self.hessian - sum(self._part(name) for name in removed)
+    def without(self, removed: Sequence[str], method: str = "subtraction") -> Tensor:
+        """All eigenvalues, descending, after parts are subtracted or projected out."""
+        if method == "subtraction":
+            left = self.hessian - sum(self._part(name) for name in removed)
+        else:
+            q = range_of(torch.cat([self.coordinates[name] for name in removed], 1))
+            half = self.hessian - q @ (q.T @ self.hessian)
+            left = half - (half @ q) @ q.T
         found: Tensor = torch.linalg.eigvalsh(left).flip(0)
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -30,7 +31,7 @@ def regions_dataset(
     """Every number of `regions`, for one kind of rows or several; `docs/file-format.md` describes it.
 
     Args:
-        found: of `regions`, of different kinds.
+        found: of `regions`, of different kinds by one method.
         problem: whose spectra they are.
         model: its name, for the report.
         data: its name, for the report.
@@ -68,6 +69,7 @@ def regions_dataset(
         "removed": knockouts,
         "region": list(REGIONS),
     }
+    attributes["method"] = found[0].method
     return xr.Dataset(variables, coords=coords, attrs=attributes)
 
 
@@ -89,7 +91,8 @@ def sentences(found: Sequence[Regions]) -> list[str]:
         lines.append(start + (f", {_listed(not_held)} {_does(not_held)} not." if not_held else "."))
     for one in found:
         if one.of in TOLD:
-            measured = "; ".join(_moves(one.whole, name) for name in ("class", "class + logit", "within"))
+            removed = [name for name in ("class", "class + logit", "within") if name in one.whole.knockouts]
+            measured = "; ".join(_moves(one.whole, name) for name in removed)
             lines.append(
                 f"Outliers, bump and bulk of {NAMES[one.of]} move, in decades of λ, without {measured}."
             )
@@ -114,5 +117,6 @@ def _listed(names: list[str]) -> str:
 
 
 def _moves(shifts: Shifts, name: str) -> str:
-    moved = ", ".join(f"{shifts.of(name, region):.2f}" for region in REGIONS)
+    values = [shifts.of(name, region) for region in REGIONS]
+    moved = ", ".join("–" if math.isnan(value) else f"{value:.2f}" for value in values)
     return f"{name} by {moved}"

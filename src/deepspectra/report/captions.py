@@ -217,12 +217,15 @@ COLLAPSE_CAPTION = (
     "for complete collapse. Zeros cannot be drawn here; the table has them."
 )
 
-REGIONS_CAPTION = (
-    "How far the eigenvalues of each region move when a part is subtracted: the mean of |log₁₀ λ/λ′| over its "
-    "ranks, one that is gone counting as three decades. Outliers are the first C − 1 eigenvalues, the bump "
-    "those up to the C²-th, the bulk the larger half of the rest. Lines: standard errors by leaving groups of "
-    "examples out. A part makes the region that moves when it goes, while the others stay."
-)
+
+def _regions_caption(dataset: xr.Dataset) -> str:
+    gone = "projected out" if attribute(dataset, "method") == "projection" else "subtracted"
+    return (
+        f"How far the eigenvalues of each region move when a part is {gone}: the mean of |log₁₀ λ/λ′| over its "
+        "ranks, one that is gone counting as three decades. Outliers are the first C − 1 eigenvalues, the bump "
+        "those up to the C²-th, the bulk the larger half of the rest. Lines: standard errors by leaving groups of "
+        "examples out. A part makes the region that moves when it goes, while the others stay."
+    )
 
 
 def _cost_caption(dataset: xr.Dataset) -> str:
@@ -269,7 +272,7 @@ FIGURES: dict[str, tuple[str, dict[str, str], Caption]] = {
         {"kronecker_overlaps": ""},
         lambda _: KRONECKER_SPACES_CAPTION,
     ),
-    "regions": ("Which part makes which region", {"region_shifts": ""}, lambda _: REGIONS_CAPTION),
+    "regions": ("Which part makes which region", {"region_shifts": ""}, _regions_caption),
     "study": ("What changes", {"study_measures": ""}, lambda _: STUDY_CAPTION),
     "overlaps": ("Shared eigenspaces", {"overlap_curves": ""}, lambda _: OVERLAPS_CAPTION),
     "whole": ("All parameters together", {"overlap_whole": ""}, lambda _: WHOLE_CAPTION),

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
-import importlib.util
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import typer
 import xarray as xr
-from rich.console import Console
-from torch import nn
 
 from deepspectra import zoo
 from deepspectra.analysis.class_groups import class_groups
@@ -29,8 +24,9 @@ from deepspectra.apps.compare import comparison_dataset
 from deepspectra.apps.layers import layer_dataset
 from deepspectra.apps.pages import load_page, save_page
 from deepspectra.apps.regions import regions_dataset
-from deepspectra.apps.study import STUDIES, Variant, study_dataset
-from deepspectra.errors import DeepSpectraError, FileError, OptionError, TargetError
+from deepspectra.apps.study import STUDIES, study_dataset
+from deepspectra.apps.targets import CONSOLE, Choice, chosen_problem, moments
+from deepspectra.errors import DeepSpectraError, OptionError
 from deepspectra.problem import Problem
 from deepspectra.report.page import write, write_series
 
@@ -40,7 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Split the spectrum of a deep network into the parts that cause it.",
 )
-console = Console(stderr=True)
 
 Target = Annotated[
     str | None, typer.Argument(help="file.py:function or package.module:function that returns a Problem.")
@@ -66,7 +61,6 @@ Seed = Annotated[int, typer.Option(help="Seed of the training and of every rando
 At = Annotated[
     str | None, typer.Option(help="Also after these epochs of training, such as 0,1,5; one report of all.")
 ]
-CONVOLUTIONAL = ("lenet", "vgg11-bn", "resnet18")
 MALLOC_OPTIONS = {
     -3: 2**31 - 1,
     -1: 2**31 - 1,
@@ -76,7 +70,6 @@ JUDGED = ("kfac", "ekfac", "cfac")  # Kronecker-factored approximations
 SECONDS_OF_CUBE = 4e-10  # of eigenvalues and vectors of a dense matrix, times the cube of its rows, on a CPU
 FEW_ROWS = 3000  # whose eigenvalues take seconds
 STAGES = "stages"  # folder of what an analysis keeps to be resumed
-PAPER_SIDE = 32  # side to which the papers pad images for convolutional networks
 
 
 def main() -> None:
@@ -85,7 +78,7 @@ def main() -> None:
     try:
         app()
     except DeepSpectraError as error:
-        console.print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
+        CONSOLE.print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
         sys.exit(2)
 
 
@@ -100,8 +93,8 @@ def _keep_freed_memory() -> None:
 @app.command()
 def demo(out: Out = Path("deepspectra-demo"), seed: Seed = 0) -> None:
     """Train a small network on the embedded digits, analyse it and write the report."""
-    problem, names = _zoo_problem("mlp", "digits", out=out, seed=seed)
-    _finish(analyze(problem, seed=seed, model="mlp", data="digits", class_names=names), out)
+    problem, names, model, data = chosen_problem(None, Choice(seed=seed), out)
+    _finish(analyze(problem, seed=seed, model=model, data=data, class_names=names), out)
 
 
 @app.command("analyze")
@@ -129,9 +122,9 @@ def analyze_command(
     seed: Seed = 0,
 ) -> None:
     """Analyse your own problem (TARGET), or a model of the zoo on one of its data sets."""
-    chosen = _Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed, resume)
+    chosen = Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed, resume)
     series, unfinished = {}, []
-    for moment in _moments(target, chosen, out, at):
+    for moment in moments(target, chosen, out, at):
         unfinished.append(moment.place / STAGES)
         owner = None if groups is None else class_groups(moment.problem, groups, seed=seed)
         names = moment.class_names if owner is None else _group_names(moment.class_names, owner.tolist())
@@ -180,9 +173,9 @@ def layers_command(
     seed: Seed = 0,
 ) -> None:
     """Features, errors and gradients of every layer, exactly: for up to about 12,000 examples × (classes − 1)."""
-    chosen = _Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed)
+    chosen = Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed)
     series = {}
-    for moment in _moments(target, chosen, out, at):
+    for moment in moments(target, chosen, out, at):
         found = _layers_of(moment.problem, kronecker=kronecker)
         dataset = layer_dataset(found, moment.problem, model=moment.model, data=moment.data, seed=seed)
         _finish_page(found, dataset, moment.place, "layers")
@@ -194,7 +187,7 @@ def layers_command(
 
 def _layers_of(problem: Problem, *, kronecker: bool) -> Layers:
     _warn_of_long_spectra(problem)
-    with console.status("layers") as status:
+    with CONSOLE.status("layers") as status:
         return layers(
             problem,
             kronecker=JUDGED if kronecker else (),
@@ -207,7 +200,7 @@ def _warn_of_long_spectra(problem: Problem) -> None:
     num_rows = problem.num_examples * (problem.num_classes - 1)
     minutes = SECONDS_OF_CUBE * num_rows**3 / 60
     if minutes >= 1:
-        console.print(
+        CONSOLE.print(
             f"{num_rows:,} rows (examples × (classes − 1)): about {minutes:.0f} minutes for each layer of more "
             f"parameters than that, seconds with --per-class {FEW_ROWS // problem.num_classes**2 or 1}."
         )
@@ -234,12 +227,12 @@ def regions_command(
     seed: Seed = 0,
 ) -> None:
     """Which part makes outliers, bump and bulk: exact knock-outs in decades, for up to some hundred examples."""
-    chosen = _Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed)
+    chosen = Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed)
     kinds = of.split(",")
     series = {}
-    for moment in _moments(target, chosen, out, at):
+    for moment in moments(target, chosen, out, at):
         found = []
-        with console.status("regions") as status:
+        with CONSOLE.status("regions") as status:
             for kind in kinds:
 
                 def show(name: str, kind: str = kind) -> None:
@@ -277,10 +270,10 @@ def compare_command(
         raise OptionError("compare takes two targets, or none and a model of the zoo, trained twice.")
     problems = []
     for j, target in enumerate((first, second)):
-        chosen = _Choice(model, data, data_root, None, per_class, epochs, memory, device, seed + j)
-        problem, _, name, source = _chosen_problem(target, chosen, out / f"seed-{seed + j}", draw=seed)
+        chosen = Choice(model, data, data_root, None, per_class, epochs, memory, device, seed + j)
+        problem, _, name, source = chosen_problem(target, chosen, out / f"seed-{seed + j}", draw=seed)
         problems.append(problem)
-    with console.status("comparing") as status:
+    with CONSOLE.status("comparing") as status:
         found = compare(*problems, seed=seed, progress=lambda name: status.update(f"layer {name}"))
     dataset = comparison_dataset(found, problems[0], model=name, data=source, seed=seed)
     _finish_page(found, dataset, out, "compare")
@@ -306,11 +299,11 @@ def study_command(
     variants: dict[str, list[Problem]] = {}
     for variant in STUDIES[name]:
         for j in range(networks):
-            chosen = _Choice(model, data, data_root, None, per_class, epochs, memory, device, seed + j)
+            chosen = Choice(model, data, data_root, None, per_class, epochs, memory, device, seed + j)
             place = out / variant.name.replace(" ", "-") / f"seed-{seed + j}"
-            problem, _, network, source = _chosen_problem(None, chosen, place, draw=seed, variant=variant)
+            problem, _, network, source = chosen_problem(None, chosen, place, draw=seed, variant=variant)
             variants.setdefault(variant.name, []).append(problem)
-    with console.status("measuring") as status:
+    with CONSOLE.status("measuring") as status:
         found = study(variants, seed=seed, progress=status.update)
     dataset = study_dataset(found, problem, name=name, model=network, data=source, seed=seed)
     _finish_page(found, dataset, out, "study")
@@ -347,227 +340,6 @@ def _finish_page(found: object, dataset: xr.Dataset, out: Path, stem: str) -> No
     typer.echo(f"\n{found}\n\n{dataset.attrs['verdict']}\n")
     typer.echo(f"Results: {path.parent}")
     typer.echo(f"Report: {path}")
-
-
-class _Moment(NamedTuple):
-    """A problem to be looked at, and where what is found of it goes."""
-
-    label: str
-    place: Path
-    problem: Problem
-    class_names: list[str] | None
-    model: str
-    data: str
-
-
-def _moments(target: str | None, chosen: _Choice, out: Path, at: str | None) -> list[_Moment]:
-    """The problem at each epoch that is asked for, and at the end of training."""
-    epochs = _epochs(at)
-    if epochs and (target is not None or chosen.checkpoint is not None):
-        raise OptionError(
-            "--at follows the training of a network of the zoo; there is none with a checkpoint or target."
-        )
-    final = _chosen_problem(target, chosen, out, snapshots=epochs)
-    moments = []
-    for epoch in epochs:
-        place = _snapshot(out, epoch)
-        if not place.is_file():
-            raise OptionError(f"--at {epoch}: training ended before that epoch.")
-        earlier = _chosen_problem(None, chosen._replace(checkpoint=place), out)
-        moments.append(_Moment(f"epoch {epoch}", place.parent, *earlier))
-    return [*moments, _Moment("end" if epochs else "", out / "end" if epochs else out, *final)]
-
-
-def _epochs(at: str | None) -> tuple[int, ...]:
-    """The numbers in "0,1,5"."""
-    try:
-        found = tuple(int(part) for part in at.split(",")) if at else ()
-    except ValueError:
-        found = (-1,)
-    if list(found) != sorted(set(found)) or min(found, default=0) < 0:
-        raise OptionError(f"--at {at}: expected epochs in order, such as 0,1,5.")
-    return found
-
-
-def _snapshot(out: Path, epoch: int) -> Path:
-    """Where the weights after an epoch are kept."""
-    return out / f"epoch-{epoch}" / "model.safetensors"
-
-
-class _Choice(NamedTuple):
-    """What the options say of the problem."""
-
-    model: str | None
-    data: str | None
-    root: Path | None
-    checkpoint: Path | None
-    per_class: int | None
-    epochs: int | None
-    memory: str | None
-    device: str | None
-    seed: int
-    resume: bool = False
-
-
-def _chosen_problem(
-    target: str | None,
-    chosen: _Choice,
-    out: Path,
-    draw: int | None = None,
-    variant: Variant | None = None,
-    snapshots: tuple[int, ...] = (),
-) -> tuple[Problem, list[str] | None, str, str]:
-    """The problem of a target or of the zoo, its class names, and names of model and data for the report.
-
-    `draw` is the seed of the draw of examples, if that is another than the training's; `variant` says how a study
-    changes the network, and `snapshots` after which epochs its weights are kept.
-    """
-    if target is None:
-        model, data = chosen.model or "mlp", chosen.data or "digits"
-        options = chosen._asdict() | {"model": model, "data": data}
-        problem, names = _zoo_problem(**options, out=out, draw=draw, variant=variant, snapshots=snapshots)
-        return (
-            problem,
-            names,
-            model,
-            f"{data}, {chosen.per_class} images a class" if chosen.per_class else data,
-        )
-    given = {"--model": chosen.model, "--data": chosen.data, "--checkpoint": chosen.checkpoint,
-             "--per-class": chosen.per_class, "--epochs": chosen.epochs, "--memory": chosen.memory,
-             "--device": chosen.device}  # fmt: skip
-    unused = [option for option, value in given.items() if value is not None]
-    if unused:
-        raise OptionError(
-            f"{', '.join(unused)} belong to the zoo; with a target, the function {target} decides. "
-            "Leave them out, and set them where the Problem is made."
-        )
-    return _load_target(target), None, "", ""
-
-
-def _zoo_problem(
-    model: str,
-    data: str,
-    *,
-    out: Path,
-    root: Path | None = None,
-    checkpoint: Path | None = None,
-    per_class: int | None = None,
-    epochs: int | None = None,
-    memory: str | None = None,
-    device: str | None = None,
-    seed: int = 0,
-    resume: bool = False,
-    draw: int | None = None,
-    variant: Variant | None = None,
-    snapshots: tuple[int, ...] = (),
-) -> tuple[Problem, list[str]]:
-    """Data, and a network from a checkpoint or trained here and saved beside the results."""
-    variant = variant or Variant("")
-    size = PAPER_SIDE if model in CONVOLUTIONAL and data in ("mnist", "fashion") else None
-    drawn = seed if draw is None else draw
-    examples = variant.of(zoo.load(data, root=root, per_class=per_class, size=size, seed=drawn), drawn)
-    names = [str(name) for name in examples.class_names]
-    shape = tuple(examples.inputs.shape[1:])
-    network = zoo.build(model, input_shape=shape, num_classes=len(names), seed=seed)
-    if variant.batch_norm:
-        network = zoo.normalised(network, shape)
-    recipe = zoo.recipe(model, data, len(examples))
-    epochs = recipe.epochs if epochs is None else epochs
-    epochs = min(1, epochs) if variant.epochs is None else epochs * variant.epochs
-    about: dict[str, str | int] = {"model": model, "data": data, "seed": seed}
-    about |= {"examples": len(examples), "epochs": epochs}
-    trained = out / "model.safetensors"
-    if checkpoint is not None:
-        zoo.load_checkpoint(checkpoint, network)
-    elif resume and trained.is_file():
-        earlier = zoo.load_checkpoint(trained, network)
-        if earlier != about:
-            raise FileError(f"{trained} was trained otherwise: {earlier}, not {about}. Choose another --out.")
-        console.print(f"{model} was trained before: {trained}")
-    else:
-        _train(network, examples, replace(recipe, epochs=epochs), out, about, snapshots, device)
-    network.eval()
-    data_pair = (examples.inputs, examples.targets)
-    return Problem(network, data_pair, device=device, memory=memory), names
-
-
-def _train(
-    network: nn.Module,
-    examples: zoo.LabelledData,
-    recipe: zoo.Recipe,
-    out: Path,
-    about: dict[str, str | int],
-    snapshots: tuple[int, ...],
-    device: str | None,
-) -> None:
-    """Train a network and save it beside the results, also after the epochs in `snapshots`."""
-
-    def keep(epoch: int) -> None:
-        if epoch in snapshots:
-            zoo.save_checkpoint(_snapshot(out, epoch), network, about | {"epochs": epoch})
-
-    keep(0)
-    with console.status("training") as status:
-
-        def show(history: zoo.History) -> None:
-            keep(len(history))
-            status.update(
-                f"training {about['model']} on {about['data']}: epoch {len(history)} of {recipe.epochs}, "
-                f"loss {history.losses[-1]:.4f}, accuracy {history.accuracies[-1]:.1%}"
-            )
-
-        history = zoo.train(
-            network,
-            examples,
-            epochs=recipe.epochs,
-            learning_rate=recipe.learning_rate,
-            batch_size=recipe.batch_size,
-            milestones=recipe.milestones,
-            seed=int(about["seed"]),
-            device=device,
-            progress=show,
-        )
-    path = out / "model.safetensors"
-    zoo.save_checkpoint(path, network, about)
-    last = f"accuracy {history.accuracies[-1]:.1%} while training" if len(history) else "untrained"
-    console.print(
-        f"Trained {about['model']} on {len(examples):,} examples of {examples.name}: {last}; saved as {path}"
-    )
-
-
-def _load_target(target: str) -> Problem:
-    """The problem that file.py:function or package.module:function returns."""
-    place, separator, function = target.rpartition(":")
-    if not separator or not place or not function:
-        raise TargetError(
-            f"target {target!r}: expected file.py:function or package.module:function, a function that takes "
-            "nothing and returns a deepspectra.Problem."
-        )
-    try:
-        if place.endswith(".py"):
-            path = Path(place).resolve()
-            if not path.is_file():
-                raise TargetError(f"target {target!r}: there is no file {path}.")
-            sys.path.insert(0, str(path.parent))  # so that the file can import its neighbours
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[path.stem] = module
-            spec.loader.exec_module(module)
-        else:
-            sys.path.insert(0, str(Path.cwd()))
-            module = importlib.import_module(place)
-    except ImportError as error:
-        raise TargetError(f"target {target!r} cannot be imported: {error}") from error
-    if not callable(getattr(module, function, None)):
-        raise TargetError(f"target {target!r}: {place} has no function {function!r}.")
-    problem = getattr(module, function)()
-    if not isinstance(problem, Problem):
-        raise TargetError(
-            f"target {target!r} returned {type(problem).__name__}; expected a deepspectra.Problem."
-        )
-    return problem
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """An analysis that was stopped goes on behind its last finished stage, with the result of one that was not."""
 
 import contextlib
+import copy
 import functools
 import json
 import subprocess
@@ -17,8 +18,9 @@ from deepspectra import errors, zoo
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.lanczos import Krylov
 from deepspectra.apps import stages
-from deepspectra.apps.kept import Kept
+from deepspectra.apps.kept import Kept, forget
 from deepspectra.apps.ledger import Ledger
+from deepspectra.apps.targets import Choice, chosen_problem, moments
 
 
 def problem(seed=0):
@@ -52,7 +54,7 @@ def stopped_in(monkeypatch, stage):
 
 STOPS = {
     "exact": ("shares of H", "attribution of H", "density of R"),
-    "products": ("class structure", "attribution of H", "shares of G"),
+    "products": ("class structure", "map of the means", "attribution of H", "shares of G"),
 }
 
 
@@ -62,23 +64,23 @@ def test_a_stopped_run_ends_with_the_numbers_of_an_unbroken_one(route, tmp_path,
         monkeypatch.setattr(stages, "EXACT_ROWS", 0)
     whole = analysed()
     for stop in STOPS[route]:
-        with stopped_in(monkeypatch, stop) as first, pytest.raises(KeyboardInterrupt):
+        with stopped_in(monkeypatch, stop), pytest.raises(KeyboardInterrupt):
             analysed(tmp_path)
     with stopped_in(monkeypatch, None) as second:
         resumed = analysed(tmp_path)
-    assert "top eigenpairs of H" in first or "top eigenpairs of H" not in second
     assert "top eigenpairs of H" not in second
     assert STOPS[route][-1] in second
     assert list(resumed.dataset.stage.values) == list(whole.dataset.stage.values)
     for name, values in whole.dataset.data_vars.items():
         if name in ("cost_seconds", "cost_gradients", "subspace_gradients"):  # by the clock
             assert bool((resumed.dataset[name] >= 0).all()), name
-        elif values.dtype.kind == "f":
+        elif values.dtype.kind in "fi":
             np.testing.assert_allclose(resumed.dataset[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
     for name, tree in whole.vectors.items():
         for parameter, vectors in tree.items():
             assert torch.equal(resumed.vectors[name][parameter], vectors)
-    assert not (tmp_path / "basis-of-H.pt").exists()  # the largest file, and not needed any more
+    basis = torch.load(tmp_path / "basis-of-H.pt")["rows"]
+    assert (tmp_path / "basis-of-H.pt").stat().st_size < basis.nbytes + 2**16  # not the room that it had
 
 
 def test_warnings_of_finished_stages_are_still_in_the_report(tmp_path, monkeypatch):
@@ -102,6 +104,22 @@ def test_stages_of_another_computation_are_refused(tmp_path, monkeypatch):
         analysed(tmp_path, first, num=4)
     with pytest.raises(errors.FileError, match=r"weights was .* loss was"):
         analysed(tmp_path, problem(seed=1))
+    network, data = copy.deepcopy(first.model).requires_grad_(True), zoo.load("digits", per_class=6)
+    labels = data.targets.clone()
+    labels[0] = (labels[0] + 1) % 10
+    with pytest.raises(errors.FileError, match="data was"):
+        analysed(tmp_path, ds.Problem(network, (data.inputs, labels)))
+    order = torch.randperm(len(data))
+    assert Kept(tmp_path, {})  # nothing asked, nothing refused
+    shuffled = ds.Problem(network, (data.inputs[order], data.targets[order]))
+    with stopped_in(monkeypatch, "top eigenpairs of H"), pytest.raises(KeyboardInterrupt):
+        analysed(tmp_path, shuffled)  # the same examples
+    smoothed = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+    with pytest.raises(errors.FileError, match="loss was"):
+        analysed(tmp_path, ds.Problem(network, (data.inputs, data.targets), loss=smoothed))
+    (tmp_path / "identity.pt").unlink()
+    with pytest.raises(errors.FileError, match="does not say of what"):
+        analysed(tmp_path, first)
     with pytest.raises(errors.FileError, match="groups was"):
         analysed(tmp_path, first, groups=[0] * 5 + [1] * 5)
 
@@ -114,7 +132,7 @@ def test_a_damaged_stage_is_said_and_can_be_done_again(tmp_path, monkeypatch):
     whole = file.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"not a result"):
         file.write_bytes(damaged)
-        with pytest.raises(errors.FileError, match="Remove it to do that stage again"):
+        with pytest.raises(errors.FileError, match="remove it to do that stage again"):
             analysed(tmp_path, of)
     file.unlink()
     assert analysed(tmp_path, of).verdict
@@ -174,3 +192,36 @@ def test_a_killed_command_goes_on_behind_training_and_stages(tmp_path):
     other = subprocess.run([*command, "--seed", "1"], check=False, capture_output=True, text=True)
     assert other.returncode == 2
     assert "was trained otherwise" in other.stderr
+
+
+def test_what_is_the_users_is_left_alone(tmp_path):
+    mine = tmp_path / "stages"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    (mine / "weights.pt").write_text("mine too")
+    forget(mine)
+    assert len(list(mine.iterdir())) == 2
+    kept = Kept(tmp_path / "own", {"seed": 0})
+    kept.write("result", torch.ones(3))
+    (tmp_path / "own" / "notes.txt").write_text("mine")
+    forget(tmp_path / "own")
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["notes.txt"]
+
+
+def test_training_is_skipped_only_if_all_that_it_leaves_is_there(tmp_path):
+    chosen = Choice(per_class=3, epochs=2, resume=True)
+    trained = tmp_path / "model.safetensors"
+    chosen_problem(None, chosen, tmp_path)
+    first = trained.stat().st_mtime_ns
+    chosen_problem(None, chosen, tmp_path)
+    assert trained.stat().st_mtime_ns == first
+    moments(None, chosen, tmp_path, "0,1")  # snapshots were not asked for before
+    assert trained.stat().st_mtime_ns > first
+    again = trained.stat().st_mtime_ns
+    assert [m.label for m in moments(None, chosen, tmp_path, "0,1")] == ["epoch 0", "epoch 1", "end"]
+    assert trained.stat().st_mtime_ns == again
+    other = tmp_path / "other"
+    moments(None, chosen._replace(seed=1), other, "1")
+    (other / "epoch-1" / "model.safetensors").replace(tmp_path / "epoch-1" / "model.safetensors")
+    with pytest.raises(errors.FileError, match=r"epoch-1.* was trained otherwise"):
+        moments(None, chosen, tmp_path, "0,1")

@@ -74,6 +74,11 @@ class Batches:
         budget: bytes the batches may occupy in memory.
         pairs: batches are pairs (x, y), so a list of two tensors is such a pair and not two batches.
 
+    Attributes:
+        held: the batches, moved, if they are held.
+        num_batches: how many there are.
+        mark: two numbers that differ for other examples, up to rounding the same in any order.
+
     Raises:
         DataError: nothing to read, or a source that cannot be read twice.
         NondeterminismError: a second pass brings other examples, or the source is too large to be held and
@@ -93,6 +98,7 @@ class Batches:
                 held.append(move(batch))
                 size += num_bytes(held[-1])
                 held = held if size <= budget else None
+        self.mark = _total(marks)
         if not marks:
             raise DataError("the data is empty: it yielded no batch, and at least one is needed.")
         self.held = held
@@ -133,7 +139,7 @@ class Batches:
 
     def _check_second_pass(self, marks: list[tuple[float, float]]) -> None:
         again = [_fingerprint(batch) for batch in self._read()]
-        totals = [(sum(a for a, _ in m), sum(b for _, b in m)) for m in (marks, again)]
+        totals = self.mark, _total(again)
         if not _close(totals[0][0], totals[1][0]) or not _close(totals[0][1], totals[1][1]):
             raise NondeterminismError(
                 "the data differs between two passes (random augmentation, or a shuffling loader with "
@@ -176,6 +182,11 @@ def _fingerprint(batch: Any) -> tuple[float, float]:
         weights = torch.cos(torch.arange(1, flat.shape[1] + 1, dtype=torch.float64) * (position + 1.37))
         rows[: len(leaf)] += flat @ weights
     return float(rows.sum()), float(rows.square().sum())
+
+
+def _total(marks: list[tuple[float, float]]) -> tuple[float, float]:
+    """The mark of all batches together."""
+    return sum(a for a, _ in marks), sum(b for _, b in marks)
 
 
 def _close(a: float, b: float) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +20,7 @@ from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
 from deepspectra.analysis.study import study
 from deepspectra.apps.analyze import Analysis, analyze, save_series
 from deepspectra.apps.compare import comparison_dataset
+from deepspectra.apps.kept import forget
 from deepspectra.apps.layers import layer_dataset
 from deepspectra.apps.pages import load_page, save_page
 from deepspectra.apps.regions import regions_dataset
@@ -69,6 +69,7 @@ MALLOC_OPTIONS = {
 JUDGED = ("kfac", "ekfac", "cfac")  # Kronecker-factored approximations
 SECONDS_OF_CUBE = 4e-10  # of eigenvalues and vectors of a dense matrix, times the cube of its rows, on a CPU
 FEW_ROWS = 3000  # whose eigenvalues take seconds
+SPECTRA_OF_REGIONS = 3  # of a layer, with its knock-outs, in units of eigenvalues and vectors
 STAGES = "stages"  # folder of what an analysis keeps to be resumed
 
 
@@ -123,9 +124,9 @@ def analyze_command(
 ) -> None:
     """Analyse your own problem (TARGET), or a model of the zoo on one of its data sets."""
     chosen = Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed, resume)
-    series, unfinished = {}, []
+    series, kept = {}, []
     for moment in moments(target, chosen, out, at):
-        unfinished.append(moment.place / STAGES)
+        stages = moment.place / STAGES if resume else None
         owner = None if groups is None else class_groups(moment.problem, groups, seed=seed)
         names = moment.class_names if owner is None else _group_names(moment.class_names, owner.tolist())
         series[moment.label] = analyze(
@@ -138,13 +139,14 @@ def analyze_command(
             data=moment.data,
             class_names=names,
             groups=owner,
-            resume=unfinished[-1] if resume else None,
+            resume=stages,
         )
         _finish(series[moment.label], moment.place)
+        kept += [] if stages is None else [stages]
     if len(series) > 1:
         typer.echo(f"All: {save_series(series, out / 'report.html')}")
-    for folder in unfinished:
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in kept:
+        forget(folder)
 
 
 def _group_names(names: list[str] | None, owner: list[int]) -> list[str]:
@@ -195,10 +197,10 @@ def _layers_of(problem: Problem, *, kronecker: bool) -> Layers:
         )
 
 
-def _warn_of_long_spectra(problem: Problem) -> None:
-    """Say beforehand how long dense eigenvalues of a layer will take, if that is minutes."""
+def _warn_of_long_spectra(problem: Problem, spectra: int = 1) -> None:
+    """Say beforehand how long so many dense spectra of a layer will take, if that is minutes."""
     num_rows = problem.num_examples * (problem.num_classes - 1)
-    minutes = SECONDS_OF_CUBE * num_rows**3 / 60
+    minutes = spectra * SECONDS_OF_CUBE * num_rows**3 / 60
     if minutes >= 1:
         CONSOLE.print(
             f"{num_rows:,} rows (examples × (classes − 1)): about {minutes:.0f} minutes for each layer of more "
@@ -228,9 +230,12 @@ def regions_command(
 ) -> None:
     """Which part makes outliers, bump and bulk: exact knock-outs in decades, for up to some hundred examples."""
     chosen = Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed)
-    kinds = of.split(",")
+    kinds = list(dict.fromkeys(kind.strip() for kind in of.split(",")))
+    if not set(kinds) <= set(KINDS_OF_REGIONS):
+        raise OptionError(f"--of {of}: expected some of {', '.join(KINDS_OF_REGIONS)}.")
     series = {}
     for moment in moments(target, chosen, out, at):
+        _warn_of_long_spectra(moment.problem, spectra=(num_groups + 1) * SPECTRA_OF_REGIONS)
         found = []
         with CONSOLE.status("regions") as status:
             for kind in kinds:

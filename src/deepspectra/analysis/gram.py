@@ -86,9 +86,10 @@ class GramSpectrum:
         Raises:
             OptionError: as `knockout`.
         """
+        rounding = torch.finfo(self.values.dtype).eps * len(self.values) * float(self.values[0])
         edge = float(self.parts["within"][0]) if len(self.parts["within"]) else 0.0
         values = self.knockout(*removed) if removed else self.values
-        return int((values > margin * edge).sum())
+        return int((values > max(margin * edge, rounding)).sum())
 
     def knockout(self, *removed: str, method: str = "subtraction") -> Tensor:
         """All eigenvalues (R,) of G without parts, descending.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from deepspectra.operators.layerwise import (
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.operators.projections import TWO_WAY, Projections
 from deepspectra.problem import Problem
+from deepspectra.products import products_of
 from deepspectra.results import ByLayer, Provenance
 
 REGIONS = ("outliers", "bump", "bulk")
@@ -108,8 +110,8 @@ class Regions(ByLayer[Shifts]):
     Attributes:
         of: "gradients", "features", "errors" or "hessian", which has no layers.
         whole: of all layers together; for gradients the spectrum of G.
-        missed: the largest ‖H y − θ y‖/θ of the first C − 1 pairs of the Hessian in the space of gradients, what
-            that space misses of them; 0 for others.
+        missed: the largest ‖H y − θ y‖/θ of the first C − 1 pairs (θ, y) of the Hessian in the space of gradients:
+            within so much of θ lies an eigenvalue of H. 0 for others, NaN if θ is not positive.
         method: "subtraction" or "projection".
     """
 
@@ -121,7 +123,7 @@ class Regions(ByLayer[Shifts]):
     def __str__(self) -> str:
         tables = [f"{self.of}, all layers, by {self.method}\n{self.whole}"]
         tables += [f"{self.of} of {name or 'the model'}\n{shifts}" for name, shifts in self.layers.items()]
-        note = f"; outliers miss {self.missed:.1%} of H" if self.missed else ""
+        note = f"; outliers within {self.missed:.1%} of eigenvalues of H" if self.missed else ""
         return "\n\n".join([*tables, f"decades of λ, ± standard errors{note}; {self.seconds:.3g} s"])
 
 
@@ -153,13 +155,15 @@ def regions(
 
     Raises:
         OptionError: an unknown `of` or method, or num_groups of 1 or more than there are examples.
+        OptionError: examples of the Hessian cannot be left out, since batches are not pairs (x, labels).
         LossError: the loss is not the cross-entropy of class labels.
         CurvatureError: features and errors cannot be told apart by example, or H has no right second derivative.
         MemoryBudgetError: Gram matrices do not fit memory.
 
     Cost: C − 1 backward passes without weight gradients; for each layer and for the whole, and for each group again,
     eigenvectors of a matrix of R = N (C − 1) rows (N of features) and its eigenvalues once a knock-out. The
-    Hessian: R products besides, and two with the rows of gradients for each.
+    Hessian: R products besides, in float64, and with the rows of gradients one product for each and one for each of
+    its groups.
 
     Source: Papyan 2020, JMLR 21:252, section 6, judges knock-outs by eye; the numbers are this library's.
     """
@@ -171,12 +175,15 @@ def regions(
     check_count("num_groups", num_groups, 0, problem.num_examples)
     if num_groups == 1:
         raise OptionError("num_groups=1 leaves nothing when its group is left out; it is 0, or at least 2.")
+    problem = problem.to(torch.float64) if of == "hessian" else problem  # rounding fills the gaps of its bulk
     parts = decompose(problem, effects="two-way", hold=True)
     judge = _Judge(parts, of, method, num_groups, seed)
-    provenance = Provenance.of(GaussNewton(problem), seed)
     if of == "hessian":
-        whole, missed = _of_hessian(problem, parts, judge, progress)
+        hessian = Hessian(problem)
+        whole, missed = _of_hessian(hessian, parts, judge, progress)
+        provenance = Provenance.of(hessian, seed)
         return Regions({}, time.perf_counter() - began, provenance, of, whole, missed, method)
+    provenance = Provenance.of(GaussNewton(problem), seed)
     found, total = {}, torch.zeros(())
     for name, gram in _grams(parts, of):
         if progress is not None:
@@ -213,7 +220,8 @@ class _Judge:
         num, size = self.rows.weights.shape
         self.each = 1 if of == "features" else size - 1  # rows an example
         self.cuts = (size, size) if of == "features" else (size - 1, size**2)
-        needed = 4 * 8 * (num * self.each) ** 2
+        matrices = 10 + 2 * num_groups if of == "hessian" else 4
+        needed = matrices * 8 * (num * self.each) ** 2
         if needed > parts.problem.memory:
             raise MemoryBudgetError(
                 f"spectra of {num * self.each:,} rows take about {needed / 2**30:.1f} GiB; memory is "
@@ -228,7 +236,6 @@ class _Judge:
             kept[group] = False
             self.groups.append(group.sort().values)
             self.subsets.append(kept)
-        self.averages = [self._averages(kept.to(self.rows.labels.device)) for kept in self.subsets]
 
     def __call__(self, gram: Tensor) -> Shifts:
         """Of the matrix whose inner products of rows these are."""
@@ -239,7 +246,8 @@ class _Judge:
 
     def chosen(self, device: torch.device) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Which rows are kept, and their averages: all, and all but each group."""
-        for kept, bases in zip(self.subsets, self.averages, strict=True):
+        for kept in self.subsets:
+            bases = self._averages(kept.to(self.rows.labels.device))
             yield kept.repeat_interleave(self.each).to(device), bases
 
     def of_spectra(self, spectra: Iterable[EigenBasis | _HessianBasis]) -> Shifts:
@@ -261,9 +269,9 @@ class _Judge:
         return reduced_averages(Complement(rows.probabilities[kept]), projections, TWO_WAY)
 
     def _shifts(self, basis: EigenBasis | _HessianBasis) -> Tensor:
-        first, last = self.cuts
-        rank = int((basis.values > basis.tiny).sum())
-        end = last + int(BULK_SHARE * max(0, rank - last))
+        rank = int((basis.values > basis.tiny).sum())  # what lies beyond is rounding
+        first, last = (min(cut, rank) for cut in self.cuts)
+        end = last + int(BULK_SHARE * (rank - last))
         cuts = (slice(0, first), slice(first, last), slice(last, end))
         found = []
         for removed in self.removed.values():
@@ -306,39 +314,63 @@ class _HessianBasis:
 
 
 def _of_hessian(
-    problem: Problem, parts: Decomposition, judge: _Judge, progress: Callable[[str], object] | None
+    whole: Hessian, parts: Decomposition, judge: _Judge, progress: Callable[[str], object] | None
 ) -> tuple[Shifts, float]:
-    """Shifts of the spectrum of H, and what the space of gradients misses of its outliers."""
+    """Shifts of the spectrum of H, and how far its first pairs in the space of gradients are from those of H."""
     rows = parts.rows
     assert isinstance(rows, HeldRows)
-    whole = Hessian(problem)
-    groups = [
-        Hessian(problem.drawn(group, torch.ones(len(group), dtype=torch.float64))) for group in judge.groups
-    ] or [whole]
+    groups = _hessians(rows, judge.groups) or [whole]
     squares, v = torch.linalg.eigh(rows.gram())
     kept = squares > judge.eps * len(squares) * squares[-1]
     turn, coordinates = v[:, kept] / squares[kept].sqrt(), v[:, kept] * squares[kept].sqrt()
+    del v
     # The basis is Q = Aᵀ turn, and A Q = coordinates; Qᵀ H Q of each group of examples, column by column
     each = [torch.zeros(turn.shape[1], turn.shape[1], dtype=turn.dtype, device=turn.device) for _ in groups]
     for columns in torch.split(torch.arange(turn.shape[1]), BLOCK):
         if progress is not None:
-            progress(f"Hessian, {int(columns[0])} of {turn.shape[1]:,} products")
+            progress(f"{int(columns[0]):,} of {turn.shape[1]:,} products")
         vectors = _spread(rows, turn[:, columns])
         for matrix, hessian in zip(each, groups, strict=True):
+            if hessian is None:
+                continue
             images = rows.complement.reduce(rows.apply(hessian @ vectors)).flatten(0, 1)
             matrix[:, columns] = turn.T @ images.to(turn)
-    total = torch.stack(each).sum(0)
-    total = (total + total.T) / 2
-    spectra = [total, *((total - (own + own.T) / 2) for own in each)]
+    total = torch.stack(each).sum(0) if len(each) > 1 else each[0]
+    left_out = (total - own for own in each) if judge.groups else ()
     shifts = judge.of_spectra(
-        _HessianBasis(matrix, coordinates[chosen], bases, judge.eps)
-        for matrix, (chosen, bases) in zip(spectra, judge.chosen(total.device), strict=False)
+        _HessianBasis((matrix + matrix.T) / 2, coordinates[chosen], bases, judge.eps)
+        for matrix, (chosen, bases) in zip(
+            itertools.chain([total], left_out), judge.chosen(total.device), strict=True
+        )
     )
-    values, y = torch.linalg.eigh(total)
-    first = judge.cuts[0]
-    top, theta = _spread(rows, turn @ y[:, -first:]), values[-first:]
-    missed = (whole @ top).double() - top.double() * theta
-    return shifts, float((missed.norm(dim=0) / theta).max())
+    values, y = torch.linalg.eigh((total + total.T) / 2)
+    first = min(judge.cuts[0], len(values))
+    missed = []
+    for columns in torch.split(torch.arange(len(values) - first, len(values)), BLOCK):
+        vectors, theta = _spread(rows, turn @ y[:, columns]), values[columns]
+        missed.append((whole @ vectors - vectors * theta).norm(dim=0) / theta)
+    worst = float(torch.cat(missed).max()) if bool((values[-first:] > 0).all()) else math.nan
+    return shifts, worst
+
+
+def _hessians(rows: HeldRows, groups: list[Tensor]) -> list[Hessian | None]:
+    """What each group of examples adds to H; None for nothing."""
+    problem = rows.problem
+    found: list[Hessian | None] = []
+    for group in groups:
+        if not bool(rows.weights[group.to(rows.weights.device)].any()):
+            found.append(None)
+            continue
+        try:
+            some = problem.drawn(group, torch.ones(len(group), dtype=torch.float64))
+        except OptionError as error:
+            raise OptionError(
+                f"{error} With num_groups=0 none is left out, and there are no errors."
+            ) from error
+        some.memory = problem.memory // (len(groups) + 1)
+        products_of(some).inherit(products_of(problem))
+        found.append(Hessian(some))
+    return found
 
 
 def _spread(rows: HeldRows, reduced: Tensor) -> Tensor:

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import pickle
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from deepspectra.analysis.attribution import Attribution, Knockout
 from deepspectra.analysis.gram import GramSpectrum
+from deepspectra.batches import map_tensors
 from deepspectra.errors import FileError
 from deepspectra.results import Cost, Density, Eigenpairs, Provenance, Quadrature, Separation
 
 RESULTS: list[Any] = [
-    Attribution,
-    Cost,
-    Density,
-    Eigenpairs,
-    GramSpectrum,
-    Knockout,
-    Provenance,
-    Quadrature,
-    Separation,
+    *(Attribution, Cost, Density, Eigenpairs, GramSpectrum, Knockout, Provenance, Quadrature, Separation)
 ]
 IDENTITY = "identity"
-LOSS_RTOL = 1e-4  # by which the mean of one loss differs between runs, batches and numbers of threads
+SUFFIX = ".pt"
+CLOSE = 1e-5  # by which sums differ between runs, orders of the data and numbers of threads
 Label = str | int | float | None
+Value = TypeVar("Value")
 
 
 class Kept:
@@ -38,7 +35,7 @@ class Kept:
 
     Args:
         folder: made if need be.
-        identity: what makes the computation this one: sizes, options, a digest of the weights, the loss.
+        identity: what makes the computation this one: sizes, options, digests of weights and data, the version.
 
     Raises:
         FileError: the folder holds results of another computation, or cannot be written.
@@ -48,6 +45,10 @@ class Kept:
         self.folder = folder
         earlier = self.read(IDENTITY)
         if earlier is None:
+            if next(folder.glob(f"*{SUFFIX}"), None) is not None:
+                raise FileError(
+                    f"{folder} holds stages and does not say of what. Remove it, or choose another."
+                )
             self.write(IDENTITY, dict(identity))
             return
         differences = [
@@ -64,36 +65,58 @@ class Kept:
     def read(self, name: str) -> Any:
         """The result of this name; None if there is none."""
         path = self._path(name)
-        if not path.is_file():
-            return None
         try:
+            if not path.is_file():
+                return None
             with torch.serialization.safe_globals(RESULTS):
                 return torch.load(path, weights_only=True)
-        except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever unpickling a damaged file may raise
             raise FileError(
-                f"{path} is damaged or of another version. Remove it to do that stage again."
+                f"{path} cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
+                "If it is damaged, remove it to do that stage again."
             ) from error
 
     def write(self, name: str, value: object) -> None:
         """Keep a result: tensors, numbers and this library's results, in dictionaries and tuples."""
         path = self._path(name)
-        staged = path.with_suffix(".part")
+        staged = path.with_suffix(f".{os.getpid()}.part")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            torch.save(value, staged)
+            torch.save(map_tensors(_of_its_size, value), staged)
             staged.replace(path)
         except (OSError, RuntimeError) as error:
             raise FileError(f"{path} cannot be written: {error}") from error
 
-    def drop(self, name: str) -> None:
-        """Forget a result that is not needed any more."""
-        self._path(name).unlink(missing_ok=True)
+    def once(self, name: str, value: Value) -> Value:
+        """The value that was kept first."""
+        earlier: Value | None = self.read(name)
+        if earlier is None:
+            self.write(name, value)
+            return value
+        return earlier
 
     def _path(self, name: str) -> Path:
-        return self.folder / f"{name.replace(' ', '-').replace(':', '')}.pt"
+        return self.folder / f"{name.replace(' ', '-').replace(':', '')}{SUFFIX}"
+
+
+def forget(folder: Path) -> None:
+    """Remove the results in a folder, and the folder if nothing else is in it."""
+    if not (folder / f"{IDENTITY}{SUFFIX}").is_file():
+        return
+    for path in [*folder.glob(f"*{SUFFIX}"), *folder.glob("*.part")]:
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something else is there
+        folder.rmdir()
+
+
+def _of_its_size(tensor: Tensor) -> Tensor:
+    """A tensor without the rest of a larger storage, which would be saved with it."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def _agree(earlier: object, value: object) -> bool:
     if isinstance(earlier, float) and isinstance(value, float):
-        return math.isclose(earlier, value, rel_tol=LOSS_RTOL)
+        return math.isclose(earlier, value, rel_tol=CLOSE, abs_tol=CLOSE)
     return earlier == value

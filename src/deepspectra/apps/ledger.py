@@ -97,10 +97,13 @@ class Ledger:
 @contextmanager
 def _noting(doubts: list[str]) -> Iterator[None]:
     """Collect convergence warnings for the report, and still give them."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for warning in caught:
-        if issubclass(warning.category, ConvergenceWarning):
-            doubts.append(str(warning.message))
-        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        for warning in caught:
+            if issubclass(warning.category, ConvergenceWarning):
+                doubts.append(str(warning.message))
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

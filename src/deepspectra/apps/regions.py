@@ -58,7 +58,8 @@ def regions_dataset(
         seed=seed,
         seconds=sum(one.seconds for one in found),
     )
-    variables = {
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+        "region_missed": (("spectrum",), np.array([one.missed for one in found])),
         "region_shift": (("spectrum", "place", "removed", "region"), values),
         "region_shift_error": (("spectrum", "place", "removed", "region"), errors),
         "region_moved": (("spectrum", "place", "removed"), moved),
@@ -84,11 +85,15 @@ def sentences(found: Sequence[Regions]) -> list[str]:
     """The verdict: which claims hold in each kind of spectrum, by how much, and in how many layers."""
     lines = []
     for one in found:
-        judged = [(name, region) for name, region in CLAIMS.items() if name in one.whole.knockouts]
-        held = [f"{region} ← {name}" for name, region in judged if one.whole.moved(name) == region]
-        not_held = [f"{region} ← {name}" for name, region in judged if one.whole.moved(name) != region]
-        start = f"Of {NAMES[one.of]}: {_listed(held) or 'no claim'} {'hold' if len(held) > 1 else 'holds'}"
-        lines.append(start + (f", {_listed(not_held)} {_does(not_held)} not." if not_held else "."))
+        verdicts: dict[str, list[str]] = {"holds": [], "does not": [], "is open": []}
+        for name, region in judged_of(one):
+            most = one.whole.moved(name)
+            verdict = "is open" if most is None else "holds" if most == region else "does not"
+            verdicts[verdict].append(f"{region} ← {name}")
+        said = [f"{verdict}: {', '.join(claims)}" for verdict, claims in verdicts.items() if claims]
+        lines.append(f"Of {NAMES[one.of]} {'; '.join(said)}.")
+    if all(bool(one.whole.standard_errors.isnan().all()) for one in found):
+        lines.append("No examples were left out, so nothing says how sure this is.")
     for one in found:
         if one.of in TOLD:
             removed = [name for name in ("class", "class + logit", "within") if name in one.whole.knockouts]
@@ -98,22 +103,21 @@ def sentences(found: Sequence[Regions]) -> list[str]:
             )
         if len(one) > 1 and one.of != "features":
             counts = ", ".join(
-                f"{region} ← {name} in {sum(shifts.moved(name) == region for shifts in one.values())}"
-                for name, region in CLAIMS.items()
-                if name in one.whole.knockouts
+                f"{region} ← {name} in {sum(shifts.moved(name) == region for shifts in there)} of {len(there)}"
+                for name, region, there in (
+                    (name, region, [some for some in one.values() if not math.isnan(some.of(name, region))])
+                    for name, region in judged_of(one)
+                )
             )
-            lines.append(f"Of the {len(one)} layers' {one.of}: {counts}.")
+            lines.append(f"In layers' {one.of} {counts}.")
         if one.missed:
-            lines.append(f"The space of gradients misses at most {one.missed:.1%} of an outlier of H.")
+            lines.append(f"Each outlier of H is known to {one.missed:.1%}.")
     return lines
 
 
-def _does(claims: list[str]) -> str:
-    return "do" if len(claims) > 1 else "does"
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + "".join(names[-1:])
+def judged_of(found: Regions) -> list[tuple[str, str]]:
+    """The claims on these spectra: what is knocked out, and the region it is said to make."""
+    return [(name, region) for name, region in CLAIMS.items() if name in found.whole.knockouts]
 
 
 def _moves(shifts: Shifts, name: str) -> str:

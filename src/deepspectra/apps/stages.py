@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from deepspectra.analysis.hierarchy import drawable, place
 from deepspectra.analysis.means import subspace_of
 from deepspectra.apps.kept import Kept, Label
 from deepspectra.apps.ledger import Ledger, Report
-from deepspectra.errors import CurvatureError
+from deepspectra.errors import ConvergenceWarning, CurvatureError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
 from deepspectra.operators.held import HeldRows
@@ -36,13 +37,13 @@ from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.operators.projections import num_groups
 from deepspectra.problem import Problem
 from deepspectra.products import Products, products_of
-from deepspectra.results import Density, Eigenpairs
+from deepspectra.results import Density, Eigenpairs, versions
 
 LETTERS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
 TRACE_PROBES = 4
 EXACT_ROWS = 3000  # up to which G's spectrum is computed exactly
 FEWEST_STEPS = 4  # of a density that is worth having
-BASIS, UNIT = "basis of H", "seconds of a gradient"  # kept beside the results of stages
+BASIS, UNIT, EXACT = "basis of H", "seconds of a gradient", "exact route"  # kept beside results of stages
 
 
 class Effort(NamedTuple):
@@ -133,6 +134,7 @@ def run(
     basis = _find_pairs(found, "hessian", hessian, num)
     with ledger.stage("class structure"):
         found.parts, exact = _parts(problem, products, groups)
+        exact = exact if ledger.kept is None else ledger.kept.once(EXACT, exact)  # memory may differ by now
     _average(found)
     if exact:
         _find_exact(found, num)
@@ -201,8 +203,6 @@ def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, max_prod
         )
 
     found.attribution = found.ledger.run("attribution of H", work)
-    if found.ledger.kept is not None:
-        found.ledger.kept.drop(BASIS)
 
 
 def _find_by_products(found: Findings, num: int, probes: int, steps: int) -> None:
@@ -232,22 +232,23 @@ def _go_on(found: Findings, folder: Path, options: dict[str, Label]) -> None:
     """Keep results of stages in a folder, and take those of a stopped run, with its unit of cost, from it."""
     problem, ledger = found.problem, found.ledger
     names = ",".join(problem.parameter_names)
+    first, second = problem.batches.mark
     own: dict[str, Label] = {
         "examples": problem.num_examples,
         "classes": problem.num_classes,
         "parameters": problem.num_parameters,
         "dtype": str(problem.dtype),
         "device": str(problem.device),
-        "weights": _digest(problem.model.state_dict().values(), names),
+        "weights": _digest([*problem.model.parameters(), *problem.model.buffers()], names),
+        "data": first,
+        "squares of the data": second,
         "loss": found.loss,
+        "loss function": problem.loss_function.name,
+        "version": versions()["deepspectra"],
         "seed": found.seed,
     }
     ledger.kept = Kept(folder, own | options)
-    earlier = ledger.kept.read(UNIT)
-    if earlier is None:
-        ledger.kept.write(UNIT, ledger.gradient_seconds)
-    else:
-        ledger.gradient_seconds = earlier
+    ledger.gradient_seconds = ledger.kept.once(UNIT, ledger.gradient_seconds)
 
 
 def _digest(tensors: Iterable[Tensor], text: str = "") -> str:
@@ -266,11 +267,11 @@ def _find_pairs(found: Findings, name: str, operator: Operator, num: int) -> Kry
     def work(report: Report) -> Eigenpairs:
         nonlocal basis
         pairs, basis = explore(operator, num, rtol=found.rtol, seed=found.seed, progress=report)
-        if found.ledger.kept is not None and name == "hessian":
-            found.ledger.kept.write(BASIS, basis.state())
         return pairs
 
     found.pairs[name] = found.ledger.run(f"top eigenpairs of {LETTERS[name]}", work)
+    if found.ledger.kept is not None and basis is not None and name == "hessian":
+        found.ledger.kept.write(BASIS, basis.state())
     return basis
 
 
@@ -283,22 +284,25 @@ def _kept_basis(found: Findings, hessian: Hessian) -> Krylov | None:
 def _find_density(found: Findings, name: str, operator: Operator, probes: int, steps: int) -> None:
     known = len(found.pairs[name].values) if name in found.pairs else 0
     room = basis_capacity(operator) - known - 1
-    if FEWEST_STEPS <= room < steps:
-        found.ledger.doubts.append(
-            f"the density of {LETTERS[name]} has {room} steps a probe; more do not fit memory"
-        )
-        steps = room
-    found.densities[name] = found.ledger.run(
-        f"density of {LETTERS[name]}",
-        lambda report: density(
+
+    def work(report: Report) -> Density:
+        fewer = FEWEST_STEPS <= room < steps
+        if fewer:
+            warnings.warn(
+                f"the density of {LETTERS[name]} has {room} steps a probe; more do not fit memory",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        return density(
             operator,
             num_probes=probes,
-            num_steps=steps,
+            num_steps=room if fewer else steps,
             deflate=found.pairs.get(name),
             seed=found.seed + 2,
             progress=report,
-        ),
-    )
+        )
+
+    found.densities[name] = found.ledger.run(f"density of {LETTERS[name]}", work)
 
 
 def _average(found: Findings) -> None:
@@ -315,11 +319,13 @@ def _average(found: Findings) -> None:
             found.subspaces[level] = subspace
         found.subspace_gradients[level] = ledger.gradients(ledger.costs[stage])
     if "cross_class" in found.subspaces and drawable(parts.projections.cell_weights):
-        found.places = ledger.run("map of the means", lambda _: _map(parts, found.seed))
+        found.places = ledger.run("map of the means", lambda _: _map(parts, found.seed)) or None
 
 
-def _map(parts: Decomposition, seed: int) -> tuple[Tensor, Tensor]:
-    """Places of class means and of cross-class means."""
+def _map(parts: Decomposition, seed: int) -> tuple[Tensor, Tensor] | tuple[()]:
+    """Places of class means and of cross-class means; none if the latter do not fit memory, after a stop."""
+    if not parts.holds_means():
+        return ()
     rows = parts.factor("means").T
     return place(inner_products(rows, rows), parts.projections.cell_weights, seed)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from deepspectra.analysis.study import LEFT, WHOLE, Study
+from deepspectra.analysis.study import LEFT, MOST_ROWS, WHOLE, Study
 from deepspectra.apps.pages import page_attributes
 from deepspectra.problem import Problem
 from deepspectra.zoo import LabelledData
@@ -141,7 +141,9 @@ def _explained(found: Study) -> list[str]:
         for variant in found.variants
         if len(found.of(variant, WHOLE, "outliers"))
     ]
+    uncounted = [name for name in found.variants if not len(found.of(name, WHOLE, "outliers"))]
+    more = f" Not counted, for more than {MOST_ROWS:,} rows N (C − 1): {', '.join(uncounted)}."
     return [
         "Outliers of G → left without class means → left without class and logit means, on average over networks: "
-        f"{'; '.join(counts)}."
+        f"{'; '.join(counts)}." + (more if uncounted else "")
     ]

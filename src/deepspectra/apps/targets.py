@@ -152,16 +152,31 @@ def _zoo_problem(
     trained = out / "model.safetensors"
     if checkpoint is not None:
         zoo.load_checkpoint(checkpoint, network)
-    elif resume and trained.is_file():
-        earlier = zoo.load_checkpoint(trained, network)
-        if earlier != about:
-            raise FileError(f"{trained} was trained otherwise: {earlier}, not {about}. Choose another --out.")
+    elif resume and _was_trained(network, trained, about, out, snapshots):
         CONSOLE.print(f"{model} was trained before: {trained}")
     else:
         _train(network, examples, replace(recipe, epochs=epochs), out, about, snapshots, device)
     network.eval()
     data_pair = (examples.inputs, examples.targets)
     return Problem(network, data_pair, device=device, memory=memory), names
+
+
+def _was_trained(
+    network: nn.Module, trained: Path, about: dict[str, str | int], out: Path, snapshots: tuple[int, ...]
+) -> bool:
+    """Load the end of a training that was done before; False unless all that it should leave is there.
+
+    Raises:
+        FileError: it was another training.
+    """
+    expected = {_snapshot(out, epoch): about | {"epochs": epoch} for epoch in snapshots} | {trained: about}
+    if not all(path.is_file() for path in expected):
+        return False
+    for path, meta in expected.items():  # the end comes last and stays
+        earlier = zoo.load_checkpoint(path, network)
+        if earlier != meta:
+            raise FileError(f"{path} was trained otherwise: {earlier}, not {meta}. Choose another --out.")
+    return True
 
 
 def _train(

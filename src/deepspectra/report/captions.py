@@ -222,9 +222,10 @@ def _regions_caption(dataset: xr.Dataset) -> str:
     gone = "projected out" if attribute(dataset, "method") == "projection" else "subtracted"
     return (
         f"How far the eigenvalues of each region move when a part is {gone}: the mean of |log₁₀ λ/λ′| over its "
-        "ranks, one that is gone counting as three decades. Outliers are the first C − 1 eigenvalues, the bump "
-        "those up to the C²-th, the bulk the larger half of the rest. Lines: standard errors by leaving groups of "
-        "examples out. A part makes the region that moves when it goes, while the others stay."
+        "ranks, one that is gone counting as three decades. Outliers are the first C − 1 eigenvalues (C of "
+        "features), the bump those up to the C²-th (none of features), the bulk the larger half of the rest. "
+        "Lines: standard errors by leaving groups of examples out. A part makes the region that "
+        "moves when it goes, while the others stay."
     )
 
 

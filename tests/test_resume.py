@@ -104,6 +104,8 @@ def test_stages_of_another_computation_are_refused(tmp_path, monkeypatch):
         analysed(tmp_path, first, num=4)
     with pytest.raises(errors.FileError, match=r"weights was .* loss was"):
         analysed(tmp_path, problem(seed=1))
+    with pytest.raises(errors.FileError, match="groups was"):
+        analysed(tmp_path, first, groups=[0] * 5 + [1] * 5)
     network, data = copy.deepcopy(first.model).requires_grad_(True), zoo.load("digits", per_class=6)
     labels = data.targets.clone()
     labels[0] = (labels[0] + 1) % 10
@@ -120,8 +122,6 @@ def test_stages_of_another_computation_are_refused(tmp_path, monkeypatch):
     (tmp_path / "identity.pt").unlink()
     with pytest.raises(errors.FileError, match="does not say of what"):
         analysed(tmp_path, first)
-    with pytest.raises(errors.FileError, match="groups was"):
-        analysed(tmp_path, first, groups=[0] * 5 + [1] * 5)
 
 
 def test_a_damaged_stage_is_said_and_can_be_done_again(tmp_path, monkeypatch):

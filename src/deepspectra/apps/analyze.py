@@ -142,8 +142,9 @@ def analyze(
         groups: (C,) the group of each class, as in `decompose`, for problems of very many classes; C is then the
             number of groups wherever averages are meant.
         resume: a folder where finished stages are kept; called again with it after a stop, the analysis goes on
-            behind the last of them, with the same result. It takes as much space as the eigenvectors and, until
-            outliers are attributed, the Krylov basis of H; it can be removed once the result is saved.
+            behind the last of them, with the same result up to rounding; one gradient, the unit of cost, stays
+            that of the first call. It takes as much space as the eigenvectors and the Krylov basis of H, and can be
+            removed once the result is saved.
 
     Returns:
         The analysis; `str()` is the verdict, `.save(dir)` and `.to_html(path)` write it.

@@ -9,10 +9,10 @@ import numpy as np
 import xarray as xr
 
 from deepspectra.analysis.regions import REGIONS, Regions, Shifts
+from deepspectra.analysis.study import WHOLE
 from deepspectra.apps.pages import page_attributes
 from deepspectra.problem import Problem
 
-WHOLE = "all layers"
 CLAIMS = {  # knock-out → the region that it is said to make
     "class": "outliers",
     "mean + class": "outliers",

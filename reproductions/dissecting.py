@@ -20,6 +20,7 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra import zoo
+from deepspectra.analysis.study import LEFT, WHOLE
 from deepspectra.apps.study import STUDIES, Variant
 from reproductions.claims import table
 
@@ -46,16 +47,23 @@ class Run:
 
 def _runs() -> dict[str, Run]:
     small = partial(zoo.mlp, widths=(200, 200))
+    narrow = partial(zoo.resnet18, widths=(48, 48, 48, 48), batch_norm=False)
     runs = [
         Run("784-200-200-10, mnist", "batch-norm", small, "mnist", None, 100, 60),
         Run("lenet, mnist", "batch-norm", zoo.lenet, "mnist", 32, 100, 60),
         Run("lenet, cifar10", "batch-norm", zoo.lenet, "cifar10", None, 100, 150),
         Run("lenet, cifar10", "random-labels", zoo.lenet, "cifar10", None, 100, 150),
         Run("784-200-200-10, mnist", "initialisation", small, "mnist", None, 100, 60),
+        Run("784-200-200-10, mnist", "classes", small, "mnist", None, 30, 100),
+        Run("784-200-200-10, fashion", "classes", small, "fashion", None, 30, 100),
+        Run("vgg11-w48, cifar10", "plain", partial(zoo.vgg11, width=48), "cifar10", None, 30, 100),
+        Run("resnet18-w48, cifar10", "plain", narrow, "cifar10", None, 30, 60),
     ]
     return {f"{run.name.replace(', ', '-')}-{run.study}": run for run in runs}
 
 
+VGG_CONVOLUTIONS = (0, 3, 6, 8, 11, 13, 16, 18)  # places among the features
+STUDIES_HERE = STUDIES | {"plain": (Variant("plain"),)}
 RUNS = _runs()
 # Wu et al. 2020, arXiv 2010.04261: figures 6, 21, 26-28 read off, tables 6-9; trained on all the data
 PUBLISHED: dict[tuple[str, str, str, str], str] = {
@@ -105,6 +113,17 @@ PUBLISHED: dict[tuple[str, str, str, str], str] = {
         for layer, value in (("fc1", ".97–.74"), ("fc2", ".95"), ("fc3", ".9"))
     },
     **{("lenet, cifar10", "batch norm", layer, "kfac_overlap"): ".40–.46" for layer in ("fc1", "fc2")},
+    ("vgg11-w48, cifar10", "plain", "features.13", "shared"): ".50",
+    ("resnet18-w48, cifar10", "plain", "layer3.1.conv1", "shared"): ".43",
+    **{("vgg11-w48, cifar10", "plain", f"classifier.{j}", "input_ratio"): "6" for j in (0, 2, 4)},
+    **{("vgg11-w48, cifar10", "plain", f"features.{j}", "input_ratio"): "5.2–5.8" for j in VGG_CONVOLUTIONS},
+    ("resnet18-w48, cifar10", "plain", "fc", "input_ratio"): "27–28",
+    **{
+        ("resnet18-w48, cifar10", "plain", f"layer{stage}.{block}.conv{conv}", "input_ratio"): "3.8–4.2"
+        for stage in (1, 2, 3, 4)
+        for block in (0, 1)
+        for conv in (1, 2)
+    },
 }
 
 
@@ -112,7 +131,7 @@ def measure(run: Run, root: Path) -> Record:
     """Train every variant, study them, and return plain numbers."""
     variants = {
         variant.name: [_trained(run, variant, seed, root) for seed in range(NETWORKS)]
-        for variant in STUDIES[run.study]
+        for variant in STUDIES_HERE[run.study]
     }
     found = ds.study(variants)
     values = {
@@ -187,11 +206,14 @@ def _section(record: Record) -> list[str]:
     rows = []
     for variant, layers in record["values"].items():
         for layer, measures in layers.items():
+            if layer == WHOLE:
+                continue
             cells = [_cell(record["name"], variant, layer, key, measures.get(key, [])) for key, _ in SHOWN]
             rows.append([layer, variant, *cells])
     wholes = "; ".join(
         f"{variant} {one:.2f} ({other:.2f})" for variant, (one, other) in record["whole"].items()
     )
+    outliers = _outliers(record)
     return [
         f"## {record['name']}: {record['study'].replace('-', ' ')}",
         "",
@@ -199,8 +221,25 @@ def _section(record: Record) -> list[str]:
         f"All parameters: overlap of u ⊗ E[x] with the top nine eigenvectors of G (as published): {wholes}. "
         "In brackets: published. The last three columns are ‖G − K‖_F/‖G‖_F.",
         "",
+        *([outliers, ""] if outliers else []),
         table(["layer", "variant", *(label for _, label in SHOWN)], rows),
     ]
+
+
+def _outliers(record: Record) -> str:
+    """How many outliers of G there are, what means leave of them, and what these have of the top C − 1."""
+    told = []
+    for variant, layers in record["values"].items():
+        measures = {key: sum(some) / len(some) for key, some in layers.get(WHOLE, {}).items() if some}
+        if "outliers" in measures:
+            counts = " → ".join(f"{measures[key]:.3g}" for key in LEFT)
+            told.append(f"{variant} {counts} ({measures['class_share']:.0%}, {measures['logit_share']:.0%})")
+    return (
+        "Outliers of G → left without class means → left without class and logit means (what class and logit means "
+        f"have of the top C − 1 eigenvalues): {'; '.join(told)}."
+        if told
+        else ""
+    )
 
 
 def _cell(name: str, variant: str, layer: str, measure: str, values: list[float]) -> str:

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deepspectra.errors import OptionError, ShapeError
-from deepspectra.zoo import MODEL_NAMES, build, lenet, mlp, transformer
+from deepspectra.zoo import MODEL_NAMES, build, lenet, mlp, resnet18, transformer, vgg11
 
 
 def num_parameters(model):
@@ -26,6 +26,22 @@ def num_parameters(model):
 )
 def test_the_published_networks_have_their_published_sizes(name, input_shape, expected):
     assert num_parameters(build(name, input_shape=input_shape, num_classes=10)) == expected
+
+
+def test_narrow_networks_without_batch_norm_have_the_sizes_of_their_convolutions():
+    w = 48
+    convolutions = 9 * 3 * w + w + 7 * (9 * w * w + w)
+    linear = w * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10
+    assert num_parameters(vgg11((3, 32, 32), 10, width=w)) == convolutions + linear
+    blocks = 16 * (9 * w * w + w) + 3 * (w * w + w)  # three stages begin with a 1 x 1 shortcut
+    narrow = resnet18((3, 32, 32), 10, widths=(w,) * 4, batch_norm=False)
+    assert num_parameters(narrow) == 9 * 3 * w + w + blocks + w * 10 + 10
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in narrow.modules())
+    assert vgg11((1, 40, 32), 3, width=4)(torch.randn(2, 1, 40, 32)).shape == (2, 3)
+    small = resnet18((1, 9, 9), 3, widths=(4,) * 4, batch_norm=False)
+    assert small(torch.randn(2, 1, 9, 9)).shape == (2, 3)
+    with pytest.raises(ShapeError, match="vgg11"):
+        vgg11((1, 28, 28), 10)
 
 
 @pytest.mark.parametrize("input_shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 40, 36)])

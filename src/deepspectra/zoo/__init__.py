@@ -1,7 +1,17 @@
 """The papers' networks and data sets, and the training that joins them: for the demo, sweeps and tests."""
 
 from deepspectra.zoo.data import CIFAR100_SAMPLE_SIZES, DATA_NAMES, SAMPLE_SIZES, LabelledData, load
-from deepspectra.zoo.models import MODEL_NAMES, build, lenet, mlp, normalised, resnet18, transformer, vgg11_bn
+from deepspectra.zoo.models import (
+    MODEL_NAMES,
+    build,
+    lenet,
+    mlp,
+    normalised,
+    resnet18,
+    transformer,
+    vgg11,
+    vgg11_bn,
+)
 from deepspectra.zoo.training import (
     History,
     Recipe,
@@ -32,5 +42,6 @@ __all__ = [
     "save_checkpoint",
     "train",
     "transformer",
+    "vgg11",
     "vgg11_bn",
 ]

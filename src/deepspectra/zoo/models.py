@@ -167,19 +167,55 @@ def vgg11_bn(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     return model
 
 
-class BasicBlock(nn.Module):
-    """Two 3 × 3 convolutions with batch norm, beside a shortcut."""
+def vgg11(input_shape: tuple[int, ...], num_classes: int, width: int = 64) -> nn.Module:
+    """VGG11 without batch norm and dropout, all convolutions of one width, then linear layers of 512 and 512.
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    Initial convolutions are N(0, √(2/n)), n = 9 × filters; linear weights are PyTorch's.
+
+    Args:
+        input_shape: (C, H, W), sides of at least 32 (five poolings).
+        num_classes: number of logits.
+        width: channels of every convolution.
+
+    Returns:
+        The network.
+
+    Raises:
+        ShapeError: the image has no (C, H, W) shape or a side under 32 pixels.
+
+    Source: Wu et al. 2020, whose VGG11-W32 to -W200 have these convolutions.
+    """
+    channels, height, width_of_image = _image_shape("vgg11", input_shape, smallest=32)
+    layers: list[nn.Module] = []
+    for pool in (1, 1, 0, 1, 0, 1, 0, 1):
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), *[nn.MaxPool2d(2)] * pool]
+        channels = width
+    classifier = nn.Sequential(
+        nn.Linear(width * (height // 32) * (width_of_image // 32), 512),
+        nn.ReLU(),
+        nn.Linear(512, 512),
+        nn.ReLU(),
+        nn.Linear(512, num_classes),
+    )
+    model = VGG(nn.Sequential(*layers), classifier)
+    _initialise_convolutions(model)
+    return model
+
+
+class BasicBlock(nn.Module):
+    """Two 3 × 3 convolutions with batch norm, or with biases in its place, beside a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, batch_norm: bool = True) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
+        bias, norm = not batch_norm, nn.BatchNorm2d if batch_norm else nn.Identity
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=bias)
+        self.bn1 = norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=bias)
+        self.bn2 = norm(out_channels)
         self.downsample: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=bias), norm(out_channels)
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,37 +227,49 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """A 3 × 3 stem without pooling, four stages of basic blocks, the mean over pixels, a linear layer."""
 
-    def __init__(self, in_channels: int, num_classes: int, num_blocks: tuple[int, int, int, int]) -> None:
+    def __init__(
+        self, in_channels: int, num_classes: int, widths: tuple[int, int, int, int], batch_norm: bool
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = self._stage(64, 64, 1, num_blocks[0])
-        self.layer2 = self._stage(64, 128, 2, num_blocks[1])
-        self.layer3 = self._stage(128, 256, 2, num_blocks[2])
-        self.layer4 = self._stage(256, 512, 2, num_blocks[3])
-        self.fc = nn.Linear(512, num_classes)
+        first, second, third, fourth = widths
+        self.conv1 = nn.Conv2d(in_channels, first, 3, padding=1, bias=not batch_norm)
+        self.bn1 = nn.BatchNorm2d(first) if batch_norm else nn.Identity()
+        self.layer1 = self._stage(first, first, 1, batch_norm)
+        self.layer2 = self._stage(first, second, 2, batch_norm)
+        self.layer3 = self._stage(second, third, 2, batch_norm)
+        self.layer4 = self._stage(third, fourth, 2, batch_norm)
+        self.fc = nn.Linear(fourth, num_classes)
 
     @staticmethod
-    def _stage(in_channels: int, out_channels: int, stride: int, num_blocks: int) -> nn.Module:
-        rest = [BasicBlock(out_channels, out_channels, 1) for _ in range(num_blocks - 1)]
-        return nn.Sequential(BasicBlock(in_channels, out_channels, stride), *rest)
+    def _stage(in_channels: int, out_channels: int, stride: int, batch_norm: bool) -> nn.Module:
+        return nn.Sequential(
+            BasicBlock(in_channels, out_channels, stride, batch_norm),
+            BasicBlock(out_channels, out_channels, 1, batch_norm),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, C, H, W)."""
-        x = nn.functional.relu(self.bn1(self.conv1(x)))  # (B, 64, H, W)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 512, H / 8, W / 8)
+        x = nn.functional.relu(self.bn1(self.conv1(x)))  # (B, first width, H, W)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, last width, H / 8, W / 8)
         return self.fc(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
-def resnet18(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+def resnet18(
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    widths: tuple[int, int, int, int] = (64, 128, 256, 512),
+    batch_norm: bool = True,
+) -> nn.Module:
     """ResNet18 for small images: a 3 × 3 stem and no max-pooling.
 
     11,173,962 parameters for 3 channels and 10 classes. Initial convolutions are N(0, √(2/n)),
-    n = kernel area × filters; the last layer's weights are PyTorch's.
+    n = kernel area × filters, or PyTorch's without batch norm; the last layer's weights are PyTorch's.
 
     Args:
         input_shape: (C, H, W), any size.
         num_classes: number of logits.
+        widths: channels of the four stages.
+        batch_norm: after every convolution; else the convolutions have biases.
 
     Returns:
         The network.
@@ -229,11 +277,12 @@ def resnet18(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     Raises:
         ShapeError: the image has no (C, H, W) shape.
 
-    Source: Papyan 2019 and JMLR 2020.
+    Source: Papyan 2019 and JMLR 2020; Wu et al. 2020 with four equal widths (48, 64 or 80) and no batch norm.
     """
     channels, _, _ = _image_shape("resnet18", input_shape, smallest=1)
-    model = ResNet(channels, num_classes, (2, 2, 2, 2))
-    _initialise_convolutions(model)
+    model = ResNet(channels, num_classes, widths, batch_norm)
+    if batch_norm:
+        _initialise_convolutions(model)
     return model
 
 

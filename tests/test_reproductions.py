@@ -121,8 +121,13 @@ def test_layers_are_dissected_and_set_beside_published_numbers() -> None:
     record = dissecting.measure(run, Path())
     assert record == json.loads(json.dumps(record))
     assert list(record["values"]) == ["plain", "batch norm"]
-    assert list(record["values"]["plain"]) == ["fc1", "fc2"]
+    assert list(record["values"]["plain"]) == ["fc1", "fc2", "all layers"]
     text = dissecting.page([record])
+    assert "| all layers |" not in text  # their outliers have a line of their own
+    (told,) = (line for line in text.splitlines() if line.startswith("Outliers of G → "))
+    plain = record["values"]["plain"]["all layers"]
+    counts = [sum(plain[key]) / 2 for key in ("outliers", "left_without_class", "left_without_class_logit")]
+    assert "plain " + " → ".join(f"{count:.3g}" for count in counts) in told
     ratio = record["values"]["plain"]["fc2"]["input_ratio"]
     assert f"{sum(ratio) / 2:.3g} (12.3)" in text  # published for this network and layer
     counted = [line for line in text.splitlines() if line.startswith("- ")]

@@ -279,6 +279,15 @@ def test_ranks_beyond_that_of_the_spectrum_do_not_count() -> None:
         assert math.isnan(narrow.of(knockout, "bulk"))
 
 
+def test_a_part_makes_a_region_that_it_moves_most_and_far_enough() -> None:
+    values = torch.tensor([[0.5, 0.2, 0.1], [0.05, 0.02, 0.01], [0.5, 0.45, 0.1]], dtype=torch.float64)
+    errors = torch.full_like(values, 0.03)
+    shifts = Shifts(("a", "b", "c"), ("outliers", "bump", "bulk"), values, errors)
+    assert [shifts.makes("a", region) for region in shifts.regions] == [True, False, False]
+    assert shifts.makes("b", "outliers") is False  # moved most, and by an eighth only
+    assert [shifts.makes("c", region) for region in shifts.regions] == [None, None, False]
+
+
 def test_the_dataset_and_the_verdict_are_the_shifts() -> None:
     case, _ = case_and_reference("relu_mlp")
     problem = case.problem()
@@ -306,15 +315,14 @@ def test_the_dataset_and_the_verdict_are_the_shifts() -> None:
     for one, sentence in zip(found, said, strict=False):
         judged = {name: region for name, region in CLAIMS.items() if name in one.whole.knockouts}
         for name, region in judged.items():
-            most = one.whole.moved(name)
-            verdict = "is open" if most is None else "holds" if most == region else "does not"
+            verdict = {None: "is open", True: "holds", False: "does not"}[one.whole.makes(name, region)]
             claims = next(part for part in sentence.split("; ") if f"{verdict}: " in part)
             assert f"{region} ← {name}" in re.split(": |, ", claims.rstrip("."))
     assert dataset.attrs["verdict"] == " ".join(said)
     assert sum("move, in decades of λ" in sentence for sentence in said) == 2
     (counted,) = (sentence for sentence in said if sentence.startswith("In layers' gradients"))
     there = [shifts for shifts in gradients.values() if not math.isnan(shifts.of("within", "bulk"))]
-    held = sum(shifts.moved("within") == "bulk" for shifts in there)
+    held = sum(shifts.makes("within", "bulk") is True for shifts in there)
     assert f"bulk ← within in {held} of {len(there)}" in counted
     assert dataset["region_missed"].values.tolist() == [0, pytest.approx(hessian.missed), 0]
     alone = [ds.regions(problem, num_groups=0)]

@@ -51,6 +51,7 @@ OF = ("gradients", "hessian", "features", "errors")
 BLOCK = 32  # columns that are multiplied together
 DECADES = 3.0  # by which an eigenvalue that a knock-out removes counts as moved
 BULK_SHARE = 0.5  # of the eigenvalues beyond outliers and bump that are called bulk: the larger half
+LEAST = 0.1  # decades, a factor of 1.26, by which a region must move to be made by what is removed
 SURE = 2.0  # standard errors by which a region must move more than the others
 
 
@@ -85,6 +86,20 @@ class Shifts:
         error = float(self.standard_errors[row, [first, second]].nan_to_num().norm())
         clear = math.isnan(lead) or lead > SURE * error  # NaN: the other region is empty
         return self.regions[first] if clear else None
+
+    def makes(self, knockout: str, region: str) -> bool | None:
+        """Whether a part makes a region: moves it most, and by a tenth of a decade or more; None if that is open."""
+        if self.of(knockout, region) < LEAST:
+            return False
+        row, column = self.knockouts.index(knockout), self.regions.index(region)
+        leads = self.values[row, column] - self.values[row]
+        errors = self.standard_errors[row].nan_to_num()
+        sure = SURE * (errors.square() + errors[column].square()).sqrt()
+        others = ~leads.isnan()  # of regions that are there
+        others[column] = False
+        if bool((leads[others] < -sure[others]).any()):
+            return False
+        return True if bool((leads[others] > sure[others]).all()) else None
 
     def __str__(self) -> str:
         rows = [f"{'without':<14} " + " ".join(f"{region:>14}" for region in self.regions) + "  moves most"]

@@ -87,8 +87,8 @@ def sentences(found: Sequence[Regions]) -> list[str]:
     for one in found:
         verdicts: dict[str, list[str]] = {"holds": [], "does not": [], "is open": []}
         for name, region in judged_of(one):
-            most = one.whole.moved(name)
-            verdict = "is open" if most is None else "holds" if most == region else "does not"
+            made = one.whole.makes(name, region)
+            verdict = "is open" if made is None else "holds" if made else "does not"
             verdicts[verdict].append(f"{region} ← {name}")
         said = [f"{verdict}: {', '.join(claims)}" for verdict, claims in verdicts.items() if claims]
         lines.append(f"Of {NAMES[one.of]} {'; '.join(said)}.")
@@ -103,7 +103,7 @@ def sentences(found: Sequence[Regions]) -> list[str]:
             )
         if len(one) > 1 and one.of != "features":
             counts = ", ".join(
-                f"{region} ← {name} in {sum(shifts.moved(name) == region for shifts in there)} of {len(there)}"
+                f"{region} ← {name} in {sum(bool(some.makes(name, region)) for some in there)} of {len(there)}"
                 for name, region, there in (
                     (name, region, [some for some in one.values() if not math.isnan(some.of(name, region))])
                     for name, region in judged_of(one)

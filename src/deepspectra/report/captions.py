@@ -224,8 +224,8 @@ def _regions_caption(dataset: xr.Dataset) -> str:
         f"How far the eigenvalues of each region move when a part is {gone}: the mean of |log₁₀ λ/λ′| over its "
         "ranks, one that is gone counting as three decades. Outliers are the first C − 1 eigenvalues (C of "
         "features), the bump those up to the C²-th (none of features), the bulk the larger half of the rest. "
-        "Lines: standard errors by leaving groups of examples out. A part makes the region that "
-        "moves when it goes, while the others stay."
+        "Lines: standard errors by leaving groups of examples out. A part is said to make a "
+        "region if that moves most when it goes, by two standard errors, and by a tenth of a decade or more."
     )
 
 

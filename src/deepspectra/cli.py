@@ -182,9 +182,7 @@ def layers_command(
         dataset = layer_dataset(found, moment.problem, model=moment.model, data=moment.data, seed=seed)
         _finish_page(found, dataset, moment.place, "layers")
         series[moment.label] = dataset
-    if len(series) > 1:
-        write_series(series, out / "layers.html")
-        typer.echo(f"All: {out / 'layers.html'}")
+    _finish_series(series, out, "layers")
 
 
 def _layers_of(problem: Problem, *, kronecker: bool) -> Layers:
@@ -251,9 +249,7 @@ def regions_command(
         dataset = regions_dataset(found, moment.problem, model=moment.model, data=moment.data, seed=seed)
         _finish_page("\n\n".join(map(str, found)), dataset, moment.place, "regions")
         series[moment.label] = dataset
-    if len(series) > 1:
-        write_series(series, out / "regions.html")
-        typer.echo(f"All: {out / 'regions.html'}")
+    _finish_series(series, out, "regions")
 
 
 @app.command("compare")
@@ -345,6 +341,14 @@ def _finish_page(found: object, dataset: xr.Dataset, out: Path, stem: str) -> No
     typer.echo(f"\n{found}\n\n{dataset.attrs['verdict']}\n")
     typer.echo(f"Results: {path.parent}")
     typer.echo(f"Report: {path}")
+
+
+def _finish_series(series: dict[str, xr.Dataset], out: Path, stem: str) -> None:
+    """One page of all, if there are several."""
+    if len(series) > 1:
+        path = out / f"{stem}.html"
+        write_series(series, path)
+        typer.echo(f"All: {path}")
 
 
 if __name__ == "__main__":

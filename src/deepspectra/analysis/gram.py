@@ -19,7 +19,6 @@ from deepspectra.problem import Problem
 from deepspectra.results import Density, Eigenpairs, Provenance, versions
 
 MARGIN = 1.25  # an outlier is at least so many times the bulk's edge
-
 DRAWN_STEPS = 64  # resolution at which an exact spectrum is drawn
 NUM_CHECKS = 2  # random sums by which pairs are checked
 RANK_RTOL = 1e-6  # singular value of a part's coordinates that is more than rounding
@@ -276,11 +275,10 @@ def gradient_pairs(
     assert isinstance(parts.rows, HeldRows)
     assert basis.vectors is not None
     rows, values, v = parts.rows, basis.values[:num], basis.vectors[:, :num]
-    shape = (len(rows.labels), -1, v.shape[1])
-    vectors = rows.transpose(rows.complement.expand((v / values.sqrt()).view(shape)))
+    vectors = rows.transpose_reduced(v / values.sqrt())
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (v.shape[1], NUM_CHECKS), generator=generator).to(v) * 2 - 1
-    pushed = rows.complement.reduce(rows.apply(vectors @ signs.to(vectors))).to(v).flatten(0, 1)
+    pushed = rows.apply_reduced(vectors @ signs.to(vectors)).to(v)
     missed = (pushed - (v * values.sqrt()) @ signs).square().sum(0).mean().sqrt() * values[0].sqrt()
     return Eigenpairs(
         values=values.cpu(),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.lanczos import check_count
-from deepspectra.analysis.gram import EigenBasis, range_of
+from deepspectra.analysis.gram import EigenBasis, gradient_basis, range_of
 from deepspectra.errors import MemoryBudgetError, OptionError
 from deepspectra.operators.captures import Complement
 from deepspectra.operators.curvature import GaussNewton, Hessian
@@ -335,21 +335,22 @@ def _of_hessian(
     rows = parts.rows
     assert isinstance(rows, HeldRows)
     groups = _hessians(rows, judge.groups) or [whole]
-    squares, v = torch.linalg.eigh(rows.gram())
-    kept = squares > judge.eps * len(squares) * squares[-1]
-    turn, coordinates = v[:, kept] / squares[kept].sqrt(), v[:, kept] * squares[kept].sqrt()
-    del v
+    basis = gradient_basis(parts)
+    assert basis.vectors is not None
+    kept = basis.values > basis.tiny
+    v, root = basis.vectors[:, kept], basis.values[kept].sqrt()
+    turn, coordinates = v / root, v * root
+    del basis, v
     # The basis is Q = Aᵀ turn, and A Q = coordinates; Qᵀ H Q of each group of examples, column by column
     each = [torch.zeros(turn.shape[1], turn.shape[1], dtype=turn.dtype, device=turn.device) for _ in groups]
     for columns in torch.split(torch.arange(turn.shape[1]), BLOCK):
         if progress is not None:
             progress(f"{int(columns[0]):,} of {turn.shape[1]:,} products")
-        vectors = _spread(rows, turn[:, columns])
+        vectors = rows.transpose_reduced(turn[:, columns])
         for matrix, hessian in zip(each, groups, strict=True):
             if hessian is None:
                 continue
-            images = rows.complement.reduce(rows.apply(hessian @ vectors)).flatten(0, 1)
-            matrix[:, columns] = turn.T @ images.to(turn)
+            matrix[:, columns] = turn.T @ rows.apply_reduced(hessian @ vectors).to(turn)
     total = torch.stack(each).sum(0) if len(each) > 1 else each[0]
     left_out = (total - own for own in each) if judge.groups else ()
     shifts = judge.of_spectra(
@@ -362,7 +363,7 @@ def _of_hessian(
     first = min(judge.cuts[0], len(values))
     missed = []
     for columns in torch.split(torch.arange(len(values) - first, len(values)), BLOCK):
-        vectors, theta = _spread(rows, turn @ y[:, columns]), values[columns]
+        vectors, theta = rows.transpose_reduced(turn @ y[:, columns]), values[columns]
         missed.append((whole @ vectors - vectors * theta).norm(dim=0) / theta)
     worst = float(torch.cat(missed).max()) if bool((values[-first:] > 0).all()) else math.nan
     return shifts, worst
@@ -386,11 +387,6 @@ def _hessians(rows: HeldRows, groups: list[Tensor]) -> list[Hessian | None]:
         products_of(some).inherit(products_of(problem))
         found.append(Hessian(some))
     return found
-
-
-def _spread(rows: HeldRows, reduced: Tensor) -> Tensor:
-    """Aᵀ α for α (R, k) over reduced rows."""
-    return rows.transpose(rows.complement.expand(reduced.view(len(rows.labels), -1, reduced.shape[1])))
 
 
 def _shift(before: Tensor, after: Tensor) -> Tensor:

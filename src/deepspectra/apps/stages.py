@@ -121,8 +121,8 @@ def run(
             "num_probes": num_probes,
             "num_steps": num_steps,
             "rtol": rtol,
+            "groups": "" if groups is None else _digest([groups]),
         }
-        options["groups"] = "" if groups is None else _digest([groups])
         _go_on(found, resume, options)
     effort = next(e for e in EFFORTS if ledger.gradient_seconds <= e.up_to_seconds)
     found.rtol = rtol or effort.rtol

@@ -19,6 +19,7 @@ from deepspectra.problem import Problem
 
 CONSOLE = Console(stderr=True)
 CONVOLUTIONAL = ("lenet", "vgg11-bn", "resnet18")
+WEIGHTS = "model.safetensors"  # of a trained network, beside its results
 PAPER_SIDE = 32  # side to which the papers pad images for convolutional networks
 
 
@@ -79,7 +80,7 @@ def _epochs(at: str | None) -> tuple[int, ...]:
 
 def _snapshot(out: Path, epoch: int) -> Path:
     """Where the weights after an epoch are kept."""
-    return out / f"epoch-{epoch}" / "model.safetensors"
+    return out / f"epoch-{epoch}" / WEIGHTS
 
 
 def chosen_problem(
@@ -149,7 +150,7 @@ def _zoo_problem(
     epochs = min(1, epochs) if variant.epochs is None else epochs * variant.epochs
     about: dict[str, str | int] = {"model": model, "data": data, "seed": seed}
     about |= {"examples": len(examples), "epochs": epochs}
-    trained = out / "model.safetensors"
+    trained = out / WEIGHTS
     if checkpoint is not None:
         zoo.load_checkpoint(checkpoint, network)
     elif resume and _was_trained(network, trained, about, out, snapshots):
@@ -215,7 +216,7 @@ def _train(
             device=device,
             progress=show,
         )
-    path = out / "model.safetensors"
+    path = out / WEIGHTS
     zoo.save_checkpoint(path, network, about)
     last = f"accuracy {history.accuracies[-1]:.1%} while training" if len(history) else "untrained"
     CONSOLE.print(

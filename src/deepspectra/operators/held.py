@@ -59,6 +59,14 @@ class HeldRows(GradientRows, Captures):
             return super().apply(block)
         return self.complement.expand(torch.cat([self._push(batch.uses, block) for batch in self.held]))
 
+    def apply_reduced(self, block: Tensor) -> Tensor:
+        """A V over the R reduced rows: (R, K)."""
+        return self.complement.reduce(self.apply(block)).flatten(0, 1)
+
+    def transpose_reduced(self, rows: Tensor) -> Tensor:
+        """Aᵀ α for α (R, K) over the reduced rows: (P, K)."""
+        return self.transpose(self.complement.expand(rows.view(len(self.labels), -1, rows.shape[1])))
+
     def _push(self, uses: list[Use], block: Tensor) -> Tensor:
         """(n, C − 1, K) for one batch."""
         total = functools.reduce(torch.add, (use.push(self._tangents(use.slice, block)) for use in uses))

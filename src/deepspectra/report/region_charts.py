@@ -34,7 +34,8 @@ def region_shifts(dataset: xr.Dataset) -> alt.LayerChart:
     place = alt.param(
         name="place_shown", value=places[0], bind=alt.binding_select(options=places, name="of ")
     )
-    together = [name for name in spectra if not any(_within(row, name, places[0]) for row in table)]
+    by_layer = {row["spectrum"] for row in table if row["place"] != places[0]}
+    together = [name for name in spectra if name not in by_layer]
     base = (
         blank(table)
         .transform_filter("datum.spectrum === spectrum_shown")
@@ -74,11 +75,6 @@ def _reach(row: Row) -> Row:
         "low": max(0.0, row["region_shift"] - error),
         "high": row["region_shift"] + error,
     }
-
-
-def _within(row: Row, spectrum: str, whole: str) -> bool:
-    """Whether a row is of one layer of this spectrum."""
-    return bool(row["spectrum"] == spectrum and row["place"] != whole)
 
 
 REGION_CHARTS = {"region_shifts": region_shifts}

@@ -260,16 +260,12 @@ def _region_table(dataset: xr.Dataset) -> str:
         [
             *key,
             *(entry.get(name) for name in head),
-            _region(regions, int(moved.sel(spectrum=key[0], place=key[1], removed=key[2]))),
+            [*regions, "–"][int(moved.sel(spectrum=key[0], place=key[1], removed=key[2]))],  # −1: none
         ]
         for key, entry in found.items()
     ]
     head = ["rows", "of", "without", *head, "moves most"]
     return table_html("region-table", "Regions, in decades of λ", head, body)
-
-
-def _region(names: list[str], index: int) -> str:
-    return names[index] if index >= 0 else "–"
 
 
 def _study_table(dataset: xr.Dataset) -> str:

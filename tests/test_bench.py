@@ -142,6 +142,18 @@ def case(bench):
     return bench.cases.Case("net", net, x, y)
 
 
+@pytest.mark.parametrize(
+    ("network", "parameters"),
+    [("mlp", 301_066), ("lenet", 61_706), ("vgg", 159_978), ("resnet", 4_902_090), ("transformer", None)],
+)
+def test_every_network_of_the_bench_is_built(bench, monkeypatch, network, parameters):
+    monkeypatch.delenv("DEEPSPECTRA_DATA", raising=False)
+    case = bench.cases.build(network, "digits", 20, epochs=0, size=None if network == "mlp" else 32)
+    assert case.model(case.x[:2]).shape == (2, 10)
+    assert case.x.shape[0] == 20
+    assert parameters is None or case.num_parameters == parameters
+
+
 def test_the_reference_is_the_dense_hessian(bench, case):
     net = case.model.double()
     names = [name for name, _ in net.named_parameters()]

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import deepspectra as ds
 from deepspectra.analysis.gram import EigenBasis
-from deepspectra.differentiation import Linearized
 from deepspectra.errors import FallbackWarning, LossError, MemoryBudgetError
 from deepspectra.operators.curvature import HessianBlock
 from nets import CASES, CLASSIFICATION, chunks, labels
@@ -332,12 +331,10 @@ def test_blocks_of_h_are_measured_where_they_are_not_those_of_g(name: str) -> No
     assert apart
 
 
-@pytest.mark.parametrize("linearize", [False, True])
-def test_products_with_blocks_of_h_from_shared_graphs(linearize: bool) -> None:
+@pytest.mark.parametrize("way", ["double backward", "linearize"])
+def test_products_with_blocks_of_h_from_shared_graphs(way: str) -> None:
     case, ref = case_and_reference("layernorm_gelu")
-    hessian = ds.Hessian(case.problem())
-    if linearize:
-        hessian.products._way = Linearized
+    hessian = ds.Hessian(case.problem(), way=way)
     for layer in dict.fromkeys(name.rpartition(".")[0] for name in ref.parameters):
         names = own_names(ref, layer)
         expected = ref.block(ref.hessian, *names)

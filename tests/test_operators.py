@@ -158,31 +158,45 @@ TRACED = ["tied_parameter"] + [
 
 
 @pytest.mark.parametrize("name", TRACED)
-@pytest.mark.parametrize(
-    ("way", "linearize"), [(products.DoubleBackward, False), (products.Linearized, True)]
-)
-def test_every_way_of_differentiating_is_right(
-    name: str, way: Any, linearize: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which way is taken depends on time, so each is forced: vectors and blocks, H, R, J and Jᵀ."""
+@pytest.mark.parametrize("way", ["double backward", "linearize"])
+def test_every_way_of_differentiating_is_right(name: str, way: str) -> None:
+    """Which way is taken depends on time, so each is asked for: vectors and blocks, H, R, J and Jᵀ."""
     case, ref = case_and_reference(name)
     V = torch.randn(ref.num_parameters, 3, dtype=torch.float64)
-    monkeypatch.setattr(products.Products, "way", lambda self: way)
-    monkeypatch.setattr(products.Products, "linearize", lambda self: linearize)
     problem = case.problem()
     for kind, operator in OPERATORS.items():
         truth = getattr(ref, kind) @ V
-        assert error(operator(problem) @ V, truth) < RTOL, kind
-        assert error(operator(problem) @ V[:, 0], truth[:, 0]) < RTOL, kind
+        assert error(operator(problem, way=way) @ V, truth) < RTOL, kind
+        assert error(operator(problem, way=way) @ V[:, 0], truth[:, 0]) < RTOL, kind
+    assert problem.kept["products"].notes["way"] == problem.kept["products"].notes["jacobian"] == way
 
 
-def test_linearising_is_right_through_layer_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_way_can_be_changed_and_must_be_known_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, ref = case_and_reference("relu_mlp")
+    problem = case.problem()
+    v = torch.randn(ref.num_parameters, dtype=torch.float64)
+    for way in ("linearize", "double backward", None):
+        assert error(ds.Hessian(problem, way=way) @ v, ref.hessian @ v) < RTOL
+        assert error(ds.GaussNewton(problem, way=way) @ v, ref.gauss_newton @ v) < RTOL
+    assert problem.kept["products"].notes["way"] == "double backward"
+    for operator in OPERATORS.values():
+        with pytest.raises(ds.errors.OptionError, match="'double backward', 'linearize'"):
+            operator(problem, way="forward")
+    monkeypatch.setattr(products, "curvature_error", lambda *_: 0.1)
+    with pytest.raises(ds.errors.CurvatureError, match=r"wrong by 10\.0%"):
+        ds.Hessian(problem, way="linearize")
+    monkeypatch.setattr(products, "jacobian_error", lambda *_, linearize: 0.1 if linearize else 0.0)
+    with pytest.raises(ds.errors.CurvatureError, match="J v is wrong"):
+        ds.GaussNewton(problem, way="linearize")
+    assert error(ds.Hessian(problem) @ v, ref.hessian @ v) < RTOL
+
+
+def test_linearising_is_right_through_layer_norm() -> None:
     """Forward over a reverse-mode Jacobian is wrong there; forward over a gradient is not."""
-    monkeypatch.setattr(products.Products, "way", lambda self: products.Linearized)
     torch.manual_seed(51)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 3)).double()
     case = Case(model, [(torch.randn(6, 3, dtype=torch.float64), torch.arange(6) % 3)])
-    assert error(ds.Hessian(case.problem()).dense(), Reference(case).hessian) < RTOL
+    assert error(ds.Hessian(case.problem(), way="linearize").dense(), Reference(case).hessian) < RTOL
 
 
 def test_a_problem_that_is_dropped_gives_its_memory_back() -> None:

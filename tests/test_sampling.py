@@ -9,7 +9,8 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra import errors, zoo
-from deepspectra.analysis.sampling import importance, inclusion, residual_norm, systematic
+from deepspectra.analysis.sampling import residual_norm
+from deepspectra.operators.sampling import importance, inclusion, systematic
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,29 @@ def test_what_cannot_be_drawn_from_is_refused(problem):
     squares = ds.Problem(net, (x, torch.randn(20, 10, dtype=torch.float64)), loss="mse")
     with pytest.raises(errors.LossError, match="cross-entropy"):
         ds.principal_subspace(squares, level="sampled")
+    with pytest.raises(errors.LossError, match="cross-entropy"):
+        ds.eigenpairs(ds.Hessian(squares), 3, start="sampled")
+    with pytest.raises(errors.OptionError, match="not made of examples"):
+        ds.eigenpairs(torch.eye(30), 3, start="sampled")
+    with pytest.raises(errors.OptionError, match="made of averages"):
+        ds.eigenpairs(ds.decompose(problem)["within"], 3, start="sampled")
     for options in ({"num_samples": 0}, {"num_samples": 10**6}, {"num_checks": -1}, {"num": 0}):
         with pytest.raises(errors.OptionError):
             ds.principal_subspace(problem, level="sampled", **options)
+
+
+@pytest.mark.parametrize("operator", [ds.Hessian, ds.GaussNewton])
+def test_a_sampled_start_saves_products_and_changes_nothing(problem, operator):
+    whole = operator(problem)
+    cold = ds.eigenpairs(whole, num=9, rtol=1e-3)
+    warm = ds.eigenpairs(whole, num=9, rtol=1e-3, start="sampled")
+    assert warm.converged
+    assert warm.num_products < cold.num_products
+    torch.testing.assert_close(warm.values, cold.values, rtol=1e-5, atol=0)
+    assert ds.overlap(warm.vectors, cold.vectors) > 1 - 1e-5
+
+
+def test_a_sample_of_a_sum_is_the_sum_of_samples(problem):
+    both = ds.Hessian(problem) + 2 * ds.GaussNewton(problem)
+    pairs = ds.eigenpairs(both, num=5, rtol=1e-2, start="sampled")
+    torch.testing.assert_close(pairs.values, ds.eigenpairs(both, num=5).values, rtol=1e-3, atol=0)

@@ -30,7 +30,7 @@ from deepspectra.differentiation import (
     curvature_error,
     jacobian_error,
 )
-from deepspectra.errors import CurvatureError, MemoryBudgetError
+from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
 from deepspectra.problem import Problem, differentiable
 
 EXPECTED_PRODUCTS = 40  # over which the cost of building a kept graph is spread when ways are compared
@@ -38,6 +38,7 @@ BLOCK_BYTES = (2**30, 2**21)  # graph bytes times columns that go through a grap
 WORTH_TRACING = 10.0  # seconds that the expected products must take before linearising is tried
 TIMED_ROWS = 16  # on which two ways are timed, if these are enough to be bound by arithmetic:
 COMPUTE_BOUND = 0.1  # seconds of a product with them; else whole batches are timed
+WAYS = {way.name: way for way in (DoubleBackward, Linearized)}  # in the order in which they are tried
 FAILURES = (RuntimeError, TypeError, ValueError)  # what a way raises on a network it cannot do
 CHECK_ROWS = 4  # rows on which a way is checked, in float64
 CHECK_TOLERANCE = 1e-5  # relative; right ways reach 1e-9, wrong ones were seen from 2e-4 to .2
@@ -273,27 +274,42 @@ class Products:
 
     # the choice
 
-    def way(self) -> type[Way]:
-        """A way that is right for this network: double backward, or linearising where that is not.
+    def way(self, asked: str | None = None) -> type[Way]:
+        """The first way that is right for this network, or the one asked for by name.
 
-        Linearising costs seconds of tracing a batch and was seldom worth it in products with H on a CPU.
+        On a CPU linearising brought nothing in products with H: LeNet 1.27 gradients against 1.28, for graphs that
+        take three times the memory and five times as long to build.
+
+        Raises:
+            OptionError: there is no way of the name asked for.
+            CurvatureError: none is right, or not the one asked for.
         """
+        if asked is not None and self._way is not WAYS[_known(asked)]:
+            if not self._is_right(WAYS[asked]):
+                raise CurvatureError(f"way={asked!r} cannot be used on this network: {self.faults[-1]}.")
+            self._way = WAYS[asked]
+            self._forget("hessian", "residual")
         if self._way is None:
-            right = next((way for way in (DoubleBackward, Linearized) if self._is_right(way)), None)
-            if right is None:
+            self._way = next((way for way in WAYS.values() if self._is_right(way)), None)
+            if self._way is None:
                 raise CurvatureError(
                     "no way of differentiating this network twice is right: " + "; ".join(self.faults) + ". "
                     "Replace operations without a second derivative (custom autograd functions, fused "
                     "kernels), or use GaussNewton, which needs first derivatives only."
                 )
-            self._way = right
-            self.notes["way"] = self._way.name
-            self.notes["check"] = "; ".join(self.faults) or "symmetric, and agrees with finite differences"
+        self.notes["way"] = self._way.name
+        self.notes["check"] = "; ".join(self.faults) or "symmetric, and agrees with finite differences"
         return self._way
 
     def inherit(self, other: Products) -> None:
-        """Take the way that was found right for the same network on other data."""
-        self._way, self.notes["way"] = other.way(), other.notes["way"]
+        """Take the ways that were found right for the same network on other data."""
+        self._way, self._linearize = other._way, other._linearize
+        self.notes |= {name: other.notes[name] for name in ("way", "jacobian") if name in other.notes}
+
+    def _forget(self, *kinds: str) -> None:
+        """Drop graphs of these kinds, and what is known of their size."""
+        for kind in kinds:
+            self.stores.pop(kind, None)
 
     def _is_right(self, way: type[Way]) -> bool:
         """Whether a way works here and passes its check; if not, `faults` says why."""
@@ -317,15 +333,22 @@ class Products:
             torch.cuda.synchronize(self.problem.device)
         return time.perf_counter()
 
-    def linearize(self) -> bool:
-        """Whether J v goes by a linearised forward pass, or by reverse mode alone: the faster that is right."""
+    def linearize(self, asked: str | None = None) -> bool:
+        """Whether J v goes by a linearised forward pass, or by reverse mode alone: the faster that is right.
+
+        Raises:
+            OptionError: there is no way of the name asked for.
+            CurvatureError: first derivatives are wrong, or by the way asked for.
+        """
+        if asked is not None and self._linearize is not (_known(asked) == Linearized.name):
+            linearize = asked == Linearized.name
+            if linearize and not self._linearizes(self._sample()):
+                raise CurvatureError(f"way={asked!r} cannot be used on this network: its J v is wrong.")
+            self._check_reverse()
+            self._linearize = linearize
+            self._forget("jacobian")
         if self._linearize is None:
-            sample = self._sample()
-            if jacobian_error(sample, linearize=False) > CHECK_TOLERANCE:
-                raise CurvatureError(
-                    "the first derivatives of this network disagree with finite differences; is a custom "
-                    "backward pass wrong?"
-                )
+            sample = self._check_reverse()
             batch, scale = self.problem.some_rows(TIMED_ROWS), self._rows_a_batch() / TIMED_ROWS
             seconds = self._time_jacobian(batch, scale, linearize=False)
             if seconds < scale * COMPUTE_BOUND:  # overhead counts: time a whole batch
@@ -337,8 +360,18 @@ class Products:
                 and self._linearizes(sample)
                 and self._time_jacobian(batch, scale, linearize=True) < seconds
             )
-            self.notes["jacobian"] = "linearize" if self._linearize else "double backward"
+        self.notes["jacobian"] = Linearized.name if self._linearize else DoubleBackward.name
         return self._linearize
+
+    def _check_reverse(self) -> Problem:
+        """Refuse a network whose first derivatives are wrong; the examples on which this was seen."""
+        sample = self._sample()
+        if jacobian_error(sample, linearize=False) > CHECK_TOLERANCE:
+            raise CurvatureError(
+                "the first derivatives of this network disagree with finite differences; is a custom "
+                "backward pass wrong?"
+            )
+        return sample
 
     def _rows_a_batch(self) -> float:
         return max(TIMED_ROWS, self.problem.num_examples / self.problem.batches.num_batches)
@@ -368,6 +401,12 @@ class Products:
             return jacobian_error(sample, linearize=True) <= CHECK_TOLERANCE
         except FAILURES:
             return False
+
+
+def _known(way: str) -> str:
+    if way not in WAYS:
+        raise OptionError(f"way={way!r}; it is one of {', '.join(map(repr, WAYS))}.")
+    return way
 
 
 def products_of(problem: Problem) -> Products:

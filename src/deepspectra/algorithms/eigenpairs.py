@@ -20,6 +20,7 @@ ENDS = ("largest", "smallest", "magnitude", "both")
 STAND_STILL = 1  # products over which converged pairs must not change before they are challenged
 SHORTEST_CHALLENGE = 5  # products of the search for missing copies, or a quarter of the basis if that is more
 REACH = 3  # residuals of a Ritz value within which its eigenvalue is taken to lie
+ROUGH = 2e-2  # residual relative to the value, of pairs that others go on from
 SPARE_VECTORS = 8  # the fewest basis vectors beyond `num` with which a restart makes headway
 
 
@@ -50,7 +51,8 @@ def eigenpairs(
         which: "largest" | "smallest" | "magnitude" | "both" (⌈K/2⌉ largest and ⌊K/2⌋ smallest).
         rtol: residual relative to |λ|.
         start: None for a random vector, (P,) or (P, k) to start from a subspace (Rayleigh-Ritz on it costs k
-            products), or the name of a start block the operator knows.
+            products), or the name of a start that the operator knows. Curvature of cross-entropy knows "sampled":
+            the eigenvectors of the same operator on a 15th of the examples, drawn by importance, and 500 at least.
         max_products: when to give up; max(20 K, 300) unless given.
         seed: of the random vectors.
         progress: called with (products so far, max_products) after every product.
@@ -90,9 +92,11 @@ def explore(
     operator = as_operator(A)
     _check_options(operator, num, which, rtol, max_products)
     budget = max(20 * num, 300) if max_products is None else max_products
+    generator = torch.Generator().manual_seed(seed)
+    if start == "sampled":
+        start = _sampled_start(operator, num, which, generator)
     first = _start_rows(operator, start, num, budget)
     num_start = 1 if first is None else len(first)
-    generator = torch.Generator().manual_seed(seed)
     search = _Search(
         operator,
         num,
@@ -123,17 +127,16 @@ def explore(
     return result, search.krylov
 
 
-def unchallenged(
-    operator: Operator, num: int, rtol: float, least: int, most: int, generator: torch.Generator
-) -> Krylov:
-    """A basis of `least` to `most` products that has the `num` largest pairs to rtol·|λ|, as far as it can tell.
+def unchallenged(operator: Operator, num: int, which: str, generator: torch.Generator) -> Krylov:
+    """A basis of 2 K + 4 to 4 K + 20 products that has K pairs to a residual of 2 %, as far as it can tell.
 
     For whoever looks for missing pairs in another way.
     """
+    most = min(4 * num + 20, operator.shape[0])
     search = _Search(
-        operator, num, "largest", rtol=rtol, budget=most, num_start=1, generator=generator, progress=None
+        operator, num, which, rtol=ROUGH, budget=most, num_start=1, generator=generator, progress=None
     )
-    search.settle(least, stand_still=0)
+    search.settle(2 * num + 4, stand_still=0)
     return search.krylov
 
 
@@ -380,6 +383,13 @@ def _check_options(operator: Operator, num: int, which: str, rtol: float, max_pr
         raise OptionError(f"rtol must lie between 0 and 1; got {rtol!r}.")
     if max_products is not None:
         check_count("max_products", max_products, smallest=num)
+
+
+def _sampled_start(operator: Operator, num: int, which: str, generator: torch.Generator) -> Tensor:
+    """The wanted eigenvectors (P, K) of the operator on a few of its examples."""
+    krylov = unchallenged(operator.sampled(generator), num, which, generator)
+    ritz = krylov.ritz()
+    return krylov.combine(ritz.coefficients[:, select(ritz.values, which, num)])
 
 
 def _start_rows(operator: Operator, start: Tensor | str | None, num: int, budget: int) -> Tensor | None:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.lanczos import check_count
-from deepspectra.analysis.sampling import systematic
 from deepspectra.operators.curvature import GaussNewton
 from deepspectra.operators.held import HeldRows
 from deepspectra.operators.layerwise import counted
 from deepspectra.operators.rows import GradientRows
+from deepspectra.operators.sampling import systematic
 from deepspectra.problem import Problem
 from deepspectra.results import Provenance
 

@@ -54,6 +54,10 @@ class Operator(ABC):
             "Pass start=None or a (P, K) tensor, or use an operator made from a Problem."
         )
 
+    def sampled(self, generator: torch.Generator) -> Operator:
+        """The same operator on a few examples, whose eigenvectors are nearly its own; most know none."""
+        raise OptionError(f"start='sampled': {self.name} is not made of examples. Pass start=None.")
+
     def __matmul__(self, other: Tensor) -> Tensor:
         """Product with a vector (P,) or a block (P, K), of the same shape."""
         if not isinstance(other, Tensor):
@@ -155,6 +159,10 @@ class Sum(Operator):
     def start_block(self, kind: str) -> Tensor:
         """That of the first term."""
         return self.terms[0][1].start_block(kind)
+
+    def sampled(self, generator: torch.Generator) -> Operator:
+        """Each term on its own examples."""
+        return Sum([(scale, term.sampled(generator)) for scale, term in self.terms])
 
 
 def _signed(scale: float, name: str, first: bool) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,8 +13,12 @@ from deepspectra.errors import LossError, OptionError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.projections import Projections
 from deepspectra.operators.rows import GradientRows
+from deepspectra.operators.sampling import drawn
 from deepspectra.problem import Problem
 from deepspectra.products import products_of
+
+SHARE = 15  # of the examples one in so many is drawn,
+FEWEST = 500  # but not fewer than these
 
 
 class Curvature(Operator):
@@ -30,6 +36,14 @@ class Curvature(Operator):
         order = {name: j for j, name in enumerate(self.problem.parameters)}
         return sorted(order[name] for name in names)
 
+    def sampled(self, generator: torch.Generator, num_samples: int | None = None) -> Curvature:
+        """The same operator on examples drawn by importance; by default one in 15, and 500 at least."""
+        num = num_samples or max(FEWEST, math.ceil(self.problem.num_examples / SHARE))
+        few = copy.copy(self)
+        few.problem = drawn(self.problem, num, generator)
+        few.products = products_of(few.problem)
+        return few
+
     def start_block(self, kind: str) -> Tensor:
         """The averaged means as starting vectors: "class_means" or "cross_class_means"."""
         rows = GradientRows(self.problem)
@@ -38,7 +52,9 @@ class Curvature(Operator):
             return rows.factor(projections, projections.basis("class"))
         if kind == "cross_class_means":
             return rows.cells(projections)
-        raise OptionError(f"start={kind!r}; it is None, a tensor, 'class_means' or 'cross_class_means'.")
+        raise OptionError(
+            f"start={kind!r}; it is None, a tensor, 'sampled', 'class_means' or 'cross_class_means'."
+        )
 
 
 class Hessian(Curvature):
@@ -46,17 +62,23 @@ class Hessian(Curvature):
 
     H = G + R with `GaussNewton` and `Residual` (Papyan 2019, arXiv 1901.08244, section 2).
 
+    Args:
+        problem: the model, data and loss.
+        way: "double backward" | "linearize", from now on for all second derivatives of this problem; unless told, the
+            first that is right for the network.
+
     Raises:
-        CurvatureError: no way of differentiating the network twice is right.
+        OptionError: there is no such way.
+        CurvatureError: no way of differentiating the network twice is right, or not the one asked for.
 
     Cost: at construction, once a problem, a check in float64 on a few examples. Then
     1.4–2.7 gradients a product with a vector; a block shares the primal pass of batches whose graphs do not
     fit in memory.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, way: str | None = None) -> None:
         super().__init__(problem, "Hessian")
-        self.products.way()
+        self.products.way(way)
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.products.hessian(block) / self.problem.total_weight
@@ -66,12 +88,12 @@ class Residual(Curvature):
     """R = H − G = (1/N) Σ_i Σ_k (∂ℓ_i/∂z_k) ∂²z_{ik}/∂θ²: what the curvature of the network itself adds.
 
     Computed by itself, not as a difference: the second derivative of Σ_k r_k z_k with r = ∂ℓ/∂z held fixed.
-    Cost: as `Hessian`.
+    Options, errors and cost: as `Hessian`.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, way: str | None = None) -> None:
         super().__init__(problem, "residual")
-        self.products.way()
+        self.products.way(way)
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.products.residual(block) / self.problem.total_weight
@@ -107,11 +129,20 @@ class GaussNewton(Curvature):
     """G = (1/N) Σ_i J_iᵀ (∂²ℓ_i/∂z²) J_i; for softmax cross-entropy the Fisher matrix of the model.
 
     Not the empirical Fisher matrix. Cost: 1.2–1.9 gradients a product.
+
+    Args:
+        problem: the model, data and loss.
+        way: of J v: "double backward" | "linearize", from now on for all first derivatives of this problem; unless
+            told, the faster of those that are right for the network, by timing both where there is much to do.
+
+    Raises:
+        OptionError: there is no such way.
+        CurvatureError: the network's first derivatives are wrong, or by the way asked for.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, way: str | None = None) -> None:
         super().__init__(problem, "Gauss-Newton")
-        self.products.linearize()
+        self.products.linearize(way)
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.products.sandwich(self.problem.loss_function.curvature, block) / self.problem.total_weight
@@ -121,12 +152,12 @@ class EmpiricalFisher(Curvature):
     """F = (1/N) Σ_i ω_i ∇ℓ_i ∇ℓ_iᵀ with the labels of the data; a different matrix from G.
 
     One gradient a row. With class weights ω, ∇ℓ_i is that of the unweighted loss of row i.
-    Cost: as `GaussNewton`.
+    Options, errors and cost: as `GaussNewton`.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, way: str | None = None) -> None:
         super().__init__(problem, "empirical Fisher")
-        self.products.linearize()
+        self.products.linearize(way)
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.products.sandwich(self._outer, block) / self.problem.total_weight

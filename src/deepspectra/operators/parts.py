@@ -109,7 +109,19 @@ class Decomposition(Mapping[str, "Part"]):
         self._reserved = 0
 
 
-class Part(Curvature):
+class _Averaged(Curvature):
+    """What averages over all examples make."""
+
+    def __init__(self, decomposition: Decomposition, name: str) -> None:
+        super().__init__(decomposition.problem, name)
+        self.decomposition = decomposition
+
+    def sampled(self, generator: torch.Generator, num_samples: int | None = None) -> Curvature:
+        """None: averages over few examples are not those over all."""
+        raise OptionError(f"start='sampled': {self.name} is made of averages. Pass start=None.")
+
+
+class Part(_Averaged):
     """AᵀΠA for one projection.
 
     Class, logit and true are held as factors once used. Cross, interaction and within cost about a
@@ -117,8 +129,7 @@ class Part(Curvature):
     """
 
     def __init__(self, decomposition: Decomposition, name: str) -> None:
-        super().__init__(decomposition.problem, f"{name} part of G")
-        self.decomposition = decomposition
+        super().__init__(decomposition, f"{name} part of G")
         self.part = name
 
     def _apply(self, block: Tensor) -> Tensor:
@@ -133,15 +144,14 @@ class Part(Curvature):
         return LowRank(self.decomposition.factor(self.part), name=self.name)
 
 
-class Means(Curvature):
+class Means(_Averaged):
     """The sum of all parts that means make, G − within: Aᵀ(I − Π_within)A.
 
     Cost: with all C² means in memory nothing but their making; else about a Gauss-Newton product each.
     """
 
     def __init__(self, decomposition: Decomposition) -> None:
-        super().__init__(decomposition.problem, "means part of G")
-        self.decomposition = decomposition
+        super().__init__(decomposition, "means part of G")
 
     def _apply(self, block: Tensor) -> Tensor:
         if self.decomposition.holds_means():

@@ -164,3 +164,37 @@ def test_a_sample_of_a_sum_is_the_sum_of_samples(problem):
     both = ds.Hessian(problem) + 2 * ds.GaussNewton(problem)
     pairs = ds.eigenpairs(both, num=5, rtol=1e-2, start="sampled")
     torch.testing.assert_close(pairs.values, ds.eigenpairs(both, num=5).values, rtol=1e-3, atol=0)
+
+
+def test_many_examples_are_sampled_first_unless_told_otherwise(problem, monkeypatch):
+    assert not ds.Hessian(problem).staged
+    monkeypatch.setattr("deepspectra.operators.curvature.STAGED", 1000)
+    H = ds.Hessian(problem)
+    assert H.staged
+    assert ds.GaussNewton(problem).staged
+    assert not ds.Residual(problem).staged  # importance is that of G
+    assert not (H - ds.GaussNewton(problem)).staged
+    sampled = ds.eigenpairs(H, num=9, rtol=1e-2)
+    asked = ds.eigenpairs(H, num=9, rtol=1e-2, start="sampled")
+    random = ds.eigenpairs(H, num=9, rtol=1e-2, start="random")
+    assert torch.equal(sampled.values, asked.values)
+    assert sampled.num_products < random.num_products
+    assert ds.eigenpairs(H, num=3, rtol=1e-2, which="smallest").converged  # from a random vector
+    x, y = next(iter(problem.batches))
+    net = copy.deepcopy(problem.model).requires_grad_()
+    undrawn = ds.Problem(
+        net, [{"x": x, "y": y}], forward=lambda model, batch: (model(batch["x"]), batch["y"])
+    )
+    monkeypatch.setattr("deepspectra.operators.curvature.STAGED", 10)
+    assert not ds.Hessian(undrawn).staged
+
+
+def test_a_sample_leaves_the_memory_to_the_graphs_of_all(problem):
+    H = ds.Hessian(problem)
+    H @ torch.ones(problem.num_parameters, dtype=torch.float64)
+    kept = H.products.kept_bytes()
+    assert kept > 0
+    few = H.sampled(torch.Generator().manual_seed(0), 100)
+    assert few.products.budget == H.products.budget - kept
+    few @ torch.ones(problem.num_parameters, dtype=torch.float64)
+    assert H.products.kept_bytes() == kept

@@ -323,6 +323,12 @@ class Problem:
         other.parameters = {name: own[name].detach() for name in self.parameters}
         return other
 
+    @property
+    def can_draw(self) -> bool:
+        """Examples can be drawn: batches are (x, labels), and the loss is cross-entropy."""
+        plain = self._module.function is _forward_pair and isinstance(self.loss_function, losses.CrossEntropy)
+        return plain and is_labelled(next(iter(self.batches)))
+
     def drawn(self, chosen: Tensor, weights: Tensor) -> Problem:
         """This problem on chosen examples (ascending indices in the order of `batches`), each with a weight.
 
@@ -330,14 +336,12 @@ class Problem:
         when each is drawn with probability 1/m_i.
         """
         loss = self.loss_function
-        if self._module.function is not _forward_pair or not isinstance(loss, losses.CrossEntropy):
-            raise OptionError("examples can be drawn from batches (x, labels) with cross-entropy only.")
+        if not self.can_draw or not isinstance(loss, losses.CrossEntropy):
+            raise OptionError(
+                "examples can be drawn from batches (x, labels), one label an example, with cross-entropy only."
+            )
         inputs, targets, start = [], [], 0
         for batch in self.batches:
-            if not is_labelled(batch):
-                raise OptionError(
-                    "examples can be drawn from batches (x, labels) only, one label an example."
-                )
             here = (chosen >= start) & (chosen < start + len(batch[1]))
             kept = (chosen[here] - start).to(batch[1].device)
             pairs = [batch[1][kept].double(), weights[here].to(batch[1].device, torch.float64)]

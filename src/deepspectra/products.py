@@ -302,8 +302,9 @@ class Products:
         return self._way
 
     def inherit(self, other: Products) -> None:
-        """Take the ways that were found right for the same network on other data."""
+        """Take what was found right for the same network on other data, and the memory that its graphs leave."""
         self._way, self._linearize = other._way, other._linearize
+        self.budget = max(0, other.budget - other.reserved - other.kept_bytes())
         self.notes |= {name: other.notes[name] for name in ("way", "jacobian") if name in other.notes}
 
     def _forget(self, *kinds: str) -> None:

@@ -183,7 +183,9 @@ def attribute(
     most = 2 * parts.projections.num_classes - 1 if max_products is None else max_products
     if pairs is None:
         num = min(parts.projections.num_classes + 3, size)
-        pairs, basis = explore(operator, num, rtol=rtol, seed=seed, progress=products.within())
+        pairs, basis = explore(
+            operator, num, rtol=rtol, start="random", seed=seed, progress=products.within()
+        )
     space = _Space(_room(operator, pairs, basis, 3 * parts.projections.num_classes + 2 * most), products)
     try:
         if space.krylov is basis and parts.holds_means():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 from deepspectra.algorithms.eigenpairs import unchallenged
 from deepspectra.operators.curvature import Hessian
 from deepspectra.problem import Problem
+
+SHARE = 15  # of the examples one in so many is drawn,
+FEWEST = 500  # but not fewer than these
 
 
 class Sampled(NamedTuple):
@@ -24,7 +28,8 @@ class Sampled(NamedTuple):
 def sampled_eigenspace(problem: Problem, num: int, num_samples: int | None, seed: int) -> Sampled:
     """The `num` largest eigenpairs of the Hessian of an importance sample, by Lanczos."""
     generator = torch.Generator().manual_seed(seed)
-    few = Hessian(problem).sampled(generator, num_samples)
+    wanted = num_samples or max(FEWEST, math.ceil(problem.num_examples / SHARE))
+    few = Hessian(problem).sampled(generator, wanted)
     krylov = unchallenged(few, num, "largest", generator)
     values, coefficients, _ = krylov.ritz()
     return Sampled(

@@ -260,13 +260,18 @@ def _digest(tensors: Iterable[Tensor], text: str = "") -> str:
 
 
 def _find_pairs(found: Findings, name: str, operator: Operator, num: int) -> Krylov | None:
-    """The basis that found them, if they were not found before."""
+    """The basis that found them, if they were not found before.
+
+    From a random vector, which is a probe of the density too.
+    """
     basis: Krylov | None = None
     num = min(num, found.problem.num_parameters)
 
     def work(report: Report) -> Eigenpairs:
         nonlocal basis
-        pairs, basis = explore(operator, num, rtol=found.rtol, seed=found.seed, progress=report)
+        pairs, basis = explore(
+            operator, num, rtol=found.rtol, start="random", seed=found.seed, progress=report
+        )
         return pairs
 
     found.pairs[name] = found.ledger.run(f"top eigenpairs of {LETTERS[name]}", work)

@@ -29,6 +29,7 @@ class Operator(ABC):
         device: where its products live.
         name: what it is, for tables and provenance.
         memory: bytes an algorithm may hold in vectors of length P.
+        staged: eigenvectors are cheaper when they are first sought with `sampled`.
     """
 
     shape: tuple[int, int]
@@ -36,6 +37,7 @@ class Operator(ABC):
     device: torch.device
     name: str = "operator"
     memory: int = DEFAULT_MEMORY
+    staged: bool = False
 
     def __init__(self, size: int, *, dtype: torch.dtype, device: torch.device | str, name: str) -> None:
         self.shape = (size, size)

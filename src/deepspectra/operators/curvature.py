@@ -17,8 +17,8 @@ from deepspectra.operators.sampling import drawn
 from deepspectra.problem import Problem
 from deepspectra.products import products_of
 
-SHARE = 15  # of the examples one in so many is drawn,
-FEWEST = 500  # but not fewer than these
+STAGED = 30_000  # examples from which on eigenvectors are first sought on a sample
+SAMPLE = 5_000  # examples drawn for that, a third of all at most
 
 
 class Curvature(Operator):
@@ -37,8 +37,8 @@ class Curvature(Operator):
         return sorted(order[name] for name in names)
 
     def sampled(self, generator: torch.Generator, num_samples: int | None = None) -> Curvature:
-        """The same operator on examples drawn by importance; by default one in 15, and 500 at least."""
-        num = num_samples or max(FEWEST, math.ceil(self.problem.num_examples / SHARE))
+        """The same operator on examples drawn by importance, 5,000 or a third of all unless told otherwise."""
+        num = num_samples or min(SAMPLE, math.ceil(self.problem.num_examples / 3))
         few = copy.copy(self)
         few.problem = drawn(self.problem, num, generator)
         few.products = products_of(few.problem)
@@ -53,8 +53,12 @@ class Curvature(Operator):
         if kind == "cross_class_means":
             return rows.cells(projections)
         raise OptionError(
-            f"start={kind!r}; it is None, a tensor, 'sampled', 'class_means' or 'cross_class_means'."
+            f"start={kind!r}; it is None, a tensor, 'random', 'sampled', 'class_means' or 'cross_class_means'."
         )
+
+
+def _many_to_draw_from(problem: Problem) -> bool:
+    return problem.num_examples >= STAGED and problem.can_draw
 
 
 class Hessian(Curvature):
@@ -79,6 +83,7 @@ class Hessian(Curvature):
     def __init__(self, problem: Problem, way: str | None = None) -> None:
         super().__init__(problem, "Hessian")
         self.products.way(way)
+        self.staged = _many_to_draw_from(problem)
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.products.hessian(block) / self.problem.total_weight
@@ -143,6 +148,7 @@ class GaussNewton(Curvature):
     def __init__(self, problem: Problem, way: str | None = None) -> None:
         super().__init__(problem, "Gauss-Newton")
         self.products.linearize(way)
+        self.staged = _many_to_draw_from(problem)
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.products.sandwich(self.problem.loss_function.curvature, block) / self.problem.total_weight

@@ -170,6 +170,21 @@ class TiedParameter(nn.Module):
         )
 
 
+def group_norm(dtype: torch.dtype = torch.float64) -> Case:
+    """Group norm, whose second derivatives PyTorch mixes up when several vectors go through one graph."""
+    torch.manual_seed(20)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.GroupNorm(2, 4),
+        nn.Tanh(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    ).to(dtype)
+    x, y = torch.randn(8, 1, 5, 5, dtype=dtype), labels(8, 3)
+    return Case(model, chunks(x, y, (4, 3, 1)))
+
+
 def tied_parameter(dtype: torch.dtype = torch.float64) -> Case:
     torch.manual_seed(15)
     x, y = torch.randn(13, 4, dtype=dtype), labels(13, 4)
@@ -446,6 +461,7 @@ CLASSIFICATION = {
         ragged,
         conv_pool,
         conv_batchnorm,
+        group_norm,
         tied_parameter,
         tied_modules,
         reused_module,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import deepspectra as ds
-from deepspectra import errors
+from deepspectra import errors, losses
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(12, 4, generator=GENERATOR, dtype=torch.float64)
@@ -110,6 +110,74 @@ def test_a_network_that_computes_in_float32_inside_is_accepted():
     H, G, R = ds.Hessian(problem), ds.GaussNewton(problem), ds.Residual(problem)
     assert relative(G @ v + R @ v, H @ v) < 1e-4
     assert float(v @ (H @ v)) != 0
+
+
+@pytest.mark.parametrize("scale", [1, 60, 200])
+def test_single_precision_keeps_its_digits_however_well_a_network_fits(scale):
+    """Every p_y rounds to 1, and curvature is made of 1 − p_y alone."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))
+    x = X.float()
+    with torch.no_grad():
+        z = net(x)
+        first, second = z.topk(2, 1).values.T
+        clear = first - second > 0.12
+        net[-1].weight *= scale
+        net[-1].bias *= scale
+    single = ds.Problem(net, (x[clear], z.argmax(1)[clear]))
+    double = single.to(torch.float64)
+    assert single.loss() == pytest.approx(double.loss(), rel=1e-3)
+    for operator in (ds.GaussNewton, ds.Hessian, ds.Residual, ds.EmpiricalFisher):
+        found = operator(single).dense().double()
+        assert relative(found, operator(double).dense()) < 2e-4, operator
+        assert relative(found, found.T) < 1e-5, operator
+
+
+def test_the_loss_is_that_of_pytorch_for_every_size_of_logits():
+    logits = torch.cat([X[:, :3] * size for size in (0, 1, 30, 1e4)]).requires_grad_()
+    labels = torch.cat([Y] * 4)
+    for options in ({}, {"weight": torch.tensor([1.0, 0.0, 3.0]).double()}, {"ignore_index": 1}):
+        ours = losses.resolve(nn.CrossEntropyLoss(**options)).total(logits, labels)
+        theirs = F.cross_entropy(logits, labels, reduction="sum", **options)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+        gradients = [torch.autograd.grad(value, logits, create_graph=True)[0] for value in (ours, theirs)]
+        torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+        v = torch.ones_like(logits) * X[0, 0] + logits.detach().sign()
+        seconds = [torch.autograd.grad(gradient, logits, v)[0] for gradient in gradients]
+        torch.testing.assert_close(*seconds, rtol=1e-9, atol=1e-14)
+
+
+def test_a_network_that_runs_in_float32_alone_is_checked_in_it():
+    class Cast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+        def forward(self, x):
+            return self.body((x + 1).float())
+
+    torch.manual_seed(0)
+    net = Cast()
+    problem, plain = ds.Problem(net, (X.float(), Y)), ds.Problem(net.body, (X.float() + 1, Y))
+    for operator in (ds.Hessian, ds.GaussNewton):
+        assert relative(operator(problem).dense(), operator(plain).dense()) < 1e-5
+
+
+def test_gauss_newton_needs_first_derivatives_only():
+    """Of a hard sigmoid PyTorch knows no second derivative, not even as a way to J v."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 7), nn.Hardsigmoid(), nn.Linear(7, 3)).double()
+    problem = ds.Problem(net, (X, Y))
+    with pytest.raises(errors.CurvatureError, match="GaussNewton"):
+        ds.Hessian(problem)
+    G = ds.GaussNewton(problem).dense()
+    names = dict(net.named_parameters())
+    J = torch.func.jacrev(lambda p: torch.func.functional_call(net, p, (X,)))(names)
+    J = torch.cat([part.reshape(len(X), 3, -1) for part in J.values()], 2)
+    p = net(X).softmax(1).detach()
+    middle = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    assert relative(G, torch.einsum("nkp,nkl,nlq->pq", J, middle, J).detach() / len(X)) < 1e-12
+    assert relative(ds.gram_spectrum(problem).values[:5], torch.linalg.eigvalsh(G).flip(0)[:5]) < 1e-9
 
 
 def test_half_precision_counts_rows_and_elements_exactly():

@@ -202,6 +202,46 @@ def jacobian_error(sample: Problem, *, linearize: bool) -> float:
     return _least_error(sample, lambda moved, generator: _jacobian_error(moved, linearize, generator))
 
 
+def block_error(sample: Problem, way: type[Way]) -> float:
+    """Relative difference of a block's products from those of its vectors, one by one."""
+    batch = next(iter(sample.batches))
+    graph = way(
+        lambda parameters: sample.loss_function.total(*sample.evaluate(parameters, batch)), sample.parameters
+    )
+    return _apart(graph, *_directions(sample))
+
+
+def jacobian_block_error(sample: Problem, *, linearize: bool) -> float:
+    """The same of J v and of Jᵀ u."""
+    jacobian = Jacobian(sample, next(iter(sample.batches)), linearize=linearize)
+    u, v = _directions(sample)
+    pushed = jacobian.push(u), jacobian.push(v)
+    both = jacobian.push([torch.stack(pair) for pair in zip(u, v, strict=True)], batched=True)
+    size = float(torch.stack(pushed).norm()) + 1e-300
+    error = float((both - torch.stack(pushed)).norm()) / size
+    pulled = [jacobian.pull(part) for part in pushed]
+    together = jacobian.pull(torch.stack(pushed), batched=True)
+    return max(error, _difference(together, pulled))
+
+
+def _apart(graph: Way, *directions: list[Tensor]) -> float:
+    alone = [graph(direction) for direction in directions]
+    together = graph([torch.stack(parts) for parts in zip(*directions, strict=True)], batched=True)
+    return _difference(together, alone)
+
+
+def _difference(together: list[Tensor], alone: list[list[Tensor]]) -> float:
+    stacked = [torch.stack(parts) for parts in zip(*alone, strict=True)]
+    gaps = [a - b for a, b in zip(together, stacked, strict=True)]
+    return _norm(gaps) / (_norm(stacked) + 1e-300)
+
+
+def _directions(sample: Problem) -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    u, v = (_direction(sample, generator) for _ in range(2))
+    return list(u.values()), list(v.values())
+
+
 def _least_error(sample: Problem, error: Callable[[Problem, torch.Generator], float]) -> float:
     """Of a few points beside the parameters: what is wrong is wrong everywhere.
 

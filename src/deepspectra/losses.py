@@ -8,6 +8,7 @@ that ragged batches, class weights and ignored tokens give what one large batch 
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -112,14 +113,28 @@ class CrossEntropy(Loss):
 
     def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Σ ω_i ℓ_i."""
-        return F.cross_entropy(
-            outputs,
-            targets,
-            weight=self._weight(outputs),
-            ignore_index=self.ignore_index,
-            reduction="sum",
-            label_smoothing=self.label_smoothing,
-        )
+        return self._each(outputs, targets).sum()
+
+    def _each(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """ω_i ℓ_i (n,).
+
+        Of labels as log(1 + Σ_{k≠y} exp(z_k − z_y)): 1 − p_y, of which the derivatives of a fitted network are
+        made, is never a difference, and keeps its digits however small it is.
+        """
+        if targets.is_floating_point() or self.label_smoothing:
+            return F.cross_entropy(
+                outputs,
+                targets,
+                weight=self._weight(outputs),
+                ignore_index=self.ignore_index,
+                reduction="none",
+                label_smoothing=self.label_smoothing,
+            )
+        labels = CrossEntropy.labels(self, targets)[:, None]
+        ahead = (outputs - outputs.gather(1, labels)).scatter(1, labels, -math.inf)
+        most = ahead.detach().amax(1).clamp_min(0)  # the loss does not depend on it
+        losses = most + ((ahead - most[:, None]).exp().sum(1) + (-most).expm1()).log1p()
+        return losses * CrossEntropy.weights(self, outputs, targets).to(losses)
 
     def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The class weight of each row's label; 1 without class weights or with soft targets; 0 if ignored."""
@@ -139,8 +154,9 @@ class CrossEntropy(Loss):
         return self._counted(targets, mixed)
 
     def curvature(self, outputs: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:
-        """a_i (p_i ∘ t − p_i (p_iᵀ t))."""
+        """a_i (p_i ∘ t − p_i (p_iᵀ t)), with t counted from the likeliest class, which changes rounding alone."""
         p = outputs.detach().softmax(-1)
+        tangents = tangents - tangents.gather(-1, p.argmax(-1, keepdim=True))
         centred = tangents - (p * tangents).sum(-1, keepdim=True)
         return self.curvature_weights(outputs, targets)[:, None].to(p) * p * centred
 
@@ -200,14 +216,7 @@ class DrawnCrossEntropy(CrossEntropy):
 
     def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Σ m_i ω_i ℓ_i."""
-        losses = F.cross_entropy(
-            outputs,
-            targets[:, 0].long(),
-            weight=self._weight(outputs),
-            ignore_index=self.ignore_index,
-            reduction="none",
-            label_smoothing=self.label_smoothing,
-        )
+        losses = self._each(outputs, targets[:, 0].long())
         return (targets[:, 1].to(losses) * losses).sum()
 
     def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ from deepspectra.differentiation import (
     Linearized,
     Scalar,
     Way,
+    block_error,
     curvature_error,
+    jacobian_block_error,
     jacobian_error,
 )
 from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
@@ -68,6 +70,7 @@ class Products:
         self.shapes = [value.shape for value in problem.parameters.values()]
         self._way: type[Way] | None = None
         self._linearize: bool | None = None
+        self._right_blocks: dict[bool, bool] = {}  # of second and of first derivatives
         self.notes: dict[str, str] = {}
         self.faults: list[str] = []
 
@@ -83,13 +86,16 @@ class Products:
     def _rows(self, block: Tensor) -> Tensor:
         return block.T.to(self.problem.dtype).contiguous()
 
-    def _chunks(self, num_columns: int, graph_bytes: int) -> Iterator[slice]:
+    def _chunks(self, num_columns: int, kind: str) -> Iterator[slice]:
         """Columns that go through a graph together: many through a small graph, one through a large one.
 
         Together they cost little more than one as long as overhead dominates, and only then: on a CPU large
-        blocks lose more to memory traffic than they save.
+        blocks lose more to memory traffic than they save. One at a time, too, where a block is wrong.
         """
-        width = max(1, min(64, BLOCK_BYTES[self.problem.device.type == "cpu"] // max(1, graph_bytes)))
+        graph_bytes = self.stores[kind].bytes_each or 1
+        width = max(1, min(64, num_columns, BLOCK_BYTES[self.problem.device.type == "cpu"] // graph_bytes))
+        if width > 1 and not self._blocks_are_right(kind in ("hessian", "residual")):
+            width = 1
         for start in range(0, num_columns, width):
             yield slice(start, min(start + width, num_columns))
 
@@ -97,14 +103,14 @@ class Products:
         self,
         total: Tensor,
         rows: Tensor,
-        size: int,
+        kind: str,
         apply: Callable[..., list[Tensor]],
         *,
         split: bool = False,
         among: Sequence[int] | None = None,
     ) -> None:
         """Add apply(rows), or of rows split into parameters, to total (K, P), in chunks of columns."""
-        for chunk in self._chunks(len(rows), size):
+        for chunk in self._chunks(len(rows), kind):
             single = chunk.stop - chunk.start == 1
             at = chunk.start if single else chunk
             given = self._split(rows[at], among) if split else rows[at]
@@ -189,11 +195,8 @@ class Products:
         for _, graph in self._graphs(kind, lambda batch: way(scalar(batch), self.problem.parameters)):
             for total, rows, (_, among) in zip(totals, given, blocks, strict=True):
                 apply = functools.partial(graph, among=among)
-                self._through(total, rows, self._size(kind), apply, split=True, among=among)
+                self._through(total, rows, kind, apply, split=True, among=among)
         return [total.T for total in totals]
-
-    def _size(self, kind: str) -> int:
-        return self.stores[kind].bytes_each or 0
 
     def _loss_of(self, batch: Any) -> Scalar:
         return lambda parameters: self.problem.loss_function.total(*self.problem.evaluate(parameters, batch))
@@ -219,7 +222,7 @@ class Products:
     def _push(self, jacobian: Jacobian, rows: Tensor) -> Tensor:
         """(K, n, C)."""
         parts = []
-        for chunk in self._chunks(len(rows), self._size("jacobian")):
+        for chunk in self._chunks(len(rows), "jacobian"):
             if chunk.stop - chunk.start == 1:
                 parts.append(jacobian.push(self._split(rows[chunk.start]))[None])
             else:
@@ -235,7 +238,7 @@ class Products:
 
     def _pull(self, total: Tensor, jacobian: Jacobian, cotangents: Tensor) -> None:
         rows = cotangents.to(jacobian.outputs.dtype)
-        self._through(total, rows, self._size("jacobian"), jacobian.pull)
+        self._through(total, rows, "jacobian", jacobian.pull)
 
     def sandwich(self, middle: Callable[[Tensor, Tensor, Tensor], Tensor], block: Tensor) -> Tensor:
         """Jᵀ B J V with B given by middle(outputs, targets, tangents), in one pass over the data."""
@@ -265,7 +268,7 @@ class Products:
             store.bytes_each = max(size, store.bytes_each or 0)
             columns, live = cotangent(graph.outputs, graph.targets)
             given = columns.movedim(-1, 0).to(graph.outputs.dtype)
-            for chunk in self._chunks(len(live), store.bytes_each):
+            for chunk in self._chunks(len(live), "forward"):
                 part = graph.pull(given[chunk], batched=True) if chunk.stop - chunk.start > 1 else None
                 for j, column in enumerate(live[chunk].tolist()):
                     alone = graph.pull(given[chunk.start]) if part is None else [piece[j] for piece in part]
@@ -303,21 +306,20 @@ class Products:
 
     def inherit(self, other: Products) -> None:
         """Take what was found right for the same network on other data, and the memory that its graphs leave."""
-        self._way, self._linearize = other._way, other._linearize
+        self._way, self._linearize, self._right_blocks = other._way, other._linearize, other._right_blocks
         self.budget = max(0, other.budget - other.reserved - other.kept_bytes())
         self.notes |= {name: other.notes[name] for name in ("way", "jacobian") if name in other.notes}
 
     def _forget(self, *kinds: str) -> None:
-        """Drop graphs of these kinds, and what is known of their size."""
+        """Drop graphs of these kinds, and what is known of them."""
+        self._right_blocks = {}
         for kind in kinds:
             self.stores.pop(kind, None)
 
     def _is_right(self, way: type[Way]) -> bool:
         """Whether a way works here and passes its check; if not, `faults` says why."""
         try:
-            error = curvature_error(self._sample(), way)
-        except torch.OutOfMemoryError as failure:
-            raise MemoryBudgetError(f"checking the derivatives ran out of memory: {failure}") from failure
+            error = self._checked(lambda sample: curvature_error(sample, way))
         except FAILURES as failure:
             self.faults.append(f"{way.name} failed ({str(failure).splitlines()[0]})")
             return False
@@ -325,8 +327,38 @@ class Products:
             self.faults.append(f"{way.name} is wrong by {error:.1%} (symmetry or finite difference)")
         return error <= CHECK_TOLERANCE
 
-    def _sample(self) -> Problem:
-        return self.problem.sample(CHECK_ROWS, torch.float64)
+    def _linearizes(self, linearize: bool) -> bool:
+        """Whether J v by a linearised forward pass, or else by reverse mode, works here and is right."""
+        try:
+            return self._checked(lambda s: jacobian_error(s, linearize=linearize)) <= CHECK_TOLERANCE
+        except FAILURES:
+            return False
+
+    def _blocks_are_right(self, second: bool) -> bool:
+        """Whether columns may go through a graph together: some operations of PyTorch mix them up."""
+        if second not in self._right_blocks:
+            way, linearize = self.way() if second else DoubleBackward, bool(self._linearize)
+            try:
+                error = self._checked(
+                    lambda s: block_error(s, way) if second else jacobian_block_error(s, linearize=linearize)
+                )
+            except FAILURES:
+                error = float("inf")
+            self._right_blocks[second] = error <= CHECK_TOLERANCE
+            if error > CHECK_TOLERANCE:
+                self.notes["blocks"] = "vector by vector: blocks are wrong on this network"
+        return self._right_blocks[second]
+
+    def _checked(self, error: Callable[[Problem], float]) -> float:
+        """An error on a few examples, in float64, or in the problem's own type where the network runs in no other."""
+        try:
+            return error(self.problem.sample(CHECK_ROWS, torch.float64))
+        except torch.OutOfMemoryError as failure:
+            raise MemoryBudgetError(f"checking the derivatives ran out of memory: {failure}") from failure
+        except FAILURES:
+            if self.problem.dtype == torch.float64:
+                raise
+            return error(self.problem.sample(CHECK_ROWS, self.problem.dtype))
 
     def _now(self) -> float:
         """Seconds, when everything queued on the device is done."""
@@ -342,37 +374,34 @@ class Products:
             CurvatureError: first derivatives are wrong, or by the way asked for.
         """
         if asked is not None and self._linearize is not (_known(asked) == Linearized.name):
-            linearize = asked == Linearized.name
-            if linearize and not self._linearizes(self._sample()):
-                raise CurvatureError(f"way={asked!r} cannot be used on this network: its J v is wrong.")
-            self._check_reverse()
-            self._linearize = linearize
+            self._linearize = asked == Linearized.name
             self._forget("jacobian")
+            if not self._linearizes(self._linearize):
+                self._linearize = None
+                raise CurvatureError(f"way={asked!r} cannot be used on this network: its J v is wrong.")
         if self._linearize is None:
-            sample = self._check_reverse()
-            batch, scale = self.problem.some_rows(TIMED_ROWS), self._rows_a_batch() / TIMED_ROWS
-            seconds = self._time_jacobian(batch, scale, linearize=False)
-            if seconds < scale * COMPUTE_BOUND:  # overhead counts: time a whole batch
-                batch, scale = next(iter(self.problem.batches)), 1.0
-                seconds = self._time_jacobian(batch, scale, linearize=False)
-            worth = seconds * self.problem.batches.num_batches * EXPECTED_PRODUCTS > WORTH_TRACING
-            self._linearize = (
-                worth
-                and self._linearizes(sample)
-                and self._time_jacobian(batch, scale, linearize=True) < seconds
-            )
+            self._linearize = self._faster()
         self.notes["jacobian"] = Linearized.name if self._linearize else DoubleBackward.name
         return self._linearize
 
-    def _check_reverse(self) -> Problem:
-        """Refuse a network whose first derivatives are wrong; the examples on which this was seen."""
-        sample = self._sample()
-        if jacobian_error(sample, linearize=False) > CHECK_TOLERANCE:
+    def _faster(self) -> bool:
+        """Whether J v is to be linearised: it must, or it is right and faster where there is much to do."""
+        if not self._linearizes(False):
+            if self._linearizes(True):
+                return True
             raise CurvatureError(
                 "the first derivatives of this network disagree with finite differences; is a custom "
                 "backward pass wrong?"
             )
-        return sample
+        batch, scale = self.problem.some_rows(TIMED_ROWS), self._rows_a_batch() / TIMED_ROWS
+        seconds = self._time_jacobian(batch, scale, linearize=False)
+        if seconds < scale * COMPUTE_BOUND:  # overhead counts: time a whole batch
+            batch, scale = next(iter(self.problem.batches)), 1.0
+            seconds = self._time_jacobian(batch, scale, linearize=False)
+        worth = seconds * self.problem.batches.num_batches * EXPECTED_PRODUCTS > WORTH_TRACING
+        return (
+            worth and self._linearizes(True) and self._time_jacobian(batch, scale, linearize=True) < seconds
+        )
 
     def _rows_a_batch(self) -> float:
         return max(TIMED_ROWS, self.problem.num_examples / self.problem.batches.num_batches)
@@ -396,12 +425,6 @@ class Products:
             f"{seconds:.4f}"
         )
         return seconds
-
-    def _linearizes(self, sample: Problem) -> bool:
-        try:
-            return jacobian_error(sample, linearize=True) <= CHECK_TOLERANCE
-        except FAILURES:
-            return False
 
 
 def _known(way: str) -> str:

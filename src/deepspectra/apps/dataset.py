@@ -13,7 +13,7 @@ import torch
 import xarray as xr
 
 from deepspectra.algorithms.lanczos import inner_products
-from deepspectra.apps.stages import Findings
+from deepspectra.apps.stages import LETTERS, Findings
 from deepspectra.problem import Problem
 from deepspectra.products import products_of
 from deepspectra.results import Density, versions
@@ -294,6 +294,12 @@ def problem_attributes(problem: Problem) -> dict[str, object]:
     }
 
 
+def _trace(density: Density) -> str:
+    """With its standard error, if there is one."""
+    error = density.mean_standard_error * density.size
+    return f"{density.mean * density.size:.3g}" + (f" ± {error:.1g}" if error > 0 else "")
+
+
 def sentences(found: Findings) -> list[str]:
     """The verdict: what the outliers are made of, whether averaging finds them, what G and R are to H."""
     lines = list(found.attribution.verdicts)
@@ -307,11 +313,8 @@ def sentences(found: Findings) -> list[str]:
     lines.append(
         f"Averaging alone finds the top {k} eigenvectors of H with overlap {' and '.join(averages)}."
     )
-    traces = {name: found.densities[name].mean * found.problem.num_parameters for name in OPERATORS}
-    lines.append(
-        f"Traces: H {traces['hessian']:.3g}, of which G {traces['gauss_newton']:.3g} and R "
-        f"{traces['residual']:.3g}."
-    )
+    traces = [f"{LETTERS[name]} {_trace(found.densities[name])}" for name in OPERATORS]
+    lines.append(f"Traces, each estimated by itself: {', '.join(traces)}.")
     if found.ledger.doubts:
         lines.append("Not everything converged: " + "; ".join(found.ledger.doubts))
     return lines

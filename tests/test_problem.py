@@ -425,6 +425,57 @@ def test_train_mode_without_noise_needs_no_warning() -> None:
     use(ds.Problem(mlp().train(), (X, Y)))
 
 
+class OverBatch(nn.Module):
+    """Attention of each example to all others of its batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ x.T).softmax(-1) @ x
+
+
+@pytest.mark.parametrize("batch_size", [5, 12])
+def test_examples_that_influence_each_other(batch_size: int) -> None:
+    without_statistics = mlp(nn.BatchNorm1d(6, track_running_stats=False)).eval()
+    caught = refused(
+        errors.DataError,
+        "influence each other.*batch_size",
+        lambda: ds.Problem(without_statistics, (X, Y), batch_size=batch_size),
+    )
+    assert "'1'" in str(caught), "the module is named"
+    assert "track_running_stats" in str(caught)
+    refused(
+        errors.DataError,
+        "influence each other",
+        lambda: ds.Problem(mlp(OverBatch()), (X, Y), batch_size=batch_size),
+    )
+
+
+def test_examples_in_a_fixed_order_that_labels_would_sort() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+            self.register_buffer("neighbours", torch.eye(12).roll(1, 0).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.neighbours @ self.inner(x)
+
+    refused(errors.DataError, "influence each other", lambda: ds.Problem(Graph(), (X, Y)))
+    use(ds.Problem(Graph(), [(X, Y)], forward=lambda model, batch: (model(batch[0]), batch[1])))
+
+
+def test_positions_that_come_before_examples_may_influence_each_other() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.last = nn.RNN(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.rnn(x)[0].flip(0).cumsum(0))
+
+    x, y = torch.randn(6, 4, 5, dtype=torch.float64), torch.arange(24).view(6, 4) % 3
+    assert ds.Problem(Recurrent().double(), [(x, y)]).num_examples == 24
+
+
 def test_dropout_that_is_always_on() -> None:
     class AlwaysOn(nn.Module):
         def __init__(self) -> None:

@@ -29,6 +29,10 @@ from deepspectra.errors import (
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
+FEW = 3  # examples that are evaluated alone to see whether the others of their batch matter
+AGREE = {torch.float64: 1e-5, torch.float32: 5e-3}  # relative; kernels differ with the size of a batch
+AGREE_HALF = 0.1
+
 
 class Problem:
     """A model, its loss and its data: L(θ) = Σ_i ω_i ℓ(f(x_i; θ), y_i) / Σ_i ω_i.
@@ -105,6 +109,7 @@ class Problem:
             self.batches.sort_by_label()
         self.kept: dict[str, Any] = {}  # what other layers keep with the problem, to be freed with it
         self._check()
+        self._check_alone()
 
     @property
     def model(self) -> nn.Module:
@@ -295,6 +300,57 @@ class Problem:
                 "training=True, or random noise in forward?). Make forward deterministic."
             )
 
+    def _check_alone(self) -> None:
+        """Examples do not depend on the others of their batch, where a batch can be cut into examples."""
+        batch = next(iter(self.batches))
+        with torch.no_grad(), differentiable():
+            outputs, _ = self._module(batch)
+            agreed = self._agrees(batch, outputs, _few)
+            if agreed is None and self._module.function is _forward_pair:  # the order of examples is ours
+                agreed = self._agrees(batch, outputs, _backwards)
+            if agreed is not False or self._agrees(batch, outputs, _few, 1):
+                return
+        guilty = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
+        ]
+        cause = (
+            f"Module {guilty[0]!r} normalises by statistics of the batch; use track_running_stats=True, or a "
+            "normalisation of single examples."
+            if guilty
+            else "Does forward average, sort or attend over the batch? Have it treat every example by itself."
+        )
+        raise DataError(
+            "the examples of a batch influence each other in evaluation mode: a few of them alone give other "
+            f"outputs than within their batch, so that every result would depend on batch_size. {cause}"
+        )
+
+    def _agrees(
+        self, batch: Any, outputs: Tensor, choose: Callable[[int], list[int]], dim: int = 0
+    ) -> bool | None:
+        """Whether chosen examples give by themselves what they give in their batch; None if it cannot be cut.
+
+        `dim` is that of the examples: 1 where the positions of a sequence come first.
+        """
+        leaves = [leaf for leaf in tensors(batch) if leaf.ndim]
+        lead = leaves[0].shape[: dim + 1] if leaves else torch.Size()
+        if len(lead) <= dim or lead[dim] < 2 or any(leaf.shape[: dim + 1] != lead for leaf in leaves):
+            return None
+        chosen = torch.tensor(choose(lead[dim]), device=self.device)
+        if not outputs.numel() or outputs.numel() % lead.numel():
+            return None
+        cut = map_tensors(lambda leaf: leaf.index_select(dim, chosen) if leaf.ndim else leaf, batch)
+        try:
+            alone, _ = self._module(cut)
+        except Exception:  # a model of batches of one size, or of one graph
+            return None
+        within = outputs.reshape(*lead, -1).index_select(dim, chosen)
+        if alone.numel() != within.numel():
+            return None
+        difference = (alone.reshape(within.shape) - within).abs().max()
+        return bool(difference <= AGREE.get(self.dtype, AGREE_HALF) * outputs.abs().max())
+
     def to(self, dtype: torch.dtype) -> Problem:
         """This problem in another floating-point type, as a further copy of the model."""
         if dtype == self.dtype:
@@ -420,6 +476,16 @@ def _forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
             "forward=lambda model, batch: (outputs, targets) to pick the outputs."
         )
     return outputs, batch[1]
+
+
+def _few(size: int) -> list[int]:
+    """A few of so many examples, not all."""
+    count = min(FEW, size - 1)
+    return [j * (size // count) for j in range(count)]
+
+
+def _backwards(size: int) -> list[int]:
+    return list(range(size - 1, -1, -1))
 
 
 def _check_finite_inputs(batch: Any) -> None:

@@ -19,7 +19,9 @@ from deepspectra import losses
 from deepspectra.batches import Batches, Move, is_labelled, map_tensors, num_bytes, tensors
 from deepspectra.errors import (
     DataError,
+    DeepSpectraError,
     FallbackWarning,
+    LossError,
     NondeterminismError,
     NonFiniteError,
     OptionError,
@@ -63,12 +65,15 @@ class Problem:
         memory: the budget in bytes.
 
     Raises:
-        ParameterError: nothing is selected, or nothing selected is trainable.
-        DataError: no data, labels out of range, values not finite.
+        ParameterError: nothing is selected, or nothing selected is trainable, or the model is complex, lazy or
+            compiled by torch.jit.
+        OptionError: a device, dtype, forward, batch size or memory that cannot be used.
+        DataError: no data, labels out of range, values not finite, a model that fails on a batch, or examples that
+            influence each other in evaluation mode.
         ShapeError: outputs and targets do not fit.
         NonFiniteError: a weight, an output or the loss is NaN or infinite.
         NondeterminismError: two passes differ.
-        LossError: the loss is unknown or not a mean.
+        LossError: the loss is unknown, not a mean, or fails on its outputs and targets.
 
     Cost: a forward pass over the data, the gradient of one batch, and a second reading of a loader.
     """
@@ -88,10 +93,17 @@ class Problem:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ParameterError(f"model must be an nn.Module, got {type(model).__name__}.")
+        _check_model(model)
+        if forward is not None and not callable(forward):
+            raise OptionError(
+                f"forward must be a function (model, batch) → (outputs, targets), got {forward!r}."
+            )
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise OptionError(f"dtype must be a floating-point type such as torch.float64, got {dtype!r}.")
         reference = next((p for p in model.parameters() if p.is_floating_point()), None)
         if reference is None:
             raise ParameterError("the model has no parameters.")
-        self.device = torch.device(device) if device is not None else reference.device
+        self.device = _usable(device) if device is not None else reference.device
         self.dtype = dtype or reference.dtype
         self.memory = parse_bytes(memory) if memory is not None else _free_memory(self.device) * 2 // 3
         self.loss_function = losses.resolve(loss)
@@ -121,6 +133,12 @@ class Problem:
     def _select(self, parameters: str | Sequence[str] | None) -> None:
         """Choose the parameters by glob; a tied parameter answers to each of its names."""
         patterns = [parameters] if isinstance(parameters, str) else parameters
+        if patterns is not None and not (
+            isinstance(patterns, Sequence) and all(isinstance(pattern, str) for pattern in patterns)
+        ):
+            raise ParameterError(
+                f"parameters must be a glob over names, such as '*.weight', or a list of globs, got {parameters!r}."
+            )
         trainable = {name: p for name, p in self.model.named_parameters() if name in self._trainable}
         if patterns is not None:
             names: dict[int, set[str]] = {}
@@ -196,9 +214,13 @@ class Problem:
 
     def evaluate(self, parameters: dict[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
         """Outputs (n, C) and targets of a batch's rows at the given parameters."""
+        return self.loss_function.rows(*self._pair(parameters, batch))
+
+    def _pair(self, parameters: dict[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
+        """Outputs and targets of a batch as the model or `forward` gives them."""
         renamed = {f"model.{name}": value for name, value in parameters.items()}
-        outputs, targets = torch.func.functional_call(self._module, renamed, (batch,))
-        return self.loss_function.rows(outputs, targets)
+        pair: tuple[Tensor, Tensor] = torch.func.functional_call(self._module, renamed, (batch,))
+        return pair
 
     def row_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Outputs and targets of each batch, at the problem's own parameters."""
@@ -266,6 +288,7 @@ class Problem:
 
     def _check(self) -> None:
         """One pass over the data: shapes, labels, finiteness; the first batch twice for determinism."""
+        before = self._settle()
         self.num_examples, self.total_weight, value = 0, 0.0, 0.0
         first: Tensor | None = None
         for batch, outputs, targets in self._evaluated():
@@ -282,7 +305,10 @@ class Problem:
             weights = self.loss_function.weights(outputs, targets).double()
             self.num_examples += int((weights > 0).sum())
             self.total_weight += float(weights.sum())
-            value += float(self.loss_function.total(outputs, targets).double())
+            with _reported(
+                LossError, f"the loss {self.loss_function.name!r} failed on {_told((outputs, targets))}"
+            ):
+                value += float(self.loss_function.total(outputs, targets).double())
         if first is None or self.total_weight <= 0:
             raise DataError("no row counts: every target is ignored or has weight 0.")
         if not torch.isfinite(torch.tensor(value)):
@@ -293,12 +319,43 @@ class Problem:
                 "no parameter of the model has any effect on the loss. Does forward= call the model it is given, "
                 "and not another one?"
             )
-        again = next(outputs for outputs, _ in self.row_batches() if len(outputs))
+        again, _ = self.loss_function.rows(*before)
         if not torch.allclose(first, again, rtol=1e-5, atol=1e-6 * float(first.abs().max())):
             raise NondeterminismError(
                 "the model gives different outputs for one batch in evaluation mode (functional dropout with "
                 "training=True, or random noise in forward?). Make forward deterministic."
             )
+
+    def _settle(self) -> tuple[Tensor, Tensor]:
+        """Evaluate batches until it is settled how outputs are read; what the first of them gives.
+
+        Raises:
+            DataError: the model fails.
+        """
+        first: tuple[Tensor, Tensor] | None = None
+        for batch in self.batches:
+            told = f"the model, which is in {self.dtype}, failed on a batch of {_told(batch)}"
+            with _reported(DataError, told), torch.no_grad(), differentiable():
+                pair = self._pair(self.parameters, batch)
+            rows, _ = self.loss_function.rows(*pair)
+            if not len(rows):
+                continue
+            first = pair if first is None else first
+            if not self.loss_function.unsettled:
+                return first
+        if first is None:
+            raise DataError("no row counts: the model gives no outputs for any batch.")
+        shape = tuple(first[0].shape)
+        warnings.warn(
+            f"every batch gives outputs that fit both (B, C, ...) and (B, ..., C), the first of them {shape}; "
+            "they are read as (B, C, ...), as nn.CrossEntropyLoss does. If classes are last, pass forward=lambda "
+            "model, batch: (model(batch[0]).flatten(0, -2), batch[1].flatten()); if they are second, .movedim(1, -1) "
+            "before .flatten says so.",
+            FallbackWarning,
+            stacklevel=4,
+        )
+        self.loss_function.settle()
+        return first
 
     def _check_alone(self) -> None:
         """Examples do not depend on the others of their batch, where a batch can be cut into examples."""
@@ -476,6 +533,53 @@ def _forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
             "forward=lambda model, batch: (outputs, targets) to pick the outputs."
         )
     return outputs, batch[1]
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse models that cannot be copied, cast or differentiated."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ParameterError("the model is compiled by torch.jit; pass the module that it was made from.")
+    values = [*model.named_parameters(), *model.named_buffers()]
+    for name, value in values:
+        if nn.parameter.is_lazy(value):
+            raise ParameterError(
+                f"parameter {name!r} has no shape yet; pass one batch through the lazy model before."
+            )
+        if value.is_complex():
+            raise ParameterError(
+                f"{name!r} is complex; only real parameters and buffers are supported. Hold the real and imaginary "
+                "parts as two real tensors."
+            )
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    """A device that tensors can be put on."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        raise OptionError(f"device={device!r} cannot be used here: {_first_line(error)}") from error
+    return found
+
+
+@contextlib.contextmanager
+def _reported(kind: type[DeepSpectraError], what: str) -> Iterator[None]:
+    """Failures of the user's code as errors of this library, with the original as cause."""
+    try:
+        yield
+    except (DeepSpectraError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise kind(f"{what}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _told(tree: Any) -> str:
+    """Shapes and types of the tensors of a tree."""
+    return ", ".join(f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in tensors(tree)) or type(tree).__name__
 
 
 def _few(size: int) -> list[int]:

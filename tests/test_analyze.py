@@ -207,6 +207,15 @@ def test_another_loss_has_no_class_structure():
         ds.decompose(problem)
 
 
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_what_has_no_classes_is_refused_before_any_work(monkeypatch, loss):
+    targets = torch.full((12, 3), 1 / 3)
+    problem = ds.Problem(torch.nn.Linear(4, 3), (torch.randn(12, 4), targets), loss)
+    monkeypatch.setattr(stages, "run", lambda *_, **__: pytest.fail("work was done"))
+    with pytest.raises(errors.LossError):
+        ds.analyze(problem, progress=False)
+
+
 def test_an_untrained_network_is_analysed_without_complaint():
     data = zoo.load("digits", per_class=8)
     net = zoo.build("mlp-bn", input_shape=(1, 8, 8), num_classes=10).eval()

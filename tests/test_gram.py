@@ -460,3 +460,45 @@ def test_a_sequence_model_whose_examples_come_second() -> None:
     assert {layout.kind for layout in rows.plan.layouts if layout} == {"second", "interleaved"}
     truth = ds.GaussNewton(problem).dense()
     assert same_spectrum(ds.gram_spectrum(problem).values, truth, float(truth.norm()))
+
+
+class Mixture(nn.Module):
+    """Two experts, each of which sees the tokens that a gate sends to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(6, 2)
+        self.experts = nn.ModuleList([nn.Linear(6, 5), nn.Linear(6, 5)])
+        self.out = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        shares = self.gate(tokens).softmax(-1)
+        found = tokens.new_zeros(len(tokens), 5)
+        for i, expert in enumerate(self.experts):
+            mine = (shares.argmax(-1) == i).nonzero().flatten()
+            found = found.index_add(0, mine, torch.tanh(expert(tokens[mine])) * shares[mine, i, None])
+        return self.out(found).view(len(x), -1, 3).mean(1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tokens_routed_by_their_values_are_right_or_refused(seed: int) -> None:
+    torch.manual_seed(seed)
+    model, x, y = Mixture().double(), torch.randn(8, 4, 6).double(), torch.arange(8) % 3
+    dense = ds.GaussNewton(ds.Problem(model, (x, y))).dense()
+    for batch_size in (2, 4):
+        try:
+            found = ds.gram_spectrum(ds.Problem(model, (x, y), batch_size=batch_size)).values
+        except CurvatureError as refusal:
+            assert "experts" in str(refusal)  # noqa: PT017
+        else:
+            assert same_spectrum(found, dense, float(dense.norm()))
+    found = ds.gram_spectrum(ds.Problem(model, (x, y), batch_size=1)).values
+    assert same_spectrum(found, dense, float(dense.norm()))
+
+
+def test_tokens_routed_otherwise_than_on_the_first_examples_are_refused() -> None:
+    torch.manual_seed(1)
+    model, x, y = Mixture().double(), torch.randn(8, 4, 6).double(), torch.arange(8) % 3
+    with pytest.raises(CurvatureError, match="different number of rows"):
+        ds.gram_spectrum(ds.Problem(model, (x, y), batch_size=2))

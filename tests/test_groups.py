@@ -141,6 +141,7 @@ def test_groups_that_are_none_are_refused() -> None:
     for groups, message in (
         ([0, 1], "4 numbers"),
         ([0.5] * 4, "4 numbers"),
+        ("abc", "4 integers"),
         ([0, 1, 3, 3], "gaps"),
         ([-1, 0, 1, 2], "from 0"),
     ):

@@ -490,6 +490,8 @@ def test_options_and_losses_are_checked() -> None:
         ds.kronecker(problem, "shampoo")
     with pytest.raises(OptionError, match="rank=2"):
         ds.kronecker(problem, rank=2)
+    with pytest.raises(OptionError, match=r"rank=1\.5"):
+        ds.kronecker(problem, "optimal", rank=1.5)
     with pytest.raises(OptionError, match="reduce"):
         ds.kronecker(problem, sharing="sum")
     with pytest.raises(OptionError, match="positive"):

@@ -184,3 +184,10 @@ def test_half_precision_counts_rows_and_elements_exactly():
     net = nn.Linear(4, 300).bfloat16()
     problem = ds.Problem(net, (X.bfloat16(), torch.zeros(12, 300).bfloat16()), "mse")
     assert problem.total_weight == 12 * 300
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, nn.NLLLoss])
+def test_class_weights_must_be_finite_and_not_negative(weight, loss):
+    with pytest.raises(errors.LossError, match="class weights"):
+        ds.Problem(network(), (X, Y), loss(weight=torch.tensor([1.0, weight, 2.0])))

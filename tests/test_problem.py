@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections import UserDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -425,6 +427,57 @@ def test_train_mode_without_noise_needs_no_warning() -> None:
     use(ds.Problem(mlp().train(), (X, Y)))
 
 
+class OverBatch(nn.Module):
+    """Attention of each example to all others of its batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ x.T).softmax(-1) @ x
+
+
+@pytest.mark.parametrize("batch_size", [5, 12])
+def test_examples_that_influence_each_other(batch_size: int) -> None:
+    without_statistics = mlp(nn.BatchNorm1d(6, track_running_stats=False)).eval()
+    caught = refused(
+        errors.DataError,
+        "influence each other.*batch_size",
+        lambda: ds.Problem(without_statistics, (X, Y), batch_size=batch_size),
+    )
+    assert "'1'" in str(caught), "the module is named"
+    assert "track_running_stats" in str(caught)
+    refused(
+        errors.DataError,
+        "influence each other",
+        lambda: ds.Problem(mlp(OverBatch()), (X, Y), batch_size=batch_size),
+    )
+
+
+def test_examples_in_a_fixed_order_that_labels_would_sort() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+            self.register_buffer("neighbours", torch.eye(12).roll(1, 0).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.neighbours @ self.inner(x)
+
+    refused(errors.DataError, "influence each other", lambda: ds.Problem(Graph(), (X, Y)))
+    use(ds.Problem(Graph(), [(X, Y)], forward=lambda model, batch: (model(batch[0]), batch[1])))
+
+
+def test_positions_that_come_before_examples_may_influence_each_other() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.last = nn.RNN(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.rnn(x)[0].flip(0).cumsum(0))
+
+    x, y = torch.randn(6, 4, 5, dtype=torch.float64), torch.arange(24).view(6, 4) % 3
+    assert ds.Problem(Recurrent().double(), [(x, y)]).num_examples == 24
+
+
 def test_dropout_that_is_always_on() -> None:
     class AlwaysOn(nn.Module):
         def __init__(self) -> None:
@@ -663,3 +716,121 @@ def test_outputs_may_be_anything_a_loss_of_one_s_own_understands() -> None:
 
 def test_labels_helper_covers_every_class() -> None:
     assert set(labels(9, 4).tolist()) == {0, 1, 2, 3}
+
+
+# ------------------------------------------------------------------------------------------- arguments, batches
+
+
+def test_a_device_that_is_not_there() -> None:
+    refused(errors.OptionError, "nodevice", lambda: ds.Problem(mlp(), (X, Y), device="nodevice"))
+    refused(errors.OptionError, "cuda:99", lambda: ds.Problem(mlp(), (X, Y), device="cuda:99"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, "float64"])
+def test_a_dtype_that_is_not_of_real_numbers(dtype: Any) -> None:
+    refused(
+        errors.OptionError,
+        re.escape(str(dtype)),
+        lambda: ds.Problem(mlp(), (X, Y), dtype=dtype),
+    )
+
+
+def test_parameters_and_forward_of_the_wrong_type() -> None:
+    refused(errors.ParameterError, "glob.*3", lambda: ds.Problem(mlp(), (X, Y), parameters=3))  # type: ignore[arg-type]
+    refused(errors.OptionError, "forward.*3", lambda: ds.Problem(mlp(), (X, Y), forward=3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("inputs", [X[:, :4], (X > 0).long()])
+def test_inputs_that_the_model_does_not_take_are_told(inputs: Tensor) -> None:
+    caught = refused(errors.DataError, "failed.*mat1 and mat2", lambda: ds.Problem(mlp(), (inputs, Y)))
+    assert isinstance(caught.__cause__, RuntimeError)
+    assert str(tuple(inputs.shape)) in str(caught)
+
+
+def test_models_that_cannot_be_copied_as_they_are() -> None:
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3))
+    refused(errors.ParameterError, "lazy", lambda: ds.Problem(lazy, (X, Y)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.trace(mlp(), X)
+    refused(errors.ParameterError, "jit", lambda: ds.Problem(scripted, (X, Y)))
+
+
+def test_complex_parameters_and_buffers_are_refused() -> None:
+    buffered = mlp()
+    buffered.register_buffer("phase", torch.ones(2, dtype=torch.complex128))
+    refused(errors.ParameterError, "'phase' is complex", lambda: ds.Problem(buffered, (X, Y)))
+    owner = mlp()
+    owner.register_parameter("phase", nn.Parameter(torch.ones(2, dtype=torch.complex128)))
+    refused(errors.ParameterError, "'phase' is complex", lambda: ds.Problem(owner, (X, Y)))
+
+
+@pytest.mark.parametrize("loss", [nn.TripletMarginLoss(), nn.CTCLoss(), nn.KLDivLoss(reduction="batchmean")])
+def test_losses_that_do_not_take_outputs_and_labels(loss: nn.Module) -> None:
+    caught = refused(
+        errors.LossError, rf"{type(loss).__name__}.*failed", lambda: ds.Problem(mlp(), (X, Y), loss=loss)
+    )
+    assert caught.__cause__ is not None
+
+
+def test_binary_targets_may_be_integers() -> None:
+    targets, model = (X[:, :3] > 0).long(), mlp()
+    ours = ds.Problem(model, (X, targets), nn.BCEWithLogitsLoss())
+    theirs = ds.Problem(model, (X, targets.double()), nn.BCEWithLogitsLoss())
+    assert ours.loss() == pytest.approx(theirs.loss(), rel=1e-14)
+
+
+class Encoding(UserDict):  # type: ignore[type-arg]
+    """A mapping whose entries are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "data":
+            raise AttributeError(name)
+        return self.data[name]
+
+
+@dataclass(frozen=True)
+class Pair:
+    x: Tensor
+    y: Tensor
+    note: str = ""
+
+
+@pytest.mark.parametrize("kind", [Encoding, Pair])
+def test_batches_keep_their_class(kind: Any) -> None:
+    def forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        return model(batch.x), batch.y
+
+    model = mlp()
+    batches = [kind(x=X[:8].float(), y=Y[:8]), kind(x=X[8:].float(), y=Y[8:])]
+    problem = ds.Problem(model, batches, forward=forward)
+    assert problem.loss() == pytest.approx(ds.Problem(model, (X.float(), Y)).loss(), rel=1e-14)
+    assert batches[0].x.dtype == torch.float32, "what was given is as it was"
+
+
+def tokens(*shapes: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randint(7, shape), torch.randint(5, shape)) for shape in shapes]
+
+
+def test_batches_that_fit_two_readings_are_read_as_the_others() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 5)).double()
+    batches = tokens((3, 5), (2, 4))
+    losses = [ds.Problem(model, given).loss() for given in (batches, batches[::-1])]
+    flat = [torch.cat([batch[part].flatten() for batch in batches]) for part in (0, 1)]
+    expected = float(functional.cross_entropy(model(flat[0]), flat[1]).detach())
+    assert losses == pytest.approx([expected, expected], rel=1e-12)
+
+
+def test_tokens_that_always_fit_two_readings_are_told_how_they_are_read() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 5)).double()
+    (batch,) = tokens((3, 5))
+    with pytest.warns(errors.FallbackWarning, match=r"\(B, C, \.\.\.\).*forward="):
+        problem = ds.Problem(model, [batch])
+    second = functional.cross_entropy(model(batch[0]), batch[1])
+    assert problem.loss() == pytest.approx(float(second.detach()), rel=1e-12)
+    problem.to(torch.float32)
+    said = ds.Problem(
+        model, [batch], forward=lambda model, pair: (model(pair[0]).flatten(0, -2), pair[1].flatten())
+    )
+    last = functional.cross_entropy(model(batch[0]).movedim(-1, 1), batch[1])
+    assert said.loss() == pytest.approx(float(last.detach()), rel=1e-12)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,17 @@ NUMBERS_PER_BATCH = 2**18  # a default batch holds about this many input numbers
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Apply a function to every tensor of nested lists, tuples and mappings."""
+    """Apply a function to every tensor of nested lists, tuples, mappings and dataclasses."""
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, Mapping):
-        return {key: map_tensors(function, value) for key, value in tree.items()}
+        mapped = {key: map_tensors(function, value) for key, value in tree.items()}
+        return _of_class(tree, mapped) if isinstance(tree, (dict, UserDict)) else mapped
+    if is_dataclass(tree) and not isinstance(tree, type):
+        twin = copy.copy(tree)
+        for name in _fields(tree):
+            object.__setattr__(twin, name, map_tensors(function, getattr(tree, name)))
+        return twin
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(map_tensors(function, value) for value in tree))
     if isinstance(tree, (list, tuple)):
@@ -33,15 +40,33 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
-    """Every tensor of nested lists, tuples and mappings."""
+    """Every tensor of nested lists, tuples, mappings and dataclasses."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
         for value in tree.values():
             yield from tensors(value)
+    elif is_dataclass(tree) and not isinstance(tree, type):
+        for name in _fields(tree):
+            yield from tensors(getattr(tree, name))
     elif isinstance(tree, (list, tuple)):
         for value in tree:
             yield from tensors(value)
+
+
+def _of_class(tree: Any, mapped: dict[Any, Any]) -> Any:
+    """The mapped values in a mapping of the class of the original, with its other attributes."""
+    try:
+        twin = copy.copy(tree)
+        for key, value in mapped.items():
+            twin[key] = value
+    except TypeError:  # one that cannot be written
+        return mapped
+    return twin
+
+
+def _fields(tree: Any) -> list[str]:
+    return [field.name for field in fields(tree) if hasattr(tree, field.name)]
 
 
 def num_bytes(tree: Any) -> int:

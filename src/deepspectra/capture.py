@@ -27,6 +27,8 @@ from deepspectra.uses import LAYOUTS, Alone, Convolution, Layout, Lookup, Matrix
 
 TOLERANCE = 1e-7  # relative, in float64, of products by features and errors against those by backpropagation
 PLANNED_SCALARS = 2  # of each row, on which uses are checked
+ROUTED = {torch.float64: 1e-6, torch.float32: 1e-2}  # relative, of errors of examples that are weighted
+ROUTED_HALF = 0.2
 ROUNDING = 1e-13  # of the largest gradient of a parameter, for parameters without effect
 
 
@@ -204,10 +206,12 @@ class Plan:
 
     Attributes:
         layouts: of each use, in the order of the network's calls; None if the use is not understood.
+        single: of each use, whether its output had one entry an example along the dimension of the examples.
         alone: parameters to be differentiated one example at a time.
     """
 
     layouts: tuple[Layout | None, ...]
+    single: tuple[bool, ...]
     alone: tuple[str, ...]
 
 
@@ -249,7 +253,11 @@ def plan(sample: Problem, weigh: Callable[[Tensor, Tensor], Tensor]) -> Plan:
     if ends:
         pairs = zip(_errors(outputs, ends, cotangent), _errors(outputs, ends, rows * cotangent), strict=True)
         layouts = [next((lay for lay in LAYOUTS if lay.fits(*pair, codes)), None) for pair in pairs]
-    found = Plan(tuple(layouts), ())
+    single = tuple(
+        layout is not None and _single(layout, output, num_examples)
+        for layout, output in zip(layouts, ends, strict=True)
+    )
+    found = Plan(tuple(layouts), single, ())
     held = capture(sample, batch, found, few)
     weights = few(outputs.detach(), targets)
     mixed = torch.randn(weights.shape[0], weights.shape[2], generator=generator, dtype=torch.float64).to(
@@ -271,7 +279,7 @@ def plan(sample: Problem, weigh: Callable[[Tensor, Tensor], Tensor]) -> Plan:
         wrong = (total - gradient.flatten()).norm() > TOLERANCE * gradient.norm() + rounding
         if wrong or _overlapping({use.slice for use in held if use.slice.name == name}):
             alone.append(name)
-    return Plan(found.layouts, tuple(alone))
+    return Plan(found.layouts, single, tuple(alone))
 
 
 def _overlapping(slices: set[Slice]) -> bool:
@@ -292,8 +300,12 @@ def capture(
     Each example has J = m scalars for each of its rows, row by row. Parameters that `names` leaves out are
     skipped.
 
+    Raises:
+        CurvatureError: the examples are not spread over an operation as they were on the plan's few.
+
     Cost: a forward pass and J backward passes that stop at the outputs of layers, about a third of a gradient
-    each; for parameters that the plan sets alone, J backward passes of every example by itself.
+    each, and one more for operations that see several rows an example; for parameters that the plan sets alone,
+    J backward passes of every example by itself.
     """
     watch, leaves, outputs, targets = _forward(problem, batch)
     num_examples = count_examples(batch, len(outputs))
@@ -303,16 +315,19 @@ def capture(
             "on another; features and errors by example need the same operations for every batch."
         )
     wanted = set(leaves if names is None else names)
-    chosen = [
-        (use, output, layout)
-        for (use, output), layout in zip(watch.uses, plan.layouts, strict=True)
-        if layout is not None and use.slice.name in wanted - set(plan.alone)
-    ]
+    chosen, routed = [], []
+    for (use, output), layout, single in zip(watch.uses, plan.layouts, plan.single, strict=True):
+        if layout is None or use.slice.name not in wanted - set(plan.alone):
+            continue
+        _check_rows(use, output, layout, num_examples)
+        chosen.append((use, output, layout))
+        if not (single and _single(layout, output, num_examples)):
+            routed.append(chosen[-1])
     weights = weigh(outputs.detach(), targets)
     uses = [use for use, _, _ in chosen]
     for use, _, layout in chosen:
         use.arrange(layout, num_examples)
-    _fill(chosen, outputs, weights, num_examples)
+    _fill(chosen, routed, outputs, weights, num_examples)
     for name in plan.alone:
         if name in wanted:
             uses.append(_one_by_one(problem, batch, name, weights, num_examples))
@@ -331,13 +346,42 @@ def _errors(outputs: Tensor, ends: list[Tensor], cotangent: Tensor) -> tuple[Ten
         return torch.autograd.grad(outputs, ends, cotangent, retain_graph=True, materialize_grads=True)
 
 
-def _fill(chosen: list[Any], outputs: Tensor, weights: Tensor, num_examples: int) -> None:
-    """Backpropagate every scalar of every row to the outputs of the uses, and have them keep the errors."""
+def _single(layout: Layout, output: Tensor, num_examples: int) -> bool:
+    """Whether an output has one entry an example along the dimension of the examples."""
+    return output.shape[layout.kind == "second"] == num_examples
+
+
+def _check_rows(use: Use, output: Tensor, layout: Layout, num_examples: int) -> None:
+    """An operation sees as many rows of each example."""
+    dim = int(layout.kind == "second")
+    for tensor in (output, use.given):
+        if tensor is not None and (tensor.ndim <= dim or tensor.shape[dim] % num_examples):
+            raise _uneven(use)
+
+
+def _uneven(use: Use) -> CurvatureError:
+    return CurvatureError(
+        f"an operation with parameter {use.slice.name!r} sees a different number of rows of each example, or in "
+        "another order than on other batches (is an example's way through the network chosen by its values?). "
+        "Use batch_size=1, or leave the parameter out by parameters=."
+    )
+
+
+def _fill(chosen: list[Any], routed: list[Any], outputs: Tensor, weights: Tensor, num_examples: int) -> None:
+    """Backpropagate every scalar of every row to the outputs of the uses, and have them keep the errors.
+
+    Where rows could be routed by their values, the errors of all scalars, mixed by random signs, are compared with
+    those of scalars that are weighted by example besides.
+    """
     if not chosen or not weights.shape[2]:
         return
     ends = {id(output): output for _, output, _ in chosen}
     num_rows, scalars = len(outputs) // num_examples, weights.shape[2]
     by_row = weights.view(num_examples, num_rows, -1, scalars)
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(2, (num_rows * scalars,), generator=generator).mul(2).sub(1).tolist()
+    mixed = {id(output): torch.zeros_like(output, requires_grad=False) for _, output, _ in routed}
+    along = torch.zeros_like(outputs, requires_grad=False)
     for index in range(num_rows * scalars):
         row, scalar = divmod(index, scalars)
         cotangent = torch.zeros_like(outputs)
@@ -345,6 +389,30 @@ def _fill(chosen: list[Any], outputs: Tensor, weights: Tensor, num_examples: int
         found = dict(zip(ends, _errors(outputs, list(ends.values()), cotangent), strict=True))
         for use, output, layout in chosen:
             use.put(index, num_rows * scalars, layout.examples_first(found[id(output)], num_examples))
+        if routed:
+            along += signs[index] * cotangent
+            for key in mixed:
+                mixed[key] += signs[index] * found[key]
+    if routed and num_examples > 1:
+        _check_routes(routed, outputs, along, mixed, num_examples)
+
+
+def _check_routes(
+    routed: list[Any], outputs: Tensor, along: Tensor, mixed: dict[int, Tensor], num_examples: int
+) -> None:
+    """Errors of a cotangent that is weighted by example are the weighted errors of the cotangent itself."""
+    generator = torch.Generator().manual_seed(1)
+    codes = (1 + torch.rand(num_examples, generator=generator, dtype=torch.float64)).to(outputs)
+    rows = codes.repeat_interleave(len(outputs) // num_examples)
+    ends = {id(output): output for _, output, _ in routed}
+    weighted = rows.view(-1, *[1] * (along.ndim - 1)) * along
+    coded = dict(zip(ends, _errors(outputs, list(ends.values()), weighted), strict=True))
+    for use, output, layout in routed:
+        plain, other = (layout.examples_first(kind[id(output)], num_examples) for kind in (mixed, coded))
+        difference = (codes.view(-1, *[1] * (plain.ndim - 1)) * plain - other).abs()
+        limit = ROUTED.get(outputs.dtype, ROUTED_HALF)
+        if difference.numel() and difference.max() > limit * other.abs().max():
+            raise _uneven(use)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,11 @@ class Loss(ABC):
 
     name: str
     is_cross_entropy = False
+    unsettled = False  # the last outputs could be read in two ways, and no others told how
+
+    def settle(self) -> None:
+        """Settle how outputs that can be read in two ways are read."""
+        self.unsettled = False
 
     @abstractmethod
     def rows(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,10 +84,13 @@ class CrossEntropy(Loss):
     def __init__(
         self, weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0
     ) -> None:
+        if weight is not None and not bool(((weight >= 0) & weight.isfinite()).all()):
+            raise LossError(f"class weights must be finite and not negative, got {weight.tolist()}.")
         self.weight = None if weight is None else weight.detach()
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
-        self._classes_last = False
+        self._classes_last: bool | None = None  # for outputs that fit both readings; None if not yet known
+        self.unsettled = False
 
     def rows(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (n, C) and labels (n,); ignored positions stay, with weight 0."""
@@ -102,6 +110,7 @@ class CrossEntropy(Loss):
         last = outputs.shape[:-1] == targets.shape
         if second != last:
             self._classes_last = last
+        self.unsettled = second and last and outputs.ndim > 2 and self._classes_last is None
         if second or last:
             logits = outputs if last and (not second or self._classes_last) else outputs.movedim(1, -1)
         else:
@@ -182,6 +191,10 @@ class CrossEntropy(Loss):
                 f"0 … {num_classes - 1}. Relabel the data, or name the padding label with "
                 "loss=nn.CrossEntropyLoss(ignore_index=...)."
             )
+
+    def settle(self) -> None:
+        """Read outputs that fit both readings as PyTorch does from now on."""
+        self._classes_last, self.unsettled = False, False
 
     def labels(self, targets: Tensor) -> Tensor:
         """Class indices (n,); ignored rows, which have weight 0, are given class 0."""
@@ -310,13 +323,13 @@ class ElementwiseLoss(MeanLoss):
         self.module = summed
 
     def rows(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """As given; of one shape."""
+        """As given, of one shape and type."""
         if outputs.shape != targets.shape:
             raise ShapeError(
                 f"{self.name}: outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} differ in shape, "
                 "which PyTorch would broadcast. Reshape one to the other."
             )
-        return outputs, targets
+        return outputs, targets.to(outputs)
 
     def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The sum over elements."""

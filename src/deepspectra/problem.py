@@ -19,7 +19,9 @@ from deepspectra import losses
 from deepspectra.batches import Batches, Move, is_labelled, map_tensors, num_bytes, tensors
 from deepspectra.errors import (
     DataError,
+    DeepSpectraError,
     FallbackWarning,
+    LossError,
     NondeterminismError,
     NonFiniteError,
     OptionError,
@@ -28,6 +30,10 @@ from deepspectra.errors import (
 )
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+
+FEW = 3  # examples that are evaluated alone to see whether the others of their batch matter
+AGREE = {torch.float64: 1e-5, torch.float32: 5e-3}  # relative; kernels differ with the size of a batch
+AGREE_HALF = 0.1
 
 
 class Problem:
@@ -59,12 +65,15 @@ class Problem:
         memory: the budget in bytes.
 
     Raises:
-        ParameterError: nothing is selected, or nothing selected is trainable.
-        DataError: no data, labels out of range, values not finite.
+        ParameterError: nothing is selected, or nothing selected is trainable, or the model is complex, lazy or
+            compiled by torch.jit.
+        OptionError: a device, dtype, forward, batch size or memory that cannot be used.
+        DataError: no data, labels out of range, values not finite, a model that fails on a batch, or examples that
+            influence each other in evaluation mode.
         ShapeError: outputs and targets do not fit.
         NonFiniteError: a weight, an output or the loss is NaN or infinite.
         NondeterminismError: two passes differ.
-        LossError: the loss is unknown or not a mean.
+        LossError: the loss is unknown, not a mean, or fails on its outputs and targets.
 
     Cost: a forward pass over the data, the gradient of one batch, and a second reading of a loader.
     """
@@ -84,10 +93,17 @@ class Problem:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ParameterError(f"model must be an nn.Module, got {type(model).__name__}.")
+        _check_model(model)
+        if forward is not None and not callable(forward):
+            raise OptionError(
+                f"forward must be a function (model, batch) → (outputs, targets), got {forward!r}."
+            )
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise OptionError(f"dtype must be a floating-point type such as torch.float64, got {dtype!r}.")
         reference = next((p for p in model.parameters() if p.is_floating_point()), None)
         if reference is None:
             raise ParameterError("the model has no parameters.")
-        self.device = torch.device(device) if device is not None else reference.device
+        self.device = _usable(device) if device is not None else reference.device
         self.dtype = dtype or reference.dtype
         self.memory = parse_bytes(memory) if memory is not None else _free_memory(self.device) * 2 // 3
         self.loss_function = losses.resolve(loss)
@@ -105,6 +121,7 @@ class Problem:
             self.batches.sort_by_label()
         self.kept: dict[str, Any] = {}  # what other layers keep with the problem, to be freed with it
         self._check()
+        self._check_alone()
 
     @property
     def model(self) -> nn.Module:
@@ -116,6 +133,12 @@ class Problem:
     def _select(self, parameters: str | Sequence[str] | None) -> None:
         """Choose the parameters by glob; a tied parameter answers to each of its names."""
         patterns = [parameters] if isinstance(parameters, str) else parameters
+        if patterns is not None and not (
+            isinstance(patterns, Sequence) and all(isinstance(pattern, str) for pattern in patterns)
+        ):
+            raise ParameterError(
+                f"parameters must be a glob over names, such as '*.weight', or a list of globs, got {parameters!r}."
+            )
         trainable = {name: p for name, p in self.model.named_parameters() if name in self._trainable}
         if patterns is not None:
             names: dict[int, set[str]] = {}
@@ -191,9 +214,13 @@ class Problem:
 
     def evaluate(self, parameters: dict[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
         """Outputs (n, C) and targets of a batch's rows at the given parameters."""
+        return self.loss_function.rows(*self._pair(parameters, batch))
+
+    def _pair(self, parameters: dict[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
+        """Outputs and targets of a batch as the model or `forward` gives them."""
         renamed = {f"model.{name}": value for name, value in parameters.items()}
-        outputs, targets = torch.func.functional_call(self._module, renamed, (batch,))
-        return self.loss_function.rows(outputs, targets)
+        pair: tuple[Tensor, Tensor] = torch.func.functional_call(self._module, renamed, (batch,))
+        return pair
 
     def row_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Outputs and targets of each batch, at the problem's own parameters."""
@@ -261,6 +288,7 @@ class Problem:
 
     def _check(self) -> None:
         """One pass over the data: shapes, labels, finiteness; the first batch twice for determinism."""
+        before = self._settle()
         self.num_examples, self.total_weight, value = 0, 0.0, 0.0
         first: Tensor | None = None
         for batch, outputs, targets in self._evaluated():
@@ -277,7 +305,10 @@ class Problem:
             weights = self.loss_function.weights(outputs, targets).double()
             self.num_examples += int((weights > 0).sum())
             self.total_weight += float(weights.sum())
-            value += float(self.loss_function.total(outputs, targets).double())
+            with _reported(
+                LossError, f"the loss {self.loss_function.name!r} failed on {_told((outputs, targets))}"
+            ):
+                value += float(self.loss_function.total(outputs, targets).double())
         if first is None or self.total_weight <= 0:
             raise DataError("no row counts: every target is ignored or has weight 0.")
         if not torch.isfinite(torch.tensor(value)):
@@ -288,12 +319,94 @@ class Problem:
                 "no parameter of the model has any effect on the loss. Does forward= call the model it is given, "
                 "and not another one?"
             )
-        again = next(outputs for outputs, _ in self.row_batches() if len(outputs))
+        again, _ = self.loss_function.rows(*before)
         if not torch.allclose(first, again, rtol=1e-5, atol=1e-6 * float(first.abs().max())):
             raise NondeterminismError(
                 "the model gives different outputs for one batch in evaluation mode (functional dropout with "
                 "training=True, or random noise in forward?). Make forward deterministic."
             )
+
+    def _settle(self) -> tuple[Tensor, Tensor]:
+        """Evaluate batches until it is settled how outputs are read; what the first of them gives.
+
+        Raises:
+            DataError: the model fails.
+        """
+        first: tuple[Tensor, Tensor] | None = None
+        for batch in self.batches:
+            told = f"the model, which is in {self.dtype}, failed on a batch of {_told(batch)}"
+            with _reported(DataError, told), torch.no_grad(), differentiable():
+                pair = self._pair(self.parameters, batch)
+            rows, _ = self.loss_function.rows(*pair)
+            if not len(rows):
+                continue
+            first = pair if first is None else first
+            if not self.loss_function.unsettled:
+                return first
+        if first is None:
+            raise DataError("no row counts: the model gives no outputs for any batch.")
+        shape = tuple(first[0].shape)
+        warnings.warn(
+            f"every batch gives outputs that fit both (B, C, ...) and (B, ..., C), the first of them {shape}; "
+            "they are read as (B, C, ...), as nn.CrossEntropyLoss does. If classes are last, pass forward=lambda "
+            "model, batch: (model(batch[0]).flatten(0, -2), batch[1].flatten()); if they are second, .movedim(1, -1) "
+            "before .flatten says so.",
+            FallbackWarning,
+            stacklevel=4,
+        )
+        self.loss_function.settle()
+        return first
+
+    def _check_alone(self) -> None:
+        """Examples do not depend on the others of their batch, where a batch can be cut into examples."""
+        batch = next(iter(self.batches))
+        with torch.no_grad(), differentiable():
+            outputs, _ = self._module(batch)
+            agreed = self._agrees(batch, outputs, _few)
+            if agreed is None and self._module.function is _forward_pair:  # the order of examples is ours
+                agreed = self._agrees(batch, outputs, _backwards)
+            if agreed is not False or self._agrees(batch, outputs, _few, 1):
+                return
+        guilty = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
+        ]
+        cause = (
+            f"Module {guilty[0]!r} normalises by statistics of the batch; use track_running_stats=True, or a "
+            "normalisation of single examples."
+            if guilty
+            else "Does forward average, sort or attend over the batch? Have it treat every example by itself."
+        )
+        raise DataError(
+            "the examples of a batch influence each other in evaluation mode: a few of them alone give other "
+            f"outputs than within their batch, so that every result would depend on batch_size. {cause}"
+        )
+
+    def _agrees(
+        self, batch: Any, outputs: Tensor, choose: Callable[[int], list[int]], dim: int = 0
+    ) -> bool | None:
+        """Whether chosen examples give by themselves what they give in their batch; None if it cannot be cut.
+
+        `dim` is that of the examples: 1 where the positions of a sequence come first.
+        """
+        leaves = [leaf for leaf in tensors(batch) if leaf.ndim]
+        lead = leaves[0].shape[: dim + 1] if leaves else torch.Size()
+        if len(lead) <= dim or lead[dim] < 2 or any(leaf.shape[: dim + 1] != lead for leaf in leaves):
+            return None
+        chosen = torch.tensor(choose(lead[dim]), device=self.device)
+        if not outputs.numel() or outputs.numel() % lead.numel():
+            return None
+        cut = map_tensors(lambda leaf: leaf.index_select(dim, chosen) if leaf.ndim else leaf, batch)
+        try:
+            alone, _ = self._module(cut)
+        except Exception:  # a model of batches of one size, or of one graph
+            return None
+        within = outputs.reshape(*lead, -1).index_select(dim, chosen)
+        if alone.numel() != within.numel():
+            return None
+        difference = (alone.reshape(within.shape) - within).abs().max()
+        return bool(difference <= AGREE.get(self.dtype, AGREE_HALF) * outputs.abs().max())
 
     def to(self, dtype: torch.dtype) -> Problem:
         """This problem in another floating-point type, as a further copy of the model."""
@@ -420,6 +533,63 @@ def _forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
             "forward=lambda model, batch: (outputs, targets) to pick the outputs."
         )
     return outputs, batch[1]
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse models that cannot be copied, cast or differentiated."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ParameterError("the model is compiled by torch.jit; pass the module that it was made from.")
+    values = [*model.named_parameters(), *model.named_buffers()]
+    for name, value in values:
+        if nn.parameter.is_lazy(value):
+            raise ParameterError(
+                f"parameter {name!r} has no shape yet; pass one batch through the lazy model before."
+            )
+        if value.is_complex():
+            raise ParameterError(
+                f"{name!r} is complex; only real parameters and buffers are supported. Hold the real and imaginary "
+                "parts as two real tensors."
+            )
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    """A device that tensors can be put on."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        raise OptionError(f"device={device!r} cannot be used here: {_first_line(error)}") from error
+    return found
+
+
+@contextlib.contextmanager
+def _reported(kind: type[DeepSpectraError], what: str) -> Iterator[None]:
+    """Failures of the user's code as errors of this library, with the original as cause."""
+    try:
+        yield
+    except (DeepSpectraError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise kind(f"{what}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _told(tree: Any) -> str:
+    """Shapes and types of the tensors of a tree."""
+    return ", ".join(f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in tensors(tree)) or type(tree).__name__
+
+
+def _few(size: int) -> list[int]:
+    """A few of so many examples, not all."""
+    count = min(FEW, size - 1)
+    return [j * (size // count) for j in range(count)]
+
+
+def _backwards(size: int) -> list[int]:
+    return list(range(size - 1, -1, -1))
 
 
 def _check_finite_inputs(batch: Any) -> None:

@@ -18,6 +18,7 @@ from deepspectra.apps.ledger import Ledger
 from deepspectra.apps.pages import save_dataset
 from deepspectra.errors import FileError, OptionError
 from deepspectra.operators.projections import grouped, num_groups
+from deepspectra.operators.rows import labelled_loss
 from deepspectra.problem import Problem
 from deepspectra.report.page import write, write_series
 
@@ -157,6 +158,8 @@ def analyze(
 
     Cost: itemised in the result.
     """
+    _, targets = next(problem.row_batches())
+    labelled_loss(problem).labels(targets)
     owner = grouped(groups, problem.num_classes, problem.device)
     num_classes = num_groups(owner, problem.num_classes)
     if class_names is not None and len(class_names) != num_classes:

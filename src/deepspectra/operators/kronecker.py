@@ -169,8 +169,10 @@ def made_from(captures: Captures, kind: str, sharing: str = "expand", rank: int 
         raise OptionError(f"kind={kind!r}; it is one of {', '.join(map(repr, KINDS))}.")
     if sharing not in SHARINGS:
         raise OptionError(f"sharing={sharing!r}; it is 'expand' or 'reduce'.")
-    if rank < 1 or (rank > 1 and kind != "optimal"):
-        raise OptionError(f"rank={rank}: at least 1, and more than 1 product for kind='optimal' only.")
+    if not isinstance(rank, int) or rank < 1 or (rank > 1 and kind != "optimal"):
+        raise OptionError(
+            f"rank={rank!r}: an integer, at least 1, and more than 1 product for kind='optimal' only."
+        )
     if kind == "cfac" and not isinstance(problem.loss_function, CrossEntropy):
         raise LossError(
             f"cfac needs the cross-entropy of class labels; the loss is {problem.loss_function.name}."

@@ -171,7 +171,12 @@ def grouped(groups: Tensor | Sequence[int] | None, num_classes: int, device: tor
     """
     if groups is None:
         return None
-    found = torch.as_tensor(groups)
+    try:
+        found = torch.as_tensor(groups)
+    except (TypeError, ValueError, RuntimeError):
+        raise OptionError(
+            f"groups must be {num_classes:,} integers, the group of each class; got {groups!r}."
+        ) from None
     if found.shape != (num_classes,) or found.is_floating_point() or int(found.min()) < 0:
         raise OptionError(
             f"groups must be {num_classes:,} numbers from 0 on, the group of each class; got shape "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, overload
 import torch
 from torch import Tensor
 
-from deepspectra.errors import OptionError
+from deepspectra.errors import MissingNameError, OptionError
 
 if TYPE_CHECKING:
     from deepspectra.operators.base import Operator
@@ -87,7 +87,7 @@ class ByLayer(Mapping[str, Entry]):
 
     def __getitem__(self, name: str) -> Entry:
         if name not in self.layers:
-            raise KeyError(f"no layer {name!r}; there are {', '.join(self.layers)}.")
+            raise MissingNameError(f"no layer {name!r}; there are {', '.join(self.layers)}.")
         return self.layers[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -38,7 +38,8 @@ class LayerDissection:
         input_alignment: (v_1·E[x])²/‖E[x]‖², without the bias.
         output_values: (O,) largest eigenvalues of E[M].
         closed_form: overlap of the top C − 1 eigenspace of E[M] with the row space of S without 1ᵀS, S the
-            product of the later weights; NaN where these are not all matrices that follow each other.
+            product of the later weights; NaN where these are not all matrices that follow each other, and of one
+            output.
         closed_range: the same with the range of Sᵀ(I − 11ᵀ/C)S.
     """
 
@@ -210,6 +211,8 @@ def _closed_forms(
     later: list[Tensor | None], outputs: int, num_classes: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """Orthonormal bases (outputs, C − 1) of the row space of S without 1ᵀS, and of the rows of S less their mean."""
+    if num_classes < 2:
+        return None, None
     product = torch.eye(num_classes, dtype=torch.float64)
     for weight in reversed(later):
         if weight is None or weight.shape[0] != product.shape[1]:

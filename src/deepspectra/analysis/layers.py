@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from deepspectra.algorithms.lanczos import check_count
 from deepspectra.analysis.blocks import SMALL
 from deepspectra.analysis.collapse import Collapse, collapse_of
 from deepspectra.analysis.gram import EigenBasis, GramSpectrum, provenance_of_rows, spectrum_of
 from deepspectra.analysis.khatri_rao import KhatriRao, centred_spectrum, khatri_rao
 from deepspectra.analysis.kronecker import KroneckerQuality, kronecker_quality
 from deepspectra.analysis.layer_hessians import LayerHessian, layer_hessians
-from deepspectra.errors import CurvatureError, FallbackWarning, MemoryBudgetError
+from deepspectra.errors import CurvatureError, FallbackWarning, MemoryBudgetError, MissingNameError
 from deepspectra.operators.captures import parameters_of
 from deepspectra.operators.held import HeldRows, gram_of, moment_of
 from deepspectra.operators.layerwise import (
@@ -88,7 +89,9 @@ class Layers:
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise KeyError(f"no layer {name!r}; there are {', '.join(layer.name for layer in self.layers)}.")
+        raise MissingNameError(
+            f"no layer {name!r}; there are {', '.join(layer.name for layer in self.layers)}."
+        )
 
     def __str__(self) -> str:
         tables = [*_structure(self.layers), *_curvature(self.layers)]
@@ -173,6 +176,7 @@ def layers(
         progress: called with the name of each layer before it is analysed.
 
     Raises:
+        OptionError: num below 1.
         LossError: the loss is not the cross-entropy of class labels.
         MemoryBudgetError: a Gram matrix, or one layer's features and errors, do not fit memory.
         CurvatureError: features and errors cannot be told apart by example.
@@ -184,6 +188,8 @@ def layers(
     Source: Papyan 2020, JMLR 21:252, sections 4–6.
     """
     began = time.perf_counter()
+    num = problem.num_classes if num is None else num
+    check_count("num", num)
     parts = decompose(problem if dtype is None else problem.to(dtype), effects=effects, hold=True)
     rows = parts.rows
     assert isinstance(rows, HeldRows)
@@ -195,7 +201,7 @@ def layers(
         found.append(_layer(name, uses, parts, bases))
     rows.release()
     if hessian:
-        found = _with_hessian(parts.problem, found, num or problem.num_classes, progress)
+        found = _with_hessian(parts.problem, found, num, progress)
     quality = kronecker_quality(problem, kronecker, dtype=dtype, progress=progress) if kronecker else None
     return Layers(tuple(found), time.perf_counter() - began, quality)
 

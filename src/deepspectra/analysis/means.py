@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.lanczos import check_count
 from deepspectra.analysis.sampling import residual_norm, sampled_eigenspace
-from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
+from deepspectra.errors import CurvatureError, MemoryBudgetError, MissingNameError, OptionError
 from deepspectra.operators.captures import layer_of
 from deepspectra.operators.held import HeldRows
 from deepspectra.operators.layerwise import error_averages, layer_errors, layer_inputs, membership
@@ -53,7 +53,7 @@ class ClassMeans:
     def layer(self, name: str) -> ClassMeans:
         """The means of one layer."""
         if name not in self.layers:
-            raise KeyError(f"no layer {name!r}; there are {', '.join(self.layers)}.")
+            raise MissingNameError(f"no layer {name!r}; there are {', '.join(self.layers)}.")
         cut, crossed = self.layers[name], self.cross_class_means
         means = torch.cat([self.class_means[:, piece] for piece in cut], -1)
         return replace(

@@ -49,6 +49,7 @@ WIDE = ("within", "residual")  # parts that span too much to be projected out
 METHODS = ("subtraction", "projection")
 OF = ("gradients", "hessian", "features", "errors")
 BLOCK = 32  # columns that are multiplied together
+NUM_GROUPS = 8  # of examples that are left out in turn
 DECADES = 3.0  # by which an eigenvalue that a knock-out removes counts as moved
 BULK_SHARE = 0.5  # of the eigenvalues beyond outliers and bump that are called bulk: the larger half
 LEAST = 0.1  # decades, a factor of 1.26, by which a region must move to be made by what is removed
@@ -147,7 +148,7 @@ def regions(
     of: str = "gradients",
     *,
     method: str = "subtraction",
-    num_groups: int = 8,
+    num_groups: int | None = None,
     seed: int = 0,
     progress: Callable[[str], object] | None = None,
 ) -> Regions:
@@ -164,7 +165,8 @@ def regions(
             layers together.
         method: "subtraction", A − B, or "projection", (I − QQᵀ) A (I − QQᵀ) with Q a basis of B, which "within" and
             "residual" span too much for.
-        num_groups: random groups of examples that are left out in turn, for standard errors; 0 for none.
+        num_groups: random groups of examples that are left out in turn, for standard errors; 0 for none. By default
+            8, or as many as there are examples if that is less, and none for a single example.
         seed: of the groups.
         progress: called with the name of each layer before it is analysed.
 
@@ -187,6 +189,8 @@ def regions(
         raise OptionError(f"of={of!r}; it is one of {', '.join(map(repr, OF))}.")
     if method not in METHODS:
         raise OptionError(f"method={method!r}; it is one of {', '.join(map(repr, METHODS))}.")
+    if num_groups is None:
+        num_groups = min(NUM_GROUPS, problem.num_examples) if problem.num_examples > 1 else 0
     check_count("num_groups", num_groups, 0, problem.num_examples)
     if num_groups == 1:
         raise OptionError("num_groups=1 leaves nothing when its group is left out; it is 0, or at least 2.")

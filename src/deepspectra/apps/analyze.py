@@ -12,12 +12,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from deepspectra.algorithms.eigenpairs import check_rtol
+from deepspectra.algorithms.lanczos import check_count
 from deepspectra.apps import stages
 from deepspectra.apps.dataset import build
 from deepspectra.apps.ledger import Ledger
 from deepspectra.apps.pages import save_dataset
 from deepspectra.errors import FileError, OptionError
 from deepspectra.operators.projections import grouped, num_groups
+from deepspectra.operators.rows import labelled_loss
 from deepspectra.problem import Problem
 from deepspectra.report.page import write, write_series
 
@@ -152,11 +155,18 @@ def analyze(
     Raises:
         LossError: the loss is not the cross-entropy of class labels.
         CurvatureError: the network has no right second derivative.
-        OptionError: class names that are not one a class, or groups that are not one number a class.
+        OptionError: counts below 1, rtol not between 0 and 1, class names that are not one a class, or groups that
+            are not one number a class.
         FileError: the folder to resume from is of another problem or of other options, or damaged.
 
     Cost: itemised in the result.
     """
+    for name, value in (("num", num), ("num_probes", num_probes), ("num_steps", num_steps)):
+        if value is not None:
+            check_count(name, value)
+    if rtol is not None:
+        check_rtol(rtol)
+    labelled_loss(problem)
     owner = grouped(groups, problem.num_classes, problem.device)
     num_classes = num_groups(owner, problem.num_classes)
     if class_names is not None and len(class_names) != num_classes:

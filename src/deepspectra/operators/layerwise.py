@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from deepspectra.errors import CurvatureError, MemoryBudgetError
+from deepspectra.errors import CurvatureError, MemoryBudgetError, MissingNameError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.captures import Complement, layer_of
 from deepspectra.operators.held import HeldRows
@@ -44,7 +44,7 @@ class RowParts(Mapping[str, "RowPart"]):
 
     def __getitem__(self, name: str) -> RowPart:
         if name not in self.names:
-            raise KeyError(f"no part {name!r}; there are {', '.join(self.names)}.")
+            raise MissingNameError(f"no part {name!r}; there are {', '.join(self.names)}.")
         return RowPart(self, name)
 
     def __iter__(self) -> Iterator[str]:
@@ -56,7 +56,7 @@ class RowParts(Mapping[str, "RowPart"]):
     def layer(self, name: str) -> RowParts:
         """The same for one layer."""
         if name not in self.matrices:
-            raise KeyError(f"no layer {name!r}; there are {', '.join(self.matrices)}.")
+            raise MissingNameError(f"no layer {name!r}; there are {', '.join(self.matrices)}.")
         return RowParts(self.of, {name: self.matrices[name]}, self.averages, self.names)
 
     def gram(self) -> Tensor:

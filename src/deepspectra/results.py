@@ -168,7 +168,7 @@ class Eigenpairs:
     def worst(self) -> float:
         """The largest relative residual ‖A v − λ v‖/|λ|; pairs that are exact count 0."""
         relative = self.residual_norms / self.values.abs()
-        return float(torch.where(self.residual_norms == 0, 0.0, relative).max())
+        return max(torch.where(self.residual_norms == 0, 0.0, relative).tolist(), default=0.0)
 
     @property
     def status(self) -> str:

@@ -43,10 +43,12 @@ class Layer:
         shape: of its first matrix or kernel, or of its first parameter.
         num_parameters: selected ones.
         features: spectrum of (1/N) Σ h hᵀ with parts "mean", "class" and "within", of the whole input of an
-            example; None where rows are not examples, or nothing is multiplied by features.
-        errors: spectrum of Σ w e eᵀ with the parts of G, of the whole output; None where there are none.
+            example; None where rows are not examples, nothing is multiplied by features, or examples have unequal
+            numbers of positions.
+        errors: spectrum of Σ w e eᵀ with the parts of G, of the whole output; None where there are none, or
+            examples have unequal numbers of positions.
         gradients: spectrum of the layer's block of G.
-        khatri_rao: see there; None where a parameter is used several times.
+        khatri_rao: see there; None without features, or where a parameter is used several times.
         collapse: see there; None without features.
         hessian: spectrum of the layer's block of H; None unless asked for, or without second derivatives.
         centred: spectrum of the gradients to the matrix or kernel with h − h̄ in place of the features h: what G's
@@ -145,7 +147,9 @@ def _first(spectrum: GramSpectrum | None, parts: tuple[str, ...]) -> str:
     if spectrum is None:
         return " " * (8 + 7 * len(parts))
     total = float(spectrum.values.sum())
-    shares = " ".join(f"{float(spectrum.parts[part].sum()) / total:>6.0%}" for part in parts)
+    shares = " ".join(
+        f"{float(spectrum.parts[part].sum()) / total:>6.0%}" if total else f"{'–':>6}" for part in parts
+    )
     return f"{float(spectrum.values[0]):>8.3g} {shares}"
 
 
@@ -230,12 +234,12 @@ def _layer(name: str, uses: list[list[Use]], parts: Decomposition, bases: dict[s
     matrices = [[use for use in batch if isinstance(use, Matrix)] for batch in uses]
     fed = [use for use in uses[0] if isinstance(use, (Matrix, Lookup))]
     first = next((use.slice.shape for use in fed), next(iter(own.values())).shape)
-    single = all(
+    inputs = [layer_inputs(batch, n).get(name) for batch, n in zip(uses, rows.sizes, strict=True)]
+    features = _stacked(inputs)
+    errors = _stacked([layer_errors(batch).get(name) for batch in uses])
+    single = features is not None and all(
         len(batch) == 1 and batch[0].num_examples == n for batch, n in zip(matrices, rows.sizes, strict=True)
     )
-    inputs = [layer_inputs(batch, n).get(name) for batch, n in zip(uses, rows.sizes, strict=True)]
-    features = None if inputs[0] is None else torch.cat([some for some in inputs if some is not None])
-    errors = torch.cat([layer_errors(batch)[name] for batch in uses]) if fed else None
     return Layer(
         name=name,
         shape=tuple(first),
@@ -251,6 +255,13 @@ def _layer(name: str, uses: list[list[Use]], parts: Decomposition, bases: dict[s
         if single and len(bases["means"]) <= SMALL
         else None,
     )
+
+
+def _stacked(pieces: Sequence[Tensor | None]) -> Tensor | None:
+    """Rows of all batches; None if a batch has none, or examples have unequal numbers of positions."""
+    found = [piece for piece in pieces if piece is not None]
+    one_width = len(found) == len(pieces) and len({piece.shape[1] for piece in found}) == 1
+    return torch.cat(found) if one_width else None
 
 
 def _row_spectrum(

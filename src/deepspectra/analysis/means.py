@@ -15,7 +15,13 @@ from deepspectra.analysis.sampling import residual_norm, sampled_eigenspace
 from deepspectra.errors import CurvatureError, MemoryBudgetError, MissingNameError, OptionError
 from deepspectra.operators.captures import layer_of
 from deepspectra.operators.held import HeldRows
-from deepspectra.operators.layerwise import error_averages, layer_errors, layer_inputs, membership
+from deepspectra.operators.layerwise import (
+    error_averages,
+    layer_errors,
+    layer_inputs,
+    membership,
+    refuse_unequal,
+)
 from deepspectra.operators.parts import KINDS, Decomposition, decompose
 from deepspectra.operators.projections import grouped, num_groups, positive
 from deepspectra.operators.rows import class_sums, labelled_loss
@@ -271,6 +277,8 @@ def _add(sums: dict[str, Tensor], found: dict[str, Tensor], share: Tensor, memor
                 f"{memory / 2**30:.1f} GiB. Raise memory, or restrict the parameters."
             )
     for name, rows in found.items():
+        if name in sums:
+            refuse_unequal(name, {sums[name].shape[1], rows.shape[1]})
         sums[name] = sums.get(name, 0) + share.T.to(rows) @ rows
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.lanczos import check_count
 from deepspectra.analysis.gram import EigenBasis, gradient_basis, range_of
-from deepspectra.errors import MemoryBudgetError, OptionError
+from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
 from deepspectra.operators.captures import Complement
 from deepspectra.operators.curvature import GaussNewton, Hessian
 from deepspectra.operators.held import HeldRows, gram_of
@@ -83,15 +83,21 @@ class Shifts:
         row = self.knockouts.index(knockout)
         order = self.values[row].nan_to_num(-1).argsort(descending=True).tolist()
         first, second = order[0], order[1]
+        if math.isnan(float(self.values[row, first])):  # a spectrum that is zero
+            return None
         lead = float(self.values[row, first] - self.values[row, second])
         error = float(self.standard_errors[row, [first, second]].nan_to_num().norm())
         clear = math.isnan(lead) or lead > SURE * error  # NaN: the other region is empty
         return self.regions[first] if clear else None
 
     def makes(self, knockout: str, region: str) -> bool | None:
-        """Whether a part makes a region: moves it most, and by a tenth of a decade or more; None if that is open."""
-        if self.of(knockout, region) < LEAST:
-            return False
+        """Whether a part makes a region: moves it most, and by a tenth of a decade or more; None if that is open.
+
+        It is open too of a region that is empty.
+        """
+        shift = self.of(knockout, region)
+        if math.isnan(shift) or shift < LEAST:
+            return None if math.isnan(shift) else False
         row, column = self.knockouts.index(knockout), self.regions.index(region)
         leads = self.values[row, column] - self.values[row]
         errors = self.standard_errors[row].nan_to_num()
@@ -342,6 +348,11 @@ def _of_hessian(
     basis = gradient_basis(parts)
     assert basis.vectors is not None
     kept = basis.values > basis.tiny
+    if not bool(kept.any()):
+        raise CurvatureError(
+            "G is zero: gradients span no space in which the Hessian's regions could be looked at. Take another of "
+            "'gradients', 'features' and 'errors', or a network whose outputs depend on these parameters."
+        )
     v, root = basis.vectors[:, kept], basis.values[kept].sqrt()
     turn, coordinates = v / root, v * root
     del basis, v

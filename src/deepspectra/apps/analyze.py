@@ -33,7 +33,8 @@ class Analysis:
 
     Attributes:
         dataset: every number with its dimensions named; `docs/file-format.md` lists them.
-        vectors: "hessian" and "gauss_newton" → parameter name → (K, *shape), the top eigenvectors.
+        vectors: "hessian" and "gauss_newton" → parameter name → (K, *shape), the top eigenvectors; none of
+            a G that is zero.
     """
 
     dataset: xr.Dataset
@@ -189,7 +190,8 @@ def analyze(
     dataset.attrs.update(
         title=title or f"Spectrum of {model}" + (f" on {data}" if data else ""), model=model, data=data
     )
-    return Analysis(dataset, {name: _named(problem, pairs.vectors) for name, pairs in found.pairs.items()})
+    found_vectors = {name: pairs.vectors for name, pairs in found.pairs.items() if len(pairs.values)}
+    return Analysis(dataset, {name: _named(problem, vectors) for name, vectors in found_vectors.items()})
 
 
 def _named(problem: Problem, vectors: Tensor) -> dict[str, Tensor]:

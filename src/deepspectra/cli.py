@@ -15,7 +15,7 @@ from deepspectra import zoo
 from deepspectra.analysis.class_groups import class_groups
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.layers import Layers, layers
-from deepspectra.analysis.regions import METHODS, regions
+from deepspectra.analysis.regions import METHODS, NUM_GROUPS, regions
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
 from deepspectra.analysis.study import study
 from deepspectra.apps.analyze import Analysis, analyze, save_series
@@ -221,8 +221,11 @@ def regions_command(
     of: Annotated[str, typer.Option(help="Whose spectra, in any order.")] = ",".join(KINDS_OF_REGIONS),
     method: Annotated[str, typer.Option(help=f"{' or '.join(METHODS)}.")] = METHODS[0],
     num_groups: Annotated[
-        int, typer.Option(help="Groups of examples left out in turn, for standard errors; 0 for none.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            help="Groups of examples left out in turn, for standard errors; 0 for none; by default 8."
+        ),
+    ] = None,
     at: At = None,
     seed: Seed = 0,
 ) -> None:
@@ -233,7 +236,8 @@ def regions_command(
         raise OptionError(f"--of {of}: expected some of {', '.join(KINDS_OF_REGIONS)}.")
     series = {}
     for moment in moments(target, chosen, out, at):
-        _warn_of_long_spectra(moment.problem, spectra=(num_groups + 1) * SPECTRA_OF_REGIONS)
+        groups = NUM_GROUPS if num_groups is None else num_groups
+        _warn_of_long_spectra(moment.problem, spectra=(groups + 1) * SPECTRA_OF_REGIONS)
         found = []
         with CONSOLE.status("regions") as status:
             for kind in kinds:

@@ -45,6 +45,13 @@ class OptionError(DeepSpectraError, ValueError):
     """An option has a value outside its range."""
 
 
+class MissingNameError(DeepSpectraError, KeyError):
+    """A name that is asked for, such as a layer's, is not among those there are."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class FileError(DeepSpectraError, OSError):
     """A result file, checkpoint or data file is missing, truncated or of another format."""
 

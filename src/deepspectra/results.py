@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, overload
 import torch
 from torch import Tensor
 
-from deepspectra.errors import OptionError
+from deepspectra.errors import MissingNameError, OptionError
 
 if TYPE_CHECKING:
     from deepspectra.operators.base import Operator
@@ -87,7 +87,7 @@ class ByLayer(Mapping[str, Entry]):
 
     def __getitem__(self, name: str) -> Entry:
         if name not in self.layers:
-            raise KeyError(f"no layer {name!r}; there are {', '.join(self.layers)}.")
+            raise MissingNameError(f"no layer {name!r}; there are {', '.join(self.layers)}.")
         return self.layers[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -168,7 +168,7 @@ class Eigenpairs:
     def worst(self) -> float:
         """The largest relative residual ‖A v − λ v‖/|λ|; pairs that are exact count 0."""
         relative = self.residual_norms / self.values.abs()
-        return float(torch.where(self.residual_norms == 0, 0.0, relative).max())
+        return max(torch.where(self.residual_norms == 0, 0.0, relative).tolist(), default=0.0)
 
     @property
     def status(self) -> str:

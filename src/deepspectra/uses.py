@@ -379,7 +379,10 @@ class Layout:
 
     def fits(self, errors: Tensor, coded: Tensor, codes: Tensor) -> bool:
         """Whether errors, and errors of scalars multiplied by an example's code, agree with this order."""
-        if errors.shape[self.kind == "second"] % len(codes):
+        if self.kind == "second":
+            if errors.ndim < 2 or errors.shape[1] != len(codes):
+                return False
+        elif len(errors) % len(codes):
             return False
         plain, other = (self.examples_first(tensor, len(codes)) for tensor in (errors, coded))
         wide = codes.view(-1, *[1] * (plain.ndim - 1)) * plain

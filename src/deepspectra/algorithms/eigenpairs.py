@@ -377,12 +377,17 @@ def _moved(values: Tensor, before: Tensor, tolerances: Tensor) -> bool:
     return bool(((values - before).abs() > tolerances).any())
 
 
+def check_rtol(rtol: float) -> None:
+    """Raise OptionError unless 0 < rtol < 1."""
+    if not 0 < rtol < 1:
+        raise OptionError(f"rtol must lie between 0 and 1; got {rtol!r}.")
+
+
 def _check_options(operator: Operator, num: int, which: str, rtol: float, max_products: int | None) -> None:
     check_count("num", num, largest=operator.shape[0])
     if which not in ENDS:
         raise OptionError(f"which must be one of {', '.join(map(repr, ENDS))}; got {which!r}.")
-    if not 0 < rtol < 1:
-        raise OptionError(f"rtol must lie between 0 and 1; got {rtol!r}.")
+    check_rtol(rtol)
     if max_products is not None:
         check_count("max_products", max_products, smallest=num)
 

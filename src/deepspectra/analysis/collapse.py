@@ -83,6 +83,7 @@ def collapse_of(features: Tensor, rows: GradientRows, layer: str) -> Collapse:
     member = membership(rows)
     live = counted(rows) > 0
     kept = member.any(0)
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
     member = member[:, kept].to(features)
     sizes = member.sum(0)
     means = (member / sizes).T @ features  # (C', D)

@@ -13,7 +13,7 @@ from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.lanczos import check_count
 from deepspectra.algorithms.subspace import overlap_curve
 from deepspectra.analysis.blocks import RTOL, Blocks, top_pairs
-from deepspectra.errors import ShapeError
+from deepspectra.errors import MissingNameError, ShapeError
 from deepspectra.operators.curvature import GaussNewton
 from deepspectra.operators.exact import ExactBlock
 from deepspectra.operators.factored import Block, Rotated
@@ -99,7 +99,9 @@ class Comparison:
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise KeyError(f"no layer {name!r}; there are {', '.join(layer.name for layer in self.layers)}.")
+        raise MissingNameError(
+            f"no layer {name!r}; there are {', '.join(layer.name for layer in self.layers)}."
+        )
 
     def __str__(self) -> str:
         head = ("m", "peak at", "height", "at k = m", "predicted", "height", "(t·t′)²", "case", "random at m")

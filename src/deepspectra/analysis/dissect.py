@@ -38,7 +38,8 @@ class LayerDissection:
         input_alignment: (v_1·E[x])²/‖E[x]‖², without the bias.
         output_values: (O,) largest eigenvalues of E[M].
         closed_form: overlap of the top C − 1 eigenspace of E[M] with the row space of S without 1ᵀS, S the
-            product of the later weights; NaN where these are not all matrices that follow each other.
+            product of the later weights; NaN where these are not all matrices that follow each other, and of one
+            output.
         closed_range: the same with the range of Sᵀ(I − 11ᵀ/C)S.
     """
 
@@ -61,7 +62,7 @@ class Dissection(ByLayer[LayerDissection]):
     """What the blocks of all layers that multiply features are made of.
 
     Attributes:
-        whole: the same question for all layers together; None if it was left out.
+        whole: the same question for all layers together; None if it was left out, or if all blocks are zero.
     """
 
     whole: WholeDissection | None
@@ -116,7 +117,7 @@ def dissect(
 
     Cost: the factors, their eigenvectors, and the top eigenspace of each block: of at most 3,000 rows N (C − 1)
         from their inner products, of more by Lanczos; the top eigenpairs of G by products. Grouped convolutions
-        count in the whole only.
+        count in the whole only, and layers whose block is zero are left out.
 
     Source: Wu et al. 2020, arXiv 2010.04261: definition 2.2 (reshaping), section 3 (correspondence, λ_1/λ_2),
         section 4 and appendix (closed form of the output Hessian's top space), appendix C (the whole).
@@ -130,6 +131,8 @@ def dissect(
     num_whole = num if num_whole is None else num_whole
     layers, stack = {}, Stack()
     for name, exact in blocks:
+        if not exact.trace:
+            continue
         if num_whole:
             stack.add(exact)
         if exact.place.groups > 1:
@@ -140,7 +143,7 @@ def dissect(
         assert isinstance(factors, KroneckerSum)
         later = weights[blocks.names.index(name) + 1 :]
         layers[name] = _dissected(exact, factors, later, problem.num_classes, (num, num_directions, seed))
-    whole = stack.against(problem, blocks, num_whole, seed) if num_whole else None
+    whole = stack.against(problem, blocks, num_whole, seed) if stack.errors else None
     provenance = Provenance.of(GaussNewton(problem), seed)
     return Dissection(layers, time.perf_counter() - began, provenance, whole)
 
@@ -210,6 +213,8 @@ def _closed_forms(
     later: list[Tensor | None], outputs: int, num_classes: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """Orthonormal bases (outputs, C − 1) of the row space of S without 1ᵀS, and of the rows of S less their mean."""
+    if num_classes < 2:
+        return None, None
     product = torch.eye(num_classes, dtype=torch.float64)
     for weight in reversed(later):
         if weight is None or weight.shape[0] != product.shape[1]:

@@ -55,7 +55,10 @@ class GramSpectrum:
 
     @property
     def stable_rank(self) -> float:
-        """‖G‖_F² / ‖G‖₂²: how many eigenvalues are of the size of the largest (Rudelson and Vershynin 2007)."""
+        """‖G‖_F² / ‖G‖₂²: how many eigenvalues are of the size of the largest (Rudelson and Vershynin 2007).
+
+        NaN if all are zero.
+        """
         return float((self.values / self.values[0]).square().sum())
 
     @property
@@ -69,6 +72,16 @@ class GramSpectrum:
             return math.nan
         values, shares = self.values[:num], self.shares[:num, self.part_names.index(part)]
         return float((values * shares).nansum() / values.sum())
+
+    @property
+    def bulk_edge(self) -> float:
+        """The largest eigenvalue of "within", of what scatter within classes makes by itself; 0 without any."""
+        return max(self.parts["within"].tolist(), default=0.0)
+
+    def threshold(self, margin: float = MARGIN) -> float:
+        """Above which eigenvalues are outliers: `margin` times the bulk's edge, and more than rounding."""
+        rounding = torch.finfo(self.values.dtype).eps * len(self.values) * float(self.values[0])
+        return max(margin * self.bulk_edge, rounding)
 
     @property
     def density(self) -> Density:
@@ -85,10 +98,8 @@ class GramSpectrum:
         Raises:
             OptionError: as `knockout`.
         """
-        rounding = torch.finfo(self.values.dtype).eps * len(self.values) * float(self.values[0])
-        edge = float(self.parts["within"][0]) if len(self.parts["within"]) else 0.0
         values = self.knockout(*removed) if removed else self.values
-        return int((values > max(margin * edge, rounding)).sum())
+        return int((values > self.threshold(margin)).sum())
 
     def knockout(self, *removed: str, method: str = "subtraction") -> Tensor:
         """All eigenvalues (R,) of G without parts, descending.
@@ -117,12 +128,12 @@ class GramSpectrum:
         for name in self.part_names:
             values = self.parts[name]
             largest = float(values[0]) if len(values) else 0.0
-            rows.append(
-                f"{name:<12} {float(values.sum()):>11.4g} {float(values.sum()) / total:>7.1%} {largest:>11.4g}"
-            )
-        rows.append(f"{'G':<12} {total:>11.4g} {1:>7.0%} {float(self.values[0]):>11.4g}")
+            share = f"{float(values.sum()) / total:.1%}" if total else "–"
+            rows.append(f"{name:<12} {float(values.sum()):>11.4g} {share:>7} {largest:>11.4g}")
+        rows.append(f"{'G':<12} {total:>11.4g} {'100%' if total else '–':>7} {float(self.values[0]):>11.4g}")
+        num = len(self.values) if total else 0
         rows.append(
-            f"exact spectrum of {self.provenance.operator}: {len(self.values):,} of {self.provenance.size:,} "
+            f"exact spectrum of {self.provenance.operator}: {num:,} of {self.provenance.size:,} "
             f"eigenvalues are not zero, {self.seconds:.3g} s"
         )
         return "\n".join(rows)
@@ -266,7 +277,7 @@ def provenance_of_rows(parts: Decomposition, what: str, size: int) -> Provenance
 def gradient_pairs(
     basis: EigenBasis, parts: Decomposition, num: int, began: float, seed: int = 0
 ) -> Eigenpairs:
-    """The largest eigenpairs u = Aᵀv/√λ of G.
+    """The largest eigenpairs u = Aᵀv/√λ of G, as many as are not zero.
 
     Residual norms are bounds from above, by A u against √λ v for two random sums of the pairs.
 
@@ -274,7 +285,10 @@ def gradient_pairs(
     """
     assert isinstance(parts.rows, HeldRows)
     assert basis.vectors is not None
+    num = min(num, int((basis.values > basis.tiny).sum()))
     rows, values, v = parts.rows, basis.values[:num], basis.vectors[:, :num]
+    if not num:
+        return _no_pairs(parts, began)
     vectors = rows.transpose_reduced(v / values.sqrt())
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (v.shape[1], NUM_CHECKS), generator=generator).to(v) * 2 - 1
@@ -289,6 +303,22 @@ def gradient_pairs(
         seconds=time.perf_counter() - began,
         which="largest",
         rtol=float(missed / values.min()),
+        provenance=provenance_of(parts),
+    )
+
+
+def _no_pairs(parts: Decomposition, began: float) -> Eigenpairs:
+    """Of a G that is zero."""
+    none = torch.zeros(0, dtype=torch.float64)
+    return Eigenpairs(
+        values=none,
+        vectors=parts.rows.products.zeros(0).T,
+        residual_norms=none,
+        converged=True,
+        num_products=0,
+        seconds=time.perf_counter() - began,
+        which="largest",
+        rtol=0.0,
         provenance=provenance_of(parts),
     )
 

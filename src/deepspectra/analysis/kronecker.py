@@ -14,13 +14,14 @@ from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.subspace import overlap_curve
 from deepspectra.analysis.blocks import SMALL, Blocks, dense_spectrum
-from deepspectra.errors import MemoryBudgetError, OptionError
+from deepspectra.errors import LossError, MemoryBudgetError, MissingNameError, OptionError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.exact import ExactBlock
 from deepspectra.operators.factored import Block, KroneckerSum, Rotated
 from deepspectra.operators.held import gram_of
 from deepspectra.operators.kronecker import KINDS
 from deepspectra.operators.places import with_ones
+from deepspectra.operators.rows import labelled_loss
 from deepspectra.problem import Problem
 from deepspectra.results import Provenance
 from deepspectra.uses import Matrix
@@ -112,7 +113,9 @@ class KroneckerQuality:
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise KeyError(f"no layer {name!r}; there are {', '.join(layer.name for layer in self.layers)}.")
+        raise MissingNameError(
+            f"no layer {name!r}; there are {', '.join(layer.name for layer in self.layers)}."
+        )
 
     def __str__(self) -> str:
         ks = max((layer.ks for layer in self.layers), key=len, default=())
@@ -141,7 +144,7 @@ class KroneckerQuality:
 
 def kronecker_quality(
     problem: Problem,
-    kinds: Sequence[str] = ("kfac", "ekfac", "cfac"),
+    kinds: Sequence[str] | None = None,
     *,
     sharing: str = "expand",
     ks: Sequence[int] = (1, 2, 5, 10, 20),
@@ -159,7 +162,8 @@ def kronecker_quality(
 
     Args:
         problem: with a loss that is convex in the outputs.
-        kinds: among "kfac", "ekfac", "cfac" and "optimal" (of one product).
+        kinds: among "kfac", "ekfac", "cfac" and "optimal" (of one product); by default the first three, without
+            "cfac" where examples have no class labels.
         sharing: as in `kronecker`.
         ks: sizes of the eigenspaces to compare, ascending; those beyond a layer's rank are left out.
         floor: relative to ‖G‖₂, where logarithms of eigenvalues stop.
@@ -181,6 +185,7 @@ def kronecker_quality(
     and eigenspaces by eye; errors are this library's.
     """
     began = time.perf_counter()
+    kinds = _default_kinds(problem) if kinds is None else kinds
     sizes = _checked(kinds, ks)
     blocks = Blocks(problem if dtype is None else problem.to(dtype), kinds, sharing)
     memory = blocks.captures.problem.memory
@@ -357,6 +362,16 @@ def _inner_of_rows(exact: ExactBlock, block: KroneckerSum) -> float:
             alike = ((left @ errors).mT @ errors).sum(1)
             total += float((alike * same * right[index][:, None]).double().sum())
     return total
+
+
+def _default_kinds(problem: Problem) -> tuple[str, ...]:
+    """Those that the loss and its targets allow."""
+    _, targets = next(iter(problem.row_batches()))
+    try:
+        labelled_loss(problem).labels(targets)
+    except LossError:
+        return ("kfac", "ekfac")
+    return ("kfac", "ekfac", "cfac")
 
 
 def _checked(kinds: Sequence[str], ks: Sequence[int]) -> tuple[int, ...]:

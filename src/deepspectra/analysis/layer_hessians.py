@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -32,7 +33,8 @@ class LayerHessian:
     weights) the residual's block is zero and the Hessian's is that of G, whose exact spectrum this then is.
 
     Attributes:
-        residual: ‖R‖_F/‖G‖_F of the blocks, estimated from 2 random vectors; 0 up to rounding.
+        residual: ‖R‖_F/‖G‖_F of the blocks, estimated from 2 random vectors; 0 up to rounding, ∞ where
+            only G's is zero.
         values: (K,) largest eigenvalues, descending.
         residual_norms: (K,) ‖H v − λ v‖, measured; 0 where G's block was taken.
         smallest: the lowest node of the density.
@@ -102,17 +104,18 @@ def layer_hessians(
 def _residual_sizes(
     problem: Problem, owned: Mapping[str, list[str]], gradients: Mapping[str, GramSpectrum], seed: int
 ) -> dict[str, float]:
-    """‖R‖_F/‖G‖_F of each layer's blocks."""
+    """‖R‖_F/‖G‖_F of each layer's blocks; 0 if both are zero, ∞ if only G's is."""
     generator = torch.Generator().manual_seed(seed)
     blocks = []
     for names in owned.values():
         size = sum(problem.parameters[name].numel() for name in names)
         blocks.append((names, torch.randn(size, CHECKS, generator=generator).to(problem.device)))
     products = Residual(problem).diagonal_blocks(blocks)
-    return {
-        layer: float(product.double().norm()) / CHECKS**0.5 / float(gradients[layer].values.norm())
-        for layer, product in zip(owned, products, strict=True)
-    }
+    found = {}
+    for layer, product in zip(owned, products, strict=True):
+        size, whole = float(product.double().norm()) / CHECKS**0.5, float(gradients[layer].values.norm())
+        found[layer] = size / whole if whole else math.inf if size else 0.0
+    return found
 
 
 def _same(spectrum: GramSpectrum, residual: float, num: int) -> LayerHessian:

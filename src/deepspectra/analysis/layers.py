@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from deepspectra.algorithms.lanczos import check_count
 from deepspectra.analysis.blocks import SMALL
 from deepspectra.analysis.collapse import Collapse, collapse_of
 from deepspectra.analysis.gram import EigenBasis, GramSpectrum, provenance_of_rows, spectrum_of
 from deepspectra.analysis.khatri_rao import KhatriRao, centred_spectrum, khatri_rao
 from deepspectra.analysis.kronecker import KroneckerQuality, kronecker_quality
 from deepspectra.analysis.layer_hessians import LayerHessian, layer_hessians
-from deepspectra.errors import CurvatureError, FallbackWarning, MemoryBudgetError
+from deepspectra.errors import CurvatureError, FallbackWarning, MemoryBudgetError, MissingNameError
 from deepspectra.operators.captures import parameters_of
 from deepspectra.operators.held import HeldRows, gram_of, moment_of
 from deepspectra.operators.layerwise import (
@@ -42,10 +43,12 @@ class Layer:
         shape: of its first matrix or kernel, or of its first parameter.
         num_parameters: selected ones.
         features: spectrum of (1/N) Σ h hᵀ with parts "mean", "class" and "within", of the whole input of an
-            example; None where rows are not examples, or nothing is multiplied by features.
-        errors: spectrum of Σ w e eᵀ with the parts of G, of the whole output; None where there are none.
+            example; None where rows are not examples, nothing is multiplied by features, or examples have unequal
+            numbers of positions.
+        errors: spectrum of Σ w e eᵀ with the parts of G, of the whole output; None where there are none, or
+            examples have unequal numbers of positions.
         gradients: spectrum of the layer's block of G.
-        khatri_rao: see there; None where a parameter is used several times.
+        khatri_rao: see there; None without features, or where a parameter is used several times.
         collapse: see there; None without features.
         hessian: spectrum of the layer's block of H; None unless asked for, or without second derivatives.
         centred: spectrum of the gradients to the matrix or kernel with h − h̄ in place of the features h: what G's
@@ -88,7 +91,9 @@ class Layers:
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise KeyError(f"no layer {name!r}; there are {', '.join(layer.name for layer in self.layers)}.")
+        raise MissingNameError(
+            f"no layer {name!r}; there are {', '.join(layer.name for layer in self.layers)}."
+        )
 
     def __str__(self) -> str:
         tables = [*_structure(self.layers), *_curvature(self.layers)]
@@ -142,7 +147,9 @@ def _first(spectrum: GramSpectrum | None, parts: tuple[str, ...]) -> str:
     if spectrum is None:
         return " " * (8 + 7 * len(parts))
     total = float(spectrum.values.sum())
-    shares = " ".join(f"{float(spectrum.parts[part].sum()) / total:>6.0%}" for part in parts)
+    shares = " ".join(
+        f"{float(spectrum.parts[part].sum()) / total:>6.0%}" if total else f"{'–':>6}" for part in parts
+    )
     return f"{float(spectrum.values[0]):>8.3g} {shares}"
 
 
@@ -173,6 +180,7 @@ def layers(
         progress: called with the name of each layer before it is analysed.
 
     Raises:
+        OptionError: num below 1.
         LossError: the loss is not the cross-entropy of class labels.
         MemoryBudgetError: a Gram matrix, or one layer's features and errors, do not fit memory.
         CurvatureError: features and errors cannot be told apart by example.
@@ -184,6 +192,8 @@ def layers(
     Source: Papyan 2020, JMLR 21:252, sections 4–6.
     """
     began = time.perf_counter()
+    num = problem.num_classes if num is None else num
+    check_count("num", num)
     parts = decompose(problem if dtype is None else problem.to(dtype), effects=effects, hold=True)
     rows = parts.rows
     assert isinstance(rows, HeldRows)
@@ -195,7 +205,7 @@ def layers(
         found.append(_layer(name, uses, parts, bases))
     rows.release()
     if hessian:
-        found = _with_hessian(parts.problem, found, num or problem.num_classes, progress)
+        found = _with_hessian(parts.problem, found, num, progress)
     quality = kronecker_quality(problem, kronecker, dtype=dtype, progress=progress) if kronecker else None
     return Layers(tuple(found), time.perf_counter() - began, quality)
 
@@ -224,12 +234,12 @@ def _layer(name: str, uses: list[list[Use]], parts: Decomposition, bases: dict[s
     matrices = [[use for use in batch if isinstance(use, Matrix)] for batch in uses]
     fed = [use for use in uses[0] if isinstance(use, (Matrix, Lookup))]
     first = next((use.slice.shape for use in fed), next(iter(own.values())).shape)
-    single = all(
+    inputs = [layer_inputs(batch, n).get(name) for batch, n in zip(uses, rows.sizes, strict=True)]
+    features = _stacked(inputs)
+    errors = _stacked([layer_errors(batch).get(name) for batch in uses])
+    single = features is not None and all(
         len(batch) == 1 and batch[0].num_examples == n for batch, n in zip(matrices, rows.sizes, strict=True)
     )
-    inputs = [layer_inputs(batch, n).get(name) for batch, n in zip(uses, rows.sizes, strict=True)]
-    features = None if inputs[0] is None else torch.cat([some for some in inputs if some is not None])
-    errors = torch.cat([layer_errors(batch)[name] for batch in uses]) if fed else None
     return Layer(
         name=name,
         shape=tuple(first),
@@ -245,6 +255,13 @@ def _layer(name: str, uses: list[list[Use]], parts: Decomposition, bases: dict[s
         if single and len(bases["means"]) <= SMALL
         else None,
     )
+
+
+def _stacked(pieces: Sequence[Tensor | None]) -> Tensor | None:
+    """Rows of all batches; None if a batch has none, or examples have unequal numbers of positions."""
+    found = [piece for piece in pieces if piece is not None]
+    one_width = len(found) == len(pieces) and len({piece.shape[1] for piece in found}) == 1
+    return torch.cat(found) if one_width else None
 
 
 def _row_spectrum(

@@ -12,10 +12,16 @@ from torch import Tensor
 
 from deepspectra.algorithms.lanczos import check_count
 from deepspectra.analysis.sampling import residual_norm, sampled_eigenspace
-from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
+from deepspectra.errors import CurvatureError, MemoryBudgetError, MissingNameError, OptionError
 from deepspectra.operators.captures import layer_of
 from deepspectra.operators.held import HeldRows
-from deepspectra.operators.layerwise import error_averages, layer_errors, layer_inputs, membership
+from deepspectra.operators.layerwise import (
+    error_averages,
+    layer_errors,
+    layer_inputs,
+    membership,
+    refuse_unequal,
+)
 from deepspectra.operators.parts import KINDS, Decomposition, decompose
 from deepspectra.operators.projections import grouped, num_groups, positive
 from deepspectra.operators.rows import class_sums, labelled_loss
@@ -53,7 +59,7 @@ class ClassMeans:
     def layer(self, name: str) -> ClassMeans:
         """The means of one layer."""
         if name not in self.layers:
-            raise KeyError(f"no layer {name!r}; there are {', '.join(self.layers)}.")
+            raise MissingNameError(f"no layer {name!r}; there are {', '.join(self.layers)}.")
         cut, crossed = self.layers[name], self.cross_class_means
         means = torch.cat([self.class_means[:, piece] for piece in cut], -1)
         return replace(
@@ -271,6 +277,8 @@ def _add(sums: dict[str, Tensor], found: dict[str, Tensor], share: Tensor, memor
                 f"{memory / 2**30:.1f} GiB. Raise memory, or restrict the parameters."
             )
     for name, rows in found.items():
+        if name in sums:
+            refuse_unequal(name, {sums[name].shape[1], rows.shape[1]})
         sums[name] = sums.get(name, 0) + share.T.to(rows) @ rows
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.lanczos import check_count
 from deepspectra.analysis.gram import EigenBasis, gradient_basis, range_of
-from deepspectra.errors import MemoryBudgetError, OptionError
+from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
 from deepspectra.operators.captures import Complement
 from deepspectra.operators.curvature import GaussNewton, Hessian
 from deepspectra.operators.held import HeldRows, gram_of
@@ -49,6 +49,7 @@ WIDE = ("within", "residual")  # parts that span too much to be projected out
 METHODS = ("subtraction", "projection")
 OF = ("gradients", "hessian", "features", "errors")
 BLOCK = 32  # columns that are multiplied together
+NUM_GROUPS = 8  # of examples that are left out in turn
 DECADES = 3.0  # by which an eigenvalue that a knock-out removes counts as moved
 BULK_SHARE = 0.5  # of the eigenvalues beyond outliers and bump that are called bulk: the larger half
 LEAST = 0.1  # decades, a factor of 1.26, by which a region must move to be made by what is removed
@@ -82,15 +83,21 @@ class Shifts:
         row = self.knockouts.index(knockout)
         order = self.values[row].nan_to_num(-1).argsort(descending=True).tolist()
         first, second = order[0], order[1]
+        if math.isnan(float(self.values[row, first])):  # a spectrum that is zero
+            return None
         lead = float(self.values[row, first] - self.values[row, second])
         error = float(self.standard_errors[row, [first, second]].nan_to_num().norm())
         clear = math.isnan(lead) or lead > SURE * error  # NaN: the other region is empty
         return self.regions[first] if clear else None
 
     def makes(self, knockout: str, region: str) -> bool | None:
-        """Whether a part makes a region: moves it most, and by a tenth of a decade or more; None if that is open."""
-        if self.of(knockout, region) < LEAST:
-            return False
+        """Whether a part makes a region: moves it most, and by a tenth of a decade or more; None if that is open.
+
+        It is open too of a region that is empty.
+        """
+        shift = self.of(knockout, region)
+        if math.isnan(shift) or shift < LEAST:
+            return None if math.isnan(shift) else False
         row, column = self.knockouts.index(knockout), self.regions.index(region)
         leads = self.values[row, column] - self.values[row]
         errors = self.standard_errors[row].nan_to_num()
@@ -147,7 +154,7 @@ def regions(
     of: str = "gradients",
     *,
     method: str = "subtraction",
-    num_groups: int = 8,
+    num_groups: int | None = None,
     seed: int = 0,
     progress: Callable[[str], object] | None = None,
 ) -> Regions:
@@ -164,7 +171,8 @@ def regions(
             layers together.
         method: "subtraction", A − B, or "projection", (I − QQᵀ) A (I − QQᵀ) with Q a basis of B, which "within" and
             "residual" span too much for.
-        num_groups: random groups of examples that are left out in turn, for standard errors; 0 for none.
+        num_groups: random groups of examples that are left out in turn, for standard errors; 0 for none. By default
+            8, or as many as there are examples if that is less, and none for a single example.
         seed: of the groups.
         progress: called with the name of each layer before it is analysed.
 
@@ -187,6 +195,8 @@ def regions(
         raise OptionError(f"of={of!r}; it is one of {', '.join(map(repr, OF))}.")
     if method not in METHODS:
         raise OptionError(f"method={method!r}; it is one of {', '.join(map(repr, METHODS))}.")
+    if num_groups is None:
+        num_groups = min(NUM_GROUPS, problem.num_examples) if problem.num_examples > 1 else 0
     check_count("num_groups", num_groups, 0, problem.num_examples)
     if num_groups == 1:
         raise OptionError("num_groups=1 leaves nothing when its group is left out; it is 0, or at least 2.")
@@ -338,6 +348,11 @@ def _of_hessian(
     basis = gradient_basis(parts)
     assert basis.vectors is not None
     kept = basis.values > basis.tiny
+    if not bool(kept.any()):
+        raise CurvatureError(
+            "G is zero: gradients span no space in which the Hessian's regions could be looked at. Take another of "
+            "'gradients', 'features' and 'errors', or a network whose outputs depend on these parameters."
+        )
     v, root = basis.vectors[:, kept], basis.values[kept].sqrt()
     turn, coordinates = v / root, v * root
     del basis, v

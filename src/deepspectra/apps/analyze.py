@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from deepspectra.algorithms.eigenpairs import check_rtol
+from deepspectra.algorithms.lanczos import check_count
 from deepspectra.apps import stages
 from deepspectra.apps.dataset import build
 from deepspectra.apps.ledger import Ledger
@@ -31,7 +33,8 @@ class Analysis:
 
     Attributes:
         dataset: every number with its dimensions named; `docs/file-format.md` lists them.
-        vectors: "hessian" and "gauss_newton" → parameter name → (K, *shape), the top eigenvectors.
+        vectors: "hessian" and "gauss_newton" → parameter name → (K, *shape), the top eigenvectors; none of
+            a G that is zero.
     """
 
     dataset: xr.Dataset
@@ -153,11 +156,17 @@ def analyze(
     Raises:
         LossError: the loss is not the cross-entropy of class labels.
         CurvatureError: the network has no right second derivative.
-        OptionError: class names that are not one a class, or groups that are not one number a class.
+        OptionError: counts below 1, rtol not between 0 and 1, class names that are not one a class, or groups that
+            are not one number a class.
         FileError: the folder to resume from is of another problem or of other options, or damaged.
 
     Cost: itemised in the result.
     """
+    for name, value in (("num", num), ("num_probes", num_probes), ("num_steps", num_steps)):
+        if value is not None:
+            check_count(name, value)
+    if rtol is not None:
+        check_rtol(rtol)
     _, targets = next(problem.row_batches())
     labelled_loss(problem).labels(targets)
     owner = grouped(groups, problem.num_classes, problem.device)
@@ -182,7 +191,8 @@ def analyze(
     dataset.attrs.update(
         title=title or f"Spectrum of {model}" + (f" on {data}" if data else ""), model=model, data=data
     )
-    return Analysis(dataset, {name: _named(problem, pairs.vectors) for name, pairs in found.pairs.items()})
+    found_vectors = {name: pairs.vectors for name, pairs in found.pairs.items() if len(pairs.values)}
+    return Analysis(dataset, {name: _named(problem, vectors) for name, vectors in found_vectors.items()})
 
 
 def _named(problem: Problem, vectors: Tensor) -> dict[str, Tensor]:

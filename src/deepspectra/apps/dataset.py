@@ -105,14 +105,16 @@ def _pairs(found: Findings) -> Variables:
 
 def _edges(found: Findings) -> np.ndarray:
     """The largest eigenvalue without any mean, of each operator; of G where its spectrum is exact."""
-    exact = math.nan if found.exact is None else float(found.exact.parts["within"][0])
+    exact = math.nan if found.exact is None else found.exact.bulk_edge
     return np.array([found.attribution.bulk_edge, exact, math.nan])
 
 
 def _threshold(found: Findings, name: str) -> float:
     """Above which eigenvalues of H or G are outliers: G's own if its edge is known, else H's."""
-    edge = _edges(found)[OPERATORS.index(name)]
-    return found.attribution.threshold if math.isnan(edge) else found.attribution.margin * float(edge)
+    attribution = found.attribution
+    if name == "gauss_newton" and found.exact is not None:
+        return found.exact.threshold(attribution.margin)
+    return attribution.threshold
 
 
 def _shares(found: Findings) -> Variables:
@@ -307,12 +309,15 @@ def sentences(found: Findings) -> list[str]:
         f"{overlap:.2f} from the {level.replace('_', '-')} means "
         f"({found.subspace_gradients[level]:.1f} gradients)"
         for (level, name), overlap in found.overlaps.items()
-        if name == "hessian"
+        if name == "hessian" and not math.isnan(overlap)
     ]
-    k = found.dimensions["class"]
-    lines.append(
-        f"Averaging alone finds the top {k} eigenvectors of H with overlap {' and '.join(averages)}."
-    )
+    if averages:
+        lines.append(
+            f"Averaging alone finds the top {found.dimensions['class']} eigenvectors of H with overlap "
+            f"{' and '.join(averages)}."
+        )
+    else:
+        lines.append("The class means of gradients are zero, so that averaging finds no eigenvectors.")
     traces = [f"{LETTERS[name]} {_trace(found.densities[name])}" for name in OPERATORS]
     lines.append(f"Traces, each estimated by itself: {', '.join(traces)}.")
     if found.ledger.doubts:

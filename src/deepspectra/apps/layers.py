@@ -133,7 +133,7 @@ def _kronecker(found: Layers) -> tuple[dict[str, Any], dict[str, Any]]:
     if found.kronecker is None:
         return {}, {}
     quality = found.kronecker
-    ks = max((layer.ks for layer in quality), key=len)
+    ks = max((layer.ks for layer in quality), key=len, default=())
     shape = (len(quality), len(quality.kinds))
     errors, overlaps = np.full((*shape, len(FITS)), np.nan), np.full((*shape, len(ks)), np.nan)
     for j, layer in enumerate(quality):
@@ -154,7 +154,11 @@ def _spectra(layer: Layer) -> tuple[GramSpectrum | None, ...]:
 def sentences(found: Layers) -> list[str]:
     """The verdict: what the largest eigenvalues are made of, whether structure grows with depth, what ⊗ explains."""
     lines = []
-    gradients = [layer for layer in found.layers if layer.features is not None]
+    live = [layer for layer in found.layers if float(layer.gradients.values[0]) > 0]
+    if len(live) < len(found):
+        zero = ", ".join(layer.name or "(model)" for layer in found.layers if layer not in live)
+        lines.append(f"G is zero in {zero}: no output depends on it.")
+    gradients = [layer for layer in live if layer.features is not None]
     if gradients:
         tops = [_top_part(layer.gradients) for layer in gradients]
         counts = {part: tops.count(part) for part in dict.fromkeys(tops)}
@@ -164,12 +168,11 @@ def sentences(found: Layers) -> list[str]:
         lines.append(
             f"Of {len(gradients)} layers with weights, the largest eigenvalue of the gradients is mostly {listed}."
         )
-        first, last = (_between(layer.features) for layer in (gradients[0], gradients[-1]))
-        middle = [_between(layer.features) for layer in gradients]
-        trend = _trend(middle)
+    between = [share for share in (_between(layer.features) for layer in gradients) if not math.isnan(share)]
+    if between:
         lines.append(
-            f"Class means make {first:.0%} of the features' scatter about their mean at the input and {last:.0%} at "
-            f"the last layer (rank correlation with depth {trend:.2f})."
+            f"Class means make {between[0]:.0%} of the features' scatter about their mean at the input and "
+            f"{between[-1]:.0%} at the last layer (rank correlation with depth {_trend(between):.2f})."
         )
     products = [layer for layer in found.layers if layer.khatri_rao is not None]
     if products:
@@ -187,7 +190,13 @@ def sentences(found: Layers) -> list[str]:
 
 def _centred_sentence(found: Layers) -> list[str]:
     """What the mean feature does: whether it makes the logit means, and what class means carry without it."""
-    layers = [layer for layer in found.layers if layer.centred is not None and layer.khatri_rao is not None]
+    layers = [
+        layer
+        for layer in found.layers
+        if layer.centred is not None
+        and layer.khatri_rao is not None
+        and min(float(one.values[0]) for one in (layer.gradients, layer.centred)) > 0
+    ]
     if not layers:
         return []
     before, after = (
@@ -243,10 +252,11 @@ def _top_part(spectrum: GramSpectrum) -> str:
 
 
 def _between(features: GramSpectrum | None) -> float:
-    """Share of the class means in the trace of the centred features."""
+    """Share of the class means in the trace of the centred features; NaN of features that are all the same."""
     assert features is not None
     parts = {name: float(values.sum()) for name, values in features.parts.items()}
-    return parts["class"] / (parts["class"] + parts["within"])
+    scatter = parts["class"] + parts["within"]
+    return parts["class"] / scatter if scatter else math.nan
 
 
 def _trend(values: list[float]) -> float:

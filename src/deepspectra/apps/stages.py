@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 import warnings
 from collections.abc import Iterable
@@ -173,13 +174,13 @@ def _find_exact(found: Findings, num: int) -> None:
         began = time.perf_counter()
         basis = gradient_basis(parts)
         exact = spectrum_of(basis, tuple(parts), provenance_of(parts), began)
-        return exact, gradient_pairs(basis, parts, min(num, len(basis.values)), began)
+        return exact, gradient_pairs(basis, parts, num, began)
 
     exact, found.pairs["gauss_newton"] = found.ledger.run("exact spectrum of G", work)
     found.exact = exact
     found.densities["gauss_newton"] = exact.density
     found.part_traces = torch.stack([exact.traces, torch.zeros_like(exact.traces)])
-    shares = exact.shares[:num]
+    shares = exact.shares[: len(found.pairs["gauss_newton"].values)]
     found.shares["gauss_newton"] = torch.cat([shares, 1 - shares.sum(1, keepdim=True)], 1)
     found.shares["hessian"] = found.ledger.run(
         "shares of H", lambda _: pair_shares(parts, found.pairs["hessian"])
@@ -336,12 +337,13 @@ def _map(parts: Decomposition, seed: int) -> tuple[Tensor, Tensor] | tuple[()]:
 
 
 def _overlap(found: Findings) -> None:
-    """Overlap of the averaged subspaces with the eigenspaces of the C−1 largest pairs."""
+    """Overlap of the averaged subspaces with the eigenspaces of the C−1 largest pairs; NaN where one is zero."""
     for level, (_, vectors) in found.subspaces.items():
         most = min(vectors.shape[1], len(found.pairs["hessian"].values))
-        found.dimensions[level] = k = max(1, min(found.num_classes - 1, most))
+        found.dimensions[level] = k = min(found.num_classes - 1, most)
         for name, pairs in found.pairs.items():
-            found.overlaps[level, name] = overlap(vectors[:, :k], pairs.vectors[:, :k])
+            spans = vectors[:, :k], pairs.vectors[:, :k]
+            found.overlaps[level, name] = overlap(*spans) if all(s.numel() for s in spans) else math.nan
 
 
 def _shares(found: Findings) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from deepspectra import capture
 from deepspectra.errors import CurvatureError, DeepSpectraError, LossError, MemoryBudgetError
 from deepspectra.losses import CrossEntropy, Loss
+from deepspectra.operators.rows import refuse_one_output
 from deepspectra.problem import Problem
 from deepspectra.products import FAILURES
 from deepspectra.uses import Use
@@ -100,13 +101,14 @@ class Captures:
     to G. C − 1 scalars a row for cross-entropy, C for other losses.
 
     Raises:
-        LossError: the loss is not convex in the outputs.
+        LossError: the loss is not convex in the outputs, or the cross-entropy of one output.
         CurvatureError: rows not spread evenly over examples, or operations that differ between batches.
 
     Cost: a forward and C − 1 backward passes without weight gradients each time that the data are gone through.
     """
 
     def __init__(self, problem: Problem) -> None:
+        refuse_one_output(problem)
         self.problem = problem
         with refusing():
             self.plan = capture.plan(problem.sample(SAMPLE_ROWS, torch.float64), self.weigh)

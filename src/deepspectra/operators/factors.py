@@ -124,11 +124,11 @@ class Squares:
         single = len(uses) == 1 and uses[0].errors.shape[2 if isinstance(uses[0], Lookup) else 3] == 1
         for chosen in chunks(uses, every, 0 if single else groups * outputs * inputs * scalars):
             found = positions(uses, weights, chosen)
-            errors = by_group(found.errors, groups)
+            errors = by_group(found.errors, groups).to(self.left)
             if self.right is None:
-                self._add_rows(found.features, self.left.mT @ found.errors)
+                self._add_rows(found.features, self.left.mT @ found.errors.to(self.left))
                 continue
-            features = with_ones(self.place, found.dense_features(inputs)).transpose(1, 2)
+            features = with_ones(self.place, found.dense_features(inputs)).transpose(1, 2).to(self.left)
             if single:
                 self._add_single(features[:, :, 0], errors[..., 0])
             else:

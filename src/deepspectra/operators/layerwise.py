@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from deepspectra.errors import CurvatureError, MemoryBudgetError
+from deepspectra.errors import CurvatureError, MemoryBudgetError, MissingNameError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.captures import Complement, layer_of
 from deepspectra.operators.held import HeldRows
@@ -44,7 +44,7 @@ class RowParts(Mapping[str, "RowPart"]):
 
     def __getitem__(self, name: str) -> RowPart:
         if name not in self.names:
-            raise KeyError(f"no part {name!r}; there are {', '.join(self.names)}.")
+            raise MissingNameError(f"no part {name!r}; there are {', '.join(self.names)}.")
         return RowPart(self, name)
 
     def __iter__(self) -> Iterator[str]:
@@ -56,7 +56,7 @@ class RowParts(Mapping[str, "RowPart"]):
     def layer(self, name: str) -> RowParts:
         """The same for one layer."""
         if name not in self.matrices:
-            raise KeyError(f"no layer {name!r}; there are {', '.join(self.matrices)}.")
+            raise MissingNameError(f"no layer {name!r}; there are {', '.join(self.matrices)}.")
         return RowParts(self.of, {name: self.matrices[name]}, self.averages, self.names)
 
     def gram(self) -> Tensor:
@@ -97,7 +97,7 @@ def features_of(rows: HeldRows) -> dict[str, Tensor]:
     """Layer → h (N, D), for every layer that multiplies features by a matrix or a kernel.
 
     Raises:
-        CurvatureError: no layer has features of its own for each row.
+        CurvatureError: no layer has features of its own for each row, or examples have unequal numbers of positions.
         MemoryBudgetError: they do not fit.
 
     Cost: a forward pass.
@@ -120,7 +120,7 @@ def error_parts(rows: HeldRows, projections: Projections, names: tuple[str, ...]
     """The parts of Σ w e eᵀ, e the errors at the output of every layer that has a matrix, a kernel or a table.
 
     Raises:
-        CurvatureError: no such layer.
+        CurvatureError: no such layer, or examples have unequal numbers of positions.
         MemoryBudgetError: they do not fit.
 
     Cost: that of `HeldRows.hold`.
@@ -216,4 +216,17 @@ def _joined(pieces: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         raise CurvatureError(
             "no layer multiplies features by a matrix, one row of features for each output row."
         )
+    for name, tensors in pieces.items():
+        refuse_unequal(name, {tensor.shape[1] for tensor in tensors})
     return {name: torch.cat(tensors) for name, tensors in pieces.items()}
+
+
+def refuse_unequal(layer: str, widths: set[int]) -> None:
+    """Raise CurvatureError for a layer whose rows have different numbers of entries in different batches."""
+    if len(widths) > 1:
+        raise CurvatureError(
+            f"rows of layer {layer!r} have {' or '.join(f'{width:,}' for width in sorted(widths))} numbers: examples "
+            "have unequal numbers of positions, of which whole features or errors make no matrix. Those of gradients "
+            "do: of='gradients', gram_spectrum and layers work. Or pad all examples to one length, or restrict the "
+            "parameters."
+        )

@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from deepspectra.errors import OptionError
+from deepspectra.errors import MissingNameError, OptionError
 from deepspectra.operators.base import LowRank
 from deepspectra.operators.curvature import Curvature
 from deepspectra.operators.held import HeldRows
@@ -53,6 +53,8 @@ class Decomposition(Mapping[str, "Part"]):
         self._reserved = 0  # bytes set aside for the means
 
     def __getitem__(self, name: str) -> Part:
+        if name not in self._parts:
+            raise MissingNameError(f"no part {name!r}; there are {', '.join(self._parts)}.")
         return self._parts[name]
 
     def __iter__(self) -> Iterator[str]:

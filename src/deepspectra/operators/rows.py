@@ -160,14 +160,24 @@ def labelled_loss(problem: Problem) -> CrossEntropy:
     """The problem's loss, if it has classes.
 
     Raises:
-        LossError: not the cross-entropy of class labels.
+        LossError: not the cross-entropy of class labels, or that of one output.
     """
     loss = problem.loss_function
     if not isinstance(loss, CrossEntropy):
         raise LossError(
             f"class structure needs the cross-entropy of class labels; this problem's loss is {loss.name}."
         )
+    refuse_one_output(problem)
     return loss
+
+
+def refuse_one_output(problem: Problem) -> None:
+    """Raise LossError for the cross-entropy of a single output, which has no curvature."""
+    if isinstance(problem.loss_function, CrossEntropy) and problem.num_classes < 2:
+        raise LossError(
+            "the cross-entropy of one output is zero whatever the weights, and so is G: give the model one output a "
+            "class, or use loss=nn.BCEWithLogitsLoss() with targets of the outputs' shape."
+        )
 
 
 def _cotangent(probabilities: Tensor, scaled: Tensor) -> Tensor:

@@ -155,9 +155,10 @@ def knockouts(dataset: xr.Dataset) -> alt.LayerChart:
         row |= {"row": names[row["operator"], row["knockout"], row["method"]]}
         row |= {"label": "above the threshold" if row["knockout_value"] > limit else "below"}
     table = [row for row in table if row["knockout_value"] > 0]
-    values = [row["knockout_value"] for row in table] + [
-        row["outlier_threshold"] for row in thresholds.values()
-    ]
+    if not table:
+        raise DataError("no eigenvalue is positive, with or without knock-outs")
+    values = [row["knockout_value"] for row in table]
+    values += [row["outlier_threshold"] for row in thresholds.values() if row["outlier_threshold"] > 0]
     low, high = max(min(values), max(values) * 1e-5) / 1.5, max(values) * 1.5
     x = alt.X(
         "knockout_value:Q",
@@ -234,7 +235,9 @@ def averaging(dataset: xr.Dataset) -> alt.LayerChart:
         row["overlap"] = overlaps.get(row["name"], "")
     names = list(dict.fromkeys(row["name"] for row in table))
     labels = {row["name"]: row["label"] for row in table}
-    values = [row["value"] for row in table]
+    values = [row["value"] for row in table if row["value"] > 0]
+    if not values:
+        raise DataError("no eigenvalue is positive, by averaging or otherwise")
     low, high = max(min(values), max(values) * 1e-8) / 1.3, max(values) * 1.3
     last = max(row["rank"] for row in table)
     ranks = alt.Scale(type="log" if last > 30 else "linear", domain=[0.8, last * 1.1], nice=False)

@@ -274,3 +274,36 @@ def test_layers_of_unequal_numbers_of_positions_keep_what_has_one_size():
 def test_errors_of_unequal_numbers_of_positions_are_refused(call):
     with pytest.raises(CurvatureError, match="unequal numbers of positions"):
         call(ragged())
+
+
+def test_outputs_without_a_class_dimension_are_those_of_one_column():
+    model, (x, y) = mlp(1), data()
+    y = (y > 0).float()
+    flat = ds.Problem(nn.Sequential(model, nn.Flatten(0)), (x, y), loss=nn.BCEWithLogitsLoss())
+    column = ds.Problem(model, (x, y[:, None]), loss=nn.BCEWithLogitsLoss())
+    for kind in ("kfac", "ekfac", "optimal"):
+        found, expected = (ds.kronecker(problem, kind).eigenvalues() for problem in (flat, column))
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-7 * float(expected[0]))
+    assert ds.kronecker_quality(flat).kinds == ("kfac", "ekfac")
+    found, expected = (ds.dissect(problem)["0.0" if problem is flat else "0"] for problem in (flat, column))
+    assert torch.allclose(found.values, expected.values, rtol=1e-5)
+
+
+class Alone(nn.Module):
+    """A weight used in a way that is not understood, so that its examples pass alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.w.sin()).sum(1)
+
+
+def test_outputs_without_a_class_dimension_of_examples_that_pass_alone():
+    x, y = data()
+    problem = ds.Problem(Alone(), (x, (y > 0).float()), loss=nn.BCEWithLogitsLoss(), dtype=torch.float64)
+    operator = ds.GaussNewton(problem)
+    dense = operator @ torch.eye(6, dtype=torch.float64)
+    found = ds.kronecker(problem) @ torch.eye(6, dtype=torch.float64)  # of a vector the exact block
+    assert torch.allclose(found, dense)

@@ -247,7 +247,7 @@ def plan(sample: Problem, weigh: Callable[[Tensor, Tensor], Tensor]) -> Plan:
     generator = torch.Generator().manual_seed(0)
     cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
     codes = torch.linspace(1, 2, num_examples, dtype=torch.float64).to(outputs)
-    rows = codes.repeat_interleave(len(outputs) // num_examples)[:, None]
+    rows = codes.repeat_interleave(len(outputs) // num_examples).view(-1, *[1] * (outputs.ndim - 1))
     ends = [output for _, output in watch.uses]
     layouts: list[Layout | None] = []
     if ends:
@@ -263,7 +263,7 @@ def plan(sample: Problem, weigh: Callable[[Tensor, Tensor], Tensor]) -> Plan:
     mixed = torch.randn(weights.shape[0], weights.shape[2], generator=generator, dtype=torch.float64).to(
         outputs
     )
-    along = torch.einsum("ncm,nm->nc", weights, mixed)
+    along = torch.einsum("ncm,nm->nc", weights, mixed).view(outputs.shape)
     truth = torch.autograd.grad(
         outputs, list(leaves.values()), along, materialize_grads=True, retain_graph=True
     )
@@ -441,7 +441,7 @@ def _one_by_one(problem: Problem, batch: Any, name: str, weights: Tensor, num_ex
         for r in range(by_row.shape[1]):
             for scalar in range(weights.shape[2]):
                 cotangent = torch.zeros_like(outputs)
-                cotangent[r] = by_row[b, r, :, scalar]
+                cotangent[r] = by_row[b, r, :, scalar].view(outputs.shape[1:])
                 with differentiable():
                     (gradient,) = torch.autograd.grad(
                         outputs, leaf, cotangent, retain_graph=True, materialize_grads=True

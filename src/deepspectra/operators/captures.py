@@ -68,7 +68,7 @@ def curvature_root(loss: Loss, outputs: Tensor, targets: Tensor, total_weight: f
     columns = []
     for tangent in torch.eye(outputs[:1].numel(), dtype=outputs.dtype, device=outputs.device):
         along = tangent.view(outputs[:1].shape).expand_as(outputs)
-        columns.append(loss.curvature(outputs, targets, along).flatten(1).double())
+        columns.append(loss.curvature(outputs, targets, along).reshape(len(outputs), -1).double())
     values, vectors = torch.linalg.eigh(torch.stack(columns, 2) / total_weight)
     if bool((values < -ROUNDING * values.abs().max()).any()):
         raise LossError(
@@ -218,7 +218,7 @@ def refusing() -> Iterator[None]:
 
 
 def _no_scalars(outputs: Tensor, _: Tensor) -> Tensor:
-    return outputs.new_empty(*outputs.shape, 0)
+    return outputs.new_empty(len(outputs), outputs[:1].numel(), 0)
 
 
 def parameters_of(problem: Problem, layer: str) -> dict[str, Tensor]:

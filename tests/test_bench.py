@@ -86,6 +86,8 @@ def test_class_means_take_one_pass_forward_and_one_back(problem, count):
 
 
 def test_cross_class_means_take_fewer_backward_passes_than_classes(problem, count):
+    ds.class_means(problem)  # the check of products with blocks, once a problem, is not counted
+    count.forward = count.backward = 0
     ds.class_means(problem)
     assert count.backward == (CLASSES - 1) * EXAMPLES
     assert count.forward == 2 * EXAMPLES

@@ -421,7 +421,7 @@ def test_scipy_sees_the_same_matrix() -> None:
     v = np.arange(P, dtype=float)
     assert error(torch.from_numpy(adaptor @ v), ref.hessian @ torch.from_numpy(v)) < RTOL
 
-    top = eigsh(adaptor, k=3, which="LA", v0=np.ones(P))[0]
+    top = eigsh(adaptor, k=3, which="LA", v0=np.arange(1.0, P + 1))[0]
     assert np.allclose(np.sort(top), torch.linalg.eigvalsh(ref.hessian)[-3:], rtol=1e-9)
 
 

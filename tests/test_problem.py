@@ -60,6 +60,7 @@ BUILTINS = {
     errors.CurvatureError: RuntimeError,
     errors.MemoryBudgetError: MemoryError,
     errors.OptionError: ValueError,
+    errors.MissingNameError: KeyError,
     errors.FileError: OSError,
     errors.TargetError: ImportError,
 }

@@ -71,6 +71,7 @@ class Products:
         self._way: type[Way] | None = None
         self._linearize: bool | None = None
         self._right_blocks: dict[bool, bool] = {}  # of second and of first derivatives
+        self._samples: dict[torch.dtype, Problem] = {}  # a few rows, on which derivatives are checked
         self.notes: dict[str, str] = {}
         self.faults: list[str] = []
 
@@ -352,13 +353,18 @@ class Products:
     def _checked(self, error: Callable[[Problem], float]) -> float:
         """An error on a few examples, in float64, or in the problem's own type where the network runs in no other."""
         try:
-            return error(self.problem.sample(CHECK_ROWS, torch.float64))
+            return error(self._sample(torch.float64))
         except torch.OutOfMemoryError as failure:
             raise MemoryBudgetError(f"checking the derivatives ran out of memory: {failure}") from failure
         except FAILURES:
             if self.problem.dtype == torch.float64:
                 raise
-            return error(self.problem.sample(CHECK_ROWS, self.problem.dtype))
+            return error(self._sample(self.problem.dtype))
+
+    def _sample(self, dtype: torch.dtype) -> Problem:
+        if dtype not in self._samples:
+            self._samples[dtype] = self.problem.sample(CHECK_ROWS, dtype)
+        return self._samples[dtype]
 
     def _now(self) -> float:
         """Seconds, when everything queued on the device is done."""

@@ -348,14 +348,13 @@ def _errors(outputs: Tensor, ends: list[Tensor], cotangent: Tensor) -> tuple[Ten
 
 def _single(layout: Layout, output: Tensor, num_examples: int) -> bool:
     """Whether an output has one entry an example along the dimension of the examples."""
-    return output.shape[layout.kind == "second"] == num_examples
+    return output.shape[layout.dim] == num_examples
 
 
 def _check_rows(use: Use, output: Tensor, layout: Layout, num_examples: int) -> None:
     """An operation sees as many rows of each example."""
-    dim = int(layout.kind == "second")
     for tensor in (output, use.given):
-        if tensor is not None and (tensor.ndim <= dim or tensor.shape[dim] % num_examples):
+        if tensor is not None and (tensor.ndim <= layout.dim or tensor.shape[layout.dim] % num_examples):
             raise _uneven(use)
 
 

@@ -208,7 +208,9 @@ def block_error(sample: Problem, way: type[Way]) -> float:
     graph = way(
         lambda parameters: sample.loss_function.total(*sample.evaluate(parameters, batch)), sample.parameters
     )
-    return _apart(graph, *_directions(sample))
+    directions = _directions(sample)
+    together = graph([torch.stack(parts) for parts in zip(*directions, strict=True)], batched=True)
+    return _difference(together, [graph(direction) for direction in directions])
 
 
 def jacobian_block_error(sample: Problem, *, linearize: bool) -> float:
@@ -222,12 +224,6 @@ def jacobian_block_error(sample: Problem, *, linearize: bool) -> float:
     pulled = [jacobian.pull(part) for part in pushed]
     together = jacobian.pull(torch.stack(pushed), batched=True)
     return max(error, _difference(together, pulled))
-
-
-def _apart(graph: Way, *directions: list[Tensor]) -> float:
-    alone = [graph(direction) for direction in directions]
-    together = graph([torch.stack(parts) for parts in zip(*directions, strict=True)], batched=True)
-    return _difference(together, alone)
 
 
 def _difference(together: list[Tensor], alone: list[list[Tensor]]) -> float:

@@ -4,6 +4,8 @@ Every error is a `DeepSpectraError` and also the built-in exception a caller wou
 ``except ValueError`` keeps working. Every warning is a `DeepSpectraWarning`.
 """
 
+from collections.abc import Iterable
+
 
 class DeepSpectraError(Exception):
     """Base of every error this library raises on purpose."""
@@ -48,8 +50,12 @@ class OptionError(DeepSpectraError, ValueError):
 class MissingNameError(DeepSpectraError, KeyError):
     """A name that is asked for, such as a layer's, is not among those there are."""
 
+    def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
+        super().__init__(kind, name, tuple(known))
+
     def __str__(self) -> str:
-        return str(self.args[0])
+        kind, name, known = self.args
+        return f"no {kind} {name!r}; there are {', '.join(known)}."
 
 
 class FileError(DeepSpectraError, OSError):
@@ -70,3 +76,8 @@ class ConvergenceWarning(DeepSpectraWarning, RuntimeWarning):
 
 class FallbackWarning(DeepSpectraWarning, RuntimeWarning):
     """Something given could not be used as it stands and a stated substitute was."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: its type if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deepspectra import losses
-from deepspectra.batches import Batches, Move, is_labelled, map_tensors, num_bytes, tensors
+from deepspectra.batches import Batches, Move, is_labelled, map_tensors, num_bytes
+from deepspectra.checks import check_finite, check_independence, check_model, reported, told, usable
 from deepspectra.errors import (
     DataError,
-    DeepSpectraError,
     FallbackWarning,
     LossError,
     NondeterminismError,
@@ -30,10 +30,6 @@ from deepspectra.errors import (
 )
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
-
-FEW = 3  # examples that are evaluated alone to see whether the others of their batch matter
-AGREE = {torch.float64: 1e-5, torch.float32: 5e-3}  # relative; kernels differ with the size of a batch
-AGREE_HALF = 0.1
 
 
 class Problem:
@@ -93,7 +89,7 @@ class Problem:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ParameterError(f"model must be an nn.Module, got {type(model).__name__}.")
-        _check_model(model)
+        check_model(model)
         if forward is not None and not callable(forward):
             raise OptionError(
                 f"forward must be a function (model, batch) → (outputs, targets), got {forward!r}."
@@ -103,7 +99,7 @@ class Problem:
         reference = next((p for p in model.parameters() if p.is_floating_point()), None)
         if reference is None:
             raise ParameterError("the model has no parameters.")
-        self.device = _usable(device) if device is not None else reference.device
+        self.device = usable(device) if device is not None else reference.device
         self.dtype = dtype or reference.dtype
         self.memory = parse_bytes(memory) if memory is not None else _free_memory(self.device) * 2 // 3
         self.loss_function = losses.resolve(loss)
@@ -120,8 +116,10 @@ class Problem:
         if self.loss_function.is_cross_entropy and forward is None:
             self.batches.sort_by_label()
         self.kept: dict[str, Any] = {}  # what other layers keep with the problem, to be freed with it
-        self._check()
-        self._check_alone()
+        batch, outputs = self._check()
+        reorder = self._module.function is _forward_pair  # the order of examples is ours
+        with torch.no_grad(), differentiable():
+            check_independence(self.model, self._module, batch, outputs, self.dtype, reorder=reorder)
 
     @property
     def model(self) -> nn.Module:
@@ -286,13 +284,16 @@ class Problem:
 
     # -- checks ----------------------------------------------------------------------------------------------
 
-    def _check(self) -> None:
-        """One pass over the data: shapes, labels, finiteness; the first batch twice for determinism."""
-        before = self._settle()
+    def _check(self) -> tuple[Any, Tensor]:
+        """One pass over the data: shapes, labels, finiteness; the first batch twice for determinism.
+
+        Returns the first batch that has rows, and what the model gives for it.
+        """
+        start, before = self._settle()
         self.num_examples, self.total_weight, value = 0, 0.0, 0.0
         first: Tensor | None = None
         for batch, outputs, targets in self._evaluated():
-            _check_finite_inputs(batch)
+            check_finite(batch)
             self.num_classes = outputs.shape[1] if outputs.ndim > 1 else 1
             if not torch.isfinite(outputs).all():
                 raise NonFiniteError(
@@ -305,8 +306,8 @@ class Problem:
             weights = self.loss_function.weights(outputs, targets).double()
             self.num_examples += int((weights > 0).sum())
             self.total_weight += float(weights.sum())
-            with _reported(
-                LossError, f"the loss {self.loss_function.name!r} failed on {_told((outputs, targets))}"
+            with reported(
+                LossError, f"the loss {self.loss_function.name!r} failed on {told((outputs, targets))}"
             ):
                 value += float(self.loss_function.total(outputs, targets).double())
         if first is None or self.total_weight <= 0:
@@ -325,27 +326,28 @@ class Problem:
                 "the model gives different outputs for one batch in evaluation mode (functional dropout with "
                 "training=True, or random noise in forward?). Make forward deterministic."
             )
+        return start, before[0]
 
-    def _settle(self) -> tuple[Tensor, Tensor]:
-        """Evaluate batches until it is settled how outputs are read; what the first of them gives.
+    def _settle(self) -> tuple[Any, tuple[Tensor, Tensor]]:
+        """Evaluate batches until it is settled how outputs are read; the first with rows, and what it gives.
 
         Raises:
             DataError: the model fails.
         """
-        first: tuple[Tensor, Tensor] | None = None
+        first: tuple[Any, tuple[Tensor, Tensor]] | None = None
         for batch in self.batches:
-            told = f"the model, which is in {self.dtype}, failed on a batch of {_told(batch)}"
-            with _reported(DataError, told), torch.no_grad(), differentiable():
+            failure = f"the model, which is in {self.dtype}, failed on a batch of {told(batch)}"
+            with reported(DataError, failure), torch.no_grad(), differentiable():
                 pair = self._pair(self.parameters, batch)
             rows, _ = self.loss_function.rows(*pair)
             if not len(rows):
                 continue
-            first = pair if first is None else first
+            first = (batch, pair) if first is None else first
             if not self.loss_function.unsettled:
                 return first
         if first is None:
             raise DataError("no row counts: the model gives no outputs for any batch.")
-        shape = tuple(first[0].shape)
+        shape = tuple(first[1][0].shape)
         warnings.warn(
             f"every batch gives outputs that fit both (B, C, ...) and (B, ..., C), the first of them {shape}; "
             "they are read as (B, C, ...), as nn.CrossEntropyLoss does. If classes are last, pass forward=lambda "
@@ -356,57 +358,6 @@ class Problem:
         )
         self.loss_function.settle()
         return first
-
-    def _check_alone(self) -> None:
-        """Examples do not depend on the others of their batch, where a batch can be cut into examples."""
-        batch = next(iter(self.batches))
-        with torch.no_grad(), differentiable():
-            outputs, _ = self._module(batch)
-            agreed = self._agrees(batch, outputs, _few)
-            if agreed is None and self._module.function is _forward_pair:  # the order of examples is ours
-                agreed = self._agrees(batch, outputs, _backwards)
-            if agreed is not False or self._agrees(batch, outputs, _few, 1):
-                return
-        guilty = [
-            name
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
-        ]
-        cause = (
-            f"Module {guilty[0]!r} normalises by statistics of the batch; use track_running_stats=True, or a "
-            "normalisation of single examples."
-            if guilty
-            else "Does forward average, sort or attend over the batch? Have it treat every example by itself."
-        )
-        raise DataError(
-            "the examples of a batch influence each other in evaluation mode: a few of them alone give other "
-            f"outputs than within their batch, so that every result would depend on batch_size. {cause}"
-        )
-
-    def _agrees(
-        self, batch: Any, outputs: Tensor, choose: Callable[[int], list[int]], dim: int = 0
-    ) -> bool | None:
-        """Whether chosen examples give by themselves what they give in their batch; None if it cannot be cut.
-
-        `dim` is that of the examples: 1 where the positions of a sequence come first.
-        """
-        leaves = [leaf for leaf in tensors(batch) if leaf.ndim]
-        lead = leaves[0].shape[: dim + 1] if leaves else torch.Size()
-        if len(lead) <= dim or lead[dim] < 2 or any(leaf.shape[: dim + 1] != lead for leaf in leaves):
-            return None
-        chosen = torch.tensor(choose(lead[dim]), device=self.device)
-        if not outputs.numel() or outputs.numel() % lead.numel():
-            return None
-        cut = map_tensors(lambda leaf: leaf.index_select(dim, chosen) if leaf.ndim else leaf, batch)
-        try:
-            alone, _ = self._module(cut)
-        except Exception:  # a model of batches of one size, or of one graph
-            return None
-        within = outputs.reshape(*lead, -1).index_select(dim, chosen)
-        if alone.numel() != within.numel():
-            return None
-        difference = (alone.reshape(within.shape) - within).abs().max()
-        return bool(difference <= AGREE.get(self.dtype, AGREE_HALF) * outputs.abs().max())
 
     def to(self, dtype: torch.dtype) -> Problem:
         """This problem in another floating-point type, as a further copy of the model."""
@@ -533,69 +484,6 @@ def _forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
             "forward=lambda model, batch: (outputs, targets) to pick the outputs."
         )
     return outputs, batch[1]
-
-
-def _check_model(model: nn.Module) -> None:
-    """Refuse models that cannot be copied, cast or differentiated."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ParameterError("the model is compiled by torch.jit; pass the module that it was made from.")
-    values = [*model.named_parameters(), *model.named_buffers()]
-    for name, value in values:
-        if nn.parameter.is_lazy(value):
-            raise ParameterError(
-                f"parameter {name!r} has no shape yet; pass one batch through the lazy model before."
-            )
-        if value.is_complex():
-            raise ParameterError(
-                f"{name!r} is complex; only real parameters and buffers are supported. Hold the real and imaginary "
-                "parts as two real tensors."
-            )
-
-
-def _usable(device: torch.device | str) -> torch.device:
-    """A device that tensors can be put on."""
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        raise OptionError(f"device={device!r} cannot be used here: {_first_line(error)}") from error
-    return found
-
-
-@contextlib.contextmanager
-def _reported(kind: type[DeepSpectraError], what: str) -> Iterator[None]:
-    """Failures of the user's code as errors of this library, with the original as cause."""
-    try:
-        yield
-    except (DeepSpectraError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise kind(f"{what}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _told(tree: Any) -> str:
-    """Shapes and types of the tensors of a tree."""
-    return ", ".join(f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in tensors(tree)) or type(tree).__name__
-
-
-def _few(size: int) -> list[int]:
-    """A few of so many examples, not all."""
-    count = min(FEW, size - 1)
-    return [j * (size // count) for j in range(count)]
-
-
-def _backwards(size: int) -> list[int]:
-    return list(range(size - 1, -1, -1))
-
-
-def _check_finite_inputs(batch: Any) -> None:
-    for leaf in tensors(batch):
-        if leaf.is_floating_point() and not torch.isfinite(leaf).all():
-            raise DataError(f"the data contains NaN or infinite values, in a tensor {tuple(leaf.shape)}.")
 
 
 def _evaluation_copy(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:

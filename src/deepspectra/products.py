@@ -32,7 +32,7 @@ from deepspectra.differentiation import (
     jacobian_block_error,
     jacobian_error,
 )
-from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
+from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError, first_line
 from deepspectra.problem import Problem, differentiable
 
 EXPECTED_PRODUCTS = 40  # over which the cost of building a kept graph is spread when ways are compared
@@ -322,7 +322,7 @@ class Products:
         try:
             error = self._checked(lambda sample: curvature_error(sample, way))
         except FAILURES as failure:
-            self.faults.append(f"{way.name} failed ({str(failure).splitlines()[0]})")
+            self.faults.append(f"{way.name} failed ({first_line(failure)})")
             return False
         if error > CHECK_TOLERANCE:
             self.faults.append(f"{way.name} is wrong by {error:.1%} (symmetry or finite difference)")

@@ -87,7 +87,7 @@ class ByLayer(Mapping[str, Entry]):
 
     def __getitem__(self, name: str) -> Entry:
         if name not in self.layers:
-            raise MissingNameError(f"no layer {name!r}; there are {', '.join(self.layers)}.")
+            raise MissingNameError("layer", name, self.layers)
         return self.layers[name]
 
     def __iter__(self) -> Iterator[str]:

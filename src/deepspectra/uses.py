@@ -369,6 +369,11 @@ class Layout:
 
     kind: str
 
+    @property
+    def dim(self) -> int:
+        """The dimension that the examples are in."""
+        return int(self.kind == "second")
+
     def examples_first(self, tensor: Tensor, num_examples: int) -> Tensor:
         """(B, s, ...), with s what else the dimension of the examples held; 1 if nothing."""
         if self.kind == "second":

@@ -99,9 +99,7 @@ class Comparison:
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise MissingNameError(
-            f"no layer {name!r}; there are {', '.join(layer.name for layer in self.layers)}."
-        )
+        raise MissingNameError("layer", name, (layer.name for layer in self.layers))
 
     def __str__(self) -> str:
         head = ("m", "peak at", "height", "at k = m", "predicted", "height", "(t·t′)²", "case", "random at m")

@@ -21,7 +21,7 @@ from deepspectra.operators.factored import Block, KroneckerSum, Rotated
 from deepspectra.operators.held import gram_of
 from deepspectra.operators.kronecker import KINDS
 from deepspectra.operators.places import with_ones
-from deepspectra.operators.rows import labelled_loss
+from deepspectra.operators.rows import check_labelled
 from deepspectra.problem import Problem
 from deepspectra.results import Provenance
 from deepspectra.uses import Matrix
@@ -113,9 +113,7 @@ class KroneckerQuality:
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise MissingNameError(
-            f"no layer {name!r}; there are {', '.join(layer.name for layer in self.layers)}."
-        )
+        raise MissingNameError("layer", name, (layer.name for layer in self.layers))
 
     def __str__(self) -> str:
         ks = max((layer.ks for layer in self.layers), key=len, default=())
@@ -366,9 +364,8 @@ def _inner_of_rows(exact: ExactBlock, block: KroneckerSum) -> float:
 
 def _default_kinds(problem: Problem) -> tuple[str, ...]:
     """Those that the loss and its targets allow."""
-    _, targets = next(iter(problem.row_batches()))
     try:
-        labelled_loss(problem).labels(targets)
+        check_labelled(problem)
     except LossError:
         return ("kfac", "ekfac")
     return ("kfac", "ekfac", "cfac")

@@ -91,9 +91,7 @@ class Layers:
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise MissingNameError(
-            f"no layer {name!r}; there are {', '.join(layer.name for layer in self.layers)}."
-        )
+        raise MissingNameError("layer", name, (layer.name for layer in self.layers))
 
     def __str__(self) -> str:
         tables = [*_structure(self.layers), *_curvature(self.layers)]

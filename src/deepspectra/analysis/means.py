@@ -59,7 +59,7 @@ class ClassMeans:
     def layer(self, name: str) -> ClassMeans:
         """The means of one layer."""
         if name not in self.layers:
-            raise MissingNameError(f"no layer {name!r}; there are {', '.join(self.layers)}.")
+            raise MissingNameError("layer", name, self.layers)
         cut, crossed = self.layers[name], self.cross_class_means
         means = torch.cat([self.class_means[:, piece] for piece in cut], -1)
         return replace(

@@ -20,7 +20,7 @@ from deepspectra.apps.ledger import Ledger
 from deepspectra.apps.pages import save_dataset
 from deepspectra.errors import FileError, OptionError
 from deepspectra.operators.projections import grouped, num_groups
-from deepspectra.operators.rows import labelled_loss
+from deepspectra.operators.rows import check_labelled
 from deepspectra.problem import Problem
 from deepspectra.report.page import write, write_series
 
@@ -167,8 +167,7 @@ def analyze(
             check_count(name, value)
     if rtol is not None:
         check_rtol(rtol)
-    _, targets = next(problem.row_batches())
-    labelled_loss(problem).labels(targets)
+    check_labelled(problem)
     owner = grouped(groups, problem.num_classes, problem.device)
     num_classes = num_groups(owner, problem.num_classes)
     if class_names is not None and len(class_names) != num_classes:

@@ -15,7 +15,7 @@ from torch import Tensor
 from deepspectra.analysis.attribution import Attribution, Knockout
 from deepspectra.analysis.gram import GramSpectrum
 from deepspectra.batches import map_tensors
-from deepspectra.errors import FileError
+from deepspectra.errors import FileError, first_line
 from deepspectra.results import Cost, Density, Eigenpairs, Provenance, Quadrature, Separation
 
 RESULTS: list[Any] = [
@@ -74,7 +74,7 @@ class Kept:
             raise
         except Exception as error:  # whatever unpickling a damaged file may raise
             raise FileError(
-                f"{path} cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
+                f"{path} cannot be read ({first_line(error)}). "
                 "If it is damaged, remove it to do that stage again."
             ) from error
 

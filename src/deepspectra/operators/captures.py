@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepspectra import capture
-from deepspectra.errors import CurvatureError, DeepSpectraError, LossError, MemoryBudgetError
+from deepspectra.errors import CurvatureError, DeepSpectraError, LossError, MemoryBudgetError, first_line
 from deepspectra.losses import CrossEntropy, Loss
 from deepspectra.operators.rows import refuse_one_output
 from deepspectra.problem import Problem
@@ -211,7 +211,7 @@ def refusing() -> Iterator[None]:
     except DeepSpectraError:
         raise
     except FAILURES as failure:
-        reason = (str(failure).splitlines() or [type(failure).__name__])[0]
+        reason = first_line(failure)
         raise CurvatureError(
             f"features and errors of this network cannot be told apart by example ({reason})."
         ) from failure

@@ -44,7 +44,7 @@ class RowParts(Mapping[str, "RowPart"]):
 
     def __getitem__(self, name: str) -> RowPart:
         if name not in self.names:
-            raise MissingNameError(f"no part {name!r}; there are {', '.join(self.names)}.")
+            raise MissingNameError("part", name, self.names)
         return RowPart(self, name)
 
     def __iter__(self) -> Iterator[str]:
@@ -56,7 +56,7 @@ class RowParts(Mapping[str, "RowPart"]):
     def layer(self, name: str) -> RowParts:
         """The same for one layer."""
         if name not in self.matrices:
-            raise MissingNameError(f"no layer {name!r}; there are {', '.join(self.matrices)}.")
+            raise MissingNameError("layer", name, self.matrices)
         return RowParts(self.of, {name: self.matrices[name]}, self.averages, self.names)
 
     def gram(self) -> Tensor:

@@ -54,7 +54,7 @@ class Decomposition(Mapping[str, "Part"]):
 
     def __getitem__(self, name: str) -> Part:
         if name not in self._parts:
-            raise MissingNameError(f"no part {name!r}; there are {', '.join(self._parts)}.")
+            raise MissingNameError("part", name, self._parts)
         return self._parts[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -171,6 +171,13 @@ def labelled_loss(problem: Problem) -> CrossEntropy:
     return loss
 
 
+def check_labelled(problem: Problem) -> None:
+    """Raise LossError unless the loss is the cross-entropy of one class label an example. Cost: one batch forward."""
+    loss = labelled_loss(problem)
+    _, targets = next(problem.row_batches())
+    loss.labels(targets)
+
+
 def refuse_one_output(problem: Problem) -> None:
     """Raise LossError for the cross-entropy of a single output, which has no curvature."""
     if isinstance(problem.loss_function, CrossEntropy) and problem.num_classes < 2:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deepspectra.errors import DataError, FileError, NonFiniteError, OptionError
+from deepspectra.errors import DataError, FileError, NonFiniteError, OptionError, first_line
 from deepspectra.zoo.data import DATA_NAMES, LabelledData
 from deepspectra.zoo.models import MODEL_NAMES
 
@@ -349,7 +349,7 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileError(f"There is no checkpoint {path}; give the path of an existing file.") from error
     # A damaged file can fail in any of these ways.
     except (OSError, SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise FileError(
             f"The checkpoint {path} cannot be read, it may be truncated or hold more than weights: {reason}"
         ) from error

@@ -495,6 +495,8 @@ def test_a_memory_too_small_for_the_pairs_is_an_error():
         (OptionError, {"num": 0}),
         (OptionError, {"num": 31}),
         (OptionError, {"num": 2.5}),
+        (OptionError, {"seed": "a"}),
+        (OptionError, {"seed": 2**64}),
         (OptionError, {"which": "LA"}),
         (OptionError, {"rtol": 0}),
         (OptionError, {"rtol": math.nan}),

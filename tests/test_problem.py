@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import deepspectra as ds
@@ -746,6 +747,26 @@ def test_inputs_that_the_model_does_not_take_are_told(inputs: Tensor) -> None:
     caught = refused(errors.DataError, "failed.*mat1 and mat2", lambda: ds.Problem(mlp(), (inputs, Y)))
     assert isinstance(caught.__cause__, RuntimeError)
     assert str(tuple(inputs.shape)) in str(caught)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_is_told(reentrant: bool) -> None:
+    class Recomputed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=reentrant)
+
+    network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), Recomputed(5, 3))
+    with pytest.raises(errors.CurvatureError, match="activation checkpointing must be off"):
+        ds.Problem(network, (torch.randn(6, 4), torch.arange(6) % 3))
+
+
+@pytest.mark.parametrize(
+    "entry", [ds.Hessian, ds.GaussNewton, ds.class_means, ds.decompose, ds.principal_subspace, ds.analyze]
+)
+def test_a_model_in_place_of_a_problem(entry: Any) -> None:
+    with pytest.raises(errors.OptionError, match=r"expected a deepspectra\.Problem.*got Linear"):
+        entry(nn.Linear(4, 3))
 
 
 def test_models_that_cannot_be_copied_as_they_are() -> None:

@@ -19,6 +19,7 @@ from deepspectra import losses
 from deepspectra.batches import Batches, Move, is_labelled, map_tensors, num_bytes
 from deepspectra.checks import check_finite, check_independence, check_model, reported, told, usable
 from deepspectra.errors import (
+    CurvatureError,
     DataError,
     FallbackWarning,
     LossError,
@@ -70,6 +71,7 @@ class Problem:
         NonFiniteError: a weight, an output or the loss is NaN or infinite.
         NondeterminismError: two passes differ.
         LossError: the loss is unknown, not a mean, or fails on its outputs and targets.
+        CurvatureError: the loss cannot be backpropagated.
 
     Cost: a forward pass over the data, the gradient of one batch, and a second reading of a loader.
     """
@@ -315,7 +317,11 @@ class Problem:
         if not torch.isfinite(torch.tensor(value)):
             raise NonFiniteError("the loss is NaN or infinite on this data.")
         every = {name: p.detach() for name, p in self.model.named_parameters() if name in self._trainable}
-        if all(part is None for part in self._batch_gradient(next(iter(self.batches)), every)):
+        with reported(
+            CurvatureError, "the loss cannot be backpropagated (activation checkpointing must be off)"
+        ):
+            parts = self._batch_gradient(next(iter(self.batches)), every)
+        if all(part is None for part in parts):
             raise ParameterError(
                 "no parameter of the model has any effect on the loss. Does forward= call the model it is given, "
                 "and not another one?"
@@ -466,6 +472,12 @@ class _Forward(nn.Module):
                 f"forward returned a {kind}; it must return a pair of tensors (outputs, targets)."
             )
         return pair
+
+
+def check_problem(problem: object) -> None:
+    """Raise OptionError unless it is a `Problem`."""
+    if not isinstance(problem, Problem):
+        raise OptionError(f"expected a deepspectra.Problem(model, data, loss); got {type(problem).__name__}.")
 
 
 def _forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:

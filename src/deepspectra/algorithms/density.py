@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.counted import Products, Progress
-from deepspectra.algorithms.lanczos import Krylov, as_operator, basis_capacity, check_count, gaussian_rows
+from deepspectra.algorithms.lanczos import (
+    Krylov,
+    as_operator,
+    basis_capacity,
+    check_count,
+    gaussian_rows,
+    seeded,
+)
 from deepspectra.algorithms.recurrence import quadratures
 from deepspectra.errors import DataError, FallbackWarning, MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
@@ -92,7 +99,7 @@ def density(
     known = _known_rows(operator, deflate)
     groups, num_products = _free_groups(deflate, num_probes, num_steps), 0
     if len(groups) < num_probes:
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
         explore = _with_basis if _keeps_basis(operator, basis, num_steps, len(known)) else _without_basis
         fresh, num_products = explore(
             operator, known, num_probes - len(groups), num_steps, generator, progress

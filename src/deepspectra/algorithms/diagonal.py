@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.counted import Products, Progress
-from deepspectra.algorithms.lanczos import as_operator, check_count
+from deepspectra.algorithms.lanczos import as_operator, check_count, seeded
 from deepspectra.algorithms.sketch import Sketch, method_for, sketch, standard_error
 from deepspectra.operators.base import Operator
 from deepspectra.results import Diagonal, Provenance
@@ -56,7 +56,7 @@ def diagonal(
     check_count("num_products", num_products)
     run = Products(operator, min(num_products, operator.shape[0]), progress)
     method = method_for(run, num_products, "diagonal")
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     if method == "exact":
         values = torch.cat([columns[rows].diagonal() for rows, columns in run.identity()])
         errors = torch.zeros_like(values)

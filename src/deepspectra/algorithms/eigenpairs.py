@@ -9,7 +9,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.lanczos import Krylov, Ritz, as_operator, basis_capacity, basis_dtype, check_count
+from deepspectra.algorithms.lanczos import (
+    Krylov,
+    Ritz,
+    as_operator,
+    basis_capacity,
+    basis_dtype,
+    check_count,
+    seeded,
+)
 from deepspectra.errors import ConvergenceWarning, DataError, MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
 from deepspectra.results import Eigenpairs, Provenance, Quadrature, Separation
@@ -93,7 +101,7 @@ def explore(
     operator = as_operator(A)
     _check_options(operator, num, which, rtol, max_products)
     budget = max(20 * num, 300) if max_products is None else max_products
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     if start is None:
         fits = num <= _most_start_rows(operator, num, budget)
         start = "sampled" if operator.staged and which == "largest" and fits else "random"

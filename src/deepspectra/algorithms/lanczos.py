@@ -292,6 +292,16 @@ def basis_capacity(operator: Operator) -> int:
     return int(operator.memory // (operator.shape[0] * torch.finfo(basis_dtype(operator)).bits // 8))
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator on the CPU, so that every device gets the same numbers.
+
+    Raises:
+        OptionError: not an integer of 64 bits.
+    """
+    check_count("seed", seed, -(2**63), 2**63 - 1)
+    return torch.Generator().manual_seed(seed)
+
+
 def gaussian_rows(count: int, size: int, generator: torch.Generator) -> Tensor:
     """Standard normal rows (count, P), float64 on the CPU, so that every device gets the same ones."""
     return torch.randn(count, size, generator=generator, dtype=torch.float64)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.counted import Products, Progress
-from deepspectra.algorithms.lanczos import as_operator, check_count, inner_products
+from deepspectra.algorithms.lanczos import as_operator, check_count, inner_products, seeded
 from deepspectra.algorithms.sketch import Sketch, method_for, sketch, standard_error
 from deepspectra.operators.base import Operator
 from deepspectra.results import Estimate, Provenance
@@ -48,7 +48,7 @@ def frobenius_norm(
     check_count("num_products", num_products)
     run = Products(operator, min(num_products, operator.shape[0]), progress)
     method = method_for(run, num_products, "frobenius_norm")
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     if method == "exact":
         squares = torch.stack([_squares(columns).sum() for _, columns in run.identity()]).sum()[None]
     elif method == "leave-one-out":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.counted import Products, Progress
-from deepspectra.algorithms.lanczos import as_operator, check_count
+from deepspectra.algorithms.lanczos import as_operator, check_count, seeded
 from deepspectra.algorithms.sketch import Sketch, method_for, sketch, standard_error
 from deepspectra.operators.base import Operator
 from deepspectra.results import Estimate, Provenance
@@ -51,7 +51,7 @@ def trace(
     check_count("num_products", num_products)
     run = Products(operator, min(num_products, operator.shape[0]), progress)
     method = method_for(run, num_products, "trace")
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     if method == "exact":
         estimates = torch.stack([columns[rows].trace().double() for rows, columns in run.identity()]).sum()[
             None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.lanczos import check_count
+from deepspectra.algorithms.lanczos import check_count, seeded
 from deepspectra.operators.curvature import GaussNewton
 from deepspectra.operators.held import HeldRows
 from deepspectra.operators.layerwise import counted
@@ -125,7 +125,7 @@ def _drawn(problem: Problem, num_examples: int, seed: int) -> Problem:
     per_class = weight.new_zeros(rows.weights.shape[1]).index_add_(0, rows.labels, weight)
     chance = weight / per_class.clamp_min(1)[rows.labels] * num_examples / int((per_class > 0).sum())
     order = rows.labels.argsort(stable=True).cpu()
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     chosen = order[systematic(chance.cpu().clamp_max(1)[order], generator)].sort().values
     return problem.drawn(chosen, torch.ones(len(chosen), dtype=torch.float64))
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from deepspectra.algorithms.lanczos import seeded
 from deepspectra.errors import OptionError
 from deepspectra.operators.curvature import GaussNewton
 from deepspectra.operators.held import HeldRows
@@ -290,7 +291,7 @@ def gradient_pairs(
     if not num:
         return _no_pairs(parts, began)
     vectors = rows.transpose_reduced(v / values.sqrt())
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     signs = torch.randint(0, 2, (v.shape[1], NUM_CHECKS), generator=generator).to(v) * 2 - 1
     pushed = rows.apply_reduced(vectors @ signs.to(vectors)).to(v)
     missed = (pushed - (v * values.sqrt()) @ signs).square().sum(0).mean().sqrt() * values[0].sqrt()

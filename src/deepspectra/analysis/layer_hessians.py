@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
+from deepspectra.algorithms.lanczos import seeded
 from deepspectra.algorithms.trace import trace
 from deepspectra.analysis.gram import GramSpectrum
 from deepspectra.operators.captures import parameters_of
@@ -105,7 +106,7 @@ def _residual_sizes(
     problem: Problem, owned: Mapping[str, list[str]], gradients: Mapping[str, GramSpectrum], seed: int
 ) -> dict[str, float]:
     """‖R‖_F/‖G‖_F of each layer's blocks; 0 if both are zero, ∞ if only G's is."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     blocks = []
     for names in owned.values():
         size = sum(problem.parameters[name].numel() for name in names)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.lanczos import check_count
+from deepspectra.algorithms.lanczos import check_count, seeded
 from deepspectra.analysis.sampling import residual_norm, sampled_eigenspace
 from deepspectra.errors import CurvatureError, MemoryBudgetError, MissingNameError, OptionError
 from deepspectra.operators.captures import layer_of
@@ -376,7 +376,7 @@ def _sampled(
     found = sampled_eigenspace(problem, num, num_samples, seed)
     norm = error = float("nan")
     if num_checks:
-        generator = torch.Generator().manual_seed(seed + 1)
+        generator = seeded(seed + 1)
         norm, error = residual_norm(problem, found.vectors, num_checks, generator)
     gap = float(found.values[-1]) - found.following
     bound = max(0.0, 1 - (norm / gap) ** 2 / num) if norm < gap else (0.0 if num_checks else float("nan"))

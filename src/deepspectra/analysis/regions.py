@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.lanczos import check_count
+from deepspectra.algorithms.lanczos import check_count, seeded
 from deepspectra.analysis.gram import EigenBasis, gradient_basis, range_of
 from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
 from deepspectra.operators.captures import Complement
@@ -253,7 +253,7 @@ class _Judge:
                 f"{parts.problem.memory / 2**30:.1f} GiB. Take fewer examples, or raise memory."
             )
         every = torch.ones(num, dtype=torch.bool)
-        order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(num, generator=seeded(seed))
         self.groups: list[Tensor] = []  # of examples, ascending
         self.subsets = [every]
         for group in torch.tensor_split(order, num_groups) if num_groups else ():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import unchallenged
+from deepspectra.algorithms.lanczos import seeded
 from deepspectra.operators.curvature import Hessian
 from deepspectra.problem import Problem
 
@@ -27,7 +28,7 @@ class Sampled(NamedTuple):
 
 def sampled_eigenspace(problem: Problem, num: int, num_samples: int | None, seed: int) -> Sampled:
     """The `num` largest eigenpairs of the Hessian of an importance sample, by Lanczos."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     wanted = num_samples or max(FEWEST, math.ceil(problem.num_examples / SHARE))
     few = Hessian(problem).sampled(generator, wanted)
     krylov = unchallenged(few, num, "largest", generator)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import explore
-from deepspectra.algorithms.lanczos import Krylov, basis_capacity, inner_products
+from deepspectra.algorithms.lanczos import Krylov, basis_capacity, inner_products, seeded
 from deepspectra.algorithms.subspace import overlap
 from deepspectra.analysis.attribution import Attribution, attribute, pair_shares, squared_norms
 from deepspectra.analysis.gram import (
@@ -358,7 +358,7 @@ def _part_traces(parts: Decomposition, pairs: Eigenpairs, shares: Tensor, seed: 
 
     Exact on the top eigenvectors of G, by Hutchinson's |Π A v|² over random signs on their complement.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     problem = parts.problem
     signs = torch.randint(0, 2, (problem.num_parameters, TRACE_PROBES), generator=generator) * 2 - 1
     block = signs.to(pairs.vectors)

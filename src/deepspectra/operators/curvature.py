@@ -14,7 +14,7 @@ from deepspectra.operators.base import Operator
 from deepspectra.operators.projections import Projections
 from deepspectra.operators.rows import GradientRows
 from deepspectra.operators.sampling import drawn
-from deepspectra.problem import Problem
+from deepspectra.problem import Problem, check_problem
 from deepspectra.products import products_of
 
 STAGED = 30_000  # examples from which on eigenvectors are first sought on a sample
@@ -25,6 +25,7 @@ class Curvature(Operator):
     """An operator on the parameters of a problem."""
 
     def __init__(self, problem: Problem, name: str) -> None:
+        check_problem(problem)
         dtype = torch.promote_types(problem.dtype, torch.float32)
         super().__init__(problem.num_parameters, dtype=dtype, device=problem.device, name=name)
         self.problem = problem

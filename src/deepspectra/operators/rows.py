@@ -10,7 +10,7 @@ from torch import Tensor
 from deepspectra.errors import LossError
 from deepspectra.losses import CrossEntropy
 from deepspectra.operators.projections import Projections, num_groups, positive
-from deepspectra.problem import Problem
+from deepspectra.problem import Problem, check_problem
 from deepspectra.products import products_of
 
 
@@ -160,8 +160,10 @@ def labelled_loss(problem: Problem) -> CrossEntropy:
     """The problem's loss, if it has classes.
 
     Raises:
+        OptionError: not a problem.
         LossError: not the cross-entropy of class labels, or that of one output.
     """
+    check_problem(problem)
     loss = problem.loss_function
     if not isinstance(loss, CrossEntropy):
         raise LossError(

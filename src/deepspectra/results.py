@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Literal, TypeVar, overload
@@ -95,6 +95,14 @@ class ByLayer(Mapping[str, Entry]):
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def _table(self, head: Sequence[str], numbers: Callable[[Entry], Iterable[float]]) -> list[str]:
+        """A line for each layer; – for a number that is not defined."""
+        rows = [f"{'layer':<26} " + " ".join(f"{name:>11}" for name in head)]
+        for name, entry in self.layers.items():
+            cells = ("–" if math.isnan(number) else f"{number:.3g}" for number in numbers(entry))
+            rows.append(f"{name[-26:]:<26} " + " ".join(f"{cell:>11}" for cell in cells))
+        return rows
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,8 @@ class CollapseByLayer(ByLayer[Collapse]):
 
     def __str__(self) -> str:
         names = ("nc1", "nc2_norms", "nc2_angles", "nc2_simplex", "nc3", "nc4")
-        rows = [f"{'layer':<26} " + " ".join(f"{name.upper().replace('_', ' '):>11}" for name in names)]
-        for layer, found in self.layers.items():
-            cells = " ".join(f"{getattr(found, name):>11.3g}" for name in names)
-            rows.append(f"{layer[-26:]:<26} {cells}")
+        head = [name.upper().replace("_", " ") for name in names]
+        rows = self._table(head, lambda layer: [getattr(layer, name) for name in names])
         rows.append(f"neural collapse of what enters each layer, {self.seconds:.3g} s")
         return "\n".join(rows)
 

@@ -69,9 +69,9 @@ class Dissection(ByLayer[LayerDissection]):
 
     def __str__(self) -> str:
         head = ("λ₁", "λ₁/τ₁γ₁", "rank one", "v₁ share", "λ₁/λ₂ xxᵀ", "v₁·E[x]", "closed form", "its range")
-        rows = [f"{'layer':<26} " + " ".join(f"{name:>11}" for name in head)]
-        for name, layer in self.layers.items():
-            cells = (
+        rows = self._table(
+            head,
+            lambda layer: (
                 float(layer.values[0]),
                 float(layer.values[0] / layer.factored_values[0]),
                 float(layer.rank_one.mean()),
@@ -80,8 +80,8 @@ class Dissection(ByLayer[LayerDissection]):
                 layer.input_alignment,
                 layer.closed_form,
                 layer.closed_range,
-            )
-            rows.append(f"{name[-26:]:<26} " + " ".join(f"{cell:>11.3g}" for cell in cells))
+            ),
+        )
         rows.append(
             "of the top eigenvectors of each layer's block of G: mean σ₁/‖·‖ reshaped, mean share along the top "
             f"eigenvector of E[xxᵀ]; overlaps of the closed forms of E[M]; {self.seconds:.3g} s"

@@ -53,17 +53,17 @@ class Weights(ByLayer[LayerWeights]):
 
     def __str__(self) -> str:
         head = ("σ₁", "at rest", "class cos", "share", "random", "decay")
-        rows = [f"{'layer':<26} " + " ".join(f"{name:>10}" for name in head)]
-        for name, layer in self.layers.items():
-            cells = (
+        rows = self._table(
+            head,
+            lambda layer: (
                 float(layer.singular_values[0]),
                 layer.rest_cosine,
                 layer.class_cosine,
                 layer.class_share,
                 layer.baseline,
                 layer.decay,
-            )
-            rows.append(f"{name[-26:]:<26} " + " ".join(f"{cell:>10.3g}" for cell in cells))
+            ),
+        )
         rows.append(
             "cosines of W with −∇ and with products of class means; share of W between their spans; "
             f"{self.seconds:.3g} s"

@@ -749,6 +749,26 @@ def test_inputs_that_the_model_does_not_take_are_told(inputs: Tensor) -> None:
     assert str(tuple(inputs.shape)) in str(caught)
 
 
+def test_batches_suit_the_network_unless_their_size_is_given() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2000, 5, dtype=torch.float64, generator=generator), torch.arange(2000) % 3
+    wide = nn.Sequential(nn.Linear(5, 5000), nn.Tanh(), nn.Linear(5000, 3)).double()
+
+    def sizes(model: nn.Module, data: Any, **options: Any) -> list[int]:
+        return [len(labels) for _, labels in ds.Problem(model, data, **options).batches]
+
+    assert sizes(mlp(), (x, y)) == sizes(mlp(), TensorDataset(x, y)) == [2000]
+    found = sizes(wide, (x, y))  # 40 kB an example: about 840 make 32 MiB
+    assert found == [1000, 1000]
+    assert sizes(wide, (x, y), memory="100MB")[0] < 100
+    loader = DataLoader(TensorDataset(x, y), batch_size=500)
+    assert sizes(mlp(), (x, y), batch_size=500) == sizes(mlp(), loader) == [500] * 4
+    pair = sizes(nn.Linear(5, 1).double(), (x, x[:, :1]), loss="mse")
+    assert pair == [2000]
+    alike = [ds.Problem(wide, (x, y), batch_size=size).gradient() for size in (None, 300)]
+    assert torch.allclose(*alike, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_is_told(reentrant: bool) -> None:

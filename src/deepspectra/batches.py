@@ -101,6 +101,7 @@ class Batches:
 
     Attributes:
         held: the batches, moved, if they are held.
+        is_resizable: nobody chose the size of the batches.
         num_batches: how many there are.
         mark: two numbers that differ for other examples, up to rounding the same in any order.
 
@@ -114,7 +115,8 @@ class Batches:
         self, source: Any, *, batch_size: int | None, move: Move, budget: int, pairs: bool = True
     ) -> None:
         self._move = move
-        self._read = _reader(source, batch_size, pairs)
+        self._read, sized = _reader(source, batch_size, pairs)
+        self.is_resizable = batch_size is None and sized
         held: list[Any] | None = []
         size, marks = 0, []
         for batch in self._read():
@@ -162,6 +164,21 @@ class Batches:
         )
         self.num_batches = len(self.held)
 
+    def resize(self, batch_size: int) -> None:
+        """Cut the examples, in their order, into equal batches of about so many.
+
+        Nothing happens unless every batch is held and is a pair of tensors of equal shapes but for their lengths.
+        """
+        pairs = self.held or []
+        shapes = {tuple(leaf.shape[1:] for leaf in tensors(pair)) for pair in pairs}
+        if len(shapes) != 1 or not all(map(is_pair, pairs)):
+            return
+        inputs, targets = (torch.cat(leaves) for leaves in zip(*pairs, strict=True))
+        count = max(1, round(len(inputs) / batch_size))
+        size = math.ceil(len(inputs) / count)
+        self.held = list(zip(torch.split(inputs, size), torch.split(targets, size), strict=True))
+        self.num_batches = len(self.held)
+
     def _check_second_pass(self, marks: list[tuple[float, float]]) -> None:
         again = [_fingerprint(batch) for batch in self._read()]
         totals = self.mark, _total(again)
@@ -181,16 +198,19 @@ class Batches:
             )
 
 
-def is_labelled(batch: Any) -> bool:
-    """Whether a batch is a pair of one input tensor (B, ...) and integer labels (B,)."""
+def is_pair(batch: Any) -> bool:
+    """Whether a batch is a pair of tensors with a row for each example."""
     return (
         isinstance(batch, (tuple, list))
         and len(batch) == 2
-        and all(isinstance(part, Tensor) for part in batch)
-        and batch[1].ndim == 1
-        and not batch[1].is_floating_point()
+        and all(isinstance(part, Tensor) and part.ndim > 0 for part in batch)
         and len(batch[0]) == len(batch[1])
     )
+
+
+def is_labelled(batch: Any) -> bool:
+    """Whether a batch is a pair of one input tensor (B, ...) and integer labels (B,)."""
+    return is_pair(batch) and batch[1].ndim == 1 and not batch[1].is_floating_point()
 
 
 def _fingerprint(batch: Any) -> tuple[float, float]:
@@ -218,25 +238,26 @@ def _close(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-7, abs_tol=1e-9)
 
 
-def _reader(source: Any, batch_size: int | None, pairs: bool) -> Callable[[], Iterable[Any]]:
+def _reader(source: Any, batch_size: int | None, pairs: bool) -> tuple[Callable[[], Iterable[Any]], bool]:
+    """A function that reads the batches, and whether their size is ours to choose."""
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise OptionError(f"batch_size must be a positive integer, got {batch_size!r}.")
     if isinstance(source, DataLoader):
-        return lambda: source
+        return lambda: source, False
     if isinstance(source, (tuple, list)) and any(isinstance(part, np.ndarray) for part in source):
         raise DataError("data holds NumPy arrays; pass tensors: (torch.from_numpy(x), torch.from_numpy(y)).")
     pair = isinstance(source, tuple) or pairs
     if pair and isinstance(source, (tuple, list)) and len(source) == 2 and isinstance(source[1], Tensor):
-        return _tensor_reader(source, batch_size)
+        return _tensor_reader(source, batch_size), True
     if isinstance(source, list) or (isinstance(source, tuple) and source):
-        return lambda: source
+        return lambda: source, False
     if isinstance(source, Dataset):
         if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
-            return lambda: DataLoader(source, batch_size=batch_size or LARGEST_DEFAULT_BATCH)
+            return lambda: DataLoader(source, batch_size=batch_size or LARGEST_DEFAULT_BATCH), True
         if not len(source):
             raise DataError("the data set is empty: it has length 0, and at least one example is needed.")
         size = batch_size or default_batch_size(source[0])
-        return lambda: DataLoader(source, batch_size=size, shuffle=False)
+        return lambda: DataLoader(source, batch_size=size, shuffle=False), True
     raise DataError(
         f"data of type {type(source).__name__} cannot be read; expected a DataLoader, a Dataset, a pair of "
         "tensors (x, y), or a list of batches."
@@ -261,6 +282,6 @@ def _tensor_reader(pair: Any, batch_size: int | None) -> Callable[[], Iterable[A
 
 
 def default_batch_size(example: Any) -> int:
-    """Examples a batch when the user names none: large for small inputs, at most 512, at least 32."""
+    """Examples a batch before the model has seen any: many of small inputs, at most 512, at least 32."""
     numbers = max(1, sum(leaf.numel() for leaf in tensors(example)))
     return min(LARGEST_DEFAULT_BATCH, max(32, NUMBERS_PER_BATCH // numbers))

@@ -9,14 +9,15 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deepspectra import losses
-from deepspectra.batches import Batches, Move, is_labelled, map_tensors, num_bytes
+from deepspectra.batches import Batches, Move, is_labelled, is_pair, map_tensors, num_bytes
 from deepspectra.checks import check_finite, check_independence, check_model, reported, told, usable
 from deepspectra.errors import (
     CurvatureError,
@@ -31,6 +32,10 @@ from deepspectra.errors import (
 )
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+Result = TypeVar("Result")
+BATCH_BYTES = (2**29, 2**25)  # that backpropagation keeps of a batch, unless sizes are given: GPU, CPU
+WEIGHT_BYTES = 2  # or so many times the bytes of the weights, if that is more: each batch reads them all
+GRAPHS = 32  # such batches fit the memory
 
 
 class Problem:
@@ -47,7 +52,8 @@ class Problem:
         loss: "cross_entropy", "mse", an nn loss module, or a callable (outputs, targets) → mean loss.
         parameters: a glob or several over parameter names; the trainable ones among the matches are used.
         forward: function (model, batch) → (outputs, targets), for batches that are not pairs (x, y).
-        batch_size: examples a batch, for tensors and Datasets; by default from the size of an example.
+        batch_size: examples a batch, for tensors and Datasets; by default so many that backpropagation keeps about
+            32 MiB of them, or twice the bytes of the weights if that is more (512 MiB on a GPU).
         device: where to compute; by default where the model's parameters are.
         dtype: floating-point type of weights, data and products; by default the model's.
         memory: bytes, or text such as "8GiB", for data, retained graphs and basis vectors together; by
@@ -122,6 +128,7 @@ class Problem:
         reorder = self._module.function is _forward_pair  # the order of examples is ours
         with torch.no_grad(), differentiable():
             check_independence(self.model, self._module, batch, outputs, self.dtype, reorder=reorder)
+        self._resize()
 
     @property
     def model(self) -> nn.Module:
@@ -320,7 +327,9 @@ class Problem:
         with reported(
             CurvatureError, "the loss cannot be backpropagated (activation checkpointing must be off)"
         ):
-            parts = self._batch_gradient(next(iter(self.batches)), every)
+            batch = next(iter(self.batches))
+            parts, kept = _kept_bytes(self.model, lambda: self._batch_gradient(batch, every))
+            self._example_bytes = kept / max(1, len(batch[1])) if is_pair(batch) else 0.0
         if all(part is None for part in parts):
             raise ParameterError(
                 "no parameter of the model has any effect on the loss. Does forward= call the model it is given, "
@@ -333,6 +342,14 @@ class Problem:
                 "training=True, or random noise in forward?). Make forward deterministic."
             )
         return start, before[0]
+
+    def _resize(self) -> None:
+        """Batches of a size that suits the network, where nobody chose one."""
+        if not self.batches.is_resizable:
+            return
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        wanted = max(BATCH_BYTES[self.device.type == "cpu"], WEIGHT_BYTES * weights)
+        self.batches.resize(max(1, int(min(wanted, self.memory / GRAPHS) / max(1.0, self._example_bytes))))
 
     def _settle(self) -> tuple[Any, tuple[Tensor, Tensor]]:
         """Evaluate batches until it is settled how outputs are read; the first with rows, and what it gives.
@@ -425,6 +442,7 @@ class Problem:
         move = Move(self.device, self.dtype)
         other.batches = Batches(data, batch_size=None, move=move, budget=self.memory // 4)
         other._check()
+        other._resize()
         other.total_weight = self.total_weight
         return other
 
@@ -472,6 +490,22 @@ class _Forward(nn.Module):
                 f"forward returned a {kind}; it must return a pair of tensors (outputs, targets)."
             )
         return pair
+
+
+def _kept_bytes(model: nn.Module, call: Callable[[], Result]) -> tuple[Result, int]:
+    """What a call returns, and the bytes that autograd keeps in it beside the model's own."""
+    own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        if value.layout == torch.strided and value.untyped_storage().data_ptr() not in own:
+            size = min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
+            kept[value.data_ptr()] = max(kept.get(value.data_ptr(), 0), size)
+        return value
+
+    with saved_tensors_hooks(pack, lambda value: value):
+        result = call()
+    return result, sum(kept.values())
 
 
 def check_problem(problem: object) -> None:

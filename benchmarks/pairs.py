@@ -27,7 +27,7 @@ from deepspectra.results import Eigenpairs
 NUM = 10
 RTOL = 1e-2  # residual relative to the eigenvalue
 TRUTH = 1e-4
-LONG = 30.0  # CPU seconds after which a job is not repeated
+LONG = 10.0  # CPU seconds after which a job is not repeated
 SUBSPACE = NUM - 1  # C − 1: as many outliers as classes, less one
 
 

@@ -62,6 +62,8 @@ def _runs() -> dict[str, Run]:
     return {f"{run.name.replace(', ', '-')}-{run.study}": run for run in runs}
 
 
+KINDS = ("kfac", "ekfac", "cfac")
+CONVOLUTIONS = ("conv", "features", "layer")  # how the names of these networks' convolutions begin
 VGG_CONVOLUTIONS = (0, 3, 6, 8, 11, 13, 16, 18)  # places among the features
 STUDIES_HERE = STUDIES | {"plain": (Variant("plain"),)}
 RUNS = _runs()
@@ -249,25 +251,24 @@ def _cell(name: str, variant: str, layer: str, measure: str, values: list[float]
 
 
 def _best(records: list[Record]) -> list[str]:
-    """In which layers which approximation is nearest to G."""
-    wins: dict[str, list[str]] = {"kfac": [], "ekfac": [], "cfac": []}
+    """In how many layers of which kind which approximation is nearest to G."""
+    wins: dict[str, dict[str, int]] = {}
     for record in records:
         for variant, layers in record["values"].items():
             for layer, measures in layers.items():
-                errors = {
-                    kind: sum(measures[f"{kind}_error"]) for kind in wins if measures.get(f"{kind}_error")
-                }
-                if errors:
-                    wins[min(errors, key=lambda kind: errors[kind])].append(
-                        f"{layer} ({record['name']}, {variant})"
-                    )
+                errors = {kind: sum(measures.get(f"{kind}_error", [])) for kind in KINDS}
+                if all(errors.values()):
+                    kind = "convolution" if layer.startswith(CONVOLUTIONS) else "fully connected"
+                    place = f"{kind}, batch norm" if variant == "batch norm" else kind
+                    counts = wins.setdefault(place, dict.fromkeys(KINDS, 0))
+                    counts[min(errors, key=lambda kind: errors[kind])] += 1
+    rows = [[place, *(str(counts[kind]) for kind in KINDS)] for place, counts in sorted(wins.items())]
     return [
         "## Which approximation is nearest",
         "",
-        *(
-            f"- {kind.upper()} in {len(where)} layers: {', '.join(where) or 'none'}."
-            for kind, where in wins.items()
-        ),
+        "In how many layers each has the smallest ‖G − K‖_F.",
+        "",
+        table(["layers", *(kind.upper() for kind in KINDS)], rows),
     ]
 
 

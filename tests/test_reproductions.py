@@ -130,6 +130,6 @@ def test_layers_are_dissected_and_set_beside_published_numbers() -> None:
     assert "plain " + " → ".join(f"{count:.3g}" for count in counts) in told
     ratio = record["values"]["plain"]["fc2"]["input_ratio"]
     assert f"{sum(ratio) / 2:.3g} (12.3)" in text  # published for this network and layer
-    counted = [line for line in text.splitlines() if line.startswith("- ")]
-    assert sum(int(line.split(" in ")[1].split(" ")[0]) for line in counted) == 4
+    nearest = [line.split(" | ") for line in text.splitlines() if line.startswith("| fully connected")]
+    assert [sum(map(int, row[1:3])) + int(row[3].rstrip(" |")) for row in nearest] == [2, 2]
     assert list(dissecting.RUNS)[1] == "lenet-mnist-batch-norm"

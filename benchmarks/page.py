@@ -57,19 +57,19 @@ divisions into runs × steps; a user has to choose one beforehand.""",
 }
 WHY = {  # why targets of a section are out of reach, and what was tried
     "products": """\
-**Products.** H v is within a tenth of what its multiplications allow; the rest is masks, sums and the loss's
-curvature, a pass over memory each. Tried: linearising the gradient (no cheaper, three times the memory), chunks
-of other sizes, blocks of vectors (large ones hurt). With graphs that are not kept, a block of eight shares one
-forward and one backward pass.""",
+**Products.** They are near what their multiplications allow; the rest is masks, sums and the loss's curvature, a pass
+over memory each. Batches follow what backpropagation keeps of them, which suits H and G at once only about. Tried:
+linearising the gradient (no cheaper, three times the memory), blocks of vectors (large ones hurt).""",
     "means": """\
 **Means.** One forward pass, one backward pass for all classes at once, and one more for each further potential
 class. What is over the target is masks and sums.""",
     "pairs": """\
 **Pairs.** Residuals pass after 22 to 28 products, as with hessian-eigenthings, whose fewest in hindsight are 22
-to 24: at 1.6 g each that alone is more than the targets. Five to eight products of a challenge follow, which
-looks for pairs that are missing; no peer does. Tried: a start from a sample of 1,000 examples (24 products in
-place of 31, and the sample costs what they save; from 30,000 examples on it pays and is the default), class
-means as a start (saves nothing), a shorter challenge (misses copies of an eigenvalue). With 30,000 examples 16
+to 24: for MNIST and LeNet that alone is more than the targets. Five to eight products of a challenge follow,
+which looks for pairs that are missing; no peer does. Tried: a start from a sample of 1,000 examples (24
+products in place of 31, and the sample costs what they save; from 30,000 examples on it pays and is the
+default), class means as a start (saves nothing), a challenge right after residuals pass, without a product to
+see values stand still (30 wrong results of 576 on hard matrices in place of 25). With 30,000 examples 16
 products are the least: ten to measure residuals, six for the challenge.""",
     "subspace": """\
 **Subspaces.** Of 7.4 g for a sample of 500 of 5,000 examples, 22 products take 4.1, orthogonalising their

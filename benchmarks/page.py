@@ -148,7 +148,7 @@ def _verdict(rows: list[Row]) -> str:
         if lost
         else "No right peer is ahead in any comparison."
     )
-    why = [WHY[name] for name in WHY if any(row.section == name and row.met is False for row in rows)]
+    why = [text for name, text in WHY.items() if any(row.section == name for row in aimed if not row.met)]
     return "\n\n".join(filter(None, [head, "\n".join([*missed, *lost]), *why]))
 
 

@@ -258,8 +258,9 @@ def _best(records: list[Record]) -> list[str]:
             for layer, measures in layers.items():
                 errors = {kind: sum(measures.get(f"{kind}_error", [])) for kind in KINDS}
                 if all(errors.values()):
-                    kind = "convolution" if layer.startswith(CONVOLUTIONS) else "fully connected"
-                    place = f"{kind}, batch norm" if variant == "batch norm" else kind
+                    place = "convolution" if layer.startswith(CONVOLUTIONS) else "fully connected"
+                    if variant == "batch norm":
+                        place += ", batch norm"
                     counts = wins.setdefault(place, dict.fromkeys(KINDS, 0))
                     counts[min(errors, key=lambda kind: errors[kind])] += 1
     rows = [[place, *(str(counts[kind]) for kind in KINDS)] for place, counts in sorted(wins.items())]

@@ -101,7 +101,6 @@ class Batches:
 
     Attributes:
         held: the batches, moved, if they are held.
-        is_resizable: nobody chose the size of the batches.
         num_batches: how many there are.
         mark: two numbers that differ for other examples, up to rounding the same in any order.
 
@@ -116,7 +115,7 @@ class Batches:
     ) -> None:
         self._move = move
         self._read, sized = _reader(source, batch_size, pairs)
-        self.is_resizable = batch_size is None and sized
+        self._is_sized = batch_size is not None or not sized
         held: list[Any] | None = []
         size, marks = 0, []
         for batch in self._read():
@@ -151,32 +150,36 @@ class Batches:
         Sums over a class then touch its own batches only. Nothing happens unless every batch is held and is
         a pair of one input tensor and integer labels (B,), of equal shapes but for B.
         """
-        if self.held is None or not all(map(is_labelled, self.held)):
+        held = self.held or []
+        whole = self._whole() if all(map(is_labelled, held)) else None
+        if whole is None:
             return
-        if len({(x.shape[1:], x.dtype) for x, _ in self.held}) > 1:
-            return
-        batch_size = max(len(y) for _, y in self.held)
-        labels = torch.cat([y for _, y in self.held])
+        inputs, labels = whole
         order = labels.argsort(stable=True)
-        inputs = torch.cat([x for x, _ in self.held])[order]
-        self.held = list(
-            zip(torch.split(inputs, batch_size), torch.split(labels[order], batch_size), strict=True)
-        )
-        self.num_batches = len(self.held)
+        self._cut(inputs[order], labels[order], max(len(y) for _, y in held))
 
     def resize(self, batch_size: int) -> None:
-        """Cut the examples, in their order, into equal batches of about so many.
+        """Cut the examples, in their order, into equal batches of about so many, unless the user chose a size.
 
-        Nothing happens unless every batch is held and is a pair of tensors of equal shapes but for their lengths.
+        Nothing happens either unless every batch is held and is a pair of tensors of equal shapes but for their
+        lengths.
         """
-        pairs = self.held or []
-        shapes = {tuple(leaf.shape[1:] for leaf in tensors(pair)) for pair in pairs}
-        if len(shapes) != 1 or not all(map(is_pair, pairs)):
+        whole = None if self._is_sized else self._whole()
+        if whole is None:
             return
-        inputs, targets = (torch.cat(leaves) for leaves in zip(*pairs, strict=True))
-        count = max(1, round(len(inputs) / batch_size))
-        size = math.ceil(len(inputs) / count)
-        self.held = list(zip(torch.split(inputs, size), torch.split(targets, size), strict=True))
+        count = max(1, round(len(whole[0]) / batch_size))
+        self._cut(*whole, math.ceil(len(whole[0]) / count))
+
+    def _whole(self) -> tuple[Tensor, Tensor] | None:
+        """Inputs and targets of all batches, where these are held pairs of equal shapes but for their lengths."""
+        pairs = self.held or []
+        if not all(map(is_pair, pairs)) or len({(x.shape[1:], x.dtype, y.shape[1:]) for x, y in pairs}) != 1:
+            return None
+        inputs, targets = zip(*pairs, strict=True)
+        return torch.cat(inputs), torch.cat(targets)
+
+    def _cut(self, inputs: Tensor, targets: Tensor, batch_size: int) -> None:
+        self.held = list(zip(torch.split(inputs, batch_size), torch.split(targets, batch_size), strict=True))
         self.num_batches = len(self.held)
 
     def _check_second_pass(self, marks: list[tuple[float, float]]) -> None:

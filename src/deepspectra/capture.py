@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 from deepspectra.batches import map_tensors, tensors
 from deepspectra.convolution import read_call
 from deepspectra.errors import CurvatureError
-from deepspectra.problem import Problem, differentiable
+from deepspectra.evaluation import differentiable
+from deepspectra.problem import Problem
 from deepspectra.uses import LAYOUTS, Alone, Convolution, Layout, Lookup, Matrix, Slice, Use, Vectors
 
 TOLERANCE = 1e-7  # relative, in float64, of products by features and errors against those by backpropagation

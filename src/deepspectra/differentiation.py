@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from deepspectra.convolution import Convolutions
-from deepspectra.problem import Problem, differentiable
+from deepspectra.evaluation import differentiable
+from deepspectra.problem import Problem
 
 SINGLE_EASE = 1e-3  # by which errors are judged more leniently where float32 inside limits what can be seen
 GOOD = 1e-6  # a relative error at which no further step size or point is tried

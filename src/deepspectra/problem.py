@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import operator
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deepspectra import losses
 from deepspectra.batches import Batches, Move, is_labelled, is_pair, map_tensors, num_bytes
@@ -30,9 +26,9 @@ from deepspectra.errors import (
     ParameterError,
     ShapeError,
 )
+from deepspectra.evaluation import Evaluated, Forward, differentiable, evaluation_copy, forward_pair
+from deepspectra.memory import free_memory, kept_bytes, parse_bytes
 
-Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
-Result = TypeVar("Result")
 BATCH_BYTES = (2**29, 2**25)  # that backpropagation keeps of a batch, unless sizes are given: GPU, CPU
 WEIGHT_BYTES = 2  # or so many times the bytes of the weights, if that is more: each batch reads them all
 GRAPHS = 32  # such batches fit the memory
@@ -109,10 +105,10 @@ class Problem:
             raise ParameterError("the model has no parameters.")
         self.device = usable(device) if device is not None else reference.device
         self.dtype = dtype or reference.dtype
-        self.memory = parse_bytes(memory) if memory is not None else _free_memory(self.device) * 2 // 3
+        self.memory = parse_bytes(memory) if memory is not None else free_memory(self.device) * 2 // 3
         self.loss_function = losses.resolve(loss)
         self._trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-        self._module = _Forward(_evaluation_copy(model, self.device, self.dtype), forward or _forward_pair)
+        self._module = Evaluated(evaluation_copy(model, self.device, self.dtype), forward or forward_pair)
         self._select(parameters)
         self.batches = Batches(
             data,
@@ -125,7 +121,7 @@ class Problem:
             self.batches.sort_by_label()
         self.kept: dict[str, Any] = {}  # what other layers keep with the problem, to be freed with it
         batch, outputs = self._check()
-        reorder = self._module.function is _forward_pair  # the order of examples is ours
+        reorder = self._module.function is forward_pair  # the order of examples is ours
         with torch.no_grad(), differentiable():
             check_independence(self.model, self._module, batch, outputs, self.dtype, reorder=reorder)
         self._resize()
@@ -242,7 +238,7 @@ class Problem:
     def class_batches(self, groups: Tensor | None = None) -> Iterator[Any]:
         """The batches, split so that each holds one class, or one of `groups` (C,), where they can be split."""
         for batch in self.batches:
-            if self._module.function is not _forward_pair or not is_labelled(batch):
+            if self._module.function is not forward_pair or not is_labelled(batch):
                 yield batch
                 continue
             labels = batch[1] if groups is None else groups.to(batch[1].device)[batch[1].clamp_min(0)]
@@ -327,9 +323,8 @@ class Problem:
         with reported(
             CurvatureError, "the loss cannot be backpropagated (activation checkpointing must be off)"
         ):
-            batch = next(iter(self.batches))
-            parts, kept = _kept_bytes(self.model, lambda: self._batch_gradient(batch, every))
-            self._example_bytes = kept / max(1, len(batch[1])) if is_pair(batch) else 0.0
+            parts, kept = kept_bytes(self.model, lambda: self._batch_gradient(start, every))
+        self._example_bytes = kept / max(1, len(start[1])) if is_pair(start) else 0.0
         if all(part is None for part in parts):
             raise ParameterError(
                 "no parameter of the model has any effect on the loss. Does forward= call the model it is given, "
@@ -345,8 +340,6 @@ class Problem:
 
     def _resize(self) -> None:
         """Batches of a size that suits the network, where nobody chose one."""
-        if not self.batches.is_resizable:
-            return
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         wanted = max(BATCH_BYTES[self.device.type == "cpu"], WEIGHT_BYTES * weights)
         self.batches.resize(max(1, int(min(wanted, self.memory / GRAPHS) / max(1.0, self._example_bytes))))
@@ -405,7 +398,7 @@ class Problem:
         other = copy.copy(self)
         other.kept = {}
         other.dtype = dtype
-        other._module = _Forward(_evaluation_copy(self.model, self.device, dtype), self._module.function)
+        other._module = Evaluated(evaluation_copy(self.model, self.device, dtype), self._module.function)
         own = dict(other.model.named_parameters())
         other.parameters = {name: own[name].detach() for name in self.parameters}
         return other
@@ -413,7 +406,7 @@ class Problem:
     @property
     def can_draw(self) -> bool:
         """Examples can be drawn: batches are (x, labels), and the loss is cross-entropy."""
-        plain = self._module.function is _forward_pair and isinstance(self.loss_function, losses.CrossEntropy)
+        plain = self._module.function is forward_pair and isinstance(self.loss_function, losses.CrossEntropy)
         return plain and is_labelled(next(iter(self.batches)))
 
     def drawn(self, chosen: Tensor, weights: Tensor) -> Problem:
@@ -457,7 +450,7 @@ class Problem:
             if len(counted) <= most:
                 continue
             most, found = len(counted), batch
-            if self._module.function is _forward_pair and len(outputs) == len(batch[1]):
+            if self._module.function is forward_pair and len(outputs) == len(batch[1]):
                 chosen = counted[:: max(1, len(counted) // num_rows)][:num_rows]
                 found = map_tensors(operator.itemgetter(chosen), batch)
             if most >= num_rows:
@@ -473,122 +466,7 @@ class Problem:
         )
 
 
-class _Forward(nn.Module):
-    """A model with its forward function, so that parameters are replaced however the function reaches them."""
-
-    def __init__(self, model: nn.Module, function: Forward) -> None:
-        super().__init__()
-        self.model = model
-        self.function = function
-
-    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Outputs and targets."""
-        pair = self.function(self.model, batch)
-        if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(t, Tensor) for t in pair):
-            kind = f"tuple of {len(pair)}" if isinstance(pair, tuple) else type(pair).__name__
-            raise DataError(
-                f"forward returned a {kind}; it must return a pair of tensors (outputs, targets)."
-            )
-        return pair
-
-
-def _kept_bytes(model: nn.Module, call: Callable[[], Result]) -> tuple[Result, int]:
-    """What a call returns, and the bytes that autograd keeps in it beside the model's own."""
-    own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(value: Tensor) -> Tensor:
-        if value.layout == torch.strided and value.untyped_storage().data_ptr() not in own:
-            size = min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
-            kept[value.data_ptr()] = max(kept.get(value.data_ptr(), 0), size)
-        return value
-
-    with saved_tensors_hooks(pack, lambda value: value):
-        result = call()
-    return result, sum(kept.values())
-
-
 def check_problem(problem: object) -> None:
     """Raise OptionError unless it is a `Problem`."""
     if not isinstance(problem, Problem):
         raise OptionError(f"expected a deepspectra.Problem(model, data, loss); got {type(problem).__name__}.")
-
-
-def _forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-        kind = (
-            f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
-        )
-        raise DataError(
-            f"a batch is a {kind}; expected a pair (x, y). For other batches pass "
-            "forward=lambda model, batch: (outputs, targets)."
-        )
-    outputs = model(batch[0])
-    if not isinstance(outputs, Tensor):
-        raise DataError(
-            f"the model returns {type(outputs).__name__}, not a tensor; pass "
-            "forward=lambda model, batch: (outputs, targets) to pick the outputs."
-        )
-    return outputs, batch[1]
-
-
-def _evaluation_copy(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy of the model in evaluation mode; says so when the model was in training mode and it matters."""
-    random = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
-    if any(module.training and isinstance(module, random) for module in model.modules()):
-        warnings.warn(
-            "the model is in training mode with dropout or batch norm; the spectrum is that of evaluation "
-            "mode (dropout off, running statistics). Call model.eval() to say so yourself.",
-            FallbackWarning,
-            stacklevel=4,
-        )
-    try:
-        twin = copy.deepcopy(model)
-    except RuntimeError as error:
-        raise ParameterError(f"the model cannot be copied: {error}") from error
-    twin = twin.eval().requires_grad_(False).to(device=device, dtype=dtype)
-    for p in twin.parameters():
-        p.grad = None
-    return twin
-
-
-@contextlib.contextmanager
-def differentiable() -> Iterator[None]:
-    """Evaluate by operations that have second derivatives: plain attention instead of the fused kernels."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_bytes(memory: int | str) -> int:
-    """Bytes of a number or of a text such as "8GiB" or "500 MB"."""
-    text = str(memory).strip()
-    number = text.rstrip("BKMGIbkmgi ").strip()
-    unit = text[len(number) :].strip().upper()
-    try:
-        size = int(float(number) * UNITS[unit])
-    except (ValueError, KeyError):
-        raise OptionError(f"memory={memory!r} is not a size; write bytes, or text such as '8GiB'.") from None
-    if size <= 0:
-        raise OptionError(f"memory={memory!r} must be positive.")
-    return size
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo") as lines:
-            available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as limit:
-        available = min(available, int(limit.read()))
-    return available

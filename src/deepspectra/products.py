@@ -16,10 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepspectra.batches import tensors
 from deepspectra.differentiation import (
     DoubleBackward,
     Forward,
@@ -33,7 +30,9 @@ from deepspectra.differentiation import (
     jacobian_error,
 )
 from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError, first_line
-from deepspectra.problem import Problem, differentiable
+from deepspectra.evaluation import differentiable
+from deepspectra.memory import measured
+from deepspectra.problem import Problem
 
 EXPECTED_PRODUCTS = 40  # over which the cost of building a kept graph is spread when ways are compared
 BLOCK_BYTES = (2**30, 2**21)  # graph bytes times columns that go through a graph together: GPU, CPU
@@ -136,7 +135,7 @@ class Products:
             if store.bytes_each is not None and room < store.bytes_each // 2:
                 yield index, build(batch)
                 continue
-            graph, size = _measured(build, batch)
+            graph, size = measured(build, batch)
             self._refuse_beyond_memory(size)
             store.bytes_each = max(size, store.bytes_each or 0)
             if size <= room:
@@ -265,7 +264,7 @@ class Products:
         total = self.zeros(num_columns)
         store = self.stores.setdefault("forward", Store({}))
         for batch in self.problem.class_batches(groups):
-            graph, size = _measured(Forward, self.problem, batch)
+            graph, size = measured(Forward, self.problem, batch)
             store.bytes_each = max(size, store.bytes_each or 0)
             columns, live = cotangent(graph.outputs, graph.targets)
             given = columns.movedim(-1, 0).to(graph.outputs.dtype)
@@ -419,7 +418,7 @@ class Products:
         """
         tangent = list(self.problem.parameters.values())
         start = self._now()
-        jacobian, size = _measured(lambda: Jacobian(self.problem, batch, linearize=linearize))
+        jacobian, size = measured(lambda: Jacobian(self.problem, batch, linearize=linearize))
         built = self._now()
         jacobian.pull(jacobian.push(tangent))  # warm up
         warm = self._now()
@@ -450,32 +449,3 @@ def products_of(problem: Problem) -> Products:
 def _add(total: list[Tensor], parts: list[Tensor]) -> None:
     for into, part in zip(total, parts, strict=True):
         into.add_(part)
-
-
-class _Storages(TorchDispatchMode):
-    """Remembers the storages that operations create, without keeping them alive."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage()._cdata for leaf in tensors(args)}
-        for leaf in tensors(result):
-            storage = leaf.untyped_storage()
-            if type(leaf) is Tensor and storage._cdata not in given:  # a view adds nothing
-                self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())  # type: ignore[no-untyped-call]
-        return result
-
-    def alive(self) -> int:
-        """Bytes of those that are still referred to."""
-        sizes = [size for reference, size in self.seen.values() if not reference.expired()]  # type: ignore[no-untyped-call]
-        return sum(sizes)
-
-
-def _measured(build: Callable[..., Any], *arguments: Any) -> tuple[Any, int]:
-    """A graph and the bytes it keeps alive."""
-    with _Storages() as storages:
-        graph = build(*arguments)
-    return graph, storages.alive()

@@ -57,7 +57,7 @@ def _runs() -> dict[str, Run]:
         Run("784-200-200-10, mnist", "classes", small, "mnist", None, 30, 100),
         Run("784-200-200-10, fashion", "classes", small, "fashion", None, 30, 100),
         Run("vgg11-w48, cifar10", "plain", partial(zoo.vgg11, width=48), "cifar10", None, 30, 100),
-        Run("resnet18-w48, cifar10", "plain", narrow, "cifar10", None, 30, 60),
+        Run("resnet18-w48, cifar10", "plain", narrow, "cifar10", None, 20, 250, learning_rate=0.05),
     ]
     return {f"{run.name.replace(', ', '-')}-{run.study}": run for run in runs}
 

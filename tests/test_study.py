@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra import zoo
+from deepspectra.analysis import blocks
 from deepspectra.analysis.study import LEFT, MEASURES
 from deepspectra.apps.study import STUDIES, sentences, study_dataset
 from deepspectra.errors import OptionError, ShapeError
@@ -172,3 +174,26 @@ def test_there_are_four_studies() -> None:
         5,
         10,
     ]
+
+
+def test_each_block_is_decomposed_once_a_network(monkeypatch) -> None:
+    networks = [problem(0), problem(1)]
+    made = []
+    for name in ("_moment", "gram_of"):  # of the layer with fewer parameters than rows, and of the other one
+        monkeypatch.setattr(blocks, name, _recorded(name, getattr(blocks, name), made))
+    monkeypatch.setattr(blocks, "REMEMBERED", 20)
+    ds.study({"plain": networks})
+    assert sorted(made) == ["_moment"] * 2 + ["gram_of"] * 2
+    _, exact = next(iter(blocks.Blocks(networks[0])))
+    values, _, vectors = blocks.dense_spectrum(exact, 21)
+    assert len(made) == 5
+    assert vectors.shape[1] == 21
+    torch.testing.assert_close(exact @ vectors, vectors * values[:21])
+
+
+def _recorded(name: str, function: Callable, made: list[str]) -> Callable:
+    def call(*given):
+        made.append(name)
+        return function(*given)
+
+    return call

@@ -16,6 +16,7 @@ from deepspectra.problem import Problem
 
 SMALL = 3000  # rows of the largest Gram matrix that gives eigenvectors at once
 RTOL = 1e-2  # of eigenpairs found by products
+REMEMBERED = 256  # leading eigenvectors of small matrices that stay with the problem
 
 
 class Blocks:
@@ -34,6 +35,7 @@ class Blocks:
         self.approximations = {kind: made_from(self.captures, kind, sharing) for kind in kinds}
         self.factors: Kronecker = self.approximations[kinds[0]]
         self.names = [name for name, place in self.factors.places.items() if place.is_matrix]
+        self._spectra = problem.kept.setdefault("spectra of blocks", {})
 
     def __iter__(self) -> Iterator[tuple[str, ExactBlock]]:
         for _, batches in self.captures.by_layer():
@@ -43,6 +45,7 @@ class Blocks:
                 if place.weight in used:
                     block = ExactBlock(place, batches, self.factors.dtype)
                     block.memory = self.captures.problem.memory // 4
+                    block.kept = self._spectra.setdefault(name, {})
                     yield name, block
 
     def __getitem__(self, name: str) -> ExactBlock:
@@ -52,14 +55,17 @@ class Blocks:
 def dense_spectrum(exact: ExactBlock, num: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """All non-zero eigenvalues of a block, its K ≤ num largest and their eigenvectors (n, K); None if it is large.
 
-    From the smaller side of its rows, of at most 3,000.
+    From the smaller side of its rows, of at most 3,000; that side's eigenvectors are remembered.
     """
     size, num_rows = exact.shape[0], exact.num_rows
     if min(size, num_rows) > SMALL:
         return None
     narrow = size <= num_rows
-    gram = _moment(exact) if narrow else gram_of([exact.batches])
-    values, vectors = (found.flip(-1) for found in torch.linalg.eigh(gram))
+    if "values" not in exact.kept or exact.kept["vectors"].shape[1] < min(num, size, num_rows):
+        values, vectors = torch.linalg.eigh(_moment(exact) if narrow else gram_of([exact.batches]))
+        leading = vectors.flip(1)[:, : max(num, REMEMBERED)].clone()
+        exact.kept |= {"values": values.flip(0), "vectors": leading}
+    values, vectors = exact.kept["values"], exact.kept["vectors"]
     live = values > torch.finfo(exact.dtype).eps * len(values) * values[0]
     num = min(num, int(live.sum()))
     vectors = vectors[:, :num].to(exact.dtype)

@@ -30,6 +30,9 @@ class ExactBlock(Operator):
         batches: uses of the place, and of its bias, one list a batch.
         dtype: of products.
 
+    Attributes:
+        kept: what is remembered of the block from one question to the next.
+
     Cost: of a product, two products of the features with a matrix of the weight's shape.
     """
 
@@ -38,6 +41,7 @@ class ExactBlock(Operator):
         device = batches[0][0].errors.device
         super().__init__(groups * outputs * inputs, dtype=dtype, device=device, name=f"G of {place.name}")
         self.place = place
+        self.kept: dict[str, Tensor] = {}
         self.batches = [
             [use for use in batch if use.slice in (place.weight, place.bias)] for batch in batches
         ]

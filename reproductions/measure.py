@@ -66,7 +66,7 @@ def outliers_and_averages(problem: ds.Problem, num_classes: int) -> dict[str, An
     averaged = {level: ds.principal_subspace(problem, level=level) for level in ("class", "cross_class")}
     record: dict[str, Any] = {}
     for name, operator in (("H", ds.Hessian(problem)), ("G", ds.GaussNewton(problem))):
-        pairs, basis = explore(operator, num_classes + SPARE_PAIRS, rtol=RTOL)
+        pairs, basis = explore(operator, num_classes + SPARE_PAIRS, rtol=RTOL, start="random")
         found = ds.attribute(operator, parts, pairs=pairs, basis=basis)
         top = num_classes - 1
         record[name] = {

@@ -10,7 +10,7 @@ from torch import nn
 import deepspectra as ds
 from deepspectra import errors, zoo
 from deepspectra.analysis.sampling import residual_norm
-from deepspectra.operators.sampling import importance, inclusion, systematic
+from deepspectra.operators.sampling import importance, inclusion, num_enough, systematic
 
 
 @pytest.fixture(scope="module")
@@ -166,27 +166,49 @@ def test_a_sample_of_a_sum_is_the_sum_of_samples(problem):
     torch.testing.assert_close(pairs.values, ds.eigenpairs(both, num=5).values, rtol=1e-3, atol=0)
 
 
-def test_many_examples_are_sampled_first_unless_told_otherwise(problem, monkeypatch):
-    assert not ds.Hessian(problem).staged
-    monkeypatch.setattr("deepspectra.operators.curvature.STAGED", 1000)
+def test_enough_draws_are_the_fewest_whose_estimate_is_steady():
+    sizes = torch.cat([torch.linspace(0, 1, 60).double() ** 4, torch.zeros(5, dtype=torch.float64)])
+    number = num_enough(sizes, 0.1)
+    for count, enough in ((number, True), (number - 1, False)):
+        probabilities = inclusion(sizes, count)
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.rand(20_000, len(sizes), generator=generator, dtype=torch.float64) < probabilities
+        estimates = (drawn * (sizes / probabilities.clamp_min(1e-300))).sum(1)
+        variation = float(estimates.std() / sizes.sum())
+        assert variation == pytest.approx(0.1, rel=0.1)
+        exact = float((sizes**2 * (1 / probabilities.clamp_min(1e-300) - 1)).sum().sqrt() / sizes.sum())
+        assert (exact <= 0.1) == enough
+    assert num_enough(sizes, 1e-9) == 59
+    assert num_enough(torch.zeros(8, dtype=torch.float64), 0.1) == 0
+
+
+def test_examples_are_sampled_first_where_few_make_the_curvature(problem):
     H = ds.Hessian(problem)
-    assert H.staged
-    assert ds.GaussNewton(problem).staged
-    assert not ds.Residual(problem).staged  # importance is that of G
-    assert not (H - ds.GaussNewton(problem)).staged
-    sampled = ds.eigenpairs(H, num=9, rtol=1e-2)
-    asked = ds.eigenpairs(H, num=9, rtol=1e-2, start="sampled")
-    random = ds.eigenpairs(H, num=9, rtol=1e-2, start="random")
+    assert 0 < H.sample_size(3e-2) < H.sample_size(1e-2) < problem.num_examples / 3
+    assert H.sample_size(1e-2) == ds.GaussNewton(problem).sample_size(1e-2)
+    assert H.sample_size(1e-9) == 0  # takes too many
+    for other in (ds.Residual(problem), ds.EmpiricalFisher(problem), H - ds.GaussNewton(problem)):
+        assert other.sample_size(1e-2) == 0  # importance is that of G
+    sampled = ds.eigenpairs(H, num=9, rtol=4e-2)
+    asked = ds.eigenpairs(H, num=9, rtol=4e-2, start="sampled")
+    random = ds.eigenpairs(H, num=9, rtol=4e-2, start="random")
     assert torch.equal(sampled.values, asked.values)
     assert sampled.num_products < random.num_products
-    assert ds.eigenpairs(H, num=3, rtol=1e-2, which="smallest").converged  # from a random vector
+    assert ds.eigenpairs(H, num=3, rtol=4e-2, which="smallest").converged  # from a random vector
     x, y = next(iter(problem.batches))
     net = copy.deepcopy(problem.model).requires_grad_()
-    undrawn = ds.Problem(
-        net, [{"x": x, "y": y}], forward=lambda model, batch: (model(batch["x"]), batch["y"])
-    )
-    monkeypatch.setattr("deepspectra.operators.curvature.STAGED", 10)
-    assert not ds.Hessian(undrawn).staged
+    few = ds.Problem(net, (x, y))
+    assert ds.Hessian(few).sample_size(3e-2) == 0  # nothing to gain
+    pairs = [{"x": x, "y": y} for x, y in problem.batches]
+    undrawn = ds.Problem(net, pairs, forward=lambda model, batch: (model(batch["x"]), batch["y"]))
+    assert ds.Hessian(undrawn).sample_size(3e-2) == 0
+
+
+def test_examples_that_matter_alike_are_not_sampled():
+    torch.manual_seed(0)
+    net = nn.Linear(20, 10)
+    untrained = ds.Problem(net, (0.01 * torch.randn(1500, 20), torch.arange(1500) % 10))
+    assert ds.Hessian(untrained).sample_size(1e-2) == 0
 
 
 def test_a_sample_leaves_the_memory_to_the_graphs_of_all(problem):

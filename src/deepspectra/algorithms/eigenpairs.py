@@ -28,7 +28,9 @@ ENDS = ("largest", "smallest", "magnitude", "both")
 STAND_STILL = 1  # products over which converged pairs must not change before they are challenged
 SHORTEST_CHALLENGE = 5  # products of the search for missing copies, or a quarter of the basis if that is more
 REACH = 3  # residuals of a Ritz value within which its eigenvalue is taken to lie
-ROUGH = 2e-2  # residual relative to the value, of pairs that others go on from
+ROUGH = 2e-2  # residual relative to the value, of pairs that others go on from,
+SLACK = 2  # or so many times what is asked of these
+STEADY = 1 / 4  # variation of a sample that a search starts from, relative to the residual asked for
 SPARE_VECTORS = 8  # the fewest basis vectors beyond `num` with which a restart makes headway
 
 
@@ -59,9 +61,9 @@ def eigenpairs(
         which: "largest" | "smallest" | "magnitude" | "both" (⌈K/2⌉ largest and ⌊K/2⌋ smallest).
         rtol: residual relative to |λ|.
         start: "random" for a random vector, (P,) or (P, k) to start from a subspace (Rayleigh-Ritz on it costs k
-            products), or the name of a start that the operator knows. Curvature of cross-entropy knows "sampled":
-            the eigenvectors of the same operator on 5,000 of its examples, or a third of them, drawn by importance.
-            None takes that from 30,000 examples on, else a random vector.
+            products), or the name of a start that the operator knows. H and G of cross-entropy know "sampled": the
+            eigenvectors of the same operator on a sample drawn by importance, as small as rtol allows, of a third
+            of the examples at most. None takes that where so many are enough, else a random vector.
         max_products: when to give up; max(20 K, 300) unless given.
         seed: of the random vectors.
         progress: called with (products so far, max_products) after every product.
@@ -75,8 +77,9 @@ def eigenpairs(
         NonFiniteError: a product is NaN or infinite.
         MemoryBudgetError: fewer than K + 8 vectors fit `A.memory`.
 
-    Cost: products as counted in the result; a basis of at most `A.memory` bytes, restarted when it is full; 4
-    P m flops a product for reorthogonalising twice against m vectors.
+    Cost: products as counted in the result, and about 2.5 K products with the sample if there is one; a basis of at
+    most `A.memory` bytes, restarted when it is full; 4 P m flops a product for reorthogonalising twice against m
+    vectors.
 
     Source: thick-restart Lanczos (Wu and Simon, SIAM J. Matrix Anal. Appl. 22, 2000). Departures: (1) the
     projected matrix is recorded in full, so that residuals are measured; (2) several residual directions may
@@ -104,8 +107,11 @@ def explore(
     generator = seeded(seed)
     if start is None:
         fits = num <= _most_start_rows(operator, num, budget)
-        start = "sampled" if operator.staged and which == "largest" and fits else "random"
-    first = _start_rows(operator, start, num, which, budget, generator)
+        staged = which == "largest" and fits and operator.sample_size(STEADY * rtol) > 0
+        start = "sampled" if staged else "random"
+    if isinstance(start, str):
+        start = _named_start(operator, start, num, which, rtol, generator)
+    first = None if start is None else _start_rows(operator, start, num, budget)
     num_start = 1 if first is None else len(first)
     search = _Search(
         operator,
@@ -137,14 +143,16 @@ def explore(
     return result, search.krylov
 
 
-def unchallenged(operator: Operator, num: int, which: str, generator: torch.Generator) -> Krylov:
-    """A basis of 2 K + 4 to 4 K + 20 products that has K pairs to a residual of 2 %, as far as it can tell.
+def unchallenged(
+    operator: Operator, num: int, which: str, generator: torch.Generator, rtol: float = ROUGH
+) -> Krylov:
+    """A basis of 2 K + 4 to 4 K + 20 products that has K pairs to this residual, as far as it can tell.
 
     For whoever looks for missing pairs in another way.
     """
     most = min(4 * num + 20, operator.shape[0])
     search = _Search(
-        operator, num, which, rtol=ROUGH, budget=most, num_start=1, generator=generator, progress=None
+        operator, num, which, rtol=rtol, budget=most, num_start=1, generator=generator, progress=None
     )
     search.settle(2 * num + 4, stand_still=0)
     return search.krylov
@@ -400,17 +408,19 @@ def _check_options(operator: Operator, num: int, which: str, rtol: float, max_pr
         check_count("max_products", max_products, smallest=num)
 
 
-def _start_rows(
-    operator: Operator, start: Tensor | str, num: int, which: str, budget: int, generator: torch.Generator
+def _named_start(
+    operator: Operator, name: str, num: int, which: str, rtol: float, generator: torch.Generator
 ) -> Tensor | None:
-    """The start as rows (k, P); None for a random one."""
-    if isinstance(start, str):
-        if start == "random":
-            return None
-        sampled = start == "sampled"
-        block = _of_sample(operator, num, which, generator) if sampled else operator.start_block(start)
-    else:
-        block = start
+    """The vectors (P, k) that a name stands for; None for a random one."""
+    if name == "random":
+        return None
+    if name == "sampled":
+        return _of_sample(operator, num, which, rtol, generator)
+    return operator.start_block(name)
+
+
+def _start_rows(operator: Operator, block: Tensor, num: int, budget: int) -> Tensor:
+    """The start as rows (k, P)."""
     size = operator.shape[0]
     if (
         not isinstance(block, Tensor)
@@ -437,9 +447,10 @@ def _most_start_rows(operator: Operator, num: int, budget: int) -> int:
     return min(budget, size, size if room >= size else min(room // 2, room - num))
 
 
-def _of_sample(operator: Operator, num: int, which: str, generator: torch.Generator) -> Tensor:
+def _of_sample(operator: Operator, num: int, which: str, rtol: float, generator: torch.Generator) -> Tensor:
     """The wanted eigenvectors (P, K) of the operator on a few of its examples."""
-    krylov = unchallenged(operator.sampled(generator), num, which, generator)
+    few = operator.sampled(generator, operator.sample_size(STEADY * rtol) or None)
+    krylov = unchallenged(few, num, which, generator, min(ROUGH, SLACK * rtol))
     ritz = krylov.ritz()
     return krylov.combine(ritz.coefficients[:, select(ritz.values, which, num)])
 

@@ -29,7 +29,6 @@ class Operator(ABC):
         device: where its products live.
         name: what it is, for tables and provenance.
         memory: bytes an algorithm may hold in vectors of length P.
-        staged: eigenvectors are cheaper when they are first sought with `sampled`.
     """
 
     shape: tuple[int, int]
@@ -37,7 +36,6 @@ class Operator(ABC):
     device: torch.device
     name: str = "operator"
     memory: int = DEFAULT_MEMORY
-    staged: bool = False
 
     def __init__(self, size: int, *, dtype: torch.dtype, device: torch.device | str, name: str) -> None:
         self.shape = (size, size)
@@ -56,7 +54,11 @@ class Operator(ABC):
             "Pass start=None or a (P, K) tensor, or use an operator made from a Problem."
         )
 
-    def sampled(self, generator: torch.Generator) -> Operator:
+    def sample_size(self, error: float) -> int:
+        """Examples that `sampled` needs for eigenvectors to about this error; 0: not known, or too many to pay."""
+        return 0
+
+    def sampled(self, generator: torch.Generator, num_samples: int | None = None) -> Operator:
         """The same operator on a few examples, whose eigenvectors are nearly its own; most know none."""
         raise OptionError(f"start='sampled': {self.name} is not made of examples. Pass start=None.")
 
@@ -162,9 +164,9 @@ class Sum(Operator):
         """That of the first term."""
         return self.terms[0][1].start_block(kind)
 
-    def sampled(self, generator: torch.Generator) -> Operator:
+    def sampled(self, generator: torch.Generator, num_samples: int | None = None) -> Operator:
         """Each term on its own examples."""
-        return Sum([(scale, term.sampled(generator)) for scale, term in self.terms])
+        return Sum([(scale, term.sampled(generator, num_samples)) for scale, term in self.terms])
 
 
 def _signed(scale: float, name: str, first: bool) -> str:

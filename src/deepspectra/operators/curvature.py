@@ -13,16 +13,22 @@ from deepspectra.errors import LossError, OptionError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.projections import Projections
 from deepspectra.operators.rows import GradientRows
-from deepspectra.operators.sampling import drawn
+from deepspectra.operators.sampling import drawn, importance, num_enough
 from deepspectra.problem import Problem, check_problem
 from deepspectra.products import products_of
 
-STAGED = 30_000  # examples from which on eigenvectors are first sought on a sample
-SAMPLE = 5_000  # examples drawn for that, a third of all at most
+FEWEST = 1000  # examples from which on it can pay to seek eigenvectors on a sample first,
+SHARE = 1 / 3  # of no more of them than this
 
 
 class Curvature(Operator):
-    """An operator on the parameters of a problem."""
+    """An operator on the parameters of a problem.
+
+    Attributes:
+        by_importance: the `importance` of an example is about its share of this operator's trace.
+    """
+
+    by_importance = False
 
     def __init__(self, problem: Problem, name: str) -> None:
         check_problem(problem)
@@ -37,9 +43,21 @@ class Curvature(Operator):
         order = {name: j for j, name in enumerate(self.problem.parameters)}
         return sorted(order[name] for name in names)
 
+    def sample_size(self, error: float) -> int:
+        """Examples whose trace of this operator varies by so much from draw to draw; 0 if it takes too many to pay.
+
+        Eigenvectors of samples of equal variation are about equally good, whatever the network and the data.
+        Cost: one forward pass, once a problem.
+        """
+        num_examples = self.problem.num_examples
+        if not self.by_importance or num_examples < FEWEST or not self.problem.can_draw:
+            return 0
+        num = num_enough(importance(self.problem), error)
+        return num if num <= SHARE * num_examples else 0
+
     def sampled(self, generator: torch.Generator, num_samples: int | None = None) -> Curvature:
-        """The same operator on examples drawn by importance, 5,000 or a third of all unless told otherwise."""
-        num = num_samples or min(SAMPLE, math.ceil(self.problem.num_examples / 3))
+        """The same operator on examples drawn by importance, a third of all unless told otherwise."""
+        num = num_samples or math.ceil(SHARE * self.problem.num_examples)
         few = copy.copy(self)
         few.problem = drawn(self.problem, num, generator)
         few.products = products_of(few.problem)
@@ -56,10 +74,6 @@ class Curvature(Operator):
         raise OptionError(
             f"start={kind!r}; it is None, a tensor, 'random', 'sampled', 'class_means' or 'cross_class_means'."
         )
-
-
-def _many_to_draw_from(problem: Problem) -> bool:
-    return problem.num_examples >= STAGED and problem.can_draw
 
 
 class Hessian(Curvature):
@@ -81,10 +95,11 @@ class Hessian(Curvature):
     fit in memory.
     """
 
+    by_importance = True
+
     def __init__(self, problem: Problem, way: str | None = None) -> None:
         super().__init__(problem, "Hessian")
         self.products.way(way)
-        self.staged = _many_to_draw_from(problem)
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.products.hessian(block) / self.problem.total_weight
@@ -146,10 +161,11 @@ class GaussNewton(Curvature):
         CurvatureError: the network's first derivatives are wrong, or by the way asked for.
     """
 
+    by_importance = True
+
     def __init__(self, problem: Problem, way: str | None = None) -> None:
         super().__init__(problem, "Gauss-Newton")
         self.products.linearize(way)
-        self.staged = _many_to_draw_from(problem)
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.products.sandwich(self.problem.loss_function.curvature, block) / self.problem.total_weight

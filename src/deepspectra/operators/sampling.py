@@ -31,7 +31,14 @@ def drawn(problem: Problem, num_samples: int, generator: torch.Generator) -> Pro
 
 
 def importance(problem: Problem) -> Tensor:
-    """q_i (N,) in the order of the problem's rows, float64. Cost: one forward pass."""
+    """q_i (N,) in the order of the problem's rows, float64. Cost: one forward pass, once a problem."""
+    if "importance" not in problem.kept:
+        problem.kept["importance"] = _importance(problem)
+    found: Tensor = problem.kept["importance"]
+    return found
+
+
+def _importance(problem: Problem) -> Tensor:
     loss = problem.loss_function
     if not isinstance(loss, CrossEntropy):
         raise LossError(f"importance is known for cross-entropy; this problem's loss is {loss.name}.")
@@ -79,6 +86,22 @@ def inclusion(sizes: Tensor, num_samples: int) -> Tensor:
         if not bool(beyond.any()):
             return probabilities
         certain |= beyond
+
+
+def num_enough(sizes: Tensor, variation: float) -> int:
+    """The fewest draws for which Σ q_i/π_i over those drawn, an estimate of Σ q_i, varies by so much, relatively.
+
+    Its variance is Σ q_i² (1/π_i − 1), were the draws independent. None are needed where all q_i are 0.
+    """
+    least, most = 0, int((sizes > 0).sum())
+    while most - least > 1:
+        middle = (least + most) // 2
+        probabilities = inclusion(sizes, middle).where(sizes > 0, 1.0)
+        enough = (
+            float((sizes.square() * (1 / probabilities - 1)).sum()) <= (variation * float(sizes.sum())) ** 2
+        )
+        least, most = (least, middle) if enough else (middle, most)
+    return most
 
 
 def systematic(probabilities: Tensor, generator: torch.Generator) -> Tensor:

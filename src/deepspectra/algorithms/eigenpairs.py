@@ -30,7 +30,7 @@ SHORTEST_CHALLENGE = 5  # products of the search for missing copies, or a quarte
 REACH = 3  # residuals of a Ritz value within which its eigenvalue is taken to lie
 ROUGH = 2e-2  # residual relative to the value, of pairs that others go on from,
 SLACK = 2  # or so many times what is asked of these
-STEADY = 1 / 4  # variation of a sample that a search starts from, relative to the residual asked for
+STEADY = 1 / 6  # variation of a sample that a search starts from, relative to the residual asked for
 SPARE_VECTORS = 8  # the fewest basis vectors beyond `num` with which a restart makes headway
 
 
@@ -63,7 +63,8 @@ def eigenpairs(
         start: "random" for a random vector, (P,) or (P, k) to start from a subspace (Rayleigh-Ritz on it costs k
             products), or the name of a start that the operator knows. H and G of cross-entropy know "sampled": the
             eigenvectors of the same operator on a sample drawn by importance, as small as rtol allows, of a third
-            of the examples at most. None takes that where so many are enough, else a random vector.
+            of the examples at most. None takes that where so many are enough, else a random vector, which a
+            `density` that deflates the pairs counts among its probes.
         max_products: when to give up; max(20 K, 300) unless given.
         seed: of the random vectors.
         progress: called with (products so far, max_products) after every product.

@@ -97,9 +97,8 @@ def num_enough(sizes: Tensor, variation: float) -> int:
     while most - least > 1:
         middle = (least + most) // 2
         probabilities = inclusion(sizes, middle).where(sizes > 0, 1.0)
-        enough = (
-            float((sizes.square() * (1 / probabilities - 1)).sum()) <= (variation * float(sizes.sum())) ** 2
-        )
+        variance = float((sizes * (sizes / probabilities - sizes)).sum())
+        enough = variance <= (variation * float(sizes.sum())) ** 2
         least, most = (least, middle) if enough else (middle, most)
     return most
 

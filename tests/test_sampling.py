@@ -10,6 +10,7 @@ from torch import nn
 import deepspectra as ds
 from deepspectra import errors, zoo
 from deepspectra.analysis.sampling import residual_norm
+from deepspectra.operators.base import Operator
 from deepspectra.operators.sampling import importance, inclusion, num_enough, systematic
 
 
@@ -184,7 +185,7 @@ def test_enough_draws_are_the_fewest_whose_estimate_is_steady():
 
 def test_examples_are_sampled_first_where_few_make_the_curvature(problem):
     H = ds.Hessian(problem)
-    assert 0 < H.sample_size(3e-2) < H.sample_size(1e-2) < problem.num_examples / 3
+    assert 0 < H.sample_size(3e-2) < H.sample_size(1e-2) < problem.num_examples / 4
     assert H.sample_size(1e-2) == ds.GaussNewton(problem).sample_size(1e-2)
     assert H.sample_size(1e-9) == 0  # takes too many
     for other in (ds.Residual(problem), ds.EmpiricalFisher(problem), H - ds.GaussNewton(problem)):
@@ -194,6 +195,8 @@ def test_examples_are_sampled_first_where_few_make_the_curvature(problem):
     random = ds.eigenpairs(H, num=9, rtol=4e-2, start="random")
     assert torch.equal(sampled.values, asked.values)
     assert sampled.num_products < random.num_products
+    assert sampled.num_sample_products > 0 == random.num_sample_products
+    assert f"after {sampled.num_sample_products} with a sample" in str(sampled)
     assert ds.eigenpairs(H, num=3, rtol=4e-2, which="smallest").converged  # from a random vector
     x, y = next(iter(problem.batches))
     net = copy.deepcopy(problem.model).requires_grad_()
@@ -220,3 +223,30 @@ def test_a_sample_leaves_the_memory_to_the_graphs_of_all(problem):
     assert few.products.budget == H.products.budget - kept
     few @ torch.ones(problem.num_parameters, dtype=torch.float64)
     assert H.products.kept_bytes() == kept
+
+
+class Doubled(Operator):
+    """A diagonal with eigenvalues that come twice; its sample is a little another matrix, where they do not."""
+
+    def __init__(self, values: torch.Tensor, mixing: torch.Tensor | None = None) -> None:
+        super().__init__(len(values), dtype=values.dtype, device="cpu", name="doubled")
+        self.values, self.mixing = values, mixing
+
+    def _apply(self, block):
+        product = self.values[:, None] * block
+        return product if self.mixing is None else product + self.mixing @ (self.mixing.T @ block)
+
+    def sampled(self, generator, num_samples=None):
+        mixing = torch.randn(len(self.values), 30, generator=generator, dtype=torch.float64)
+        return Doubled(self.values, mixing * (1e-3 / len(self.values)) ** 0.5)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_copies_are_found_from_a_sample_too(seed):
+    generator = torch.Generator().manual_seed(seed)
+    top = torch.tensor([3, 2.9, 2.2, 2.2, 1.9, 1.85, 1.8, 1.6, 1.4, 1.4, 1.25, 1.2], dtype=torch.float64)
+    bulk = torch.rand(988, generator=generator, dtype=torch.float64) ** 6
+    operator = Doubled(torch.cat([top, bulk]))
+    pairs = ds.eigenpairs(operator, 10, rtol=1e-2, start="sampled", seed=seed)
+    torch.testing.assert_close(pairs.values, top[:10], rtol=1e-3, atol=0)
+    assert pairs.num_products < 30

@@ -158,6 +158,7 @@ class Eigenpairs:
         quadrature: what the run's random vectors saw of the spectrum without these pairs; None after a restart
             of the basis, or when they saw nothing else.
         separation: from the rest of the spectrum; None where it is not known.
+        num_sample_products: products with the sample that the search started from, beside `num_products`.
     """
 
     values: Tensor
@@ -171,6 +172,7 @@ class Eigenpairs:
     provenance: Provenance
     quadrature: Quadrature | None = None
     separation: Separation | None = None
+    num_sample_products: int = 0
 
     @property
     def worst(self) -> float:
@@ -240,9 +242,10 @@ class Eigenpairs:
             )
         ]
         state = f"converged ({self.status})" if self.converged else "NOT converged"
+        before = f", after {self.num_sample_products} with a sample" if self.num_sample_products else ""
         rows.append(
             f"{self.which} {len(self.values)} of {self.provenance.operator}: {state}, worst residual/|λ| "
-            f"{self.worst:.1e} (rtol {self.rtol:.1e}), {_cost(self.num_products, self.seconds)}"
+            f"{self.worst:.1e} (rtol {self.rtol:.1e}), {_cost(self.num_products, self.seconds)}{before}"
         )
         return "\n".join(rows)
 

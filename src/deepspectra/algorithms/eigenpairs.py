@@ -28,8 +28,8 @@ ENDS = ("largest", "smallest", "magnitude", "both")
 STAND_STILL = 1  # products over which converged pairs must not change before they are challenged
 SHORTEST_CHALLENGE = 5  # products of the search for missing copies, or a quarter of the basis if that is more
 REACH = 3  # residuals of a Ritz value within which its eigenvalue is taken to lie
-ROUGH = 2e-2  # residual relative to the value, of pairs that others go on from,
-SLACK = 2  # or so many times what is asked of these
+ROUGH = 2e-2  # residual relative to the value, of pairs that others go on from
+SAMPLE_CHALLENGES = 2  # of the pairs of a sample, which a search starts from: products with it are cheap
 STEADY = 1 / 6  # variation of a sample that a search starts from, relative to the residual asked for
 SPARE_VECTORS = 8  # the fewest basis vectors beyond `num` with which a restart makes headway
 
@@ -62,8 +62,8 @@ def eigenpairs(
         rtol: residual relative to |λ|.
         start: "random" for a random vector, (P,) or (P, k) to start from a subspace (Rayleigh-Ritz on it costs k
             products), or the name of a start that the operator knows. H and G of cross-entropy know "sampled": the
-            eigenvectors of the same operator on a sample drawn by importance, as small as rtol allows, of a third
-            of the examples at most. None takes that where so many are enough, else a random vector, which a
+            eigenvectors of the same operator on a sample drawn by importance, as small as rtol allows, of a
+            quarter of the examples at most. None takes that where so many are enough, else a random vector, which a
             `density` that deflates the pairs counts among its probes.
         max_products: when to give up; max(20 K, 300) unless given.
         seed: of the random vectors.
@@ -78,7 +78,7 @@ def eigenpairs(
         NonFiniteError: a product is NaN or infinite.
         MemoryBudgetError: fewer than K + 8 vectors fit `A.memory`.
 
-    Cost: products as counted in the result, and about 2.5 K products with the sample if there is one; a basis of at
+    Cost: products as counted in the result, about 5 K of them with the sample if there is one; a basis of at
     most `A.memory` bytes, restarted when it is full; 4 P m flops a product for reorthogonalising twice against m
     vectors.
 
@@ -110,8 +110,11 @@ def explore(
         fits = num <= _most_start_rows(operator, num, budget)
         staged = which == "largest" and fits and operator.sample_size(STEADY * rtol) > 0
         start = "sampled" if staged else "random"
-    if isinstance(start, str):
-        start = _named_start(operator, start, num, which, rtol, generator)
+    num_sample_products = 0
+    if start == "sampled":
+        start, num_sample_products = _of_sample(operator, num, which, rtol, generator)
+    elif isinstance(start, str):
+        start = None if start == "random" else operator.start_block(start)
     first = None if start is None else _start_rows(operator, start, num, budget)
     num_start = 1 if first is None else len(first)
     search = _Search(
@@ -138,22 +141,21 @@ def explore(
         provenance=Provenance.of(operator, seed),
         quadrature=search.quadrature(ritz, chosen),
         separation=_separation(ritz, chosen, search.krylov.num_basis == operator.shape[0]),
+        num_sample_products=num_sample_products,
     )
     if not result.converged:
         warnings.warn(_complaint(outcome, result, budget), ConvergenceWarning, stacklevel=3)
     return result, search.krylov
 
 
-def unchallenged(
-    operator: Operator, num: int, which: str, generator: torch.Generator, rtol: float = ROUGH
-) -> Krylov:
-    """A basis of 2 K + 4 to 4 K + 20 products that has K pairs to this residual, as far as it can tell.
+def unchallenged(operator: Operator, num: int, which: str, generator: torch.Generator) -> Krylov:
+    """A basis of 2 K + 4 to 4 K + 20 products that has K pairs to a residual of 2 %, as far as it can tell.
 
     For whoever looks for missing pairs in another way.
     """
     most = min(4 * num + 20, operator.shape[0])
     search = _Search(
-        operator, num, which, rtol=rtol, budget=most, num_start=1, generator=generator, progress=None
+        operator, num, which, rtol=ROUGH, budget=most, num_start=1, generator=generator, progress=None
     )
     search.settle(2 * num + 4, stand_still=0)
     return search.krylov
@@ -409,17 +411,6 @@ def _check_options(operator: Operator, num: int, which: str, rtol: float, max_pr
         check_count("max_products", max_products, smallest=num)
 
 
-def _named_start(
-    operator: Operator, name: str, num: int, which: str, rtol: float, generator: torch.Generator
-) -> Tensor | None:
-    """The vectors (P, k) that a name stands for; None for a random one."""
-    if name == "random":
-        return None
-    if name == "sampled":
-        return _of_sample(operator, num, which, rtol, generator)
-    return operator.start_block(name)
-
-
 def _start_rows(operator: Operator, block: Tensor, num: int, budget: int) -> Tensor:
     """The start as rows (k, P)."""
     size = operator.shape[0]
@@ -448,12 +439,22 @@ def _most_start_rows(operator: Operator, num: int, budget: int) -> int:
     return min(budget, size, size if room >= size else min(room // 2, room - num))
 
 
-def _of_sample(operator: Operator, num: int, which: str, rtol: float, generator: torch.Generator) -> Tensor:
-    """The wanted eigenvectors (P, K) of the operator on a few of its examples."""
+def _of_sample(
+    operator: Operator, num: int, which: str, rtol: float, generator: torch.Generator
+) -> tuple[Tensor, int]:
+    """The wanted eigenvectors (P, K) of the operator on a few of its examples, and the products that they took.
+
+    What they lack the search on all examples will hardly find, so they are challenged more than once.
+    """
     few = operator.sampled(generator, operator.sample_size(STEADY * rtol) or None)
-    krylov = unchallenged(few, num, which, generator, min(ROUGH, SLACK * rtol))
-    ritz = krylov.ritz()
-    return krylov.combine(ritz.coefficients[:, select(ritz.values, which, num)])
+    budget = max(20 * num, 300)
+    search = _Search(
+        few, num, which, rtol=rtol, budget=budget, num_start=1, generator=generator, progress=None
+    )
+    for _ in range(SAMPLE_CHALLENGES):
+        search.run(None)
+    ritz, chosen = search.extract()
+    return search.krylov.combine(ritz.coefficients[:, chosen]), search.krylov.num_products
 
 
 def _complaint(outcome: str, result: Eigenpairs, budget: int) -> str:

@@ -18,7 +18,8 @@ from deepspectra.problem import Problem, check_problem
 from deepspectra.products import products_of
 
 FEWEST = 1000  # examples from which on it can pay to seek eigenvectors on a sample first,
-SHARE = 1 / 3  # of no more of them than this
+SHARE = 1 / 4  # of no more of them than this,
+SMALLEST = 100  # and no fewer than these
 
 
 class Curvature(Operator):
@@ -52,11 +53,11 @@ class Curvature(Operator):
         num_examples = self.problem.num_examples
         if not self.by_importance or num_examples < FEWEST or not self.problem.can_draw:
             return 0
-        num = num_enough(importance(self.problem), error)
+        num = max(SMALLEST, num_enough(importance(self.problem), error))
         return num if num <= SHARE * num_examples else 0
 
     def sampled(self, generator: torch.Generator, num_samples: int | None = None) -> Curvature:
-        """The same operator on examples drawn by importance, a third of all unless told otherwise."""
+        """The same operator on examples drawn by importance, a quarter of all unless told otherwise."""
         num = num_samples or math.ceil(SHARE * self.problem.num_examples)
         few = copy.copy(self)
         few.problem = drawn(self.problem, num, generator)

@@ -63,7 +63,10 @@ def measure(run: Run, root: Path) -> dict[str, Any]:
 def outliers_and_averages(problem: ds.Problem, num_classes: int) -> dict[str, Any]:
     """Counts, shares and knock-outs of H and G, and overlaps of the averaged subspaces with both."""
     parts = ds.decompose(problem, effects="two-way")
-    averaged = {level: ds.principal_subspace(problem, level=level) for level in ("class", "cross_class")}
+    averaged = {
+        level: ds.principal_subspace(problem, level=level, num=num_classes - 1)
+        for level in ("class", "cross_class")
+    }
     record: dict[str, Any] = {}
     for name, operator in (("H", ds.Hessian(problem)), ("G", ds.GaussNewton(problem))):
         pairs, basis = explore(operator, num_classes + SPARE_PAIRS, rtol=RTOL, start="random")

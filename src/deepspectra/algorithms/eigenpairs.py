@@ -104,15 +104,15 @@ def explore(
     began = time.perf_counter()
     operator = as_operator(A)
     _check_options(operator, num, which, rtol, max_products)
-    budget = max(20 * num, 300) if max_products is None else max_products
+    budget = _enough_products(num) if max_products is None else max_products
     generator = seeded(seed)
-    if start is None:
-        fits = num <= _most_start_rows(operator, num, budget)
-        staged = which == "largest" and fits and operator.sample_size(STEADY * rtol) > 0
-        start = "sampled" if staged else "random"
-    num_sample_products = 0
-    if start == "sampled":
-        start, num_sample_products = _of_sample(operator, num, which, rtol, generator)
+    sampled, num_sample_products = start == "sampled", 0
+    fits = which == "largest" and num <= _most_start_rows(operator, num, budget)
+    num_samples = operator.sample_size(STEADY * rtol) if sampled or (start is None and fits) else 0
+    if sampled or num_samples:
+        start, num_sample_products = _of_sample(
+            operator.sampled(generator, num_samples or None), num, which, rtol, generator
+        )
     elif isinstance(start, str):
         start = None if start == "random" else operator.start_block(start)
     first = None if start is None else _start_rows(operator, start, num, budget)
@@ -433,6 +433,11 @@ def _start_rows(operator: Operator, block: Tensor, num: int, budget: int) -> Ten
     return rows
 
 
+def _enough_products(num: int) -> int:
+    """After which a search gives up unless told otherwise."""
+    return max(20 * num, 300)
+
+
 def _most_start_rows(operator: Operator, num: int, budget: int) -> int:
     """Rows for which there is room, for their products, and for what a restart keeps."""
     size, room = operator.shape[0], basis_capacity(operator) - SPARE_VECTORS
@@ -440,14 +445,13 @@ def _most_start_rows(operator: Operator, num: int, budget: int) -> int:
 
 
 def _of_sample(
-    operator: Operator, num: int, which: str, rtol: float, generator: torch.Generator
+    few: Operator, num: int, which: str, rtol: float, generator: torch.Generator
 ) -> tuple[Tensor, int]:
-    """The wanted eigenvectors (P, K) of the operator on a few of its examples, and the products that they took.
+    """The wanted eigenvectors (P, K) of the operator on few examples, and the products that they took.
 
     What they lack the search on all examples will hardly find, so they are challenged more than once.
     """
-    few = operator.sampled(generator, operator.sample_size(STEADY * rtol) or None)
-    budget = max(20 * num, 300)
+    budget = _enough_products(num)
     search = _Search(
         few, num, which, rtol=rtol, budget=budget, num_start=1, generator=generator, progress=None
     )

@@ -63,15 +63,15 @@ def measure(run: Run, root: Path) -> dict[str, Any]:
 def outliers_and_averages(problem: ds.Problem, num_classes: int) -> dict[str, Any]:
     """Counts, shares and knock-outs of H and G, and overlaps of the averaged subspaces with both."""
     parts = ds.decompose(problem, effects="two-way")
+    top = num_classes - 1
     averaged = {
-        level: ds.principal_subspace(problem, level=level, num=num_classes - 1)
+        level: ds.principal_subspace(problem, level=level, num=top).vectors
         for level in ("class", "cross_class")
     }
     record: dict[str, Any] = {}
     for name, operator in (("H", ds.Hessian(problem)), ("G", ds.GaussNewton(problem))):
         pairs, basis = explore(operator, num_classes + SPARE_PAIRS, rtol=RTOL, start="random")
         found = ds.attribute(operator, parts, pairs=pairs, basis=basis)
-        top = num_classes - 1
         record[name] = {
             "values": pairs.values.tolist(),
             "converged": pairs.converged,
@@ -84,8 +84,7 @@ def outliers_and_averages(problem: ds.Problem, num_classes: int) -> dict[str, An
                 if knockout.removed
             },
             "overlap": {
-                level: ds.overlap(space.vectors[:, :top], pairs.vectors[:, :top])
-                for level, space in averaged.items()
+                level: ds.overlap(vectors, pairs.vectors[:, :top]) for level, vectors in averaged.items()
             },
             "ratio": float(pairs.values[:top].mean()) / found.bulk_edge,
         }

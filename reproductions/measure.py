@@ -72,6 +72,7 @@ def outliers_and_averages(problem: ds.Problem, num_classes: int) -> dict[str, An
     for name, operator in (("H", ds.Hessian(problem)), ("G", ds.GaussNewton(problem))):
         pairs, basis = explore(operator, num_classes + SPARE_PAIRS, rtol=RTOL, start="random")
         found = ds.attribute(operator, parts, pairs=pairs, basis=basis)
+        del basis
         record[name] = {
             "values": pairs.values.tolist(),
             "converged": pairs.converged,

@@ -101,6 +101,43 @@ def test_the_basis_that_found_the_pairs_saves_products(problem):
         assert float(ours.values[0]) == pytest.approx(float(theirs.values[0]), rel=0.05)
 
 
+@pytest.mark.parametrize("spare", [0, 3, 15])
+def test_a_basis_that_memory_cuts_short_is_restarted(problem, attribution, dense, spare):
+    """Room for the pairs, three residuals and the knock-outs alone: no second basis, and right numbers."""
+    H, parts = ds.Hessian(problem), ds.decompose(problem, effects="two-way")
+    capacity = 13 + 3 + 3 * 10 + 19 + spare
+    H.memory = capacity * 8 * H.shape[0]
+    pairs, basis = explore(H, 13, rtol=1e-6)
+    assert len(basis.rows) == capacity
+    assert basis.num_free < 30 + 19
+    found = ds.attribute(H, parts, pairs=pairs, basis=basis)
+    assert not found.knockout("means").residual_norms > 0.06 * found.bulk_edge
+    assert found.bulk_edge == pytest.approx(attribution.bulk_edge, rel=0.01)
+    assert found.num_products <= 25
+    for removed in (("class",), ("logit",), ("class", "logit")):
+        taken = sum(dense[1][name] for name in (*removed, *(["true"] if "class" in removed else [])))
+        check_bounds(found.knockout(*removed), descending(dense[0] - taken))
+
+
+def test_a_restart_counts_the_residuals_it_drops(problem):
+    """A Q = [Q, W] H still holds, but for what `lost_squares` says."""
+    H = ds.Hessian(problem)
+    _, basis = explore(H, 5, rtol=1e-2)
+    basis.append(torch.randn(4, H.shape[0], generator=torch.Generator().manual_seed(1)).double())
+    ritz = basis.ritz()
+    pending = torch.linalg.qr(
+        torch.randn(basis.num_pending, 2, generator=torch.Generator().manual_seed(2)).double()
+    )[0]
+    basis.contract(ritz.coefficients[:, -20:], pending)
+    assert (basis.num_basis, basis.num_pending) == (20, 2)
+    torch.testing.assert_close(basis.rows[:22] @ basis.rows[:22].T, torch.eye(22).double())
+    after = basis.ritz()
+    torch.testing.assert_close(after.values, ritz.values[-20:])
+    torch.testing.assert_close(after.residual_norms, ritz.residual_norms[-20:])
+    found = H @ basis.combine(after.coefficients) - basis.combine(after.coefficients) * after.values
+    torch.testing.assert_close(found.norm(dim=0), after.residual_norms, atol=1e-9, rtol=1e-6)
+
+
 def test_a_basis_that_spans_everything_is_exact():
     """Fewer parameters than products: the edge and the knock-outs come from the whole matrix."""
     with torch.random.fork_rng():

@@ -68,6 +68,11 @@ class Krylov:
         return self.num_fixed + self.num_basis + self.num_pending
 
     @property
+    def num_free(self) -> int:
+        """Rows not in use."""
+        return len(self.rows) - self.num_rows
+
+    @property
     def spans_all(self) -> bool:
         """Whether the rows in use span R^P, so that nothing can be added."""
         return self.num_rows == self.operator.shape[0]
@@ -198,22 +203,28 @@ class Krylov:
         combined: Tensor = rows.T @ coordinates.to(rows)
         return combined
 
-    def contract(self, coefficients: Tensor) -> None:
-        """Thick restart: replace Q by Q s for orthonormal columns s (m, k); pending vectors stay."""
+    def contract(self, coefficients: Tensor, pending: Tensor | None = None) -> None:
+        """Thick restart: replace Q by Q s for orthonormal columns s (m, k).
+
+        Pending vectors stay, or become W t for orthonormal columns t (w, l); what that drops counts in residuals.
+        """
         s, m, k = coefficients, self.num_basis, coefficients.shape[1]
-        small = s.T.to(self.rows)
-        kept = self.rows[self.num_fixed :]
-        for columns in torch.split(kept, COLUMNS_PER_CHUNK, dim=1):
-            columns[:k] = small @ columns[:m]
-            columns[k : k + self.num_pending] = columns[m : m + self.num_pending].clone()
         top, bottom = self.projected[:m], self.projected[m:]
+        t = torch.eye(len(bottom), dtype=torch.float64) if pending is None else pending
+        kept = self.rows[self.num_fixed : self.num_rows]
+        small, small_pending = s.T.to(self.rows), t.T.to(self.rows)
+        for columns in torch.split(kept, COLUMNS_PER_CHUNK, dim=1):
+            turned = columns[m:].clone() if pending is None else small_pending @ columns[m:]
+            columns[:k] = small @ columns[:m]
+            columns[k : k + len(turned)] = turned
         image = s.T @ top @ s
-        dropped = (
-            top @ s - s @ image
-        )  # zero for a symmetric A in exact arithmetic; kept as part of the residual
+        beyond = t.T @ bottom @ s
+        dropped = torch.cat(  # the first is zero for a symmetric A in exact arithmetic
+            [top @ s - s @ image, bottom @ s - t @ beyond]
+        )
         self._lost = s.T @ self._lost @ s + dropped.T @ dropped
-        self.projected = torch.cat([image, bottom @ s])
-        self.num_basis = k
+        self.projected = torch.cat([image, beyond])
+        self.num_basis, self.num_pending = k, t.shape[1]
         self.tracked = torch.zeros(k + self.num_pending, 0, dtype=torch.float64)
 
     def drop_pending(self) -> None:

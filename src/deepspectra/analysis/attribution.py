@@ -20,6 +20,7 @@ from deepspectra.results import Eigenpairs, Provenance
 
 EDGE_RTOL = 5e-2  # its eigenvalue is then right to about its square
 EDGE_PRODUCTS = 30  # at most, from a basis that knows the operator
+NEWEST = 3  # directions of residuals, or vectors beside the pairs, that a restart keeps
 STILL = 2  # products over which the edge must not move
 KNOCKOUT_RTOL = 0.05  # residual, relative to the value, at which a knock-out's eigenvalue is settled
 MOSTLY = 0.75  # a knock-out that removes this share of the outliers explains most of them
@@ -164,9 +165,9 @@ def attribute(
         ShapeError: operator and parts belong to different problems.
         OptionError: parts not made by `decompose`, or a margin below 1.
 
-    Cost: the edge, about 5 products with a basis and 15 without; knock-outs, 2C−1 products at most; shares, one
-    forward product a pair; the C² means, about 2C/3 gradients, if they fit in memory, else as much for the
-    logit means and a G-like product with each product of the edge.
+    Cost: the edge, about 5 products with a basis, restarted if it fills the operator's memory, and 15 without;
+    knock-outs, 2C−1 products at most; shares, one forward product a pair; the C² means, about 2C/3 gradients, if
+    they fit in memory, else as much for the logit means and a G-like product with each product of the edge.
     """
     began = time.perf_counter()
     if not isinstance(parts, Decomposition):
@@ -186,7 +187,8 @@ def attribute(
         pairs, basis = explore(
             operator, num, rtol=rtol, start="random", seed=seed, progress=products.within()
         )
-    space = _Space(_room(operator, pairs, basis, 3 * parts.projections.num_classes + 2 * most), products)
+    rows = 3 * parts.projections.num_classes + most  # of the factors and the knock-outs' products
+    space = _Space(_with_room(operator, pairs, basis, rows), len(pairs.values), products)
     try:
         if space.krylov is basis and parts.holds_means():
             edge_values, edge_norms = space.bulk_edge(parts.factor("means"), EDGE_PRODUCTS)
@@ -197,6 +199,7 @@ def attribute(
             edge_values, edge_norms = top.values, top.residual_norms
         edge = float(edge_values[0])
         threshold = margin * edge
+        space.make_room(rows)
         knockouts = [
             _knockout((), "subtraction", pairs.values, pairs.residual_norms, threshold),
             *_knockouts(space, parts, pairs, threshold, most),
@@ -222,12 +225,12 @@ def attribute(
     )
 
 
-def _room(operator: Operator, pairs: Eigenpairs, basis: Krylov | None, extra: int) -> Krylov:
-    """A basis with room for so many more rows: the given one, or one of the pairs alone."""
-    size = operator.shape[0]
-    if basis is not None and len(basis.rows) >= min(size, basis.num_rows + extra):
+def _with_room(operator: Operator, pairs: Eigenpairs, basis: Krylov | None, rows: int) -> Krylov:
+    """The given basis, if it can have so many rows beside the pairs; else one of the pairs alone."""
+    size, needed = operator.shape[0], len(pairs.values) + rows
+    if basis is not None and len(basis.rows) >= min(size, needed + NEWEST):
         return basis
-    return Krylov.of_pairs(operator, pairs, min(size, len(pairs.values) + extra))
+    return Krylov.of_pairs(operator, pairs, min(size, needed))
 
 
 class _Counter:
@@ -280,9 +283,26 @@ class _Space:
     residual norms are measured; Q grows along the residuals of what is not settled yet.
     """
 
-    def __init__(self, krylov: Krylov, products: _Counter) -> None:
-        self.krylov, self.products = krylov, products
+    def __init__(self, krylov: Krylov, num: int, products: _Counter) -> None:
+        self.krylov, self.num, self.products = krylov, num, products
         self.columns: dict[str, slice] = {}
+
+    def make_room(self, rows: int, wanted: Tensor | None = None) -> Tensor | None:
+        """Restart if so many rows are not free, with the largest Ritz vectors and the wanted (m, k).
+
+        Returns the new basis in the old (m, l), if there is one.
+        """
+        krylov = self.krylov
+        if krylov.num_free >= min(rows, krylov.operator.shape[0] - krylov.num_rows):
+            return None
+        newest = min(NEWEST, krylov.num_pending)
+        ritz = krylov.ritz().coefficients.flip(1)
+        wanted = ritz[:, :0] if wanted is None else wanted
+        keep = max(self.num, len(krylov.rows) - krylov.num_fixed - rows - newest)
+        kept: Tensor = torch.linalg.qr(torch.cat([wanted, ritz[:, : keep - wanted.shape[1]]], 1))[0]
+        residuals = torch.linalg.svd(krylov.projected[krylov.num_basis :] @ kept)[0]
+        krylov.contract(kept, residuals[:, :newest])
+        return kept
 
     def include(self, factors: dict[str, Tensor]) -> None:
         """Append the ranges of the factors, named for `left`."""
@@ -346,8 +366,8 @@ class _Space:
             fresh = krylov.rows[krylov.num_fixed + len(overlaps) : krylov.num_fixed + krylov.num_basis]
             overlaps = torch.cat([overlaps, (fresh @ means).cpu().double()])
             top = krylov.projected[: krylov.num_basis] - overlaps @ overlaps.T
-            values, s = torch.linalg.eigh((top + top.T) / 2)
-            value, s = values[-1], s[:, -1:]
+            values, largest = torch.linalg.eigh((top + top.T) / 2)
+            value, s = values[-1], largest[:, -1:]
             coordinates = krylov.projected @ s
             coordinates[: krylov.num_basis] -= s * value
             vector = krylov.combine(coordinates) - means @ (overlaps.T @ s).to(means)
@@ -358,6 +378,9 @@ class _Space:
             )
             if (settled and residual <= EDGE_RTOL * value.abs()) or len(before) > most:
                 return value[None], residual
+            if krylov.num_free < 2:
+                kept = self.make_room(len(krylov.rows) // 4, largest[:, -NEWEST:])
+                overlaps = overlaps if kept is None else kept.T @ overlaps
             direction = krylov.append(vector.T)[krylov.num_basis :]
             if not bool(direction.any()):  # nothing is left but rounding, or the basis spans R^P
                 return value[None], residual

@@ -12,6 +12,7 @@ import torch
 import deepspectra as ds
 from deepspectra import zoo
 from deepspectra.algorithms.eigenpairs import explore
+from deepspectra.analysis.means import subspace_of
 
 SPARE_PAIRS = 3  # beyond the number of classes
 RTOL = 1e-2
@@ -64,10 +65,8 @@ def outliers_and_averages(problem: ds.Problem, num_classes: int) -> dict[str, An
     """Counts, shares and knock-outs of H and G, and overlaps of the averaged subspaces with both."""
     parts = ds.decompose(problem, effects="two-way")
     top = num_classes - 1
-    averaged = {
-        level: ds.principal_subspace(problem, level=level, num=top).vectors
-        for level in ("class", "cross_class")
-    }
+    parts.holds_means()  # once for the averages and both attributions, if they fit
+    averaged = {level: subspace_of(parts, level, top)[1] for level in ("class", "cross_class")}
     record: dict[str, Any] = {}
     for name, operator in (("H", ds.Hessian(problem)), ("G", ds.GaussNewton(problem))):
         pairs, basis = explore(operator, num_classes + SPARE_PAIRS, rtol=RTOL, start="random")

@@ -188,6 +188,7 @@ def attribute(
             operator, num, rtol=rtol, start="random", seed=seed, progress=products.within()
         )
     rows = 3 * parts.projections.num_classes + most  # of the factors and the knock-outs' products
+    had_means = parts.has_means
     space = _Space(_with_room(operator, pairs, basis, rows), len(pairs.values), products)
     try:
         if space.krylov is basis and parts.holds_means():
@@ -206,7 +207,8 @@ def attribute(
             _knockout(("means",), "subtraction", edge_values, edge_norms, threshold),
         ]
     finally:
-        parts.forget_means()
+        if not had_means:
+            parts.forget_means()
     shares = pair_shares(parts, pairs) if shares is None else shares
     return Attribution(
         values=pairs.values,

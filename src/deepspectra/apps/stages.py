@@ -204,6 +204,7 @@ def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, max_prod
         )
 
     found.attribution = found.ledger.run("attribution of H", work)
+    found.parts.forget_means()
 
 
 def _find_by_products(found: Findings, num: int, probes: int, steps: int) -> None:

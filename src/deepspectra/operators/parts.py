@@ -93,9 +93,14 @@ class Decomposition(Mapping[str, "Part"]):
         dtype = torch.promote_types(self.problem.dtype, torch.float32)
         return columns * self.problem.num_parameters * dtype.itemsize
 
+    @property
+    def has_means(self) -> bool:
+        """Whether all C² cross-class means are in memory."""
+        return "means" in self._factors
+
     def holds_means(self) -> bool:
         """Whether all C² cross-class means are held, or can be within the memory budget."""
-        if "means" in self._factors:
+        if self.has_means:
             return True
         size = self.num_bytes(self.projections.num_classes**2)
         if self._reserved or not self.rows.products.reserve(size):

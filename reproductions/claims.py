@@ -47,6 +47,7 @@ def page(records: list[Record]) -> str:
         "several. An outlier is an eigenvalue above 1.25 times the bulk's edge, the largest eigenvalue without any "
         "class or cross-class mean. `make reproduce` measures what is missing in [claims.jsonl](claims.jsonl) and "
         "writes this page from it.",
+        *_samples(records),
         "",
         table(["claim", "source", "verdict"], summary),
     ]
@@ -54,6 +55,22 @@ def page(records: list[Record]) -> str:
         parts += ["", f"## {claim.title}", "", f"**{claim.verdict}** Rule: {claim.rule}"]
         parts += ["", table(claim.head, claim.rows)]
     return "\n".join(parts) + "\n"
+
+
+def _samples(records: list[Record]) -> list[str]:
+    """Which networks were measured by a sample, and how good it is."""
+    found = [
+        f"{r['model']} on {r['data']} with {r['per_class']} a class: {r['sample']['examples']:,} images, first nine "
+        f"eigenvectors off by {r['sample']['residual']:.2g} ± {r['sample']['error']:.1g} at an edge of "
+        f"{r['H']['edge']:.2g}"
+        for r in records
+        if "sample" in r
+    ]
+    text = (
+        "Eigenpairs, shares and knock-outs of the largest are those of a sample drawn by importance, means of all "
+        "images. ‖(I − UUᵀ)HU‖ on all says how far the sample's eigenvectors U are from an eigenspace. "
+    )
+    return ["", f"{text}{_list(found)}."] if found else []
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:

@@ -12,10 +12,18 @@ import torch
 import deepspectra as ds
 from deepspectra import zoo
 from deepspectra.algorithms.eigenpairs import explore
+from deepspectra.algorithms.lanczos import seeded
+from deepspectra.analysis.attribution import pair_shares
 from deepspectra.analysis.means import subspace_of
+from deepspectra.analysis.sampling import residual_norm
 
 SPARE_PAIRS = 3  # beyond the number of classes
-RTOL = 1e-2
+RTOL = 1e-2  # of eigenpairs; of
+LARGE = 5_000_000  # parameters or more
+RTOL_LARGE = 3e-2  # and, from
+DEAR = 5_000  # examples on, of a sample of
+SHARE = 10  # one in so many, which
+CHECKS = 2  # products on all the data certify
 TEST_EXAMPLES = 2000
 EXACT_ROWS = 3000  # up to which the whole spectrum of G, and every layer, are computed
 NETWORK_SIZE = {"mlp": None, "mlp-bn": None}  # others take images padded to 32
@@ -63,15 +71,24 @@ def measure(run: Run, root: Path) -> dict[str, Any]:
 
 def outliers_and_averages(problem: ds.Problem, num_classes: int) -> dict[str, Any]:
     """Counts, shares and knock-outs of H and G, and overlaps of the averaged subspaces with both."""
+    large = problem.num_parameters >= LARGE
     parts = ds.decompose(problem, effects="two-way")
     top = num_classes - 1
     parts.holds_means()  # once for the averages and both attributions, if they fit
     averaged = {level: subspace_of(parts, level, top)[1] for level in ("class", "cross_class")}
     record: dict[str, Any] = {}
-    for name, operator in (("H", ds.Hessian(problem)), ("G", ds.GaussNewton(problem))):
-        pairs, basis = explore(operator, num_classes + SPARE_PAIRS, rtol=RTOL, start="random")
-        found = ds.attribute(operator, parts, pairs=pairs, basis=basis)
+    for name, whole in (("H", ds.Hessian(problem)), ("G", ds.GaussNewton(problem))):
+        operator, shared = whole, parts
+        if large and problem.num_examples >= DEAR:
+            operator = whole.sampled(seeded(0), problem.num_examples // SHARE)
+            shared = ds.decompose(operator.problem, effects="two-way")
+        pairs, basis = explore(
+            operator, num_classes + SPARE_PAIRS, rtol=RTOL_LARGE if large else RTOL, start="random"
+        )
+        found = ds.attribute(operator, parts, pairs=pairs, basis=basis, shares=pair_shares(shared, pairs))
         del basis
+        if operator is not whole and name == "H":
+            record["sample"] = certified(problem, pairs, operator.problem.num_examples, top)
         record[name] = {
             "values": pairs.values.tolist(),
             "converged": pairs.converged,
@@ -89,6 +106,14 @@ def outliers_and_averages(problem: ds.Problem, num_classes: int) -> dict[str, An
             "ratio": float(pairs.values[:top].mean()) / found.bulk_edge,
         }
     return record
+
+
+def certified(problem: ds.Problem, pairs: ds.Eigenpairs, num_samples: int, top: int) -> dict[str, float]:
+    """How far the span of the first pairs of a sample is from an eigenspace of H on all the data."""
+    norm, error = residual_norm(problem, pairs.vectors[:, :top], CHECKS, seeded(1))
+    gap = float(pairs.values[top - 1] - pairs.values[top])
+    bound = max(0.0, 1 - (norm / gap) ** 2 / top) if norm < gap else 0.0
+    return {"examples": num_samples, "residual": norm, "error": error, "gap": gap, "overlap_at_least": bound}
 
 
 def regions(problem: ds.Problem, num_classes: int) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from reproductions import dissecting
 from reproductions.claims import judged, misclassification, page, spread, table
-from reproductions.measure import Run, measure
+from reproductions.measure import Run, measure, outliers_and_averages
 
+import deepspectra as ds
 from deepspectra import zoo
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -102,6 +103,32 @@ def test_a_rank_correlation_has_an_interval() -> None:
 def test_the_page_is_that_of_its_records() -> None:
     records = [json.loads(line) for line in (DOCS / "claims.jsonl").read_text().splitlines()]
     assert (DOCS / "claims.md").read_text() == page(records)
+
+
+def test_dear_networks_are_measured_by_a_sample(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Half of the images drawn: outliers, edge and shares are nearly those of all, and a certificate says so."""
+    problem, num_classes = trained_digits()
+    whole = outliers_and_averages(problem, num_classes)
+    monkeypatch.setattr("reproductions.measure.LARGE", 0)
+    monkeypatch.setattr("reproductions.measure.DEAR", 0)
+    monkeypatch.setattr("reproductions.measure.SHARE", 2)
+    sampled = outliers_and_averages(problem, num_classes)
+    assert sampled["sample"]["examples"] == 150
+    assert "sample" not in whole
+    for name in ("H", "G"):
+        assert abs(sampled[name]["outliers"] - whole[name]["outliers"]) <= 1
+        assert sampled[name]["edge"] == pytest.approx(whole[name]["edge"], rel=0.2)
+        assert sampled[name]["values"][:3] == pytest.approx(whole[name]["values"][:3], rel=0.1)
+        for part, share in whole[name]["shares"].items():
+            assert sampled[name]["shares"][part] == pytest.approx(share, abs=0.05)
+        assert sampled[name]["overlap"]["class"] == pytest.approx(whole[name]["overlap"]["class"], abs=0.05)
+
+
+def trained_digits() -> tuple[ds.Problem, int]:
+    data = zoo.load("digits", per_class=30)
+    model = zoo.build("mlp", input_shape=(1, 8, 8), num_classes=10, seed=0)
+    zoo.train(model, data, epochs=20, learning_rate=0.05, batch_size=16)
+    return ds.Problem(model, data), 10
 
 
 @pytest.mark.slow

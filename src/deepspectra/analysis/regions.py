@@ -80,29 +80,24 @@ class Shifts:
 
     def moved(self, knockout: str) -> str | None:
         """The region that a knock-out moves most; None unless it leads by two standard errors."""
-        row = self.knockouts.index(knockout)
-        order = self.values[row].nan_to_num(-1).argsort(descending=True).tolist()
-        first, second = order[0], order[1]
-        if math.isnan(float(self.values[row, first])):  # a spectrum that is zero
-            return None
-        lead = float(self.values[row, first] - self.values[row, second])
-        error = float(self.standard_errors[row, [first, second]].nan_to_num().norm())
-        clear = math.isnan(lead) or lead > SURE * error  # NaN: the other region is empty
-        return self.regions[first] if clear else None
+        return next((region for region in self.regions if self._leads(knockout, region)), None)
 
     def makes(self, knockout: str, region: str) -> bool | None:
         """Whether a part makes a region: moves it most, and by a tenth of a decade or more; None if that is open.
 
         It is open too of a region that is empty.
         """
-        shift = self.of(knockout, region)
-        if math.isnan(shift) or shift < LEAST:
-            return None if math.isnan(shift) else False
+        return False if self.of(knockout, region) < LEAST else self._leads(knockout, region)
+
+    def _leads(self, knockout: str, region: str) -> bool | None:
+        """Whether the region moves more than every other that is not empty; None if that is within the errors."""
         row, column = self.knockouts.index(knockout), self.regions.index(region)
         leads = self.values[row, column] - self.values[row]
         errors = self.standard_errors[row].nan_to_num()
         sure = SURE * (errors.square() + errors[column].square()).sqrt()
-        others = ~leads.isnan()  # of regions that are there
+        others = ~leads.isnan()  # none if it is empty itself
+        if not others[column]:
+            return None
         others[column] = False
         if bool((leads[others] < -sure[others]).any()):
             return False

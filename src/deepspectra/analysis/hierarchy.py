@@ -65,7 +65,7 @@ def three_level_map(means: ClassMeans, seed: int = 0) -> ThreeLevelMap:
             "the map is of cross-class means; pass class_means(problem, of='gradients') or of='errors'."
         )
     began = time.perf_counter()
-    cells = means.cross_class_weights
+    cells = means.cross_class_weights.cpu()
     flat = means.cross_class_means.flatten(0, 1)
     gram = inner_products(flat, flat)
     root = cells.flatten().sqrt()
@@ -84,14 +84,14 @@ def place(gram: Tensor, cells: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     Raises:
         OptionError: fewer than 4 means, or more than 2,500.
     """
-    size = len(cells)
-    present = (cells > 0).cpu()
+    size, cells = len(cells), cells.cpu()
+    present = cells > 0
     if not drawable(cells):
         raise OptionError(
             f"{int(present.sum()):,} cross-class means: a map takes {FEWEST_MEANS} to {MOST_MEANS:,} of them."
         )
     share = positive(cells.sum(1)).rsqrt().repeat_interleave(size)
-    scaled = (share[:, None] * gram * share).cpu().double()
+    scaled = share[:, None] * gram.cpu().double() * share
     off = (present & ~torch.eye(size, dtype=torch.bool)).double()
     mixing = torch.zeros(size, size, size, dtype=torch.float64)
     mixing[range(size), range(size)] = off / positive(off.sum(1))[:, None]

@@ -19,10 +19,11 @@ from deepspectra.analysis.sampling import residual_norm
 
 SPARE_PAIRS = 3  # beyond the number of classes
 RTOL = 1e-2  # of eigenpairs; of
-LARGE = 5_000_000  # parameters or more
-RTOL_LARGE = 3e-2  # and, from
-DEAR = 5_000  # examples on, of a sample of
-SHARE = 10  # one in so many, which
+LARGE = 5_000_000  # parameters or more: those of G from those of H, and, from
+RTOL_LARGE = 3e-2
+DEAR = 1_000  # examples on, of a sample of
+SHARE = 10  # one in so many,
+FEWEST = 340  # and no fewer than these, which
 CHECKS = 2  # products on all the data certify
 TEST_EXAMPLES = 2000
 EXACT_ROWS = 3000  # up to which the whole spectrum of G, and every layer, are computed
@@ -74,17 +75,21 @@ def outliers_and_averages(problem: ds.Problem, num_classes: int) -> dict[str, An
     large = problem.num_parameters >= LARGE
     parts = ds.decompose(problem, effects="two-way")
     top = num_classes - 1
-    parts.holds_means()  # once for the averages and both attributions, if they fit
+    held = parts.holds_means()  # once for the averages and both attributions, if they fit
     averaged = {level: subspace_of(parts, level, top)[1] for level in ("class", "cross_class")}
+    if not held:
+        parts.forget_means()
     record: dict[str, Any] = {}
+    start: torch.Tensor | str = "random"
     for name, whole in (("H", ds.Hessian(problem)), ("G", ds.GaussNewton(problem))):
         operator, shared = whole, parts
         if large and problem.num_examples >= DEAR:
-            operator = whole.sampled(seeded(0), problem.num_examples // SHARE)
+            operator = whole.sampled(seeded(0), max(FEWEST, problem.num_examples // SHARE))
             shared = ds.decompose(operator.problem, effects="two-way")
         pairs, basis = explore(
-            operator, num_classes + SPARE_PAIRS, rtol=RTOL_LARGE if large else RTOL, start="random"
+            operator, num_classes + SPARE_PAIRS, rtol=RTOL_LARGE if large else RTOL, start=start
         )
+        start = pairs.vectors if large else "random"
         found = ds.attribute(operator, parts, pairs=pairs, basis=basis, shares=pair_shares(shared, pairs))
         del basis
         if operator is not whole and name == "H":

@@ -222,3 +222,51 @@ def test_parts_of_another_problem_are_refused(problem):
         ds.attribute(ds.Hessian(problem), ds.decompose(problem), margin=0.5)
     with pytest.raises(errors.OptionError, match="no knock-out"):
         ds.attribute(ds.Hessian(problem), ds.decompose(problem)).knockout("within")
+
+
+@pytest.mark.parametrize("capacity", [None, 22])
+def test_means_beyond_memory_change_no_number(problem, capacity):
+    """Cross-class means that do not fit are not made, and the basis that is too small grows: the same findings."""
+    H = ds.Hessian(problem)
+    found = []
+    for held in (True, False):
+        parts = ds.decompose(problem, effects="two-way")
+        products = parts.rows.products
+        budget, H.memory = products.budget, problem.memory // 4
+        room = 13 + 3 + 20 + 19 if capacity else 0
+        products.budget = budget if held else parts.num_bytes(room)
+        if capacity and not held:
+            H.memory = parts.num_bytes(capacity)
+        try:
+            pairs, basis = explore(H, 13, rtol=1e-6)
+            found.append(ds.attribute(H, parts, pairs=pairs, basis=basis))
+            assert parts.has_means is False
+            assert products.reserved == 0
+        finally:
+            products.budget = budget
+            products.release()
+        if capacity and not held:
+            assert len(basis.rows) == room
+    one, other = found
+    assert one.bulk_edge == pytest.approx(other.bulk_edge, rel=1e-3)
+    for ours, theirs in zip(one.knockouts, other.knockouts, strict=True):
+        assert (ours.name, ours.num_outliers) == (theirs.name, theirs.num_outliers)
+        assert float(ours.values[0]) == pytest.approx(float(theirs.values[0]), rel=0.02)
+
+
+def test_knockouts_that_no_memory_has_room_for_are_refused_with_numbers(problem):
+    H, parts = ds.Hessian(problem), ds.decompose(problem, effects="two-way")
+    H.memory = parts.num_bytes(22)
+    products = parts.rows.products
+    products.budget, budget = parts.num_bytes(14), products.budget
+    try:
+        pairs, _ = explore(H, 13, rtol=1e-2)
+        with pytest.raises(errors.MemoryBudgetError, match="at least 37 vectors"):
+            ds.attribute(H, parts, pairs=pairs)
+        products.budget = parts.num_bytes(16)
+        short = ds.attribute(H, parts, pairs=pairs)
+        assert short.num_products < 30
+        assert products.reserved == 0
+    finally:
+        products.budget = budget
+        products.release()

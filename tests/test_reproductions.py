@@ -112,6 +112,7 @@ def test_dear_networks_are_measured_by_a_sample(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("reproductions.measure.LARGE", 0)
     monkeypatch.setattr("reproductions.measure.DEAR", 0)
     monkeypatch.setattr("reproductions.measure.SHARE", 2)
+    monkeypatch.setattr("reproductions.measure.FEWEST", 1)
     sampled = outliers_and_averages(problem, num_classes)
     assert sampled["sample"]["examples"] == 150
     assert "sample" not in whole

@@ -227,6 +227,12 @@ class Krylov:
         self.num_basis, self.num_pending = k, t.shape[1]
         self.tracked = torch.zeros(k + self.num_pending, 0, dtype=torch.float64)
 
+    def enlarge(self, capacity: int) -> None:
+        """Room for so many rows; the old ones are in memory, too, while those in use are copied."""
+        rows = self.rows.new_empty(capacity, self.rows.shape[1])
+        rows[: self.num_rows] = self.rows[: self.num_rows]
+        self.rows = rows
+
     def drop_pending(self) -> None:
         """Forget the pending vectors."""
         self.num_pending = 0

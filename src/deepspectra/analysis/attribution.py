@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.eigenpairs import eigenpairs, explore
-from deepspectra.algorithms.lanczos import Krylov
+from deepspectra.algorithms.eigenpairs import explore
+from deepspectra.algorithms.lanczos import Krylov, basis_capacity, seeded
 from deepspectra.analysis.gram import MARGIN
-from deepspectra.errors import OptionError, ShapeError
+from deepspectra.errors import MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.parts import Decomposition, Means, Part
 from deepspectra.operators.projections import positive
@@ -152,8 +152,8 @@ def attribute(
         operator: the Hessian or Gauss-Newton matrix of a problem.
         parts: of `decompose(problem)`, with either kind of effects.
         pairs: its top eigenpairs; by default the largest C + 3 are computed.
-        basis: the Krylov basis that `explore` found them with; it goes on growing here. Without it the subspace
-            starts from the pairs alone and the edge is computed anew.
+        basis: the Krylov basis that `explore` found them with; it goes on growing here, beyond its capacity if the
+            knock-outs need that. Without it the subspace starts from the pairs and a random vector.
         shares: of `pair_shares(parts, pairs)`, if they are known.
         margin: see above.
         rtol: of the eigenpairs computed here.
@@ -164,10 +164,11 @@ def attribute(
     Raises:
         ShapeError: operator and parts belong to different problems.
         OptionError: parts not made by `decompose`, or a margin below 1.
+        MemoryBudgetError: memory has no room for the pairs, the class and logit means and one product.
 
-    Cost: the edge, about 5 products with a basis, restarted if it fills the operator's memory, and 15 without;
-    knock-outs, 2C−1 products at most; shares, one forward product a pair; the C² means, about 2C/3 gradients, if
-    they fit in memory, else as much for the logit means and a G-like product with each product of the edge.
+    Cost: the edge, about 5 products, and the knock-outs, 2C−1 at most, but no more of them than memory has room for;
+    shares, one forward product a pair; the C² means, about 2C/3 gradients, if they fit in memory, else as much for
+    the logit means and a forward product for each vector of the basis.
     """
     began = time.perf_counter()
     if not isinstance(parts, Decomposition):
@@ -187,20 +188,27 @@ def attribute(
         pairs, basis = explore(
             operator, num, rtol=rtol, start="random", seed=seed, progress=products.within()
         )
-    rows = 3 * parts.projections.num_classes + most  # of the factors and the knock-outs' products
     had_means = parts.has_means
-    space = _Space(_with_room(operator, pairs, basis, rows), len(pairs.values), products)
+    lent = parts.rows.products
+    reserved = lent.reserved
+    factors = (2 if parts.projections.first == "class" else 3) * parts.projections.num_classes
+    num = len(pairs.values)
+    least = num + NEWEST + factors
+    capacity = _capacity(operator, parts, least, most)
+    most = min(most, capacity - least) if capacity < size else most
     try:
-        if space.krylov is basis and parts.holds_means():
-            edge_values, edge_norms = space.bulk_edge(parts.factor("means"), EDGE_PRODUCTS)
-        else:
-            top = eigenpairs(
-                operator - Means(parts), 1, rtol=EDGE_RTOL, seed=seed + 1, progress=products.within()
-            )
-            edge_values, edge_norms = top.values, top.residual_norms
+        if basis is None:
+            basis = Krylov.of_pairs(operator, pairs, capacity)
+            basis.append_random(seeded(seed))
+            basis.expand(1)
+            products.add(1)
+        elif len(basis.rows) < capacity:
+            basis.enlarge(capacity)
+        space = _Space(basis, num, products)
+        edge_values, edge_norms = space.bulk_edge(Means(parts), EDGE_PRODUCTS)
         edge = float(edge_values[0])
         threshold = margin * edge
-        space.make_room(rows)
+        space.make_room(factors + most)
         knockouts = [
             _knockout((), "subtraction", pairs.values, pairs.residual_norms, threshold),
             *_knockouts(space, parts, pairs, threshold, most),
@@ -209,6 +217,7 @@ def attribute(
     finally:
         if not had_means:
             parts.forget_means()
+        lent.reserved = reserved
     shares = pair_shares(parts, pairs) if shares is None else shares
     return Attribution(
         values=pairs.values,
@@ -227,12 +236,24 @@ def attribute(
     )
 
 
-def _with_room(operator: Operator, pairs: Eigenpairs, basis: Krylov | None, rows: int) -> Krylov:
-    """The given basis, if it can have so many rows beside the pairs; else one of the pairs alone."""
-    size, needed = operator.shape[0], len(pairs.values) + rows
-    if basis is not None and len(basis.rows) >= min(size, needed + NEWEST):
-        return basis
-    return Krylov.of_pairs(operator, pairs, min(size, needed))
+def _capacity(operator: Operator, parts: Decomposition, least: int, most: int) -> int:
+    """Rows of the basis: the least and up to so many products beyond, as memory has room; graphs lend theirs.
+
+    Raises:
+        MemoryBudgetError: there is no room for one product.
+    """
+    size, own, lender = operator.shape[0], basis_capacity(operator), parts.rows.products
+    wanted = min(size, least + most)
+    room = own + (lender.budget - lender.reserved) // parts.num_bytes(1)
+    if room < min(size, least + min(most, 1)):
+        raise MemoryBudgetError(
+            f"the knock-outs take at least {least + 1:,} vectors of {size:,} parameters, "
+            f"{parts.num_bytes(least + 1) / 2**30:.1f} GiB, and there is room for {room:,}. Raise memory, put "
+            "classes into groups, or restrict the parameters."
+        )
+    capacity = min(wanted, room)
+    lender.reserve(parts.num_bytes(max(0, capacity - own)))
+    return capacity
 
 
 class _Counter:
@@ -359,20 +380,20 @@ class _Space:
         self.krylov.expand(1)
         self.products.add(1)
 
-    def bulk_edge(self, means: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    def bulk_edge(self, means: Means, most: int) -> tuple[Tensor, Tensor]:
         """The largest eigenvalue of A − M Mᵀ, for all the means M (P, C²), and its residual norm."""
         krylov = self.krylov
-        overlaps = torch.zeros(0, means.shape[1], dtype=torch.float64)
-        before = []
+        overlaps = torch.zeros(0, means.num, dtype=torch.float64)
+        before: list[float] = []
         while True:
             fresh = krylov.rows[krylov.num_fixed + len(overlaps) : krylov.num_fixed + krylov.num_basis]
-            overlaps = torch.cat([overlaps, (fresh @ means).cpu().double()])
+            overlaps = torch.cat([overlaps, means.coordinates(fresh.T).T.cpu().double()])
             top = krylov.projected[: krylov.num_basis] - overlaps @ overlaps.T
             values, largest = torch.linalg.eigh((top + top.T) / 2)
             value, s = values[-1], largest[:, -1:]
             coordinates = krylov.projected @ s
             coordinates[: krylov.num_basis] -= s * value
-            vector = krylov.combine(coordinates) - means @ (overlaps.T @ s).to(means)
+            vector = krylov.combine(coordinates) - means.combine(overlaps.T @ s)
             residual = (vector.norm().cpu().double() ** 2 + krylov.lost_squares(s)).sqrt()
             before.append(float(value))
             settled = len(before) > STILL and before[-1] - before[-1 - STILL] <= EDGE_RTOL**2 * abs(

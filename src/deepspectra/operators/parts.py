@@ -159,13 +159,26 @@ class Means(_Averaged):
 
     def __init__(self, decomposition: Decomposition) -> None:
         super().__init__(decomposition, "means part of G")
+        self.num = decomposition.projections.num_classes**2
+
+    def coordinates(self, block: Tensor) -> Tensor:
+        """Mᵀ V (C², K) for the C² means M of this matrix M Mᵀ, whether they are in memory or not."""
+        if self.decomposition.holds_means():
+            return self.decomposition.factor("means").T @ block
+        rows, projections = self.decomposition.rows, self.decomposition.projections
+        return projections.coordinates(rows.apply(block)).flatten(0, 1)
+
+    def combine(self, coordinates: Tensor) -> Tensor:
+        """M X (P, K) for X (C², K)."""
+        if self.decomposition.holds_means():
+            means = self.decomposition.factor("means")
+            return means @ coordinates.to(means)
+        rows, projections = self.decomposition.rows, self.decomposition.projections
+        cells = coordinates.view(projections.num_classes, projections.num_classes, -1)
+        return rows.transpose(projections.expand(cells.to(rows.weights.device, self.dtype)))
 
     def _apply(self, block: Tensor) -> Tensor:
-        if self.decomposition.holds_means():
-            factor = self.decomposition.factor("means")
-            return factor @ (factor.T @ block)
-        rows, projections = self.decomposition.rows, self.decomposition.projections
-        return rows.transpose(projections.expand(projections.coordinates(rows.apply(block))))
+        return self.combine(self.coordinates(block))
 
 
 @overload

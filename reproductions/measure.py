@@ -123,7 +123,7 @@ def certified(problem: ds.Problem, pairs: ds.Eigenpairs, num_samples: int, top: 
 
 def regions(problem: ds.Problem, num_classes: int) -> dict[str, Any]:
     """How far each knock-out moves outliers, bump and bulk of G, in decades of λ, from the exact spectrum."""
-    found = ds.regions(problem.to(torch.float64), num_groups=0).whole
+    found = ds.regions(problem.to(torch.float64), by_layer=False, num_groups=0).whole
     spectrum = ds.gram_spectrum(problem, effects="two-way")
     return {
         "shifts": {

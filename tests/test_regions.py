@@ -46,6 +46,15 @@ def test_shifts_of_g_are_those_of_dense_eigenvalues(name: str) -> None:
     assert list(found) == [layer.name for layer in ds.layers(case.problem())]
 
 
+@pytest.mark.parametrize("of", ["gradients", "features"])
+def test_the_whole_alone_is_that_of_all_layers(of: str) -> None:
+    case, _ = case_and_reference("conv_pool")
+    alone = ds.regions(case.problem(), of, by_layer=False, num_groups=2)
+    whole = ds.regions(case.problem(), of, num_groups=2).whole
+    torch.testing.assert_close(alone.whole.values, whole.values, equal_nan=True)
+    assert len(alone) == 0
+
+
 def test_features_and_errors_are_judged_as_their_second_moments() -> None:
     case, _ = case_and_reference("relu_mlp")
     parts = ds.decompose(case.problem(), effects="two-way", of="errors")

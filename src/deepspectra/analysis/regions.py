@@ -149,6 +149,7 @@ def regions(
     of: str = "gradients",
     *,
     method: str = "subtraction",
+    by_layer: bool = True,
     num_groups: int | None = None,
     seed: int = 0,
     progress: Callable[[str], object] | None = None,
@@ -166,6 +167,7 @@ def regions(
             layers together.
         method: "subtraction", A − B, or "projection", (I − QQᵀ) A (I − QQᵀ) with Q a basis of B, which "within" and
             "residual" span too much for.
+        by_layer: whether to look at each layer, or at all together alone, which is as many times faster.
         num_groups: random groups of examples that are left out in turn, for standard errors; 0 for none. By default
             8, or as many as there are examples if that is less, and none for a single example.
         seed: of the groups.
@@ -178,8 +180,8 @@ def regions(
         CurvatureError: features and errors cannot be told apart by example, or H has no right second derivative.
         MemoryBudgetError: Gram matrices do not fit memory.
 
-    Cost: C − 1 backward passes without weight gradients; for each layer and for the whole, and for each group again,
-    eigenvectors of a matrix of R = N (C − 1) rows (N of features) and its eigenvalues once a knock-out. The
+    Cost: C − 1 backward passes without weight gradients; for each layer and for the whole, and for each group
+    again, eigenvectors of a matrix of R = N (C − 1) rows (N of features) and its eigenvalues once a knock-out. The
     Hessian: R products besides, in float64, and with the rows of gradients one product for each and one for each of
     its groups.
 
@@ -208,9 +210,10 @@ def regions(
     for name, gram in _grams(parts, of):
         if progress is not None:
             progress(name)
-        found[name] = judge(gram)
+        if by_layer:
+            found[name] = judge(gram)
         total = total + gram
-    whole = judge(total) if len(found) > 1 else next(iter(found.values()))
+    whole = next(iter(found.values())) if len(found) == 1 else judge(total)
     return Regions(found, time.perf_counter() - began, provenance, of, whole, method=method)
 
 

@@ -78,6 +78,7 @@ def outliers_and_averages(problem: ds.Problem, num_classes: int) -> dict[str, An
     held = parts.holds_means()  # once for the averages and both attributions, if they fit
     averaged = {level: subspace_of(parts, level, top)[1] for level in ("class", "cross_class")}
     if not held:
+        parts.factor("logit")  # while they are there
         parts.forget_means()
     record: dict[str, Any] = {}
     start: torch.Tensor | str = "random"

@@ -95,6 +95,8 @@ def outliers_and_averages(problem: ds.Problem, num_classes: int) -> dict[str, An
         del basis
         if operator is not whole and name == "H":
             record["sample"] = certified(problem, pairs, operator.problem.num_examples, top)
+        for some in (operator, whole):
+            some.products.release()
         record[name] = {
             "values": pairs.values.tolist(),
             "converged": pairs.converged,

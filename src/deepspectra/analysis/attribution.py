@@ -329,11 +329,10 @@ class _Space:
 
     def include(self, factors: dict[str, Tensor]) -> None:
         """Append the ranges of the factors, named for `left`."""
-        before = self.krylov.tracked.shape[1]
-        self.krylov.append(torch.cat(list(factors.values()), 1).T, track=True)
-        for name, factor in factors.items():
+        for name, factor in factors.items():  # one by one: each takes as much again while it is added
+            before = self.krylov.tracked.shape[1]
+            self.krylov.append(factor.T, track=True)
             self.columns[name] = slice(before, before + factor.shape[1])
-            before += factor.shape[1]
 
     def include_true(self, parts: Decomposition) -> None:
         """The true means, collinear with the class means if class took what it shares with logit."""

@@ -93,10 +93,11 @@ def outliers_and_averages(problem: ds.Problem, num_classes: int) -> dict[str, An
         start = pairs.vectors if large else "random"
         found = ds.attribute(operator, parts, pairs=pairs, basis=basis, shares=pair_shares(shared, pairs))
         del basis
-        if operator is not whole and name == "H":
-            record["sample"] = certified(problem, pairs, operator.problem.num_examples, top)
         for some in (operator, whole):
             some.products.release()
+        if operator is not whole and name == "H":
+            record["sample"] = certified(problem, pairs, operator.problem.num_examples, top)
+            whole.products.release()
         record[name] = {
             "values": pairs.values.tolist(),
             "converged": pairs.converged,

@@ -68,7 +68,7 @@ _LEARNING_RATES = {
     "mlp": 0.05,
     "mlp-bn": 0.05,
     "lenet": 0.05,
-    "vgg11-bn": 0.02,
+    "vgg11-bn": 0.01,
     "resnet18": 0.02,
     "transformer": 0.1,
 }
@@ -80,8 +80,8 @@ def recipe(model: str, data: str, num_examples: int | None = None) -> Recipe:
 
     Fewer examples take smaller batches and more epochs, for enough steps. With them `mlp`, `mlp-bn` and
     `lenet` fit the digits and 13 examples a class of MNIST to the last example, `mlp` fits 99.9 % of MNIST,
-    and `resnet18` fits 13 examples a class of CIFAR-10. For `vgg11-bn` and `transformer` they are no more
-    than a start. The papers' own settings are 200 or 350 epochs and the best of a hundred learning rates.
+    and `resnet18` and `vgg11-bn` fit 13 examples a class of CIFAR-10. For `transformer` they are no more than
+    a start. The papers' own settings are 200 or 350 epochs and the best of a hundred learning rates.
 
     Args:
         model: one of `MODEL_NAMES`.
@@ -113,6 +113,10 @@ def recipe(model: str, data: str, num_examples: int | None = None) -> Recipe:
         epochs, milestones = 12, (0.7, 0.9)
     elif model == "resnet18":
         epochs = min(epochs, 20)
+    elif model == "vgg11-bn" and num_examples < 10_000:
+        # Its last maps are of one pixel, so batch norm needs batches that are large, and equally so.
+        batch_size = math.ceil(num_examples / max(1, round(num_examples / 64)))
+        epochs, milestones = (30 if num_examples < 1000 else 20), (0.7, 0.9)
     elif model == "transformer":  # slow under SGD
         epochs *= 2
     return Recipe(epochs, _LEARNING_RATES[model] * min(batch_size, 64) / 64, batch_size, milestones)

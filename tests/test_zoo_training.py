@@ -137,6 +137,14 @@ def test_every_pair_has_a_recipe(model, data):
     assert part.learning_rate <= whole.learning_rate
 
 
+@pytest.mark.parametrize("num_examples", [2, 30, 95, 130, 702, 999, 1360, 7020, 9999])
+def test_small_batches_never_reach_the_batch_norms_of_one_pixel(num_examples):
+    chosen = recipe("vgg11-bn", "cifar10", num_examples)
+    last = num_examples % chosen.batch_size or chosen.batch_size
+    assert chosen.batch_size <= 96
+    assert last == num_examples or last > 0.9 * chosen.batch_size
+
+
 def test_misuse_says_what_to_do(digits):
     empty = dataclasses.replace(digits, inputs=digits.inputs[:0], targets=digits.targets[:0])
     with pytest.raises(DataError, match="no examples in digits"):

@@ -114,8 +114,8 @@ def recipe(model: str, data: str, num_examples: int | None = None) -> Recipe:
     elif model == "resnet18":
         epochs = min(epochs, 20)
     elif model == "vgg11-bn" and num_examples < 10_000:
-        # Its last maps are of one pixel, so batch norm needs batches that are large, and equally so.
-        batch_size = math.ceil(num_examples / max(1, round(num_examples / 64)))
+        # Its last maps are of one pixel, so batch norm needs large batches, the last one too.
+        batch_size = min(range(48, 97), key=lambda size: (-num_examples % size, abs(size - 64)))
         epochs, milestones = (30 if num_examples < 1000 else 20), (0.7, 0.9)
     elif model == "transformer":  # slow under SGD
         epochs *= 2

@@ -20,13 +20,24 @@ FOUND = 0.95  # overlap from which a subspace counts as found
 RESAMPLES = 2000
 
 
+class Verdict(NamedTuple):
+    """Whether something holds, and in how many runs of each network."""
+
+    text: str
+    networks: str = ""
+    subject: str = ""  # if a claim has several
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.text}" if self.subject else self.text
+
+
 class Claim(NamedTuple):
     """A claim of the papers, the rule by which it is judged, and what was measured."""
 
     title: str
     source: str
     rule: str
-    verdict: str
+    verdicts: list[Verdict]
     head: list[str]
     rows: list[list[str]]
 
@@ -35,7 +46,7 @@ def page(records: list[Record]) -> str:
     """The page as Markdown."""
     records = sorted(records, key=lambda r: (r["model"], r["data"], r["per_class"], r["seed"]))
     claims = [claim(records) for claim in CLAIMS]
-    summary = [[claim.title, claim.source, claim.verdict] for claim in claims]
+    summary = [[claim.title, claim.source, " ".join(map(str, claim.verdicts))] for claim in claims]
     fitted = [r["train_accuracy"] for r in records]
     parts = [
         "# The papers' claims on real data",
@@ -52,7 +63,10 @@ def page(records: list[Record]) -> str:
         table(["claim", "source", "verdict"], summary),
     ]
     for claim in claims:
-        parts += ["", f"## {claim.title}", "", f"**{claim.verdict}** Rule: {claim.rule}"]
+        parts += ["", f"## {claim.title}", "", f"**{' '.join(map(str, claim.verdicts))}** Rule: {claim.rule}"]
+        for verdict in claim.verdicts:
+            if verdict.networks:
+                parts += ["", f"{verdict.subject or 'Runs'} by network: {verdict.networks}."]
         parts += ["", table(claim.head, claim.rows)]
     return "\n".join(parts) + "\n"
 
@@ -112,13 +126,23 @@ def spread(values: list[float], digits: int = 2) -> str:
     return f"{mean} ± {statistics.stdev(known) / math.sqrt(len(known)):.{digits}f}"
 
 
-def judged(truths: list[bool]) -> str:
+def judged(records: list[Record], rule: Callable[[Record], bool], subject: str = "") -> Verdict:
     """A verdict from single runs."""
-    if not truths:
-        return "Not measured."
-    share = sum(truths) / len(truths)
+    truths: dict[str, list[bool]] = {}
+    for record in records:
+        truths.setdefault(record["model"], []).append(rule(record))
+    return counted(truths, subject)
+
+
+def counted(truths: dict[str, list[bool]], subject: str = "", unit: str = "runs") -> Verdict:
+    """A verdict from what was found true and untrue of each network."""
+    found = [truth for some in truths.values() for truth in some]
+    if not found:
+        return Verdict("Not measured.", "", subject)
+    share = sum(found) / len(found)
     word = "Holds" if share >= MOST else "Holds in part" if share >= 1 - MOST else "Does not hold"
-    return f"{word}: in {sum(truths)} of {len(truths)} runs."
+    networks = ", ".join(f"{name} {sum(some)} of {len(some)}" for name, some in truths.items() if some)
+    return Verdict(f"{word}: in {sum(found)} of {len(found)} {unit}.", networks, subject)
 
 
 RUN = ["network", "data", "a class", "runs"]
@@ -128,13 +152,17 @@ def _left(record: Record, name: str, method: str = "subtraction") -> float:
     return float(record["H"]["left"].get(f"{name}, {method}", [math.nan])[0])
 
 
+def _with_outliers(records: list[Record]) -> list[Record]:
+    return [record for record in records if record["H"]["outliers"]]
+
+
 def number_of_outliers(records: list[Record]) -> Claim:
     """Outliers ≈ classes."""
     return Claim(
         "There are about as many outliers as classes",
         "Papyan 2018, 2020",
         f"the Hessian has {NUM_CLASSES - 1} to {NUM_CLASSES + 1} of them.",
-        judged([abs(r["H"]["outliers"] - NUM_CLASSES) <= 1 for r in records]),
+        [judged(records, lambda r: abs(r["H"]["outliers"] - NUM_CLASSES) <= 1)],
         [*RUN, "outliers of H", "outliers of G", "λ₁ over the edge", "mean of the first 9 over the edge"],
         by_group(
             records,
@@ -153,7 +181,7 @@ def class_means_make_outliers(records: list[Record]) -> Claim:
         "The outliers are attributable to the class means",
         "Papyan 2019, 2020",
         f"class and true-class means knocked out by subtraction leave at most {GONE:.0%} of the outliers of H.",
-        judged([_left(r, "class") <= GONE * r["H"]["outliers"] for r in records if r["H"]["outliers"]]),
+        [judged(_with_outliers(records), lambda r: _left(r, "class") <= GONE * r["H"]["outliers"])],
         [*RUN, "outliers", "share of class", "left by subtraction", "left by projection"],
         by_group(
             records,
@@ -171,9 +199,7 @@ def additive(records: list[Record]) -> Claim:
         "The outliers lie in the additive space of class and logit means",
         "this library",
         f"class, true-class and logit means knocked out by subtraction leave at most {GONE:.0%} of the outliers.",
-        judged(
-            [_left(r, "class + logit") <= GONE * r["H"]["outliers"] for r in records if r["H"]["outliers"]]
-        ),
+        [judged(_with_outliers(records), lambda r: _left(r, "class + logit") <= GONE * r["H"]["outliers"])],
         [*RUN, "class", "logit", "interaction", "within", "left by subtraction", "by projection"],
         by_group(
             records,
@@ -203,15 +229,16 @@ def bump_and_bulk(records: list[Record]) -> Claim:
         for (model, data, size), some in groups(exact).items()
         for name in removed
     ]
-    bump = judged([largest(r, "cross") == "bump" for r in exact])
-    bulk = judged([largest(r, "within") == "bulk" for r in exact])
     return Claim(
         "Cross-class means make the bump, scatter within classes the bulk",
         "Papyan 2020",
         "the knock-out moves that region of the exact spectrum of G most, in decades of λ. Outliers are the first "
         "C − 1 eigenvalues, the bump those up to the C²-th, the bulk the larger half of the rest; three decades "
         "stand for gone.",
-        f"Bump: {bump} Bulk: {bulk}",
+        [
+            judged(exact, lambda r: largest(r, "cross") == "bump", "Bump"),
+            judged(exact, lambda r: largest(r, "within") == "bulk", "Bulk"),
+        ],
         [*RUN, "removed", *regions],
         rows,
     )
@@ -223,7 +250,7 @@ def averaging(records: list[Record]) -> Claim:
         "Averaging finds the principal subspace without eigenanalysis",
         "Papyan 2019",
         f"the cross-class means' first C − 1 directions overlap the top C − 1 eigenspace of H by {FOUND:.0%}.",
-        judged([r["H"]["overlap"]["cross_class"] >= FOUND for r in records]),
+        [judged(records, lambda r: r["H"]["overlap"]["cross_class"] >= FOUND)],
         [*RUN, "class means, H", "class means, G", "cross-class means, H", "cross-class means, G"],
         by_group(
             records,
@@ -256,14 +283,15 @@ def _rises(record: Record, name: str) -> bool:
 def emergence(records: list[Record]) -> Claim:
     """Outliers of features with depth, of errors towards the output."""
     deep = [r for r in records if len(r.get("layers", [])) > 1]
-    features = judged([_rises(r, "features_top_over_bulk") for r in deep])
-    errors = judged([_rises(r, "errors_top_over_bulk") for r in deep])
     return Claim(
         "Outliers of features emerge with depth; those of errors fade towards the input",
         "Papyan 2020",
         "the largest eigenvalue of the class part (features) or of all (errors), over the largest of the scatter "
         f"within classes, has a rank correlation with depth of at least {RISES}.",
-        f"Features: {features} Errors: {errors}",
+        [
+            judged(deep, lambda r: _rises(r, "features_top_over_bulk"), "Features"),
+            judged(deep, lambda r: _rises(r, "errors_top_over_bulk"), "Errors"),
+        ],
         [
             *RUN,
             "layer",
@@ -278,14 +306,15 @@ def emergence(records: list[Record]) -> Claim:
 def separation(records: list[Record]) -> Claim:
     """Depth separates classes and orthogonalises."""
     deep = [r for r in records if len(r.get("layers", [])) > 1]
-    share = judged([_rises(r, "features_between") for r in deep])
-    angles = judged([r["layers"][-1]["simplex"] < r["layers"][0]["simplex"] for r in deep])
     return Claim(
         "Depth separates class information from variability and orthogonalises it",
         "Papyan 2020",
         f"the between-class share of the features' variance has a rank correlation with depth of at least {RISES}; "
         "the angles of class means are nearer to a simplex at the last layer than at the first.",
-        f"Separation: {share} Angles: {angles}",
+        [
+            judged(deep, lambda r: _rises(r, "features_between"), "Separation"),
+            judged(deep, lambda r: r["layers"][-1]["simplex"] < r["layers"][0]["simplex"], "Angles"),
+        ],
         [*RUN, "layer", "between-class share", "NC1", "distance of angles from a simplex"],
         _layer_rows(deep, "features_between", "nc1", "simplex"),
     )
@@ -293,12 +322,15 @@ def separation(records: list[Record]) -> Claim:
 
 def products_of_means(records: list[Record]) -> Claim:
     """h_c ⊗ e_c for g_c."""
-    layers = [layer for r in records for layer in r.get("layers", []) if layer["class_cosine"] is not None]
+    truths: dict[str, list[bool]] = {}
+    for record in records:
+        cosines = [layer["class_cosine"] for layer in record.get("layers", [])]
+        truths.setdefault(record["model"], []).extend(c >= 0.9 for c in cosines if c is not None)
     return Claim(
         "Mean gradients are products of mean features and mean errors",
         "Papyan 2020",
         "the mean cosine between g_c and h_c ⊗ e_c is at least 0.9, layer by layer.",
-        judged([layer["class_cosine"] >= 0.9 for layer in layers]).replace("runs", "layers of all runs"),
+        [counted(truths, unit="layers of all runs")],
         [*RUN, "layer", "cos g_c, h_c ⊗ e_c", "cos g_ck, h_c ⊗ e_ck"],
         _layer_rows(records, "class_cosine", "cross_cosine"),
     )
@@ -328,7 +360,7 @@ def misclassification(records: list[Record]) -> Claim:
         "Papyan 2020, Theorem 8.1 for logistic regression",
         "over networks, sizes and seeds, the mean of the first C − 1 eigenvalues of G over the bulk's edge and the "
         "test error have a negative rank correlation, with its 95 % bootstrap interval below zero.",
-        verdict,
+        [Verdict(verdict)],
         ["data", "networks", "rank correlation", "95 % interval"],
         rows,
     )
@@ -340,7 +372,7 @@ def clustering(records: list[Record]) -> Claim:
         "Late in training gradients cluster by class more than by logit",
         "Fort and Ganguli 2019; Papyan 2019",
         "the mean cosine of g_{i,k} and g_{j,l} is larger for the same class alone than for the same logit alone.",
-        judged([r["clustering"][2] > r["clustering"][1] for r in records]),
+        [judged(records, lambda r: r["clustering"][2] > r["clustering"][1])],
         [*RUN, "same class and logit", "same logit", "same class", "neither"],
         by_group(records, *(lambda r, j=j: r["clustering"][j] for j in range(4))),
     )

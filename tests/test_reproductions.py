@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from reproductions import dissecting
-from reproductions.claims import judged, misclassification, page, spread, table
+from reproductions.claims import Verdict, judged, misclassification, page, spread, table
 from reproductions.measure import Run, measure, outliers_and_averages
 
 import deepspectra as ds
@@ -86,17 +86,26 @@ def test_error_bars_are_standard_errors_over_seeds() -> None:
     assert spread([1.0, 2.0, 3.0]) == f"2.00 ± {1 / math.sqrt(3):.2f}"
     assert spread([1.0, math.nan]) == "1.00"
     assert spread([]) == "–"
-    assert judged([]) == "Not measured."
+    assert judged([], lambda _: True) == Verdict("Not measured.")
     assert table(["a"], [["b"]]) == "| a |\n| --- |\n| b |"
 
 
 def test_a_rank_correlation_has_an_interval() -> None:
     fits = [record(seed=j, ratio=float(j), test_error=0.5 - 0.01 * j) for j in range(12)]
     found = misclassification(fits)
-    assert found.verdict.startswith("Holds: surely negative on 1 of 1")
+    assert found.verdicts[0].text.startswith("Holds: surely negative on 1 of 1")
     assert found.rows[0][2] == "-1.00"
     mixed = [record(seed=j, ratio=float(j), test_error=float((7 * j) % 12)) for j in range(12)]
-    assert misclassification(mixed).verdict.startswith("Does not hold")
+    assert misclassification(mixed).verdicts[0].text.startswith("Does not hold")
+
+
+def test_verdicts_say_how_many_runs_of_each_network_they_rest_on() -> None:
+    runs = [record(left=1), record(left=8, seed=1), record(left=1) | {"model": "lenet", "layers": []}]
+    text = page(runs)
+    section = text.split("## The outliers are attributable to the class means")[1].split("##")[0]
+    assert "Runs by network: lenet 1 of 1, mlp 1 of 2." in section
+    assert "Bump by network: lenet 1 of 1, mlp 2 of 2." in text
+    assert "Runs by network: mlp 4 of 4." in text.split("## Mean gradients are products")[1]
 
 
 @pytest.mark.skipif(not (DOCS / "claims.jsonl").exists(), reason="no records were made yet")

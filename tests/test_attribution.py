@@ -254,6 +254,19 @@ def test_means_beyond_memory_change_no_number(problem, capacity):
         assert float(ours.values[0]) == pytest.approx(float(theirs.values[0]), rel=0.02)
 
 
+def test_a_dropped_decomposition_gives_back_the_memory_of_its_means(problem):
+    parts = ds.decompose(problem, effects="two-way")
+    products = parts.rows.products
+    before = products.reserved
+    assert parts.holds_means()
+    assert products.reserved == before + parts.num_bytes(100)
+    parts.forget_means()
+    assert products.reserved == before
+    assert parts.holds_means()
+    del parts
+    assert products.reserved == before
+
+
 def test_knockouts_that_no_memory_has_room_for_are_refused_with_numbers(problem):
     H, parts = ds.Hessian(problem), ds.decompose(problem, effects="two-way")
     H.memory = parts.num_bytes(22)

@@ -6,7 +6,6 @@ there are several, and each is checked once on the network at hand.
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -248,8 +247,7 @@ def _least_error(sample: Problem, error: Callable[[Problem, torch.Generator], fl
     best = float("inf")
     for seed in range(POINTS):
         generator = torch.Generator().manual_seed(seed)
-        moved = copy.copy(sample)
-        moved.kept = {}
+        moved = sample.bare()
         moved.parameters = {
             name: value + 1e-3 * _noise(value, generator) for name, value in sample.parameters.items()
         }

@@ -204,8 +204,7 @@ class Problem:
 
     def restrict(self, parameters: str | Sequence[str]) -> Problem:
         """The same problem in fewer parameters; the others are held fixed. Model and data are shared."""
-        other = copy.copy(self)
-        other.kept = {}
+        other = self.bare()
         other._select(parameters)
         unknown = set(other.parameters) - set(self.parameters)
         other.parameters = {name: value for name, value in other.parameters.items() if name not in unknown}
@@ -393,10 +392,15 @@ class Problem:
         other._check()
         return other
 
-    def _cast(self, dtype: torch.dtype) -> Problem:
-        """A copy with a model of its own in another dtype; its data is yet to be replaced."""
+    def bare(self) -> Problem:
+        """The same problem, its model and its data, with nothing kept."""
         other = copy.copy(self)
         other.kept = {}
+        return other
+
+    def _cast(self, dtype: torch.dtype) -> Problem:
+        """A copy with a model of its own in another dtype; its data is yet to be replaced."""
+        other = self.bare()
         other.dtype = dtype
         other._module = Evaluated(evaluation_copy(self.model, self.device, dtype), self._module.function)
         own = dict(other.model.named_parameters())
@@ -428,8 +432,7 @@ class Problem:
             inputs.append(batch[0][kept])
             targets.append(torch.stack(pairs, 1))
             start += len(batch[1])
-        other = copy.copy(self)
-        other.kept = {}
+        other = self.bare()
         other.loss_function = losses.DrawnCrossEntropy(loss)
         data = (torch.cat(inputs), torch.cat(targets))
         move = Move(self.device, self.dtype)

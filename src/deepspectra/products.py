@@ -61,7 +61,7 @@ class Products:
     """
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+        self.problem = problem.bare()  # no cycle: graphs are freed as soon as nobody needs the problem
         self.budget = problem.memory // 2
         self.reserved = 0
         self.stores: dict[str, Store] = {}
@@ -161,6 +161,10 @@ class Products:
         if self.kept_bytes() + self.reserved > self.budget:
             self.release()
         return True
+
+    def give_back(self, size: int) -> None:
+        """Return reserved bytes to the graphs."""
+        self.reserved -= size
 
     def _refuse_beyond_memory(self, size: int) -> None:
         if size > self.problem.memory:

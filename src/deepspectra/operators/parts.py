@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, overload
 
@@ -48,20 +49,20 @@ class Decomposition(Mapping[str, "Part"]):
         self.rows = HeldRows(problem) if hold else GradientRows(problem)
         found = grouped(groups, problem.num_classes, self.rows.weights.device)
         self.projections = Projections(self.rows.weights, self.rows.labels, first=first, groups=found)
-        self._parts = {name: Part(self, name) for name in names[effects]}
+        self._names = names[effects]
         self._factors: dict[str, Tensor] = {}
-        self._reserved = 0  # bytes set aside for the means
+        self._reserved: weakref.finalize[..., Decomposition] | None = None  # memory set aside for the means
 
     def __getitem__(self, name: str) -> Part:
-        if name not in self._parts:
-            raise MissingNameError("part", name, self._parts)
-        return self._parts[name]
+        if name not in self._names:
+            raise MissingNameError("part", name, self._names)
+        return Part(self, name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._parts)
+        return len(self._names)
 
     def factor(self, name: str) -> Tensor:
         """F (P, r) with F Fᵀ the part "class", "logit" or "true", or "means": all cells, r = C². Kept.
@@ -103,17 +104,19 @@ class Decomposition(Mapping[str, "Part"]):
         if self.has_means:
             return True
         size = self.num_bytes(self.projections.num_classes**2)
-        if self._reserved or not self.rows.products.reserve(size):
+        products = self.rows.products
+        if self._reserved is not None or not products.reserve(size):
             return False
-        self._reserved = size
+        self._reserved = weakref.finalize(self, products.give_back, size)
         self.factor("means")
         return True
 
     def forget_means(self) -> None:
         """Free the C² cross-class means."""
         self._factors.pop("means", None)
-        self.rows.products.reserved -= self._reserved
-        self._reserved = 0
+        if self._reserved is not None:
+            self._reserved()
+        self._reserved = None
 
 
 class _Averaged(Curvature):

@@ -16,6 +16,7 @@ from deepspectra.errors import MissingNameError, OptionError
 
 if TYPE_CHECKING:
     from deepspectra.operators.base import Operator
+    from deepspectra.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,20 @@ class Provenance:
             size=operator.shape[0],
             dtype=str(operator.dtype).removeprefix("torch."),
             device=str(operator.device),
+            seed=seed,
+            versions=versions(),
+        )
+
+    @staticmethod
+    def of_matrix(
+        name: str, problem: Problem, *, size: int | None = None, seed: int | None = None
+    ) -> Provenance:
+        """The provenance of what is known of a problem's matrix without products with it."""
+        return Provenance(
+            operator=name,
+            size=problem.num_parameters if size is None else size,
+            dtype=str(problem.dtype).removeprefix("torch."),
+            device=str(problem.device),
             seed=seed,
             versions=versions(),
         )

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.lanczos import check_count, seeded
-from deepspectra.operators.curvature import GaussNewton
 from deepspectra.operators.held import HeldRows
 from deepspectra.operators.layerwise import counted
 from deepspectra.operators.rows import GradientRows
@@ -114,7 +113,7 @@ def clustering(problem: Problem, *, num_examples: int = 200, seed: int = 0) -> C
         gradients_standard_error=gradients_error,
         num_examples=len(live),
         seconds=time.perf_counter() - began,
-        provenance=Provenance.of(GaussNewton(problem), seed),
+        provenance=Provenance.of_matrix("Gauss-Newton", problem, seed=seed),
     )
 
 

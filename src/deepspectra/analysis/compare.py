@@ -180,7 +180,7 @@ def compare(
         tuple(layers),
         _whole(first, second, wanted, seed),
         time.perf_counter() - began,
-        Provenance.of(GaussNewton(first), seed),
+        Provenance.of_matrix("Gauss-Newton", first, seed=seed),
     )
 
 

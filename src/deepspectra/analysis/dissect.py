@@ -13,7 +13,6 @@ from deepspectra.algorithms.lanczos import check_count
 from deepspectra.algorithms.subspace import overlap
 from deepspectra.analysis.blocks import Blocks, top_pairs
 from deepspectra.analysis.dissect_whole import Stack, WholeDissection
-from deepspectra.operators.curvature import GaussNewton
 from deepspectra.operators.exact import ExactBlock
 from deepspectra.operators.factored import KroneckerSum
 from deepspectra.problem import Problem
@@ -144,7 +143,7 @@ def dissect(
         later = weights[blocks.names.index(name) + 1 :]
         layers[name] = _dissected(exact, factors, later, problem.num_classes, (num, num_directions, seed))
     whole = stack.against(problem, blocks, num_whole, seed) if stack.errors else None
-    provenance = Provenance.of(GaussNewton(problem), seed)
+    provenance = Provenance.of_matrix("Gauss-Newton", problem, seed=seed)
     return Dissection(layers, time.perf_counter() - began, provenance, whole)
 
 

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from deepspectra.algorithms.lanczos import seeded
 from deepspectra.errors import OptionError
-from deepspectra.operators.curvature import GaussNewton
 from deepspectra.operators.held import HeldRows
 from deepspectra.operators.layerwise import error_averages
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem import Problem
-from deepspectra.results import Density, Eigenpairs, Provenance, versions
+from deepspectra.results import Density, Eigenpairs, Provenance
 
 MARGIN = 1.25  # an outlier is at least so many times the bulk's edge
 DRAWN_STEPS = 64  # resolution at which an exact spectrum is drawn
@@ -168,7 +167,9 @@ def gram_spectrum(
     """
     began = time.perf_counter()
     parts = decompose(problem.to(dtype), effects=effects, first=first, hold=True)
-    return spectrum_of(gradient_basis(parts), tuple(parts), provenance_of(parts), began)
+    return spectrum_of(
+        gradient_basis(parts), tuple(parts), Provenance.of_matrix("Gauss-Newton", parts.problem), began
+    )
 
 
 class EigenBasis:
@@ -264,17 +265,6 @@ def gradient_basis(parts: Decomposition) -> EigenBasis:
     )
 
 
-def provenance_of(parts: Decomposition) -> Provenance:
-    """Of G."""
-    return Provenance.of(GaussNewton(parts.problem))
-
-
-def provenance_of_rows(parts: Decomposition, what: str, size: int) -> Provenance:
-    """Of the second moment of some rows of so many numbers."""
-    dtype = str(parts.problem.dtype).removeprefix("torch.")
-    return Provenance(what, size, dtype, str(parts.problem.device), None, versions())
-
-
 def gradient_pairs(
     basis: EigenBasis, parts: Decomposition, num: int, began: float, seed: int = 0
 ) -> Eigenpairs:
@@ -304,7 +294,7 @@ def gradient_pairs(
         seconds=time.perf_counter() - began,
         which="largest",
         rtol=float(missed / values.min()),
-        provenance=provenance_of(parts),
+        provenance=Provenance.of_matrix("Gauss-Newton", parts.problem),
     )
 
 
@@ -320,7 +310,7 @@ def _no_pairs(parts: Decomposition, began: float) -> Eigenpairs:
         seconds=time.perf_counter() - began,
         which="largest",
         rtol=0.0,
-        provenance=provenance_of(parts),
+        provenance=Provenance.of_matrix("Gauss-Newton", parts.problem),
     )
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.analysis.gram import EigenBasis, GramSpectrum, provenance_of_rows, spectrum_of
+from deepspectra.analysis.gram import EigenBasis, GramSpectrum, spectrum_of
 from deepspectra.operators.held import gram_of
 from deepspectra.operators.layerwise import counted, membership
 from deepspectra.operators.parts import Decomposition
 from deepspectra.operators.projections import positive
+from deepspectra.results import Provenance
 from deepspectra.uses import Matrix
 
 
@@ -56,7 +57,7 @@ def centred_spectrum(
     gram += float(mean.double().square().sum()) * (s @ s.T) - s @ q.T - q @ s.T
     size = uses[0].slice.numel
     basis = EigenBasis.of_gram(gram, bases, size, torch.finfo(parts.problem.dtype).eps)
-    provenance = provenance_of_rows(parts, f"gradients of {name} with centred features", size)
+    provenance = Provenance.of_matrix(f"gradients of {name} with centred features", parts.problem, size=size)
     return spectrum_of(basis, tuple(parts), provenance, began)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from deepspectra.algorithms.lanczos import check_count
 from deepspectra.analysis.blocks import SMALL
 from deepspectra.analysis.collapse import Collapse, collapse_of
-from deepspectra.analysis.gram import EigenBasis, GramSpectrum, provenance_of_rows, spectrum_of
+from deepspectra.analysis.gram import EigenBasis, GramSpectrum, spectrum_of
 from deepspectra.analysis.khatri_rao import KhatriRao, centred_spectrum, khatri_rao
 from deepspectra.analysis.kronecker import KroneckerQuality, kronecker_quality
 from deepspectra.analysis.layer_hessians import LayerHessian, layer_hessians
@@ -284,7 +284,7 @@ def _gradient_spectrum(
         if size < num_rows
         else EigenBasis.of_gram(gram_of([uses]), bases, size, eps)
     )
-    provenance = provenance_of_rows(parts, f"gradients of {name}", size)
+    provenance = Provenance.of_matrix(f"gradients of {name}", parts.problem, size=size)
     return spectrum_of(basis, tuple(parts), provenance, began)
 
 

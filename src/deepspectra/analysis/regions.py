@@ -15,7 +15,7 @@ from deepspectra.algorithms.lanczos import check_count, seeded
 from deepspectra.analysis.gram import EigenBasis, gradient_basis, range_of
 from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
 from deepspectra.operators.captures import Complement
-from deepspectra.operators.curvature import GaussNewton, Hessian
+from deepspectra.operators.curvature import Hessian
 from deepspectra.operators.held import HeldRows, gram_of
 from deepspectra.operators.layerwise import (
     averages_of_members,
@@ -205,7 +205,7 @@ def regions(
         whole, missed = _of_hessian(hessian, parts, judge, progress)
         provenance = Provenance.of(hessian, seed)
         return Regions({}, time.perf_counter() - began, provenance, of, whole, missed, method)
-    provenance = Provenance.of(GaussNewton(problem), seed)
+    provenance = Provenance.of_matrix("Gauss-Newton", problem, seed=seed)
     found, total = {}, torch.zeros(())
     for name, gram in _grams(parts, of):
         if progress is not None:

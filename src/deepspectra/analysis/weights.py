@@ -12,7 +12,6 @@ from torch import Tensor
 from deepspectra.errors import LossError
 from deepspectra.losses import CrossEntropy
 from deepspectra.operators.captures import Captures, layer_of
-from deepspectra.operators.curvature import GaussNewton
 from deepspectra.operators.projections import positive
 from deepspectra.problem import Problem
 from deepspectra.results import ByLayer, Provenance
@@ -98,7 +97,7 @@ def weights(problem: Problem) -> Weights:
         found[layer_of(name)] = _explained(
             name, weight, gradient[name].double(), features / positive(sizes), errors
         )
-    return Weights(found, time.perf_counter() - began, Provenance.of(GaussNewton(problem)))
+    return Weights(found, time.perf_counter() - began, Provenance.of_matrix("Gauss-Newton", problem))
 
 
 class TrueRows(Captures):

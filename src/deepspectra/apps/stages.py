@@ -23,7 +23,6 @@ from deepspectra.analysis.gram import (
     GramSpectrum,
     gradient_basis,
     gradient_pairs,
-    provenance_of,
     spectrum_of,
 )
 from deepspectra.analysis.hierarchy import drawable, place
@@ -38,7 +37,7 @@ from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.operators.projections import num_groups
 from deepspectra.problem import Problem
 from deepspectra.products import Products, products_of
-from deepspectra.results import Density, Eigenpairs, versions
+from deepspectra.results import Density, Eigenpairs, Provenance, versions
 
 LETTERS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
 TRACE_PROBES = 4
@@ -173,7 +172,7 @@ def _find_exact(found: Findings, num: int) -> None:
     def work(_: Report) -> tuple[GramSpectrum, Eigenpairs]:
         began = time.perf_counter()
         basis = gradient_basis(parts)
-        exact = spectrum_of(basis, tuple(parts), provenance_of(parts), began)
+        exact = spectrum_of(basis, tuple(parts), Provenance.of_matrix("Gauss-Newton", parts.problem), began)
         return exact, gradient_pairs(basis, parts, num, began)
 
     exact, found.pairs["gauss_newton"] = found.ledger.run("exact spectrum of G", work)

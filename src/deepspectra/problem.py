@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -234,14 +234,26 @@ class Problem:
                 outputs, targets = self.evaluate(self.parameters, batch)
             yield batch, outputs, targets
 
-    def class_batches(self, groups: Tensor | None = None) -> Iterator[Any]:
-        """The batches, split so that each holds one class, or one of `groups` (C,), where they can be split."""
+    @property
+    def splits_by_class(self) -> bool:
+        """Whether batches are examples with one label each, which `class_batches` splits by class."""
+        return self._module.function is forward_pair and is_labelled(next(iter(self.batches)))
+
+    def class_batches(
+        self, groups: Tensor | None = None, among: Collection[int] | None = None
+    ) -> Iterator[Any]:
+        """The batches, split so that each holds one class, or one of `groups` (C,), where they can be split.
+
+        With `among` those of these classes or groups only.
+        """
         for batch in self.batches:
             if self._module.function is not forward_pair or not is_labelled(batch):
                 yield batch
                 continue
             labels = batch[1] if groups is None else groups.to(batch[1].device)[batch[1].clamp_min(0)]
             for label in labels.unique():
+                if among is not None and int(label) not in among:
+                    continue
                 kept = labels == label
                 yield batch if kept.all() else (batch[0][kept], batch[1][kept])
 
@@ -410,8 +422,7 @@ class Problem:
     @property
     def can_draw(self) -> bool:
         """Examples can be drawn: batches are (x, labels), and the loss is cross-entropy."""
-        plain = self._module.function is forward_pair and isinstance(self.loss_function, losses.CrossEntropy)
-        return plain and is_labelled(next(iter(self.batches)))
+        return isinstance(self.loss_function, losses.CrossEntropy) and self.splits_by_class
 
     def drawn(self, chosen: Tensor, weights: Tensor) -> Problem:
         """This problem on chosen examples (ascending indices in the order of `batches`), each with a weight.

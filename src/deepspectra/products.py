@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -259,15 +259,16 @@ class Products:
         cotangent: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         num_columns: int,
         groups: Tensor | None = None,
+        among: Collection[int] | None = None,
     ) -> Tensor:
-        """Jᵀ U with each batch of one class, or of one group of classes: (P, K).
+        """Jᵀ U with each batch of one class, or of one group of classes, of all or `among` some: (P, K).
 
         `cotangent` takes outputs and targets of a batch to the columns of U that are not zero there (n, C, k) and
         to which they are (k,). For one pass: no graph is kept.
         """
         total = self.zeros(num_columns)
         store = self.stores.setdefault("forward", Store({}))
-        for batch in self.problem.class_batches(groups):
+        for batch in self.problem.class_batches(groups, among):
             graph, size = measured(Forward, self.problem, batch)
             store.bytes_each = max(size, store.bytes_each or 0)
             columns, live = cotangent(graph.outputs, graph.targets)

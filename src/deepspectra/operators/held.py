@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -59,6 +59,12 @@ class HeldRows(GradientRows, Captures):
             return super().apply(block)
         return self.complement.expand(torch.cat([self._push(batch.uses, block) for batch in self.held]))
 
+    def coordinates(self, projections: Projections, block: Tensor) -> Tensor:
+        """√w_ck g_ckᵀ v for all cells and every column v of (P, K): (C², K). Cost: that of `apply`."""
+        if not self.held:
+            return super().coordinates(projections, block)
+        return projections.coordinates(self.apply(block)).flatten(0, 1)
+
     def apply_reduced(self, block: Tensor) -> Tensor:
         """A V over the R reduced rows: (R, K)."""
         return self.complement.reduce(self.apply(block)).flatten(0, 1)
@@ -109,10 +115,10 @@ class HeldRows(GradientRows, Captures):
             return super().factor(projections, basis)
         return self.transpose(projections.expand(basis))
 
-    def _other_cells(self, projections: Projections, heaviest: Tensor) -> Tensor:
-        """√w_ck g_ck for all cells but the heaviest of each class, which are zero: (P, C²)."""
-        if not self.held:
-            return super()._other_cells(projections, heaviest)
+    def _other_cells(self, projections: Projections, heaviest: Tensor, among: Sequence[int]) -> Tensor:
+        """√w_ck g_ck for all cells but the heaviest of each class, which are zero."""
+        if not self.held or len(among) < projections.num_classes:
+            return super()._other_cells(projections, heaviest, among)
         basis = projections.basis("means")
         basis[range(len(heaviest)), heaviest] = 0
         return self.factor(projections, basis)

@@ -157,7 +157,8 @@ class Part(_Averaged):
 class Means(_Averaged):
     """The sum of all parts that means make, G − within: Aᵀ(I − Π_within)A.
 
-    Cost: with all C² means in memory nothing but their making; else about a Gauss-Newton product each.
+    Cost: with all C² means in memory nothing but their making; else about a Gauss-Newton product each, and
+    coordinates of many vectors as much as the means.
     """
 
     def __init__(self, decomposition: Decomposition) -> None:
@@ -168,8 +169,7 @@ class Means(_Averaged):
         """Mᵀ V (C², K) for the C² means M of this matrix M Mᵀ, whether they are in memory or not."""
         if self.decomposition.holds_means():
             return self.decomposition.factor("means").T @ block
-        rows, projections = self.decomposition.rows, self.decomposition.projections
-        return projections.coordinates(rows.apply(block)).flatten(0, 1)
+        return self.decomposition.rows.coordinates(self.decomposition.projections, block)
 
     def combine(self, coordinates: Tensor) -> Tensor:
         """M X (P, K) for X (C², K)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -81,40 +81,67 @@ class GradientRows:
         Σ_k p_{i,k} g_{i,k} = 0 gives each class's heaviest cell from its others. Cost: C−1 backward passes on one
         forward pass, about 2C/3 gradients.
         """
+        return self._cells(projections, range(projections.num_classes))
+
+    def coordinates(self, projections: Projections, block: Tensor) -> Tensor:
+        """√w_ck g_ckᵀ v for all cells and every column v of (P, K): (C², K).
+
+        Cost: that of `apply`; or, if there are more columns than classes, and C vectors of memory for the means of
+        one class at a time, that of `cells`.
+        """
+        size = projections.num_classes
+        room = size * block.shape[0] * block.element_size()
+        if block.shape[1] <= size or not self.problem.splits_by_class or not self.products.reserve(room):
+            return projections.coordinates(self.apply(block)).flatten(0, 1)
+        try:
+            by_class = (self._cells(projections, [c]) for c in range(size))
+            return torch.cat([cells.T @ block.to(cells) for cells in by_class])
+        finally:
+            self.products.give_back(room)
+
+    def _cells(self, projections: Projections, among: Sequence[int]) -> Tensor:
+        """√w_ck g_ck for all cells of some classes, one class after the other: (P, len(among) C)."""
         size = projections.num_classes
         root = projections.cell_weights.sqrt()
         heaviest = root.argmax(1)
-        factor = self._other_cells(projections, heaviest)
-        for c, k in enumerate(heaviest.tolist()):
+        factor = self._other_cells(projections, heaviest, among)
+        for j, c in enumerate(among):
+            k = int(heaviest[c])
             if root[c, k] > 0:
-                cells = factor[:, c * size : (c + 1) * size]
+                cells = factor[:, j * size : (j + 1) * size]
                 cells[:, k] = cells @ (-root[c] / root[c, k]).to(factor)
         return factor
 
-    def _other_cells(self, projections: Projections, heaviest: Tensor) -> Tensor:
-        """√w_ck g_ck for all cells but the heaviest of each class, which are zero: (P, C²)."""
+    def _other_cells(self, projections: Projections, heaviest: Tensor, among: Sequence[int]) -> Tensor:
+        """The same without the heaviest of each class, which are zero."""
         size = projections.num_classes
         root = projections.cell_weights.sqrt()
         every = torch.arange(size, device=root.device)
+        place = {c: j for j, c in enumerate(among)}
 
         def columns(labels: Tensor) -> tuple[Tensor, Tensor]:
-            present = torch.unique(labels).tolist()
+            present = [c for c in torch.unique(labels).tolist() if c in place]
             cells = [(c, every[every != heaviest[c]]) for c in present]
             scale = root.new_zeros(len(labels), size, len(present) * (size - 1))
             for j, (c, k) in enumerate(cells):
                 mine = root.new_zeros(size, size - 1)
                 mine[k, range(size - 1)] = 1 / positive(root[c, k])
                 scale[labels == c, :, j * (size - 1) : (j + 1) * (size - 1)] = mine
-            return scale, torch.cat([c * size + k for c, k in cells])
+            return scale, torch.cat([place[c] * size + k for c, k in cells])
 
-        return self._means(projections, columns, size**2)
+        return self._means(projections, columns, len(place) * size, place)
 
     def _means(
-        self, projections: Projections, columns: Callable[[Tensor], tuple[Tensor, Tensor]], num: int
+        self,
+        projections: Projections,
+        columns: Callable[[Tensor], tuple[Tensor, Tensor]],
+        num: int,
+        among: Collection[int] | None = None,
     ) -> Tensor:
         """Σ_i Σ_k w_{i,k} s_{c(i),k} g_{i,k} for columns s of cells: (P, num).
 
         `columns` takes a batch's labels (n,) to its columns (n, C, k) that are not zero, and which they are (k,).
+        They touch no class but those `among` the given.
         """
         loss, groups = labelled_loss(self.problem), projections.groups
 
@@ -125,7 +152,7 @@ class GradientRows:
             mixed = mixed if groups is None else mixed[:, groups]
             return _cotangent(p, (curvature[:, None] * p)[:, :, None] * mixed), live
 
-        return self.products.pull_each(cotangent, num, groups)
+        return self.products.pull_each(cotangent, num, groups, among)
 
 
 def class_sums(problem: Problem, groups: Tensor | None = None) -> tuple[Tensor, Tensor]:

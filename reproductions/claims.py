@@ -73,18 +73,27 @@ def page(records: list[Record]) -> str:
 
 def _samples(records: list[Record]) -> list[str]:
     """Which networks were measured by a sample, and how good it is."""
-    found = [
-        f"{r['model']} on {r['data']} with {r['per_class']} a class: {r['sample']['examples']:,} images, first nine "
-        f"eigenvectors off by {r['sample']['residual']:.2g} ± {r['sample']['error']:.1g} at an edge of "
-        f"{r['H']['edge']:.2g}"
+    rows = [
+        [
+            r["model"],
+            r["data"],
+            str(r["per_class"]),
+            f"{r['sample']['examples']:,}",
+            f"{r['sample']['residual']:.2g} ± {r['sample']['error']:.1g}",
+            f"{r['H']['values'][NUM_CLASSES - 2]:.2g}",
+            f"{r['sample']['overlap_at_least']:.2f}",
+        ]
         for r in records
         if "sample" in r
     ]
+    top = NUM_CLASSES - 1
     text = (
-        "Eigenpairs, shares and knock-outs of the largest are those of a sample drawn by importance, means of all "
-        "images. ‖(I − UUᵀ)HU‖ on all says how far the sample's eigenvectors U are from an eigenspace. "
+        "Of the networks below, eigenpairs, shares and knock-outs are those of a sample drawn by importance, means "
+        f"of all images. U are the sample's first {top} eigenvectors, H is the Hessian on all images; the overlap of U "
+        "with H's own is at least what this residual and the gap allow."
     )
-    return ["", f"{text}{_list(found)}."] if found else []
+    head = [*RUN[:3], "images drawn", "‖(I − UUᵀ)HU‖", f"λ of the {top}th", "overlap at least"]
+    return ["", text, "", table(head, rows)] if rows else []
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:

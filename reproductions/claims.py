@@ -89,8 +89,8 @@ def _samples(records: list[Record]) -> list[str]:
     top = NUM_CLASSES - 1
     text = (
         "Of the networks below, eigenpairs, shares and knock-outs are those of a sample drawn by importance, means "
-        f"of all images. U are the sample's first {top} eigenvectors, H is the Hessian on all images; the overlap of U "
-        "with H's own is at least what this residual and the gap allow."
+        f"of all images. U are the sample's first {top} eigenvectors, H is the Hessian on all images; the overlap of "
+        "U with H's own is at least what this residual and the gap allow."
     )
     head = [*RUN[:3], "images drawn", "‖(I − UUᵀ)HU‖", f"λ of the {top}th", "overlap at least"]
     return ["", text, "", table(head, rows)] if rows else []

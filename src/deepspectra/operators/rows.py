@@ -94,8 +94,8 @@ class GradientRows:
         if block.shape[1] <= size or not self.problem.splits_by_class or not self.products.reserve(room):
             return projections.coordinates(self.apply(block)).flatten(0, 1)
         try:
-            by_class = (self._cells(projections, [c]) for c in range(size))
-            return torch.cat([cells.T @ block.to(cells) for cells in by_class])
+            block = block.to(torch.promote_types(self.problem.dtype, torch.float32))
+            return torch.cat([self._cells(projections, [c]).T @ block for c in range(size)])
         finally:
             self.products.give_back(room)
 

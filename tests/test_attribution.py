@@ -184,12 +184,13 @@ def test_means_in_memory_or_in_sample_space_are_one_operator(problem):
     )
     held = ds.decompose(problem)
     streamed = ds.decompose(problem)
-    streamed.rows.products.budget, budget = 0, streamed.rows.products.budget
+    allowance = streamed.rows.products.allowance
+    allowance.size, size = 0, allowance.size
     try:
         assert not streamed.holds_means()
         sample_space = Means(streamed) @ v
     finally:
-        streamed.rows.products.budget = budget
+        allowance.size = size
     assert held.holds_means()
     torch.testing.assert_close(Means(held) @ v, sample_space, rtol=1e-8, atol=1e-12)
     held.forget_means()
@@ -231,20 +232,20 @@ def test_means_beyond_memory_change_no_number(problem, capacity):
     found = []
     for held in (True, False):
         parts = ds.decompose(problem, effects="two-way")
-        products = parts.rows.products
-        budget, H.memory = products.budget, problem.memory // 4
+        allowance = parts.rows.products.allowance
+        budget, H.memory = allowance.size, problem.memory // 4
         room = 13 + 3 + 20 + 19 if capacity else 0
-        products.budget = budget if held else parts.num_bytes(room)
+        allowance.size = budget if held else parts.num_bytes(room)
         if capacity and not held:
             H.memory = parts.num_bytes(capacity)
         try:
             pairs, basis = explore(H, 13, rtol=1e-6)
             found.append(ds.attribute(H, parts, pairs=pairs, basis=basis))
             assert parts.has_means is False
-            assert products.reserved == 0
+            assert allowance.reserved == 0
         finally:
-            products.budget = budget
-            products.release()
+            allowance.size = budget
+            parts.rows.products.release()
         if capacity and not held:
             assert len(basis.rows) == room
     one, other = found
@@ -256,30 +257,30 @@ def test_means_beyond_memory_change_no_number(problem, capacity):
 
 def test_a_dropped_decomposition_gives_back_the_memory_of_its_means(problem):
     parts = ds.decompose(problem, effects="two-way")
-    products = parts.rows.products
-    before = products.reserved
+    allowance = parts.rows.products.allowance
+    before = allowance.reserved
     assert parts.holds_means()
-    assert products.reserved == before + parts.num_bytes(100)
+    assert allowance.reserved == before + parts.num_bytes(100)
     parts.forget_means()
-    assert products.reserved == before
+    assert allowance.reserved == before
     assert parts.holds_means()
     del parts
-    assert products.reserved == before
+    assert allowance.reserved == before
 
 
 def test_knockouts_that_no_memory_has_room_for_are_refused_with_numbers(problem):
     H, parts = ds.Hessian(problem), ds.decompose(problem, effects="two-way")
     H.memory = parts.num_bytes(22)
-    products = parts.rows.products
-    products.budget, budget = parts.num_bytes(14), products.budget
+    allowance = parts.rows.products.allowance
+    allowance.size, budget = parts.num_bytes(14), allowance.size
     try:
         pairs, _ = explore(H, 13, rtol=1e-2)
         with pytest.raises(errors.MemoryBudgetError, match="at least 37 vectors"):
             ds.attribute(H, parts, pairs=pairs)
-        products.budget = parts.num_bytes(16)
+        allowance.size = parts.num_bytes(16)
         short = ds.attribute(H, parts, pairs=pairs)
         assert short.num_products < 30
-        assert products.reserved == 0
+        assert allowance.reserved == 0
     finally:
-        products.budget = budget
-        products.release()
+        allowance.size = budget
+        parts.rows.products.release()

@@ -65,11 +65,11 @@ def test_products_with_all_means_at_once_are_those_of_single_vectors(
     num = parts.projections.num_classes
     block = torch.randn(problem.num_parameters, num + 1, dtype=torch.float64)
     expected = parts.rows.cells(parts.projections).T @ block
-    reserved = parts.rows.products.reserved
+    reserved = parts.rows.products.allowance.reserved
     alone = [parts.rows.coordinates(parts.projections, column[:, None]) for column in block.T]
     assert close(torch.cat(alone, 1), expected, expected)
     assert close(parts.rows.coordinates(parts.projections, block), expected, expected)
-    assert parts.rows.products.reserved == reserved
+    assert parts.rows.products.allowance.reserved == reserved
     if not hold and problem.splits_by_class:
         monkeypatch.delattr(type(parts.rows), "apply")
         assert close(parts.rows.coordinates(parts.projections, block), expected, expected)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -54,6 +55,33 @@ class Store:
     bytes_each: int | None = None
 
 
+@dataclass(eq=False)
+class Allowance:
+    """Bytes for what a problem and its samples keep, together: graphs, and what is reserved for other things."""
+
+    size: int
+    reserved: int = 0
+    holders: weakref.WeakSet[Products] = field(default_factory=weakref.WeakSet)
+
+    def room(self) -> int:
+        """Bytes that are neither reserved nor kept."""
+        return self.size - self.reserved - sum(holder.kept_bytes() for holder in self.holders)
+
+    def reserve(self, size: int) -> bool:
+        """Set bytes aside, in place of graphs if need be; False if they are not there."""
+        if self.reserved + size > self.size:
+            return False
+        self.reserved += size
+        if self.room() < 0:
+            for holder in self.holders:
+                holder.release()
+        return True
+
+    def give_back(self, size: int) -> None:
+        """Return reserved bytes to the graphs."""
+        self.reserved -= size
+
+
 class Products:
     """Sums over batches of H v, R v, J v and Jᵀ u, for one problem.
 
@@ -62,8 +90,8 @@ class Products:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem.bare()  # no cycle: graphs are freed as soon as nobody needs the problem
-        self.budget = problem.memory // 2
-        self.reserved = 0
+        self.allowance = Allowance(problem.memory // 2)
+        self.allowance.holders.add(self)
         self.stores: dict[str, Store] = {}
         self.sizes = [value.numel() for value in problem.parameters.values()]
         self.shapes = [value.shape for value in problem.parameters.values()]
@@ -131,7 +159,7 @@ class Products:
             if index in store.kept:
                 yield index, store.kept[index]
                 continue
-            room = self.budget - self.reserved - self.kept_bytes()
+            room = self.allowance.room()
             if store.bytes_each is not None and room < store.bytes_each // 2:
                 yield index, build(batch)
                 continue
@@ -152,19 +180,6 @@ class Products:
         for store in self.stores.values():
             store.kept.clear()
             store.bytes_kept = 0
-
-    def reserve(self, size: int) -> bool:
-        """Set aside bytes of the graphs' budget for something else; False if they are not there."""
-        if self.reserved + size > self.budget:
-            return False
-        self.reserved += size
-        if self.kept_bytes() + self.reserved > self.budget:
-            self.release()
-        return True
-
-    def give_back(self, size: int) -> None:
-        """Return reserved bytes to the graphs."""
-        self.reserved -= size
 
     def _refuse_beyond_memory(self, size: int) -> None:
         if size > self.problem.memory:
@@ -310,9 +325,11 @@ class Products:
         return self._way
 
     def inherit(self, other: Products) -> None:
-        """Take what was found right for the same network on other data, and the memory that its graphs leave."""
+        """Take what was found right for the same network on other data, and share its memory."""
         self._way, self._linearize, self._right_blocks = other._way, other._linearize, other._right_blocks
-        self.budget = max(0, other.budget - other.reserved - other.kept_bytes())
+        self.allowance.holders.discard(self)
+        self.allowance = other.allowance
+        self.allowance.holders.add(self)
         self.notes |= {name: other.notes[name] for name in ("way", "jacobian") if name in other.notes}
 
     def _forget(self, *kinds: str) -> None:
@@ -429,7 +446,7 @@ class Products:
         warm = self._now()
         jacobian.pull(jacobian.push(tangent))
         product = scale * (self._now() - warm)
-        fits = scale * size * self.problem.batches.num_batches <= self.budget
+        fits = scale * size * self.problem.batches.num_batches <= self.allowance.size
         seconds = product + (built - start) / (EXPECTED_PRODUCTS if fits else 1)
         self.notes[f"seconds a batch, Jacobian {'linearised' if linearize else 'by reverse mode'}"] = (
             f"{seconds:.4f}"

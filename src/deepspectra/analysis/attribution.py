@@ -189,7 +189,7 @@ def attribute(
             operator, num, rtol=rtol, start="random", seed=seed, progress=products.within()
         )
     had_means = parts.has_means
-    lent = parts.rows.products
+    lent = parts.rows.products.allowance
     reserved = lent.reserved
     factors = (2 if parts.projections.first == "class" else 3) * parts.projections.num_classes
     num = len(pairs.values)
@@ -242,9 +242,9 @@ def _capacity(operator: Operator, parts: Decomposition, least: int, most: int) -
     Raises:
         MemoryBudgetError: there is no room for one product.
     """
-    size, own, lender = operator.shape[0], basis_capacity(operator), parts.rows.products
+    size, own, lender = operator.shape[0], basis_capacity(operator), parts.rows.products.allowance
     wanted = min(size, least + most)
-    room = own + (lender.budget - lender.reserved) // parts.num_bytes(1)
+    room = own + (lender.size - lender.reserved) // parts.num_bytes(1)
     if room < min(size, least + min(most, 1)):
         raise MemoryBudgetError(
             f"the knock-outs take at least {least + 1:,} vectors of {size:,} parameters, "

@@ -104,10 +104,10 @@ class Decomposition(Mapping[str, "Part"]):
         if self.has_means:
             return True
         size = self.num_bytes(self.projections.num_classes**2)
-        products = self.rows.products
-        if self._reserved is not None or not products.reserve(size):
+        allowance = self.rows.products.allowance
+        if self._reserved is not None or not allowance.reserve(size):
             return False
-        self._reserved = weakref.finalize(self, products.give_back, size)
+        self._reserved = weakref.finalize(self, allowance.give_back, size)
         self.factor("means")
         return True
 

@@ -16,7 +16,6 @@ from deepspectra.algorithms.lanczos import seeded
 from deepspectra.analysis.attribution import pair_shares
 from deepspectra.analysis.means import subspace_of
 from deepspectra.analysis.sampling import residual_norm
-from deepspectra.memory import free_memory
 
 SPARE_PAIRS = 3  # beyond the number of classes
 RTOL = 1e-2  # of eigenpairs; of
@@ -56,9 +55,7 @@ def measure(run: Run, root: Path) -> dict[str, Any]:
     zoo.train(model, train, **recipe, seed=run.seed)
     with torch.no_grad():
         wrong = (model(test.inputs[some]).argmax(1) != test.targets[some]).double().mean()
-    large = sum(value.numel() for value in model.parameters()) >= LARGE
-    memory = free_memory(torch.device("cpu")) // 2 if large else None  # the averages take more beside it
-    problem = ds.Problem(model, train, memory=memory)
+    problem = ds.Problem(model, train)
     record: dict[str, Any] = {
         **asdict(run),
         "num_parameters": problem.num_parameters,

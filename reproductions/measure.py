@@ -11,7 +11,7 @@ import torch
 
 import deepspectra as ds
 from deepspectra import zoo
-from deepspectra.algorithms.eigenpairs import explore
+from deepspectra.algorithms.eigenpairs import SPARE_VECTORS, explore
 from deepspectra.algorithms.lanczos import seeded
 from deepspectra.analysis.attribution import pair_shares
 from deepspectra.analysis.means import subspace_of
@@ -74,7 +74,7 @@ def outliers_and_averages(problem: ds.Problem, num_classes: int) -> dict[str, An
     """Counts, shares and knock-outs of H and G, and overlaps of the averaged subspaces with both."""
     large = problem.num_parameters >= LARGE
     parts = ds.decompose(problem, effects="two-way")
-    top = num_classes - 1
+    top, num = num_classes - 1, num_classes + SPARE_PAIRS
     held = parts.holds_means()  # once for the averages and both attributions, if they fit
     averaged = {level: subspace_of(parts, level, top)[1] for level in ("class", "cross_class")}
     if not held:
@@ -87,9 +87,8 @@ def outliers_and_averages(problem: ds.Problem, num_classes: int) -> dict[str, An
         if large and problem.num_examples >= DEAR:
             operator = whole.sampled(seeded(0), max(FEWEST, problem.num_examples // SHARE))
             shared = ds.decompose(operator.problem, effects="two-way")
-        pairs, basis = explore(
-            operator, num_classes + SPARE_PAIRS, rtol=RTOL_LARGE if large else RTOL, start=start
-        )
+        operator.memory = max(operator.memory, parts.num_bytes(2 * num + SPARE_VECTORS))
+        pairs, basis = explore(operator, num, rtol=RTOL_LARGE if large else RTOL, start=start)
         start = pairs.vectors if large else "random"
         found = ds.attribute(operator, parts, pairs=pairs, basis=basis, shares=pair_shares(shared, pairs))
         del basis

@@ -100,7 +100,7 @@ def blocks(case: Case, peers: list[Any]) -> Iterator[Row]:
     exact, _ = reference.products(case, V[:, :1])
     kept, streamed = case.problem(), case.problem()
     products = products_of(streamed)
-    products.reserve(products.budget)  # no room to keep a graph
+    products.allowance.reserve(products.allowance.size)  # no room to keep a graph
     H, S = ds.Hessian(kept), ds.Hessian(streamed)
     calls: dict[str, Any] = {OURS: lambda _: H @ V, f"{OURS}, graphs not kept": lambda _: S @ V}
     for peer in peers:

@@ -6,7 +6,6 @@ import copy
 import operator
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from deepspectra.errors import (
 )
 from deepspectra.evaluation import Evaluated, Forward, differentiable, evaluation_copy, forward_pair
 from deepspectra.memory import free_memory, kept_bytes, parse_bytes
+from deepspectra.selection import selected
 
 BATCH_BYTES = (2**29, 2**25)  # that backpropagation keeps of a batch, unless sizes are given: GPU, CPU
 WEIGHT_BYTES = 2  # or so many times the bytes of the weights, if that is more: each batch reads them all
@@ -53,7 +53,7 @@ class Problem:
         device: where to compute; by default where the model's parameters are.
         dtype: floating-point type of weights, data and products; by default the model's.
         memory: bytes, or text such as "8GiB", for data, retained graphs and basis vectors together; by
-            default half of what is free on the device.
+            default two thirds of what is free on the device.
 
     Attributes:
         num_parameters: P, the selected parameters, tied ones counted once.
@@ -109,7 +109,7 @@ class Problem:
         self.loss_function = losses.resolve(loss)
         self._trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
         self._module = Evaluated(evaluation_copy(model, self.device, self.dtype), forward or forward_pair)
-        self._select(parameters)
+        self.parameters = selected(self.model, self._trainable, parameters)
         self.batches = Batches(
             data,
             batch_size=batch_size,
@@ -132,39 +132,6 @@ class Problem:
         return self._module.model
 
     # -- parameters ------------------------------------------------------------------------------------------
-
-    def _select(self, parameters: str | Sequence[str] | None) -> None:
-        """Choose the parameters by glob; a tied parameter answers to each of its names."""
-        patterns = [parameters] if isinstance(parameters, str) else parameters
-        if patterns is not None and not (
-            isinstance(patterns, Sequence) and all(isinstance(pattern, str) for pattern in patterns)
-        ):
-            raise ParameterError(
-                f"parameters must be a glob over names, such as '*.weight', or a list of globs, got {parameters!r}."
-            )
-        trainable = {name: p for name, p in self.model.named_parameters() if name in self._trainable}
-        if patterns is not None:
-            names: dict[int, set[str]] = {}
-            for name, p in self.model.named_parameters(remove_duplicate=False):
-                names.setdefault(id(p), set()).add(name)
-            for pattern in patterns:
-                if not any(fnmatchcase(name, pattern) for group in names.values() for name in group):
-                    known = ", ".join(list(trainable)[:8]) + (", …" if len(trainable) > 8 else "")
-                    raise ParameterError(f"parameters={pattern!r} matches no parameter; there are: {known}.")
-            trainable = {
-                name: p
-                for name, p in trainable.items()
-                if any(fnmatchcase(alias, pattern) for alias in names[id(p)] for pattern in patterns)
-            }
-        if not trainable:
-            raise ParameterError(
-                f"no trainable parameter is selected (parameters={parameters!r}); frozen parameters "
-                "(requires_grad=False) are held fixed. Unfreeze some, or select others."
-            )
-        self.parameters = {name: p.detach() for name, p in trainable.items()}
-        for name, value in self.parameters.items():
-            if not torch.isfinite(value).all():
-                raise NonFiniteError(f"parameter {name!r} holds NaN or infinite values.")
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -205,9 +172,8 @@ class Problem:
     def restrict(self, parameters: str | Sequence[str]) -> Problem:
         """The same problem in fewer parameters; the others are held fixed. Model and data are shared."""
         other = self.bare()
-        other._select(parameters)
-        unknown = set(other.parameters) - set(self.parameters)
-        other.parameters = {name: value for name, value in other.parameters.items() if name not in unknown}
+        chosen = selected(self.model, self._trainable, parameters)
+        other.parameters = {name: value for name, value in chosen.items() if name in self.parameters}
         if not other.parameters:
             raise ParameterError(f"parameters={parameters!r} selects none of this problem's parameters.")
         return other
@@ -237,7 +203,10 @@ class Problem:
     @property
     def splits_by_class(self) -> bool:
         """Whether batches are examples with one label each, which `class_batches` splits by class."""
-        return self._module.function is forward_pair and is_labelled(next(iter(self.batches)))
+        return self._can_split(next(iter(self.batches)))
+
+    def _can_split(self, batch: Any) -> bool:
+        return self._module.function is forward_pair and is_labelled(batch)
 
     def class_batches(
         self, groups: Tensor | None = None, among: Collection[int] | None = None
@@ -247,7 +216,7 @@ class Problem:
         With `among` those of these classes or groups only.
         """
         for batch in self.batches:
-            if self._module.function is not forward_pair or not is_labelled(batch):
+            if not self._can_split(batch):
                 yield batch
                 continue
             labels = batch[1] if groups is None else groups.to(batch[1].device)[batch[1].clamp_min(0)]

@@ -41,12 +41,17 @@ class Claim(NamedTuple):
     head: list[str]
     rows: list[list[str]]
 
+    @property
+    def verdict(self) -> str:
+        """All verdicts in one line."""
+        return " ".join(map(str, self.verdicts))
+
 
 def page(records: list[Record]) -> str:
     """The page as Markdown."""
     records = sorted(records, key=lambda r: (r["model"], r["data"], r["per_class"], r["seed"]))
     claims = [claim(records) for claim in CLAIMS]
-    summary = [[claim.title, claim.source, " ".join(map(str, claim.verdicts))] for claim in claims]
+    summary = [[claim.title, claim.source, claim.verdict] for claim in claims]
     fitted = [r["train_accuracy"] for r in records]
     parts = [
         "# The papers' claims on real data",
@@ -63,7 +68,7 @@ def page(records: list[Record]) -> str:
         table(["claim", "source", "verdict"], summary),
     ]
     for claim in claims:
-        parts += ["", f"## {claim.title}", "", f"**{' '.join(map(str, claim.verdicts))}** Rule: {claim.rule}"]
+        parts += ["", f"## {claim.title}", "", f"**{claim.verdict}** Rule: {claim.rule}"]
         for verdict in claim.verdicts:
             if verdict.networks:
                 parts += ["", f"{verdict.subject or 'Runs'} by network: {verdict.networks}."]
@@ -135,22 +140,19 @@ def spread(values: list[float], digits: int = 2) -> str:
     return f"{mean} ± {statistics.stdev(known) / math.sqrt(len(known)):.{digits}f}"
 
 
-def judged(records: list[Record], rule: Callable[[Record], bool], subject: str = "") -> Verdict:
+def judged(
+    records: list[Record], rule: Callable[[Record], bool], subject: str = "", unit: str = "runs"
+) -> Verdict:
     """A verdict from single runs."""
     truths: dict[str, list[bool]] = {}
     for record in records:
         truths.setdefault(record["model"], []).append(rule(record))
-    return counted(truths, subject)
-
-
-def counted(truths: dict[str, list[bool]], subject: str = "", unit: str = "runs") -> Verdict:
-    """A verdict from what was found true and untrue of each network."""
     found = [truth for some in truths.values() for truth in some]
     if not found:
         return Verdict("Not measured.", "", subject)
     share = sum(found) / len(found)
     word = "Holds" if share >= MOST else "Holds in part" if share >= 1 - MOST else "Does not hold"
-    networks = ", ".join(f"{name} {sum(some)} of {len(some)}" for name, some in truths.items() if some)
+    networks = ", ".join(f"{name} {sum(some)} of {len(some)}" for name, some in truths.items())
     return Verdict(f"{word}: in {sum(found)} of {len(found)} {unit}.", networks, subject)
 
 
@@ -161,8 +163,10 @@ def _left(record: Record, name: str, method: str = "subtraction") -> float:
     return float(record["H"]["left"].get(f"{name}, {method}", [math.nan])[0])
 
 
-def _with_outliers(records: list[Record]) -> list[Record]:
-    return [record for record in records if record["H"]["outliers"]]
+def _explained(records: list[Record], name: str) -> Verdict:
+    """Whether the outliers go with these means."""
+    some = [record for record in records if record["H"]["outliers"]]
+    return judged(some, lambda r: _left(r, name) <= GONE * r["H"]["outliers"])
 
 
 def number_of_outliers(records: list[Record]) -> Claim:
@@ -190,7 +194,7 @@ def class_means_make_outliers(records: list[Record]) -> Claim:
         "The outliers are attributable to the class means",
         "Papyan 2019, 2020",
         f"class and true-class means knocked out by subtraction leave at most {GONE:.0%} of the outliers of H.",
-        [judged(_with_outliers(records), lambda r: _left(r, "class") <= GONE * r["H"]["outliers"])],
+        [_explained(records, "class")],
         [*RUN, "outliers", "share of class", "left by subtraction", "left by projection"],
         by_group(
             records,
@@ -208,7 +212,7 @@ def additive(records: list[Record]) -> Claim:
         "The outliers lie in the additive space of class and logit means",
         "this library",
         f"class, true-class and logit means knocked out by subtraction leave at most {GONE:.0%} of the outliers.",
-        [judged(_with_outliers(records), lambda r: _left(r, "class + logit") <= GONE * r["H"]["outliers"])],
+        [_explained(records, "class + logit")],
         [*RUN, "class", "logit", "interaction", "within", "left by subtraction", "by projection"],
         by_group(
             records,
@@ -331,15 +335,17 @@ def separation(records: list[Record]) -> Claim:
 
 def products_of_means(records: list[Record]) -> Claim:
     """h_c ⊗ e_c for g_c."""
-    truths: dict[str, list[bool]] = {}
-    for record in records:
-        cosines = [layer["class_cosine"] for layer in record.get("layers", [])]
-        truths.setdefault(record["model"], []).extend(c >= 0.9 for c in cosines if c is not None)
+    layers = [
+        layer | {"model": r["model"]}
+        for r in records
+        for layer in r.get("layers", [])
+        if layer["class_cosine"] is not None
+    ]
     return Claim(
         "Mean gradients are products of mean features and mean errors",
         "Papyan 2020",
         "the mean cosine between g_c and h_c ⊗ e_c is at least 0.9, layer by layer.",
-        [counted(truths, unit="layers of all runs")],
+        [judged(layers, lambda layer: layer["class_cosine"] >= 0.9, unit="layers of all runs")],
         [*RUN, "layer", "cos g_c, h_c ⊗ e_c", "cos g_ck, h_c ⊗ e_ck"],
         _layer_rows(records, "class_cosine", "cross_cosine"),
     )

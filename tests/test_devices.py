@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils import cpp_extension
+from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).parent
 WRITTEN_FOR = "2.13."  # whose C++ interface for devices it uses
@@ -22,12 +22,9 @@ def strict_device(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The compiled device."""
     if COMPILER is None or not sys.platform.startswith("linux"):
         pytest.skip("needs a C++ compiler on Linux")
-    library, torch_libraries = (
-        tmp_path_factory.mktemp("device") / "device.so",
-        cpp_extension.library_paths()[0],
-    )
+    library, torch_libraries = tmp_path_factory.mktemp("device") / "device.so", library_paths()[0]
     command = [COMPILER, "-std=c++20", "-O1", "-fPIC", "-shared", str(HERE / "strict_device" / "device.cpp")]
-    command += [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    command += [f"-isystem{path}" for path in include_paths()]
     command += [
         "-o",
         str(library),

@@ -12,6 +12,7 @@ import functools
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +81,16 @@ class Allowance:
     def give_back(self, size: int) -> None:
         """Return reserved bytes to the graphs."""
         self.reserved -= size
+
+    @contextmanager
+    def lent(self, size: int) -> Iterator[bool]:
+        """Bytes set aside for a while, and whether they were there."""
+        granted = self.reserve(size)
+        try:
+            yield granted
+        finally:
+            if granted:
+                self.give_back(size)
 
 
 class Products:

@@ -44,34 +44,24 @@ class Provenance:
     @staticmethod
     def of(operator: Operator, seed: int | None = None) -> Provenance:
         """The provenance of a computation on `operator`."""
-        return Provenance(
-            operator=operator.name,
-            size=operator.shape[0],
-            dtype=str(operator.dtype).removeprefix("torch."),
-            device=str(operator.device),
-            seed=seed,
-            versions=versions(),
-        )
+        return Provenance._of(operator.name, operator.shape[0], operator, seed)
 
     @staticmethod
     def of_matrix(
         name: str, problem: Problem, *, size: int | None = None, seed: int | None = None
     ) -> Provenance:
         """The provenance of what is known of a problem's matrix without products with it."""
-        return Provenance(
-            operator=name,
-            size=problem.num_parameters if size is None else size,
-            dtype=str(problem.dtype).removeprefix("torch."),
-            device=str(problem.device),
-            seed=seed,
-            versions=versions(),
-        )
+        return Provenance._of(name, problem.num_parameters if size is None else size, problem, seed)
 
     @staticmethod
     def of_rows(name: str, rows: Tensor, seed: int | None = None) -> Provenance:
         """The provenance of a computation on rows (..., D)."""
-        dtype = str(rows.dtype).removeprefix("torch.")
-        return Provenance(name, rows.shape[-1], dtype, str(rows.device), seed, versions())
+        return Provenance._of(name, rows.shape[-1], rows, seed)
+
+    @staticmethod
+    def _of(name: str, size: int, where: Operator | Problem | Tensor, seed: int | None) -> Provenance:
+        dtype = str(where.dtype).removeprefix("torch.")
+        return Provenance(name, size, dtype, str(where.device), seed, versions())
 
 
 def versions() -> dict[str, str]:

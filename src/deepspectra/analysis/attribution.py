@@ -189,35 +189,34 @@ def attribute(
             operator, num, rtol=rtol, start="random", seed=seed, progress=products.within()
         )
     had_means = parts.has_means
-    lent = parts.rows.products.allowance
-    reserved = lent.reserved
     factors = (2 if parts.projections.first == "class" else 3) * parts.projections.num_classes
     num = len(pairs.values)
     least = num + NEWEST + factors
     capacity = _capacity(operator, parts, least, most)
     most = min(most, capacity - least) if capacity < size else most
-    try:
-        if basis is None:
-            basis = Krylov.of_pairs(operator, pairs, capacity)
-            basis.append_random(seeded(seed))
-            basis.expand(1)
-            products.add(1)
-        elif len(basis.rows) < capacity:
-            basis.enlarge(capacity)
-        space = _Space(basis, num, products)
-        edge_values, edge_norms = space.bulk_edge(Means(parts), EDGE_PRODUCTS)
-        edge = float(edge_values[0])
-        threshold = margin * edge
-        space.make_room(factors + most)
-        knockouts = [
-            _knockout((), "subtraction", pairs.values, pairs.residual_norms, threshold),
-            *_knockouts(space, parts, pairs, threshold, most),
-            _knockout(("means",), "subtraction", edge_values, edge_norms, threshold),
-        ]
-    finally:
-        if not had_means:
-            parts.forget_means()
-        lent.reserved = reserved
+    borrowed = parts.num_bytes(max(0, capacity - basis_capacity(operator)))
+    with parts.rows.products.allowance.lent(borrowed):
+        try:
+            if basis is None:
+                basis = Krylov.of_pairs(operator, pairs, capacity)
+                basis.append_random(seeded(seed))
+                basis.expand(1)
+                products.add(1)
+            elif len(basis.rows) < capacity:
+                basis.enlarge(capacity)
+            space = _Space(basis, num, products)
+            edge_values, edge_norms = space.bulk_edge(Means(parts), EDGE_PRODUCTS)
+            edge = float(edge_values[0])
+            threshold = margin * edge
+            space.make_room(factors + most)
+            knockouts = [
+                _knockout((), "subtraction", pairs.values, pairs.residual_norms, threshold),
+                *_knockouts(space, parts, pairs, threshold, most),
+                _knockout(("means",), "subtraction", edge_values, edge_norms, threshold),
+            ]
+        finally:
+            if not had_means:
+                parts.forget_means()
     shares = pair_shares(parts, pairs) if shares is None else shares
     return Attribution(
         values=pairs.values,
@@ -251,9 +250,7 @@ def _capacity(operator: Operator, parts: Decomposition, least: int, most: int) -
             f"{parts.num_bytes(least + 1) / 2**30:.1f} GiB, and there is room for {room:,}. Raise memory, put "
             "classes into groups, or restrict the parameters."
         )
-    capacity = min(wanted, room)
-    lender.reserve(parts.num_bytes(max(0, capacity - own)))
-    return capacity
+    return min(wanted, room)
 
 
 class _Counter:

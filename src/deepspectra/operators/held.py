@@ -59,11 +59,10 @@ class HeldRows(GradientRows, Captures):
             return super().apply(block)
         return self.complement.expand(torch.cat([self._push(batch.uses, block) for batch in self.held]))
 
-    def coordinates(self, projections: Projections, block: Tensor) -> Tensor:
-        """√w_ck g_ckᵀ v for all cells and every column v of (P, K): (C², K). Cost: that of `apply`."""
-        if not self.held:
-            return super().coordinates(projections, block)
-        return projections.coordinates(self.apply(block)).flatten(0, 1)
+    @property
+    def splits_by_class(self) -> bool:
+        """Whether the means of one class cost less than those of all: not where all rows are at hand."""
+        return not self.held and super().splits_by_class
 
     def apply_reduced(self, block: Tensor) -> Tensor:
         """A V over the R reduced rows: (R, K)."""

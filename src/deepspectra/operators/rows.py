@@ -90,18 +90,17 @@ class GradientRows:
         one class at a time, that of `cells`.
         """
         size = projections.num_classes
-        room = size * block.shape[0] * block.element_size()
-        if (
-            block.shape[1] <= size
-            or not self.problem.splits_by_class
-            or not self.products.allowance.reserve(room)
-        ):
-            return projections.coordinates(self.apply(block)).flatten(0, 1)
-        try:
-            block = block.to(torch.promote_types(self.problem.dtype, torch.float32))
-            return torch.cat([self._cells(projections, [c]).T @ block for c in range(size)])
-        finally:
-            self.products.allowance.give_back(room)
+        if block.shape[1] > size and self.splits_by_class:
+            with self.products.allowance.lent(size * block.shape[0] * block.element_size()) as granted:
+                if granted:
+                    block = block.to(torch.promote_types(self.problem.dtype, torch.float32))
+                    return torch.cat([self._cells(projections, [c]).T @ block for c in range(size)])
+        return projections.coordinates(self.apply(block)).flatten(0, 1)
+
+    @property
+    def splits_by_class(self) -> bool:
+        """Whether the means of one class cost less than those of all."""
+        return self.problem.splits_by_class
 
     def _cells(self, projections: Projections, among: Sequence[int]) -> Tensor:
         """√w_ck g_ck for all cells of some classes, one class after the other: (P, len(among) C)."""

@@ -86,7 +86,9 @@ def _samples(records: list[Record]) -> list[str]:
             f"{r['sample']['examples']:,}",
             f"{r['sample']['residual']:.2g} ± {r['sample']['error']:.1g}",
             f"{r['H']['values'][NUM_CLASSES - 2]:.2g}",
-            f"{r['sample']['overlap_at_least']:.2f}",
+            _at_least(r["sample"]["overlap_at_least"]),
+            str(min(r["H"]["outliers"], NUM_CLASSES - 1)),
+            _at_least(_outliers_within(r)),
         ]
         for r in records
         if "sample" in r
@@ -95,10 +97,34 @@ def _samples(records: list[Record]) -> list[str]:
     text = (
         "Of the networks below, eigenpairs, shares and knock-outs are those of a sample drawn by importance, means "
         f"of all images. U are the sample's first {top} eigenvectors, H is the Hessian on all images; the overlap of "
-        "U with H's own is at least what this residual and the gap allow."
+        "U with H's own is at least what this residual and the gap allow. Where fewer than these are outliers, there "
+        "is no gap after the last of U, but one after the outliers: at least so much of their eigenspace lies in U."
     )
-    head = [*RUN[:3], "images drawn", "‖(I − UUᵀ)HU‖", f"λ of the {top}th", "overlap at least"]
+    head = [
+        *RUN[:3],
+        "images drawn",
+        "‖(I − UUᵀ)HU‖",
+        f"λ of the {top}th",
+        "overlap at least",
+        "outliers among them",
+        "outliers in U at least",
+    ]
     return ["", text, "", table(head, rows)] if rows else []
+
+
+def _at_least(bound: float) -> str:
+    """Rounded down."""
+    return f"{math.floor(1000 * bound) / 1000:.3f}"
+
+
+def _outliers_within(record: Record) -> float:
+    """Of the eigenspace X of H's m outliers (‖UᵀX‖² / m): ‖(I − UUᵀ)X‖ ≤ residual / (λ_m − λ beyond U)."""
+    top = NUM_CLASSES - 1
+    values, num = record["H"]["values"], min(record["H"]["outliers"], top)
+    if not num:
+        return 0.0
+    distance = record["sample"]["residual"] / (values[num - 1] - values[top])
+    return max(0.0, 1 - distance**2 / num) if distance < 1 else 0.0
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from reproductions import dissecting
-from reproductions.claims import Verdict, judged, misclassification, page, spread, table
+from reproductions.claims import Verdict, _outliers_within, judged, misclassification, page, spread, table
 from reproductions.measure import Run, measure, outliers_and_averages
 
 import deepspectra as ds
@@ -132,6 +133,22 @@ def test_dear_networks_are_measured_by_a_sample(monkeypatch: pytest.MonkeyPatch,
         for part, share in whole[name]["shares"].items():
             assert sampled[name]["shares"][part] == pytest.approx(share, abs=0.05)
         assert sampled[name]["overlap"]["class"] == pytest.approx(whole[name]["overlap"]["class"], abs=0.05)
+
+
+@pytest.mark.parametrize(("num", "residual"), [(3, 0.4), (9, 0.05)])
+def test_outliers_lie_within_a_sample_at_least_as_far_as_the_page_says(num: int, residual: float) -> None:
+    values = torch.cat([torch.linspace(9, 4, num), torch.linspace(2, 0.1, 40 - num)]).double()
+    noise = torch.randn(40, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    vectors = torch.linalg.qr(torch.eye(40, 9, dtype=torch.float64) + residual / 20 * noise).Q
+    image = values[:, None] * vectors
+    norm = float((image - vectors @ (vectors.T @ image)).norm())
+    truly = float(vectors[:num].square().sum()) / num
+    h = {"outliers": num, "values": values.tolist()}
+    stated = _outliers_within(record() | {"H": h, "sample": {"residual": norm}})
+    assert 0 < stated <= truly < 1
+    assert 1 - stated < 10 * (1 - truly) + 1e-9
+    assert _outliers_within(record() | {"H": h, "sample": {"residual": 10}}) == 0
+    assert _outliers_within(record() | {"H": h | {"outliers": 0}, "sample": {"residual": 0}}) == 0
 
 
 def trained_digits() -> tuple[ds.Problem, int]:

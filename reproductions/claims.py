@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import spearmanr
 
+from deepspectra.analysis.sampling import overlap_bound
+
 Record = dict[str, Any]
 Group = tuple[str, str, int]
 NUM_CLASSES = 10
@@ -78,22 +80,25 @@ def page(records: list[Record]) -> str:
 
 def _samples(records: list[Record]) -> list[str]:
     """Which networks were measured by a sample, and how good it is."""
-    rows = [
-        [
-            r["model"],
-            r["data"],
-            str(r["per_class"]),
-            f"{r['sample']['examples']:,}",
-            f"{r['sample']['residual']:.2g} ± {r['sample']['error']:.1g}",
-            f"{r['H']['values'][NUM_CLASSES - 2]:.2g}",
-            _at_least(r["sample"]["overlap_at_least"]),
-            str(min(r["H"]["outliers"], NUM_CLASSES - 1)),
-            _at_least(_outliers_within(r)),
-        ]
-        for r in records
-        if "sample" in r
-    ]
     top = NUM_CLASSES - 1
+    rows = []
+    for r in records:
+        if "sample" not in r:
+            continue
+        sample, outliers = r["sample"], min(r["H"]["outliers"], top)
+        rows.append(
+            [
+                r["model"],
+                r["data"],
+                str(r["per_class"]),
+                f"{sample['examples']:,}",
+                f"{sample['residual']:.2g} ± {sample['error']:.1g}",
+                f"{r['H']['values'][top - 1]:.2g}",
+                _at_least(_within(r, top)),
+                str(outliers),
+                _at_least(_within(r, outliers)),
+            ]
+        )
     text = (
         "Of the networks below, eigenpairs, shares and knock-outs are those of a sample drawn by importance, means "
         f"of all images. U are the sample's first {top} eigenvectors, H is the Hessian on all images; the overlap of "
@@ -117,14 +122,12 @@ def _at_least(bound: float) -> str:
     return f"{math.floor(1000 * bound) / 1000:.3f}"
 
 
-def _outliers_within(record: Record) -> float:
-    """Of the eigenspace X of H's m outliers (‖UᵀX‖² / m): ‖(I − UUᵀ)X‖ ≤ residual / (λ_m − λ beyond U)."""
-    top = NUM_CLASSES - 1
-    values, num = record["H"]["values"], min(record["H"]["outliers"], top)
+def _within(record: Record, num: int) -> float:
+    """Of the span X of H's first m eigenvectors so much, ‖UᵀX‖² / m, is in U at least."""
     if not num:
         return 0.0
-    distance = record["sample"]["residual"] / (values[num - 1] - values[top])
-    return max(0.0, 1 - distance**2 / num) if distance < 1 else 0.0
+    values = record["H"]["values"]
+    return overlap_bound(record["sample"]["residual"], values[num - 1] - values[NUM_CLASSES - 1], num)
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:

@@ -119,9 +119,7 @@ def outliers_and_averages(problem: ds.Problem, num_classes: int) -> dict[str, An
 def certified(problem: ds.Problem, pairs: ds.Eigenpairs, num_samples: int, top: int) -> dict[str, float]:
     """How far the span of the first pairs of a sample is from an eigenspace of H on all the data."""
     norm, error = residual_norm(problem, pairs.vectors[:, :top], CHECKS, seeded(1))
-    gap = float(pairs.values[top - 1] - pairs.values[top])
-    bound = max(0.0, 1 - (norm / gap) ** 2 / top) if norm < gap else 0.0
-    return {"examples": num_samples, "residual": norm, "error": error, "gap": gap, "overlap_at_least": bound}
+    return {"examples": num_samples, "residual": norm, "error": error}
 
 
 def regions(problem: ds.Problem, num_classes: int) -> dict[str, Any]:

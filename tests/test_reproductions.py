@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from reproductions import dissecting
-from reproductions.claims import Verdict, _outliers_within, judged, misclassification, page, spread, table
+from reproductions.claims import Verdict, _within, judged, misclassification, page, spread, table
 from reproductions.measure import Run, measure, outliers_and_averages
 
 import deepspectra as ds
@@ -143,12 +143,12 @@ def test_outliers_lie_within_a_sample_at_least_as_far_as_the_page_says(num: int,
     image = values[:, None] * vectors
     norm = float((image - vectors @ (vectors.T @ image)).norm())
     truly = float(vectors[:num].square().sum()) / num
-    h = {"outliers": num, "values": values.tolist()}
-    stated = _outliers_within(record() | {"H": h, "sample": {"residual": norm}})
+    h = {"values": values.tolist()}
+    stated = _within(record() | {"H": h, "sample": {"residual": norm}}, num)
     assert 0 < stated <= truly < 1
     assert 1 - stated < 10 * (1 - truly) + 1e-9
-    assert _outliers_within(record() | {"H": h, "sample": {"residual": 10}}) == 0
-    assert _outliers_within(record() | {"H": h | {"outliers": 0}, "sample": {"residual": 0}}) == 0
+    assert _within(record() | {"H": h, "sample": {"residual": 10}}, num) == 0
+    assert _within(record() | {"H": h, "sample": {"residual": 0}}, 0) == 0
 
 
 def trained_digits() -> tuple[ds.Problem, int]:

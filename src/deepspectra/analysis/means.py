@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.lanczos import check_count, seeded
-from deepspectra.analysis.sampling import residual_norm, sampled_eigenspace
+from deepspectra.analysis.sampling import overlap_bound, residual_norm, sampled_eigenspace
 from deepspectra.errors import CurvatureError, MemoryBudgetError, MissingNameError, OptionError
 from deepspectra.operators.captures import layer_of
 from deepspectra.operators.held import HeldRows
@@ -379,7 +379,7 @@ def _sampled(
         generator = seeded(seed + 1)
         norm, error = residual_norm(problem, found.vectors, num_checks, generator)
     gap = float(found.values[-1]) - found.following
-    bound = max(0.0, 1 - (norm / gap) ** 2 / num) if norm < gap else (0.0 if num_checks else float("nan"))
+    bound = overlap_bound(norm, gap, num) if num_checks else float("nan")
     return Subspace(
         values=found.values,
         vectors=found.vectors,

@@ -57,3 +57,11 @@ def residual_norm(
         float(squares.std()) / num_checks**0.5 / (2 * norm) if num_checks > 1 and norm > 0 else float("nan")
     )
     return norm, error
+
+
+def overlap_bound(norm: float, gap: float, num: int) -> float:
+    """At least so large is ‖Uᵀ X‖² / m, with ‖(I − UUᵀ) H U‖_F and the eigenvalues of X (P, m) so far above the rest.
+
+    From Davis and Kahan's sin Θ theorem; 0 where it says nothing.
+    """
+    return max(0.0, 1 - (norm / gap) ** 2 / num) if norm < gap else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from deepspectra.errors import DataError, NondeterminismError, OptionError
+from deepspectra.errors import (
+    DataError,
+    DeepSpectraError,
+    MemoryBudgetError,
+    NondeterminismError,
+    OptionError,
+    first_line,
+)
 
 LARGEST_DEFAULT_BATCH = 512
 NUMBERS_PER_BATCH = 2**18  # a default batch holds about this many input numbers
@@ -71,12 +79,20 @@ def _fields(tree: Any) -> list[str]:
 
 def num_bytes(tree: Any) -> int:
     """Bytes of every tensor in a tree."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(tree))
+    return sum(tensor.element_size() * num_stored(tensor) for tensor in tensors(tree))
+
+
+def num_stored(tensor: Tensor) -> int:
+    """Numbers that a tensor holds, those of a sparse one without its zeros."""
+    return tensor.numel() if tensor.layout == torch.strided else tensor.to_sparse().values().numel()
 
 
 @dataclass(frozen=True)
 class Move:
-    """Brings a batch to a device, and its floating-point tensors to a dtype."""
+    """Brings a copy of a batch to a device, and its floating-point tensors to a dtype.
+
+    Always a copy: loaders may use their buffers again, and users their tensors.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -86,11 +102,14 @@ class Move:
         return map_tensors(self._one, batch)
 
     def _one(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(self.device, dtype, copy=True)
 
 
 class Batches:
     """The batches of a data source, held in memory when they fit and read anew at each pass when not.
+
+    What is read is copied, and what is held is not read again.
 
     Args:
         source: DataLoader, Dataset, (x, y) tensors, or a list of batches.
@@ -114,11 +133,12 @@ class Batches:
         self, source: Any, *, batch_size: int | None, move: Move, budget: int, pairs: bool = True
     ) -> None:
         self._move = move
-        self._read, sized = _reader(source, batch_size, pairs)
-        self._is_sized = batch_size is not None or not sized
+        read, sized = _reader(source, batch_size, pairs)
+        self._source: Source | None = read
+        self.is_given = batch_size is not None or not sized
         held: list[Any] | None = []
         size, marks = 0, []
-        for batch in self._read():
+        for batch in _read(read):
             marks.append(_fingerprint(batch))
             if held is not None:
                 held.append(move(batch))
@@ -131,11 +151,14 @@ class Batches:
         self.num_batches = len(marks)
         if isinstance(source, (DataLoader, Dataset)) or held is None:
             self._check_second_pass(marks)
+        if held is not None:
+            self._source = None
 
     def __iter__(self) -> Iterator[Any]:
         if self.held is not None:
             return iter(self.held)
-        return (self._move(batch) for batch in self._read())
+        assert self._source is not None
+        return (self._move(batch) for batch in _read(self._source))
 
     def moved(self, move: Move) -> Batches:
         """The same batches on another device or in another dtype, held if these are."""
@@ -164,11 +187,31 @@ class Batches:
         Nothing happens either unless every batch is held and is a pair of tensors of equal shapes but for their
         lengths.
         """
-        whole = None if self._is_sized else self._whole()
+        whole = None if self.is_given else self._whole()
         if whole is None:
             return
         count = max(1, round(len(whole[0]) / batch_size))
         self._cut(*whole, math.ceil(len(whole[0]) / count))
+
+    def join(self) -> bool:
+        """Make one batch of all examples, if cutting them into batches was not the user's choice; False if it was.
+
+        Raises:
+            MemoryBudgetError: they do not fit.
+        """
+        if self.num_batches > 1:
+            if self.is_given:
+                return False
+            if self.held is None:
+                raise MemoryBudgetError(
+                    "the data must be one batch, and does not fit a quarter of the memory. Raise memory=, or pass "
+                    "batches of your own: data=[(x, y), ...]."
+                )
+            columns = zip(*(tensors(batch) for batch in self.held), strict=True)
+            joined = iter([torch.cat(column) for column in columns])
+            self.held = [map_tensors(lambda _: next(joined), self.held[0])]
+            self.num_batches = 1
+        return True
 
     def _whole(self) -> tuple[Tensor, Tensor] | None:
         """Inputs and targets of all batches, where these are held pairs of equal shapes but for their lengths."""
@@ -183,7 +226,8 @@ class Batches:
         self.num_batches = len(self.held)
 
     def _check_second_pass(self, marks: list[tuple[float, float]]) -> None:
-        again = [_fingerprint(batch) for batch in self._read()]
+        assert self._source is not None
+        again = [_fingerprint(batch) for batch in _read(self._source)]
         totals = self.mark, _total(again)
         if not _close(totals[0][0], totals[1][0]) or not _close(totals[0][1], totals[1][1]):
             raise NondeterminismError(
@@ -206,7 +250,7 @@ def is_pair(batch: Any) -> bool:
     return (
         isinstance(batch, (tuple, list))
         and len(batch) == 2
-        and all(isinstance(part, Tensor) and part.ndim > 0 for part in batch)
+        and all(isinstance(part, Tensor) and part.ndim > 0 and part.layout == torch.strided for part in batch)
         and len(batch[0]) == len(batch[1])
     )
 
@@ -226,7 +270,10 @@ def _fingerprint(batch: Any) -> tuple[float, float]:
         return 0.0, 0.0
     rows = torch.zeros(max(len(leaf) for leaf in leaves), dtype=torch.float64)
     for position, leaf in enumerate(leaves):
-        flat = leaf.detach().reshape(len(leaf), -1).to("cpu", torch.float64).nan_to_num(nan=math.pi)
+        numbers = leaf.detach()
+        numbers = numbers if leaf.layout == torch.strided else numbers.to_dense()
+        numbers = torch.view_as_real(numbers) if numbers.is_complex() else numbers
+        flat = numbers.reshape(len(leaf), -1).to("cpu", torch.float64).nan_to_num(nan=math.pi)
         weights = torch.cos(torch.arange(1, flat.shape[1] + 1, dtype=torch.float64) * (position + 1.37))
         rows[: len(leaf)] += flat @ weights
     return float(rows.sum()), float(rows.square().sum())
@@ -241,34 +288,94 @@ def _close(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-7, abs_tol=1e-9)
 
 
-def _reader(source: Any, batch_size: int | None, pairs: bool) -> tuple[Callable[[], Iterable[Any]], bool]:
+Source = Callable[[], Iterable[Any]]
+
+
+def _read(source: Source) -> Iterator[Any]:
+    """The batches of a source, whose failures say where they happened."""
+    batches: Iterator[Any] | None = None
+    count = 0
+    while True:
+        try:
+            batches = iter(source()) if batches is None else batches
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (DeepSpectraError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            where = source.fault(count) if isinstance(source, _OfDataset) else ""
+            raise DataError(
+                f"reading batch {count} of the data failed{where}: {type(error).__name__}: {first_line(error)}"
+            ) from error
+        count += 1
+        yield batch
+
+
+def _reader(source: Any, batch_size: int | None, pairs: bool) -> tuple[Source, bool]:
     """A function that reads the batches, and whether their size is ours to choose."""
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise OptionError(f"batch_size must be a positive integer, got {batch_size!r}.")
     if isinstance(source, DataLoader):
-        return lambda: source, False
+        return functools.partial(_itself, source), False
     if isinstance(source, (tuple, list)) and any(isinstance(part, np.ndarray) for part in source):
         raise DataError("data holds NumPy arrays; pass tensors: (torch.from_numpy(x), torch.from_numpy(y)).")
     pair = isinstance(source, tuple) or pairs
     if pair and isinstance(source, (tuple, list)) and len(source) == 2 and isinstance(source[1], Tensor):
-        return _tensor_reader(source, batch_size), True
+        return _tensor_reader(source, batch_size)
     if isinstance(source, list) or (isinstance(source, tuple) and source):
-        return lambda: source, False
+        return functools.partial(_itself, source), False
     if isinstance(source, Dataset):
         if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
-            return lambda: DataLoader(source, batch_size=batch_size or LARGEST_DEFAULT_BATCH), True
+            return _OfDataset(source, batch_size or LARGEST_DEFAULT_BATCH), True
         if not len(source):
             raise DataError("the data set is empty: it has length 0, and at least one example is needed.")
-        size = batch_size or default_batch_size(source[0])
-        return lambda: DataLoader(source, batch_size=size, shuffle=False), True
+        return _OfDataset(source, batch_size), True
     raise DataError(
         f"data of type {type(source).__name__} cannot be read; expected a DataLoader, a Dataset, a pair of "
         "tensors (x, y), or a list of batches."
     )
 
 
-def _tensor_reader(pair: Any, batch_size: int | None) -> Callable[[], Iterable[Any]]:
+def _itself(source: Any) -> Any:
+    return source
+
+
+@dataclass
+class _OfDataset:
+    """Batches of a data set's items, in order."""
+
+    source: Any
+    batch_size: int | None
+
+    def __call__(self) -> Iterable[Any]:
+        if self.batch_size is None:
+            self.batch_size = default_batch_size(self.source[0])
+        return DataLoader(self.source, batch_size=self.batch_size, shuffle=False)
+
+    def fault(self, batch: int) -> str:
+        """Which item of a batch is at fault, as far as it can be told."""
+        size = self.batch_size or 1
+        if isinstance(self.source, IterableDataset) or not hasattr(self.source, "__len__"):
+            return f", after item {batch * size - 1}" if batch else ", before the first item"
+        shapes: dict[str, int] = {}
+        for index in range(batch * size, min((batch + 1) * size, len(self.source))):
+            try:
+                item = self.source[index]
+            except Exception:
+                return f", at item {index}"
+            shapes.setdefault(str([tuple(leaf.shape) for leaf in tensors(item)]), index)
+        if len(shapes) > 1:
+            told = " and ".join(f"{shape[1:-1]} (item {index})" for shape, index in list(shapes.items())[:2])
+            return f": its items differ in shape, {told}; pass a DataLoader with a collate_fn that pads them"
+        return f", which holds items {batch * size} to {(batch + 1) * size - 1}"
+
+
+def _tensor_reader(pair: Any, batch_size: int | None) -> tuple[Source, bool]:
+    """The same for tensors. Sparse ones are one batch, which nobody cuts."""
     leaves = list(tensors(pair))
+    if any(leaf.layout != torch.strided for leaf in leaves):
+        return functools.partial(_itself, [tuple(pair)]), False
     lengths = {leaf.shape[0] if leaf.ndim else -1 for leaf in leaves}
     if len(lengths) != 1 or -1 in lengths:
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
@@ -277,11 +384,12 @@ def _tensor_reader(pair: Any, batch_size: int | None) -> Callable[[], Iterable[A
     if not length:
         raise DataError("the data is empty: its tensors have no rows.")
     size = batch_size or default_batch_size(map_tensors(lambda leaf: leaf[0], pair))
+    return functools.partial(_cut_tensors, tuple(pair), length, size), True
 
-    def rows(start: int) -> Any:
-        return map_tensors(lambda leaf: leaf[start : start + size], tuple(pair))
 
-    return lambda: map(rows, range(0, length, size))
+def _cut_tensors(pair: Any, length: int, size: int) -> Iterator[Any]:
+    for start in range(0, length, size):
+        yield map_tensors(lambda leaf, start=start: leaf[start : start + size], pair)  # type: ignore[misc]
 
 
 def default_batch_size(example: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from enum import Enum
 from typing import Any
 
 import torch
@@ -15,13 +16,17 @@ from deepspectra.errors import DataError, DeepSpectraError, OptionError, Paramet
 FEW = 3  # examples that are evaluated alone to see whether the others of their batch matter
 AGREE = {torch.float64: 1e-5, torch.float32: 5e-3}  # relative; kernels differ with the size of a batch
 AGREE_HALF = 0.1
+MISFIT = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative, of the loss of a batch to those of its parts
+MISFIT_HALF = 0.05
 Evaluate = Callable[[Any], tuple[Tensor, Tensor]]  # of a batch, its outputs and targets
 
 
 def check_model(model: nn.Module) -> None:
     """Refuse models that cannot be copied, cast or differentiated."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ParameterError("the model is compiled by torch.jit; pass the module that it was made from.")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"its module {name!r}" if name else "the model"
+            raise ParameterError(f"{what} is compiled by torch.jit; pass the module that it was made from.")
     values = [*model.named_parameters(), *model.named_buffers()]
     for name, value in values:
         if nn.parameter.is_lazy(value):
@@ -48,7 +53,8 @@ def usable(device: torch.device | str) -> torch.device:
 def check_finite(batch: Any) -> None:
     """Refuse numbers that are none."""
     for leaf in tensors(batch):
-        if leaf.is_floating_point() and not torch.isfinite(leaf).all():
+        numbers = leaf if leaf.layout == torch.strided else leaf.to_sparse().values()
+        if leaf.is_floating_point() and not torch.isfinite(numbers).all():
             raise DataError(f"the data contains NaN or infinite values, in a tensor {tuple(leaf.shape)}.")
 
 
@@ -68,30 +74,39 @@ def reported(kind: type[DeepSpectraError], what: str) -> Iterator[None]:
         raise kind(f"{what}: {first_line(error)}") from error
 
 
-# -- examples that influence each other ---------------------------------------------------------------------
+# -- the examples of a batch ---------------------------------------------------------------------------------
 
 
-def check_independence(
-    model: nn.Module, evaluate: Evaluate, batch: Any, outputs: Tensor, dtype: torch.dtype, *, reorder: bool
-) -> None:
-    """Examples do not depend on the others of their batch, where a batch can be cut into examples.
+class Rows(Enum):
+    """What a batch is to the network, told by a few of its examples alone."""
+
+    FIRST = "the first dimension of its tensors is that of its examples, each treated by itself"
+    SECOND = "the second is: positions of a sequence come first"
+    INFLUENCED = "examples give other outputs alone than within it"
+    WHOLE = "it cannot be cut: its rows are nodes of a graph, or their number is another"
+
+
+def examples_are_rows(evaluate: Evaluate, batch: Any, outputs: Tensor, dtype: torch.dtype) -> Rows:
+    """Find out by evaluating a few examples alone.
 
     Args:
-        model: whose modules may be to blame.
         evaluate: outputs and targets of a batch, without gradients.
-        batch: a batch with more than one example.
+        batch: a batch.
         outputs: its outputs.
         dtype: in which the model computes.
-        reorder: where a batch cannot be cut, the order of its examples must not matter either.
 
-    Raises:
-        DataError: they do.
+    Cost: a forward pass of a few examples.
     """
-    agreed = _agrees(evaluate, batch, outputs, dtype, _few)
-    if agreed is None and reorder:
-        agreed = _agrees(evaluate, batch, outputs, dtype, _backwards)
-    if agreed is not False or _agrees(evaluate, batch, outputs, dtype, _few, 1):
-        return
+    first = _agrees(evaluate, batch, outputs, dtype, 0)
+    if first:
+        return Rows.FIRST
+    if _agrees(evaluate, batch, outputs, dtype, 1):
+        return Rows.SECOND
+    return Rows.WHOLE if first is None else Rows.INFLUENCED
+
+
+def influence(model: nn.Module) -> str:
+    """What to say of a model whose examples influence each other, with the module to blame if it is known."""
     guilty = [
         name
         for name, module in model.named_modules()
@@ -103,29 +118,25 @@ def check_independence(
         if guilty
         else "Does forward average, sort or attend over the batch? Have it treat every example by itself."
     )
-    raise DataError(
+    return (
         "the examples of a batch influence each other in evaluation mode: a few of them alone give other "
-        f"outputs than within their batch, so that every result would depend on batch_size. {cause}"
+        f"outputs than within their batch, so that every result would depend on batch_size. {cause} If one batch is "
+        "meant as a whole (a graph, a set), pass it as such: data=[(x, y)]."
     )
 
 
-def _agrees(
-    evaluate: Evaluate,
-    batch: Any,
-    outputs: Tensor,
-    dtype: torch.dtype,
-    choose: Callable[[int], list[int]],
-    dim: int = 0,
-) -> bool | None:
-    """Whether chosen examples give by themselves what they give in their batch; None if it cannot be cut.
+def _agrees(evaluate: Evaluate, batch: Any, outputs: Tensor, dtype: torch.dtype, dim: int) -> bool | None:
+    """Whether a few examples give by themselves what they give in their batch; None if it cannot be cut.
 
     `dim` is that of the examples: 1 where the positions of a sequence come first.
     """
     leaves = [leaf for leaf in tensors(batch) if leaf.ndim]
+    if any(leaf.layout != torch.strided for leaf in leaves):
+        return None
     lead = leaves[0].shape[: dim + 1] if leaves else torch.Size()
     if len(lead) <= dim or lead[dim] < 2 or any(leaf.shape[: dim + 1] != lead for leaf in leaves):
         return None
-    chosen = torch.tensor(choose(lead[dim]), device=outputs.device)
+    chosen = torch.tensor(_few(lead[dim]), device=outputs.device)
     if not outputs.numel() or outputs.numel() % lead.numel():
         return None
     cut = map_tensors(lambda leaf: leaf.index_select(dim, chosen) if leaf.ndim else leaf, batch)
@@ -141,10 +152,6 @@ def _agrees(
 
 
 def _few(size: int) -> list[int]:
-    """A few of so many examples, not all."""
+    """A few of so many examples, not all, and not those that come first: what is cut off must matter as little."""
     count = min(FEW, size - 1)
-    return [j * (size // count) for j in range(count)]
-
-
-def _backwards(size: int) -> list[int]:
-    return list(range(size - 1, -1, -1))
+    return [size - 1 - j * (size // count) for j in reversed(range(count))]

@@ -309,13 +309,12 @@ def _computes_in_single(sample: Problem, base: Tree, v: Tree, batch: Any) -> boo
 
     Then outputs do not follow a change too small for float32, and differences carry float32 noise.
     """
-    with torch.no_grad(), differentiable():
-        change = []
-        for step in (1e-10, 1e-4):
-            ahead, behind = (
-                sample.evaluate({n: p + s * v[n] for n, p in base.items()}, batch)[0] for s in (step, -step)
-            )
-            change.append((ahead - behind).double() / (2 * step))
+    change = []
+    for step in (1e-10, 1e-4):
+        ahead, behind = (
+            sample.values(batch, {n: p + s * v[n] for n, p in base.items()})[0] for s in (step, -step)
+        )
+        change.append((ahead - behind).double() / (2 * step))
     return float((change[0] - change[1]).norm()) > 0.05 * float(change[1].norm())
 
 
@@ -330,11 +329,10 @@ def _jacobian_error(sample: Problem, linearize: bool, generator: torch.Generator
     single = _computes_in_single(sample, sample.parameters, v, batch)
 
     def gap(step: float) -> tuple[float, float]:
-        with torch.no_grad(), differentiable():
-            ahead, behind = (
-                sample.evaluate({n: p + s * v[n] for n, p in sample.parameters.items()}, batch)[0]
-                for s in (step, -step)
-            )
+        ahead, behind = (
+            sample.values(batch, {n: p + s * v[n] for n, p in sample.parameters.items()})[0]
+            for s in (step, -step)
+        )
         return float(((ahead - behind) / (2 * step) - pushed).norm()), float(pushed.norm())
 
     error = _difference_error(gap, float(jacobian.outputs.norm()), single=single)

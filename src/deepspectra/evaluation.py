@@ -1,29 +1,49 @@
-"""The model as it is evaluated: a copy that does not train, and operations that can be differentiated twice."""
+"""The model as it is evaluated: a copy that does not train, its parameters replaced wherever it reaches them."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
-from deepspectra.errors import DataError, FallbackWarning, ParameterError
+from deepspectra.batches import map_tensors, tensors
+from deepspectra.errors import DataError, FallbackWarning, OptionError, ParameterError, first_line
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+NORMS = nn.modules.batchnorm._BatchNorm
+DROPOUTS = nn.modules.dropout._DropoutNd
 
 
 class Evaluated(nn.Module):
-    """A model with its forward function, so that parameters are replaced however the function reaches them."""
+    """A model with its forward function, evaluated at parameters that are given by name.
+
+    Args:
+        model: the problem's own copy.
+        function: (model, batch) → (outputs, targets).
+
+    Attributes:
+        aliases: parameter → other tensors by which the network reaches it: a list of its own parameters, or the
+            user's model, captured by a function or a hook. They are replaced too, operation by operation.
+        differentiates: the forward pass takes derivatives itself, and does not run without gradients.
+        writes: the forward pass writes into its batch, and is given copies.
+    """
 
     def __init__(self, model: nn.Module, function: Forward) -> None:
         super().__init__()
         self.model = model
         self.function = function
+        self.aliases: dict[str, list[Tensor]] = {}
+        self.differentiates = False
+        self.writes = False
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Outputs and targets."""
@@ -34,6 +54,76 @@ class Evaluated(nn.Module):
                 f"forward returned a {kind}; it must return a pair of tensors (outputs, targets)."
             )
         return pair
+
+    def at(self, parameters: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
+        """Outputs and targets at the given parameters; the others are the model's own."""
+        named = {f"model.{name}": value for name, value in parameters.items()}
+        batch = map_tensors(Tensor.clone, batch) if self.writes else batch
+        with self._replaced(parameters), _eager():
+            pair: tuple[Tensor, Tensor] = torch.func.functional_call(self, named, (batch,))
+        return pair
+
+    def values(self, parameters: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
+        """The same without a graph."""
+        with torch.set_grad_enabled(self.differentiates), differentiable():
+            outputs, targets = self.at(parameters, batch)
+        return outputs.detach(), targets
+
+    def _replaced(self, parameters: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[Any]:
+        if not self.aliases:
+            return contextlib.nullcontext()
+        own = dict(self.model.named_parameters())
+        given = {
+            id(alias): parameters.get(name, own[name].detach())
+            for name, aliases in self.aliases.items()
+            for alias in aliases
+        }
+        return _Replaced(given)
+
+    def recast(self, model: nn.Module) -> Evaluated:
+        """The same with a further copy of the model, whose own parameters may be aliases as this one's are."""
+        other = Evaluated(model, self.function)
+        other.differentiates, other.writes = self.differentiates, self.writes
+        before, after = dict(self.model.named_parameters()), dict(model.named_parameters())
+        for name, aliases in self.aliases.items():
+            other.aliases[name] = [after[name] if alias is before[name] else alias for alias in aliases]
+        return other
+
+
+class _Replaced(TorchFunctionMode):
+    """Within this mode operations take other tensors in place of some, told by their identity."""
+
+    def __init__(self, given: dict[int, Tensor]) -> None:
+        super().__init__()
+        self.given = given
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*map_tensors(self._swap, args), **map_tensors(self._swap, kwargs or {}))
+
+    def _swap(self, tensor: Tensor) -> Tensor:
+        return self.given.get(id(tensor), tensor)
+
+
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    """Compiled functions run as they were written: what torch.compile makes has no second derivative."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and its import takes seconds
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def reached(*values: Tensor) -> Iterator[Tensor]:
+    """The tensors at which the graph of some values ends: whatever they can be differentiated by."""
+    nodes = [value.grad_fn for value in values if value.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node.name() == "torch::autograd::AccumulateGrad":
+            yield node.variable  # type: ignore[attr-defined]
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
 
 
 def forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -55,33 +145,159 @@ def forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     return outputs, batch[1]
 
 
-def evaluation_copy(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy of the model in evaluation mode; says so when the model was in training mode and it matters."""
-    random = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
-    if any(module.training and isinstance(module, random) for module in model.modules()):
+# -- the copy ------------------------------------------------------------------------------------------------
+
+
+def evaluation_copy(model: nn.Module, mode: str = "eval") -> nn.Module:
+    """A copy of the model, without wrappers, in evaluation mode; says so when it was in training mode and it matters.
+
+    In mode "train" batch norm takes the statistics of its batch.
+    """
+    modules = list(model.modules())
+    if mode == "eval" and any(m.training and isinstance(m, (NORMS, DROPOUTS)) for m in modules):
         warnings.warn(
             "the model is in training mode with dropout or batch norm; the spectrum is that of evaluation "
             "mode (dropout off, running statistics). Call model.eval() to say so yourself.",
             FallbackWarning,
             stacklevel=4,
         )
+    if mode == "train" and any(isinstance(m, DROPOUTS) and m.p > 0 for m in modules):
+        warnings.warn(
+            "mode='train' is for batch norm; dropout is random and stays off.", FallbackWarning, stacklevel=4
+        )
     try:
-        twin = copy.deepcopy(model)
-    except RuntimeError as error:
-        raise ParameterError(f"the model cannot be copied: {error}") from error
-    twin = twin.eval().requires_grad_(False).to(device=device, dtype=dtype)
+        twin = _copied(model, modules)
+    except Exception as error:  # whatever the attributes of a module raise when they are copied
+        raise ParameterError(
+            f"the model cannot be copied: {first_line(error)}. Delete the attribute that cannot (a lock, a "
+            "generator, an open file), or give its class a __deepcopy__."
+        ) from error
+    for module in twin.eval().modules():
+        if mode == "train" and isinstance(module, NORMS):
+            module.track_running_stats, module.running_mean, module.running_var = False, None, None
+        if type(module) is nn.EmbeddingBag:
+            module.__class__ = _Bag
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            module.sparse = False  # the same gradients, in a form that has derivatives
     for p in twin.parameters():
         p.grad = None
     return twin
 
 
+def _copied(model: nn.Module, modules: list[nn.Module]) -> nn.Module:
+    memo: dict[int, Any] = {}
+    for module in modules:
+        inner = unwrapped(module)
+        if inner is not module:
+            memo[id(module)] = copy.deepcopy(inner, memo)
+        # What a hook computes anew at each pass (pruning, spectral norm) has a graph and cannot be copied.
+        for value in tensors(list(vars(module).values())):
+            if not value.is_leaf:
+                memo[id(value)] = value
+    twin: nn.Module = copy.deepcopy(model, memo)
+    return twin
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside wrappers that only run it: those of torch.compile and of data parallelism."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif isinstance(inner := vars(model).get("_modules", {}).get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+class _Bag(nn.EmbeddingBag):
+    """The module out of operations that can be differentiated twice, which PyTorch's own kernel cannot."""
+
+    def forward(
+        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    ) -> Tensor:
+        """Sums, means or maxima (B, d) of the rows of each bag."""
+        if self.max_norm is not None or self.scale_grad_by_freq:
+            return super().forward(input, offsets, per_sample_weights)
+        index = input.flatten()
+        if input.ndim == 2:
+            offsets = torch.arange(0, len(index) + 1, input.shape[1], device=input.device)[: len(input)]
+        assert offsets is not None
+        size = len(offsets) - int(self.include_last_offset and input.ndim == 1)
+        starts = offsets[:size].long()
+        bag = torch.searchsorted(starts, torch.arange(len(index), device=input.device), right=True) - 1
+        counted = torch.ones_like(index, dtype=torch.bool)
+        if self.padding_idx is not None:
+            counted = index != self.padding_idx
+        rows = nn.functional.embedding(index[counted], self.weight, self.padding_idx)
+        bag = bag[counted]
+        if per_sample_weights is not None:
+            rows = rows * per_sample_weights.flatten()[counted, None]
+        if self.mode == "max":
+            zeros = rows.new_zeros(size, rows.shape[1])
+            return zeros.scatter_reduce(0, bag[:, None].expand_as(rows), rows, "amax", include_self=False)
+        total = rows.new_zeros(size, rows.shape[1]).index_add(0, bag, rows)
+        if self.mode == "sum":
+            return total
+        return total / torch.bincount(bag, minlength=size).clamp_min(1)[:, None].to(total)
+
+
+# -- how operations run --------------------------------------------------------------------------------------
+
+
+class _Kernels:
+    """Attention by operations that have second derivatives, for as long as anything here needs it.
+
+    The switches are PyTorch's and global: the first who enters sets them and the last who leaves, of all threads,
+    puts them back.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.depth = 0
+        self.undo = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.depth:
+                fast_path = torch.backends.mha.get_fastpath_enabled()
+                self.undo.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+                torch.backends.mha.set_fastpath_enabled(False)
+                self.undo.enter_context(sdpa_kernel(SDPBackend.MATH))
+            self.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.depth -= 1
+            if not self.depth:
+                self.undo.close()
+
+
+_KERNELS = _Kernels()
+
+
 @contextlib.contextmanager
 def differentiable() -> Iterator[None]:
-    """Evaluate by operations that have second derivatives: plain attention instead of the fused kernels."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    """Evaluate by operations that have second derivatives: plain attention instead of the fused kernels.
+
+    Raises:
+        OptionError: within the caller's autocast or inference mode.
+    """
+    refuse_modes()
+    with _KERNELS:
+        yield
+
+
+def refuse_modes() -> None:
+    """Raise OptionError within the caller's autocast, which rounds every product, or inference mode."""
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            raise OptionError(
+                "autocast is on around this call and would lower the precision of every product. Leave its block, or "
+                f"call within torch.autocast({device!r}, enabled=False). Lower precision by choice is dtype=."
+            )
+    if torch.is_inference_mode_enabled():
+        raise OptionError(
+            "this call is made in inference mode, where nothing can be differentiated. Leave the block of "
+            "torch.inference_mode(), or call within torch.inference_mode(False)."
+        )

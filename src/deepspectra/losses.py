@@ -8,6 +8,8 @@ that ragged batches, class weights and ignored tokens give what one large batch 
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -29,6 +31,7 @@ class Loss(ABC):
 
     name: str
     is_cross_entropy = False
+    is_mean = True  # over rows, known beforehand
     unsettled = False  # the last outputs could be read in two ways, and no others told how
 
     def settle(self) -> None:
@@ -63,6 +66,10 @@ class Loss(ABC):
                 return torch.zeros_like(outputs)
             (product,) = torch.autograd.grad(gradient, leaf, tangents, allow_unused=True)
         return torch.zeros_like(outputs) if product is None else product
+
+    def misfit(self, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> float:
+        """How far a batch's total is from the totals of its rows in two parts, relatively; 0 for sums over rows."""
+        return 0.0
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise `DataError` when a target cannot be one, `LossError` when outputs do not fit the loss."""
@@ -283,9 +290,10 @@ class SquaredError(Loss):
 class MeanLoss(Loss):
     """Any callable (outputs, targets) → mean over the batch's rows; a batch counts by its rows.
 
-    Exact over unequal batches when the callable is a plain mean over rows. `EmpiricalFisher` further needs
-    rows that do not interact.
+    That it is a mean over rows is measured (`misfit`); a callable that is none is what it is on a single batch.
     """
+
+    is_mean = False
 
     def __init__(self, function: Callable[[Any, Tensor], Tensor], name: str | None = None) -> None:
         self.function = function
@@ -312,11 +320,44 @@ class MeanLoss(Loss):
         """1 a row."""
         return _constant(1, outputs)
 
+    def misfit(self, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> float:
+        """The same, by cutting the rows at random into a third and the rest; NaN where they cannot be told apart.
+
+        Cost: the loss of the rows twice.
+        """
+        size = len(outputs)
+        if size < 2 or not targets.ndim or (size % max(1, len(targets)) and len(targets) % size):
+            return math.nan
+        # So many rows of outputs belong with so many rows of targets.
+        each = max(1, size // max(1, len(targets))), max(1, len(targets) // size)
+        num = size // each[0]
+        order = torch.randperm(num, generator=generator).to(outputs.device)
+        parts = order[: max(1, num // 3)].sort().values, order[max(1, num // 3) :].sort().values
+        mixed = _rows_of(outputs, order, each[0])  # a fitted network's own losses may be nothing but rounding
+        try:
+            whole, *totals = [
+                self.total(_rows_of(mixed, part, each[0]), _rows_of(targets, part, each[1])).double()
+                for part in (torch.arange(num, device=outputs.device), *parts)
+            ]
+        except Exception:  # a loss of batches of one size
+            return math.nan
+        scale = whole.abs() + totals[0].abs() + totals[1].abs()
+        return float((whole - totals[0] - totals[1]).abs() / scale.clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def _rows_of(tensor: Tensor, units: Tensor, size: int) -> Tensor:
+    """Rows of chosen units of so many consecutive rows."""
+    rows: Tensor = tensor.reshape(-1, size, *tensor.shape[1:])[units].flatten(0, 1)
+    return rows
+
 
 class ElementwiseLoss(MeanLoss):
     """An nn loss that is a mean over all elements (L1, Huber, binary cross-entropy, …)."""
 
     def __init__(self, module: nn.Module) -> None:
+        self.is_mean = not isinstance(
+            getattr(module, "weight", None), Tensor
+        )  # one of examples fits one batch alone
         summed = copy.deepcopy(module)
         summed.reduction = "sum"  # type: ignore[assignment]
         super().__init__(summed, type(module).__name__)
@@ -371,14 +412,26 @@ ELEMENTWISE = (
     nn.PoissonNLLLoss,
     nn.SoftMarginLoss,
 )
-
-
-FUNCTIONS: tuple[tuple[Any, type[Loss]], ...] = ((F.cross_entropy, CrossEntropy), (F.mse_loss, SquaredError))
+FUNCTIONS: tuple[tuple[Any, type[nn.Module]], ...] = (  # and the module that each is the function of
+    (F.cross_entropy, nn.CrossEntropyLoss),
+    (F.nll_loss, nn.NLLLoss),
+    (F.mse_loss, nn.MSELoss),
+    (F.l1_loss, nn.L1Loss),
+    (F.smooth_l1_loss, nn.SmoothL1Loss),
+    (F.huber_loss, nn.HuberLoss),
+    (F.binary_cross_entropy, nn.BCELoss),
+    (F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss),
+    (F.poisson_nll_loss, nn.PoissonNLLLoss),
+    (F.soft_margin_loss, nn.SoftMarginLoss),
+)
 NAMED: dict[str, type[Loss]] = {"cross_entropy": CrossEntropy, "mse": SquaredError}
 
 
 def resolve(loss: str | nn.Module | Callable[[Any, Tensor], Tensor] | Loss) -> Loss:
-    """The `Loss` for what a user may give: a name, an nn loss module, or a callable."""
+    """The `Loss` for what a user may give: a name, an nn loss module, or a callable.
+
+    Functions of `torch.nn.functional`, and `functools.partial` of them, are read as the modules of these arguments.
+    """
     if isinstance(loss, Loss):
         return loss
     if isinstance(loss, str):
@@ -387,24 +440,34 @@ def resolve(loss: str | nn.Module | Callable[[Any, Tensor], Tensor] | Loss) -> L
         return NAMED[loss]()
     if not callable(loss):
         raise LossError(f"a loss is a name, an nn loss module or a callable, not {type(loss).__name__}.")
-    reduction = getattr(loss, "reduction", "mean")
+    given = _module_of(loss)
+    reduction = getattr(given, "reduction", "mean")
     if reduction not in ("mean", "batchmean"):
         raise LossError(
-            f"{type(loss).__name__} has reduction={reduction!r}; the loss must be a mean over the examples: "
+            f"{type(given).__name__} has reduction={reduction!r}; the loss must be a mean over the examples: "
             "use reduction='mean'."
         )
-    for function, kind in FUNCTIONS:
-        if loss is function:
-            return kind()
-    plain = type(loss)  # not isinstance: a subclass may compute something else
-    if isinstance(loss, nn.CrossEntropyLoss) and plain is nn.CrossEntropyLoss:
-        found: Loss = CrossEntropy(loss.weight, loss.ignore_index, loss.label_smoothing)
-    elif isinstance(loss, nn.NLLLoss) and plain is nn.NLLLoss:
-        found = NegativeLogLikelihood(loss.weight, loss.ignore_index)
+    plain = type(given)  # not isinstance: a subclass may compute something else
+    if isinstance(given, nn.CrossEntropyLoss) and plain is nn.CrossEntropyLoss:
+        found: Loss = CrossEntropy(given.weight, given.ignore_index, given.label_smoothing)
+    elif isinstance(given, nn.NLLLoss) and plain is nn.NLLLoss:
+        found = NegativeLogLikelihood(given.weight, given.ignore_index)
     elif plain is nn.MSELoss:
         found = SquaredError()
-    elif isinstance(loss, nn.Module) and plain in ELEMENTWISE:
-        found = ElementwiseLoss(loss)
+    elif isinstance(given, nn.Module) and plain in ELEMENTWISE:
+        found = ElementwiseLoss(given)
     else:
-        found = MeanLoss(loss)
+        found = MeanLoss(given)
     return found
+
+
+def _module_of(loss: Any) -> Any:
+    """The nn module that a function of torch.nn.functional, or a partial of one, is; anything else as it is."""
+    function: Any = loss
+    options: dict[str, Any] = {}
+    while isinstance(function, functools.partial) and not function.args:
+        function, options = function.func, {**function.keywords, **options}
+    for known, module in FUNCTIONS:
+        if function is known and set(options) <= set(inspect.signature(module).parameters):
+            return module(**options)
+    return loss

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,20 +48,35 @@ def free_memory(device: torch.device) -> int:
     return available
 
 
-def kept_bytes(model: nn.Module, call: Callable[[], Result]) -> tuple[Result, int]:
-    """What a call returns, and the bytes that autograd keeps in it beside the model's own."""
-    own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
+class Saved(NamedTuple):
+    """What autograd keeps of a computation beside the model's own: bytes and types; no types if it is unknown."""
+
+    num_bytes: int
+    dtypes: frozenset[torch.dtype]
+
+
+def saved_by(model: nn.Module, call: Callable[[], Result]) -> tuple[Result, Saved]:
+    """What a call returns, and what autograd keeps in it."""
+    values = [v for v in (*model.parameters(), *model.buffers()) if v.layout == torch.strided]
+    own = {value.untyped_storage().data_ptr() for value in values}
     kept: dict[int, int] = {}
+    dtypes: set[torch.dtype] = set()
 
     def pack(value: Tensor) -> Tensor:
         if value.layout == torch.strided and value.untyped_storage().data_ptr() not in own:
             size = min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
             kept[value.data_ptr()] = max(kept.get(value.data_ptr(), 0), size)
+            dtypes.add(value.dtype)
         return value
 
-    with saved_tensors_hooks(pack, lambda value: value):
-        result = call()
-    return result, sum(kept.values())
+    try:
+        with saved_tensors_hooks(pack, lambda value: value):
+            result = call()
+    except (
+        RuntimeError
+    ):  # torch.func inside the call allows no hooks; what is wrong with the call itself stays so
+        return call(), Saved(0, frozenset())
+    return result, Saved(sum(kept.values()), frozenset(dtypes))
 
 
 class _Storages(TorchDispatchMode):

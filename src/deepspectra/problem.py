@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import copy
+import functools
+import math
 import operator
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deepspectra import losses
-from deepspectra.batches import Batches, Move, is_labelled, is_pair, map_tensors, num_bytes
-from deepspectra.checks import check_finite, check_independence, check_model, reported, told, usable
+from deepspectra.batches import Batches, Move, is_labelled, is_pair, map_tensors, num_bytes, tensors
+from deepspectra.checks import (
+    MISFIT,
+    MISFIT_HALF,
+    Rows,
+    check_finite,
+    check_model,
+    examples_are_rows,
+    influence,
+    reported,
+    told,
+    usable,
+)
 from deepspectra.errors import (
     CurvatureError,
     DataError,
@@ -25,11 +37,21 @@ from deepspectra.errors import (
     ParameterError,
     ShapeError,
 )
-from deepspectra.evaluation import Evaluated, Forward, differentiable, evaluation_copy, forward_pair
-from deepspectra.memory import free_memory, kept_bytes, parse_bytes
+from deepspectra.evaluation import (
+    Evaluated,
+    Forward,
+    differentiable,
+    evaluation_copy,
+    forward_pair,
+    reached,
+    refuse_modes,
+    unwrapped,
+)
+from deepspectra.memory import free_memory, parse_bytes, saved_by
 from deepspectra.selection import selected
 
 BATCH_BYTES = (2**29, 2**25)  # that backpropagation keeps of a batch, unless sizes are given: GPU, CPU
+FEW_ROWS = 32  # of each batch, on which a loss is compared with a mean over rows
 WEIGHT_BYTES = 2  # or so many times the bytes of the weights, if that is more: each batch reads them all
 GRAPHS = 32  # such batches fit the memory
 
@@ -37,15 +59,20 @@ GRAPHS = 32  # such batches fit the memory
 class Problem:
     """A model, its loss and its data: L(θ) = Σ_i ω_i ℓ(f(x_i; θ), y_i) / Σ_i ω_i.
 
-    The model is copied, in evaluation mode, so that later training does not change the problem and the
-    problem does not change the model. Each *row* i is one prediction: an example, or a token that is not
-    ignored.
+    Model and data are copied, the model in evaluation mode, so that later training does not change the problem and
+    the problem does not change the model. Each *row* i is one prediction: an example, or a token that is not
+    ignored. A batch is cut into smaller ones, or its examples into classes, only where a few examples alone were seen
+    to give the rows that they give within it; what has its examples in another dimension, or has nodes of a graph for
+    rows, stays whole.
 
     Args:
-        model: any module; tied weights, buffers, batch norm and attention are fine.
+        model: any module; tied weights, buffers, batch norm and attention are fine. Wrappers of torch.compile and
+            of data parallelism are taken off, and names are those without them.
         data: a DataLoader, a Dataset, a pair (x, y) of tensors, or a list of batches (x, y). Shuffled loaders
             are fine; random augmentation is not.
-        loss: "cross_entropy", "mse", an nn loss module, or a callable (outputs, targets) → mean loss.
+        loss: "cross_entropy", "mse", an nn loss module, or a callable (outputs, targets) → mean loss over the rows,
+            torch.nn.functional's and `functools.partial` of them included. A callable that is no mean over rows is
+            taken for one batch, if the data is one or can be.
         parameters: a glob or several over parameter names; the trainable ones among the matches are used.
         forward: function (model, batch) → (outputs, targets), for batches that are not pairs (x, y).
         batch_size: examples a batch, for tensors and Datasets; by default so many that backpropagation keeps about
@@ -54,6 +81,8 @@ class Problem:
         dtype: floating-point type of weights, data and products; by default the model's.
         memory: bytes, or text such as "8GiB", for data, retained graphs and basis vectors together; by
             default two thirds of what is free on the device.
+        mode: "eval", or "train" for the one batch that is given, whose own statistics batch norm then takes (dropout
+            stays off). The operators of such a problem say so in their names.
 
     Attributes:
         num_parameters: P, the selected parameters, tied ones counted once.
@@ -62,17 +91,20 @@ class Problem:
         parameter_names: names of the selected parameters, in the order of the vector.
         layers: names of the modules that own them.
         memory: the budget in bytes.
+        cuts: whether batches may be cut into examples along the first dimension of their tensors.
+        mode: "eval" or "train".
 
     Raises:
         ParameterError: nothing is selected, or nothing selected is trainable, or the model is complex, lazy or
-            compiled by torch.jit.
-        OptionError: a device, dtype, forward, batch size or memory that cannot be used.
+            compiled by torch.jit, or reaches parameters by ways that cannot be followed.
+        OptionError: a device, dtype, forward, batch size, memory or mode that cannot be used, or a call within the
+            caller's autocast or inference mode.
         DataError: no data, labels out of range, values not finite, a model that fails on a batch, or examples that
             influence each other in evaluation mode.
         ShapeError: outputs and targets do not fit.
         NonFiniteError: a weight, an output or the loss is NaN or infinite.
         NondeterminismError: two passes differ.
-        LossError: the loss is unknown, not a mean, or fails on its outputs and targets.
+        LossError: the loss is unknown, not a mean, reads parameters itself, or fails on its outputs and targets.
         CurvatureError: the loss cannot be backpropagated.
 
     Cost: a forward pass over the data, the gradient of one batch, and a second reading of a loader.
@@ -90,9 +122,11 @@ class Problem:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         memory: int | str | None = None,
+        mode: str = "eval",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ParameterError(f"model must be an nn.Module, got {type(model).__name__}.")
+        refuse_modes()
         check_model(model)
         if forward is not None and not callable(forward):
             raise OptionError(
@@ -100,15 +134,20 @@ class Problem:
             )
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise OptionError(f"dtype must be a floating-point type such as torch.float64, got {dtype!r}.")
+        if mode not in ("eval", "train"):
+            raise OptionError(f"mode={mode!r}; it is 'eval' or 'train'.")
         reference = next((p for p in model.parameters() if p.is_floating_point()), None)
         if reference is None:
             raise ParameterError("the model has no parameters.")
         self.device = usable(device) if device is not None else reference.device
-        self.dtype = dtype or reference.dtype
+        self.dtype = dtype or _one_dtype(model, reference.dtype)
         self.memory = parse_bytes(memory) if memory is not None else free_memory(self.device) * 2 // 3
+        self.mode = mode
         self.loss_function = losses.resolve(loss)
-        self._trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-        self._module = Evaluated(evaluation_copy(model, self.device, self.dtype), forward or forward_pair)
+        twin = evaluation_copy(model, mode)
+        self._trainable = frozenset(name for name, p in twin.named_parameters() if p.requires_grad)
+        twin.requires_grad_(False).to(device=self.device, dtype=self.dtype)
+        self._module = Evaluated(twin, forward or forward_pair)
         self.parameters = selected(self.model, self._trainable, parameters)
         self.batches = Batches(
             data,
@@ -117,14 +156,17 @@ class Problem:
             budget=self.memory // 4,
             pairs=forward is None,
         )
-        if self.loss_function.is_cross_entropy and forward is None:
-            self.batches.sort_by_label()
         self.kept: dict[str, Any] = {}  # what other layers keep with the problem, to be freed with it
-        batch, outputs = self._check()
-        reorder = self._module.function is forward_pair  # the order of examples is ours
-        with torch.no_grad(), differentiable():
-            check_independence(self.model, self._module, batch, outputs, self.dtype, reorder=reorder)
-        self._resize()
+        self._stamps: dict[str, tuple[int, int]] = {}
+        start, pair = self._settle()
+        start, pair = self._arrange(start, pair)
+        self._check(pair)
+        self._prove(start, unwrapped(model))
+        if self.cuts:
+            if self.loss_function.is_cross_entropy and forward is None:
+                self.batches.sort_by_label()
+            self._resize()
+        self._stamps = self._now()
 
     @property
     def model(self) -> nn.Module:
@@ -182,23 +224,43 @@ class Problem:
 
     def evaluate(self, parameters: dict[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
         """Outputs (n, C) and targets of a batch's rows at the given parameters."""
-        return self.loss_function.rows(*self._pair(parameters, batch))
+        return self.loss_function.rows(*self._module.at(parameters, batch))
 
-    def _pair(self, parameters: dict[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
-        """Outputs and targets of a batch as the model or `forward` gives them."""
-        renamed = {f"model.{name}": value for name, value in parameters.items()}
-        pair: tuple[Tensor, Tensor] = torch.func.functional_call(self._module, renamed, (batch,))
-        return pair
+    def values(self, batch: Any, parameters: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """The same without a graph, at the problem's own parameters unless told otherwise."""
+        given = self.parameters if parameters is None else parameters
+        return self.loss_function.rows(*self._module.values(given, batch))
 
     def row_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Outputs and targets of each batch, at the problem's own parameters."""
         return ((outputs, targets) for _, outputs, targets in self._evaluated())
 
     def _evaluated(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
-        for batch in self.batches:
-            with torch.no_grad(), differentiable():
-                outputs, targets = self.evaluate(self.parameters, batch)
-            yield batch, outputs, targets
+        for batch in self.fixed_batches():
+            yield batch, *self.values(batch)
+
+    def fixed_batches(self) -> Batches:
+        """The batches, for a pass over the data.
+
+        Raises:
+            ParameterError: weights of `problem.model` were edited; what is known of them would be half stale.
+        """
+        edited = [name for name, stamp in self._now().items() if self._stamps.get(name, stamp) != stamp]
+        if edited:
+            raise ParameterError(
+                f"problem.model was edited after the problem was made: {', '.join(edited[:5])}. Edit the model that "
+                "you made the problem of, and make a new one."
+            )
+        return self.batches
+
+    def _now(self) -> dict[str, tuple[int, int]]:
+        """Where each weight lies and how often it was written to, without buffers that the network itself writes."""
+        model = self.model
+        return {
+            name: (value.data_ptr() if value.layout == torch.strided else 0, value._version)
+            for name, value in (*model.named_parameters(), *model.named_buffers())
+            if name not in self._written
+        }
 
     @property
     def splits_by_class(self) -> bool:
@@ -206,7 +268,7 @@ class Problem:
         return self._can_split(next(iter(self.batches)))
 
     def _can_split(self, batch: Any) -> bool:
-        return self._module.function is forward_pair and is_labelled(batch)
+        return self.cuts and self._module.function is forward_pair and is_labelled(batch)
 
     def class_batches(
         self, groups: Tensor | None = None, among: Collection[int] | None = None
@@ -237,21 +299,21 @@ class Problem:
         """∇L(θ), (P,). Cost: one gradient."""
         dtype = torch.promote_types(self.dtype, torch.float32)
         total = torch.zeros(self.num_parameters, dtype=dtype, device=self.device)
-        for batch in self.batches:
-            parts = self._batch_gradient(batch, self.parameters)
+        for batch in self.fixed_batches():
+            leaves, _, value = self._graph(batch, self.parameters)
             values = self.parameters.values()
+            parts = _gradient(value, leaves)
             filled = [torch.zeros_like(v) if g is None else g for g, v in zip(parts, values, strict=True)]
             total += torch.cat([part.reshape(-1) for part in filled])
         return total / self.total_weight
 
-    def _batch_gradient(self, batch: Any, parameters: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
-        """The summed gradient of a batch, one tensor a parameter, None where it does not enter."""
+    def _graph(self, batch: Any, parameters: dict[str, Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Leaves that stand for the parameters, outputs of a batch and its summed loss, with their graph."""
         leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
         with torch.enable_grad(), differentiable():
-            value = self.loss_function.total(*self.evaluate(leaves, batch))
-        if not value.requires_grad:
-            return (None,) * len(leaves)
-        return torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+            outputs, targets = self.evaluate(leaves, batch)
+            value = self.loss_function.total(outputs, targets)
+        return list(leaves.values()), outputs, value
 
     def _at_least_single(self, outputs: Tensor) -> Tensor:
         return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
@@ -269,61 +331,6 @@ class Problem:
 
     # -- checks ----------------------------------------------------------------------------------------------
 
-    def _check(self) -> tuple[Any, Tensor]:
-        """One pass over the data: shapes, labels, finiteness; the first batch twice for determinism.
-
-        Returns the first batch that has rows, and what the model gives for it.
-        """
-        start, before = self._settle()
-        self.num_examples, self.total_weight, value = 0, 0.0, 0.0
-        first: Tensor | None = None
-        for batch, outputs, targets in self._evaluated():
-            check_finite(batch)
-            self.num_classes = outputs.shape[1] if outputs.ndim > 1 else 1
-            if not torch.isfinite(outputs).all():
-                raise NonFiniteError(
-                    "the model's outputs contain NaN or infinite values; check weights, inputs and dtype."
-                )
-            if not len(outputs):
-                continue
-            self.loss_function.check(outputs, targets)
-            first = outputs if first is None else first
-            weights = self.loss_function.weights(outputs, targets).double()
-            self.num_examples += int((weights > 0).sum())
-            self.total_weight += float(weights.sum())
-            with reported(
-                LossError, f"the loss {self.loss_function.name!r} failed on {told((outputs, targets))}"
-            ):
-                value += float(self.loss_function.total(outputs, targets).double())
-        if first is None or self.total_weight <= 0:
-            raise DataError("no row counts: every target is ignored or has weight 0.")
-        if not torch.isfinite(torch.tensor(value)):
-            raise NonFiniteError("the loss is NaN or infinite on this data.")
-        every = {name: p.detach() for name, p in self.model.named_parameters() if name in self._trainable}
-        with reported(
-            CurvatureError, "the loss cannot be backpropagated (activation checkpointing must be off)"
-        ):
-            parts, kept = kept_bytes(self.model, lambda: self._batch_gradient(start, every))
-        self._example_bytes = kept / max(1, len(start[1])) if is_pair(start) else 0.0
-        if all(part is None for part in parts):
-            raise ParameterError(
-                "no parameter of the model has any effect on the loss. Does forward= call the model it is given, "
-                "and not another one?"
-            )
-        again, _ = self.loss_function.rows(*before)
-        if not torch.allclose(first, again, rtol=1e-5, atol=1e-6 * float(first.abs().max())):
-            raise NondeterminismError(
-                "the model gives different outputs for one batch in evaluation mode (functional dropout with "
-                "training=True, or random noise in forward?). Make forward deterministic."
-            )
-        return start, before[0]
-
-    def _resize(self) -> None:
-        """Batches of a size that suits the network, where nobody chose one."""
-        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        wanted = max(BATCH_BYTES[self.device.type == "cpu"], WEIGHT_BYTES * weights)
-        self.batches.resize(max(1, int(min(wanted, self.memory / GRAPHS) / max(1.0, self._example_bytes))))
-
     def _settle(self) -> tuple[Any, tuple[Tensor, Tensor]]:
         """Evaluate batches until it is settled how outputs are read; the first with rows, and what it gives.
 
@@ -331,18 +338,20 @@ class Problem:
             DataError: the model fails.
         """
         first: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        before = {name: b._version for name, b in self.model.named_buffers()}
         for batch in self.batches:
-            failure = f"the model, which is in {self.dtype}, failed on a batch of {told(batch)}"
-            with reported(DataError, failure), torch.no_grad(), differentiable():
-                pair = self._pair(self.parameters, batch)
+            pair = self._first_values(batch) if first is None else self._module.values(self.parameters, batch)
             rows, _ = self.loss_function.rows(*pair)
             if not len(rows):
                 continue
             first = (batch, pair) if first is None else first
             if not self.loss_function.unsettled:
-                return first
+                break
         if first is None:
             raise DataError("no row counts: the model gives no outputs for any batch.")
+        self._written = {name for name, b in self.model.named_buffers() if before.get(name) != b._version}
+        if not self.loss_function.unsettled:
+            return first
         shape = tuple(first[1][0].shape)
         warnings.warn(
             f"every batch gives outputs that fit both (B, C, ...) and (B, ..., C), the first of them {shape}; "
@@ -354,6 +363,211 @@ class Problem:
         )
         self.loss_function.settle()
         return first
+
+    def _first_values(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Outputs and targets of a batch; notes whether the network takes derivatives itself, or writes into it."""
+        twin = map_tensors(Tensor.clone, batch)
+        versions = [leaf._version for leaf in tensors(twin)]
+        failure = f"the model, which is in {self.dtype}, failed on a batch of {told(batch)}"
+        with reported(DataError, failure):
+            try:
+                pair = self._module.values(self.parameters, twin)
+            except RuntimeError:
+                self._module.differentiates = True
+                try:
+                    pair = self._module.values(self.parameters, map_tensors(Tensor.clone, batch))
+                except Exception:
+                    self._module.differentiates = False
+                if not self._module.differentiates:
+                    raise
+        self._module.writes = [leaf._version for leaf in tensors(twin)] != versions
+        return pair
+
+    def _arrange(self, start: Any, pair: tuple[Tensor, Tensor]) -> tuple[Any, tuple[Tensor, Tensor]]:
+        """Find out whether batches may be cut, and make one batch of all examples where they may not; the first.
+
+        Raises:
+            DataError: examples influence each other, and are not all in one batch that the user gave.
+            OptionError: mode "train" and several batches.
+        """
+        module, ours = self._module, not self.batches.is_given
+
+        def evaluate(batch: Any) -> tuple[Tensor, Tensor]:
+            return module.values(self.parameters, batch)
+
+        kind = Rows.WHOLE
+        if self.mode == "eval":
+            kind = examples_are_rows(evaluate, start, pair[0], self.dtype)
+        self.cuts = kind is Rows.FIRST and is_pair(start)
+        if kind is Rows.INFLUENCED and (ours or self.batches.num_batches > 1):
+            raise DataError(influence(self.model))
+        if kind in (Rows.FIRST, Rows.SECOND) and not (kind is Rows.SECOND and ours):
+            return start, pair
+        if not self.batches.join():
+            if self.mode == "train":
+                raise OptionError(
+                    f"mode='train' is for one batch, and the data has {self.batches.num_batches}; pass data=[(x, y)]."
+                )
+            return start, pair
+        if kind is Rows.INFLUENCED:
+            warnings.warn(
+                "the rows of the one batch influence each other; it is taken as a whole.",
+                FallbackWarning,
+                stacklevel=4,
+            )
+        (start,) = self.batches
+        return start, evaluate(start)
+
+    def _check(self, before: tuple[Tensor, Tensor] | None = None) -> None:
+        """One pass over the data: shapes, labels, finiteness; what the first batch gave `before`, for determinism.
+
+        Raises:
+            LossError: the loss is no mean over rows, and the data is several batches of the user's.
+        """
+        loss, generator = self.loss_function, torch.Generator().manual_seed(0)
+        self.num_examples, self.total_weight, value = 0, 0.0, 0.0
+        first: Tensor | None = None
+        doubts: list[float] = []  # how far the loss is from a mean over rows
+        several: list[tuple[Tensor, Tensor]] = []  # a few rows of each batch
+        for batch, outputs, targets in self._evaluated():
+            check_finite(batch)
+            self.num_classes = outputs.shape[1] if outputs.ndim > 1 else 1
+            if not torch.isfinite(outputs).all():
+                raise NonFiniteError(
+                    "the model's outputs contain NaN or infinite values; check weights, inputs and dtype."
+                )
+            if not len(outputs):
+                continue
+            loss.check(outputs, targets)
+            first = outputs if first is None else first
+            weights = loss.weights(outputs, targets).double()
+            self.num_examples += int((weights > 0).sum())
+            self.total_weight += float(weights.sum())
+            with reported(LossError, f"the loss {loss.name!r} failed on {told((outputs, targets))}"):
+                value += float(loss.total(outputs, targets).double())
+            if not loss.is_mean:
+                doubts.append(loss.misfit(outputs, targets, generator))
+                if len(outputs) == len(targets):
+                    some = torch.randperm(len(outputs), generator=generator)[:FEW_ROWS].to(outputs.device)
+                    several.append((outputs[some], targets[some]))
+        if first is None or self.total_weight <= 0:
+            raise DataError("no row counts: every target is ignored or has weight 0.")
+        if not torch.isfinite(torch.tensor(value)):
+            raise NonFiniteError("the loss is NaN or infinite on this data.")
+        if before is not None:
+            _check_same(first, loss.rows(*before)[0])
+        if len(several) > 1 and len({(o.shape[1:], t.shape[1:]) for o, t in several}) == 1:
+            columns = [torch.cat(column) for column in zip(*several, strict=True)]
+            doubts.append(loss.misfit(columns[0], columns[1], generator))
+        self._take_loss(doubts)
+
+    def _take_loss(self, doubts: list[float]) -> None:
+        """Make one batch of all examples if the loss is no mean over rows.
+
+        Raises:
+            LossError: it is none, and the data is several batches of the user's.
+        """
+        most = MISFIT.get(self.dtype, MISFIT_HALF)
+        if all(doubt <= most for doubt in doubts) or (self.batches.num_batches == 1 and not self.cuts):
+            return
+        was_one, self.cuts = self.batches.num_batches == 1, False
+        if self.batches.join():
+            if not was_one:
+                self._check()
+            return
+        misfit = max((doubt for doubt in doubts if not math.isnan(doubt)), default=0.0)
+        if misfit <= most:
+            warnings.warn(
+                f"whether the loss {self.loss_function.name!r} is a mean over rows cannot be told from its outputs "
+                "and targets; batches are weighted by their rows as if it were. If it is not, pass one batch.",
+                FallbackWarning,
+                stacklevel=4,
+            )
+            return
+        raise LossError(
+            f"the loss {self.loss_function.name!r} is no mean over rows: of a batch cut in two it differs by "
+            f"{misfit:.2g} from the sum of its parts, relatively, so that results would depend on how the data is "
+            "cut into batches. Use a mean over rows; for class weights, an ignored label or label smoothing pass "
+            "nn.CrossEntropyLoss(weight=..., ignore_index=...) itself; or pass the data as one batch, "
+            "data=[(x, y)], on which any loss is well defined."
+        )
+
+    def _prove(self, batch: Any, given: nn.Module) -> None:
+        """The gradient of a batch in all trainable parameters: it can be had, and no way to them is missed.
+
+        The graph of the outputs ends at all tensors that they depend on. Parameters of the copy or of the user's
+        model among these are reached by another way than their names, and are replaced there too.
+
+        Args:
+            batch: one with rows.
+            given: the model as the user gave it.
+
+        Raises:
+            CurvatureError: it cannot be backpropagated.
+            ParameterError: no parameter has an effect, or some are reached by ways that cannot be followed.
+            LossError: the loss reads parameters itself.
+        """
+        own = {name: p for name, p in self.model.named_parameters() if name in self._trainable}
+        theirs = dict(
+            zip((name for name, _ in self.model.named_parameters()), given.parameters(), strict=True)
+        )
+        names = {id(p): name for name, p in own.items()} | {id(theirs[name]): name for name in own}
+        every = {name: p.detach() for name, p in own.items()}
+
+        def strangers(value: Tensor) -> list[str]:
+            return sorted({names[id(leaf)] for leaf in reached(value) if id(leaf) in names})
+
+        def graph() -> tuple[list[Tensor], Tensor, Tensor, tuple[Tensor | None, ...]]:
+            leaves, outputs, value = self._graph(batch, every)
+            return leaves, outputs, value, _gradient(value, leaves)
+
+        for p in own.values():
+            p.requires_grad_()
+        try:
+            with reported(
+                CurvatureError, "the loss cannot be backpropagated (activation checkpointing must be off)"
+            ):
+                (_, outputs, value, parts), saved = saved_by(self.model, graph)
+                if strangers(outputs):
+                    self._module.aliases = {name: [own[name], theirs[name]] for name in own}
+                    _, outputs, value, parts = graph()
+            if missed := strangers(outputs):
+                raise ParameterError(
+                    f"the network reaches {', '.join(missed[:5])} by another way than as parameters of its "
+                    "modules, such as a custom autograd function or a tensor kept from an earlier pass, which "
+                    "cannot be followed. Have forward read them from their modules."
+                )
+            if missed := strangers(value):
+                raise LossError(
+                    f"the loss reads the parameters {', '.join(missed[:5])} itself, beside the outputs (a penalty "
+                    "such as weight decay?). Leave that term out of loss= and add its curvature to the operator: "
+                    "H.shifted(2 * c) for c·‖θ‖²."
+                )
+        finally:
+            for p in own.values():
+                p.requires_grad_(False)
+        if all(part is None for part in parts):
+            raise ParameterError(
+                "no parameter of the model has any effect on the loss. Does forward= call the model it is given, "
+                "and not another one, and outside of no_grad and inference_mode?"
+            )
+        self._example_bytes = saved.num_bytes / max(1, len(batch[1])) if self.cuts else 0.0
+        half = saved.dtypes & {torch.bfloat16, torch.float16}
+        if half and self.dtype not in half:
+            warnings.warn(
+                f"the network computes in {', '.join(sorted(map(str, half)))} inside (autocast in its forward?), "
+                f"though the problem is in {self.dtype}: its derivatives are as coarse as that, a percent or so.",
+                FallbackWarning,
+                stacklevel=4,
+            )
+
+    def _resize(self) -> None:
+        """Batches of a size that suits the network, where nobody chose one."""
+        if not self._example_bytes:
+            return
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        wanted = max(BATCH_BYTES[self.device.type == "cpu"], WEIGHT_BYTES * weights)
+        self.batches.resize(max(1, int(min(wanted, self.memory / GRAPHS) / max(1.0, self._example_bytes))))
 
     def to(self, dtype: torch.dtype) -> Problem:
         """This problem in another floating-point type, as a further copy of the model."""
@@ -375,17 +589,33 @@ class Problem:
 
     def bare(self) -> Problem:
         """The same problem, its model and its data, with nothing kept."""
-        other = copy.copy(self)
-        other.kept = {}
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), kept={})
         return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._module.aliases:
+            raise ParameterError(
+                "a problem whose network reaches its parameters by other ways than their names cannot be copied or "
+                "pickled; make a new one of the model."
+            )
+        return {**vars(self), "kept": {}, "parameters": tuple(self.parameters)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        own = dict(self.model.named_parameters())
+        self.parameters = {name: own[name].detach() for name in state["parameters"]}
+        self._stamps = self._now()
 
     def _cast(self, dtype: torch.dtype) -> Problem:
         """A copy with a model of its own in another dtype; its data is yet to be replaced."""
         other = self.bare()
         other.dtype = dtype
-        other._module = Evaluated(evaluation_copy(self.model, self.device, dtype), self._module.function)
+        twin = evaluation_copy(self.model).to(device=self.device, dtype=dtype)
+        other._module = self._module.recast(twin)
         own = dict(other.model.named_parameters())
         other.parameters = {name: own[name].detach() for name in self.parameters}
+        other._stamps = other._now()
         return other
 
     @property
@@ -433,7 +663,7 @@ class Problem:
             if len(counted) <= most:
                 continue
             most, found = len(counted), batch
-            if self._module.function is forward_pair and len(outputs) == len(batch[1]):
+            if self.cuts and self._module.function is forward_pair and len(outputs) == len(batch[1]):
                 chosen = counted[:: max(1, len(counted) // num_rows)][:num_rows]
                 found = map_tensors(operator.itemgetter(chosen), batch)
             if most >= num_rows:
@@ -447,6 +677,36 @@ class Problem:
             f"<Problem: {type(self.model).__name__}, {self.num_parameters:,} parameters, "
             f"{self.num_examples:,} examples, {self.num_classes} classes, {self.loss_function.name}>"
         )
+
+
+def _gradient(value: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """One tensor a leaf, None where it does not enter."""
+    if not value.requires_grad:
+        return (None,) * len(leaves)
+    return torch.autograd.grad(value, leaves, allow_unused=True)
+
+
+def _check_same(first: Tensor, again: Tensor) -> None:
+    """Raise NondeterminismError unless two passes gave the same."""
+    if not torch.allclose(first, again, rtol=1e-5, atol=1e-6 * float(first.abs().max())):
+        raise NondeterminismError(
+            "the model gives different outputs for one batch in evaluation mode (functional dropout with "
+            "training=True, or random noise in forward?). Make forward deterministic."
+        )
+
+
+def _one_dtype(model: nn.Module, first: torch.dtype) -> torch.dtype:
+    """The type of the model's parameters; the widest, with a word, of several."""
+    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    widest = functools.reduce(torch.promote_types, found, first)
+    if len(found) > 1:
+        warnings.warn(
+            f"the model's parameters are of the types {', '.join(sorted(map(str, found)))}; all are taken in "
+            f"{widest}. Pass dtype= to choose.",
+            FallbackWarning,
+            stacklevel=4,
+        )
+    return widest
 
 
 def check_problem(problem: object) -> None:

@@ -32,7 +32,6 @@ from deepspectra.differentiation import (
     jacobian_error,
 )
 from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError, first_line
-from deepspectra.evaluation import differentiable
 from deepspectra.memory import measured
 from deepspectra.problem import Problem
 
@@ -166,7 +165,7 @@ class Products:
     def _graphs(self, kind: str, build: Callable[[Any], Any]) -> Iterator[tuple[int, Any]]:
         """Each batch's graph: kept, or built now and kept if it fits."""
         store = self.stores.setdefault(kind, Store({}))
-        for index, batch in enumerate(self.problem.batches):
+        for index, batch in enumerate(self.problem.fixed_batches()):
             if index in store.kept:
                 yield index, store.kept[index]
                 continue
@@ -232,8 +231,7 @@ class Products:
         return lambda parameters: self.problem.loss_function.total(*self.problem.evaluate(parameters, batch))
 
     def _residual_of(self, batch: Any) -> Scalar:
-        with torch.no_grad(), differentiable():
-            outputs, targets = self.problem.evaluate(self.problem.parameters, batch)
+        outputs, targets = self.problem.values(batch)
         slope = self.problem.loss_function.gradient(outputs, targets).detach()
         return lambda parameters: (slope * self.problem.evaluate(parameters, batch)[0]).sum()
 

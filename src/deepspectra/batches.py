@@ -119,6 +119,8 @@ class Batches:
         pairs: batches are pairs (x, y), so a list of two tensors is such a pair and not two batches.
 
     Attributes:
+        brought: the batches are the source's own, as those of a loader or a list are.
+        is_given: their size is the user's choice, by its batches or by `batch_size`.
         held: the batches, moved, if they are held.
         num_batches: how many there are.
         mark: two numbers that differ for other examples, up to rounding the same in any order.
@@ -135,6 +137,7 @@ class Batches:
         self._move = move
         read, sized = _reader(source, batch_size, pairs)
         self._source: Source | None = read
+        self.brought = not sized
         self.is_given = batch_size is not None or not sized
         held: list[Any] | None = []
         size, marks = 0, []

@@ -194,6 +194,8 @@ def _copied(model: nn.Module, modules: list[nn.Module]) -> nn.Module:
         for value in tensors(list(vars(module).values())):
             if not value.is_leaf:
                 memo[id(value)] = value
+            elif value.layout not in (torch.strided, torch.sparse_coo):  # these PyTorch does not copy deeply
+                memo[id(value)] = value.clone()
     twin: nn.Module = copy.deepcopy(model, memo)
     return twin
 

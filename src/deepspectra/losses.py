@@ -323,7 +323,10 @@ class MeanLoss(Loss):
     def misfit(self, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> float:
         """The same, by cutting the rows at random into a third and the rest; NaN where they cannot be told apart.
 
-        Cost: the loss of the rows twice.
+        Of values and of gradients: near a minimum or a symmetric point the values alone say little. Outputs are dealt
+        anew among the targets, since a fitted network's own losses may be nothing but rounding.
+
+        Cost: values and gradients of the loss of the rows twice.
         """
         size = len(outputs)
         if size < 2 or not targets.ndim or (size % max(1, len(targets)) and len(targets) % size):
@@ -331,18 +334,25 @@ class MeanLoss(Loss):
         # So many rows of outputs belong with so many rows of targets.
         each = max(1, size // max(1, len(targets))), max(1, len(targets) // size)
         num = size // each[0]
+        dealt = _rows_of(outputs, torch.randperm(num, generator=generator).to(outputs.device), each[0])
         order = torch.randperm(num, generator=generator).to(outputs.device)
-        parts = order[: max(1, num // 3)].sort().values, order[max(1, num // 3) :].sort().values
-        mixed = _rows_of(outputs, order, each[0])  # a fitted network's own losses may be nothing but rounding
+        parts = order[: max(1, num // 3)], order[max(1, num // 3) :]
         try:
-            whole, *totals = [
-                self.total(_rows_of(mixed, part, each[0]), _rows_of(targets, part, each[1])).double()
-                for part in (torch.arange(num, device=outputs.device), *parts)
+            (whole, slope), *others = [
+                self._value_and_slope(_rows_of(dealt, part, each[0]), _rows_of(targets, part, each[1]))
+                for part in (order, *parts)
             ]
         except Exception:  # a loss of batches of one size
             return math.nan
-        scale = whole.abs() + totals[0].abs() + totals[1].abs()
-        return float((whole - totals[0] - totals[1]).abs() / scale.clamp_min(torch.finfo(torch.float64).tiny))
+        values = torch.stack([value for value, _ in others])
+        slopes = torch.cat([part for _, part in others])
+        tiny = torch.finfo(torch.float64).tiny
+        of_values = (whole - values.sum()).abs() / (whole.abs() + values.abs().sum()).clamp_min(tiny)
+        of_slopes = (slope - slopes).norm() / (slope.norm() + slopes.norm()).clamp_min(tiny)
+        return max(float(of_values), float(of_slopes))
+
+    def _value_and_slope(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return self.total(outputs, targets).detach().double(), self.gradient(outputs, targets).double()
 
 
 def _rows_of(tensor: Tensor, units: Tensor, size: int) -> Tensor:

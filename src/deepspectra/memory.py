@@ -72,10 +72,10 @@ def saved_by(model: nn.Module, call: Callable[[], Result]) -> tuple[Result, Save
     try:
         with saved_tensors_hooks(pack, lambda value: value):
             result = call()
-    except (
-        RuntimeError
-    ):  # torch.func inside the call allows no hooks; what is wrong with the call itself stays so
-        return call(), Saved(0, frozenset())
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        return call(), Saved(0, frozenset())  # torch.func inside the call allows no hooks
     return result, Saved(sum(kept.values()), frozenset(dtypes))
 
 
@@ -88,8 +88,10 @@ class _Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage()._cdata for leaf in tensors(args)}
+        given = {leaf.untyped_storage()._cdata for leaf in tensors(args) if leaf.layout == torch.strided}
         for leaf in tensors(result):
+            if leaf.layout != torch.strided:
+                continue
             storage = leaf.untyped_storage()
             if type(leaf) is Tensor and storage._cdata not in given:  # a view adds nothing
                 self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())  # type: ignore[no-untyped-call]

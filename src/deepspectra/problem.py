@@ -340,7 +340,14 @@ class Problem:
         first: tuple[Any, tuple[Tensor, Tensor]] | None = None
         before = {name: b._version for name, b in self.model.named_buffers()}
         for batch in self.batches:
-            pair = self._first_values(batch) if first is None else self._module.values(self.parameters, batch)
+            try:
+                pair = self._first_values(batch)
+            except DataError:
+                ours = self.batches.held is not None and not self.batches.is_given
+                if first is not None or self.batches.num_batches == 1 or not ours:
+                    raise
+                self.batches.join()  # it may run on all examples alone, as on the nodes of a graph
+                return self._settle()
             rows, _ = self.loss_function.rows(*pair)
             if not len(rows):
                 continue
@@ -399,8 +406,11 @@ class Problem:
         if self.mode == "eval":
             kind = examples_are_rows(evaluate, start, pair[0], self.dtype)
         self.cuts = kind is Rows.FIRST and is_pair(start)
-        if kind is Rows.INFLUENCED and (ours or self.batches.num_batches > 1):
-            raise DataError(influence(self.model))
+        if kind is Rows.INFLUENCED:
+            _check_outputs(pair[0])
+            _check_same(pair[0], evaluate(start)[0])
+            if not self.batches.brought or self.batches.num_batches > 1:
+                raise DataError(influence(self.model))
         if kind in (Rows.FIRST, Rows.SECOND) and not (kind is Rows.SECOND and ours):
             return start, pair
         if not self.batches.join():
@@ -432,10 +442,7 @@ class Problem:
         for batch, outputs, targets in self._evaluated():
             check_finite(batch)
             self.num_classes = outputs.shape[1] if outputs.ndim > 1 else 1
-            if not torch.isfinite(outputs).all():
-                raise NonFiniteError(
-                    "the model's outputs contain NaN or infinite values; check weights, inputs and dtype."
-                )
+            _check_outputs(outputs)
             if not len(outputs):
                 continue
             loss.check(outputs, targets)
@@ -517,35 +524,33 @@ class Problem:
         def strangers(value: Tensor) -> list[str]:
             return sorted({names[id(leaf)] for leaf in reached(value) if id(leaf) in names})
 
-        def graph() -> tuple[list[Tensor], Tensor, Tensor, tuple[Tensor | None, ...]]:
-            leaves, outputs, value = self._graph(batch, every)
-            return leaves, outputs, value, _gradient(value, leaves)
+        def graph() -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+            self.model.requires_grad_(True)  # so that the graph shows where these are reached
+            try:
+                leaves, outputs, value = self._graph(batch, every)
+            finally:
+                self.model.requires_grad_(False)
+            return outputs, value, _gradient(value, leaves)
 
-        for p in own.values():
-            p.requires_grad_()
-        try:
-            with reported(
-                CurvatureError, "the loss cannot be backpropagated (activation checkpointing must be off)"
-            ):
-                (_, outputs, value, parts), saved = saved_by(self.model, graph)
-                if strangers(outputs):
-                    self._module.aliases = {name: [own[name], theirs[name]] for name in own}
-                    _, outputs, value, parts = graph()
-            if missed := strangers(outputs):
-                raise ParameterError(
-                    f"the network reaches {', '.join(missed[:5])} by another way than as parameters of its "
-                    "modules, such as a custom autograd function or a tensor kept from an earlier pass, which "
-                    "cannot be followed. Have forward read them from their modules."
-                )
-            if missed := strangers(value):
-                raise LossError(
-                    f"the loss reads the parameters {', '.join(missed[:5])} itself, beside the outputs (a penalty "
-                    "such as weight decay?). Leave that term out of loss= and add its curvature to the operator: "
-                    "H.shifted(2 * c) for c·‖θ‖²."
-                )
-        finally:
-            for p in own.values():
-                p.requires_grad_(False)
+        with reported(
+            CurvatureError, "the loss cannot be backpropagated (activation checkpointing must be off)"
+        ):
+            (outputs, value, parts), saved = saved_by(self.model, graph)
+            if strangers(outputs):
+                self._module.aliases = {name: [own[name], theirs[name]] for name in own}
+                outputs, value, parts = graph()
+        if missed := strangers(outputs):
+            raise ParameterError(
+                f"the network reaches {', '.join(missed[:5])} by another way than as parameters of its modules, such "
+                "as a custom autograd function or a tensor kept from an earlier pass, which cannot be followed. "
+                "Have forward read them from their modules."
+            )
+        if missed := strangers(value):
+            raise LossError(
+                f"the loss reads the parameters {', '.join(missed[:5])} itself, beside the outputs (a penalty such "
+                "as weight decay?). Leave that term out of loss= and add its curvature to the operator: "
+                "H.shifted(2 * c) for c·‖θ‖²."
+            )
         if all(part is None for part in parts):
             raise ParameterError(
                 "no parameter of the model has any effect on the loss. Does forward= call the model it is given, "
@@ -684,6 +689,14 @@ def _gradient(value: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
     if not value.requires_grad:
         return (None,) * len(leaves)
     return torch.autograd.grad(value, leaves, allow_unused=True)
+
+
+def _check_outputs(outputs: Tensor) -> None:
+    """Raise NonFiniteError for outputs that are no numbers."""
+    if not torch.isfinite(outputs).all():
+        raise NonFiniteError(
+            "the model's outputs contain NaN or infinite values; check weights, inputs and dtype."
+        )
 
 
 def _check_same(first: Tensor, again: Tensor) -> None:

@@ -43,6 +43,7 @@ COMPUTE_BOUND = 0.1  # seconds of a product with them; else whole batches are ti
 WAYS = {way.name: way for way in (DoubleBackward, Linearized)}  # in the order in which they are tried
 FAILURES = (RuntimeError, TypeError, ValueError)  # what a way raises on a network it cannot do
 CHECK_ROWS = 4  # rows on which a way is checked, in float64
+FIRST_ONLY = "use what gradients give alone: class_means, gram_spectrum, layers"
 CHECK_TOLERANCE = 1e-5  # relative; right ways reach 1e-9, wrong ones were seen from 2e-4 to .2
 
 
@@ -110,7 +111,8 @@ class Products:
         self._right_blocks: dict[bool, bool] = {}  # of second and of first derivatives
         self._samples: dict[torch.dtype, Problem] = {}  # a few rows, on which derivatives are checked
         self.notes: dict[str, str] = {}
-        self.faults: list[str] = []
+        self.faults: list[str] = []  # of ways to second derivatives,
+        self.jacobian_faults: list[str] = []  # and to J v
 
     # blocks and vectors
 
@@ -180,6 +182,10 @@ class Products:
                 store.kept[index] = graph
                 store.bytes_kept += size
             yield index, graph
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles begin without graphs, with the ways that were found right."""
+        return _restored, (self.problem, self._way and self._way.name, self._linearize)
 
     def kept_bytes(self) -> int:
         """Bytes of all kept graphs."""
@@ -324,10 +330,15 @@ class Products:
         if self._way is None:
             self._way = next((way for way in WAYS.values() if self._is_right(way)), None)
             if self._way is None:
+                less = (
+                    "use GaussNewton, which needs none"
+                    if self._linearizes(False) or self._linearizes(True)
+                    else FIRST_ONLY
+                )
                 raise CurvatureError(
                     "no way of differentiating this network twice is right: " + "; ".join(self.faults) + ". "
                     "Replace operations without a second derivative (custom autograd functions, fused "
-                    "kernels), or use GaussNewton, which needs first derivatives only."
+                    f"kernels), or {less}."
                 )
         self.notes["way"] = self._way.name
         self.notes["check"] = "; ".join(self.faults) or "symmetric, and agrees with finite differences"
@@ -360,10 +371,15 @@ class Products:
 
     def _linearizes(self, linearize: bool) -> bool:
         """Whether J v by a linearised forward pass, or else by reverse mode, works here and is right."""
+        name = Linearized.name if linearize else DoubleBackward.name
         try:
-            return self._checked(lambda s: jacobian_error(s, linearize=linearize)) <= CHECK_TOLERANCE
-        except FAILURES:
+            error = self._checked(lambda s: jacobian_error(s, linearize=linearize))
+        except FAILURES as failure:
+            self.jacobian_faults.append(f"{name} failed ({first_line(failure)})")
             return False
+        if error > CHECK_TOLERANCE:
+            self.jacobian_faults.append(f"{name} is wrong by {error:.1%} (finite difference)")
+        return error <= CHECK_TOLERANCE
 
     def _blocks_are_right(self, second: bool) -> bool:
         """Whether columns may go through a graph together: some operations of PyTorch mix them up."""
@@ -414,7 +430,9 @@ class Products:
             self._forget("jacobian")
             if not self._linearizes(self._linearize):
                 self._linearize = None
-                raise CurvatureError(f"way={asked!r} cannot be used on this network: its J v is wrong.")
+                raise CurvatureError(
+                    f"way={asked!r} cannot be used on this network: {self.jacobian_faults[-1]}."
+                )
         if self._linearize is None:
             self._linearize = self._faster()
         self.notes["jacobian"] = Linearized.name if self._linearize else DoubleBackward.name
@@ -426,8 +444,10 @@ class Products:
             if self._linearizes(True):
                 return True
             raise CurvatureError(
-                "the first derivatives of this network disagree with finite differences; is a custom "
-                "backward pass wrong?"
+                "no way to J v, the derivative of the outputs along a vector, is right on this network: "
+                + "; ".join(self.jacobian_faults)
+                + ". It takes a backward pass that can be differentiated, or forward-mode derivatives, of every "
+                f"operation. Replace the one named (is a custom backward pass wrong?), or {FIRST_ONLY}."
             )
         batch, scale = self.problem.some_rows(TIMED_ROWS), self._rows_a_batch() / TIMED_ROWS
         seconds = self._time_jacobian(batch, scale, linearize=False)
@@ -461,6 +481,12 @@ class Products:
             f"{seconds:.4f}"
         )
         return seconds
+
+
+def _restored(problem: Problem, way: str | None, linearize: bool | None) -> Products:
+    products = Products(problem)
+    products._way, products._linearize = WAYS[way] if way else None, linearize
+    return products
 
 
 def _known(way: str) -> str:

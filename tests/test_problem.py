@@ -463,8 +463,12 @@ def test_examples_in_a_fixed_order_that_labels_would_sort() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.neighbours @ self.inner(x)
 
-    refused(errors.DataError, "influence each other", lambda: ds.Problem(Graph(), (X, Y)))
-    use(ds.Problem(Graph(), [(X, Y)], forward=lambda model, batch: (model(batch[0]), batch[1])))
+    graph = Graph()
+    expected = Reference(Case(graph, [(X, Y)])).hessian
+    for data in ((X, Y), [(X, Y)]):
+        problem = ds.Problem(graph, data)
+        assert not problem.cuts
+        assert error(ds.Hessian(problem).dense(), expected) < 1e-9
 
 
 def test_positions_that_come_before_examples_may_influence_each_other() -> None:

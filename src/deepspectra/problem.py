@@ -292,7 +292,8 @@ class Problem:
         """L(θ)."""
         total = 0.0
         for outputs, targets in self.row_batches():
-            total += float(self.loss_function.total(self._at_least_single(outputs), targets).double())
+            with torch.no_grad():
+                total += float(self.loss_function.total(self._at_least_single(outputs), targets).double())
         return total / self.total_weight
 
     def gradient(self) -> Tensor:
@@ -450,7 +451,8 @@ class Problem:
             weights = loss.weights(outputs, targets).double()
             self.num_examples += int((weights > 0).sum())
             self.total_weight += float(weights.sum())
-            with reported(LossError, f"the loss {loss.name!r} failed on {told((outputs, targets))}"):
+            failure = f"the loss {loss.name!r} failed on {told((outputs, targets))}"
+            with reported(LossError, failure), torch.no_grad():
                 value += float(loss.total(outputs, targets).double())
             if not loss.is_mean:
                 doubts.append(loss.misfit(outputs, targets, generator))

@@ -32,6 +32,7 @@ from deepspectra.differentiation import (
     jacobian_error,
 )
 from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError, first_line
+from deepspectra.evaluation import refuse_modes
 from deepspectra.memory import measured
 from deepspectra.problem import Problem
 
@@ -322,12 +323,14 @@ class Products:
             OptionError: there is no way of the name asked for.
             CurvatureError: none is right, or not the one asked for.
         """
+        refuse_modes()
         if asked is not None and self._way is not WAYS[_known(asked)]:
             if not self._is_right(WAYS[asked]):
                 raise CurvatureError(f"way={asked!r} cannot be used on this network: {self.faults[-1]}.")
             self._way = WAYS[asked]
             self._forget("hessian", "residual")
         if self._way is None:
+            self.faults.clear()
             self._way = next((way for way in WAYS.values() if self._is_right(way)), None)
             if self._way is None:
                 less = (
@@ -425,6 +428,7 @@ class Products:
             OptionError: there is no way of the name asked for.
             CurvatureError: first derivatives are wrong, or by the way asked for.
         """
+        refuse_modes()
         if asked is not None and self._linearize is not (_known(asked) == Linearized.name):
             self._linearize = asked == Linearized.name
             self._forget("jacobian")
@@ -434,6 +438,7 @@ class Products:
                     f"way={asked!r} cannot be used on this network: {self.jacobian_faults[-1]}."
                 )
         if self._linearize is None:
+            self.jacobian_faults.clear()
             self._linearize = self._faster()
         self.notes["jacobian"] = Linearized.name if self._linearize else DoubleBackward.name
         return self._linearize

@@ -33,6 +33,7 @@ class Curvature(Operator):
 
     def __init__(self, problem: Problem, name: str) -> None:
         check_problem(problem)
+        name = f"{name} with batch norm in training mode" if problem.mode == "train" else name
         dtype = torch.promote_types(problem.dtype, torch.float32)
         super().__init__(problem.num_parameters, dtype=dtype, device=problem.device, name=name)
         self.problem = problem

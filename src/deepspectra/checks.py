@@ -16,8 +16,6 @@ from deepspectra.errors import DataError, DeepSpectraError, OptionError, Paramet
 FEW = 3  # examples that are evaluated alone to see whether the others of their batch matter
 AGREE = {torch.float64: 1e-5, torch.float32: 5e-3}  # relative; kernels differ with the size of a batch
 AGREE_HALF = 0.1
-MISFIT = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative, of the loss of a batch to those of its parts
-MISFIT_HALF = 0.05
 Evaluate = Callable[[Any], tuple[Tensor, Tensor]]  # of a batch, its outputs and targets
 
 

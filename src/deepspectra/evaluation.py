@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from deepspectra.batches import map_tensors, tensors
 from deepspectra.errors import DataError, FallbackWarning, OptionError, ParameterError, first_line
+from deepspectra.losses import Loss
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 NORMS = nn.modules.batchnorm._BatchNorm
@@ -35,6 +36,7 @@ class Evaluated(nn.Module):
             user's model, captured by a function or a hook. They are replaced too, operation by operation.
         differentiates: the forward pass takes derivatives itself, and does not run without gradients.
         writes: the forward pass writes into its batch, and is given copies.
+        written: buffers that the forward pass writes into.
     """
 
     def __init__(self, model: nn.Module, function: Forward) -> None:
@@ -44,6 +46,7 @@ class Evaluated(nn.Module):
         self.aliases: dict[str, list[Tensor]] = {}
         self.differentiates = False
         self.writes = False
+        self.written: set[str] = set()
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Outputs and targets."""
@@ -69,6 +72,16 @@ class Evaluated(nn.Module):
             outputs, targets = self.at(parameters, batch)
         return outputs.detach(), targets
 
+    def graph(
+        self, loss: Loss, parameters: Mapping[str, Tensor], batch: Any
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Leaves that stand for the parameters, outputs of a batch's rows and their summed loss, with their graph."""
+        leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+        with torch.enable_grad(), differentiable():
+            outputs, targets = loss.rows(*self.at(leaves, batch))
+            value = loss.total(outputs, targets)
+        return list(leaves.values()), outputs, value
+
     def _replaced(self, parameters: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[Any]:
         if not self.aliases:
             return contextlib.nullcontext()
@@ -83,7 +96,7 @@ class Evaluated(nn.Module):
     def recast(self, model: nn.Module) -> Evaluated:
         """The same with a further copy of the model, whose own parameters may be aliases as this one's are."""
         other = Evaluated(model, self.function)
-        other.differentiates, other.writes = self.differentiates, self.writes
+        other.differentiates, other.writes, other.written = self.differentiates, self.writes, self.written
         before, after = dict(self.model.named_parameters()), dict(model.named_parameters())
         for name, aliases in self.aliases.items():
             other.aliases[name] = [after[name] if alias is before[name] else alias for alias in aliases]
@@ -110,6 +123,13 @@ def _eager() -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
     stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
+
+
+def gradient(value: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """One tensor a leaf, None where it does not enter."""
+    if not value.requires_grad:
+        return (None,) * len(leaves)
+    return torch.autograd.grad(value, leaves, allow_unused=True)
 
 
 def reached(*values: Tensor) -> Iterator[Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import operator
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -13,26 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from deepspectra import losses
-from deepspectra.batches import Batches, Move, is_labelled, is_pair, map_tensors, num_bytes, tensors
-from deepspectra.checks import (
-    MISFIT,
-    MISFIT_HALF,
-    Rows,
-    check_finite,
-    check_model,
-    examples_are_rows,
-    influence,
-    reported,
-    told,
-    usable,
-)
+from deepspectra.admission import arrange, keep_whole, prove, settle, survey
+from deepspectra.batches import Batches, Move, is_labelled, map_tensors, num_bytes
+from deepspectra.checks import check_model, usable
 from deepspectra.errors import (
-    CurvatureError,
     DataError,
     FallbackWarning,
-    LossError,
-    NondeterminismError,
-    NonFiniteError,
     OptionError,
     ParameterError,
     ShapeError,
@@ -40,18 +25,16 @@ from deepspectra.errors import (
 from deepspectra.evaluation import (
     Evaluated,
     Forward,
-    differentiable,
     evaluation_copy,
     forward_pair,
-    reached,
+    gradient,
     refuse_modes,
     unwrapped,
 )
-from deepspectra.memory import free_memory, parse_bytes, saved_by
+from deepspectra.memory import free_memory, parse_bytes
 from deepspectra.selection import selected
 
 BATCH_BYTES = (2**29, 2**25)  # that backpropagation keeps of a batch, unless sizes are given: GPU, CPU
-FEW_ROWS = 32  # of each batch, on which a loss is compared with a mean over rows
 WEIGHT_BYTES = 2  # or so many times the bytes of the weights, if that is more: each batch reads them all
 GRAPHS = 32  # such batches fit the memory
 
@@ -158,10 +141,11 @@ class Problem:
         )
         self.kept: dict[str, Any] = {}  # what other layers keep with the problem, to be freed with it
         self._stamps: dict[str, tuple[int, int]] = {}
-        start, pair = self._settle()
-        start, pair = self._arrange(start, pair)
-        self._check(pair)
-        self._prove(start, unwrapped(model))
+        start, pair = settle(self._module, self.batches, self.loss_function, self.parameters)
+        start, pair, self.cuts = arrange(self._module, self.batches, self.parameters, start, pair, mode)
+        self._survey(pair)
+        saved = prove(self._module, self.loss_function, self._trainable, start, unwrapped(model))
+        self._example_bytes = saved / max(1, len(start[1])) if self.cuts else 0.0
         if self.cuts:
             if self.loss_function.is_cross_entropy and forward is None:
                 self.batches.sort_by_label()
@@ -259,7 +243,7 @@ class Problem:
         return {
             name: (value.data_ptr() if value.layout == torch.strided else 0, value._version)
             for name, value in (*model.named_parameters(), *model.named_buffers())
-            if name not in self._written
+            if name not in self._module.written
         }
 
     @property
@@ -301,20 +285,12 @@ class Problem:
         dtype = torch.promote_types(self.dtype, torch.float32)
         total = torch.zeros(self.num_parameters, dtype=dtype, device=self.device)
         for batch in self.fixed_batches():
-            leaves, _, value = self._graph(batch, self.parameters)
+            leaves, _, value = self._module.graph(self.loss_function, self.parameters, batch)
             values = self.parameters.values()
-            parts = _gradient(value, leaves)
+            parts = gradient(value, leaves)
             filled = [torch.zeros_like(v) if g is None else g for g, v in zip(parts, values, strict=True)]
             total += torch.cat([part.reshape(-1) for part in filled])
         return total / self.total_weight
-
-    def _graph(self, batch: Any, parameters: dict[str, Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Leaves that stand for the parameters, outputs of a batch and its summed loss, with their graph."""
-        leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-        with torch.enable_grad(), differentiable():
-            outputs, targets = self.evaluate(leaves, batch)
-            value = self.loss_function.total(outputs, targets)
-        return list(leaves.values()), outputs, value
 
     def _at_least_single(self, outputs: Tensor) -> Tensor:
         return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
@@ -330,243 +306,17 @@ class Problem:
             rows += int(counted.sum())
         return hits / rows
 
-    # -- checks ----------------------------------------------------------------------------------------------
+    # -- other problems ----------------------------------------------------------------------------------------
 
-    def _settle(self) -> tuple[Any, tuple[Tensor, Tensor]]:
-        """Evaluate batches until it is settled how outputs are read; the first with rows, and what it gives.
-
-        Raises:
-            DataError: the model fails.
-        """
-        first: tuple[Any, tuple[Tensor, Tensor]] | None = None
-        before = {name: b._version for name, b in self.model.named_buffers()}
-        for batch in self.batches:
-            try:
-                pair = self._first_values(batch)
-            except DataError:
-                ours = self.batches.held is not None and not self.batches.is_given
-                if first is not None or self.batches.num_batches == 1 or not ours:
-                    raise
-                self.batches.join()  # it may run on all examples alone, as on the nodes of a graph
-                return self._settle()
-            rows, _ = self.loss_function.rows(*pair)
-            if not len(rows):
-                continue
-            first = (batch, pair) if first is None else first
-            if not self.loss_function.unsettled:
-                break
-        if first is None:
-            raise DataError("no row counts: the model gives no outputs for any batch.")
-        self._written = {name for name, b in self.model.named_buffers() if before.get(name) != b._version}
-        if not self.loss_function.unsettled:
-            return first
-        shape = tuple(first[1][0].shape)
-        warnings.warn(
-            f"every batch gives outputs that fit both (B, C, ...) and (B, ..., C), the first of them {shape}; "
-            "they are read as (B, C, ...), as nn.CrossEntropyLoss does. If classes are last, pass forward=lambda "
-            "model, batch: (model(batch[0]).flatten(0, -2), batch[1].flatten()); if they are second, .movedim(1, -1) "
-            "before .flatten says so.",
-            FallbackWarning,
-            stacklevel=4,
-        )
-        self.loss_function.settle()
-        return first
-
-    def _first_values(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Outputs and targets of a batch; notes whether the network takes derivatives itself, or writes into it."""
-        twin = map_tensors(Tensor.clone, batch)
-        versions = [leaf._version for leaf in tensors(twin)]
-        failure = f"the model, which is in {self.dtype}, failed on a batch of {told(batch)}"
-        with reported(DataError, failure):
-            try:
-                pair = self._module.values(self.parameters, twin)
-            except RuntimeError:
-                self._module.differentiates = True
-                try:
-                    pair = self._module.values(self.parameters, map_tensors(Tensor.clone, batch))
-                except Exception:
-                    self._module.differentiates = False
-                if not self._module.differentiates:
-                    raise
-        self._module.writes = [leaf._version for leaf in tensors(twin)] != versions
-        return pair
-
-    def _arrange(self, start: Any, pair: tuple[Tensor, Tensor]) -> tuple[Any, tuple[Tensor, Tensor]]:
-        """Find out whether batches may be cut, and make one batch of all examples where they may not; the first.
-
-        Raises:
-            DataError: examples influence each other, and are not all in one batch that the user gave.
-            OptionError: mode "train" and several batches.
-        """
-        module, ours = self._module, not self.batches.is_given
-
-        def evaluate(batch: Any) -> tuple[Tensor, Tensor]:
-            return module.values(self.parameters, batch)
-
-        kind = Rows.WHOLE
-        if self.mode == "eval":
-            kind = examples_are_rows(evaluate, start, pair[0], self.dtype)
-        self.cuts = kind is Rows.FIRST and is_pair(start)
-        if kind is Rows.INFLUENCED:
-            _check_outputs(pair[0])
-            _check_same(pair[0], evaluate(start)[0])
-            if not self.batches.brought or self.batches.num_batches > 1:
-                raise DataError(influence(self.model))
-        if kind in (Rows.FIRST, Rows.SECOND) and not (kind is Rows.SECOND and ours):
-            return start, pair
-        if not self.batches.join():
-            if self.mode == "train":
-                raise OptionError(
-                    f"mode='train' is for one batch, and the data has {self.batches.num_batches}; pass data=[(x, y)]."
-                )
-            return start, pair
-        if kind is Rows.INFLUENCED:
-            warnings.warn(
-                "the rows of the one batch influence each other; it is taken as a whole.",
-                FallbackWarning,
-                stacklevel=4,
-            )
-        (start,) = self.batches
-        return start, evaluate(start)
-
-    def _check(self, before: tuple[Tensor, Tensor] | None = None) -> None:
-        """One pass over the data: shapes, labels, finiteness; what the first batch gave `before`, for determinism.
-
-        Raises:
-            LossError: the loss is no mean over rows, and the data is several batches of the user's.
-        """
-        loss, generator = self.loss_function, torch.Generator().manual_seed(0)
-        self.num_examples, self.total_weight, value = 0, 0.0, 0.0
-        first: Tensor | None = None
-        doubts: list[float] = []  # how far the loss is from a mean over rows
-        several: list[tuple[Tensor, Tensor]] = []  # a few rows of each batch
-        for batch, outputs, targets in self._evaluated():
-            check_finite(batch)
-            self.num_classes = outputs.shape[1] if outputs.ndim > 1 else 1
-            _check_outputs(outputs)
-            if not len(outputs):
-                continue
-            loss.check(outputs, targets)
-            first = outputs if first is None else first
-            weights = loss.weights(outputs, targets).double()
-            self.num_examples += int((weights > 0).sum())
-            self.total_weight += float(weights.sum())
-            failure = f"the loss {loss.name!r} failed on {told((outputs, targets))}"
-            with reported(LossError, failure), torch.no_grad():
-                value += float(loss.total(outputs, targets).double())
-            if not loss.is_mean:
-                doubts.append(loss.misfit(outputs, targets, generator))
-                if len(outputs) == len(targets):
-                    some = torch.randperm(len(outputs), generator=generator)[:FEW_ROWS].to(outputs.device)
-                    several.append((outputs[some], targets[some]))
-        if first is None or self.total_weight <= 0:
-            raise DataError("no row counts: every target is ignored or has weight 0.")
-        if not torch.isfinite(torch.tensor(value)):
-            raise NonFiniteError("the loss is NaN or infinite on this data.")
-        if before is not None:
-            _check_same(first, loss.rows(*before)[0])
-        if len(several) > 1 and len({(o.shape[1:], t.shape[1:]) for o, t in several}) == 1:
-            columns = [torch.cat(column) for column in zip(*several, strict=True)]
-            doubts.append(loss.misfit(columns[0], columns[1], generator))
-        self._take_loss(doubts)
-
-    def _take_loss(self, doubts: list[float]) -> None:
-        """Make one batch of all examples if the loss is no mean over rows.
-
-        Raises:
-            LossError: it is none, and the data is several batches of the user's.
-        """
-        most = MISFIT.get(self.dtype, MISFIT_HALF)
-        if all(doubt <= most for doubt in doubts) or (self.batches.num_batches == 1 and not self.cuts):
-            return
-        was_one, self.cuts = self.batches.num_batches == 1, False
-        if self.batches.join():
-            if not was_one:
-                self._check()
-            return
-        misfit = max((doubt for doubt in doubts if not math.isnan(doubt)), default=0.0)
-        if misfit <= most:
-            warnings.warn(
-                f"whether the loss {self.loss_function.name!r} is a mean over rows cannot be told from its outputs "
-                "and targets; batches are weighted by their rows as if it were. If it is not, pass one batch.",
-                FallbackWarning,
-                stacklevel=4,
-            )
-            return
-        raise LossError(
-            f"the loss {self.loss_function.name!r} is no mean over rows: of a batch cut in two it differs by "
-            f"{misfit:.2g} from the sum of its parts, relatively, so that results would depend on how the data is "
-            "cut into batches. Use a mean over rows; for class weights, an ignored label or label smoothing pass "
-            "nn.CrossEntropyLoss(weight=..., ignore_index=...) itself; or pass the data as one batch, "
-            "data=[(x, y)], on which any loss is well defined."
-        )
-
-    def _prove(self, batch: Any, given: nn.Module) -> None:
-        """The gradient of a batch in all trainable parameters: it can be had, and no way to them is missed.
-
-        The graph of the outputs ends at all tensors that they depend on. Parameters of the copy or of the user's
-        model among these are reached by another way than their names, and are replaced there too.
-
-        Args:
-            batch: one with rows.
-            given: the model as the user gave it.
-
-        Raises:
-            CurvatureError: it cannot be backpropagated.
-            ParameterError: no parameter has an effect, or some are reached by ways that cannot be followed.
-            LossError: the loss reads parameters itself.
-        """
-        own = {name: p for name, p in self.model.named_parameters() if name in self._trainable}
-        theirs = dict(
-            zip((name for name, _ in self.model.named_parameters()), given.parameters(), strict=True)
-        )
-        names = {id(p): name for name, p in own.items()} | {id(theirs[name]): name for name in own}
-        every = {name: p.detach() for name, p in own.items()}
-
-        def strangers(value: Tensor) -> list[str]:
-            return sorted({names[id(leaf)] for leaf in reached(value) if id(leaf) in names})
-
-        def graph() -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-            self.model.requires_grad_(True)  # so that the graph shows where these are reached
-            try:
-                leaves, outputs, value = self._graph(batch, every)
-            finally:
-                self.model.requires_grad_(False)
-            return outputs, value, _gradient(value, leaves)
-
-        with reported(
-            CurvatureError, "the loss cannot be backpropagated (activation checkpointing must be off)"
-        ):
-            (outputs, value, parts), saved = saved_by(self.model, graph)
-            if strangers(outputs):
-                self._module.aliases = {name: [own[name], theirs[name]] for name in own}
-                outputs, value, parts = graph()
-        if missed := strangers(outputs):
-            raise ParameterError(
-                f"the network reaches {', '.join(missed[:5])} by another way than as parameters of its modules, such "
-                "as a custom autograd function or a tensor kept from an earlier pass, which cannot be followed. "
-                "Have forward read them from their modules."
-            )
-        if missed := strangers(value):
-            raise LossError(
-                f"the loss reads the parameters {', '.join(missed[:5])} itself, beside the outputs (a penalty such "
-                "as weight decay?). Leave that term out of loss= and add its curvature to the operator: "
-                "H.shifted(2 * c) for c·‖θ‖²."
-            )
-        if all(part is None for part in parts):
-            raise ParameterError(
-                "no parameter of the model has any effect on the loss. Does forward= call the model it is given, "
-                "and not another one, and outside of no_grad and inference_mode?"
-            )
-        self._example_bytes = saved.num_bytes / max(1, len(batch[1])) if self.cuts else 0.0
-        half = saved.dtypes & {torch.bfloat16, torch.float16}
-        if half and self.dtype not in half:
-            warnings.warn(
-                f"the network computes in {', '.join(sorted(map(str, half)))} inside (autocast in its forward?), "
-                f"though the problem is in {self.dtype}: its derivatives are as coarse as that, a percent or so.",
-                FallbackWarning,
-                stacklevel=4,
-            )
+    def _survey(self, before: tuple[Tensor, Tensor] | None = None) -> None:
+        """Count the rows, and hold the data together if the loss is no mean over rows."""
+        evaluated = ((batch, *self.values(batch)) for batch in self.batches)
+        found = survey(evaluated, self.loss_function, before)
+        self.num_examples, self.total_weight = found.num_rows, found.total_weight
+        self.num_classes = found.num_classes
+        if not found.is_mean(self.dtype) and (self.cuts or self.batches.num_batches > 1):
+            keep_whole(self.batches, found, self.loss_function, self.dtype)
+            self.cuts = False
 
     def _resize(self) -> None:
         """Batches of a size that suits the network, where nobody chose one."""
@@ -582,7 +332,7 @@ class Problem:
             return self
         other = self._cast(dtype)
         other.batches = self.batches.moved(Move(self.device, dtype))
-        other._check()
+        other._survey()
         return other
 
     def sample(self, num_rows: int, dtype: torch.dtype) -> Problem:
@@ -591,7 +341,7 @@ class Problem:
         move = Move(self.device, dtype)
         batch = self.some_rows(num_rows)
         other.batches = Batches([move(batch)], batch_size=None, move=move, budget=4 * num_bytes(batch) + 1)
-        other._check()
+        other._survey()
         return other
 
     def bare(self) -> Problem:
@@ -654,7 +404,7 @@ class Problem:
         data = (torch.cat(inputs), torch.cat(targets))
         move = Move(self.device, self.dtype)
         other.batches = Batches(data, batch_size=None, move=move, budget=self.memory // 4)
-        other._check()
+        other._survey()
         other._resize()
         other.total_weight = self.total_weight
         return other
@@ -683,30 +433,6 @@ class Problem:
         return (
             f"<Problem: {type(self.model).__name__}, {self.num_parameters:,} parameters, "
             f"{self.num_examples:,} examples, {self.num_classes} classes, {self.loss_function.name}>"
-        )
-
-
-def _gradient(value: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
-    """One tensor a leaf, None where it does not enter."""
-    if not value.requires_grad:
-        return (None,) * len(leaves)
-    return torch.autograd.grad(value, leaves, allow_unused=True)
-
-
-def _check_outputs(outputs: Tensor) -> None:
-    """Raise NonFiniteError for outputs that are no numbers."""
-    if not torch.isfinite(outputs).all():
-        raise NonFiniteError(
-            "the model's outputs contain NaN or infinite values; check weights, inputs and dtype."
-        )
-
-
-def _check_same(first: Tensor, again: Tensor) -> None:
-    """Raise NondeterminismError unless two passes gave the same."""
-    if not torch.allclose(first, again, rtol=1e-5, atol=1e-6 * float(first.abs().max())):
-        raise NondeterminismError(
-            "the model gives different outputs for one batch in evaluation mode (functional dropout with "
-            "training=True, or random noise in forward?). Make forward deterministic."
         )
 
 

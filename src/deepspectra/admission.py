@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from deepspectra.batches import Batches, is_pair, map_tensors, tensors
-from deepspectra.checks import Rows, check_finite, examples_are_rows, influence, reported, told
+from deepspectra.checks import (
+    AGREE,
+    AGREE_HALF,
+    Rows,
+    check_finite,
+    examples_are_rows,
+    influence,
+    reported,
+    told,
+)
 from deepspectra.errors import (
     CurvatureError,
     DataError,
@@ -27,13 +36,14 @@ from deepspectra.errors import (
     OptionError,
     ParameterError,
 )
-from deepspectra.evaluation import Evaluated, gradient, reached
+from deepspectra.evaluation import Evaluated, gradient, nodes, reached
 from deepspectra.losses import Loss
 from deepspectra.memory import saved_by
 
 FEW_ROWS = 32  # of each batch, on which a loss is compared with a mean over rows
 MISFIT = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative, of the loss of a batch to those of its parts
 MISFIT_HALF = 0.05
+CHECKPOINTS = "activation checkpointing must be off"
 CALLER = 4  # frames up from a warning given here to the code that made the problem
 Pair = tuple[Tensor, Tensor]
 Tree = dict[str, Tensor]
@@ -146,6 +156,30 @@ def arrange(
     return start, pair, False
 
 
+def confirm(
+    module: Evaluated, batches: Batches, parameters: Tree, outputs: Tensor, order: Tensor | None
+) -> None:
+    """The first batch, cut anew and in another order, gives what its examples gave: `outputs`, before `order`.
+
+    Raises:
+        DataError: examples influence each other, as batches of another size or in another order show.
+
+    Cost: a forward pass of the batch.
+    """
+    batch = next(iter(batches))
+    size = len(batch[0])
+    here = (torch.arange(size) if order is None else order[:size].cpu()).to(outputs.device)
+    common = here < len(outputs)
+    if (order is None and size == len(outputs)) or not bool(common.any()):
+        return
+    again, _ = module.values(parameters, batch)
+    if again.shape[1:] != outputs.shape[1:] or len(again) != size:
+        return
+    limit = AGREE.get(next(iter(parameters.values())).dtype, AGREE_HALF) * float(outputs.abs().max())
+    if not float((outputs[here[common]] - again[common]).abs().max()) <= limit:
+        raise DataError(influence(module.model))
+
+
 # -- rows and the loss ---------------------------------------------------------------------------------------
 
 
@@ -171,13 +205,9 @@ class Survey:
         return all(misfit <= MISFIT.get(dtype, MISFIT_HALF) for misfit in self.misfits)
 
 
-def survey(evaluated: Iterable[tuple[Any, Tensor, Tensor]], loss: Loss, before: Pair | None = None) -> Survey:
-    """Check shapes, labels and finiteness of every batch, and what the first gave `before`, for determinism.
-
-    Cost: a forward pass.
-    """
+def survey(evaluated: Iterable[tuple[Any, Tensor, Tensor]], loss: Loss) -> Survey:
+    """Check shapes, labels and finiteness of every batch, given as batch, outputs and targets, and count."""
     found, generator = Survey(), torch.Generator().manual_seed(0)
-    first: Tensor | None = None
     value, several = 0.0, []
     for batch, outputs, targets in evaluated:
         check_finite(batch)
@@ -186,7 +216,6 @@ def survey(evaluated: Iterable[tuple[Any, Tensor, Tensor]], loss: Loss, before: 
         if not len(outputs):
             continue
         loss.check(outputs, targets)
-        first = outputs if first is None else first
         weights = loss.weights(outputs, targets).double()
         found.num_rows += int((weights > 0).sum())
         found.total_weight += float(weights.sum())
@@ -198,12 +227,10 @@ def survey(evaluated: Iterable[tuple[Any, Tensor, Tensor]], loss: Loss, before: 
             if len(outputs) == len(targets):
                 some = torch.randperm(len(outputs), generator=generator)[:FEW_ROWS].to(outputs.device)
                 several.append((outputs[some], targets[some]))
-    if first is None or found.total_weight <= 0:
+    if found.total_weight <= 0:
         raise DataError("no row counts: every target is ignored or has weight 0.")
     if not math.isfinite(value):
         raise NonFiniteError("the loss is NaN or infinite on this data.")
-    if before is not None:
-        _check_same(first, loss.rows(*before)[0])
     if len(several) > 1 and len({(o.shape[1:], t.shape[1:]) for o, t in several}) == 1:
         outputs, targets = (torch.cat(column) for column in zip(*several, strict=True))
         found.misfits.append(loss.misfit(outputs, targets, generator))
@@ -240,7 +267,9 @@ def keep_whole(batches: Batches, found: Survey, loss: Loss, dtype: torch.dtype) 
 # -- the gradient --------------------------------------------------------------------------------------------
 
 
-def prove(module: Evaluated, loss: Loss, trainable: Collection[str], batch: Any, given: nn.Module) -> int:
+def prove(
+    module: Evaluated, loss: Loss, trainable: Collection[str], batch: Any, before: Pair, given: nn.Module
+) -> int:
     """Prove that a batch's gradient in all trainable parameters can be had, and misses no way; the bytes it keeps.
 
     The graph of the outputs ends at all tensors that they depend on. Parameters of the copy or of the user's model
@@ -251,9 +280,11 @@ def prove(module: Evaluated, loss: Loss, trainable: Collection[str], batch: Any,
         loss: of its outputs.
         trainable: names of parameters.
         batch: one with rows.
+        before: what the network gave for it.
         given: the model as the user gave it.
 
     Raises:
+        NondeterminismError: it gives something else now.
         CurvatureError: it cannot be backpropagated.
         ParameterError: no parameter has an effect, or some are reached by ways that cannot be followed.
         LossError: the loss reads parameters itself.
@@ -277,11 +308,16 @@ def prove(module: Evaluated, loss: Loss, trainable: Collection[str], batch: Any,
             model.requires_grad_(False)
         return outputs, value, gradient(value, leaves)
 
-    with reported(CurvatureError, "the loss cannot be backpropagated (activation checkpointing must be off)"):
+    with reported(CurvatureError, f"the loss cannot be backpropagated ({CHECKPOINTS})"):
         (outputs, value, parts), saved = saved_by(model, graph)
         if strangers(outputs):
             module.aliases = {name: [own[name], theirs[name]] for name in own}
             outputs, value, parts = graph()
+    _check_same(loss.rows(*before)[0], outputs.detach())
+    if any(node.name().startswith("CheckpointFunction") for node in nodes(outputs)):
+        raise CurvatureError(
+            f"the forward pass is checkpointed, and what is run again has no parameters: {CHECKPOINTS}."
+        )
     if missed := strangers(outputs):
         raise ParameterError(
             f"the network reaches {', '.join(missed[:5])} by another way than as parameters of "

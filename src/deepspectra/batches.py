@@ -62,6 +62,24 @@ def tensors(tree: Any) -> Iterator[Tensor]:
             yield from tensors(value)
 
 
+def other_lengths(tree: Any) -> Iterator[int]:
+    """Lengths of lists of numbers or texts and of NumPy arrays among the tensors of a tree."""
+    if isinstance(tree, Mapping):
+        parts = list(tree.values())
+    elif is_dataclass(tree) and not isinstance(tree, type):
+        parts = [getattr(tree, name) for name in _fields(tree)]
+    elif isinstance(tree, (list, tuple)):
+        parts = list(tree)
+        if parts and not any(isinstance(part, (Tensor, Mapping, list, tuple)) for part in parts):
+            yield len(parts)
+    else:
+        parts = []
+        if isinstance(tree, np.ndarray) and tree.ndim:
+            yield len(tree)
+    for part in parts:
+        yield from other_lengths(part)
+
+
 def _of_class(tree: Any, mapped: dict[Any, Any]) -> Any:
     """The mapped values in a mapping of the class of the original, with its other attributes."""
     try:
@@ -170,8 +188,8 @@ class Batches:
         other.held = None if self.held is None else [move(batch) for batch in self.held]
         return other
 
-    def sort_by_label(self) -> None:
-        """Put labelled examples in order of class, so that most batches hold one class.
+    def sort_by_label(self) -> Tensor | None:
+        """Put labelled examples in order of class, so that most batches hold one class; the order (N,), if they are.
 
         Sums over a class then touch its own batches only. Nothing happens unless every batch is held and is
         a pair of one input tensor and integer labels (B,), of equal shapes but for B.
@@ -179,10 +197,11 @@ class Batches:
         held = self.held or []
         whole = self._whole() if all(map(is_labelled, held)) else None
         if whole is None:
-            return
+            return None
         inputs, labels = whole
         order = labels.argsort(stable=True)
         self._cut(inputs[order], labels[order], max(len(y) for _, y in held))
+        return order
 
     def resize(self, batch_size: int) -> None:
         """Cut the examples, in their order, into equal batches of about so many, unless the user chose a size.
@@ -231,6 +250,11 @@ class Batches:
     def _check_second_pass(self, marks: list[tuple[float, float]]) -> None:
         assert self._source is not None
         again = [_fingerprint(batch) for batch in _read(self._source)]
+        if not again:
+            raise NondeterminismError(
+                "a second pass over the data brought nothing: it can be read once only. Read it into a list first, "
+                "data=list(...), and pass that."
+            )
         totals = self.mark, _total(again)
         if not _close(totals[0][0], totals[1][0]) or not _close(totals[0][1], totals[1][1]):
             raise NondeterminismError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepspectra.batches import map_tensors, tensors
+from deepspectra.batches import map_tensors, other_lengths, tensors
 from deepspectra.errors import DataError, DeepSpectraError, OptionError, ParameterError, first_line
 
 FEW = 3  # examples that are evaluated alone to see whether the others of their batch matter
@@ -129,14 +129,17 @@ def _agrees(evaluate: Evaluate, batch: Any, outputs: Tensor, dtype: torch.dtype,
     `dim` is that of the examples: 1 where the positions of a sequence come first.
     """
     leaves = [leaf for leaf in tensors(batch) if leaf.ndim]
-    if any(leaf.layout != torch.strided for leaf in leaves):
-        return None
     lead = leaves[0].shape[: dim + 1] if leaves else torch.Size()
-    if len(lead) <= dim or lead[dim] < 2 or any(leaf.shape[: dim + 1] != lead for leaf in leaves):
+    if (
+        len(lead) <= dim
+        or lead[dim] < 2
+        or any(leaf.layout != torch.strided or leaf.shape[: dim + 1] != lead for leaf in leaves)
+        or lead[dim] in other_lengths(batch)  # rows that only the network could cut
+        or not outputs.numel()
+        or outputs.numel() % lead.numel()
+    ):
         return None
     chosen = torch.tensor(_few(lead[dim]), device=outputs.device)
-    if not outputs.numel() or outputs.numel() % lead.numel():
-        return None
     cut = map_tensors(lambda leaf: leaf.index_select(dim, chosen) if leaf.ndim else leaf, batch)
     try:
         alone, _ = evaluate(cut)

@@ -139,16 +139,19 @@ class Forward:
             lead = cotangent.shape[:1] if batched else ()
             return [leaf.new_zeros((*lead, *leaf.shape)) for leaf in self.leaves]
         with differentiable():
-            return list(
-                torch.autograd.grad(
-                    self.graph,
-                    self.leaves,
-                    cotangent,
-                    retain_graph=True,
-                    materialize_grads=True,
-                    is_grads_batched=batched,
-                )
+            parts = torch.autograd.grad(
+                self.graph,
+                self.leaves,
+                cotangent,
+                retain_graph=True,
+                allow_unused=True,  # and filled here: PyTorch forgets the columns of a block
+                is_grads_batched=batched,
             )
+        lead = cotangent.shape[:1] if batched else ()
+        return [
+            leaf.new_zeros((*lead, *leaf.shape)) if part is None else part
+            for leaf, part in zip(self.leaves, parts, strict=True)
+        ]
 
 
 class Jacobian(Forward):

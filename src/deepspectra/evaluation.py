@@ -132,18 +132,22 @@ def gradient(value: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
     return torch.autograd.grad(value, leaves, allow_unused=True)
 
 
-def reached(*values: Tensor) -> Iterator[Tensor]:
-    """The tensors at which the graph of some values ends: whatever they can be differentiated by."""
-    nodes = [value.grad_fn for value in values if value.grad_fn is not None]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        if node.name() == "torch::autograd::AccumulateGrad":
-            yield node.variable  # type: ignore[attr-defined]
+def nodes(value: Tensor) -> Iterator[Any]:
+    """The nodes of a value's graph."""
+    left = [value.grad_fn] if value.grad_fn is not None else []
+    seen = set(left)
+    while left:
+        node = left.pop()
+        yield node
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
-                nodes.append(following)
+                left.append(following)
+
+
+def reached(value: Tensor) -> Iterator[Tensor]:
+    """The tensors at which the graph of a value ends: whatever it can be differentiated by."""
+    return (node.variable for node in nodes(value) if node.name() == "torch::autograd::AccumulateGrad")
 
 
 def forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -192,16 +196,27 @@ def evaluation_copy(model: nn.Module, mode: str = "eval") -> nn.Module:
             f"the model cannot be copied: {first_line(error)}. Delete the attribute that cannot (a lock, a "
             "generator, an open file), or give its class a __deepcopy__."
         ) from error
-    for module in twin.eval().modules():
+    twin.eval()
+    for module in twin.modules():
         if mode == "train" and isinstance(module, NORMS):
             module.track_running_stats, module.running_mean, module.running_var = False, None, None
         if type(module) is nn.EmbeddingBag:
             module.__class__ = _Bag
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            module.sparse = False  # the same gradients, in a form that has derivatives
+            _as_table(module)
     for p in twin.parameters():
         p.grad = None
     return twin
+
+
+def _as_table(module: nn.Embedding | nn.EmbeddingBag) -> None:
+    """Look rows up and nothing else: no sparse gradients, none scaled by frequency, no row shortened by the way."""
+    module.sparse = module.scale_grad_by_freq = False
+    if module.max_norm is not None:
+        with torch.no_grad():
+            rows = torch.arange(module.num_embeddings, device=module.weight.device)
+            nn.functional.embedding(rows, module.weight, None, module.max_norm, module.norm_type)
+        module.max_norm = None
 
 
 def _copied(model: nn.Module, modules: list[nn.Module]) -> nn.Module:
@@ -239,8 +254,6 @@ class _Bag(nn.EmbeddingBag):
         self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
     ) -> Tensor:
         """Sums, means or maxima (B, d) of the rows of each bag."""
-        if self.max_norm is not None or self.scale_grad_by_freq:
-            return super().forward(input, offsets, per_sample_weights)
         index = input.flatten()
         if input.ndim == 2:
             offsets = torch.arange(0, len(index) + 1, input.shape[1], device=input.device)[: len(input)]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from deepspectra.errors import DataError, LossError, ShapeError
+from deepspectra.errors import CurvatureError, DataError, LossError, ShapeError, first_line
 
 
 class Loss(ABC):
@@ -64,8 +64,19 @@ class Loss(ABC):
             (gradient,) = torch.autograd.grad(self.total(leaf, targets), leaf, create_graph=True)
             if not gradient.requires_grad:
                 return torch.zeros_like(outputs)
-            (product,) = torch.autograd.grad(gradient, leaf, tangents, allow_unused=True)
+            try:
+                (product,) = torch.autograd.grad(gradient, leaf, tangents, allow_unused=True)
+            except RuntimeError as error:
+                raise CurvatureError(
+                    f"the loss {self.name!r} has no second derivative in the outputs "
+                    f"({first_line(error)}), without which "
+                    "neither H nor G is known."
+                ) from error
         return torch.zeros_like(outputs) if product is None else product
+
+    def rows_interact(self, outputs: Tensor, targets: Tensor) -> bool:
+        """Whether the gradient of one half of the rows changes with the outputs of the other. Cost: one curvature."""
+        return False
 
     def misfit(self, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> float:
         """How far a batch's total is from the totals of its rows in two parts, relatively; 0 for sums over rows."""
@@ -350,6 +361,16 @@ class MeanLoss(Loss):
         of_values = (whole - values.sum()).abs() / (whole.abs() + values.abs().sum()).clamp_min(tiny)
         of_slopes = (slope - slopes).norm() / (slope.norm() + slopes.norm()).clamp_min(tiny)
         return max(float(of_values), float(of_slopes))
+
+    def rows_interact(self, outputs: Tensor, targets: Tensor) -> bool:
+        """As said there: a tangent of one half has curvature in the other."""
+        half = torch.arange(len(outputs), device=outputs.device) % 2 == 0
+        tangents = torch.zeros_like(outputs)
+        tangents[half] = torch.randn(
+            tangents[half].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        ).to(outputs)
+        image = self.curvature(outputs, targets, tangents)
+        return float(image[~half].norm()) > 1e-3 * float(image.norm())
 
     def _value_and_slope(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return self.total(outputs, targets).detach().double(), self.gradient(outputs, targets).double()

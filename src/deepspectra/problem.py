@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspectra import losses
-from deepspectra.admission import arrange, keep_whole, prove, settle, survey
+from deepspectra.admission import arrange, confirm, keep_whole, prove, settle, survey
 from deepspectra.batches import Batches, Move, is_labelled, map_tensors, num_bytes
 from deepspectra.checks import check_model, usable
 from deepspectra.errors import (
@@ -143,13 +143,15 @@ class Problem:
         self._stamps: dict[str, tuple[int, int]] = {}
         start, pair = settle(self._module, self.batches, self.loss_function, self.parameters)
         start, pair, self.cuts = arrange(self._module, self.batches, self.parameters, start, pair, mode)
-        self._survey(pair)
-        saved = prove(self._module, self.loss_function, self._trainable, start, unwrapped(model))
+        self._survey(start, pair)
+        saved = prove(self._module, self.loss_function, self._trainable, start, pair, unwrapped(model))
         self._example_bytes = saved / max(1, len(start[1])) if self.cuts else 0.0
+        order = None
         if self.cuts:
             if self.loss_function.is_cross_entropy and forward is None:
-                self.batches.sort_by_label()
+                order = self.batches.sort_by_label()
             self._resize()
+            confirm(self._module, self.batches, self.parameters, pair[0], order)
         self._stamps = self._now()
 
     @property
@@ -308,10 +310,20 @@ class Problem:
 
     # -- other problems ----------------------------------------------------------------------------------------
 
-    def _survey(self, before: tuple[Tensor, Tensor] | None = None) -> None:
-        """Count the rows, and hold the data together if the loss is no mean over rows."""
-        evaluated = ((batch, *self.values(batch)) for batch in self.batches)
-        found = survey(evaluated, self.loss_function, before)
+    def _survey(self, start: Any = None, pair: tuple[Tensor, Tensor] | None = None) -> None:
+        """Count the rows, and hold the data together if the loss is no mean over rows; what a batch gives is known."""
+        evaluated = (
+            (
+                batch,
+                *(
+                    self.values(batch)
+                    if pair is None or batch is not start
+                    else self.loss_function.rows(*pair)
+                ),
+            )
+            for batch in self.batches
+        )
+        found = survey(evaluated, self.loss_function)
         self.num_examples, self.total_weight = found.num_rows, found.total_weight
         self.num_classes = found.num_classes
         if not found.is_mean(self.dtype) and (self.cuts or self.batches.num_batches > 1):

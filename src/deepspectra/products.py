@@ -31,7 +31,7 @@ from deepspectra.differentiation import (
     jacobian_block_error,
     jacobian_error,
 )
-from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError, first_line
+from deepspectra.errors import CurvatureError, MemoryBudgetError, NonFiniteError, OptionError, first_line
 from deepspectra.evaluation import refuse_modes
 from deepspectra.memory import measured
 from deepspectra.problem import Problem
@@ -232,7 +232,7 @@ class Products:
             for total, rows, (_, among) in zip(totals, given, blocks, strict=True):
                 apply = functools.partial(graph, among=among)
                 self._through(total, rows, kind, apply, split=True, among=among)
-        return [total.T for total in totals]
+        return [_finite(total).T for total in totals]
 
     def _loss_of(self, batch: Any) -> Scalar:
         return lambda parameters: self.problem.loss_function.total(*self.problem.evaluate(parameters, batch))
@@ -283,7 +283,7 @@ class Products:
             pushed = self._push(jacobian, rows)
             bent = [middle(jacobian.outputs, jacobian.targets, tangent) for tangent in pushed]
             self._pull(total, jacobian, torch.stack(bent))
-        return total.T
+        return _finite(total).T
 
     def pull_each(
         self,
@@ -341,7 +341,7 @@ class Products:
                 raise CurvatureError(
                     "no way of differentiating this network twice is right: " + "; ".join(self.faults) + ". "
                     "Replace operations without a second derivative (custom autograd functions, fused "
-                    f"kernels), or {less}."
+                    f"kernels) or with a stopped one (detach, no_grad, straight-through), or {less}."
                 )
         self.notes["way"] = self._way.name
         self.notes["check"] = "; ".join(self.faults) or "symmetric, and agrees with finite differences"
@@ -369,7 +369,9 @@ class Products:
             self.faults.append(f"{way.name} failed ({first_line(failure)})")
             return False
         if error > CHECK_TOLERANCE:
-            self.faults.append(f"{way.name} is wrong by {error:.1%} (symmetry or finite difference)")
+            self.faults.append(
+                f"{way.name} is wrong by {error:.1e}, relatively (symmetry or finite difference)"
+            )
         return error <= CHECK_TOLERANCE
 
     def _linearizes(self, linearize: bool) -> bool:
@@ -381,7 +383,7 @@ class Products:
             self.jacobian_faults.append(f"{name} failed ({first_line(failure)})")
             return False
         if error > CHECK_TOLERANCE:
-            self.jacobian_faults.append(f"{name} is wrong by {error:.1%} (finite difference)")
+            self.jacobian_faults.append(f"{name} is wrong by {error:.1e}, relatively (finite difference)")
         return error <= CHECK_TOLERANCE
 
     def _blocks_are_right(self, second: bool) -> bool:
@@ -452,7 +454,9 @@ class Products:
                 "no way to J v, the derivative of the outputs along a vector, is right on this network: "
                 + "; ".join(self.jacobian_faults)
                 + ". It takes a backward pass that can be differentiated, or forward-mode derivatives, of every "
-                f"operation. Replace the one named (is a custom backward pass wrong?), or {FIRST_ONLY}."
+                "operation, and derivatives that agree with its values: a custom backward pass may be wrong, or a "
+                "gradient stopped (detach, no_grad, straight-through; leave what lies before it out by parameters=). "
+                f"Replace the operation, or {FIRST_ONLY}."
             )
         batch, scale = self.problem.some_rows(TIMED_ROWS), self._rows_a_batch() / TIMED_ROWS
         seconds = self._time_jacobian(batch, scale, linearize=False)
@@ -506,6 +510,19 @@ def products_of(problem: Problem) -> Products:
         problem.kept["products"] = Products(problem)
     found: Products = problem.kept["products"]
     return found
+
+
+def _finite(total: Tensor) -> Tensor:
+    """A sum of products, all of it numbers."""
+    if not bool(total.isfinite().all()):
+        raise NonFiniteError(
+            "a product is NaN or infinite: the vector is, or a derivative of the network is "
+            "singular at its parameters "
+            "(a norm or a root of zero, 0/0 in a backward pass), or numbers outgrow the dtype. "
+            "Keep such operations away "
+            "from zero (an epsilon inside the root), or pass dtype=torch.float64."
+        )
+    return total
 
 
 def _add(total: list[Tensor], parts: list[Tensor]) -> None:

@@ -19,7 +19,6 @@ from deepspectra.report.region_charts import region_shifts
 from nets import CASES, labels
 from reference import GONE, case_and_reference, error
 
-
 REMOVED = {name: GONE[name] for name in ("class", "class + logit", "interaction", "cross", "within")}
 REMOVED_OF_HESSIAN = REMOVED | {"residual": ("residual",)}
 

@@ -150,7 +150,7 @@ def test_attributed_knockouts_are_those_of_dense_matrices(name: str, kind: str, 
 
 
 def test_class_alone_would_be_another_matrix() -> None:
-    """What the tests above could not tell apart if it were near: before training true is as large as class, or more."""
+    """What the tests above would not tell apart if it were near."""
     for name in NAMES[:3]:
         _, ref = case_and_reference(name)
         together, alone = (

@@ -222,7 +222,12 @@ def attribute(
                 _knockout((), "subtraction", pairs.values, pairs.residual_norms, threshold, ()),
                 *_knockouts(space, parts, pairs, threshold, most),
                 _knockout(
-                    ("means",), "subtraction", edge_values, edge_norms, threshold, taken(("means",), tuple(parts))
+                    ("means",),
+                    "subtraction",
+                    edge_values,
+                    edge_norms,
+                    threshold,
+                    taken(("means",), tuple(parts)),
                 ),
             ]
         finally:
@@ -496,17 +501,19 @@ def _percent(share: float) -> str:
 
 def _judgement(result: Attribution) -> str:
     """Which means explain the outliers: the fewest whose removal leaves none, or few; and what is of no means."""
-    count, shares = result.num_outliers, result.mean_shares
+    count = result.num_outliers
+    residual, within = (_percent(result.mean_shares[name]) for name in ("residual", "within"))
     for most, adverb in ((0.0, ""), (1 - MOSTLY, " for the most part")):
         for removed in (("class",), ("class", "logit")):
             left = result.knockout(*removed)
             if left.num_outliers <= most * count:
                 gone, sure = count - left.num_outliers, max(0, count - left.num_outliers_at_most)
                 number = f"{gone} of {count}" + (f", or {sure} within the error" if sure < gone else "")
+                means = " and ".join(removed)
                 return (
-                    f"So by knock-out the outliers are attributable{adverb} to the {' and '.join(removed)} means "
-                    f"(then below the threshold: {number}); by share {_percent(shares['residual'])} of them is residual "
-                    f"and {_percent(shares['within'])} within, which no means make."
+                    f"So by knock-out the outliers are attributable{adverb} to the {means} means (then below the "
+                    f"threshold: {number}); by share {residual} of them is residual and {within} within, which no "
+                    "means make."
                 )
     return f"So neither explains the outliers: more than {1 - MOSTLY:.0%} of them stay."
 

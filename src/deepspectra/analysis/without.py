@@ -1,4 +1,4 @@
-"""A symmetric matrix without some of its parts, and which ranks are more than rounding: one program for all spectra."""
+"""A symmetric matrix without some of its parts, and which ranks are more than rounding."""
 
 from __future__ import annotations
 

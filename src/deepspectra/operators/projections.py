@@ -173,9 +173,9 @@ def taken(
     """The parts that go when some are knocked out, by subtraction and by projection alike.
 
     * "class" takes "true" with it. Σ_k p_{i,k} g_{i,k} = 0 for each example, so w_{c,c} g_{c,c} = −w_c g_c: both are
-      made of the same vectors g_c, and G_class + G_true = Σ_c w_c (1 + w_c/w_{c,c}) g_c g_cᵀ. Without class alone as
-      much as (w_c/w_{c,c}) of it would still stand there: nine times as much, for ten classes at initialisation. With
-      first="logit" class is only what the logit means leave of the g_c, and true goes when both are removed.
+      made of the same vectors g_c, and G_class + G_true = Σ_c w_c (1 + w_c/w_{c,c}) g_c g_cᵀ. Without class alone
+      w_c/w_{c,c} times as much would stand where it stood: C − 1 times at initialisation. With first="logit" class
+      is only what the logit means leave of the g_c, and true goes when both go.
     * "true" is true alone (to project it out is to project class out too: they span the same).
     * "cross" is "logit" and "interaction" where it is split in two.
     * "means" is all but "within" and "residual".

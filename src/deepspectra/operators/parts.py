@@ -288,8 +288,8 @@ def _difference(one: Problem, other: Problem) -> str:
     """In what two problems differ of all that their curvature depends on; "" if in nothing."""
     if one is other:
         return ""
-    if one.dtype != other.dtype:
-        return "dtypes"
+    if (one.dtype, one.device) != (other.dtype, other.device):
+        return "dtypes or devices"
     if one.parameter_names != other.parameter_names:
         return "parameters"
     if one.model is not other.model and not _same_weights(one, other):

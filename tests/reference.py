@@ -292,6 +292,27 @@ def projections(weights: Tensor, labels: Tensor, groups: Tensor | None = None) -
     }
 
 
+GONE = {  # what is named in a knock-out → what is gone then; class comes before logit
+    "class": ("class", "true"),
+    "logit": ("logit",),
+    "class + logit": ("class", "logit", "true"),
+    "interaction": ("interaction",),
+    "cross": ("logit", "interaction"),
+    "true": ("true",),
+    "means": ("class", "logit", "interaction", "true"),
+    "within": ("within",),
+}
+
+
+def without(matrix: Tensor, rows: Tensor, projection: Tensor, method: str = "subtraction") -> Tensor:
+    """M − B, or (I − QQᵀ) M (I − QQᵀ) with Q a basis of B, for the part B = AᵀΠA of rows A."""
+    factor = rows.T @ projection
+    if method == "subtraction":
+        return matrix - factor @ factor.T
+    away = torch.eye(len(matrix)).to(matrix) - onto(factor, 1e-6)
+    return away @ matrix @ away
+
+
 def onto(columns: Tensor, rtol: float = 1e-10) -> Tensor:
     """The orthogonal projection on the span of the columns, their rank decided at `rtol` of the largest."""
     u, s, _ = torch.linalg.svd(columns, full_matrices=False)

@@ -6,6 +6,7 @@ import torch
 import deepspectra as ds
 from deepspectra import errors, zoo
 from deepspectra.algorithms.eigenpairs import explore
+from deepspectra.analysis.attribution import Attribution, Knockout
 from deepspectra.operators.parts import Means
 
 
@@ -202,6 +203,61 @@ def test_verdicts_state_counts_and_thresholds(attribution):
     assert f"{attribution.threshold:.3g}" in text
     assert "residual" in text
     assert str(attribution).endswith(attribution.verdicts[-1])
+
+
+def told(values, shares, left):
+    """The last verdict on outliers with these shares of class, logit, within and residual, over a threshold of 10.
+
+    `left` gives values and residual norms without class, and without class and logit.
+    """
+    knockouts = []
+    for removed, (rest, norms) in zip((("class",), ("class", "logit")), left, strict=True):
+        at_least, errors_of = torch.tensor(rest).double(), torch.tensor(norms).double()
+        counts = int((at_least > 10).sum()), int((at_least + errors_of > 10).sum())
+        for method in ("subtraction", "projection"):
+            knockouts.append(Knockout(removed, method, at_least, errors_of, *counts))
+    values, shares = torch.tensor(values).double(), torch.tensor(shares).double()
+    return Attribution(
+        values=values,
+        residual_norms=torch.zeros_like(values),
+        part_names=("class", "logit", "within", "residual"),
+        pair_shares=shares.expand(len(values), 4),
+        bulk_edge=8.0,
+        threshold=10.0,
+        margin=1.25,
+        num_outliers=int((values > 10).sum()),
+        complete=True,
+        knockouts=tuple(knockouts),
+        num_products=0,
+        seconds=0.0,
+        provenance=None,
+    ).verdicts[-1]
+
+
+def test_the_verdict_says_how_much_no_means_make():
+    """Knock-outs alone may bring under the threshold what is mostly something else."""
+    text = told([14.0, 3.0], [0.03, 0.34, 0.24, 0.39], [([13.0, 2.0], [0, 0]), ([9.0, 1.0], [0, 0])])
+    assert text == (
+        "So by knock-out the outliers are attributable to the class and logit means (then below the threshold: "
+        "1 of 1); by share 39% of them is residual and 24% within, which no means make."
+    )
+
+
+def test_the_verdict_says_what_the_errors_leave_open():
+    left = [([9.0, 5.0], [2.0, 0.1]), ([1.0, 1.0], [0, 0])]
+    text = told([14.0, 13.0], [0.9, 0.05, 0.05, 0.0], left)
+    assert "attributable to the class means (then below the threshold: 2 of 2, or 1 within the error)" in text
+    left = [([11.0, 11.0], [0, 0]), ([11.0, 9.0, 8.0, 7.0], [0, 0, 0, 0])]
+    text = told([14.0, 13.0, 12.0, 11.0], [0.5, 0.3, 0.1, 0.1], left)
+    assert "for the most part to the class and logit means (then below the threshold: 3 of 4)" in text
+    text = told([14.0, 13.0], [0.1, 0.1, 0.1, 0.7], [([12.0, 11.0], [0, 0])] * 2)
+    assert text == "So neither explains the outliers: more than 25% of them stay."
+
+
+def test_the_verdicts_shares_are_those_of_the_outliers(attribution):
+    residual, within = (round(100 * attribution.mean_shares[name]) + 0 for name in ("residual", "within"))
+    assert within > 0
+    assert f"by share {residual}% of them is residual and {within}% within" in attribution.verdicts[-1]
 
 
 def test_no_outlier_is_a_verdict_too(problem):

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 import deepspectra as ds
-from deepspectra.analysis.regions import OF, REMOVED, REMOVED_OF_HESSIAN, Shifts
+from deepspectra.analysis.regions import OF, Shifts
 from deepspectra.apps.pages import save_page
 from deepspectra.apps.regions import CLAIMS, regions_dataset, sentences
 from deepspectra.errors import DataError, LossError, MemoryBudgetError, OptionError
 from deepspectra.report.drawing import save_chart
 from deepspectra.report.region_charts import region_shifts
 from nets import CASES, labels
-from reference import case_and_reference, error
+from reference import GONE, case_and_reference, error
+
+REMOVED = {name: GONE[name] for name in ("class", "class + logit", "interaction", "cross", "within")}
+REMOVED_OF_HESSIAN = REMOVED | {"residual": ("residual",)}
 
 
 def descending(matrix: Tensor) -> Tensor:

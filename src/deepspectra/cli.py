@@ -15,7 +15,7 @@ from deepspectra import zoo
 from deepspectra.analysis.class_groups import class_groups
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.layers import Layers, layers
-from deepspectra.analysis.regions import METHODS, NUM_GROUPS, regions
+from deepspectra.analysis.regions import NUM_GROUPS, regions
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
 from deepspectra.analysis.study import study
 from deepspectra.apps.analyze import Analysis, analyze, save_series
@@ -27,6 +27,7 @@ from deepspectra.apps.regions import regions_dataset
 from deepspectra.apps.study import STUDIES, study_dataset
 from deepspectra.apps.targets import CONSOLE, Choice, chosen_problem, moments
 from deepspectra.errors import DeepSpectraError, OptionError
+from deepspectra.operators.projections import METHODS
 from deepspectra.problem import Problem
 from deepspectra.report.page import write, write_series
 

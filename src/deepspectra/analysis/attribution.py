@@ -12,10 +12,11 @@ from torch import Tensor
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.lanczos import Krylov, basis_capacity, seeded
 from deepspectra.analysis.gram import MARGIN
+from deepspectra.analysis.without import range_of, significant
 from deepspectra.errors import MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.parts import Decomposition, Means, Part
-from deepspectra.operators.projections import positive
+from deepspectra.operators.projections import METHODS, TWO_WAY, positive, taken
 from deepspectra.results import Eigenpairs, Provenance
 
 EDGE_RTOL = 5e-2  # its eigenvalue is then right to about its square
@@ -33,12 +34,13 @@ class Knockout:
     """The top of the spectrum after parts are taken away.
 
     Attributes:
-        removed: names of the parts; () for nothing, ("means",) for every mean.
+        removed: what is taken away, by name; () for nothing, ("means",) for every mean.
         method: "subtraction", A − B, or "projection", (I − QQᵀ) A (I − QQᵀ) with Q a basis of B.
         values: eigenvalues of what is left, descending; lower bounds, by Rayleigh-Ritz.
         residual_norms: an eigenvalue lies within so much of each value.
         num_outliers: values above the threshold.
         num_outliers_at_most: values that reach it when their residual norm is added.
+        parts: all that is gone then: with class also true, whose means are collinear with the class means.
     """
 
     removed: tuple[str, ...]
@@ -47,6 +49,7 @@ class Knockout:
     residual_norms: Tensor
     num_outliers: int
     num_outliers_at_most: int
+    parts: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -102,9 +105,13 @@ class Attribution:
         return dict(zip(self.part_names, means.tolist(), strict=True))
 
     def knockout(self, *removed: str, method: str = "subtraction") -> Knockout:
-        """The knock-out of these parts by this method."""
+        """The knock-out of these parts by this method; "class" and "class", "true" name the same one.
+
+        Raises:
+            OptionError: it was not made.
+        """
         for knockout in self.knockouts:
-            if set(knockout.removed) == set(removed) and knockout.method == method:
+            if set(removed) in (set(knockout.removed), set(knockout.parts)) and knockout.method == method:
                 return knockout
         known = sorted({knockout.name for knockout in self.knockouts})
         raise OptionError(f"no knock-out of {removed} by {method}; there are {', '.join(known)}.")
@@ -146,7 +153,8 @@ def attribute(
     Edge and knock-outs are evaluated together in one subspace, the Krylov basis that found the pairs. It grows
     along the residuals of whatever is not settled yet, which lie in the span of the class and logit means, so
     that 2C−1 products at most give the eigenvalues of every A − B and of every projection, with measured
-    residuals. Class goes with true, whose means are collinear with the class means.
+    residuals. Class takes true with it, whose means are collinear with the class means (with first="logit" when
+    logit goes too); `gram_spectrum` and `regions` mean the same.
 
     Args:
         operator: the Hessian or Gauss-Newton matrix of a problem.
@@ -162,8 +170,8 @@ def attribute(
         progress: called with (products so far, None).
 
     Raises:
-        ShapeError: operator and parts belong to different problems.
-        OptionError: parts not made by `decompose`, or a margin below 1.
+        ShapeError: operator and parts belong to problems of different sizes.
+        OptionError: parts not made by `decompose` or of another problem, or a margin below 1.
         MemoryBudgetError: memory has no room for the pairs, the class and logit means and one product.
 
     Cost: the edge, about 5 products, and the knock-outs, 2C−1 at most, but no more of them than memory has room for;
@@ -178,6 +186,7 @@ def attribute(
             f"the operator has {operator.shape[0]:,} rows and the parts {parts.problem.num_parameters:,}; both "
             "must come from one problem."
         )
+    parts.check_operator(operator)
     if margin < 1:
         raise OptionError(f"margin={margin}: it is at least 1.")
     products = _Counter(progress)
@@ -210,9 +219,16 @@ def attribute(
             threshold = margin * edge
             space.make_room(factors + most)
             knockouts = [
-                _knockout((), "subtraction", pairs.values, pairs.residual_norms, threshold),
+                _knockout((), "subtraction", pairs.values, pairs.residual_norms, threshold, ()),
                 *_knockouts(space, parts, pairs, threshold, most),
-                _knockout(("means",), "subtraction", edge_values, edge_norms, threshold),
+                _knockout(
+                    ("means",),
+                    "subtraction",
+                    edge_values,
+                    edge_norms,
+                    threshold,
+                    taken(("means",), tuple(parts)),
+                ),
             ]
         finally:
             if not had_means:
@@ -345,21 +361,16 @@ class _Space:
         self.krylov.tracked = torch.cat([tracked, added], 1)
         self.columns["true"] = slice(before, before + added.shape[1])
 
-    def _coordinates(self, names: tuple[str, ...]) -> Tensor:
-        return torch.cat([self.krylov.tracked[:, self.columns[name]] for name in names], 1)
-
-    def left(self, names: tuple[str, ...], method: str, num: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Without the means of these names: the largest Ritz values, their residual norms and directions in W."""
+    def left(self, gone: tuple[str, ...], method: str, num: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Without these parts: the largest Ritz values, their residual norms and directions in W."""
         size = self.krylov.num_basis
         image = self.krylov.projected  # of Q under A, in coordinates of E
         start = torch.eye(len(image), size, dtype=image.dtype)
+        factor = torch.cat([self.krylov.tracked[:, self.columns[name]] for name in gone], 1)
         if method == "subtraction":
-            factor = self._coordinates((*names, "true") if "class" in names else names)
             image = image - factor @ factor[:size].T
         else:
-            factor = self._coordinates(names)
-            inner, singular, _ = torch.linalg.svd(factor, full_matrices=False)
-            removed = inner[:, _kept(singular)]
+            removed = range_of(factor)
             start = start @ _null_space(removed[:size].T)
             image = image @ start[:size]
             image = image - removed @ (removed.T @ image)
@@ -414,13 +425,8 @@ def _matters(values: Tensor, norms: Tensor, threshold: float) -> Tensor:
 def _null_space(rows: Tensor) -> Tensor:
     """Orthonormal columns that these rows (r, m) map to zero."""
     _, singular, right = torch.linalg.svd(rows, full_matrices=True)
-    kept: Tensor = right[int(_kept(singular).sum()) :].T
+    kept: Tensor = right[int(significant(singular).sum()) :].T
     return kept
-
-
-def _kept(singular: Tensor) -> Tensor:
-    """Which singular values are more than rounding."""
-    return singular > 1e-6 * singular.max() if len(singular) else singular > 0
 
 
 def _knockouts(
@@ -432,13 +438,14 @@ def _knockouts(
     """
     space.include({name: parts.factor(name) for name in ("class", "logit")})
     space.include_true(parts)
+    first = parts.projections.first
     cases = [
-        (removed, method)
+        (removed, method, taken(removed, TWO_WAY, first=first, method=method))
         for removed in (("class",), ("logit",), ("class", "logit"))
-        for method in ("subtraction", "projection")
+        for method in METHODS
     ]
     for step in range(most + 1):
-        found = [space.left(*case, len(pairs.values)) for case in cases]
+        found = [space.left(gone, method, len(pairs.values)) for _, method, gone in cases]
         unsettled = [
             directions[:, (norms > KNOCKOUT_RTOL * values.abs()) & _matters(values, norms, threshold)]
             for values, norms, directions in found
@@ -447,13 +454,18 @@ def _knockouts(
             break
         space.grow(torch.cat(unsettled, 1))
     return [
-        _knockout(*case, values, norms, threshold)
-        for case, (values, norms, _) in zip(cases, found, strict=True)
+        _knockout(removed, method, values, norms, threshold, gone)
+        for (removed, method, gone), (values, norms, _) in zip(cases, found, strict=True)
     ]
 
 
 def _knockout(
-    removed: tuple[str, ...], method: str, values: Tensor, residuals: Tensor, threshold: float
+    removed: tuple[str, ...],
+    method: str,
+    values: Tensor,
+    residuals: Tensor,
+    threshold: float,
+    gone: tuple[str, ...],
 ) -> Knockout:
     values, residuals = values.cpu(), residuals.cpu().double()
     return Knockout(
@@ -463,6 +475,7 @@ def _knockout(
         residual_norms=residuals,
         num_outliers=int((values > threshold).sum()),
         num_outliers_at_most=int((values + residuals > threshold).sum()),
+        parts=gone,
     )
 
 
@@ -473,13 +486,12 @@ def _verdicts(result: Attribution) -> tuple[str, ...]:
         return (f"No outlier: no eigenvalue lies {rule}.",)
     means = result.mean_shares
     shares = ", ".join(f"{_percent(share)} {name}" for name, share in means.items())
-    left = {name: result.knockout(*name.split(" + ")) for name in ("class", "class + logit")}
     return (
         f"{'' if result.complete else 'At least '}{count} outlier{'s' if count > 1 else ''} ({rule}): on average "
         f"{shares}.",
         f"Knocking out the class means {_leaves(result, 'class')}, class and logit means "
         f"{_leaves(result, 'class', 'logit')}.",
-        _judgement(left, count),
+        _judgement(result),
     )
 
 
@@ -487,14 +499,22 @@ def _percent(share: float) -> str:
     return f"{round(100 * share) + 0:d}%"
 
 
-def _judgement(left: dict[str, Knockout], count: int) -> str:
-    """Which means explain the outliers: the fewest whose removal leaves none, or few."""
+def _judgement(result: Attribution) -> str:
+    """Which means explain the outliers: the fewest whose removal leaves none, or few; and what is of no means."""
+    count = result.num_outliers
+    residual, within = (_percent(result.mean_shares[name]) for name in ("residual", "within"))
     for most, adverb in ((0.0, ""), (1 - MOSTLY, " for the most part")):
-        for name, knockout in left.items():
-            if knockout.num_outliers <= most * count:
-                means = name.replace(" + ", " and ")
-                rule = f" (at least {MOSTLY:.0%} of them gone)" if adverb else " (all of them gone)"
-                return f"So the outliers are attributable{adverb} to the {means} means{rule}."
+        for removed in (("class",), ("class", "logit")):
+            left = result.knockout(*removed)
+            if left.num_outliers <= most * count:
+                gone, sure = count - left.num_outliers, max(0, count - left.num_outliers_at_most)
+                number = f"{gone} of {count}" + (f", or {sure} within the error" if sure < gone else "")
+                means = " and ".join(removed)
+                return (
+                    f"So by knock-out the outliers are attributable{adverb} to the {means} means (then below the "
+                    f"threshold: {number}); by share {residual} of them is residual and {within} within, which no "
+                    "means make."
+                )
     return f"So neither explains the outliers: more than {1 - MOSTLY:.0%} of them stay."
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepspectra.analysis.without import significant
 from deepspectra.operators.captures import parameters_of
 from deepspectra.operators.held import HeldRows
 from deepspectra.operators.layerwise import counted, features_of, membership
@@ -90,7 +91,7 @@ def collapse_of(features: Tensor, rows: GradientRows, layer: str) -> Collapse:
     _, singular, right = torch.linalg.svd(
         centred * (sizes / sizes.sum()).sqrt()[:, None], full_matrices=False
     )
-    rank = max(1, min(len(centred) - 1, int((singular > 1e-6 * singular[0]).sum())))
+    rank = max(1, min(len(centred) - 1, int(significant(singular).sum())))
     scatter = (features - member @ means)[live] @ right[:rank].T  # (N, C' − 1)
     ratios = scatter.square().mean(0) / singular[:rank].square()
     norms = centred.norm(dim=1)

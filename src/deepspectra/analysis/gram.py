@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.lanczos import seeded
-from deepspectra.errors import OptionError
+from deepspectra.analysis.without import without
 from deepspectra.operators.held import HeldRows
 from deepspectra.operators.layerwise import error_averages
 from deepspectra.operators.parts import Decomposition, decompose
+from deepspectra.operators.projections import taken
 from deepspectra.problem import Problem
 from deepspectra.results import Density, Eigenpairs, Provenance
 
 MARGIN = 1.25  # an outlier is at least so many times the bulk's edge
 DRAWN_STEPS = 64  # resolution at which an exact spectrum is drawn
 NUM_CHECKS = 2  # random sums by which pairs are checked
-RANK_RTOL = 1e-6  # singular value of a part's coordinates that is more than rounding
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class GramSpectrum:
         shares: (R, parts) u_jᵀ B u_j / λ_j, rows sum to 1; NaN where λ_j is zero up to rounding.
         seconds: wall-clock time spent.
         provenance: where it came from.
+        first: as in `decompose`, of the parts.
 
     Source: the Gram matrix has the spectrum of the second moment; Papyan 2019, arXiv 1901.08244, computes
     densities only.
@@ -47,6 +48,7 @@ class GramSpectrum:
     seconds: float
     provenance: Provenance
     _coordinates: Mapping[str, Tensor] = field(repr=False)
+    first: str = "class"
 
     @property
     def traces(self) -> Tensor:
@@ -92,7 +94,7 @@ class GramSpectrum:
         """How many eigenvalues are over `margin` times the largest of "within", after parts are subtracted.
 
         Args:
-            removed: parts, as in `knockout`; none for the outliers of G itself.
+            removed: parts, as in `knockout` (class takes true with it); none for the outliers of G itself.
             margin: an outlier is at least so many times the bulk's edge.
 
         Raises:
@@ -102,10 +104,12 @@ class GramSpectrum:
         return int((values > self.threshold(margin)).sum())
 
     def knockout(self, *removed: str, method: str = "subtraction") -> Tensor:
-        """All eigenvalues (R,) of G without parts, descending.
+        """All eigenvalues (R,) of G without parts, descending; the same matrix as that of `attribute` and `regions`.
 
         Args:
-            removed: parts that are taken away: names of `parts`, or "means" for all but "within".
+            removed: parts that are taken away: names of `parts`, "means" for all but "within", or "cross" for logit
+                and interaction. Class takes true with it, whose means are collinear with the class means. (G without
+                class alone is an operator: ``GaussNewton(problem) - decompose(problem)["class"]``.)
             method: "subtraction", G − B, or "projection", (I − QQᵀ) G (I − QQᵀ) with Q a basis of B. "within"
                 spans too much to be projected out.
 
@@ -114,13 +118,7 @@ class GramSpectrum:
 
         Cost: the eigenvalues of a dense matrix (R, R).
         """
-        if method not in ("subtraction", "projection"):
-            raise OptionError(f"method={method!r}; it is 'subtraction' or 'projection'.")
-        known = [name for name in (*self.part_names, "means") if name in self._coordinates]
-        known += ["within"] if method == "subtraction" else []
-        if not removed or not set(removed) <= set(known):
-            raise OptionError(f"removed={removed}: name some of {', '.join(known)}.")
-        return _knocked_out(self.values, self._coordinates, removed, method)
+        return EigenBasis(self.values, self._coordinates, first=self.first).without(removed, method)
 
     def __str__(self) -> str:
         total = float(self.values.sum())
@@ -183,18 +181,27 @@ class EigenBasis:
         coordinates: part → Φ; "means" is all parts but "within" together, and "within" what they leave.
         tiny: what is zero up to rounding.
         vectors: V (R, ·), if it is known.
+        first: the effect that came first in the making of the parts.
     """
 
     def __init__(
-        self, values: Tensor, coordinates: dict[str, Tensor], precision: float, vectors: Tensor | None = None
+        self,
+        values: Tensor,
+        coordinates: Mapping[str, Tensor],
+        precision: float = 0.0,
+        vectors: Tensor | None = None,
+        first: str = "class",
     ) -> None:
         self.values = values
         self.coordinates = coordinates
         self.tiny = precision * len(values) * float(values[0])
         self.vectors = vectors
+        self.first = first
 
     @classmethod
-    def of_gram(cls, gram: Tensor, bases: Mapping[str, Tensor], most: int, precision: float) -> EigenBasis:
+    def of_gram(
+        cls, gram: Tensor, bases: Mapping[str, Tensor], most: int, precision: float, first: str = "class"
+    ) -> EigenBasis:
         """From A Aᵀ (R, R) and the bases B (R, r), of which at most so many eigenvalues differ from zero.
 
         `precision` is the relative rounding of the rows.
@@ -204,7 +211,7 @@ class EigenBasis:
         values, vectors = values.flip(0)[:num].clamp_min(0), vectors.flip(1)[:, :num]
         root = values.sqrt()[:, None]
         coordinates = {name: root * (vectors.T @ basis.to(root)) for name, basis in bases.items()}
-        return cls(values, coordinates, precision, vectors)
+        return cls(values, coordinates, precision, vectors, first)
 
     @classmethod
     def of_moment(cls, moment: Tensor, sums: Mapping[str, Tensor], precision: float) -> EigenBasis:
@@ -224,8 +231,8 @@ class EigenBasis:
     def part(self, name: str) -> tuple[Tensor, Tensor]:
         """The non-zero eigenvalues of a part, descending, and its quadratic form with each eigenvector (R,)."""
         if name == "within":
-            phi = self.coordinates["means"]
-            found, forms = _without(self.values, phi, "subtraction"), self.values - phi.square().sum(1)
+            forms = self.values - self.coordinates["means"].square().sum(1)
+            found = self.without(("means",))
         else:
             phi = self.coordinates[name]
             gram = phi.T @ phi if phi.shape[1] <= len(phi) else phi @ phi.T
@@ -234,7 +241,10 @@ class EigenBasis:
 
     def without(self, removed: Sequence[str], method: str = "subtraction") -> Tensor:
         """All eigenvalues, descending, after parts are subtracted or projected out, as in `GramSpectrum.knockout`."""
-        return _knocked_out(self.values, self.coordinates, removed, method)
+        parts = (*(name for name in self.coordinates if name != "means"), "within")
+        gone = taken(removed, parts, first=self.first, method=method)
+        matrix = torch.diag(self.values)
+        return without(matrix, matrix, self.coordinates, gone, method).clamp_min(0)
 
 
 def spectrum_of(
@@ -252,6 +262,7 @@ def spectrum_of(
         seconds=time.perf_counter() - began,
         provenance=provenance,
         _coordinates={name: phi.cpu() for name, phi in basis.coordinates.items()},
+        first=basis.first,
     )
 
 
@@ -260,9 +271,8 @@ def gradient_basis(parts: Decomposition) -> EigenBasis:
     assert isinstance(parts.rows, HeldRows)
     problem = parts.problem
     averages = error_averages(parts.rows, parts.projections, tuple(parts))
-    return EigenBasis.of_gram(
-        parts.rows.gram(), averages, problem.num_parameters, torch.finfo(problem.dtype).eps
-    )
+    eps, first = torch.finfo(problem.dtype).eps, parts.projections.first
+    return EigenBasis.of_gram(parts.rows.gram(), averages, problem.num_parameters, eps, first)
 
 
 def gradient_pairs(
@@ -312,39 +322,6 @@ def _no_pairs(parts: Decomposition, began: float) -> Eigenpairs:
         rtol=0.0,
         provenance=Provenance.of_matrix("Gauss-Newton", parts.problem),
     )
-
-
-def _knocked_out(
-    values: Tensor, coordinates: Mapping[str, Tensor], removed: Sequence[str], method: str
-) -> Tensor:
-    """All eigenvalues without the named parts, descending."""
-    phi = [coordinates[name] for name in removed if name != "within"]
-    taken = torch.cat([values.new_zeros(len(values), 0), *phi], 1)
-    if "within" not in removed:
-        return _without(values, taken, method)
-    means = coordinates["means"]
-    left: Tensor = torch.linalg.eigvalsh(means @ means.T - taken @ taken.T).flip(0).clamp_min(0)
-    return left
-
-
-def _without(values: Tensor, phi: Tensor, method: str) -> Tensor:
-    """Eigenvalues of Λ − ΦΦᵀ, or of Λ with the range of Φ projected out, descending."""
-    if method == "subtraction":
-        left = torch.diag(values) - phi @ phi.T
-    else:
-        q = range_of(phi)
-        half = torch.diag(values.sqrt()) - q @ (q.T * values.sqrt())  # (I − QQᵀ) Λ^½
-        left = half @ half.T
-    found: Tensor = torch.linalg.eigvalsh(left).flip(0).clamp_min(0)
-    return found
-
-
-def range_of(phi: Tensor) -> Tensor:
-    """Orthonormal columns that span those of Φ, up to rounding."""
-    inner, singular, _ = torch.linalg.svd(phi, full_matrices=False)
-    largest = float(singular[0]) if len(singular) else 0.0
-    basis: Tensor = inner[:, singular > RANK_RTOL * largest]
-    return basis
 
 
 def _density(values: Tensor, provenance: Provenance, seconds: float) -> Density:

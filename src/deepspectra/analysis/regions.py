@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.lanczos import check_count, seeded
-from deepspectra.analysis.gram import EigenBasis, gradient_basis, range_of
+from deepspectra.analysis.gram import EigenBasis, gradient_basis
+from deepspectra.analysis.without import without
 from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
 from deepspectra.operators.captures import Complement
 from deepspectra.operators.curvature import Hessian
@@ -25,28 +26,15 @@ from deepspectra.operators.layerwise import (
     reduced_averages,
 )
 from deepspectra.operators.parts import Decomposition, decompose
-from deepspectra.operators.projections import TWO_WAY, Projections
+from deepspectra.operators.projections import METHODS, TWO_WAY, WIDE, Projections, taken
 from deepspectra.problem import Problem
 from deepspectra.products import products_of
 from deepspectra.results import ByLayer, Provenance
 
 REGIONS = ("outliers", "bump", "bulk")
-REMOVED = {
-    "class": ("class", "true"),
-    "class + logit": ("class", "true", "logit"),
-    "interaction": ("interaction",),
-    "cross": ("logit", "interaction"),
-    "within": ("within",),
-}
-REMOVED_OF_FEATURES = {
-    "mean": ("mean",),
-    "class": ("class",),
-    "mean + class": ("mean", "class"),
-    "within": ("within",),
-}
-REMOVED_OF_HESSIAN = REMOVED | {"residual": ("residual",)}
-WIDE = ("within", "residual")  # parts that span too much to be projected out
-METHODS = ("subtraction", "projection")
+REMOVED = (("class",), ("class", "logit"), ("interaction",), ("cross",), ("within",))
+REMOVED_OF_FEATURES = (("mean",), ("class",), ("mean", "class"), ("within",))
+REMOVED_OF_HESSIAN = (*REMOVED, ("residual",))
 OF = ("gradients", "hessian", "features", "errors")
 BLOCK = 32  # columns that are multiplied together
 NUM_GROUPS = 8  # of examples that are left out in turn
@@ -61,7 +49,7 @@ class Shifts:
     """How far knock-outs move the regions of one spectrum.
 
     Attributes:
-        knockouts: what is removed; class means and true-class means go together.
+        knockouts: what is removed; class takes true with it, and cross is logit and interaction.
         regions: "outliers", the first C − 1 eigenvalues (C of features); "bump", those up to the C²-th (none of
             features); "bulk", the larger half of the rest.
         values: (knockouts, regions) mean of |log10 λ_j/λ'_j| over the ranks j of a region, the Wasserstein-1
@@ -159,7 +147,8 @@ def regions(
     The claims to be judged are outliers ← class means, bump ← cross-class means, bulk ← scatter within classes, and
     in the two-way account outliers ← class and logit means, bump ← interaction. Spectra are exact, from inner
     products of rows; that of the Hessian is taken in the space that gradients span, where all of G is, and what
-    is knocked out there may also be the residual R = H − G.
+    is knocked out there may also be the residual R = H − G. Without class there is no true either, whose means are
+    collinear with the class means: the same matrix as that of `attribute` and `gram_spectrum`.
 
     Args:
         problem: one with cross-entropy and class labels.
@@ -238,7 +227,7 @@ class _Judge:
         self.rows, self.of, self.method = parts.rows, of, method
         known = {"features": REMOVED_OF_FEATURES, "hessian": REMOVED_OF_HESSIAN}.get(of, REMOVED)
         projected = method == "projection"
-        self.removed = {n: some for n, some in known.items() if not (projected and set(some) & set(WIDE))}
+        self.removed = [some for some in known if not (projected and set(some) & set(WIDE))]
         self.eps = torch.finfo(parts.problem.dtype).eps
         num, size = self.rows.weights.shape
         self.each = 1 if of == "features" else size - 1  # rows an example
@@ -281,7 +270,7 @@ class _Judge:
             left_out = torch.stack(tables[1:])
             groups = len(left_out)
             errors = ((groups - 1) / groups * (left_out - left_out.mean(0)).square().sum(0)).sqrt()
-        return Shifts(tuple(self.removed), REGIONS, tables[0], errors)
+        return Shifts(tuple(" + ".join(some) for some in self.removed), REGIONS, tables[0], errors)
 
     def _averages(self, kept: Tensor) -> dict[str, Tensor]:
         """Averages of the examples that are kept."""
@@ -297,7 +286,7 @@ class _Judge:
         end = last + int(BULK_SHARE * (rank - last))
         cuts = (slice(0, first), slice(first, last), slice(last, end))
         found = []
-        for removed in self.removed.values():
+        for removed in self.removed:
             left = basis.without(removed, self.method)
             found.append(torch.stack([_shift(basis.values[cut], left[cut]) for cut in cuts]))
         return torch.stack(found).cpu()
@@ -320,20 +309,8 @@ class _HessianBasis:
 
     def without(self, removed: Sequence[str], method: str = "subtraction") -> Tensor:
         """All eigenvalues, descending, after parts are subtracted or projected out."""
-        if method == "subtraction":
-            left = self.hessian - sum(self._part(name) for name in removed)
-        else:
-            q = range_of(torch.cat([self.coordinates[name] for name in removed], 1))
-            half = self.hessian - q @ (q.T @ self.hessian)
-            left = half - (half @ q) @ q.T
-        found: Tensor = torch.linalg.eigvalsh(left).flip(0)
-        return found
-
-    def _part(self, name: str) -> Tensor:
-        if name == "residual":
-            return self.hessian - self.moment
-        phi = self.coordinates["means" if name == "within" else name]
-        return self.moment - phi @ phi.T if name == "within" else phi @ phi.T
+        gone = taken(removed, (*TWO_WAY, "residual"), method=method)
+        return without(self.hessian, self.moment, self.coordinates, gone, method)
 
 
 def _of_hessian(

@@ -18,6 +18,7 @@ from deepspectra.analysis.dissect import dissect
 from deepspectra.analysis.gram import MARGIN, GramSpectrum, gram_spectrum
 from deepspectra.analysis.kronecker import norm_of, relative_error
 from deepspectra.analysis.layers import layers
+from deepspectra.analysis.without import significant
 from deepspectra.errors import OptionError
 from deepspectra.losses import CrossEntropy
 from deepspectra.problem import Problem
@@ -48,10 +49,9 @@ SHOWN = ("input_ratio", "gap", "rank_one", "kfac_error", "cfac_error", "class_sh
 WHOLE = "all layers"
 LEFT = {
     "outliers": (),
-    "left_without_class": ("class", "true"),
-    "left_without_class_logit": ("class", "true", "logit"),
+    "left_without_class": ("class",),
+    "left_without_class_logit": ("class", "logit"),
 }
-ROUNDING = 1e-6  # of the largest eigenvalue
 MOST_ROWS = 3000  # N (C − 1) for which the parts of a layer's eigenvalues are computed
 
 
@@ -226,10 +226,8 @@ def _of_factors(
 
 def _ratio(values: Tensor, inner: int) -> float:
     """λ_{C−1}/λ_C; NaN where the latter is zero up to rounding."""
-    tiny = ROUNDING * float(values[0])
-    return (
-        float(values[inner - 1] / values[inner]) if len(values) > inner and values[inner] > tiny else math.nan
-    )
+    there = len(values) > inner and bool(significant(values)[inner])
+    return float(values[inner - 1] / values[inner]) if there else math.nan
 
 
 def _part_shares(spectrum: GramSpectrum, num: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepspectra.analysis.without import range_of
 from deepspectra.errors import LossError
 from deepspectra.losses import CrossEntropy
 from deepspectra.operators.captures import Captures, layer_of
@@ -16,8 +17,6 @@ from deepspectra.operators.projections import positive
 from deepspectra.problem import Problem
 from deepspectra.results import ByLayer, Provenance
 from deepspectra.uses import Matrix, Use
-
-RANK_RTOL = 1e-6  # singular value of class means that is more than rounding
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def _explained(name: str, weight: Tensor, gradient: Tensor, features: Tensor, er
     product = -errors.T @ features
     norm = weight.norm()
     decay = float(-(weight * gradient).sum() / norm**2)
-    left, right = (_span(rows) for rows in (errors, features))
+    left, right = (range_of(rows.T) for rows in (errors, features))  # spans of the class means
     inside = (left.T @ weight @ right).square().sum() / norm**2
     return LayerWeights(
         name=name,
@@ -160,13 +159,6 @@ def _explained(name: str, weight: Tensor, gradient: Tensor, features: Tensor, er
         baseline=left.shape[1] * right.shape[1] / weight.numel(),
         decay=decay,
     )
-
-
-def _span(rows: Tensor) -> Tensor:
-    """Orthonormal columns that span the rows (C, n)."""
-    _, singular, vectors = torch.linalg.svd(rows, full_matrices=False)
-    spanned: Tensor = vectors[singular > RANK_RTOL * singular[0]].T
-    return spanned
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:

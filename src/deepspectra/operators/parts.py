@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, overload
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import MissingNameError, OptionError
-from deepspectra.operators.base import LowRank
+from deepspectra.losses import CrossEntropy, DrawnCrossEntropy
+from deepspectra.operators.base import LowRank, Operator, Projected, Sum
 from deepspectra.operators.curvature import Curvature
 from deepspectra.operators.held import HeldRows
 from deepspectra.operators.layerwise import RowParts, error_parts, feature_parts
@@ -88,6 +90,19 @@ class Decomposition(Mapping[str, "Part"]):
         if "means" in self._factors:
             return self._factors["means"] @ basis.flatten(0, 1).to(self._factors["means"])
         return self.rows.factor(projections, basis)
+
+    def check_operator(self, operator: Operator) -> None:
+        """Raise OptionError unless an operator is of the same problem as the parts, as far as it says of which it is.
+
+        So is one of a sample drawn from it, and of a problem made anew of the same model, data and loss.
+        """
+        for problem in _problems_of(operator):
+            if odd := _difference(problem, self.problem):
+                raise OptionError(
+                    f"the {operator.name} and the parts are of two problems, which differ in their {odd}; what one "
+                    "owes to the other means nothing. Make both of one problem: attribute(Hessian(problem), "
+                    "decompose(problem))."
+                )
 
     def num_bytes(self, columns: int) -> int:
         """Bytes of so many vectors of length P, in the dtype that factors have."""
@@ -256,3 +271,49 @@ def decompose(
     if of == "features":
         return feature_parts(parts.rows, parts.projections.groups)
     return error_parts(parts.rows, parts.projections, tuple(parts))
+
+
+def _problems_of(operator: Operator) -> Iterator[Problem]:
+    """The problems that an operator, or a sum of several, is made of; none of a matrix or a function."""
+    inner = [term for _, term in operator.terms] if isinstance(operator, Sum) else []
+    inner += [operator.operator] if isinstance(operator, Projected) else []
+    for term in inner:
+        yield from _problems_of(term)
+    problem = getattr(operator, "problem", None)
+    if isinstance(problem, Problem):
+        yield problem
+
+
+def _difference(one: Problem, other: Problem) -> str:
+    """In what two problems differ of all that their curvature depends on; "" if in nothing."""
+    if one is other:
+        return ""
+    if (one.dtype, one.device) != (other.dtype, other.device):
+        return "dtypes or devices"
+    if one.parameter_names != other.parameter_names:
+        return "parameters"
+    if one.model is not other.model and not _same_weights(one, other):
+        return "weights"
+    drawn = any(isinstance(some.loss_function, DrawnCrossEntropy) for some in (one, other))
+    marks = zip(one.batches.mark, other.batches.mark, strict=True)
+    if not drawn and not all(math.isclose(a, b, rel_tol=1e-7, abs_tol=1e-9) for a, b in marks):
+        return "data"
+    weights = one.total_weight, other.total_weight  # a sample has that of all its data
+    return "" if _loss(one) == _loss(other) and math.isclose(*weights, rel_tol=1e-7) else "loss"
+
+
+def _same_weights(one: Problem, other: Problem) -> bool:
+    """Whether two models have the same parameters and buffers."""
+    first, second = (
+        {name: value for name, value in some.model.state_dict().items() if isinstance(value, Tensor)}
+        for some in (one, other)
+    )
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _loss(problem: Problem) -> tuple[object, ...]:
+    """What the curvature of the outputs depends on, beside outputs and targets."""
+    loss = problem.loss_function
+    if not isinstance(loss, CrossEntropy):
+        return (loss.name,)
+    return loss.label_smoothing, None if loss.weight is None else tuple(loss.weight.tolist())

@@ -20,6 +20,8 @@ exactly: `first` says whether class or logit keeps what both could explain.
 
 With many classes c and k may stand for groups of classes: then a cell is all of one group's examples and another
 group's potential classes, and all of the above holds as it is.
+
+What goes when a part is knocked out is said here too, once for all that knocks out: see `taken`.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ from deepspectra.errors import OptionError
 
 FOUR_WAY = ("class", "cross", "within", "true")
 TWO_WAY = ("class", "logit", "interaction", "within", "true")
+WIDE = ("within", "residual")  # span too much to be projected out
+METHODS = ("subtraction", "projection")
 RANK_TOLERANCE = 1e-9
 
 
@@ -161,6 +165,50 @@ class Projections:
         if part == "class":
             return (by_class - torch.einsum("ckd,rd->ckr", by_logit, self._mixing)) @ self._logit_mix
         raise OptionError(f"{part!r} has no basis of cells.")
+
+
+def taken(
+    removed: Sequence[str], parts: Sequence[str], *, first: str = "class", method: str = "subtraction"
+) -> tuple[str, ...]:
+    """The parts that go when some are knocked out, by subtraction and by projection alike.
+
+    * "class" takes "true" with it. Σ_k p_{i,k} g_{i,k} = 0 for each example, so w_{c,c} g_{c,c} = −w_c g_c: both are
+      made of the same vectors g_c, and G_class + G_true = Σ_c w_c (1 + w_c/w_{c,c}) g_c g_cᵀ. Without class alone
+      w_c/w_{c,c} times as much would stand where it stood: C − 1 times at initialisation. With first="logit" class
+      is only what the logit means leave of the g_c, and true goes when both go.
+    * "true" is true alone (to project it out is to project class out too: they span the same).
+    * "cross" is "logit" and "interaction" where it is split in two.
+    * "means" is all but "within" and "residual".
+
+    All of it holds for errors, for one layer's gradients and for groups of classes; features have no potential
+    class, and no true.
+
+    Args:
+        removed: names of parts, or of the two sums of parts above.
+        parts: the parts that there are.
+        first: the effect that came first in their making, as in `decompose`.
+        method: "subtraction" or "projection".
+
+    Returns:
+        Names of parts, each once, in the order of `parts`.
+
+    Raises:
+        OptionError: nothing is removed, a part that there is not, one that cannot be projected out, or an unknown
+            method.
+    """
+    if method not in METHODS:
+        raise OptionError(f"method={method!r}; it is 'subtraction' or 'projection'.")
+    averages = [name for name in parts if name not in WIDE]
+    sums = {"means": averages}
+    if "interaction" in parts:
+        sums["cross"] = ["logit", "interaction"]
+    known = [*averages, *sums, *(name for name in parts if name in WIDE and method == "subtraction")]
+    if not removed or not set(removed) <= set(known):
+        raise OptionError(f"removed={tuple(removed)}: name some of {', '.join(known)}.")
+    gone = {part for name in removed for part in sums.get(name, [name])}
+    if gone >= ({"class"} if first == "class" else {"class", "logit"}):
+        gone.add("true")
+    return tuple(name for name in parts if name in gone)
 
 
 def grouped(groups: Tensor | Sequence[int] | None, num_classes: int, device: torch.device) -> Tensor | None:

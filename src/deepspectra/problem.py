@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deepspectra import losses
 from deepspectra.admission import arrange, confirm, keep_whole, prove, settle, survey
 from deepspectra.batches import Batches, Move, is_labelled, map_tensors, num_bytes
-from deepspectra.checks import check_model, usable
+from deepspectra.checks import check_model, reported, usable
 from deepspectra.errors import (
     DataError,
     FallbackWarning,
@@ -311,7 +311,7 @@ class Problem:
     # -- other problems ----------------------------------------------------------------------------------------
 
     def _survey(self, start: Any = None, pair: tuple[Tensor, Tensor] | None = None) -> None:
-        """Count the rows, and hold the data together if the loss is no mean over rows; what a batch gives is known."""
+        """Count the rows; hold the data together if the loss is no mean over rows. What `start` gives is known."""
         evaluated = (
             (
                 batch,
@@ -344,7 +344,8 @@ class Problem:
             return self
         other = self._cast(dtype)
         other.batches = self.batches.moved(Move(self.device, dtype))
-        other._survey()
+        with reported(DataError, f"the model, taken in {dtype}, failed on data that it takes in {self.dtype}"):
+            other._survey()
         return other
 
     def sample(self, num_rows: int, dtype: torch.dtype) -> Problem:

@@ -301,11 +301,13 @@ def prove(
         return sorted({names[id(leaf)] for leaf in reached(value) if id(leaf) in names})
 
     def graph() -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-        model.requires_grad_(True)  # so that the graph shows where these are reached
+        for p in own.values():
+            p.requires_grad_()  # so that the graph shows where these are reached
         try:
             leaves, outputs, value = module.graph(loss, every, batch)
         finally:
-            model.requires_grad_(False)
+            for p in own.values():
+                p.requires_grad_(False)
         return outputs, value, gradient(value, leaves)
 
     with reported(CurvatureError, f"the loss cannot be backpropagated ({CHECKPOINTS})"):
@@ -314,7 +316,7 @@ def prove(
             module.aliases = {name: [own[name], theirs[name]] for name in own}
             outputs, value, parts = graph()
     _check_same(loss.rows(*before)[0], outputs.detach())
-    if any(node.name().startswith("CheckpointFunction") for node in nodes(outputs)):
+    if any("CheckpointFunction" in node.name() for node in nodes(outputs)):
         raise CurvatureError(
             f"the forward pass is checkpointed, and what is run again has no parameters: {CHECKPOINTS}."
         )

@@ -33,12 +33,13 @@ def class_groups(problem: Problem, num: int, *, num_rows: int = NUM_ROWS, seed: 
 
     Cost: a forward pass; k-means of C points in num_rows dimensions.
     """
-    labelled_loss(problem)
+    loss = labelled_loss(problem)
     check_count("num", num, largest=problem.num_classes)
     check_count("num_rows", num_rows)
     step = max(1, problem.num_examples // num_rows)
     logits, seen = [], 0
-    for outputs, _ in problem.row_batches():
+    for every, targets in problem.row_batches():
+        outputs = every[loss.weights(every, targets) > 0]  # not of rows that are ignored
         logits.append(outputs[(-seen) % step :: step].double().cpu())
         seen += len(outputs)
     points = torch.cat(logits)[:num_rows]

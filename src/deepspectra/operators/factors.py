@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import FallbackWarning
-from deepspectra.operators.places import Place, Positions, by_group, chunks, positions, with_ones
+from deepspectra.operators.places import Place, Positions, by_group, chunks, positions, single, with_ones
 from deepspectra.uses import Lookup, Use
 
 LARGEST_VECTOR = 4096  # numbers of a vector whose exact block is held; of longer ones its diagonal
@@ -62,7 +62,7 @@ class Moments:
     def add(self, uses: list[Use], weights: Tensor, sets: Tensor) -> None:
         """A batch: uses of the place, weights (B, R) of rows and the set of each example (B,)."""
         if not self.place.is_matrix:
-            rows = sum(use.errors for use in uses).flatten(0, 1)[:, None]  # type: ignore[union-attr]
+            rows = sum(single(use.errors) for use in uses).flatten(0, 1)[:, None]  # type: ignore[union-attr]
             self.inputs[0] += rows.double().square().sum(0) if self.is_diagonal else second_moment(rows)
             self.outputs[0], self.mass[0] = 1, 1
             return

@@ -65,19 +65,18 @@ def combined(loss: Loss, outputs: Tensor, targets: Tensor, total_weight: float, 
 
 
 def captures_of(problem: Problem, samples: int | None, seed: int) -> Captures:
-    """With errors of all scalars, or of so many combinations of them; None takes all up to 512 an example."""
-    if samples is None:
-        num = num_scalars(problem)
-        samples = 0 if num <= MOST_PASSES else SAMPLES
-        if samples:
-            warnings.warn(
-                f"each example has {num:,} scalars to backpropagate; of {samples} random combinations of them "
-                "instead the factors are right on average, with the errors that standard_errors tells. Pass samples= "
-                "for another number, or samples=0 for all scalars.",
-                FallbackWarning,
-                stacklevel=3,
-            )
-    return DrawnCaptures(problem, samples, seed) if samples else Captures(problem)
+    """With errors of all scalars, or of fewer combinations of them; None takes all up to 512 an example."""
+    num = 0 if samples == 0 else num_scalars(problem)
+    if num > MOST_PASSES and samples is None:
+        samples = SAMPLES
+        warnings.warn(
+            f"each example has {num:,} scalars to backpropagate; of {samples} random combinations of them "
+            "instead the factors are right on average, with the errors that standard_errors tells. Pass samples= "
+            "for another number, or samples=0 for all scalars.",
+            FallbackWarning,
+            stacklevel=3,
+        )
+    return DrawnCaptures(problem, samples, seed) if samples and samples < num else Captures(problem)
 
 
 def num_scalars(problem: Problem) -> int:

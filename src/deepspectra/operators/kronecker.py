@@ -19,7 +19,7 @@ from deepspectra.operators.factored import Block, KroneckerSum, Rotated, check_d
 from deepspectra.operators.factors import Moments, Squares, num_replicates
 from deepspectra.operators.nearest import nearest_sum
 from deepspectra.operators.places import Place, places
-from deepspectra.problem import Problem
+from deepspectra.problem import Problem, check_problem
 
 KINDS = ("kfac", "ekfac", "cfac", "optimal")
 SHARINGS = ("expand", "reduce")
@@ -161,8 +161,9 @@ def kronecker(
         samples: scalars of each example that are backpropagated: random combinations F ε of the columns of the root
             F of its curvature, all its rows and outputs together, with signs ε. S, and the diagonal of "ekfac", are
             then unbiased; how far off they are is in `Kronecker.standard_errors`, which fall with √samples and with
-            the number of examples. 0: every scalar, nothing drawn. By default 0 up to 512 scalars an example, and
-            beyond, as of images or sequences that are put out, 16 with a FallbackWarning. Not for "optimal".
+            the number of examples. 0, or as many as there are scalars: every one, nothing drawn. By default 0 up to
+            512 scalars an example, and beyond, as of images or sequences that are put out, 16 with a FallbackWarning.
+            Not for "optimal".
         seed: of the draws.
 
     Raises:
@@ -185,6 +186,9 @@ def kronecker(
     classes and ignored rows count in A as in the loss; (3) draws are signs, for any convex loss and of less variance
     than labels drawn by the model's probabilities, as published for KFAC.
     """
+    check_problem(problem)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise OptionError(f"seed={seed!r}: a non-negative integer of 63 bits.")
     if samples is not None:
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
             raise OptionError(f"samples={samples!r}: an integer, at least 1, or 0 for every scalar.")

@@ -16,7 +16,7 @@ from deepspectra.operators.captures import Captured, Captures
 from deepspectra.operators.draws import DrawnCaptures, captures_of
 from deepspectra.operators.exact import ExactBlock
 from deepspectra.operators.factored import Block, KroneckerSum, Rotated, check_damping
-from deepspectra.operators.factors import Moments, Squares, num_replicates
+from deepspectra.operators.factors import LARGEST_VECTOR, Moments, Squares, num_replicates
 from deepspectra.operators.nearest import nearest_sum
 from deepspectra.operators.places import Place, places
 from deepspectra.problem import Problem, check_problem
@@ -340,7 +340,10 @@ def _refuse_beyond_memory(problem: Problem, every: list[Place], num_sets: int, r
     numbers = 0
     for place in every:
         groups, outputs, inputs = place.shape
-        numbers += num_sets * groups * (replicates * outputs**2 + (inputs**2 if place.is_matrix else 0))
+        if place.is_matrix:
+            numbers += num_sets * groups * (replicates * outputs**2 + inputs**2)
+        elif inputs <= LARGEST_VECTOR:
+            numbers += (replicates - 1) * inputs**2
     if 16 * numbers > problem.memory:
         raise MemoryBudgetError(
             f"the Kronecker factors take {16 * numbers / 2**30:.1f} GiB; memory is {problem.memory / 2**30:.1f} GiB. "

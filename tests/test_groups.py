@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import deepspectra as ds
 from deepspectra.errors import OptionError
-from nets import CASES, labels
-from reference import case_and_reference, error, projections
+from nets import CASES, Case, chunks, labels
+from reference import Reference, case_and_reference, error, projections
 
 NAMES = ("relu_mlp", "conv_pool", "absent_class", "class_weights", "token_classes")
 
@@ -95,6 +95,72 @@ def test_features_and_errors_by_groups() -> None:
     assert crossed.cross_class_means.shape[:2] == (3, 3)
     factor = torch.linalg.matrix_rank(errors["class"].dense())
     assert int(factor) <= 3
+
+
+# -- ignored labels -------------------------------------------------------------------------------------------
+
+
+def image_classifier() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 4, 1)).double()
+
+
+def ignoring(kind: str, ignored: int) -> Case:
+    """Four classes, of which some rows are ignored: single labels, or the pixels of images."""
+    torch.manual_seed(2)
+    loss = nn.CrossEntropyLoss(ignore_index=ignored)
+    if kind == "labels":
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+        x, y = torch.randn(11, 3).double(), torch.tensor([0, 1, 9, 3, 2, 0, 1, 9, 3, 1, 2])
+        return Case(model, chunks(x, y.where(y < 9, ignored), [6, 5]), loss=loss)
+    x, y = torch.randn(3, 1, 2, 3).double(), torch.randint(0, 5, (3, 2, 3))
+    flat = chunks(x, y.where(y < 4, ignored), [2, 1])
+    forward = lambda model, batch: (model(batch[0]).movedim(1, -1).flatten(0, -2), batch[1].flatten())  # noqa: E731
+    return Case(image_classifier(), flat, loss=loss, forward=forward)
+
+
+@pytest.mark.parametrize("kind", ["labels", "pixels"])
+@pytest.mark.parametrize("ignored", [255, -100, 4, 1])
+def test_ignored_rows_are_in_no_group(kind: str, ignored: int) -> None:
+    case = ignoring(kind, ignored)
+    ref, groups = Reference(case), torch.tensor([0, 1, 0, 1])
+    if kind == "pixels":  # read as images, not by forward=
+        case = Case(case.model, case.batches, loss=case.loss)
+    on = projections(ref.weights, ref.labels, groups)
+    parts = {name: ref.rows.T @ on[name] @ ref.rows for name in ("class", "cross", "within", "true")}
+    scale = float(ref.gauss_newton.norm())
+    for hold in (False, True):
+        found = ds.decompose(case.problem(), hold=hold, groups=groups)
+        assert max(float((found[name].dense() - parts[name]).norm()) for name in parts) < 1e-9 * scale
+    both = ds.class_means(case.problem(), groups=groups)
+    alone = ds.class_means(case.problem(), level="class", groups=groups)
+    for a in (0, 1):
+        mine = groups[ref.labels] == a
+        weights, gradients = ref.weights[mine][:, groups != a], ref.gradients[mine][:, groups != a]
+        mean = (weights[..., None] * gradients).sum((0, 1)) / weights.sum()
+        assert error(both.class_means[a], mean) < 1e-8
+        assert error(alone.class_means[a], mean) < 1e-8
+    for level, wanted in (
+        ("class", parts["class"] + parts["true"]),
+        ("cross_class", ref.gauss_newton - parts["within"]),
+    ):
+        space = ds.principal_subspace(case.problem(), level=level, groups=groups)
+        assert error(space.values, descending(wanted)[: len(space.values)]) < 1e-8
+    shares = ds.attribute(
+        ds.GaussNewton(case.problem()), ds.decompose(case.problem(), groups=groups)
+    ).pair_shares
+    assert error(shares.sum(1), torch.ones(len(shares)).double()) < 1e-8
+
+
+def test_groups_of_classes_do_not_depend_on_ignored_rows() -> None:
+    model = nn.Linear(
+        2, 4, bias=False
+    ).double()  # on the first input classes go 0 with 1, on the second 0 with 2
+    model.weight.data = torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1]]).double()
+    x = torch.randn(12, 2).double() * torch.tensor([1.0, 0.01])
+    y = torch.arange(12) % 4
+    x[4:8], y[4:8] = torch.tensor([0.0, 50.0]).double(), 255
+    found = ds.class_groups(ds.Problem(model, (x, y), nn.CrossEntropyLoss(ignore_index=255)), 2)
+    assert found[0] == found[1] != found[2] == found[3]
 
 
 def test_every_class_its_own_group_changes_nothing() -> None:

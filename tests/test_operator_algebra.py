@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from deepspectra.errors import MemoryBudgetError, OptionError, ShapeError
+import deepspectra as ds
+from deepspectra.errors import DataError, DeepSpectraError, MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Function, LowRank, Matrix, Projected, Sum
 
 
@@ -25,6 +26,18 @@ CASES = {
     "negative": (-A, -A.matrix),
     "multiple": (2 * A, 2 * A.matrix),
     "multiple from the right": (A * 0.5, 0.5 * A.matrix),
+    "quotient": (A / 4, A.matrix / 4),
+    "multiple by a tensor of one number": (torch.tensor(1.5) * A, 1.5 * A.matrix),
+    "multiple by a NumPy number": (np.float32(1.5) * A, 1.5 * A.matrix),
+    "sum()": (sum([A, B, A]), 2 * A.matrix + B.matrix),
+    "weighted sum()": (sum(c * X for c, X in ((0.25, A), (0.75, B))), 0.25 * A.matrix + 0.75 * B.matrix),
+    "less than nothing": (0 - A, -A.matrix),
+    "transpose": (A.T, A.matrix),
+    "transpose of a sum": ((A - B).mT, A.matrix - B.matrix),
+    "shifted": (A.shifted(0.3), A.matrix + 0.3 * torch.eye(7).double()),
+    "shifted from the left": (np.float64(-2) * ds.Identity(7) + A, A.matrix - 2 * torch.eye(7)),
+    "shifted twice": ((A.shifted(1) / 2).shifted(-1), A.matrix / 2 - 0.5 * torch.eye(7)),
+    "identity": (ds.Identity(7, dtype=torch.float64), torch.eye(7, dtype=torch.float64)),
     "nested": (A - 2 * (B - A) + 0.5 * (A + B), 3.5 * A.matrix - 1.5 * B.matrix),
     "low rank": (LowRank(F), F @ F.T),
     "low rank with diagonal": (LowRank(F, D), F @ torch.diag(D) @ F.T),
@@ -44,6 +57,9 @@ def test_products_with_vectors_and_blocks_are_those_of_the_dense_matrix(case):
     torch.testing.assert_close(operator @ block, dense @ block, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(operator @ block[:, 0], dense @ block[:, 0], rtol=1e-13, atol=1e-13)
     assert (operator @ block[:, :0]).shape == (7, 0)
+    torch.testing.assert_close(block.T @ operator, block.T @ dense, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(block[:, 0] @ operator, block[:, 0] @ dense, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(block.T @ operator @ block, block.T @ dense @ block, rtol=1e-13, atol=1e-13)
 
 
 def test_sums_are_flat_and_name_their_terms():
@@ -78,6 +94,144 @@ def test_scipy_sees_the_same_products(dtype):
 def test_products_are_computed_in_the_operators_type():
     operator = Matrix(symmetric(5, dtype=torch.float32))
     assert (operator @ torch.ones(5, dtype=torch.float64)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 3), (7, 0)])
+def test_complex_products_keep_both_parts(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(6), dtype=torch.complex128)
+    wanted = A.matrix.to(x) @ x
+    torch.testing.assert_close(A @ x, wanted, rtol=1e-13, atol=1e-13)
+    rows, wanted_rows = (x.T, wanted.T) if x.ndim == 2 else (x, wanted)
+    torch.testing.assert_close(rows @ A, wanted_rows, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(A @ x.conj(), wanted.conj(), rtol=1e-13, atol=1e-13)
+    if x.numel():
+        assert np.allclose(A.to_scipy() @ x.numpy(), wanted.numpy(), rtol=1e-13)
+    assert (Matrix(A.matrix.bfloat16()) @ x).dtype == torch.complex64
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.float16, np.float32, np.longdouble, np.int32, np.complex64, np.clongdouble]
+)
+def test_scipy_takes_arrays_of_any_type(dtype):
+    x = (np.arange(14).reshape(7, 2) * (1 + 1j if np.issubdtype(dtype, np.complexfloating) else 1)).astype(
+        dtype
+    )
+    assert np.allclose(A.to_scipy() @ x, A.matrix.numpy() @ x, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16])
+def test_products_with_vectors_of_short_types_are_exact(dtype):
+    x = torch.tensor([1, 0, 1, 1, 0, 0, 1]).to(dtype)
+    torch.testing.assert_close(A @ x, A.matrix @ x.double(), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(x @ A, A.matrix @ x.double(), rtol=1e-14, atol=1e-14)
+
+
+def test_products_with_sparse_vectors_are_dense():
+    x = torch.eye(7, dtype=torch.float64)[:, 2:4].to_sparse()
+    torch.testing.assert_close(A @ x, A.matrix[:, 2:4], rtol=1e-14, atol=0)
+    torch.testing.assert_close(x.T @ A, A.matrix[2:4], rtol=1e-14, atol=0)
+
+
+def test_products_can_be_backpropagated_to_the_vector():
+    problem = ds.Problem(
+        torch.nn.Linear(3, 2).double(), (torch.randn(5, 3).double(), torch.randint(0, 2, (5,)))
+    )
+    H = ds.Hessian(problem)
+    for operator in (A - 2 * B, A.shifted(3), H.shifted(0.1)):
+        w = torch.linspace(-1, 1, operator.shape[0], dtype=torch.float64).requires_grad_()
+        dense = operator.dense()
+        (gradient,) = torch.autograd.grad((w @ operator @ w).cos(), w, create_graph=True)
+        (expected,) = torch.autograd.grad((w @ dense @ w).cos(), w, create_graph=True)
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            torch.autograd.grad(gradient.sum(), w)[0],
+            torch.autograd.grad(expected.sum(), w)[0],
+            rtol=1e-10,
+            atol=1e-12,
+        )
+    with torch.no_grad():
+        assert not (H @ w).requires_grad
+
+
+def test_a_sum_has_the_widest_type_of_its_terms_and_identities_take_it():
+    short = Matrix(symmetric(7, 8, torch.float32))
+    for total in (short + A, A + short, ds.Identity(7) + short - A):
+        assert total.dtype == torch.float64
+        shift = torch.eye(7) if "I" in total.name else 0
+        wanted = A.matrix * (-1 if "I" in total.name else 1) + short.matrix.double() + shift
+        torch.testing.assert_close(total.dense(), wanted, rtol=1e-6, atol=1e-6)
+    assert ds.Identity(7, dtype=torch.float64).dtype == torch.float64
+    assert short.shifted(1).dtype == (2 * ds.Identity(7) + short).dtype == torch.float32
+    x = torch.ones(7, dtype=torch.float64) / 3
+    assert torch.equal((A.shifted(1) - A) @ x, (A @ x + x) - A @ x)  # the identity rounds nothing to float32
+
+
+def test_a_shift_moves_eigenvalues_and_leaves_starts_as_they_are():
+    problem = ds.Problem(
+        torch.nn.Linear(3, 2).double(), (torch.randn(5, 3).double(), torch.randint(0, 2, (5,)))
+    )
+    H = ds.Hessian(problem)
+    plain, moved = (ds.eigenpairs(operator, 3, rtol=1e-10).values for operator in (H, H.shifted(-0.25)))
+    torch.testing.assert_close(moved, plain - 0.25, rtol=1e-9, atol=1e-12)
+    start = (ds.Identity(H.shape[0]) + H).start_block("class_means")
+    assert torch.equal(start, H.start_block("class_means"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    {
+        "H + c": lambda: A + 0.1,
+        "c + H": lambda: 0.1 + A,
+        "H - c": lambda: A - np.float64(1),
+        "c - H": lambda: 1 - A,
+        "H + tensor": lambda: A + torch.eye(7),
+        "tensor - H": lambda: torch.eye(7) - A,
+        "array + H": lambda: np.eye(7) + A,
+        "H + text": lambda: A + "1",
+        "H * H": lambda: A * B,
+        "H / H": lambda: A / B,
+        "H @ H": lambda: A @ B,
+        "H * tensor": lambda: A * torch.ones(7),
+        "array * H": lambda: np.ones(7) * A,
+        "H * text": lambda: A * "2",
+        "H * complex": lambda: A * 1j,
+        "H * complex tensor": lambda: A * torch.tensor(1j),
+        "H * None": lambda: A * None,
+        "H * nan": lambda: A * float("nan"),
+        "learned * H": lambda: torch.tensor(2.0, requires_grad=True) * A,
+        "H / 0": lambda: A / 0,
+        "H / tensor": lambda: A / torch.ones(7),
+        "H @ array": lambda: A @ np.ones(7),
+        "array @ H": lambda: np.ones(7) @ A,
+        "list @ H": lambda: [1.0] * 7 @ A,
+        "tensor of other size @ H": lambda: torch.ones(6) @ A,
+        "columns @ H": lambda: torch.ones(7, 2) @ A,
+        "batched @ H": lambda: torch.ones(2, 7, 7) @ A,
+        "shifted by infinity": lambda: A.shifted(float("inf")),
+        "shifted by a vector": lambda: A.shifted(torch.ones(7)),
+        "identity of no size": lambda: ds.Identity(0),
+        "complex start": lambda: ds.eigenpairs(A, 2, start=torch.ones(7, dtype=torch.complex64)),
+        "sparse start": lambda: ds.eigenpairs(A, 2, start=torch.eye(7).to_sparse()),
+        "complex span": lambda: ds.overlap(torch.ones(7, 1), torch.ones(7, 1, dtype=torch.complex64)),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_what_is_no_symmetric_operator_is_refused_in_our_words(wrong):
+    with pytest.raises(DeepSpectraError, match=r"\w{3,} .*\.$") as caught:
+        wrong[1]()
+    assert isinstance(caught.value, (ShapeError, OptionError, DataError))
+
+
+def test_refusals_say_what_to_write_instead():
+    for call, advice in (
+        (lambda: A + 0.1, r"A\.shifted\(c\)"),
+        (lambda: A @ B, r"A @ \(B @ x\)"),
+        (lambda: A * B, r"A @ \(B @ x\)"),
+        (lambda: A @ np.ones(7), "from_numpy.*to_scipy"),
+        (lambda: torch.tensor(2.0, requires_grad=True) * A, r"c \* \(A @ x\)"),
+    ):
+        with pytest.raises(DeepSpectraError, match=advice):
+            call()
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from deepspectra.analysis.regions import regions
 from deepspectra.analysis.study import study
 from deepspectra.analysis.weights import weights
 from deepspectra.apps.analyze import Analysis, analyze, load, save_series
+from deepspectra.operators.base import Identity
 from deepspectra.operators.curvature import EmpiricalFisher, GaussNewton, Hessian, Residual
 from deepspectra.operators.kronecker import Kronecker, kronecker
 from deepspectra.operators.parts import decompose
@@ -31,6 +32,7 @@ __all__ = [
     "EmpiricalFisher",
     "GaussNewton",
     "Hessian",
+    "Identity",
     "Kronecker",
     "Problem",
     "Residual",

@@ -231,17 +231,19 @@ def count_examples(batch: Any, num_rows: int) -> int:
     return num_examples
 
 
-def plan(sample: Problem, weigh: Callable[[Tensor, Tensor], Tensor]) -> Plan:
+def plan(sample: Problem, weigh: Callable[[Tensor, Tensor], Tensor], *, joint: bool = False) -> Plan:
     """How to capture a problem's gradients, learned on a sample of it in float64.
 
     Args:
         sample: the same network on a few examples, at least two if a batch of the problem has as many.
         weigh: of outputs and targets, cotangents (n, C, m).
+        joint: as in `capture`.
     """
     (batch,) = list(sample.batches)[:1]
 
     def few(outputs: Tensor, targets: Tensor) -> Tensor:
-        return weigh(outputs, targets)[:, :, :PLANNED_SCALARS]
+        weights = weigh(outputs, targets)[:, :, :PLANNED_SCALARS]
+        return weights.reshape(num_examples, -1, weights.shape[2]) if joint else weights
 
     watch, leaves, outputs, targets = _forward(sample, batch)
     num_examples = count_examples(batch, len(outputs))
@@ -295,11 +297,13 @@ def capture(
     plan: Plan,
     weigh: Callable[[Tensor, Tensor], Tensor],
     names: frozenset[str] | None = None,
+    *,
+    joint: bool = False,
 ) -> list[Use]:
     """Features and errors of a batch for the scalars Σ_c W_{n,c,a} z_{n,c}, W (n, C, m) = weigh(outputs, targets).
 
-    Each example has J = m scalars for each of its rows, row by row. Parameters that `names` leaves out are
-    skipped.
+    Each example has J = m scalars for each of its rows, row by row; or J = m that are sums over its rows, if these
+    are `joint`. Parameters that `names` leaves out are skipped.
 
     Raises:
         CurvatureError: the examples are not spread over an operation as they were on the plan's few.
@@ -325,6 +329,8 @@ def capture(
         if not (single and _single(layout, output, num_examples)):
             routed.append(chosen[-1])
     weights = weigh(outputs.detach(), targets)
+    if joint:  # as if all outputs of an example were one row
+        weights = weights.reshape(num_examples, -1, weights.shape[2])
     uses = [use for use, _, _ in chosen]
     for use, _, layout in chosen:
         use.arrange(layout, num_examples)
@@ -376,7 +382,7 @@ def _fill(chosen: list[Any], routed: list[Any], outputs: Tensor, weights: Tensor
     if not chosen or not weights.shape[2]:
         return
     ends = {id(output): output for _, output, _ in chosen}
-    num_rows, scalars = len(outputs) // num_examples, weights.shape[2]
+    num_rows, scalars = len(weights) // num_examples, weights.shape[2]
     by_row = weights.view(num_examples, num_rows, -1, scalars)
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(2, (num_rows * scalars,), generator=generator).mul(2).sub(1).tolist()
@@ -441,7 +447,7 @@ def _one_by_one(problem: Problem, batch: Any, name: str, weights: Tensor, num_ex
         for r in range(by_row.shape[1]):
             for scalar in range(weights.shape[2]):
                 cotangent = torch.zeros_like(outputs)
-                cotangent[r] = by_row[b, r, :, scalar].view(outputs.shape[1:])
+                cotangent.view(by_row.shape[1], -1)[r] = by_row[b, r, :, scalar].flatten()
                 with differentiable():
                     (gradient,) = torch.autograd.grad(
                         outputs, leaf, cotangent, retain_graph=True, materialize_grads=True

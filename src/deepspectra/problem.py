@@ -267,7 +267,10 @@ class Problem:
             if not self._can_split(batch):
                 yield batch
                 continue
-            labels = batch[1] if groups is None else groups.to(batch[1].device)[batch[1].clamp_min(0)]
+            labels = batch[1]
+            if groups is not None:  # ignored rows, which may have any label, count with those of class 0
+                known = labels.where((labels >= 0) & (labels < len(groups)), 0)
+                labels = groups.to(labels.device)[known]
             for label in labels.unique():
                 if among is not None and int(label) not in among:
                     continue

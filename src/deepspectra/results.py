@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import MissingNameError, OptionError
+from deepspectra.frames import Tabular
 
 if TYPE_CHECKING:
     from deepspectra.operators.base import Operator
@@ -146,7 +147,7 @@ class Separation:
 
 
 @dataclass(frozen=True)
-class Eigenpairs:
+class Eigenpairs(Tabular, columns=("values", "residual_norms", "error_bounds", "angle_bounds")):
     """Eigenvalues and eigenvectors, with measured residuals.
 
     Attributes:
@@ -256,7 +257,7 @@ class Eigenpairs:
 
 
 @dataclass(frozen=True)
-class Curve:
+class Curve(Tabular, columns=("grid", "density", "standard_error")):
     """A smoothed spectral density with its error band.
 
     Attributes:
@@ -277,7 +278,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Density:
+class Density(Tabular, columns=("nodes", "weights", "probes")):
     """A spectral density (1/P) Σ_i δ(λ − λ_i) as a quadrature: nodes and weights.
 
     Attributes:
@@ -456,7 +457,7 @@ class Density:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Tabular, columns=("quantity", "value", "standard_error")):
     """A number that random vectors tell of an operator, with its standard error.
 
     Attributes:
@@ -486,7 +487,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Diagonal:
+class Diagonal(Tabular, columns=("values", "standard_error")):
     """A diagonal with a standard error per entry.
 
     Attributes:

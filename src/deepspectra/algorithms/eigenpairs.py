@@ -422,6 +422,10 @@ def _start_rows(operator: Operator, block: Tensor, num: int, budget: int) -> Ten
     ):
         given = tuple(block.shape) if isinstance(block, Tensor) else type(block).__name__
         raise ShapeError(f"start must be None, a name, or a tensor ({size},) or ({size}, k); got {given}.")
+    if block.is_complex() or block.layout != torch.strided:
+        raise DataError(
+            f"start must be real and dense, as the eigenvectors will be; got {block.dtype}, {block.layout}."
+        )
     rows = block.detach().reshape(size, -1).T
     largest = _most_start_rows(operator, num, budget)
     if len(rows) > largest:

@@ -22,7 +22,7 @@ def overlap(U: Tensor, V: Tensor) -> float:
 
     Raises:
         ShapeError: not (P,) or (P, k) with one P.
-        DataError: all columns are zero, or some entry is not finite.
+        DataError: all columns are zero, or some entry is not finite, complex or sparse.
 
     Source: Gur-Ari, Roberts and Dyer, arXiv 1812.04754, with k the smaller dimension where the two differ.
     """
@@ -42,6 +42,8 @@ def _columns(columns: Tensor, name: str) -> Tensor:
     if not isinstance(columns, Tensor) or columns.ndim not in (1, 2) or columns.numel() == 0:
         given = tuple(columns.shape) if isinstance(columns, Tensor) else type(columns).__name__
         raise ShapeError(f"{name} must be a tensor (P,) or (P, k) with k ≥ 1; got {given}.")
+    if columns.is_complex() or columns.layout != torch.strided:
+        raise DataError(f"{name} must be real and dense; got {columns.dtype}, {columns.layout}.")
     block = columns.detach().reshape(len(columns), -1)
     if not bool(torch.isfinite(block).all()):
         raise DataError(f"{name} has NaN or infinite entries.")

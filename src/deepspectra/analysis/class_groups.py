@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from deepspectra.algorithms.lanczos import check_count
+from deepspectra.errors import FallbackWarning
 from deepspectra.operators.rows import labelled_loss
 from deepspectra.problem import Problem
 
@@ -23,7 +27,7 @@ def class_groups(problem: Problem, num: int, *, num_rows: int = NUM_ROWS, seed: 
 
     Args:
         problem: one with cross-entropy and class labels.
-        num: how many groups, at most C.
+        num: how many groups, at most C; fewer, with a FallbackWarning, where the logits of classes coincide.
         num_rows: rows that logits are taken from, spread evenly over the data.
         seed: of k-means.
 
@@ -33,18 +37,27 @@ def class_groups(problem: Problem, num: int, *, num_rows: int = NUM_ROWS, seed: 
 
     Cost: a forward pass; k-means of C points in num_rows dimensions.
     """
-    labelled_loss(problem)
+    loss = labelled_loss(problem)
     check_count("num", num, largest=problem.num_classes)
     check_count("num_rows", num_rows)
     step = max(1, problem.num_examples // num_rows)
     logits, seen = [], 0
-    for outputs, _ in problem.row_batches():
+    for every, targets in problem.row_batches():
+        outputs = every[loss.weights(every, targets) > 0]  # not of rows that are ignored
         logits.append(outputs[(-seen) % step :: step].double().cpu())
         seen += len(outputs)
     points = torch.cat(logits)[:num_rows]
     points = (points - points.mean(1, keepdim=True)).T
     points = points / points.norm(dim=1, keepdim=True).clamp_min(torch.finfo(points.dtype).tiny)
     restarts = 1 if problem.num_classes > LARGE else 10
-    found = KMeans(num, n_init=restarts, random_state=seed).fit_predict(points.numpy())
-    labels: Tensor = torch.unique(torch.from_numpy(found).long(), return_inverse=True)[1]
-    return labels
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # told below
+        found = KMeans(num, n_init=restarts, random_state=seed).fit_predict(points.numpy())
+    present, labels = torch.unique(torch.from_numpy(found).long(), return_inverse=True)
+    if len(present) < num:
+        warnings.warn(
+            f"the logits of classes coincide, so that there are {len(present)} groups and not {num}.",
+            FallbackWarning,
+            stacklevel=2,
+        )
+    return torch.as_tensor(labels)

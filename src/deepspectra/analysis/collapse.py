@@ -16,6 +16,8 @@ from deepspectra.operators.rows import GradientRows
 from deepspectra.problem import Problem
 from deepspectra.results import ByLayer, Provenance
 
+ROUNDING = 100  # times ε of the means, below which these do not differ
+
 
 @dataclass(frozen=True)
 class Collapse:
@@ -29,6 +31,9 @@ class Collapse:
         nc3: ‖Wᵀ/‖W‖ − M/‖M‖‖² for the classifier W, NaN for other layers.
         nc4: share of examples whose nearest class mean is not the network's decision.
         cosines: (C, C) between h_c − h̄; NaN for absent classes.
+
+    NC1 and NC2 are NaN where all class means are the same up to rounding, or there is one class, and NC3 also where W
+    is zero.
 
     Source: Papyan, Han and Donoho 2020, PNAS 117(40).
     """
@@ -88,14 +93,17 @@ def collapse_of(features: Tensor, rows: GradientRows, layer: str) -> Collapse:
     means = (member / sizes).T @ features  # (C', D)
     centre = (sizes / sizes.sum()) @ means
     centred = means - centre
+    if centred.norm() <= ROUNDING * torch.finfo(means.dtype).eps * means.norm():
+        centred.zero_()
     _, singular, right = torch.linalg.svd(
         centred * (sizes / sizes.sum()).sqrt()[:, None], full_matrices=False
     )
     rank = max(1, min(len(centred) - 1, int(significant(singular).sum())))
     scatter = (features - member @ means)[live] @ right[:rank].T  # (N, C' − 1)
-    ratios = scatter.square().mean(0) / singular[:rank].square()
+    ratios = (scatter.square().mean(0) / singular[:rank].square()).where(singular[0] > 0, torch.nan)
     norms = centred.norm(dim=1)
-    cosines = centred @ centred.T / (norms[:, None] * norms).clamp_min(torch.finfo(norms.dtype).tiny)
+    units = centred / norms[:, None]  # NaN where there is no direction
+    cosines = units @ units.T
     off = ~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
     num_classes = len(kept)
     between = cosines[off] if len(cosines) > 1 else cosines.new_tensor([torch.nan])

@@ -78,7 +78,8 @@ class Comparison:
     """Eigenspaces of two networks of the same architecture.
 
     Attributes:
-        layers: one entry a layer that multiplies features, from input to output.
+        layers: one entry a layer that multiplies features, from input to output; without those whose block of G is
+            zero in either network.
         whole: (K,) overlap of the top-k eigenspaces of G over all parameters, k from 1 to K.
         seconds: wall-clock time spent.
         provenance: of the first network.
@@ -168,9 +169,12 @@ def compare(
     for name, exact in sides[0]:
         if progress is not None:
             progress(name)
+        pair = (exact, sides[1][name])
+        if not all(block.trace for block in pair):
+            continue
         groups, outputs, _ = exact.place.shape
         wanted = num or max(2 * groups * outputs, FEWEST)
-        spaces = [top_pairs(block, wanted, seed)[1] for block in (exact, sides[1][name])]
+        spaces = [top_pairs(block, wanted, seed)[1] for block in pair]
         blocks = [side.factors.blocks[name] for side in sides]
         layers.append(
             _layer(exact, spaces, blocks, shared=outputs == first.num_classes and name == sides[0].names[-1])

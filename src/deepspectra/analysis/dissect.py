@@ -33,8 +33,8 @@ class LayerDissection:
         factored_values: (K,) the largest products τ_i γ_j of the eigenvalues of the factors.
         input_correspondence: (I, K) ‖Mat(h_j) v_i‖² with the eigenvectors v_i of A, bias included.
         output_correspondence: (O, K) ‖Mat(h_j)ᵀ u_i‖² with the eigenvectors u_i of S.
-        input_ratio: λ_1/λ_2 of E[xxᵀ], without the bias.
-        input_alignment: (v_1·E[x])²/‖E[x]‖², without the bias.
+        input_ratio: λ_1/λ_2 of E[xxᵀ], without the bias; ∞ of a single input.
+        input_alignment: (v_1·E[x])²/‖E[x]‖², without the bias; NaN where E[x] is zero.
         output_values: (O,) largest eigenvalues of E[M].
         closed_form: overlap of the top C − 1 eigenspace of E[M] with the row space of S without 1ᵀS, S the
             product of the later weights; NaN where these are not all matrices that follow each other, and of one

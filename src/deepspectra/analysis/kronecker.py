@@ -14,6 +14,7 @@ from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.subspace import overlap_curve
 from deepspectra.analysis.blocks import SMALL, Blocks, dense_spectrum
+from deepspectra.capture import count_examples
 from deepspectra.errors import LossError, MemoryBudgetError, MissingNameError, OptionError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.exact import ExactBlock
@@ -161,7 +162,7 @@ def kronecker_quality(
     Args:
         problem: with a loss that is convex in the outputs.
         kinds: among "kfac", "ekfac", "cfac" and "optimal" (of one product); by default the first three, without
-            "cfac" where examples have no class labels.
+            "cfac" where examples have no class labels, or several.
         sharing: as in `kronecker`.
         ks: sizes of the eigenspaces to compare, ascending; those beyond a layer's rank are left out.
         floor: relative to ‖G‖₂, where logarithms of eigenvalues stop.
@@ -363,12 +364,14 @@ def _inner_of_rows(exact: ExactBlock, block: KroneckerSum) -> float:
 
 
 def _default_kinds(problem: Problem) -> tuple[str, ...]:
-    """Those that the loss and its targets allow."""
+    """Those that the loss and its targets allow. Cost: one batch forward."""
     try:
         check_labelled(problem)
     except LossError:
         return ("kfac", "ekfac")
-    return ("kfac", "ekfac", "cfac")
+    outputs, _ = next(problem.row_batches())
+    one_row = count_examples(next(iter(problem.batches)), len(outputs)) == len(outputs)
+    return ("kfac", "ekfac", "cfac") if one_row else ("kfac", "ekfac")
 
 
 def _checked(kinds: Sequence[str], ks: Sequence[int]) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ class ClassMeans:
 
     Attributes:
         class_means: (C, P) g_c = Σ_{k≠c} w_{c,k} g_{c,k} / w_c, or the plain mean h_c of features; zero for an
-            absent class. All layers one after the other.
+            absent class, and where the weights w are too small for the dtype. All layers one after the other.
         cross_class_means: (C, C, P) g_{c,k}; None when level="class", and of features.
         class_weights: (C,) w_c; of features the shares N_c/N.
         cross_class_weights: (C, C) w_{c,k}, the diagonal belongs to the true class; None of features.
@@ -199,14 +199,14 @@ def _gradient_means(
         parts = decompose(problem, groups=found)
         cells = parts.projections.cell_weights
         factor = parts.factor("means").view(-1, size, size)  # √w_ck g_ck
-        crossed = (factor / positive(cells).sqrt().to(factor)).permute(1, 2, 0)
+        crossed = _divided(factor, cells.sqrt()).permute(1, 2, 0)
         sums = factor.diagonal(dim1=1, dim2=2) * cells.diagonal().sqrt().to(factor)
     else:
         sums, cells = class_sums(problem, found)
     classes = cells.clone().fill_diagonal_(0).sum(1)
-    means = -sums.T / positive(classes).to(sums)[:, None]  # w_c g_c = −w_cc g_cc
+    means = -_divided(sums, classes).T  # w_c g_c = −w_cc g_cc
     return ClassMeans(
-        class_means=means * (classes > 0).to(means)[:, None],
+        class_means=means,
         cross_class_means=crossed,
         class_weights=classes,
         cross_class_weights=cells,
@@ -253,10 +253,10 @@ def _error_means(parts: Decomposition, level: str, began: float) -> ClassMeans:
     scaled, layers = _joined(sums)
     scaled = scaled.view(size, size, -1)
     cells, classes = projections.cell_weights, projections.class_weights
-    off = cells.sqrt().fill_diagonal_(0) / positive(classes)[:, None]
-    crossed = scaled / positive(cells).sqrt().to(scaled)[:, :, None]
+    off = cells.sqrt().fill_diagonal_(0).to(scaled)
+    crossed = _divided(scaled.permute(2, 0, 1), cells.sqrt()).permute(1, 2, 0)
     return ClassMeans(
-        class_means=torch.einsum("ck,ckd->cd", off.to(scaled), scaled),
+        class_means=_divided(torch.einsum("ck,ckd->dc", off, scaled), classes).T,
         cross_class_means=crossed if level == "cross_class" else None,
         class_weights=classes,
         cross_class_weights=cells,
@@ -265,6 +265,12 @@ def _error_means(parts: Decomposition, level: str, began: float) -> ClassMeans:
         seconds=time.perf_counter() - began,
         provenance=Provenance.of_rows("errors", scaled),
     )
+
+
+def _divided(sums: Tensor, weights: Tensor) -> Tensor:
+    """Sums (..., *weights.shape) by their weights; zero where these are, in the dtype of the sums."""
+    given = weights.to(sums)
+    return sums / positive(given) * (given > 0)
 
 
 def _add(sums: dict[str, Tensor], found: dict[str, Tensor], share: Tensor, memory: int) -> None:

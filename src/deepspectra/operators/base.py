@@ -1,11 +1,14 @@
 """What is multiplied: the contract of a symmetric linear operator, and its algebra.
 
 An operator is a symmetric map of R^P known by its products alone. A new one supplies `_apply` on a block
-(P, K); products with vectors, sums, multiples, the dense matrix and the SciPy adaptor follow.
+(P, K); products with vectors from both sides, sums, multiples, shifts, the dense matrix and the SciPy adaptor follow.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +25,10 @@ LARGEST_DENSE = 20_000  # rows of the largest matrix `dense` will form
 
 class Operator(ABC):
     """A symmetric linear map of R^P.
+
+    ``A @ x`` and ``x @ A`` multiply tensors (P,), (P, K) and (K, P); ``A + B``, ``A - B``, ``c * A``, ``A / c``,
+    ``-A`` and `shifted`, A + c I, are operators again. Products with complex tensors are complex, and those with
+    tensors that require gradients can be backpropagated.
 
     Attributes:
         shape: (P, P).
@@ -64,33 +71,125 @@ class Operator(ABC):
 
     def __matmul__(self, other: Tensor) -> Tensor:
         """Product with a vector (P,) or a block (P, K), of the same shape."""
-        if not isinstance(other, Tensor):
-            raise ShapeError(
-                f"{self.name} @ x: x must be a tensor (P,) or (P, K), got {type(other).__name__}."
-            )
-        size = self.shape[0]
-        if other.ndim not in (1, 2) or other.shape[0] != size:
-            raise ShapeError(
-                f"{self.name} @ x: x must have shape ({size},) or ({size}, K), got {tuple(other.shape)}."
-            )
-        block = other.to(dtype=self.dtype, device=self.device)
-        if other.ndim == 1:
-            return self._apply(block[:, None])[:, 0]
-        return self._apply(block) if block.shape[1] else block.clone()
+        self._check_factor(other, other, f"{self.name} @ x", "({size},) or ({size}, K)")
+        columns = self._product(other[:, None] if other.ndim == 1 else other)
+        return columns[:, 0] if other.ndim == 1 else columns
 
-    def __add__(self, other: Operator) -> Operator:
-        return Sum([(1.0, self), (1.0, other)])
+    def __rmatmul__(self, other: Tensor) -> Tensor:
+        """Product of a vector (P,) or of rows (K, P) with the operator, of the same shape."""
+        turned = other.T if isinstance(other, Tensor) and other.ndim == 2 else other
+        self._check_factor(other, turned, f"x @ {self.name}", "({size},) or (K, {size})")
+        return self @ other if other.ndim == 1 else self._product(turned).T
 
-    def __sub__(self, other: Operator) -> Operator:
-        return Sum([(1.0, self), (-1.0, other)])
+    __array_ufunc__ = None  # NumPy leaves its arrays and scalars to the operators of this class
+
+    def _check_factor(self, given: object, turned: object, what: str, shapes: str) -> None:
+        """Raise ShapeError unless it is a tensor whose first dimension, once turned, is P."""
+        if isinstance(given, Operator):
+            raise ShapeError(
+                f"{self.name} @ {given.name}: a product of operators is symmetric only if they commute, so it is no "
+                "operator. Multiply a tensor by one after the other: A @ (B @ x)."
+            )
+        if isinstance(given, np.ndarray):
+            raise ShapeError(
+                f"{what}: x must be a tensor, got a NumPy array. Use torch.from_numpy(x), or the operator's "
+                "to_scipy(), which takes arrays and gives arrays."
+            )
+        shapes = shapes.format(size=self.shape[0])
+        if not isinstance(turned, Tensor):
+            raise ShapeError(f"{what}: x must be a tensor {shapes}, got {type(given).__name__}.")
+        if turned.ndim not in (1, 2) or turned.shape[0] != self.shape[0]:
+            assert isinstance(given, Tensor)
+            raise ShapeError(f"{what}: x must have shape {shapes}, got {tuple(given.shape)}.")
+
+    def _product(self, columns: Tensor) -> Tensor:
+        """With any columns (P, K)."""
+        if columns.layout != torch.strided:
+            columns = columns.to_dense()
+        if columns.is_complex():
+            num = columns.shape[1]
+            parts = self._product(torch.cat([columns.real, columns.imag], 1))
+            parts = parts.to(torch.promote_types(parts.dtype, torch.float32))  # no shorter complex numbers
+            return torch.complex(parts[:, :num], parts[:, num:])
+        block = columns.to(dtype=self.dtype, device=self.device)
+        if not block.shape[1]:
+            return block.clone()
+        if block.requires_grad and torch.is_grad_enabled():
+            product: Tensor = _Differentiable.apply(block, self)  # type: ignore[no-untyped-call]
+            return product
+        return self._apply(block)
+
+    @property
+    def T(self) -> Operator:  # noqa: N802  (the name that NumPy and PyTorch give it)
+        """Itself: operators are symmetric."""
+        return self
+
+    mT = T  # noqa: N815
+
+    def __add__(self, other: Operator | float) -> Operator:
+        return self if _is_zero(other) else Sum([(1.0, self), (1.0, self._summand(other))])
+
+    __radd__ = __add__  # sum() begins with 0
+
+    def __sub__(self, other: Operator | float) -> Operator:
+        return self if _is_zero(other) else Sum([(1.0, self), (-1.0, self._summand(other))])
+
+    def __rsub__(self, other: Operator | float) -> Operator:
+        return -self + other
 
     def __mul__(self, scale: float) -> Operator:
-        return Sum([(float(scale), self)])
+        return Sum([(self._scale(scale), self)])
 
     __rmul__ = __mul__
 
+    def __truediv__(self, scale: float) -> Operator:
+        divisor = self._scale(scale)
+        if not divisor:
+            raise OptionError(f"{self.name} / 0 is not defined.")
+        return Sum([(1 / divisor, self)])
+
     def __neg__(self) -> Operator:
         return Sum([(-1.0, self)])
+
+    def shifted(self, c: float) -> Operator:
+        """A + c I: all eigenvalues moved by c, eigenvectors as they are; ``A + c * Identity(P)`` is the same.
+
+        Raises:
+            OptionError: c is not a finite real number.
+
+        Cost: that of A.
+        """
+        return self + Sum([(self._scale(c), Identity(self.shape[0], dtype=self.dtype, device=self.device))])
+
+    def _summand(self, other: object) -> Operator:
+        """What can be added."""
+        if isinstance(other, Operator):
+            return other
+        advice = (
+            f" For {self.name} + c I write A.shifted(c), or A + c * Identity(P)." if _is_number(other) else ""
+        )
+        raise ShapeError(f"an operator can be added to an operator, not to {type(other).__name__}.{advice}")
+
+    def _scale(self, value: object) -> float:
+        """A finite real number that multiplies an operator."""
+        if isinstance(value, Operator):
+            raise OptionError(
+                f"{self.name} and {value.name}: operators are not multiplied by each other. Multiply a tensor by one "
+                "after the other, A @ (B @ x), or an operator by a number."
+            )
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise OptionError(
+                f"{self.name} is multiplied by plain numbers, and this one requires a gradient, which would be lost. "
+                "Multiply the product instead: c * (A @ x)."
+            )
+        if not _is_number(value):
+            given = f"{type(value).__name__}" + (f" {tuple(value.shape)}" if hasattr(value, "shape") else "")
+            raise OptionError(f"{self.name} can be multiplied and divided by a real number, not by {given}.")
+        if not math.isfinite(number := float(value)):  # type: ignore[arg-type]
+            raise OptionError(
+                f"{self.name} can be multiplied and divided by a finite number, not by {number}."
+            )
+        return number
 
     def __repr__(self) -> str:
         return f"<{self.name}, {self.shape[0]:,} × {self.shape[1]:,}, {self.dtype}, {self.device}>"
@@ -116,8 +215,8 @@ class Operator(ABC):
         dtype = np.dtype("float64") if self.dtype == torch.float64 else np.dtype("float32")
 
         def apply(block: np.ndarray) -> np.ndarray:
-            columns = torch.from_numpy(np.ascontiguousarray(block))
-            product = (self @ columns).cpu()
+            double = np.complex128 if np.iscomplexobj(block) else np.float64  # PyTorch knows no longer ones
+            product = (self @ torch.from_numpy(np.ascontiguousarray(block, double))).cpu()
             return product.to(
                 torch.promote_types(product.dtype, torch.float32)
             ).numpy()  # NumPy has no bfloat16
@@ -132,8 +231,63 @@ class Operator(ABC):
         )
 
 
+class _Differentiable(torch.autograd.Function):
+    """A product that can be backpropagated to its columns; A is its own transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Tensor, operator: Operator) -> Tensor:
+        """A X."""
+        ctx.operator = operator
+        return operator._apply(block)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """A times the gradient."""
+        return ctx.operator @ gradients[0], None
+
+
+def _is_number(value: object) -> bool:
+    """A real number: of Python or NumPy, or a tensor or array of one."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    if isinstance(value, np.ndarray):
+        return value.size == 1 and value.dtype.kind in "iuf"
+    return isinstance(value, numbers.Real)
+
+
+def _is_zero(value: object) -> bool:
+    return _is_number(value) and not value
+
+
+class Identity(Operator):
+    """The identity I of R^P, to shift spectra: A + c I. In a sum it takes dtype and device of the other terms.
+
+    Args:
+        size: P.
+        dtype: of products.
+        device: where they live.
+    """
+
+    def __init__(
+        self, size: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise OptionError(f"size must be an integer, at least 1; got {size!r}.")
+        super().__init__(size, dtype=dtype, device=device, name="I")
+
+    def _apply(self, block: Tensor) -> Tensor:
+        return block.clone()
+
+    def sampled(self, generator: torch.Generator, num_samples: int | None = None) -> Operator:
+        """Itself: it has no examples."""
+        return self
+
+
 class Sum(Operator):
-    """Σ_j s_j A_j: sums, differences and multiples of operators of one size."""
+    """Σ_j s_j A_j: sums, differences and multiples of operators of one size.
+
+    Products have the widest dtype among the terms', and the device of the first that is not an identity.
+    """
 
     terms: list[tuple[float, Operator]]
 
@@ -141,18 +295,18 @@ class Sum(Operator):
         first = terms[0][1]
         flat: list[tuple[float, Operator]] = []
         for scale, operator in terms:
-            if not isinstance(operator, Operator):
-                raise ShapeError(
-                    f"an operator can be added to an operator, not to {type(operator).__name__}."
-                )
             if operator.shape != first.shape:
                 raise ShapeError(f"sizes differ: {first!r} and {operator!r}.")
             inner = operator.terms if isinstance(operator, Sum) else [(1.0, operator)]
             flat += [(scale * factor, term) for factor, term in inner]
-        self.terms = flat
         name = " ".join(_signed(scale, term.name, j == 0) for j, (scale, term) in enumerate(flat))
-        super().__init__(first.shape[0], dtype=first.dtype, device=first.device, name=name)
-        self.memory = min(term.memory for _, term in flat)
+        others = [term for _, term in flat if not isinstance(term, Identity)] or [first]
+        dtype = functools.reduce(torch.promote_types, (term.dtype for term in others))
+        super().__init__(first.shape[0], dtype=dtype, device=others[0].device, name=name)
+        self.first = others[0]
+        unit = Identity(first.shape[0], dtype=dtype, device=self.device)
+        self.terms = [(scale, unit if isinstance(term, Identity) else term) for scale, term in flat]
+        self.memory = min(term.memory for term in others)
 
     def _apply(self, block: Tensor) -> Tensor:
         total = torch.zeros_like(block)
@@ -161,8 +315,8 @@ class Sum(Operator):
         return total
 
     def start_block(self, kind: str) -> Tensor:
-        """That of the first term."""
-        return self.terms[0][1].start_block(kind)
+        """That of the first term that is not an identity."""
+        return self.first.start_block(kind)
 
     def sampled(self, generator: torch.Generator, num_samples: int | None = None) -> Operator:
         """Each term on its own examples."""

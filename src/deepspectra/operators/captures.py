@@ -107,11 +107,14 @@ class Captures:
     Cost: a forward and C − 1 backward passes without weight gradients each time that the data are gone through.
     """
 
+    joint = False  # whether scalars belong to examples, and not to each of their rows
+
     def __init__(self, problem: Problem) -> None:
         refuse_one_output(problem)
         self.problem = problem
         with refusing():
-            self.plan = capture.plan(problem.sample(SAMPLE_ROWS, torch.float64), self.weigh)
+            sample = problem.sample(SAMPLE_ROWS, torch.float64)
+            self.plan = capture.plan(sample, self.weigh, joint=self.joint)
         self.held: list[Captured] = []
         self.limit = problem.memory // 3
         self.bytes_by_layer: dict[str, int] = {}  # of features and errors of all the data, estimated
@@ -167,7 +170,7 @@ class Captures:
                 return self.weigh(outputs, targets)
 
             with refusing():
-                uses = capture.capture(self.problem, batch, self.plan, weigh, names)
+                uses = capture.capture(self.problem, batch, self.plan, weigh, names, joint=self.joint)
             yield Captured(uses, *seen[-1])
 
     def features(self) -> Iterator[list[Use]]:

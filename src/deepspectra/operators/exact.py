@@ -17,6 +17,7 @@ from deepspectra.operators.places import (
     by_group,
     chunks,
     positions,
+    widened,
     with_ones,
 )
 from deepspectra.uses import Lookup, Use
@@ -43,7 +44,7 @@ class ExactBlock(Operator):
         self.place = place
         self.kept: dict[str, Tensor] = {}
         self.batches = [
-            [use for use in batch if use.slice in (place.weight, place.bias)] for batch in batches
+            [widened(use) for use in batch if use.slice in (place.weight, place.bias)] for batch in batches
         ]
         self.num_rows = sum(math.prod(batch[0].errors.shape[:2]) for batch in self.batches)
 

@@ -13,12 +13,13 @@ from deepspectra.errors import CurvatureError, LossError, MemoryBudgetError, Opt
 from deepspectra.losses import CrossEntropy
 from deepspectra.operators.base import Operator
 from deepspectra.operators.captures import Captured, Captures
+from deepspectra.operators.draws import DrawnCaptures, captures_of
 from deepspectra.operators.exact import ExactBlock
 from deepspectra.operators.factored import Block, KroneckerSum, Rotated, check_damping
-from deepspectra.operators.factors import Moments, Squares
+from deepspectra.operators.factors import LARGEST_VECTOR, Moments, Squares, num_replicates
 from deepspectra.operators.nearest import nearest_sum
 from deepspectra.operators.places import Place, places
-from deepspectra.problem import Problem
+from deepspectra.problem import Problem, check_problem
 
 KINDS = ("kfac", "ekfac", "cfac", "optimal")
 SHARINGS = ("expand", "reduce")
@@ -35,6 +36,11 @@ class Kronecker(Operator):
         sharing: "expand" or "reduce".
         blocks: name of a layer or parameter → its block, in the block's own order.
         places: name → which parameters the block is of.
+        standard_errors: name → ‖·‖_F of what the draws leave open of the block, relative to its own: its root mean
+            square error against the block that all scalars would give ("ekfac": in the eigenvectors that it has);
+            0 if nothing was drawn, NaN of a single draw. From the scatter of at most 8 sets of draws: with fewer than
+            8 draws it is itself rough.
+        samples: how many scalars of each example were drawn; 0 if all are there.
         index: name → (n,) where the block's numbers lie in the vector of all parameters.
     """
 
@@ -49,6 +55,8 @@ class Kronecker(Operator):
         sharing: str,
         beyond: float = 0.0,
         name: str | None = None,
+        standard_errors: Mapping[str, float] | None = None,
+        samples: int = 0,
     ) -> None:
         first = next(iter(blocks.values()))
         super().__init__(size, dtype=first.dtype, device=first.device, name=name or kind.upper())
@@ -57,6 +65,8 @@ class Kronecker(Operator):
         self.places = MappingProxyType(dict(places))
         self.kind = kind
         self.sharing = sharing
+        self.standard_errors = MappingProxyType(dict(standard_errors or {}))
+        self.samples = samples
         self.beyond = beyond  # what multiplies parameters of no block
 
     def _apply(self, block: Tensor) -> Tensor:
@@ -115,10 +125,18 @@ class Kronecker(Operator):
         return self.shape[0] - sum(block.shape[0] for block in self.blocks.values())
 
 
-def kronecker(problem: Problem, kind: str = "kfac", *, sharing: str = "expand", rank: int = 1) -> Kronecker:
+def kronecker(
+    problem: Problem,
+    kind: str = "kfac",
+    *,
+    sharing: str = "expand",
+    rank: int = 1,
+    samples: int | None = None,
+    seed: int = 0,
+) -> Kronecker:
     """A Kronecker-factored approximation of the Gauss-Newton matrix G, an operator block-diagonal over layers.
 
-    With features h and errors e of G's exact root (all classes, nothing sampled), weights ω_i of examples, and
+    With features h and errors e of G's exact root (all classes, unless `samples` draws), weights ω_i of examples, and
     W = Σ ω: S = Σ e eᵀ over examples and their scalars, A = Σ ω_i h hᵀ / W, so that S ⊗ A has the scale of G.
 
     - "kfac": S ⊗ A. Exact where features and errors are uncorrelated.
@@ -140,15 +158,23 @@ def kronecker(problem: Problem, kind: str = "kfac", *, sharing: str = "expand", 
             and the sum of errors. Where rows are tokens and positions match them, a position counts as its row.
             "optimal" only starts from it.
         rank: number of products, of "optimal".
+        samples: scalars of each example that are backpropagated: random combinations F ε of the columns of the root
+            F of its curvature, all its rows and outputs together, with signs ε. S, and the diagonal of "ekfac", are
+            then unbiased; how far off they are is in `Kronecker.standard_errors`, which fall with √samples and with
+            the number of examples. 0, or as many as there are scalars: every one, nothing drawn. By default 0 up to
+            512 scalars an example, and beyond, as of images or sequences that are put out, 16 with a FallbackWarning.
+            Not for "optimal".
+        seed: of the draws.
 
     Raises:
-        OptionError: another kind or sharing, or a rank that is not for "optimal".
+        OptionError: another kind or sharing, a rank that is not for "optimal", or samples that are.
         LossError: the loss is not convex; or for "cfac", not the cross-entropy of one class label an example.
         CurvatureError: features and errors cannot be told apart by example, or a parameter is used in two ways,
             such as an embedding tied to the output layer.
         MemoryBudgetError: the factors do not fit memory.
 
-    Cost: a forward and C − 1 backward passes without weight gradients (C for other losses), and second moments:
+    Cost: a forward and C − 1 backward passes without weight gradients (C for other losses; `samples` if drawn, twice
+    for "ekfac"), and second moments:
     about 6 gradients with ten classes on a perceptron or a LeNet; "cfac" 6–8, "ekfac" 10–11 with its
     eigenvectors, "optimal" several times. Memory: the factors, and one batch of features and errors; of "ekfac"
     those of all the data if they fit, or else a second pass; of "optimal" those of a layer.
@@ -156,10 +182,21 @@ def kronecker(problem: Problem, kind: str = "kfac", *, sharing: str = "expand", 
     Source: Martens and Grosse 2015, arXiv 1503.05671 (KFAC); Grosse and Martens 2016, arXiv 1602.01407
     (convolutions); Eschenhagen et al. 2023, arXiv 2311.00636 (expand, reduce); George et al. 2018, arXiv
     1806.03884 (EKFAC); Papyan 2020, JMLR 21:252, definition 7.2 (CFAC); Van Loan and Pitsianis 1993 (the nearest
-    sum). Departures: (1) the scalars of every token are backpropagated by themselves; (2) weights of classes and
-    ignored rows count in A as in the loss.
+    sum). Departures: (1) the scalars of every token are backpropagated by themselves, unless drawn; (2) weights of
+    classes and ignored rows count in A as in the loss; (3) draws are signs, for any convex loss and of less variance
+    than labels drawn by the model's probabilities, as published for KFAC.
     """
-    return made_from(Captures(problem), kind, sharing, rank)
+    check_problem(problem)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise OptionError(f"seed={seed!r}: a non-negative integer of 63 bits.")
+    if samples is not None:
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
+            raise OptionError(f"samples={samples!r}: an integer, at least 1, or 0 for every scalar.")
+        if samples and kind == "optimal":
+            raise OptionError(
+                "samples= draws for 'kfac', 'ekfac' and 'cfac'; 'optimal' would fit the draws. Use 0."
+            )
+    return made_from(captures_of(problem, 0 if kind == "optimal" else samples, seed), kind, sharing, rank)
 
 
 def made_from(captures: Captures, kind: str, sharing: str = "expand", rank: int = 1) -> Kronecker:
@@ -177,29 +214,51 @@ def made_from(captures: Captures, kind: str, sharing: str = "expand", rank: int 
         raise LossError(
             f"cfac needs the cross-entropy of class labels; the loss is {problem.loss_function.name}."
         )
-    if kind == "ekfac":
+    samples = captures.samples if isinstance(captures, DrawnCaptures) else 0
+    if (
+        kind == "ekfac" and not samples
+    ):  # a diagonal of the draws that gave the eigenvectors would be too large
         captures.hold()
     dtype = torch.promote_types(problem.dtype, torch.float32)
     moments = _moments(
-        captures, problem.num_classes if kind == "cfac" else 1, sharing, by_class=kind == "cfac"
+        captures, problem.num_classes if kind == "cfac" else 1, sharing, samples, by_class=kind == "cfac"
     )
     blocks: dict[str, Block] = {}
     for name, moment in moments.items():
         blocks[name] = KroneckerSum(*moment.factors(), dtype, f"{kind.upper()} of {name}")
     found = {name: moment.place for name, moment in moments.items()}
+    variances = {name: moment.variance() for name, moment in moments.items()}
     if kind == "ekfac":
-        blocks |= _corrected(captures, found, blocks)
+        corrected, of_diagonals = _corrected(captures, found, blocks, samples)
+        blocks |= corrected
+        variances |= of_diagonals
     if kind == "optimal":
         blocks |= _nearest(captures, found, blocks, rank)
     ends = itertools.accumulate((value.numel() for value in problem.parameters.values()), initial=0)
     starts = dict(zip(problem.parameters, ends, strict=False))
     index = {name: place.index(starts).to(problem.device) for name, place in found.items()}
-    operator = Kronecker(blocks, index, found, size=problem.num_parameters, kind=kind, sharing=sharing)
+    operator = Kronecker(
+        blocks,
+        index,
+        found,
+        size=problem.num_parameters,
+        kind=kind,
+        sharing=sharing,
+        name=f"{kind.upper()} of {samples} draws" if samples else None,
+        standard_errors={name: _relative(variances[name], block.norm) for name, block in blocks.items()},
+        samples=samples,
+    )
     operator.memory = problem.memory // 4
     return operator
 
 
-def _moments(captures: Captures, num_sets: int, sharing: str, *, by_class: bool) -> dict[str, Moments]:
+def _relative(variance: float, norm: float) -> float:
+    return variance**0.5 / norm if norm else 0.0
+
+
+def _moments(
+    captures: Captures, num_sets: int, sharing: str, samples: int, *, by_class: bool
+) -> dict[str, Moments]:
     problem = captures.problem
     found: dict[str, Moments] = {}
     for batch in captures.batches():
@@ -208,8 +267,10 @@ def _moments(captures: Captures, num_sets: int, sharing: str, *, by_class: bool)
         if not found:
             sizes = {name: value.numel() for name, value in problem.parameters.items()}
             every = places(batch.uses, sizes)
-            _refuse_beyond_memory(problem, every, num_sets)
-            found = {place.name: Moments(place, num_sets, sharing, problem.device) for place in every}
+            _refuse_beyond_memory(problem, every, num_sets, num_replicates(samples))
+            found = {
+                place.name: Moments(place, num_sets, sharing, problem.device, samples) for place in every
+            }
         weights = _by_example(batch)
         sets = _classes(problem, batch) if by_class else torch.zeros(len(weights), dtype=torch.long)
         for moment in found.values():
@@ -219,18 +280,22 @@ def _moments(captures: Captures, num_sets: int, sharing: str, *, by_class: bool)
     return found
 
 
-def _corrected(captures: Captures, found: dict[str, Place], blocks: dict[str, Block]) -> dict[str, Block]:
-    """The blocks of matrices, with G's own diagonal for their eigenvectors."""
+def _corrected(
+    captures: Captures, found: dict[str, Place], blocks: dict[str, Block], samples: int
+) -> tuple[dict[str, Block], dict[str, float]]:
+    """The blocks of matrices, with G's own diagonal for their eigenvectors, and what draws leave open of it."""
     bases = {name: blocks[name].decomposed for name, place in found.items() if place.is_matrix}
-    squares = {name: Squares(found[name], basis.left, basis.right) for name, basis in bases.items()}
+    squares = {name: Squares(found[name], basis.left, basis.right, samples) for name, basis in bases.items()}
     for batch in captures.batches():
         weights = _by_example(batch)
         for total in squares.values():
             total.add(total.place.mine(batch.uses), weights)
-    return {
-        name: Rotated(basis.left, basis.right, squares[name].total, basis.dtype, basis.name)
+    corrected: dict[str, Block] = {
+        name: Rotated(basis.left, basis.right, squares[name].sums.total, basis.dtype, basis.name)
         for name, basis in bases.items()
     }
+    drawn = squares if samples else {}
+    return corrected, {name: float(total.sums.variance.sum()) for name, total in drawn.items()}
 
 
 def _nearest(
@@ -271,11 +336,14 @@ def _classes(problem: Problem, batch: Captured) -> Tensor:
     return labels
 
 
-def _refuse_beyond_memory(problem: Problem, every: list[Place], num_sets: int) -> None:
+def _refuse_beyond_memory(problem: Problem, every: list[Place], num_sets: int, replicates: int) -> None:
     numbers = 0
     for place in every:
         groups, outputs, inputs = place.shape
-        numbers += num_sets * groups * (outputs**2 + (inputs**2 if place.is_matrix else 0))
+        if place.is_matrix:
+            numbers += num_sets * groups * (replicates * outputs**2 + inputs**2)
+        elif inputs <= LARGEST_VECTOR:
+            numbers += (replicates - 1) * inputs**2
     if 16 * numbers > problem.memory:
         raise MemoryBudgetError(
             f"the Kronecker factors take {16 * numbers / 2**30:.1f} GiB; memory is {problem.memory / 2**30:.1f} GiB. "

@@ -7,6 +7,7 @@ h_t that end with 1.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -195,13 +196,13 @@ def positions(uses: list[Use], weights: Tensor, chosen: Tensor) -> Positions:
     some = slice(first, last) if last - first == len(chosen) else chosen  # a slice is not copied
     mine = []
     for use in uses:
-        errors = use.errors[some]
+        errors = single(use.errors[some])
         if isinstance(use, Lookup):
             assert use.given is not None
             features, errors = use.given[some], errors.mT
         else:
             assert isinstance(use, Matrix)
-            features = use.features(some)
+            features = single(use.features(some))
         rows, num = weights[some], features.shape[1]
         counts = rows if rows.shape[1] == num else rows.mean(1, keepdim=True).expand(-1, num)
         if isinstance(use, Lookup) and use.padding is not None:
@@ -214,6 +215,22 @@ def positions(uses: list[Use], weights: Tensor, chosen: Tensor) -> Positions:
         torch.cat([one.errors for one in mine], 3),
         torch.cat([one.counts for one in mine], 1),
     )
+
+
+def single(numbers: Tensor) -> Tensor:
+    """In single precision at least: products of half precision would be rounded to three digits."""
+    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+
+
+def widened(use: Use) -> Use:
+    """A use whose features and errors are in single precision at least; itself if they are."""
+    if use.errors.dtype.itemsize >= torch.float32.itemsize:
+        return use
+    wide = copy.copy(use)
+    wide.errors = single(use.errors)
+    if use.given is not None and use.given.is_floating_point():
+        wide.given = single(use.given)
+    return wide
 
 
 def chunks(uses: list[Use], chosen: Tensor, numbers: int = 0) -> Iterator[Tensor]:

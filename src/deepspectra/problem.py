@@ -18,6 +18,7 @@ from deepspectra.checks import check_model, reported, usable
 from deepspectra.errors import (
     DataError,
     FallbackWarning,
+    LossError,
     OptionError,
     ParameterError,
     ShapeError,
@@ -263,7 +264,7 @@ class Problem:
 
         With `among` those of these classes or groups only.
         """
-        for batch in self.batches:
+        for batch in self.fixed_batches():
             if not self._can_split(batch):
                 yield batch
                 continue
@@ -276,6 +277,23 @@ class Problem:
                     continue
                 kept = labels == label
                 yield batch if kept.all() else (batch[0][kept], batch[1][kept])
+
+    def refuse_interacting_rows(self) -> None:
+        """Raise LossError if the loss of a row depends on other rows of its batch, so that none has one of its own.
+
+        Cost: the loss and its curvature of one batch.
+        """
+        if self.loss_function.is_mean:
+            return
+        outputs, targets = next(self.row_batches())
+        if self.loss_function.rows_interact(outputs, targets):
+            raise LossError(
+                f"the rows of a batch interact in the loss {self.loss_function.name!r} (a "
+                f"contrast, a variance, a rank?), "
+                "so that there are no losses and no gradients of single rows. H, G and R are "
+                "known; the empirical Fisher "
+                "matrix, Kronecker factors and errors are not."
+            )
 
     def loss(self) -> float:
         """L(θ)."""
@@ -347,7 +365,9 @@ class Problem:
             return self
         other = self._cast(dtype)
         other.batches = self.batches.moved(Move(self.device, dtype))
-        with reported(DataError, f"the model, taken in {dtype}, failed on data that it takes in {self.dtype}"):
+        with reported(
+            DataError, f"the model, taken in {dtype}, failed on data that it takes in {self.dtype}"
+        ):
             other._survey()
         return other
 

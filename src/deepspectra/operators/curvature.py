@@ -177,11 +177,12 @@ class EmpiricalFisher(Curvature):
     """F = (1/N) Σ_i ω_i ∇ℓ_i ∇ℓ_iᵀ with the labels of the data; a different matrix from G.
 
     One gradient a row. With class weights ω, ∇ℓ_i is that of the unweighted loss of row i.
-    Options, errors and cost: as `GaussNewton`.
+    Options and cost: as `GaussNewton`; errors too, and LossError where rows interact in the loss.
     """
 
     def __init__(self, problem: Problem, way: str | None = None) -> None:
         super().__init__(problem, "empirical Fisher")
+        problem.refuse_interacting_rows()
         self.products.linearize(way)
 
     def _apply(self, block: Tensor) -> Tensor:

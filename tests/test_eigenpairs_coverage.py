@@ -43,7 +43,9 @@ SPECTRA = {  # with the number of pairs
     "spiked, each twice": (spiked(200).repeat_interleave(2), 10),
     "spiked, each ten times": (spiked(60).repeat_interleave(10), 12),
     "spikes, one double, over a flat rest": (
-        torch.cat([torch.tensor([5.0, 4, 4, 3, 2, -5, -5, -2]), torch.linspace(-1, 1, 500)]).double(),
+        torch.cat(
+            [torch.tensor([5.0, 4, 4, 3, 2, -5.2, -5.2, -4.5, -3.5, -2.5]), torch.linspace(-1, 1, 500)]
+        ).double(),
         5,
     ),
 }
@@ -57,7 +59,7 @@ WAYS = {
     "restarted": {"rows": 24},
     "started": {"width": 3},
 }
-SHARED = ("each four times", "a Kronecker product", "spikes, one double, over a flat rest")
+BOTH_ENDS = "spikes, one double, over a flat rest"  # asked for in every way
 
 
 def tally(name, runs, *, which="largest", rtol=1e-3, dtype=torch.float64, rows=None, width=None):
@@ -91,7 +93,7 @@ def print_table(runs=RUNS):
     print(f"{'spectrum':<40} {'way':<12} converged missed by rank broken products")
     for name in SPECTRA:
         for way, options in WAYS.items():
-            if way == "largest" or name in SHARED:
+            if way == "largest" or name == BOTH_ENDS:
                 found = tally(name, runs, **options)
                 print(
                     f"{name:<40} {way:<12} {found[0]:>9} {found[1]:>6} {found[2]:>7} {found[3]:>6} {found[4]:>8.1f}"
@@ -110,10 +112,9 @@ def test_pairs_called_converged_are_right_in_200_runs(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "largest"])
-@pytest.mark.parametrize("name", SHARED)
-def test_so_they_are_in_every_way_of_asking(name, way):
-    converged, missed, by_rank, broken, _ = tally(name, RUNS, **WAYS[way])
-    assert converged >= 0.3 * RUNS
+def test_so_they_are_in_every_way_of_asking(way):
+    converged, missed, by_rank, broken, _ = tally(BOTH_ENDS, RUNS, **WAYS[way])
+    assert converged >= 0.9 * RUNS
     assert missed == 0
     assert by_rank <= 0.01 * RUNS
     assert broken <= 0.01 * RUNS

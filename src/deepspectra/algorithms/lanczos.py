@@ -123,8 +123,9 @@ class Krylov:
         Returns their coordinates (num_basis + num_pending, k) in the rows in use, and may remember them.
         """
         block = vectors.to(self.rows, copy=True)
-        norm = float(_norms(block).norm())
-        within, beyond, _ = self._absorb(block, norm)
+        norms = _norms(block)
+        largest = float(norms.max()) or 1.0
+        within, beyond, _ = self._absorb(block, largest * float((norms / largest).norm()))
         rows = torch.zeros(beyond.shape[0], self.num_basis, dtype=torch.float64)
         self.projected = torch.cat([self.projected, rows])
         coordinates = torch.cat([within[self.num_fixed :], beyond])

@@ -206,7 +206,7 @@ class Eigenpairs:
         The second (Kato and Temple) is for converged pairs, and needs the gap to the next eigenvalue. If the status
         is "certified" the gap is that of all eigenvalues; if "statistical", it ends where an unseen one may lie:
         within it one lies in at most 1 of 100 runs, and then the bounds may not hold. Bounds are those of the
-        operator as it is computed, and include 10 ε‖A‖ for the rounding of the values.
+        operator as it is computed, and include 100 ε‖A‖ for the rounding of the values.
         """
         residuals, gaps = self.residual_norms, self._gaps()
         squares = torch.where(gaps > residuals, residuals * (residuals / gaps), residuals)
@@ -238,7 +238,7 @@ class Eigenpairs:
 
     def _rounding(self) -> float:
         norm = self.separation.norm if self.separation else float(self.values.abs().max())
-        return 10 * torch.finfo(self.vectors.dtype).eps * norm
+        return 100 * torch.finfo(self.vectors.dtype).eps * norm  # what restarts add up to
 
     def __str__(self) -> str:
         rows = [f"{'':>4} {'λ':>12} {'‖Av − λv‖':>12} {'error of λ ≤':>14} {'sin ∠ ≤':>10}"]

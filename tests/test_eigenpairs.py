@@ -21,6 +21,8 @@ from deepspectra.errors import (
     ShapeError,
 )
 from deepspectra.operators.base import Function, LowRank, Matrix
+from deepspectra.operators.curvature import Hessian
+from deepspectra.problem import Problem
 from spectra import rotated
 
 OUTLIERS = torch.logspace(0, -1, 10, dtype=torch.float64)
@@ -176,7 +178,7 @@ def test_a_trained_nets_spectrum_takes_under_30_products():
         pairs = eigenpairs(diagonal(trained(5000)), 10, rtol=1e-3, seed=seed)
         assert pairs.converged
         assert pairs.num_products <= 30
-        torch.testing.assert_close(pairs.values, OUTLIERS, rtol=1e-8, atol=0)
+        torch.testing.assert_close(pairs.values, OUTLIERS, rtol=1e-6, atol=0)
 
 
 # --- honesty -----------------------------------------------------------------------------------------------
@@ -296,8 +298,8 @@ def test_small_residuals_while_an_outlier_is_missing_are_not_called_converged():
     start = torch.randn(300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     start[8] = 1e-15  # the ninth outlier hardly shows
     with pytest.warns(ConvergenceWarning):
-        pairs = eigenpairs(diagonal(trained()), 9, rtol=1.4e-2, start=start, max_products=14)
-    assert pairs.worst < 1e-3
+        pairs = eigenpairs(diagonal(trained()), 9, rtol=1.4e-2, start=start, max_products=13)
+    assert pairs.worst < 1e-2
     torch.testing.assert_close(pairs.values[8], OUTLIERS[9], rtol=1e-3, atol=0)  # the tenth instead
     assert not pairs.converged
     assert pairs.status == "not converged"
@@ -387,14 +389,34 @@ def test_the_zero_operator_and_a_single_row():
     assert eigenpairs(torch.tensor([[-3.0]]), 1).values.tolist() == [-3]
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-7, 1e7, 1e30])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_pairs_scale_with_the_operator(scale, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float64, scale) for scale in (1e-290, 1e-170, 1e-30, 1e-7, 1e7, 1e155, 1e290)]
+    + [(torch.float32, scale) for scale in (1e-37, 1e-30, 1e-7, 1e7, 1e30, 1e37)],
+)
+@pytest.mark.parametrize("width", [None, 3])
+def test_pairs_and_bounds_scale_with_the_operator(dtype, scale, width):
     matrix = rotated(trained(), dtype=dtype)
-    reference, scaled = eigenpairs(matrix, 5), eigenpairs(scale * matrix, 5)
+    start = None if width is None else scale * torch.ones(300, width, dtype=dtype).triu_()
+    reference, scaled = (eigenpairs(factor * matrix, 5, start=start) for factor in (1, scale))
     assert scaled.converged
-    assert scaled.num_products == reference.num_products
+    assert abs(scaled.num_products - reference.num_products) <= (dtype == torch.float32)
     torch.testing.assert_close(scaled.values / scale, reference.values, rtol=1e-5, atol=0)
+    torch.testing.assert_close(scaled.error_bounds / scale, reference.error_bounds, rtol=0.2, atol=0)
+    assert scaled.subspace_angle_bound == pytest.approx(reference.subspace_angle_bound, rel=0.2)
+
+
+def test_a_restarted_basis_at_a_tiny_scale_measures_its_residuals():
+    matrix = rotated(trained())
+    pairs = []
+    for scale in (1.0, 1e-200):
+        operator = Matrix(scale * matrix)
+        operator.memory = 8 * len(matrix) * 14
+        pairs.append(eigenpairs(operator, 5, rtol=1e-4))
+    assert pairs[1].converged
+    torch.testing.assert_close(
+        pairs[1].residual_norms / 1e-200, pairs[0].residual_norms, rtol=1e-3, atol=1e-12
+    )
 
 
 def test_no_ghosts_after_200_steps_in_float32():
@@ -405,6 +427,98 @@ def test_no_ghosts_after_200_steps_in_float32():
     values = krylov.ritz().values
     assert int((values > 0.05).sum()) == 10
     torch.testing.assert_close(values[-10:].flip(0), OUTLIERS, rtol=1e-5, atol=0)
+
+
+# --- multiple eigenvalues ----------------------------------------------------------------------------------
+
+MULTIPLE = {
+    "each four times": ((10 * 0.8 ** torch.arange(20.0)).repeat_interleave(4), 4),
+    "cut within a multiple one": ((10 * 0.7 ** torch.arange(20.0)).repeat_interleave(3), 5),
+    "a double one, the next near": (torch.cat([torch.tensor([3.0, 3]), torch.linspace(2.8, -1, 98)]), 2),
+    "a Kronecker product": (
+        torch.outer(torch.tensor([4.0, 4, 1] + [0.1] * 7), torch.tensor([3.0, 1, 1] + [0.2] * 7)).flatten(),
+        6,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MULTIPLE)
+def test_no_copy_of_a_multiple_eigenvalue_is_missed(name):
+    values, num = MULTIPLE[name]
+    values = values.double()
+    expected = values.sort(descending=True).values[:num]
+    for seed in range(12):
+        pairs = eigenpairs(diagonal(values), num, seed=seed)
+        assert pairs.converged
+        assert bool(((pairs.values - expected).abs() <= pairs.error_bounds).all()), seed
+
+
+@pytest.mark.parametrize("which", ENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_copies_are_found_at_either_end(which, dtype):
+    values = torch.cat([torch.tensor([3.0, 3, 2, 2, -4, -4, -2, -2]), torch.linspace(-1, 1, 92)]).double()
+    exact = values.sort().values
+    expected = exact[select(exact, which, 4)]
+    for seed in range(5):
+        pairs = eigenpairs(diagonal(values, dtype), 4, which, rtol=1e-2, seed=seed)
+        assert pairs.converged
+        assert bool(((pairs.values - expected).abs() <= pairs.error_bounds).all()), seed
+
+
+@pytest.mark.parametrize("memory_in_vectors", [12, 20])
+def test_copies_are_found_with_a_basis_that_is_restarted(memory_in_vectors):
+    values, num = MULTIPLE["each four times"]
+    operator = diagonal(values.double())
+    operator.memory = 8 * len(values) * memory_in_vectors
+    for seed in range(5):
+        pairs = eigenpairs(operator, num, seed=seed, max_products=600)
+        assert pairs.converged
+        torch.testing.assert_close(pairs.values, values[:num].double(), rtol=1e-5, atol=0)
+
+
+def test_copies_that_the_start_lacks_are_found():
+    values, num = MULTIPLE["a Kronecker product"]
+    expected = values.double().sort(descending=True).values[:num]
+    start = torch.eye(len(values), dtype=torch.float64)[:, [0, 3]]  # two eigenvectors, and nothing else
+    for seed in range(10):
+        pairs = eigenpairs(diagonal(values.double()), num, start=start, seed=seed)
+        assert pairs.converged
+        torch.testing.assert_close(pairs.values, expected, rtol=1e-5, atol=0)
+
+
+def test_a_linear_regression_has_each_eigenvalue_as_often_as_outputs():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 20, generator=generator, dtype=torch.float64) * 0.8 ** torch.arange(20.0)
+    y = torch.randn(60, 3, generator=generator, dtype=torch.float64)
+    problem = Problem(torch.nn.Linear(20, 3, bias=False, dtype=torch.float64), (x, y), loss="mse")
+    moment = torch.linalg.eigvalsh(2 / (60 * 3) * x.T @ x).flip(0)
+    for seed in range(4):
+        pairs = eigenpairs(Hessian(problem), 5, seed=seed)
+        assert pairs.converged
+        torch.testing.assert_close(pairs.values, moment.repeat_interleave(3)[:5], rtol=1e-5, atol=0)
+
+
+def test_what_a_challenge_excludes_is_not_there():
+    """The place up to which nothing is unseen, from which the gaps are measured, lies above the next eigenvalue."""
+    values = torch.cat([torch.tensor([3.0, 2.5, 2.4]), torch.linspace(1.8, 0, 150)]).double()
+    for seed in range(10):
+        pairs = eigenpairs(diagonal(values), 3, rtol=1e-2, seed=seed)
+        assert pairs.converged
+        assert bool((pairs.separation.gaps <= torch.tensor([0.5, 0.1, 0.1])).all())
+        assert 0 < pairs.separation.gap <= 2.4 - 1.8
+
+
+def test_without_a_gap_the_search_for_copies_gives_up_and_says_so():
+    operator = diagonal(torch.linspace(0.5, 1, 1000, dtype=torch.float64))
+    with pytest.warns(ConvergenceWarning, match="no pair is missing.*the probability is up to") as said:
+        pairs = eigenpairs(operator, 2, rtol=1e-2)
+    assert not pairs.converged
+    assert pairs.worst <= 1e-2
+    needed = int(str(said[0].message).split("max_products above ")[1].split(",")[0])
+    assert needed == pairs.num_products
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        assert eigenpairs(operator, 2, rtol=1e-2, max_products=needed + 20).num_products > needed
 
 
 # --- starts, seeds and arguments ---------------------------------------------------------------------------

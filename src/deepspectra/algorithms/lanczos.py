@@ -14,6 +14,7 @@ touched.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -61,6 +62,7 @@ class Krylov:
         self.tracked = torch.zeros(0, 0, dtype=torch.float64)
         self._lost = torch.zeros(0, 0, dtype=torch.float64)  # Gram matrix of what was dropped of A Q
         self._scale = 0.0  # largest ‖A q‖ seen: the yardstick of a breakdown
+        self._unit = 1.0  # of `_lost`, whose squares could under- or overflow
 
     @property
     def num_rows(self) -> int:
@@ -85,7 +87,8 @@ class Krylov:
         krylov.rows[: krylov.num_basis] = pairs.vectors.T
         krylov.projected = torch.diag(pairs.values.cpu().double())
         krylov.tracked = torch.zeros(krylov.num_basis, 0, dtype=torch.float64)
-        krylov._lost = torch.diag(pairs.residual_norms.cpu().double().square())
+        krylov._unit = _unit(float(pairs.values.abs().max()))
+        krylov._lost = torch.diag((pairs.residual_norms.cpu().double() / krylov._unit).square())
         return krylov
 
     def state(self) -> dict[str, Tensor | int | float]:
@@ -101,6 +104,7 @@ class Krylov:
             "tracked": self.tracked,
             "lost": self._lost,
             "scale": self._scale,
+            "unit": self._unit,
         }
 
     @classmethod
@@ -110,7 +114,7 @@ class Krylov:
         for name in ("num_fixed", "num_basis", "num_pending", "num_products", "projected", "tracked"):
             setattr(krylov, name, state[name])
         krylov.rows[: krylov.num_rows] = state["rows"]
-        krylov._lost, krylov._scale = state["lost"], state["scale"]
+        krylov._lost, krylov._scale, krylov._unit = state["lost"], state["scale"], state["unit"]
         return krylov
 
     def append(self, vectors: Tensor, *, track: bool = False) -> Tensor:
@@ -119,8 +123,9 @@ class Krylov:
         Returns their coordinates (num_basis + num_pending, k) in the rows in use, and may remember them.
         """
         block = vectors.to(self.rows, copy=True)
-        norm = float(_norms(block).norm())
-        within, beyond, _ = self._absorb(block, norm)
+        norms = _norms(block)
+        largest = float(norms.max()) or 1.0
+        within, beyond, _ = self._absorb(block, largest * float((norms / largest).norm()))
         rows = torch.zeros(beyond.shape[0], self.num_basis, dtype=torch.float64)
         self.projected = torch.cat([self.projected, rows])
         coordinates = torch.cat([within[self.num_fixed :], beyond])
@@ -157,6 +162,8 @@ class Krylov:
                 f"product {self.num_products} with {self.operator.name} is NaN or infinite. "
                 "Check the weights and the data, or use a wider dtype."
             )
+        if not self._scale:
+            self._unit = _unit(largest)
         self._scale = max(self._scale, largest)
         within, beyond, dropped = self._absorb(products, self._scale)
         left = torch.cat([self.projected, torch.zeros(beyond.shape[0], self.num_basis, dtype=torch.float64)])
@@ -164,12 +171,17 @@ class Krylov:
         self.tracked = _grown(self.tracked, beyond.shape[0])
         self.num_basis += count
         self.num_pending -= count
-        gram = dropped.T @ dropped
+        gram = (dropped / self._unit).T @ (dropped / self._unit)
         self._lost = torch.nn.functional.pad(self._lost, (0, count, 0, count))
         self._lost[-count:, -count:] = gram
 
     def _absorb(self, block: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """Split rows (k, P) as withinᵀ·(rows in use) + beyondᵀ·(new pending rows) + droppedᵀ·(rounding)."""
+        unit = _unit(scale)
+        if unit != 1:
+            block *= unit**-0.5  # in two steps, for the whole of it may be more than float32 has
+            block *= unit**-0.5
+            scale /= unit
         used = self.rows[: self.num_rows]
         within = used @ block.T
         block.addmm_(within.T, used, alpha=-1)
@@ -184,17 +196,23 @@ class Krylov:
         new, turn = _orthonormal_rows(new)
         self.rows[self.num_rows : self.num_rows + len(new)] = new
         self.num_pending += len(new)
-        return _small(within) + _small(again) @ beyond, turn @ beyond, dropped
+        return unit * (_small(within) + _small(again) @ beyond), unit * (turn @ beyond), unit * dropped
 
     def ritz(self) -> Ritz:
         """Ritz values, coefficients and residuals: ‖A y − θ y‖² = ‖(H_top − θ)s‖² + ‖H_bottom s‖²."""
-        top, bottom = self.projected[: self.num_basis], self.projected[self.num_basis :]
+        projected = self.projected / self._unit
+        top, bottom = projected[: self.num_basis], projected[self.num_basis :]
         values, s = torch.linalg.eigh((top + top.T) / 2)
-        squares = (top @ s - s * values).square().sum(0) + (bottom @ s).square().sum(0) + self.lost_squares(s)
-        return Ritz(values, s, squares.clamp_min(0).sqrt())
+        squares = (
+            (top @ s - s * values).square().sum(0) + (bottom @ s).square().sum(0) + self._lost_squares(s)
+        )
+        return Ritz(values * self._unit, s, squares.clamp_min(0).sqrt() * self._unit)
 
     def lost_squares(self, coefficients: Tensor) -> Tensor:
         """Squared norms (k,) of what A Q s has that the rows in use do not represent, for s (m, k)."""
+        return self._lost_squares(coefficients) * self._unit**2
+
+    def _lost_squares(self, coefficients: Tensor) -> Tensor:
         return (coefficients * (self._lost @ coefficients)).sum(0)
 
     def combine(self, coordinates: Tensor) -> Tensor:
@@ -222,6 +240,7 @@ class Krylov:
         dropped = torch.cat(  # the first is zero for a symmetric A in exact arithmetic
             [top @ s - s @ image, bottom @ s - t @ beyond]
         )
+        dropped = dropped / self._unit
         self._lost = s.T @ self._lost @ s + dropped.T @ dropped
         self.projected = torch.cat([image, beyond])
         self.num_basis, self.num_pending = k, t.shape[1]
@@ -286,13 +305,22 @@ def _norms(rows: Tensor) -> Tensor:
     low_high = rows.aminmax() if rows.numel() else (0.0, 0.0)
     largest = max(-float(low_high[0]), float(low_high[1]))
     if not low < largest < high:
-        wide: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        unit = _unit(largest)
+        wide: Tensor = torch.linalg.vector_norm(rows.double() / unit, dim=1) * unit
         return wide
     count = rows.shape[1] // STRETCH
     stretches = rows[:, : count * STRETCH].reshape(len(rows), count, STRETCH)
     rest = rows[:, count * STRETCH :]
     norms: Tensor = torch.cat([stretches.norm(dim=2), rest.norm(dim=1, keepdim=True)], 1).double().norm(dim=1)
     return norms
+
+
+def _unit(size: float) -> float:
+    """A power of four near a size whose square, or product with ε, could under- or overflow; 1 for others."""
+    low, high = SAFE_SQUARES
+    if low < size < high or not 0 < size < float("inf"):
+        return 1.0
+    return 4.0 ** round(math.log(size, 4))
 
 
 def _small(matrix: Tensor) -> Tensor:

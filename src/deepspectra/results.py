@@ -366,7 +366,7 @@ class Density:
         """How many eigenvalues lie above `x`, and its standard error (NaN with one probe); two are a 95 % band.
 
         The error adds that of the probes and the resolution: what a probe's moments say of its mass above x is
-        certain to ± Christoffel's function at x, taken as uniform. It is 0 where exact eigenvalues enclose `x`.
+        certain to ± Christoffel's function at x, two errors wide. It is 0 where exact eigenvalues enclose `x`.
         """
         above = (self.nodes > x).double()
         count = float(self.size * (self.weights @ above))
@@ -374,7 +374,7 @@ class Density:
             return count, 0.0
         exact, *rows = self._rows_by_probe()
         blur = sum(self._resolution(x, exact, r) for r in rows)
-        return count, self.size * math.hypot(float(self._errors(above[None])), blur / math.sqrt(3))
+        return count, self.size * math.hypot(float(self._errors(above[None])), blur / 2)
 
     def _resolution(self, x: float, exact: Tensor, rows: Tensor) -> float:
         """Christoffel's function at x of a probe's measure, 1/Σ p_k(x)² over its orthonormal polynomials.

@@ -24,7 +24,8 @@ from deepspectra.operators.base import Operator
 from deepspectra.results import Density, Eigenpairs, Provenance
 
 LARGEST_BLOCK_BASIS = 2048  # vectors of a group of probes: its projected matrix is diagonalised on the CPU
-LOCK_RTOL = 1e-3  # relative residual at which a pair counts as an eigenvalue of its own
+FOLDS = 4  # of the probes of a group, at most: each is freed of what the others lock
+LOCK_RTOL = 1e-4  # relative residual at which a pair is locked: what it leaves behind, its square, is below rounding
 ANONYMOUS = ("operator", "matrix", "function", "low rank")  # names that tell no operator from another
 
 Ends = tuple[Tensor, Tensor]  # of a spectrum: Ritz values and their residuals (2, k) from below, from above, inwards
@@ -196,7 +197,7 @@ def _with_basis(
         if krylov.num_fixed + krylov.num_basis == operator.shape[0]:
             groups = [_complete(locked, krylov.ritz().values, num_probes)]
             break
-        groups += _halves(krylov, start, locked, num_steps)
+        groups += _folds(krylov, start, locked, num_steps)
         if j + 1 < len(sizes):
             locked = _joined(locked, _lock(krylov, room=sizes[j + 1] * (num_steps + 1)))
     return groups, krylov.num_products
@@ -222,19 +223,20 @@ def _advance(
     return torch.nn.functional.pad(start, (0, 0, 0, krylov.num_basis - len(start)))
 
 
-def _halves(krylov: Krylov, start: Tensor, locked: Ends, num_steps: int) -> list[_Group]:
-    """Each half of the probes on the complement of the pairs that the other half locks.
+def _folds(krylov: Krylov, start: Tensor, locked: Ends, num_steps: int) -> list[_Group]:
+    """Each fold of the probes on the complement of the pairs that the others lock.
 
-    All in coordinates: the basis holds what each half alone would have built.
+    All in coordinates: the basis holds what the others alone would have built.
     """
     square = krylov.projected[: krylov.num_basis]
     matrix = (square + square.T) / 2
-    halves = torch.tensor_split(torch.arange(start.shape[1]), min(2, start.shape[1]))
-    groups = []
-    for half, mine in enumerate(halves):
+    count, groups = start.shape[1], []
+    for mine in torch.tensor_split(torch.arange(count), min(FOLDS, count)):
         ends, vectors = NO_ENDS, matrix[:, :0]
-        if len(halves) == 2:
-            space = _krylov_space(matrix, start[:, halves[1 - half]], num_steps)
+        if len(mine) < count:
+            others = torch.ones(count, dtype=torch.bool)
+            others[mine] = False
+            space = _krylov_space(matrix, start[:, others], num_steps)
             ends, vectors = _converged(krylov, matrix, space, space.shape[1])
         rest = torch.linalg.qr(vectors, mode="complete")[0][:, vectors.shape[1] :]
         nodes, turn = torch.linalg.eigh(rest.T @ matrix @ rest)

@@ -84,7 +84,9 @@ def spectra() -> dict[str, Tensor]:
         "multiple": 10 * powers.repeat_interleave(4),
         "flat + spiked": torch.cat([line(50, 5, 10), one((190,), 1.0)]),
         "multiple + spiked": torch.cat([one((3,), 5.0), one((2,), -4.0), line(-0.2, 0.5, 195)]),
-        "all four": torch.cat([one((4,), 9.0), line(6, 3, 4), powers[:40], one((60,), 0.1), line(-1, 0.3, 92)]),
+        "all four": torch.cat(
+            [one((4,), 9.0), line(6, 3, 4), powers[:40], one((60,), 0.1), line(-1, 0.3, 92)]
+        ),
         "tiny": torch.cat([line(3, 1, 3), 0.5 ** line(1, 20, 24), -(0.3 ** line(1, 9, 12))]),
         "rank 9 of 60": torch.cat([line(4, 1, 9), one((51,), 0.0)]),
     }
@@ -134,7 +136,7 @@ def _within(off: float, error: float, size: float) -> float:
 
 
 def trace(case: Case, seed: int, *, num_products: int) -> Check:
-    """tr A."""
+    """Tr A."""
     found = ds.trace(case.matrix, num_products, seed=seed)
     off, size = found.value - float(case.values.sum()), float(case.values.abs().sum())
     return Check(_within(off, found.standard_error, size), off / size, found.num_products)
@@ -166,25 +168,26 @@ class Probes(NamedTuple):
     rtol: float = 1e-3
     rows: int = 0
 
-    @lru_cache(maxsize=4096)
-    def run(self, name: str, seed: int) -> tuple[ds.Density, float]:
-        """The density, and by how much its second moment may be off for pairs that are not exact.
 
-        The same seed finds the pairs: `density` draws its own probes.
-        """
-        case = cases()[name]
-        operator = Matrix(case.matrix)
-        if not self.deflated:
-            operator.memory = 8 * len(case.values) * self.rows or operator.memory
-            return ds.density(operator, self.num_probes, self.num_steps, seed=seed), 0.0
-        pairs = ds.eigenpairs(operator, self.deflated, "magnitude", rtol=self.rtol, seed=seed)
-        found = ds.density(operator, self.num_probes, self.num_steps, deflate=pairs, seed=seed)
-        return found, 2 * float(pairs.residual_norms.square().sum()) / len(case.values)
+@lru_cache(maxsize=4096)
+def density(probes: Probes, name: str, seed: int) -> tuple[ds.Density, float]:
+    """The density, and by how much its second moment may be off for pairs that are not exact.
+
+    The same seed finds the pairs: `density` draws its own probes.
+    """
+    case = cases()[name]
+    operator = Matrix(case.matrix)
+    if not probes.deflated:
+        operator.memory = 8 * len(case.values) * probes.rows or operator.memory
+        return ds.density(operator, probes.num_probes, probes.num_steps, seed=seed), 0.0
+    pairs = ds.eigenpairs(operator, probes.deflated, "magnitude", rtol=probes.rtol, seed=seed)
+    found = ds.density(operator, probes.num_probes, probes.num_steps, deflate=pairs, seed=seed)
+    return found, 2 * float(pairs.residual_norms.square().sum()) / len(case.values)
 
 
 def moment(case: Case, seed: int, *, probes: Probes, degree: int) -> Check:
     """(1/P) tr A^degree, with the standard error of the mean eigenvalue as the library gives it."""
-    found, blur = probes.run(case.name, seed)
+    found, blur = density(probes, case.name, seed)
     truth, size = float(case.values.pow(degree).mean()), float(case.values.abs().pow(degree).mean())
     powered = found if degree == 1 else _powered(found, degree)
     off = powered.mean - truth
@@ -205,7 +208,9 @@ def bounds(case: Case, seed: int, *, num: int, which: str, rtol: float) -> Check
     top = case.values[: num if which == "largest" else (num + 1) // 2]
     truth = torch.cat([top, case.values[len(case.values) - (num - len(top)) :]])
     off = (found.values - truth).abs()
-    return Check(float((off <= found.error_bounds + 1e-9 * case.values.abs().max()).all()), products=found.num_products)
+    return Check(
+        float((off <= found.error_bounds + 1e-9 * case.values.abs().max()).all()), products=found.num_products
+    )
 
 
 def levels(values: Tensor) -> list[float]:
@@ -217,7 +222,7 @@ def levels(values: Tensor) -> list[float]:
 
 def count(case: Case, seed: int, *, probes: Probes) -> Check:
     """Eigenvalues above thresholds in gaps of the spectrum: the share of the counts within their bands."""
-    found, _ = probes.run(case.name, seed)
+    found, _ = density(probes, case.name, seed)
     inside = []
     for level in levels(case.values):
         above, error = found.count_above(level)
@@ -248,10 +253,10 @@ TABLES: dict[str, dict[str, Run]] = {
 HEAD = """# Coverage
 
 How often estimates keep their word: in each cell the share of the runs in which what is estimated lies within two
-standard errors of the estimate, or within the stated bound, on matrices whose spectrum is known. After it the bias in
-standard errors of its own mean, where the runs differ at all. A seed serves the search of pairs and the density alike.
-A value that is not finite counts as not covered; there were {bad}. {stated:.0%} are stated of two standard errors, all
-of bounds. The spectra:
+standard errors of the estimate, or within the stated bound, on matrices whose spectrum is known. After it the bias
+in standard errors of its own mean, where the runs differ at all. A seed serves the search of pairs and the density
+alike. A value that is not finite counts as not covered; there were {bad}. {stated:.0%} are stated of two standard
+errors, all of bounds. The spectra:
 
 {spectra}
 

@@ -68,7 +68,9 @@ def test_locking_copies_of_multiple_eigenvalues_biases_no_moment() -> None:
 
 @pytest.mark.parametrize("basis", ["full", "none"])
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_no_weight_is_nan_however_small_the_problem_and_however_much_is_deflated(size: int, basis: str) -> None:
+def test_no_weight_is_nan_however_small_the_problem_and_however_much_is_deflated(
+    size: int, basis: str
+) -> None:
     line = torch.linspace(-1, 2, size, dtype=torch.float64)
     for values in (line, line.clamp_min(0), torch.zeros(size).double(), torch.ones(size).double(), line**21):
         for deflated in {1, size - 1, size} - {0}:
@@ -87,7 +89,8 @@ def test_no_weight_is_nan_however_small_the_problem_and_however_much_is_deflated
 
 @pytest.mark.parametrize(
     ("dtype", "scale"),
-    [(torch.float64, s) for s in (1e-290, 1e-200, 1e155, 1e300)] + [(torch.float32, s) for s in (1e-37, 1e36)],
+    [(torch.float64, s) for s in (1e-290, 1e-200, 1e155, 1e300)]
+    + [(torch.float32, s) for s in (1e-37, 1e36)],
 )
 def test_estimates_are_right_at_any_scale_a_type_holds(dtype: torch.dtype, scale: float) -> None:
     A = torch.diag(torch.linspace(1, 10, 30, dtype=dtype))

@@ -295,7 +295,11 @@ def test_the_vectors_of_the_run_that_found_the_pairs_are_no_probes():
             mine = found.probes == probe
             means_of = found.nodes[mine] @ found.weights[mine]
             assert all(
-                abs(float(means_of - found.nodes[found.probes == other] @ found.weights[found.probes == other]))
+                abs(
+                    float(
+                        means_of - found.nodes[found.probes == other] @ found.weights[found.probes == other]
+                    )
+                )
                 > 1e-9
                 for other in range(probe)
             )

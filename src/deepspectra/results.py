@@ -286,7 +286,8 @@ class Density:
         weights: (M,) non-negative, sum to 1.
         probes: (M,) which probe a node belongs to; −1 for an eigenvalue known by itself, of weight 1/P, or for all
             zeros of a spectrum that is known exactly.
-        num_probes: random probes averaged over; 0 for a spectrum that is known exactly.
+        num_probes: random probes averaged over; 0 for a spectrum that is known exactly. Eigenvalues that some of them
+            were freed of, but not all, are nodes of weight 1/P among theirs.
         num_steps: Krylov steps a probe was given; the resolution at which an exact spectrum is drawn.
         deflation_residual: the largest ‖A v − λ v‖/|λ| of the deflated pairs, 0 without.
         num_products: products spent.
@@ -386,7 +387,9 @@ class Density:
         if not any(_nearest(side * apart) < _nearest(side * known) for side in (1, -1)):
             return 0.0
         weights = self.weights[rows]
-        return float(weights.sum()) * christoffel(apart / apart.abs().max(), weights / weights.sum(), self.num_steps)
+        return float(weights.sum()) * christoffel(
+            apart / apart.abs().max(), weights / weights.sum(), self.num_steps
+        )
 
     def smooth(
         self,

@@ -16,7 +16,10 @@ from deepspectra.operators.base import Operator
 Progress = Callable[[int, int | None], object]
 
 BLOCK = 16  # vectors multiplied at once
-SAFE = {torch.float32: 2.0**40, torch.float64: 2.0**200}  # products of such sizes, or their inverses, are squared
+SAFE = {
+    torch.float32: 2.0**40,
+    torch.float64: 2.0**200,
+}  # products of such sizes, or their inverses, are squared
 
 
 def stream(seed: int, purpose: str) -> torch.Generator:
@@ -42,9 +45,7 @@ class InUnits(Operator):
     """
 
     def __init__(self, operator: Operator) -> None:
-        super().__init__(
-            operator.shape[0], dtype=operator.dtype, device=operator.device, name=operator.name
-        )
+        super().__init__(operator.shape[0], dtype=operator.dtype, device=operator.device, name=operator.name)
         self.operator, self.memory = operator, operator.memory
         self.exponent = self.num_repeated = 0
         self._shift, self._decided = 0, operator.dtype not in SAFE

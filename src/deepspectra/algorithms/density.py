@@ -25,10 +25,14 @@ from deepspectra.results import Density, Eigenpairs, Provenance
 
 LARGEST_BLOCK_BASIS = 2048  # vectors of a group of probes: its projected matrix is diagonalised on the CPU
 FOLDS = 4  # of the probes of a group, at most: each is freed of what the others lock
-LOCK_RTOL = 1e-4  # relative residual at which a pair is locked: what it leaves behind, its square, is below rounding
+LOCK_RTOL = (
+    1e-4  # relative residual at which a pair is locked: what it leaves behind, its square, is below rounding
+)
 ANONYMOUS = ("operator", "matrix", "function", "low rank")  # names that tell no operator from another
 
-Ends = tuple[Tensor, Tensor]  # of a spectrum: Ritz values and their residuals (2, k) from below, from above, inwards
+Ends = tuple[
+    Tensor, Tensor
+]  # of a spectrum: Ritz values and their residuals (2, k) from below, from above, inwards
 
 
 def density(
@@ -45,18 +49,20 @@ def density(
     Gaussian probes advance in lockstep, one block product a step, and share one fully reorthogonalised block
     Krylov basis. A probe z gets the Ritz values θ of the basis as nodes and (zᵀy)²/‖z‖² as weights: Gauss
     quadrature, exact for polynomials of degree 2·num_steps − 1, and for any spectrum once the basis is
-    invariant. Pairs converged (residual ≤ 1e-3·|θ|) contiguously from either end are locked, as eigenvalues
-    of weight exactly 1/P, which removes their variance. A run of equal values is locked only if it has fewer
-    than there are probes in the block, since k probes see at most k copies of a multiple eigenvalue (so a
-    single probe locks nothing).
+    invariant.
 
-    The random vectors of the run that made `deflate` are probes already: those that went num_steps far count
-    among the num_probes and cost nothing.
+    Pairs that have converged (residual ≤ 1e-4·|θ|) contiguously from either end are locked, as eigenvalues of
+    weight 1/P, which removes their variance. A probe is freed only of pairs that other probes have locked, by a
+    basis of their own inside the common one: chosen by what the probe itself has found, they would bias it, most of
+    all copies of a multiple eigenvalue. Up to four folds of the probes lock for each other; a single probe locks
+    nothing. Values that all folds lock are the exact ones of the result. If the basis spans R^P, all are exact.
 
     With `deflate`, probes and products are projected on the complement of its vectors, (I − VVᵀ)A(I − VVᵀ),
-    and its values enter, sign kept, with weight 1/P each. Vectors that have not converged only blur: the
-    projected operator's own density is still exact, and the values are Rayleigh quotients, off by at
-    most ‖A v − λ v‖.
+    and its values enter, sign kept, with weight 1/P each. The random vectors that found them count for nothing here:
+    the pairs were chosen by what these vectors met. Probes are drawn anew, and differ from those vectors at equal
+    seeds, too. Vectors that have not converged only blur: the projected operator's own density is still exact, and
+    the values are Rayleigh quotients, off by at most ‖A v − λ v‖; the second moment lacks 2/P of the sum of the
+    squared residuals. One product sees that the pairs are those of A.
 
     With basis="none" each probe goes its own way by Lanczos' recurrence, in three vectors, and copies of
     converged eigenvalues are merged (`algorithms/recurrence.py`). Each probe's nodes and weights are then those
@@ -66,32 +72,32 @@ def density(
 
     Args:
         A: an operator, or a symmetric matrix (P, P).
-        num_probes: random probes; the error band comes from their scatter.
+        num_probes: random probes.
         num_steps: products spent on each probe.
         deflate: eigenpairs of A known already.
-        seed: of the probes.
+        seed: of the probes; other estimates draw others at the same seed.
         progress: called with (products so far, products expected).
         basis: "full" keeps and reorthogonalises the basis, "none" keeps three vectors a probe; None is "full"
             if one probe's basis fits `A.memory`, and otherwise "none" with a FallbackWarning.
 
     Returns:
-        Density: nodes and weights that sum to 1.
+        Density: nodes and weights that sum to 1. How often its bands cover is in docs/coverage.md.
 
     Raises:
-        OptionError, ShapeError, DataError: an argument out of range or of a wrong shape.
+        OptionError, ShapeError, DataError: an argument out of range or of a wrong shape, pairs of another operator.
         NonFiniteError: a product is NaN or infinite.
         MemoryBudgetError: with basis="full", not even one probe's basis fits `A.memory`; else, not even three
             vectors.
 
-    Cost: num_probes·num_steps products at most, for the probes that `deflate` does not bring; a basis of at most
-    `A.memory` bytes: probes are split into groups that fit, of at most 2048 vectors, and later groups run on the
-    complement of the pairs locked before. With basis="none", 3 vectors a probe, in groups of 16 or what fits.
+    Cost: num_probes·num_steps products at most, and one with `deflate`; a basis of at most `A.memory` bytes: probes
+    are split into groups that fit, of at most 2048 vectors, and later groups run on the complement of the pairs
+    locked before. With basis="none", 3 vectors a probe, in groups of 16 or what fits.
 
     Source: Golub and Meurant (2010) for the quadrature; Papyan, JMLR 21 (2020), appendix C, algorithm 3.
-    Departures: (1) full reorthogonalisation, hence no ghosts; (2) the probes share a block basis;
-    (3) locking; (4) several probes and a standard error. Gaussian and not Rademacher probes: results depend
-    on the spectrum alone, not on the basis A is written in, and copies of a multiple eigenvalue are seen with
-    probability one.
+    Departures: (1) full reorthogonalisation, hence no ghosts; (2) the probes share a block basis; (3) locking;
+    (4) several probes, and standard errors from the variance that the spectrum gives a probe. Gaussian and not
+    Rademacher probes: results depend on the spectrum alone, not on the basis A is written in, and copies of a
+    multiple eigenvalue are seen with probability one.
     """
     began = time.perf_counter()
     operator = as_operator(A)

@@ -22,7 +22,6 @@ XTrace and XDiag project from one side; for a symmetric A the projection from bo
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import NamedTuple
 

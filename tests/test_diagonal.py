@@ -23,7 +23,7 @@ def test_two_standard_errors_cover_the_entries(spectrum, num_products):
     claimed = torch.stack([run.standard_error for run in runs])
     assert float((errors.abs() <= 2 * claimed).double().mean()) > 0.9
     ratio = float(errors.square().mean().sqrt() / claimed.square().mean().sqrt())
-    assert 0.6 < ratio < 1.15  # neither boasting nor useless
+    assert 0.5 < ratio < 1  # neither boasting nor useless
 
 
 def test_every_entry_is_unbiased():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -266,7 +267,7 @@ class Curve(Tabular, columns=("grid", "density", "standard_error")):
     Attributes:
         grid: (num_points,) ascending, float64: λ on the linear scale, |λ| + ε on the logarithmic one.
         density: (num_points,) mass per unit of λ, or per decade of |λ| + ε.
-        standard_error: (num_points,) of `density` over probes; NaN with fewer than two probes.
+        standard_error: (num_points,) of `density`: two of them are a 95 % band; NaN with fewer than two probes.
         scale: "linear" | "log".
         width: standard deviation of the Gaussian kernel, in units of λ or in decades.
         mass: what the curve integrates to: the mass of the nodes it shows.
@@ -289,7 +290,8 @@ class Density(Tabular, columns=("nodes", "weights", "probes")):
         weights: (M,) non-negative, sum to 1.
         probes: (M,) which probe a node belongs to; −1 for an eigenvalue known by itself, of weight 1/P, or for all
             zeros of a spectrum that is known exactly.
-        num_probes: random probes averaged over; 0 for a spectrum that is known exactly.
+        num_probes: random probes averaged over; 0 for a spectrum that is known exactly. Eigenvalues that some of them
+            were freed of, but not all, are nodes of weight 1/P among theirs.
         num_steps: Krylov steps a probe was given; the resolution at which an exact spectrum is drawn.
         deflation_residual: the largest ‖A v − λ v‖/|λ| of the deflated pairs, 0 without.
         num_products: products spent.
@@ -324,13 +326,34 @@ class Density(Tabular, columns=("nodes", "weights", "probes")):
 
     @property
     def mean_standard_error(self) -> float:
-        """Of `mean`, over probes; NaN with one, 0 for an exact spectrum."""
-        if not self.num_probes:
-            return 0.0
-        _, *rows = self._rows_by_probe()
-        return float(
-            _standard_error(self.num_probes * torch.stack([self.nodes[r] @ self.weights[r] for r in rows]))
-        )
+        """Of `mean`: two of them are a 95 % band; NaN with one probe, 0 for an exact spectrum."""
+        largest = float(self.nodes.abs().max()) or 1.0  # squares of the nodes may overflow
+        return largest * float(self._errors(self.nodes[None] / largest))
+
+    def mean_interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Where the mean eigenvalue lies in this share of all runs.
+
+        Raises:
+            OptionError: confidence is not between 0 and 1.
+        """
+        return _interval(self.mean, self.mean_standard_error, math.inf, confidence)
+
+    def _errors(self, values: Tensor) -> Tensor:
+        """Standard errors (k,) of the means over the spectrum of functions with these values (k, M) at the nodes.
+
+        zᵀf(A)z/‖z‖² of a Gaussian z in d dimensions varies by 2/(d+2) times the variance of f over the spectrum,
+        which the nodes know better than the scatter of a few probes does. No eigenvalue has less than 1/P.
+        """
+        free = self.probes >= 0
+        mass = float(self.weights[free].sum())
+        if not self.num_probes or not mass:
+            return torch.zeros(len(values), dtype=torch.float64)
+        if self.num_probes < 2:
+            return torch.full((len(values),), math.nan, dtype=torch.float64)
+        means = values[:, free] @ self.weights[free] / mass
+        weights = self.weights[free].clamp_min(1 / (self.size * self.num_probes)) / mass
+        spread = (values[:, free] - means[:, None]).square() @ weights
+        return mass * (2 / (mass * self.size + 2) * spread / self.num_probes).sqrt()
 
     @overload
     def cdf(self, x: float) -> float: ...
@@ -345,32 +368,32 @@ class Density(Tabular, columns=("nodes", "weights", "probes")):
         return mass if isinstance(x, Tensor) else float(mass)
 
     def count_above(self, x: float) -> tuple[float, float]:
-        """How many eigenvalues lie above `x`, and its standard error (NaN with one probe).
+        """How many eigenvalues lie above `x`, and its standard error (NaN with one probe); two are a 95 % band.
 
-        The error adds the scatter over probes and the resolution: between two nodes of a quadrature the
-        distribution is known to within the weight of either (Chebyshev, Markov and Stieltjes), taken as
-        uniform. It is 0 where exact eigenvalues enclose `x`.
+        The error adds that of the probes and the resolution: what a probe's moments say of its mass above x is
+        certain to ± Christoffel's function at x, two errors wide. It is 0 where exact eigenvalues enclose `x`.
         """
-        above = torch.where(self.nodes > x, self.weights, 0.0)
+        above = (self.nodes > x).double()
+        count = float(self.size * (self.weights @ above))
         if not self.num_probes:
-            return float(self.size * above.sum()), 0.0
+            return count, 0.0
         exact, *rows = self._rows_by_probe()
-        counts = torch.stack([above[r].sum() for r in rows]) * self.num_probes * self.size
-        jumps = torch.stack([self._jump(x, exact, r) for r in rows]).mean() * self.num_probes * self.size
-        error = torch.hypot(_standard_error(counts), jumps / math.sqrt(3))
-        return float(self.size * above.sum()), float(error)
+        blur = sum(self._resolution(x, exact, r) for r in rows)
+        return count, self.size * math.hypot(float(self._errors(above[None])), blur / 2)
 
-    def _jump(self, x: float, exact: Tensor, rows: Tensor) -> Tensor:
-        """The larger weight of a probe's two nodes around `x`, if no exact node is nearer."""
-        largest = torch.zeros((), dtype=torch.float64)
-        for side in (1, -1):
-            distance = side * (self.nodes[rows] - x)
-            beyond = distance.where(distance > 0, math.inf)
-            known = side * (self.nodes[exact] - x)
-            nearest_known = torch.cat([known[known > 0], known.new_tensor([math.inf])]).min()
-            if len(rows) and bool(beyond.min() < nearest_known):
-                largest = torch.maximum(largest, self.weights[rows[beyond.argmin()]])
-        return largest
+    def _resolution(self, x: float, exact: Tensor, rows: Tensor) -> float:
+        """Christoffel's function at x of a probe's measure, 1/Σ p_k(x)² over its orthonormal polynomials.
+
+        Two measures with the same moments, as many as `num_steps` polynomials have, differ by no more in the mass
+        above x (Chebyshev, Markov and Stieltjes).
+        """
+        apart, known = self.nodes[rows] - x, self.nodes[exact] - x
+        if not any(_nearest(side * apart) < _nearest(side * known) for side in (1, -1)):
+            return 0.0
+        weights = self.weights[rows]
+        return float(weights.sum()) * christoffel(
+            apart / apart.abs().max(), weights / weights.sum(), self.num_steps
+        )
 
     def smooth(
         self,
@@ -419,17 +442,14 @@ class Density(Tabular, columns=("nodes", "weights", "probes")):
         grid = torch.linspace(
             float(low) - 4 * width, float(high) + 4 * width, num_points, dtype=torch.float64
         )
-        weights = torch.where(shown, self.weights, 0.0)
-        curves = torch.stack([_broaden(grid, positions[r], weights[r], width) for r in self._rows_by_probe()])
-        exact, probes = curves[0], curves[1:] * self.num_probes
-        known = not self.num_probes
+        kernel = _kernel(grid, positions, width) * shown
         return Curve(
             grid=10**grid if scale == "log" else grid,
-            density=exact if known else exact + probes.mean(0),
-            standard_error=torch.zeros_like(grid) if known else _standard_error(probes),
+            density=kernel @ self.weights,
+            standard_error=self._errors(kernel),
             scale=scale,
             width=width,
-            mass=float(weights.sum()),
+            mass=float(self.weights[shown].sum()),
         )
 
     def _rows_by_probe(self) -> list[Tensor]:
@@ -466,11 +486,13 @@ class Estimate(Tabular, columns=("quantity", "value", "standard_error")):
     Attributes:
         quantity: "trace" | "Frobenius norm".
         value: the estimate.
-        standard_error: of `value`; 0 when exact, NaN when a single product allows none.
+        standard_error: of `value`: two of them are a 95 % band, also from few products (`interval`); 0 when exact,
+            NaN when a single product allows none.
         num_products: products spent.
         seconds: wall-clock time spent.
         method: "exact" | "leave-one-out" | "Hutchinson".
         provenance: where it came from.
+        degrees_of_freedom: of the scatter that the error is known by; ∞ where it is not known by that.
     """
 
     quantity: str
@@ -480,6 +502,15 @@ class Estimate(Tabular, columns=("quantity", "value", "standard_error")):
     seconds: float
     method: str
     provenance: Provenance
+    degrees_of_freedom: float = math.inf
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Where the truth lies in this share of all runs.
+
+        Raises:
+            OptionError: confidence is not between 0 and 1.
+        """
+        return _interval(self.value, self.standard_error, self.degrees_of_freedom, confidence)
 
     def __str__(self) -> str:
         return (
@@ -495,11 +526,13 @@ class Diagonal(Tabular, columns=("values", "standard_error")):
 
     Attributes:
         values: (P,) the estimates, on the operator's device and in its dtype (float32 for shorter ones).
-        standard_error: (P,) of `values`; 0 when exact, NaN when a single product allows none.
+        standard_error: (P,) of `values`: two of them are a 95 % band, also from few products (`interval`); 0 when
+            exact, NaN when a single product allows none.
         num_products: products spent.
         seconds: wall-clock time spent.
         method: "exact" | "leave-one-out" | "Hutchinson".
         provenance: where it came from.
+        degrees_of_freedom: of the scatter that the errors are known by; ∞ when exact.
     """
 
     values: Tensor
@@ -508,6 +541,15 @@ class Diagonal(Tabular, columns=("values", "standard_error")):
     seconds: float
     method: str
     provenance: Provenance
+    degrees_of_freedom: float = math.inf
+
+    def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
+        """(P,) and (P,), between which an entry lies in this share of all runs.
+
+        Raises:
+            OptionError: confidence is not between 0 and 1.
+        """
+        return _interval(self.values, self.standard_error, self.degrees_of_freedom, confidence)
 
     def __str__(self) -> str:
         low, high = self.values.aminmax()
@@ -528,16 +570,77 @@ def _cost(num_products: int, seconds: float) -> str:
     return f"{num_products} products, {seconds:.3g} s"
 
 
-def _standard_error(samples: Tensor) -> Tensor:
-    """Of the mean over the first dimension; NaN from one sample."""
-    if len(samples) < 2:
-        return torch.full(samples.shape[1:], math.nan, dtype=torch.float64)
-    return samples.std(0) / math.sqrt(len(samples))
+def standard_error(samples: Tensor, dim: int = 0) -> Tensor:
+    """Of the mean of independent samples over one dimension; two of them are a 95 % band, however few there are.
+
+    The scatter over √n, times Student's quantile over the normal one. NaN from one sample.
+    """
+    count = samples.shape[dim]
+    if count < 2:
+        return samples.mean(dim) * math.nan
+    largest = samples.abs().amax(dim, keepdim=True).clamp_min(torch.finfo(samples.dtype).tiny)
+    scatter = (samples / largest).std(dim) * largest.squeeze(dim)  # squares of the samples may overflow
+    return scatter * (student_scale(count) / math.sqrt(count))
 
 
-def _broaden(grid: Tensor, positions: Tensor, weights: Tensor, width: float) -> Tensor:
+def student_scale(count: int) -> float:
+    """By how much more scatters over √n two must be for a 95 % band if it is known from `count` samples alone."""
+    return _quantile(COVERED, count - 1) / 2 if count > 1 else math.nan
+
+
+COVERED = math.erf(math.sqrt(2))  # by two standard deviations of a normal variable: 95.4 %
+
+Number = TypeVar("Number", float, Tensor)
+
+
+def _interval(value: Number, error: Number, freedom: float, confidence: float) -> tuple[Number, Number]:
+    """What `confidence` takes, if two errors are what `COVERED` takes."""
+    if not 0 < confidence < 1:
+        raise OptionError(f"confidence must lie between 0 and 1, such as 0.95; got {confidence!r}.")
+    half = 2 * _quantile(confidence, freedom) / _quantile(COVERED, freedom) * error
+    return value - half, value + half
+
+
+def _quantile(confidence: float, freedom: float) -> float:
+    """Of |t| for Student's t, or the normal distribution; NaN without a degree of freedom."""
+    from scipy.special import ndtri, stdtrit  # noqa: PLC0415  (SciPy's import takes a while)
+
+    share = (1 + confidence) / 2
+    return float(ndtri(share) if math.isinf(freedom) else stdtrit(freedom, share))
+
+
+def _nearest(distances: Tensor) -> float:
+    """The smallest that is positive; ∞ without one."""
+    return float(distances[distances > 0].min()) if bool((distances > 0).any()) else math.inf
+
+
+def _kernel(grid: Tensor, positions: Tensor, width: float) -> Tensor:
     kernel = (-0.5 * ((grid[:, None] - positions) / width).square()).exp()
-    return kernel @ weights / (width * math.sqrt(2 * math.pi))
+    return kernel / (width * math.sqrt(2 * math.pi))
+
+
+def christoffel(nodes: Tensor, weights: Tensor, count: int) -> float:
+    """1/Σ p_k(0)² of the first `count` orthonormal polynomials of a discrete measure on [−1, 1].
+
+    It is the smallest ∫p² of polynomials with p(0) = 1 of a lower degree than `count`. They come by Lanczos'
+    recurrence with full reorthogonalisation.
+    """
+    x, count = nodes.numpy(), min(count, len(nodes))
+    columns = np.zeros((count + 1, len(x)))
+    columns[0] = weights.sqrt().numpy()
+    previous, current, beta, total = 0.0, 1.0, 0.0, 0.0  # p_{k−1}(0), p_k(0)
+    for k in range(count):
+        total += current * current
+        image = x * columns[k]
+        alpha = float(columns[k] @ image)
+        for _ in range(2):
+            image -= columns[: k + 1].T @ (columns[: k + 1] @ image)
+        last, beta = beta, float(np.linalg.norm(image))
+        if beta <= 1e-14 or not math.isfinite(total):
+            break
+        previous, current = current, (-alpha * current - last * previous) / beta
+        columns[k + 1] = image / beta
+    return 1 / total
 
 
 def _default_width(low: float, high: float, num_steps: int) -> float:

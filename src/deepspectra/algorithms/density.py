@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.counted import Products, Progress
+from deepspectra.algorithms.counted import InUnits, Products, Progress, stream
 from deepspectra.algorithms.lanczos import (
+    ROUNDING,
     Krylov,
     as_operator,
     basis_capacity,
     check_count,
     gaussian_rows,
-    seeded,
 )
 from deepspectra.algorithms.recurrence import quadratures
 from deepspectra.errors import DataError, FallbackWarning, MemoryBudgetError, OptionError, ShapeError
@@ -24,8 +24,15 @@ from deepspectra.operators.base import Operator
 from deepspectra.results import Density, Eigenpairs, Provenance
 
 LARGEST_BLOCK_BASIS = 2048  # vectors of a group of probes: its projected matrix is diagonalised on the CPU
-INF = float("inf")
-LOCK_RTOL = 1e-3  # relative residual at which a pair counts as an eigenvalue of its own
+FOLDS = 4  # of the probes of a group, at most: each is freed of what the others lock
+LOCK_RTOL = (
+    1e-4  # relative residual at which a pair is locked: what it leaves behind, its square, is below rounding
+)
+ANONYMOUS = ("operator", "matrix", "function", "low rank")  # names that tell no operator from another
+
+Ends = tuple[
+    Tensor, Tensor
+]  # of a spectrum: Ritz values and their residuals (2, k) from below, from above, inwards
 
 
 def density(
@@ -42,18 +49,20 @@ def density(
     Gaussian probes advance in lockstep, one block product a step, and share one fully reorthogonalised block
     Krylov basis. A probe z gets the Ritz values θ of the basis as nodes and (zᵀy)²/‖z‖² as weights: Gauss
     quadrature, exact for polynomials of degree 2·num_steps − 1, and for any spectrum once the basis is
-    invariant. Pairs converged (residual ≤ 1e-3·|θ|) contiguously from either end are locked, as eigenvalues
-    of weight exactly 1/P, which removes their variance. A run of equal values is locked only if it has fewer
-    than there are probes in the block, since k probes see at most k copies of a multiple eigenvalue (so a
-    single probe locks nothing).
+    invariant.
 
-    The random vectors of the run that made `deflate` are probes already: those that went num_steps far count
-    among the num_probes and cost nothing.
+    Pairs that have converged (residual ≤ 1e-4·|θ|) contiguously from either end are locked, as eigenvalues of
+    weight 1/P, which removes their variance. A probe is freed only of pairs that other probes have locked, by a
+    basis of their own inside the common one: chosen by what the probe itself has found, they would bias it, most of
+    all copies of a multiple eigenvalue. Up to four folds of the probes lock for each other; a single probe locks
+    nothing. Values that all folds lock are the exact ones of the result. If the basis spans R^P, all are exact.
 
     With `deflate`, probes and products are projected on the complement of its vectors, (I − VVᵀ)A(I − VVᵀ),
-    and its values enter, sign kept, with weight 1/P each. Vectors that have not converged only blur: the
-    projected operator's own density is still exact, and the values are Rayleigh quotients, off by at
-    most ‖A v − λ v‖.
+    and its values enter, sign kept, with weight 1/P each. The random vectors that found them count for nothing here:
+    the pairs were chosen by what these vectors met. Probes are drawn anew, and differ from those vectors at equal
+    seeds, too. Vectors that have not converged only blur: the projected operator's own density is still exact, and
+    the values are Rayleigh quotients, off by at most ‖A v − λ v‖; the second moment lacks 2/P of the sum of the
+    squared residuals. One product sees that the pairs are those of A.
 
     With basis="none" each probe goes its own way by Lanczos' recurrence, in three vectors, and copies of
     converged eigenvalues are merged (`algorithms/recurrence.py`). Each probe's nodes and weights are then those
@@ -63,32 +72,32 @@ def density(
 
     Args:
         A: an operator, or a symmetric matrix (P, P).
-        num_probes: random probes; the error band comes from their scatter.
+        num_probes: random probes.
         num_steps: products spent on each probe.
         deflate: eigenpairs of A known already.
-        seed: of the probes.
+        seed: of the probes; other estimates draw others at the same seed.
         progress: called with (products so far, products expected).
         basis: "full" keeps and reorthogonalises the basis, "none" keeps three vectors a probe; None is "full"
             if one probe's basis fits `A.memory`, and otherwise "none" with a FallbackWarning.
 
     Returns:
-        Density: nodes and weights that sum to 1.
+        Density: nodes and weights that sum to 1. How often its bands cover is in docs/coverage.md.
 
     Raises:
-        OptionError, ShapeError, DataError: an argument out of range or of a wrong shape.
+        OptionError, ShapeError, DataError: an argument out of range or of a wrong shape, pairs of another operator.
         NonFiniteError: a product is NaN or infinite.
         MemoryBudgetError: with basis="full", not even one probe's basis fits `A.memory`; else, not even three
             vectors.
 
-    Cost: num_probes·num_steps products at most, for the probes that `deflate` does not bring; a basis of at most
-    `A.memory` bytes: probes are split into groups that fit, of at most 2048 vectors, and later groups run on the
-    complement of the pairs locked before. With basis="none", 3 vectors a probe, in groups of 16 or what fits.
+    Cost: num_probes·num_steps products at most, and one with `deflate`; a basis of at most `A.memory` bytes: probes
+    are split into groups that fit, of at most 2048 vectors, and later groups run on the complement of the pairs
+    locked before. With basis="none", 3 vectors a probe, in groups of 16 or what fits.
 
     Source: Golub and Meurant (2010) for the quadrature; Papyan, JMLR 21 (2020), appendix C, algorithm 3.
-    Departures: (1) full reorthogonalisation, hence no ghosts; (2) the probes share a block basis;
-    (3) locking; (4) several probes and a standard error. Gaussian and not Rademacher probes: results depend
-    on the spectrum alone, not on the basis A is written in, and copies of a multiple eigenvalue are seen with
-    probability one.
+    Departures: (1) full reorthogonalisation, hence no ghosts; (2) the probes share a block basis; (3) locking;
+    (4) several probes, and standard errors from the variance that the spectrum gives a probe. Gaussian and not
+    Rademacher probes: results depend on the spectrum alone, not on the basis A is written in, and copies of a
+    multiple eigenvalue are seen with probability one.
     """
     began = time.perf_counter()
     operator = as_operator(A)
@@ -96,50 +105,45 @@ def density(
     check_count("num_steps", num_steps)
     if basis not in (None, "full", "none"):
         raise OptionError(f"basis must be 'full', 'none' or None; got {basis!r}.")
-    known = _known_rows(operator, deflate)
-    groups, num_products = _free_groups(deflate, num_probes, num_steps), 0
-    if len(groups) < num_probes:
-        generator = seeded(seed)
+    generator, scaled = stream(seed, "density"), InUnits(operator)
+    known, num_products = _known_rows(scaled, deflate, seed)
+    if len(known) < operator.shape[0]:
         explore = _with_basis if _keeps_basis(operator, basis, num_steps, len(known)) else _without_basis
-        fresh, num_products = explore(
-            operator, known, num_probes - len(groups), num_steps, generator, progress
-        )
-        groups += fresh
-    exact = torch.cat(
-        [torch.zeros(0, dtype=torch.float64) if deflate is None else deflate.values.cpu().double()]
-        + [group.locked for group in groups]
-    )
-    nodes, weights, probes = _assemble(exact, groups, operator.shape[0])
+        groups, spent = explore(scaled, known, num_probes, num_steps, generator, progress)
+        num_products += spent
+    else:
+        groups = [_complete(NO_ENDS, torch.zeros(0, dtype=torch.float64), num_probes)]
+    values = torch.zeros(0) if deflate is None else deflate.values.cpu()
+    unit = 2.0**scaled.exponent
+    nodes, weights, probes = _assemble(values.double() / unit, groups, operator.shape[0])
     return Density(
-        nodes=nodes,
+        nodes=nodes * unit,
         weights=weights,
         probes=probes,
         num_probes=num_probes,
         num_steps=num_steps,
         deflation_residual=0.0 if deflate is None else deflate.worst,
-        num_products=num_products,
+        num_products=num_products + scaled.num_repeated,
         seconds=time.perf_counter() - began,
         provenance=Provenance.of(operator, seed),
     )
 
 
-class _Group(NamedTuple):
-    """What a group of probes found: locked values, and nodes (m,) with each probe's shares (g, m)."""
+NO_ENDS: Ends = (torch.zeros(2, 0, dtype=torch.float64), torch.zeros(2, 0, dtype=torch.float64))
 
-    locked: Tensor
+
+class _Group(NamedTuple):
+    """What some probes found on the complement of the same pairs: those, and nodes (m,) with shares (g, m)."""
+
+    locked: Ends
     nodes: Tensor
     shares: Tensor
-    inside: tuple[float, float]  # the open interval that its locking left to be resolved
 
 
-def _free_groups(deflate: Eigenpairs | None, num_probes: int, num_steps: int) -> list[_Group]:
-    """The random vectors of the run that found the pairs, each as a group of one, where they went far enough."""
-    seen = None if deflate is None else deflate.quadrature
-    if seen is None:
-        return []
-    far = [weights for weights, steps in zip(seen.weights, seen.num_steps, strict=True) if steps >= num_steps]
-    nothing = torch.zeros(0, dtype=torch.float64)
-    return [_Group(nothing, seen.nodes, weights[None], (-INF, INF)) for weights in far[:num_probes]]
+def _complete(locked: Ends, values: Tensor, num_probes: int) -> _Group:
+    """The whole spectrum, from a basis that spans the complement of what was locked before."""
+    ends = torch.zeros(2, 0, dtype=torch.float64), torch.stack([values, torch.zeros_like(values)])
+    return _Group(_joined(locked, ends), values[:0], torch.zeros(num_probes, 0, dtype=torch.float64))
 
 
 def _keeps_basis(operator: Operator, basis: str | None, num_steps: int, num_known: int) -> bool:
@@ -165,7 +169,7 @@ def _keeps_basis(operator: Operator, basis: str | None, num_steps: int, num_know
 
 
 def _without_basis(
-    operator: Operator,
+    operator: InUnits,
     known: Tensor,
     num_probes: int,
     num_steps: int,
@@ -174,13 +178,12 @@ def _without_basis(
 ) -> tuple[list[_Group], int]:
     """What new probes find by the recurrence alone, each a group of one, and the products they take."""
     run = Products(operator, num_probes * num_steps, progress)
-    nothing = torch.zeros(0, dtype=torch.float64)
     found = quadratures(run, known, num_probes, num_steps, generator)
-    return [_Group(nothing, nodes, weights[None], (-INF, INF)) for nodes, weights in found], run.done
+    return [_Group(NO_ENDS, nodes, weights[None]) for nodes, weights in found], run.done
 
 
 def _with_basis(
-    operator: Operator,
+    operator: InUnits,
     known: Tensor,
     num_probes: int,
     num_steps: int,
@@ -192,14 +195,17 @@ def _with_basis(
     krylov = Krylov(operator, _capacity(operator, sizes, num_steps, len(known)))
     _fix_known(krylov, known)
     groups: list[_Group] = []
+    locked = NO_ENDS
     for j, size in enumerate(sizes):
-        if krylov.spans_all:
-            break
-        room = sizes[j + 1] * (num_steps + 1) if j + 1 < len(sizes) else 0
         start = _advance(
             krylov, size, num_steps, generator, progress=progress, expected=num_probes * num_steps
         )
-        groups.append(_quadrature(krylov, start, room))
+        if krylov.num_fixed + krylov.num_basis == operator.shape[0]:
+            groups = [_complete(locked, krylov.ritz().values, num_probes)]
+            break
+        groups += _folds(krylov, start, locked, num_steps)
+        if j + 1 < len(sizes):
+            locked = _joined(locked, _lock(krylov, room=sizes[j + 1] * (num_steps + 1)))
     return groups, krylov.num_products
 
 
@@ -212,7 +218,7 @@ def _advance(
     progress: Progress | None,
     expected: int,
 ) -> Tensor:
-    """Run `size` fresh probes for `num_steps` block products; their coefficients (r, size) at the start."""
+    """Run `size` fresh probes for `num_steps` block products; their coordinates (num_basis, size)."""
     start = krylov.append(gaussian_rows(size, krylov.operator.shape[0], generator))
     for _ in range(num_steps):
         if krylov.num_pending == 0:
@@ -220,71 +226,106 @@ def _advance(
         krylov.expand(krylov.num_pending)
         if progress is not None:
             progress(krylov.num_products, expected)
-    return start
+    return torch.nn.functional.pad(start, (0, 0, 0, krylov.num_basis - len(start)))
 
 
-def _quadrature(krylov: Krylov, start: Tensor, room: int) -> _Group:
-    """Nodes, shares and locked values of the basis; the locked vectors stay if a later group needs `room`."""
-    values, coefficients, residual_norms = krylov.ritz()
-    amplitudes = start.T @ coefficients[: len(start)]
-    shares = (amplitudes / start.norm(dim=0)[:, None]).square()
-    everything = krylov.num_fixed + krylov.num_basis == krylov.operator.shape[0]
-    limit = len(krylov.rows) - krylov.num_fixed - room if room else len(values)
-    bottom, top = _lockable(values, residual_norms, start.shape[1], max(limit, 0), everything)
-    locked = torch.ones_like(values, dtype=torch.bool)
-    locked[bottom : len(values) - top] = False
-    inside = (float(values[bottom - 1]) if bottom else -INF, float(values[-top]) if top else INF)
-    if room:
-        krylov.contract(coefficients[:, locked])
-        krylov.drop_pending()
-        krylov.fix()
-    return _Group(values[locked], values[~locked], shares[:, ~locked], inside)
+def _folds(krylov: Krylov, start: Tensor, locked: Ends, num_steps: int) -> list[_Group]:
+    """Each fold of the probes on the complement of the pairs that the others lock.
+
+    All in coordinates: the basis holds what the others alone would have built.
+    """
+    square = krylov.projected[: krylov.num_basis]
+    matrix = (square + square.T) / 2
+    count, groups = start.shape[1], []
+    for mine in torch.tensor_split(torch.arange(count), min(FOLDS, count)):
+        ends, vectors = NO_ENDS, matrix[:, :0]
+        if len(mine) < count:
+            others = torch.ones(count, dtype=torch.bool)
+            others[mine] = False
+            space = _krylov_space(matrix, start[:, others], num_steps)
+            ends, vectors = _converged(krylov, matrix, space, space.shape[1])
+        rest = torch.linalg.qr(vectors, mode="complete")[0][:, vectors.shape[1] :]
+        nodes, turn = torch.linalg.eigh(rest.T @ matrix @ rest)
+        shares = (start[:, mine].T @ rest @ turn).square().clamp_min(torch.finfo(torch.float64).tiny)
+        groups.append(_Group(_joined(locked, ends), nodes, shares / shares.sum(1, keepdim=True)))
+    return groups
 
 
-def _lockable(
-    values: Tensor, residual_norms: Tensor, num_probes: int, limit: int, everything: bool
-) -> tuple[int, int]:
-    """How many of the ascending values can be locked from below and from above."""
-    count = len(values)
-    if everything and count <= limit:
-        return count, 0
-    top = min(_run_length(values.flip(0), residual_norms.flip(0), num_probes), limit)
-    bottom = min(_run_length(values, residual_norms, num_probes), limit - top)
-    return (0, 0) if top + bottom >= count else (bottom, top)
+def _krylov_space(matrix: Tensor, start: Tensor, num_steps: int) -> Tensor:
+    """Orthonormal columns (m, k) that span the first num_steps powers of the matrix (m, m) on start (m, g)."""
+    eps, largest = torch.finfo(torch.float64).eps, 0.0
+    space, new = matrix[:, :0], start / start.norm(dim=0)
+    for _ in range(num_steps):
+        largest = max(largest, float(new.norm(dim=0).max()))
+        new = new - space @ (space.T @ new)
+        columns, sizes, _ = torch.linalg.svd(new, full_matrices=False)
+        new = columns[:, sizes > ROUNDING * eps * largest]
+        if new.shape[1] == 0 or space.shape[1] == len(matrix):
+            break
+        new = torch.linalg.qr(new - space @ (space.T @ new))[0]  # twice is enough
+        space = torch.cat([space, new], 1)
+        new = matrix @ new
+    return space
 
 
-def _run_length(values: Tensor, residual_norms: Tensor, num_probes: int) -> int:
-    """Converged values from the front, up to the first run of equal ones as long as there are probes."""
-    rounding = 10 * torch.finfo(torch.float64).eps * float(values.abs().max())
-    v, r = values.tolist(), residual_norms.tolist()
-    copies = 0
-    for j in range(len(v)):
-        if r[j] > LOCK_RTOL * abs(v[j]):
-            return j
-        equal = j > 0 and abs(v[j] - v[j - 1]) <= r[j] + r[j - 1] + rounding
-        copies = copies + 1 if equal else 1
-        if copies >= num_probes:
-            return j + 1 - copies
-    return len(v)
+def _converged(krylov: Krylov, matrix: Tensor, space: Tensor, limit: int) -> tuple[Ends, Tensor]:
+    """Ritz pairs of a part (m, k) of the basis, converged contiguously from either end; their coordinates (m, l)."""
+    values, turn = torch.linalg.eigh(space.T @ matrix @ space)
+    vectors = space @ turn
+    errors = krylov.projected @ vectors
+    errors[: len(matrix)] -= vectors * values
+    residual_norms = (errors.square().sum(0) + krylov.lost_squares(vectors)).clamp_min(0).sqrt()
+    good = (residual_norms <= LOCK_RTOL * values.abs()).long()
+    top = min(int(good.flip(0).cumprod(0).sum()), limit)
+    bottom = min(int(good.cumprod(0).sum()), limit - top, len(values) - top)
+    pairs = torch.stack([values, residual_norms])
+    ends = pairs[:, :bottom], pairs[:, len(values) - top :].flip(1)
+    return ends, torch.cat([vectors[:, :bottom], vectors[:, len(values) - top :]], 1)
 
 
-def _assemble(exact: Tensor, groups: list[_Group], size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One quadrature: exact nodes of weight 1/P, and the rest shared equally among the probes."""
-    num_probes = sum(len(group.shares) for group in groups)
-    nodes, weights = [exact], [torch.full_like(exact, 1 / size)]
-    probes = [torch.full(exact.shape, -1, dtype=torch.int64)]
-    low, high, first = -INF, INF, num_probes
-    for group in reversed(groups):
-        first -= len(group.shares)
-        kept = (group.nodes > low) & (group.nodes < high)  # what later groups locked, they know better
-        kept = kept if bool(kept.any()) else torch.ones_like(kept)
-        low, high = max(low, group.inside[0]), min(high, group.inside[1])
-        if len(exact) == size or len(group.nodes) == 0:
-            continue
-        shares = group.shares[:, kept] / group.shares[:, kept].sum(1, keepdim=True)
-        nodes.append(group.nodes[kept].repeat(len(shares)))
-        weights.append((shares * (1 - len(exact) / size) / num_probes).flatten())
-        probes.append(torch.arange(first, first + len(shares)).repeat_interleave(shares.shape[1]))
+def _lock(krylov: Krylov, room: int) -> Ends:
+    """Fix the converged pairs of the basis for later groups, which need `room`, and forget the rest of it."""
+    square = krylov.projected[: krylov.num_basis]
+    everything = torch.eye(len(square.T), dtype=torch.float64)
+    limit = max(len(krylov.rows) - krylov.num_fixed - room, 0)
+    ends, vectors = _converged(krylov, (square + square.T) / 2, everything, limit)
+    krylov.contract(vectors)
+    krylov.drop_pending()
+    krylov.fix()
+    return ends
+
+
+def _joined(ends: Ends, others: Ends) -> Ends:
+    """Both, in order: from below they rise, from above they fall."""
+    below, above = (torch.cat(pair, 1) for pair in zip(ends, others, strict=True))
+    return below[:, below[0].argsort()], above[:, above[0].argsort(descending=True)]
+
+
+def _agreed(ends: list[Tensor], counts: Tensor) -> Tensor:
+    """Mean over the probes of the values (k,) that all groups lock, inwards up to the first on which they differ."""
+    found = torch.stack([end[:, : min(other.shape[1] for other in ends)] for end in ends])  # (groups, 2, k)
+    values, reach = found[:, 0], found[:, 1].amax(0)
+    rounding = 10 * torch.finfo(torch.float64).eps * values.abs().amax(0)
+    same = (values.amax(0) - values.amin(0) <= 2 * reach + rounding).long()
+    return counts / counts.sum() @ values[:, : int(same.cumprod(0).sum())]
+
+
+def _assemble(known: Tensor, groups: list[_Group], size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One quadrature: exact nodes of weight 1/P, and the mean over the probes of what they have beside."""
+    counts = torch.tensor([len(group.shares) for group in groups], dtype=torch.float64)
+    agreed = [_agreed(list(ends), counts) for ends in zip(*(group.locked for group in groups), strict=True)]
+    exact = torch.cat([known, *agreed])
+    nodes, weights, probes = [exact], [torch.full_like(exact, 1 / size)], [torch.full(exact.shape, -1)]
+    first, num_probes = 0, int(counts.sum())
+    for group in groups:
+        count = len(group.shares)
+        own = torch.cat([end[0, len(both) :] for end, both in zip(group.locked, agreed, strict=True)])
+        left = max(0.0, 1 - (len(exact) + len(own)) / size)
+        shares = torch.cat([torch.full((count, len(own)), 1 / size).double(), left * group.shares], 1)
+        nodes.append(torch.cat([own, group.nodes]).repeat(count))
+        weights.append(shares.flatten() / num_probes)
+        probes.append(torch.arange(first, first + count).repeat_interleave(shares.shape[1]))
+        first += count
     total = torch.cat(weights)
     return torch.cat(nodes), total / total.sum(), torch.cat(probes)
 
@@ -307,18 +348,47 @@ def _capacity(operator: Operator, sizes: list[int], num_steps: int, num_known: i
     return min(rows, operator.shape[0], basis_capacity(operator))
 
 
-def _known_rows(operator: Operator, deflate: Eigenpairs | None) -> Tensor:
-    """The vectors to deflate, as rows (k, P)."""
+def _known_rows(operator: InUnits, deflate: Eigenpairs | None, seed: int) -> tuple[Tensor, int]:
+    """The vectors to deflate, as rows (k, P), and the products that it took to see that they are this operator's."""
     size = operator.shape[0]
     if deflate is None:
-        return torch.zeros(0, size)
+        return torch.zeros(0, size), 0
     if not isinstance(deflate, Eigenpairs):
         raise OptionError(f"deflate must be the result of eigenpairs, or None; got {type(deflate).__name__}.")
     if deflate.vectors.shape[0] != size:
         raise ShapeError(
             f"deflate has vectors of length {deflate.vectors.shape[0]:,}, but A has {size:,} rows."
         )
-    return deflate.vectors.T
+    theirs = deflate.provenance.operator
+    if theirs != operator.name and not {theirs, operator.name} & set(ANONYMOUS):
+        raise DataError(
+            f"deflate holds eigenpairs of {theirs}, but A is {operator.name}. Pass eigenpairs of A itself."
+        )
+    _refuse_others(operator, deflate, seed)
+    return deflate.vectors.T, 1
+
+
+def _refuse_others(operator: InUnits, deflate: Eigenpairs, seed: int) -> None:
+    """A sum of the vectors with random signs, multiplied once, is off by no more than the sum of their residuals."""
+    vectors, count = deflate.vectors, deflate.vectors.shape[1]
+    run = Products(operator, 1, None)
+    signs = (torch.randint(0, 2, (count, 1), generator=stream(seed, "deflation")) * 2 - 1).to(vectors)
+    image = run(vectors @ signs)
+    unit = 2.0**operator.exponent
+    values = (deflate.values.double() / unit).to(image)
+    gap = float((image - vectors.to(image) @ (values[:, None] * signs.to(image))).double().norm())
+    norm = max(float(image.double().norm()), float(values.abs().max()), count**0.5 * _norm(deflate) / unit)
+    allowed = float(deflate.residual_norms.sum()) / unit + torch.finfo(operator.dtype).eps ** 0.5 * norm
+    if not gap <= allowed:
+        raise DataError(
+            f"deflate holds eigenpairs of {deflate.provenance.operator}, but not of this {operator.name}: a product "
+            f"differs from what they say by {gap * unit:.2g}, where their residuals allow {allowed * unit:.2g}. "
+            "Pass eigenpairs of A itself, as it is now."
+        )
+
+
+def _norm(pairs: Eigenpairs) -> float:
+    return pairs.separation.norm if pairs.separation else 0.0
 
 
 def _fix_known(krylov: Krylov, known: Tensor) -> None:

@@ -7,7 +7,7 @@ weight. Only their number means nothing, and they are merged:
 
 1. Nodes closer than 100 ε‖A‖ become one, at their mean.
 2. A copy on its way may stand alone in a gap, with a weight of ε² or so, by which Cullum and Willoughby (1985)
-   know it: a node of less than 1e-6/P, a millionth of an eigenvalue's mean weight, joins its neighbour.
+   know it: a node of less than 1e-5/P, a hundred-thousandth of an eigenvalue's mean weight, joins its neighbour.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from deepspectra.algorithms.lanczos import ROUNDING, basis_capacity
 from deepspectra.errors import MemoryBudgetError
 
 VECTORS = 3  # of length P a probe: the last two and the product
-NEGLIGIBLE = 1e-6  # weight of a node, in units of an eigenvalue's 1/P
+NEGLIGIBLE = 1e-5  # weight of a node, in units of an eigenvalue's 1/P
 ROWS_PER_CHUNK = 2**16  # of columns whose inner products are taken
 
 

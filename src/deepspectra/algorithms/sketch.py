@@ -10,13 +10,18 @@ B_i = (I − P_i) A (I − P_i) of which ω_i is a fresh, unbiased sample at no 
 
     B_i ω_i = g_i Q s_i − Z x_i   with   P_i ω_i = Q x_i   and   g_i = s_iᵀ (R e_i − H x_i).
 
-The mean over i is unbiased. Source: Epperly, Tropp and Webber, SIAM J. Matrix Anal. Appl. 45 (2024), whose
+The mean over i is unbiased. With q_i = Q s_i, and C what A has outside of Q, the squared norm of the remainder is
+
+    ‖B_i‖² = h_i² + 2‖Z s_i‖² + ‖C‖²   with   h_i = s_iᵀ H s_i,
+
+of which only ‖C‖² must be estimated, by ‖B_i ω_i‖². That gives the variance of each estimate, from two of them on;
+their scatter would give it with the few degrees of freedom that they are, and hardly where one eigenvalue makes most
+of the remainder. Source: Epperly, Tropp and Webber, SIAM J. Matrix Anal. Appl. 45 (2024), whose
 XTrace and XDiag project from one side; for a symmetric A the projection from both leaves less to sample.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import NamedTuple
 
@@ -27,7 +32,6 @@ from deepspectra.algorithms.counted import Products
 from deepspectra.algorithms.lanczos import basis_capacity
 from deepspectra.errors import FallbackWarning
 
-CORRELATION = 2  # the estimates share all vectors but one: n of them scatter the mean like n/2 at the worst
 ESSENTIAL = 1 - 1e-3  # leverage of a column that the others do not span
 
 
@@ -53,11 +57,31 @@ class Sketch(NamedTuple):
         return (self.S * (self.R - self.H @ self.X)).sum(0)
 
     @property
+    def h(self) -> Tensor:
+        """(n,), what A has along q_i itself."""
+        return (self.S * (self.H @ self.S)).sum(0)
+
+    @property
+    def dimensions(self) -> Tensor:
+        """(n,) P − rank P_i, of the space that B_i acts on."""
+        return len(self.omega) - len(self.H) + self.S.square().sum(0)
+
+    @property
     def sphere(self) -> Tensor:
         """(n,) (P − rank P_i) / ‖(I − P_i) ω_i‖²: brings a Gaussian ω_i to its mean squared length there."""
         squares = self.omega.square().sum(0, dtype=torch.float64).cpu() - self.X.square().sum(0)
-        rank = len(self.H) - self.S.square().sum(0)
-        return (len(self.omega) - rank) / squares
+        return self.dimensions / squares
+
+    def squares(self, gram: Tensor) -> Tensor:
+        """(n,) ‖B_i ω_i‖² for ω_i on the sphere, with the Gram matrix (r, r) of Z."""
+        return self.sphere * (self.g.square() + (self.X * (gram @ self.X)).sum(0))
+
+    def remainders(self, gram: Tensor) -> tuple[Tensor, Tensor]:
+        """(n,) ‖B_i q_i‖² and ‖B_i‖²."""
+        beside = (self.S * (gram @ self.S)).sum(0)
+        along = self.h.square() + beside
+        rest = (self.squares(gram) - along - beside).mean().clamp_min(0)
+        return along, along + beside + rest
 
 
 def sketch(run: Products, omega: Tensor) -> Sketch:
@@ -79,6 +103,12 @@ def sketch(run: Products, omega: Tensor) -> Sketch:
     return Sketch(omega, Q, Z, _small(H), R, _small(Q.T @ omega), S)
 
 
+def form_variances(squares: Tensor, traces: Tensor, dimensions: Tensor) -> Tensor:
+    """Of ωᵀBω for ω on the sphere of radius √d in d dimensions, from ‖B‖² and tr B."""
+    spread = (squares - traces.square() / dimensions).clamp_min(0)
+    return 2 * dimensions / (dimensions + 2) * spread
+
+
 def method_for(run: Products, num_products: int, name: str) -> str:
     """What the products and the memory allow: "exact", "leave-one-out" or "Hutchinson"."""
     half = num_products // 2
@@ -94,16 +124,6 @@ def method_for(run: Products, num_products: int, name: str) -> str:
             stacklevel=3,
         )
     return "Hutchinson"
-
-
-def standard_error(deviations: Tensor, method: str) -> Tensor:
-    """Of the mean of estimates over the last dimension; 0 when exact, NaN from a single one."""
-    count = deviations.shape[-1]
-    if method == "exact":
-        return torch.zeros(deviations.shape[:-1], dtype=torch.float64)
-    if count < 2:
-        return torch.full(deviations.shape[:-1], math.nan, dtype=torch.float64)
-    return deviations.std(-1) * math.sqrt((CORRELATION if method == "leave-one-out" else 1) / count)
 
 
 def _small(matrix: Tensor) -> Tensor:

@@ -1,0 +1,188 @@
+"""Two standard errors cover what they say, and no estimate is biased or NaN; the page of all this by one command."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from reproductions import coverage
+from reproductions.coverage import PROBES, SEEDS, TABLES, Check, Probes, Tally, cases, measure, tally
+from scipy.stats import norm, t
+
+import deepspectra as ds
+from deepspectra.algorithms.counted import stream
+from deepspectra.errors import ConvergenceWarning, OptionError
+from deepspectra.operators.base import Function, Matrix
+from deepspectra.results import christoffel, standard_error
+
+BIAS = 4.5  # standard errors of the mean: hardly ever by chance, in a few hundred cells
+LEAST = 0.9  # of the runs, of which .95 are stated
+ESTIMATES = ("Trace", "Frobenius norm", "Diagonal")
+DENSITIES = ("Mean eigenvalue of a density", "Second moment of a density", "Counts of a density")
+
+
+def fair(found: Tally) -> None:
+    assert not found.not_finite
+    assert found.keeps(LEAST)
+    assert math.isnan(found.bias) or abs(found.bias) < BIAS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spectrum", list(coverage.WORDS))
+@pytest.mark.parametrize(("title", "row"), [(title, row) for title, rows in TABLES.items() for row in rows])
+def test_estimates_keep_their_word_over_many_seeds(title: str, row: str, spectrum: str) -> None:
+    fair(measure(TABLES[title][row], cases()[spectrum], SEEDS))
+
+
+@pytest.mark.parametrize("spectrum", ["flat + spiked", "multiple"])
+@pytest.mark.parametrize("title", ESTIMATES)
+@pytest.mark.parametrize("row", ["4 products", "8 products"])
+def test_two_standard_errors_of_few_products_cover(title: str, row: str, spectrum: str) -> None:
+    found = measure(TABLES[title][row], cases()[spectrum], 60)
+    assert found.inside >= 0.92
+    fair(found)
+
+
+def test_many_products_have_no_needlessly_wide_band() -> None:
+    case = cases()["flat"]
+    truth = float(case.values.sum())
+    runs = [ds.trace(case.matrix, 64, seed=seed) for seed in range(30)]
+    errors = torch.tensor([[run.value - truth, run.standard_error] for run in runs]).square().mean(0).sqrt()
+    assert 0.5 < float(errors[0] / errors[1]) < 1
+
+
+def test_a_density_that_deflates_pairs_of_the_same_seed_keeps_its_word() -> None:
+    probes = Probes(4, 8, deflated=3, rtol=1e-2)
+    for degree in (1, 2):
+        run = lambda case, seed, d=degree: coverage.moment(case, seed, probes=probes, degree=d)  # noqa: E731
+        fair(measure(run, cases()["flat"], 30))
+
+
+def test_locking_copies_of_multiple_eigenvalues_biases_no_moment() -> None:
+    found = measure(TABLES["Mean eigenvalue of a density"]["4 probes × 8 steps"], cases()["multiple"], 40)
+    fair(found)
+
+
+@pytest.mark.parametrize("basis", ["full", "none"])
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_no_weight_is_nan_however_small_the_problem_and_however_much_is_deflated(
+    size: int, basis: str
+) -> None:
+    line = torch.linspace(-1, 2, size, dtype=torch.float64)
+    for values in (line, line.clamp_min(0), torch.zeros(size).double(), torch.ones(size).double(), line**21):
+        for deflated in {1, size - 1, size} - {0}:
+            for num_probes, seed in ((1, 0), (3, 1)):
+                A = Matrix(torch.diag(values))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ConvergenceWarning)
+                    pairs = ds.eigenpairs(A, deflated, "magnitude", seed=seed)
+                found = ds.density(A, num_probes, 4, deflate=pairs, seed=seed, basis=basis)
+                assert bool(torch.isfinite(torch.cat([found.nodes, found.weights])).all())
+                assert float(found.weights.sum()) == pytest.approx(1, abs=1e-12)
+                assert math.isnan(found.mean_standard_error) <= (num_probes == 1)
+                for scale in ("linear", "log"):
+                    assert bool(torch.isfinite(found.smooth(scale, num_points=8).density).all())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float64, s) for s in (1e-290, 1e-200, 1e155, 1e300)]
+    + [(torch.float32, s) for s in (1e-37, 1e36)],
+)
+def test_estimates_are_right_at_any_scale_a_type_holds(dtype: torch.dtype, scale: float) -> None:
+    A = torch.diag(torch.linspace(1, 10, 30, dtype=dtype))
+    rtol = 1e-9 if dtype == torch.float64 else 1e-4
+    large = (A.double() * scale).to(dtype)
+    for estimate in (ds.trace, ds.frobenius_norm):
+        for num_products in (3, 10, 30):
+            unit, found = estimate(A, num_products), estimate(large, num_products)
+            assert found.value / scale == pytest.approx(unit.value, rel=rtol)
+            assert found.standard_error / scale == pytest.approx(unit.standard_error, rel=0.01)
+    for num_products in (3, 10, 30):
+        entries = ds.diagonal(large, num_products).values.double() / scale
+        torch.testing.assert_close(entries, ds.diagonal(A, num_products).values.double(), rtol=rtol, atol=0)
+    for basis in ("full", "none"):
+        unit, found = ds.density(A, 3, 6, basis=basis), ds.density(large, 3, 6, basis=basis)
+        torch.testing.assert_close(found.nodes / scale, unit.nodes, rtol=10 * rtol, atol=0)
+        torch.testing.assert_close(found.weights, unit.weights, rtol=1e-3, atol=1e-9)
+        assert found.mean_standard_error / scale == pytest.approx(unit.mean_standard_error, rel=1e-2)
+
+
+def test_products_are_taken_again_only_where_they_over_or_underflow() -> None:
+    seen = []
+
+    def apply(block: torch.Tensor, scale: float) -> torch.Tensor:
+        seen.append(block.shape[1])
+        return scale * block
+
+    for dtype, scale, again in (
+        (torch.float32, 1e30, 0),
+        (torch.float32, 1e38, 4),
+        (torch.float32, 1e-36, 4),
+        (torch.float64, 1e200, 0),
+        (torch.float64, 0.0, 0),
+    ):
+        seen.clear()
+        A = Function(lambda block, s=scale: apply(block, s), 100, dtype=dtype)
+        found = ds.trace(A, 8)
+        assert sum(seen) == found.num_products
+        assert found.num_products - again <= 8
+        assert found.value == pytest.approx(100 * scale, rel=1e-5)
+
+
+def test_equal_seeds_of_different_estimates_draw_different_vectors() -> None:
+    draws = [torch.randn(100, generator=stream(0, purpose)) for purpose in ("density", "trace", "diagonal")]
+    draws += [torch.randn(100, generator=torch.Generator().manual_seed(0))]
+    together = torch.corrcoef(torch.stack(draws)) - torch.eye(4)
+    assert float(together.abs().max()) < 0.4
+    assert torch.equal(torch.randn(9, generator=stream(7, "a")), torch.randn(9, generator=stream(7, "a")))
+    with pytest.raises(OptionError, match="seed"):
+        stream(2**70, "a")
+
+
+def test_an_interval_has_students_quantile_where_the_scatter_is_all_that_is_known() -> None:
+    samples = torch.tensor([1.0, 4.0, 2.0], dtype=torch.float64)
+    error = float(standard_error(samples))
+    assert 2 * error == pytest.approx(t.ppf(norm.cdf(2), 2) * float(samples.std()) / math.sqrt(3))
+    A = Function(lambda block: block * torch.arange(50.0)[:, None], 50)
+    one = ds.trace(A, 3)
+    low, high = one.interval(0.9)
+    assert (high - low) / 2 == pytest.approx(one.standard_error * 2 * t.ppf(0.95, 2) / t.ppf(norm.cdf(2), 2))
+    many = ds.trace(A, 32)
+    low, high = many.interval()
+    assert (high - low) / 2 == pytest.approx(many.standard_error * norm.ppf(0.975))
+    assert (low + high) / 2 == pytest.approx(many.value)
+    assert ds.diagonal(A, 8).interval(0.5)[1].shape == (50,)
+    with pytest.raises(OptionError, match="confidence"):
+        many.interval(1.0)
+
+
+def test_christoffels_function_is_the_least_square_of_a_polynomial_that_is_one_at_zero() -> None:
+    generator = torch.Generator().manual_seed(0)
+    nodes, weights = torch.linspace(-1, 1, 40).double(), torch.rand(40, generator=generator).double()
+    powers = nodes[:, None] ** torch.arange(6)
+    gram = powers.T @ (weights[:, None] * powers) / weights.sum()
+    expected = 1 / float(torch.linalg.inv(gram)[0, 0])
+    assert christoffel(nodes, weights / weights.sum(), 6) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_run_that_is_not_finite_covers_nothing() -> None:
+    found = tally([Check(1.0, 0.1), Check(math.nan), Check(1.0, -0.1)])
+    assert (found.inside, found.not_finite, found.bias) == (pytest.approx(2 / 3), 1, 0)
+    assert not found.keeps(0.1)
+
+
+def test_the_page_has_a_row_for_every_estimate() -> None:
+    cell = Tally(runs=200, inside=0.945, bias=-1.25, products=8, not_finite=1)
+    found = {title: {row: dict.fromkeys(cases(), cell) for row in rows} for title, rows in TABLES.items()}
+    page = coverage.page(found)
+    for title, rows in TABLES.items():
+        assert f"## {title}" in page
+        assert all(f"| {row} | 94.5% (-1.2) |" in page for row in rows)
+    assert set(coverage.WORDS) == set(cases())
+    assert len(PROBES) == sum(row in PROBES for row in TABLES[DENSITIES[0]])
+    written = (Path(coverage.__file__).parent.parent / "docs" / "coverage.md").read_text()
+    assert all(f"## {title}" in written for title in (*ESTIMATES, *DENSITIES))

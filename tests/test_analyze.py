@@ -137,7 +137,7 @@ def test_every_stage_is_in_the_bill(analysis, route):
         assert int(dataset.cost_products.sel(stage=f"density of {letter}")) > 0
     assert ("exact spectrum of G" in dataset.stage) == (route == "exact")
     notes = json.loads(dataset.attrs["provenance"])
-    assert notes["torch"] == torch.__version__
+    assert notes["versions"]["torch"] == torch.__version__
     assert notes["way"] in ("double backward", "linearize")
 
 

@@ -137,7 +137,7 @@ def gradient_trace(problem: Problem, seed: int = 0) -> tuple[float, float]:
     for batch in rows.captured():
         for uses in _by_stretch(batch.uses):
             squares = _squares(uses)
-            total += squares.unflatten(1, (-1, len(total))).sum((0, 1), dtype=torch.float64).cpu()
+            total += squares.view(len(squares), -1, len(total)).sum((0, 1), dtype=torch.float64).cpu()
     if num <= MOST_SCALARS:
         return float(total.sum()), 0.0
     return float(total.mean()), float(total.std()) / MOST_SCALARS**0.5

@@ -57,7 +57,7 @@ class _View(NamedTuple):
 
     drawn: Density  # without zeros
     zero_share: float  # of the eigenvalues: known to be zero, up to rounding; NaN if none is
-    small_share: float  # smaller in size than `smallest`, zeros left out
+    small_share: float  # others smaller in size than `smallest`, or zero as far as random vectors tell
     smallest: float
     resolved_above: float  # |λ| up to which nodes are too far apart or too heavy; 0 for an exact spectrum
     unresolved_share: float  # up to there, zeros left out
@@ -82,7 +82,7 @@ def _view(found: Findings, name: str) -> _View | None:
         zero = nodes <= max(exact, -float(nodes.min()))
     if bool(zero.all()):
         return None
-    rest = ~zero
+    rest, known = ~zero, zero & (density.probes < 0)  # probes only estimate how many are zero
     mass = float(weights[rest].sum())
     sizes, smallest = nodes.abs(), SMALLEST * largest
     drawn = rest & (density.probes >= 0)
@@ -90,11 +90,11 @@ def _view(found: Findings, name: str) -> _View | None:
     resolved = max([*(_first_gap(sizes[drawn & (nodes * sign > 0)]) for sign in SIDES), *coarse.tolist()])
     return _View(
         drawn=replace(density, nodes=nodes[rest], weights=weights[rest], probes=density.probes[rest]),
-        zero_share=float(weights[zero].sum()) if bool(zero.any()) else math.nan,
-        small_share=float(weights[rest & (sizes < smallest)].sum()),
+        zero_share=float(weights[known].sum()) if bool(known.any()) else math.nan,
+        small_share=float(weights[~known & (zero | (sizes < smallest))].sum()),
         smallest=smallest,
         resolved_above=resolved,
-        unresolved_share=float(weights[rest & (sizes <= resolved)].sum()),
+        unresolved_share=float(weights[~known & (sizes <= resolved)].sum()),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -36,12 +35,12 @@ def effort_for(problem: Problem, operations: float) -> Effort:
     return next(effort for effort in EFFORTS if operations <= speed * effort.up_to)
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the floating-point operations of matrix products, convolutions and attention."""
 
     total = 0.0
 
-    def __torch_dispatch__(  # noqa: D105, PLW3201
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
@@ -56,7 +55,7 @@ def counted(problem: Problem, forward: Callable[[], float]) -> tuple[float, floa
 
     They are two a parameter and example in the forward pass at least: of recurrent cells PyTorch counts none.
     """
-    with _Counter() as counter:
+    with _Counter() as counter:  # type: ignore[no-untyped-call]
         value = forward()
     least = 2.0 * problem.num_parameters * problem.num_examples
     return value, BACKWARD * max(counter.total, least)

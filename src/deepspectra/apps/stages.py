@@ -258,10 +258,10 @@ def _traces(found: Findings) -> tuple[tuple[float, float] | None, Tensor]:
     if problem.splits_by_class:  # else each position of an example takes passes of its own
         try:
             total = gradient_trace(problem, found.seed + 3)
-        except (CurvatureError, MemoryBudgetError) as error:
-            products_of(problem).notes["exact trace of G"] = f"not computed: {error}"
+        except (CurvatureError, MemoryBudgetError) as refusal:
+            products_of(problem).notes["exact trace of G"] = f"not computed: {refusal}"
     traces = {name: _squared(parts.factor(name)) for name in ("class", "logit", "true")}
-    if parts.has_means:
+    if parts.holds_means():
         traces["interaction"] = max(0.0, _squared(parts.factor("means")) - sum(traces.values()))
     errors = dict.fromkeys(traces, 0.0)
     if total is None or "interaction" not in traces:

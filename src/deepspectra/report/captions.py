@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -61,14 +62,15 @@ def _resolution_sentences(dataset: xr.Dataset) -> str:
         name = symbol(operator)
         if above:
             text += (
-                f" The curve of {name} is faint up to |λ| = {number_html(above)}, where {share_html(unresolved[operator])}"
-                " of all eigenvalues lie: neighbouring nodes of the estimate are more than a factor of 2 apart there, or "
-                "one stands for over 5 % of what is drawn, so that peaks and gaps are the estimate's own."
+                f" The curve of {name} is faint up to |λ| = {number_html(above)}, where "
+                f"{share_html(unresolved[operator])} of all eigenvalues lie: neighbouring nodes of the estimate are "
+                "more than a factor of 2 apart there, or one stands for over 5 % of what is drawn, so that peaks and "
+                "gaps are the estimate's own."
             )
         if small[operator] > 0:
             text += (
-                f" {share_html(small[operator])} of those of {name} are smaller than {number_html(smallest[operator])} "
-                "and not drawn on the logarithmic axis."
+                f" {share_html(small[operator])} of those of {name} are smaller than "
+                f"{number_html(smallest[operator])} and not drawn on the logarithmic axis."
             )
     if resolved.get("gauss_newton") == 0:
         text += " Where the curve of G has teeth, each is an eigenvalue that stands by itself."
@@ -153,11 +155,12 @@ def _overlap_sentence(dataset: xr.Dataset, level: str) -> str:
         for row in table
     )
     gradients = table[0].get("subspace_gradients")
-    price = f", for the cost of about {_gradients(gradients)}" if finite(gradients) else ""
+    known = gradients is not None and finite(gradients)
+    price = f", for the cost of about {_gradients(gradients)}" if known else ""
     return f" The {LEVEL_NAMES.get(level, escaped(level))} span {listed}{price}."
 
 
-def _gradients(cost: float) -> str:
+def _gradients(cost: Any) -> str:
     """To the two digits that mean something, for a clock gave them."""
     return f"{number_html(cost, 2)} {'gradient' if number(cost, 2) == '1' else 'gradients'}"
 

@@ -21,7 +21,10 @@ from deepspectra.apps.regions import regions_dataset
 from deepspectra.apps.study import study_dataset
 from deepspectra.errors import DataError, FileError, OptionError
 from deepspectra.report import render
+from deepspectra.report.captions import FIGURES
 from deepspectra.report.drawing import PART_COLOURS, number
+from deepspectra.report.page import _citation
+from deepspectra.report.tables import tables_section
 from deepspectra.report.text import counted, escaped, percent
 
 OPERATORS = ["hessian", "gauss_newton", "residual"]
@@ -463,10 +466,6 @@ def test_write_names_the_file_it_cannot_write(dataset, tmp_path):
         report.write(dataset, tmp_path / "nowhere" / "report.html")
 
 
-def citation(dataset):
-    return re.sub(r"<[^>]+>", "", report.render(dataset).split('id="cite"')[1].split("</p>")[0])
-
-
 def test_every_page_is_cited_with_its_version():
     version = ds.results.versions()["deepspectra"]
     problems = []
@@ -483,14 +482,14 @@ def test_every_page_is_cited_with_its_version():
         study_dataset(ds.study({"one": problems[:1], "other": problems[1:]}), first),
     ]
     for page in pages:
-        assert f"deepspectra {version}; " in citation(page)
+        assert f"deepspectra {version}; " in _citation(page)
         assert json.loads(page.attrs["provenance"])["versions"]["torch"] == torch.__version__
 
 
 def test_files_of_before_are_cited_with_their_version(dataset):
     before = dataset.copy()
     before.attrs["provenance"] = json.dumps({"deepspectra": "0.0.9", "torch": "2.9", "batches": 3})
-    assert "deepspectra 0.0.9; " in citation(before)
+    assert "deepspectra 0.0.9; " in _citation(before)
 
 
 def test_the_caption_says_what_the_curves_do_not_show(dataset):
@@ -504,7 +503,7 @@ def test_the_caption_says_what_the_curves_do_not_show(dataset):
         "band_factor": [3.18, np.nan, 3.18],
     }.items():
         told[name] = ("operator", values)
-    text = re.sub(r"<[^>]+>", "", without_scripts(report.render(told)))
+    text = re.sub(r"<[^>]+>", "", FIGURES["spectrum"][2](told))
     assert "95.7% of the eigenvalues of G are zero" in text
     assert "The curve of H is faint up to |λ| = 0.003, where 80.0% of all eigenvalues lie" in text
     assert "20.0% of those of H are smaller than 10⁻⁶ and not drawn" in text
@@ -528,9 +527,10 @@ def values_of(chart):
 def test_traces_stand_with_their_errors(dataset):
     told = dataset.copy()
     told["part_trace_standard_error"] = ("part", [0, 0, 0.02, 0.13, 0, np.nan])
-    rows = table_values(report.render(told), "traces")
+    tables = tables_section(told)
+    rows = table_values(tables, "traces")
     np.testing.assert_allclose([row[1] for row in rows[3:8]], [0, 0, 0.02, 0.13, 0])
-    assert ">exact<" in report.render(told)
+    assert ">exact<" in tables
 
 
 @pytest.mark.parametrize(

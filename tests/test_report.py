@@ -16,7 +16,7 @@ import deepspectra as ds
 from deepspectra import report
 from deepspectra.apps.compare import comparison_dataset
 from deepspectra.apps.layers import layer_dataset
-from deepspectra.apps.pages import measured
+from deepspectra.apps.pages import load_dataset, measured, save_dataset
 from deepspectra.apps.regions import regions_dataset
 from deepspectra.apps.study import study_dataset
 from deepspectra.errors import DataError, FileError, OptionError
@@ -486,6 +486,23 @@ def test_every_page_is_cited_with_its_version():
         assert json.loads(page.attrs["provenance"])["versions"]["torch"] == torch.__version__
 
 
+def test_flipped_bytes_are_found_or_change_no_number(tmp_path):
+    small = make_dataset(num_classes=3, num_points=20)[["eigenvalue", "share", "trace", "log_density"]]
+    path = tmp_path / "analysis.nc"
+    save_dataset(small, path)
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), len(whole) // 40):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            again = load_dataset(path, "Do it again.")
+        except FileError as refusal:
+            refused += "damaged or foreign" in str(refusal)
+            continue
+        for name, numbers in again.data_vars.items():
+            np.testing.assert_array_equal(numbers.values, small[name].values)
+    assert refused > 5
+
+
 def test_files_of_before_are_cited_with_their_version(dataset):
     before = dataset.copy()
     before.attrs["provenance"] = json.dumps({"deepspectra": "0.0.9", "torch": "2.9", "batches": 3})
@@ -505,9 +522,9 @@ def test_the_caption_says_what_the_curves_do_not_show(dataset):
         told[name] = ("operator", values)
     text = re.sub(r"<[^>]+>", "", FIGURES["spectrum"][2](told))
     assert "95.7% of the eigenvalues of G are zero" in text
-    assert "The curve of H is faint up to |λ| = 0.003, where 80.0% of all eigenvalues lie" in text
-    assert "20.0% of those of H are smaller than 10⁻⁶ and not drawn" in text
-    assert "faint up to |λ| = 0.002, where 70.0%" in text
+    assert "the estimate's own: of H up to |λ| = 0.003, with 80.0% of all eigenvalues and R up to" in text
+    assert "R up to |λ| = 0.002, with 70.0% of all eigenvalues." in text
+    assert "Not drawn on the logarithmic axis: 20.0% of those of H, smaller than 10⁻⁶." in text
     assert "± 3.2 standard errors" in text
     points = [
         row for row in values_of(report.log_spectrum(told)) if "faint" in row and row["operator"] == "hessian"

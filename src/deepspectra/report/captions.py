@@ -58,20 +58,25 @@ def _resolution_sentences(dataset: xr.Dataset) -> str:
     for operator, share in zero.items():
         at_least = "At least " if resolved.get(operator) else ""
         text += f" {at_least}{share_html(share)} of the eigenvalues of {symbol(operator)} are zero, up to rounding."
-    for operator, above in resolved.items():
-        name = symbol(operator)
-        if above:
-            text += (
-                f" The curve of {name} is faint up to |λ| = {number_html(above)}, where "
-                f"{share_html(unresolved[operator])} of all eigenvalues lie: neighbouring nodes of the estimate are "
-                "more than a factor of 2 apart there, or one stands for over 5 % of what is drawn, so that peaks and "
-                "gaps are the estimate's own."
-            )
-        if small[operator] > 0:
-            text += (
-                f" {share_html(small[operator])} of those of {name} are smaller than "
-                f"{number_html(smallest[operator])} and not drawn on the logarithmic axis."
-            )
+    faint = [
+        f"{symbol(operator)} up to |λ| = {number_html(above)}, with {share_html(unresolved[operator])} of all "
+        "eigenvalues"
+        for operator, above in resolved.items()
+        if above
+    ]
+    if faint:
+        text += (
+            " Curves are faint too where neighbouring nodes of the estimate are more than a factor of 2 apart, or "
+            "one stands for over 5 % of what is drawn, so that peaks and gaps are the estimate's own: of "
+            f"{joined(faint)}."
+        )
+    unseen = [
+        f"{share_html(share)} of those of {symbol(operator)}, smaller than {number_html(smallest[operator])}"
+        for operator, share in small.items()
+        if share > 0
+    ]
+    if unseen:
+        text += f" Not drawn on the logarithmic axis: {joined(unseen)}."
     if resolved.get("gauss_newton") == 0:
         text += " Where the curve of G has teeth, each is an eigenvalue that stands by itself."
     return text

@@ -343,12 +343,12 @@ def _bytes(dataset: xr.Dataset, name: str) -> str | None:
 
 def _probes(dataset: xr.Dataset) -> dict[str, str]:
     """How many probes and nodes stand behind each density."""
-    if not holds(dataset, "density_probe"):
+    if not holds(dataset, "density_probe", "density_node"):
         return {}
     out = []
     for operator, table in dataset["density_probe"].groupby("operator"):
-        probe = table.values.ravel()
-        drawn, exact = probe[probe >= 0], int((probe == -1).sum())
+        probe, node = table.values.ravel(), dataset["density_node"].sel(operator=operator).values.ravel()
+        drawn, exact = probe[probe >= 0], int(((probe == -1) & (node != 0)).sum())  # zeros have one node
         text = f"{symbol(str(operator))}: {len(np.unique(drawn))} probes, {drawn.size} nodes"
         out.append(text + (f" and {exact} exact eigenvalues" if exact else ""))
     return {"density estimates": "; ".join(out)}

@@ -45,6 +45,7 @@ TRACE_PROBES = 8  # of parts whose traces are not known exactly
 EXACT_ROWS = 3000  # up to which G's spectrum is computed exactly
 FEWEST_STEPS = 4  # of a density that is worth having
 BASIS, EXACT = "basis of H", "exact route"  # kept beside results of stages
+ROUNDED = 1e-3  # relatively, by which a sum of squares may fall short of one of its parts
 KEPT_FORM = 2  # of what is kept of a stage
 
 
@@ -264,6 +265,10 @@ def _traces(found: Findings) -> tuple[tuple[float, float] | None, Tensor]:
     if parts.holds_means():
         traces["interaction"] = max(0.0, _squared(parts.factor("means")) - sum(traces.values()))
     errors = dict.fromkeys(traces, 0.0)
+    least = (1 - ROUNDED) * sum(traces.values())
+    if total is not None and total[0] + 6 * total[1] < least:  # its own means have more
+        products_of(problem).notes["exact trace of G"] = "not used: it misses what the means have"
+        total = None
     if total is None or "interaction" not in traces:
         for name, (value, error) in _estimated_traces(parts, found.pairs["hessian"], found.seed).items():
             errors.setdefault(name, error)

@@ -186,7 +186,7 @@ def test_above_what_is_called_unresolved_nodes_are_near_and_light(analysis):
         assert smallest >= float(found.smallest_drawn) == pytest.approx(1e-6 * np.nanmax(np.abs(nodes)))
 
 
-@pytest.mark.parametrize("sizes", [(1, 0, 2, 3), (2, 0, 4, 6), (1, 1, 3, 4), (2, 3, 4, 1), (3, 2, 5, 20)])
+@pytest.mark.parametrize("sizes", [(1, 0, 2, 3), (2, 0, 4, 6), (2, 3, 4, 1), (3, 2, 5, 20)])
 def test_the_smallest_networks_are_analysed(route, sizes):
     inputs, hidden, classes, num = sizes
     torch.manual_seed(sum(sizes))

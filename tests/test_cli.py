@@ -9,7 +9,8 @@ import pytest
 import xarray as xr
 
 import deepspectra as ds
-from deepspectra import cli
+from deepspectra import cli, errors
+from deepspectra.apps.pages import load_page
 
 MINE = """
 import torch
@@ -244,3 +245,68 @@ def test_a_checkpoint_is_loaded_instead_of_training(tmp_path):
         ds.load(tmp_path / "a").verdict.split("Averaging")[0]
         == ds.load(tmp_path / "b").verdict.split("Averaging")[0]
     )
+
+
+COMMANDS = {
+    "demo": (),
+    "analyze": ("mine.py:problem",),
+    "layers": ("mine.py:problem",),
+    "regions": ("mine.py:problem",),
+    "compare": ("mine.py:problem", "mine.py:twin"),
+    "study": ("batch-norm",),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_that_cannot_be_written_is_found_before_any_work(folder, command, monkeypatch, capsys):
+    (folder / "in-the-way").write_text("a file")
+    monkeypatch.chdir(folder)
+    for name in ("moments", "chosen_problem"):
+        monkeypatch.setattr(cli, name, lambda *_, **__: pytest.fail("work was done"))
+    arguments = ["deepspectra", command, *COMMANDS[command], "--out", "in-the-way/results"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "FileError" in said
+    assert "cannot be written" in said
+    assert "Choose another directory" in said
+
+
+def test_a_report_that_cannot_be_written_is_said(analysed, folder, monkeypatch, capsys):
+    assert analysed.returncode == 0
+    (folder / "in-the-way").write_text("a file")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["deepspectra", "report", "run", "--out", "in-the-way/page.html"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "cannot be written" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_verdict_is_told_and_the_page_written_where_the_vectors_find_no_room(folder, monkeypatch, capsys):
+    def full(_, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("deepspectra.apps.analyze.save_file", full)
+    arguments = ["analyze", "mine.py:problem", "--num-probes", "1", "--num-steps", "4", "--out", "full"]
+    monkeypatch.setattr(sys, "argv", ["deepspectra", *arguments, "--num", "3", "--rtol", "0.1"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    told = capsys.readouterr()
+    assert "outlier" in told.out
+    assert "No space left" in " ".join(told.err.split())
+    assert sorted(path.name for path in (folder / "full").iterdir()) == ["analysis.nc", "report.html"]
+    with xr.open_dataset(folder / "full" / "analysis.nc", engine="h5netcdf") as saved:
+        assert int(saved["eigenvalue"].sel(operator="hessian").notnull().sum()) == 3
+
+
+@pytest.mark.parametrize("stem", ["regions", "layers"])
+def test_a_damaged_file_of_a_command_is_said(tmp_path, stem):
+    (tmp_path / f"{stem}.nc").write_bytes(b"\x89HDF\r\n\x1a\n" + b"\xff" * 500)
+    with pytest.raises(errors.FileError, match=r"damaged or foreign .*Run the command again"):
+        load_page(tmp_path)

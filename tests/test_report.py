@@ -14,13 +14,18 @@ import xarray as xr
 
 import deepspectra as ds
 from deepspectra import report
+from deepspectra.apps.compare import comparison_dataset
 from deepspectra.apps.layers import layer_dataset
+from deepspectra.apps.pages import load_dataset, measured, save_dataset
 from deepspectra.apps.regions import regions_dataset
 from deepspectra.apps.study import study_dataset
 from deepspectra.errors import DataError, FileError, OptionError
 from deepspectra.report import render
+from deepspectra.report.captions import FIGURES
 from deepspectra.report.drawing import PART_COLOURS, number
-from deepspectra.report.text import escaped
+from deepspectra.report.page import _citation
+from deepspectra.report.tables import tables_section
+from deepspectra.report.text import counted, escaped, percent
 
 OPERATORS = ["hessian", "gauss_newton", "residual"]
 PARTS = ["class", "logit", "interaction", "within", "true", "residual"]
@@ -328,7 +333,7 @@ def test_captions_quote_the_dataset(page, dataset):
     assert f"class {float(dataset['mean_share'][0, 0]):.1%}" in text
     assert "span 86.8% of the top 9 eigenvectors of H" in text
     assert "without class by subtraction, 7 to 8 left; without class by projection, at least 7;" in text
-    assert f"Together {dataset['cost_gradients'].values.sum():,.0f}"[:-1] in text
+    assert "Together about 5,500 gradients" in text  # 5,463, but a clock gave it
 
 
 def test_knockout_table_quotes_the_largest_eigenvalue_left(page, dataset):
@@ -461,10 +466,124 @@ def test_write_names_the_file_it_cannot_write(dataset, tmp_path):
         report.write(dataset, tmp_path / "nowhere" / "report.html")
 
 
+def test_every_page_is_cited_with_its_version():
+    version = ds.results.versions()["deepspectra"]
+    problems = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+        problems.append(ds.Problem(model, (torch.randn(18, 4), torch.arange(18) % 3)))
+    first = problems[0]
+    pages = [
+        small_analysis(0, "net").dataset,
+        layer_dataset(ds.layers(first), first),
+        regions_dataset([ds.regions(first, "gradients")], first),
+        comparison_dataset(ds.compare(*problems), first),
+        study_dataset(ds.study({"one": problems[:1], "other": problems[1:]}), first),
+    ]
+    for page in pages:
+        assert f"deepspectra {version}; " in _citation(page)
+        assert json.loads(page.attrs["provenance"])["versions"]["torch"] == torch.__version__
+
+
+def test_flipped_bytes_are_found_or_change_no_number(tmp_path):
+    small = make_dataset(num_classes=3, num_points=20)[["eigenvalue", "share", "trace", "log_density"]]
+    path = tmp_path / "analysis.nc"
+    save_dataset(small, path)
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), len(whole) // 40):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            again = load_dataset(path, "Do it again.")
+        except FileError as refusal:
+            refused += "damaged or foreign" in str(refusal)
+            continue
+        for name, numbers in again.data_vars.items():
+            np.testing.assert_array_equal(numbers.values, small[name].values)
+    assert refused > 5
+
+
+def test_files_of_before_are_cited_with_their_version(dataset):
+    before = dataset.copy()
+    before.attrs["provenance"] = json.dumps({"deepspectra": "0.0.9", "torch": "2.9", "batches": 3})
+    assert "deepspectra 0.0.9; " in _citation(before)
+
+
+def test_the_caption_says_what_the_curves_do_not_show(dataset):
+    told = dataset.copy()
+    for name, values in {
+        "zero_share": [np.nan, 0.957, np.nan],
+        "small_share": [0.2, 0.0, 0.0],
+        "smallest_drawn": [1e-6, 1e-6, 1e-6],
+        "resolved_above": [3e-3, 0.0, 2e-3],
+        "unresolved_share": [0.8, 0.0, 0.7],
+        "band_factor": [3.18, np.nan, 3.18],
+    }.items():
+        told[name] = ("operator", values)
+    text = re.sub(r"<[^>]+>", "", FIGURES["spectrum"][2](told))
+    assert "95.7% of the eigenvalues of G are zero" in text
+    assert "the estimate's own: of H up to |λ| = 0.003, with 80.0% of all eigenvalues and R up to" in text
+    assert "R up to |λ| = 0.002, with 70.0% of all eigenvalues." in text
+    assert "Not drawn on the logarithmic axis: 20.0% of those of H, smaller than 10⁻⁶." in text
+    assert "± 3.2 standard errors" in text
+    points = [
+        row for row in values_of(report.log_spectrum(told)) if "faint" in row and row["operator"] == "hessian"
+    ]
+    for row in points:
+        size = abs(row["eigenvalue"])
+        assert (row["faint"] == "unresolved") == (size <= 3e-3)
+        assert (row["faint"] in ("above", "below")) == (size > 0.12)
+    density = np.array([row["density"] for row in points])
+    assert (np.array([row["upper"] for row in points]) >= density).all()
+
+
+def values_of(chart):
+    return values(chart.to_dict())
+
+
+def test_traces_stand_with_their_errors(dataset):
+    told = dataset.copy()
+    told["part_trace_standard_error"] = ("part", [0, 0, 0.02, 0.13, 0, np.nan])
+    tables = tables_section(told)
+    rows = table_values(tables, "traces")
+    np.testing.assert_allclose([row[1] for row in rows[3:8]], [0, 0, 0.02, 0.13, 0])
+    assert ">exact<" in tables
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (396.24, 12.3, "396 ± 12"),
+        (7.7377, 0.157, "7.74 ± 0.16"),
+        (2.97, 8e-9, "2.97"),
+        (7.83003, 0.0, "7.83"),
+        (7.68, math.nan, "7.68"),
+        (-0.0004, 0.0068, "-0.0004 ± 0.0068"),
+        (12345.6, 678.0, "12350 ± 680"),
+        (12345.6, 0.0, "12300"),
+        (3.1e-9, 4e-10, "3.1e-09 ± 4e-10"),
+        (0.0, 0.0, "0"),
+    ],
+)
+def test_a_number_stands_with_as_many_digits_as_its_error_allows(value, error, text):
+    assert measured(value, error) == text
+
+
+def test_shares_have_no_negative_zero_and_counts_agree_with_their_nouns():
+    assert [percent(value) for value in (-1e-9, 0.0, -0.031, 0.9996)] == ["0.0%", "0.0%", "−3.1%", "100.0%"]
+    assert percent(-0.001, 0) == "0%"
+    assert [counted(number, "class", "classes") for number in (1, 2, 1200)] == [
+        "1 class",
+        "2 classes",
+        "1,200 classes",
+    ]
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
         (0.02134, "0.0213"),
+        (0.96, "0.96"),
         (-1.5, "−1.5"),
         (2.34e-7, "2.34×10⁻⁷"),
         (1e-6, "10⁻⁶"),

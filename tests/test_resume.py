@@ -119,6 +119,7 @@ def test_stages_of_another_computation_are_refused(tmp_path, monkeypatch):
     smoothed = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
     with pytest.raises(errors.FileError, match="loss was"):
         analysed(tmp_path, ds.Problem(network, (data.inputs, data.targets), loss=smoothed))
+    Kept(tmp_path, {}).write("a result", torch.ones(1))
     (tmp_path / "identity.pt").unlink()
     with pytest.raises(errors.FileError, match="does not say of what"):
         analysed(tmp_path, first)

@@ -22,7 +22,7 @@ from deepspectra.apps.analyze import Analysis, analyze, save_series
 from deepspectra.apps.compare import comparison_dataset
 from deepspectra.apps.kept import forget
 from deepspectra.apps.layers import layer_dataset
-from deepspectra.apps.pages import load_page, save_page
+from deepspectra.apps.pages import check_writable, load_page, save_page
 from deepspectra.apps.regions import regions_dataset
 from deepspectra.apps.study import STUDIES, study_dataset
 from deepspectra.apps.targets import CONSOLE, Choice, chosen_problem, moments
@@ -95,6 +95,7 @@ def _keep_freed_memory() -> None:
 @app.command()
 def demo(out: Out = Path("deepspectra-demo"), seed: Seed = 0) -> None:
     """Train a small network on the embedded digits, analyse it and write the report."""
+    check_writable(out)
     problem, names, model, data = chosen_problem(None, Choice(seed=seed), out)
     _finish(analyze(problem, seed=seed, model=model, data=data, class_names=names), out)
 
@@ -111,8 +112,10 @@ def analyze_command(
     out: Out = Path("deepspectra-run"),
     memory: Memory = None,
     device: Device = None,
+    num: Annotated[int | None, typer.Option(help="Top eigenpairs of H and of G.")] = None,
     num_probes: Annotated[int | None, typer.Option(help="Probes of each density.")] = None,
     num_steps: Annotated[int | None, typer.Option(help="Krylov steps of each probe.")] = None,
+    rtol: Annotated[float | None, typer.Option(help="Relative residual of the eigenpairs.")] = None,
     groups: Annotated[
         int | None, typer.Option(help="Average over so many groups of classes, by their logits.")
     ] = None,
@@ -123,7 +126,11 @@ def analyze_command(
     ] = False,
     seed: Seed = 0,
 ) -> None:
-    """Analyse your own problem (TARGET), or a model of the zoo on one of its data sets."""
+    """Analyse your own problem (TARGET), or a model of the zoo on one of its data sets.
+
+    What --num, --num-probes, --num-steps and --rtol are by default follows from the size of the problem.
+    """
+    check_writable(out)
     chosen = Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed, resume)
     series, kept = {}, []
     for moment in moments(target, chosen, out, at):
@@ -132,8 +139,10 @@ def analyze_command(
         names = moment.class_names if owner is None else _group_names(moment.class_names, owner.tolist())
         series[moment.label] = analyze(
             moment.problem,
+            num=num,
             num_probes=num_probes,
             num_steps=num_steps,
+            rtol=rtol,
             seed=seed,
             title=f"Spectrum of {target}" if target else "",
             model=moment.model,
@@ -176,6 +185,7 @@ def layers_command(
     seed: Seed = 0,
 ) -> None:
     """Features, errors and gradients of every layer, exactly: for up to about 12,000 examples × (classes − 1)."""
+    check_writable(out)
     chosen = Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed)
     series = {}
     for moment in moments(target, chosen, out, at):
@@ -231,6 +241,7 @@ def regions_command(
     seed: Seed = 0,
 ) -> None:
     """Which part makes outliers, bump and bulk: exact knock-outs in decades, for up to some hundred examples."""
+    check_writable(out)
     chosen = Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed)
     kinds = list(dict.fromkeys(kind.strip() for kind in of.split(",")))
     if not set(kinds) <= set(KINDS_OF_REGIONS):
@@ -274,6 +285,7 @@ def compare_command(
     """Do two networks share eigenspaces? Your own two problems (FIRST and SECOND), or two trainings of the zoo."""
     if (first is None) != (second is None):
         raise OptionError("compare takes two targets, or none and a model of the zoo, trained twice.")
+    check_writable(out)
     problems = []
     for j, target in enumerate((first, second)):
         chosen = Choice(model, data, data_root, None, per_class, epochs, memory, device, seed + j)
@@ -302,6 +314,7 @@ def study_command(
     """Train a network of the zoo in several variants, and measure every layer of each."""
     if name not in STUDIES:
         raise OptionError(f"there is no study {name!r}; there are {', '.join(STUDIES)}.")
+    check_writable(out)
     variants: dict[str, list[Problem]] = {}
     for variant in STUDIES[name]:
         for j in range(networks):
@@ -326,6 +339,7 @@ def report(
     """Write the report of a saved analysis again, or one report of several."""
     series = {str(directory): load_page(directory) for directory in directories}
     path = out or directories[-1] / "report.html"
+    check_writable(path.parent)
     if len(series) > 1:
         write_series(series, path)
     else:
@@ -334,16 +348,18 @@ def report(
 
 
 def _finish(result: Analysis, out: Path) -> None:
-    folder = result.save(out)
-    path = result.to_html(folder / "report.html")
+    """Say what was found, then save it: if one file does not fit, the others are still written."""
     typer.echo(f"\n{result}\n")
-    typer.echo(f"Results: {folder}")
-    typer.echo(f"Report: {path}")
+    try:
+        result.save(out)
+        typer.echo(f"Results: {out}")
+    finally:
+        typer.echo(f"Report: {result.to_html(out / 'report.html')}")
 
 
 def _finish_page(found: object, dataset: xr.Dataset, out: Path, stem: str) -> None:
-    path = save_page(dataset, out, stem)
     typer.echo(f"\n{found}\n\n{dataset.attrs['verdict']}\n")
+    path = save_page(dataset, out, stem)
     typer.echo(f"Results: {path.parent}")
     typer.echo(f"Report: {path}")
 

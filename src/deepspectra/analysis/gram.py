@@ -52,8 +52,14 @@ class GramSpectrum:
 
     @property
     def traces(self) -> Tensor:
-        """(parts,) the traces of the parts."""
-        return torch.stack([self.parts[name].sum() for name in self.part_names])
+        """(parts,) the traces of the parts; they sum to that of G.
+
+        Squared norms of the parts' coordinates, and what these leave for "within", so that small eigenvalues count
+        which `parts` cannot tell from rounding.
+        """
+        total, squares = self.values.sum(), {n: phi.square().sum() for n, phi in self._coordinates.items()}
+        squares["within"] = (total - squares["means"]).clamp_min(0)
+        return torch.stack([squares[name] for name in self.part_names])
 
     @property
     def stable_rank(self) -> float:
@@ -123,11 +129,10 @@ class GramSpectrum:
     def __str__(self) -> str:
         total = float(self.values.sum())
         rows = [f"{'':<12} {'trace':>11} {'share':>7} {'largest':>11}"]
-        for name in self.part_names:
-            values = self.parts[name]
-            largest = float(values[0]) if len(values) else 0.0
-            share = f"{float(values.sum()) / total:.1%}" if total else "–"
-            rows.append(f"{name:<12} {float(values.sum()):>11.4g} {share:>7} {largest:>11.4g}")
+        for name, trace in zip(self.part_names, self.traces.tolist(), strict=True):
+            largest = max(self.parts[name].tolist(), default=0.0)
+            share = f"{trace / total:.1%}" if total else "–"
+            rows.append(f"{name:<12} {trace:>11.4g} {share:>7} {largest:>11.4g}")
         rows.append(f"{'G':<12} {total:>11.4g} {'100%' if total else '–':>7} {float(self.values[0]):>11.4g}")
         num = len(self.values) if total else 0
         rows.append(

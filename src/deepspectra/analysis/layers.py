@@ -145,9 +145,8 @@ def _first(spectrum: GramSpectrum | None, parts: tuple[str, ...]) -> str:
     if spectrum is None:
         return " " * (8 + 7 * len(parts))
     total = float(spectrum.values.sum())
-    shares = " ".join(
-        f"{float(spectrum.parts[part].sum()) / total:>6.0%}" if total else f"{'–':>6}" for part in parts
-    )
+    traces = dict(zip(spectrum.part_names, spectrum.traces.tolist(), strict=True))
+    shares = " ".join(f"{traces[part] / total:>6.0%}" if total else f"{'–':>6}" for part in parts)
     return f"{float(spectrum.values[0]):>8.3g} {shares}"
 
 

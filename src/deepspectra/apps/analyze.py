@@ -17,7 +17,7 @@ from deepspectra.algorithms.lanczos import check_count
 from deepspectra.apps import stages
 from deepspectra.apps.dataset import build
 from deepspectra.apps.ledger import Ledger
-from deepspectra.apps.pages import save_dataset
+from deepspectra.apps.pages import load_dataset, save_dataset, save_whole
 from deepspectra.errors import FileError, OptionError
 from deepspectra.operators.projections import grouped, num_groups
 from deepspectra.operators.rows import check_labelled
@@ -52,18 +52,19 @@ class Analysis:
         """Write analysis.nc (NetCDF-4) and vectors.safetensors into a directory, made if need be.
 
         Each file is written beside its place and then moved there, so that a killed run leaves no half file.
+
+        Raises:
+            FileError: a file cannot be written. The numbers come first, so that a disk which has no room for the
+                vectors still gets them.
         """
         folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
         save_dataset(self.dataset, folder / DATASET_FILE)
         flat = {
             f"{kind}/{name}": value.detach().cpu().contiguous()
             for kind, tree in self.vectors.items()
             for name, value in tree.items()
         }
-        staged = folder / f".{VECTORS_FILE}.part"
-        save_file(flat, staged)
-        staged.replace(folder / VECTORS_FILE)
+        save_whole(folder / VECTORS_FILE, lambda staged: save_file(flat, staged))
         return folder
 
     def to_html(self, path: str | Path) -> Path:
@@ -95,13 +96,13 @@ def load(directory: str | Path) -> Analysis:
     for name in (DATASET_FILE, VECTORS_FILE):
         if not (folder / name).is_file():
             raise FileError(f"{folder / name} does not exist; expected a directory written by Analysis.save.")
+    again = "Run the analysis again."
+    dataset = load_dataset(folder / DATASET_FILE, again)
     try:
-        with xr.open_dataset(folder / DATASET_FILE, engine="h5netcdf") as file:
-            dataset = file.load()
         flat = load_file(folder / VECTORS_FILE)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise FileError(
-            f"{folder} holds a truncated or foreign file ({error}). Run the analysis again."
+            f"{folder / VECTORS_FILE} is truncated, damaged or foreign ({error}). {again}"
         ) from error
     if "verdict" not in dataset.attrs:
         raise FileError(f"{folder / DATASET_FILE} is NetCDF but not an analysis of this library.")
@@ -132,11 +133,13 @@ def analyze(
 
     Args:
         problem: one with cross-entropy and class labels.
-        num: top eigenpairs of H and of G; by default C + 3, or C when a gradient takes over 3 s.
-        num_probes: random probes of each density; by default 4, or 2 when a gradient takes over .25 s.
-        num_steps: Krylov steps of each probe; by default 24, 16 when a gradient takes over .25 s, or 5 over 3 s.
-            The defaults follow the clock; give numbers for results that do not depend on the machine.
-        rtol: of the eigenpairs' residuals; by default 1e-2, or 3e-2 when a gradient takes over 3 s.
+        num: top eigenpairs of H and of G; by default C + 3, or C for large problems. Problems are "medium" when a
+            gradient takes over 5e9 floating-point operations and "large" over 1e11 (on an accelerator 50 times
+            as many), three times what PyTorch counts in a forward pass, or 6 P N if that is more: about a quarter
+            of a second and three seconds of one core. The report says what was chosen.
+        num_probes: random probes of each density; by default 4, or 2 for medium and large problems.
+        num_steps: Krylov steps of each probe; by default 24, 16 for medium problems or 5 for large ones.
+        rtol: of the eigenpairs' residuals; by default 1e-2, or 3e-2 for large problems.
         seed: of every random vector.
         progress: draw progress with cost on standard error.
         title: of the report.
@@ -146,9 +149,8 @@ def analyze(
         groups: (C,) the group of each class, as in `decompose`, for problems of very many classes; C is then the
             number of groups wherever averages are meant.
         resume: a folder where finished stages are kept; called again with it after a stop, the analysis goes on
-            behind the last of them, with the same result up to rounding; one gradient, the unit of cost, stays
-            that of the first call. It takes as much space as the eigenvectors and the Krylov basis of H, and can be
-            removed once the result is saved.
+            behind the last of them, with the same result up to rounding. It takes as much space as the eigenvectors
+            and the Krylov basis of H, and can be removed once the result is saved.
 
     Returns:
         The analysis; `str()` is the verdict, `.save(dir)` and `.to_html(path)` write it.

@@ -6,21 +6,29 @@ import json
 import math
 import resource
 import sys
-from datetime import datetime, timezone
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import xarray as xr
+from scipy.special import stdtrit
+from torch import Tensor
 
 from deepspectra.algorithms.lanczos import inner_products
+from deepspectra.apps.pages import measured, problem_attributes, provenance
 from deepspectra.apps.stages import LETTERS, Findings
-from deepspectra.problem import Problem
 from deepspectra.products import products_of
-from deepspectra.results import Density, versions
+from deepspectra.results import Curve, Density
 
 OPERATORS = ("hessian", "gauss_newton", "residual")
 SIDES = (-1, 1)
 POINTS, LOG_POINTS = 801, 301
+SMALLEST = 1e-6  # of an operator's largest |λ|: what is drawn on logarithmic axes
+COARSE = 0.05  # share of the eigenvalues in a single node from which on it resolves nothing,
+APART = 2.0  # or ratio of neighbouring nodes
+EPSILON = 1e-12  # added to |λ| by `Density.smooth`, relative to the largest: nothing
+CONFIDENCE = 0.95  # of bands
 Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]
 
 
@@ -44,22 +52,113 @@ def build(found: Findings, class_names: list[str] | None = None) -> xr.Dataset:
     return xr.Dataset(variables, coords=coords, attrs=_attributes(found))
 
 
+class _View(NamedTuple):
+    """What of a density can be drawn, and what only be said."""
+
+    drawn: Density  # without zeros
+    zero_share: float  # of the eigenvalues: known to be zero, up to rounding; NaN if none is
+    small_share: float  # others smaller in size than `smallest`, or zero as far as random vectors tell
+    smallest: float
+    resolved_above: float  # |λ| up to which nodes are too far apart or too heavy; 0 for an exact spectrum
+    unresolved_share: float  # up to there, zeros left out
+
+
+def _view(found: Findings, name: str) -> _View | None:
+    """Of H, G or R; None if nothing but zeros is known.
+
+    Of G, which is positive semi-definite and of rank N (C − 1) at most, what lies below zero is rounding.
+    """
+    density = found.densities[name]
+    if not bool(density.weights.isfinite().all() and density.nodes.isfinite().all()):
+        found.ledger.doubts.append(
+            f"the density of {LETTERS[name]} has values that are not finite; none is drawn"
+        )
+        return None
+    nodes, weights = density.nodes, density.weights
+    largest, zero = float(nodes.abs().max()), nodes == 0
+    if name == "gauss_newton":
+        eps = torch.finfo(torch.promote_types(found.problem.dtype, torch.float32)).eps
+        exact = eps * (len(nodes) if found.exact is not None else 1) * largest  # as in EigenBasis
+        zero = nodes <= max(exact, -float(nodes.min()))
+    if bool(zero.all()):
+        return None
+    rest, known = ~zero, zero & (density.probes < 0)  # probes only estimate how many are zero
+    mass = float(weights[rest].sum())
+    sizes, smallest = nodes.abs(), SMALLEST * largest
+    drawn = rest & (density.probes >= 0)
+    coarse = sizes[drawn & (weights * density.num_probes > COARSE * mass)]
+    resolved = max([*(_first_gap(sizes[drawn & (nodes * sign > 0)]) for sign in SIDES), *coarse.tolist()])
+    return _View(
+        drawn=replace(density, nodes=nodes[rest], weights=weights[rest], probes=density.probes[rest]),
+        zero_share=float(weights[known].sum()) if bool(known.any()) else math.nan,
+        small_share=float(weights[~known & (zero | (sizes < smallest))].sum()),
+        smallest=smallest,
+        resolved_above=resolved,
+        unresolved_share=float(weights[~known & (sizes <= resolved)].sum()),
+    )
+
+
+def _first_gap(sizes: Tensor) -> float:
+    """The upper end of the first gap between neighbouring nodes, from the largest down; the smallest if none is."""
+    falling = sizes.sort(descending=True).values
+    if not len(falling):
+        return 0.0
+    (wide,) = (falling[:-1] > APART * falling[1:]).nonzero(as_tuple=True)
+    return float(falling[wide[0]] if len(wide) else falling[-1])
+
+
 def _curves(found: Findings) -> Variables:
-    """Smoothed densities, linear, and logarithmic on each side of zero."""
+    """Smoothed densities without zeros, linear, and logarithmic on each side of zero; what they do not show."""
     linear = np.full((3, len(OPERATORS), POINTS), np.nan)
     log = np.full((3, len(OPERATORS), len(SIDES), LOG_POINTS), np.nan)
+    said = np.full((6, len(OPERATORS)), np.nan)
     for o, name in enumerate(OPERATORS):
-        density = found.densities[name]
-        curve = density.smooth("linear", num_points=POINTS)
-        linear[:, o] = torch.stack([curve.grid, curve.density, curve.standard_error]).numpy()
+        view = _view(found, name)
+        if view is None:
+            said[0, o] = (
+                1 if name == "gauss_newton" and not bool(found.densities[name].nodes.any()) else math.nan
+            )
+            continue
+        probes = found.densities[name].num_probes
+        said[:, o] = [*view[1:], stdtrit(probes - 1, (1 + CONFIDENCE) / 2) if probes > 1 else math.nan]
+        curve = view.drawn.smooth("linear", num_points=POINTS)
+        linear[:, o] = _folded(curve) if name == "gauss_newton" else _rows(curve)
         for s, sign in enumerate(SIDES):
-            if bool((density.nodes * sign > 0).any()):
-                curve = density.smooth("log", num_points=LOG_POINTS, sign=sign)
-                log[:, o, s] = torch.stack([curve.grid, curve.density, curve.standard_error]).numpy()
+            shown = (view.drawn.nodes * sign > 0) & (view.drawn.nodes.abs() >= view.smallest)
+            if bool(shown.any()):
+                parts = {key: getattr(view.drawn, key)[shown] for key in ("nodes", "weights", "probes")}
+                curve = replace(view.drawn, **parts).smooth(
+                    "log", num_points=LOG_POINTS, sign=sign, epsilon=EPSILON
+                )
+                log[:, o, s] = np.where(curve.grid >= view.smallest, _rows(curve), np.nan)
     names = ("grid", "density", "standard_error")
-    return {f"curve_{n}": (("operator", "point"), linear[j]) for j, n in enumerate(names)} | {
-        f"log_{n}": (("operator", "side", "log_point"), log[j]) for j, n in enumerate(names)
-    }
+    numbers = (
+        "zero_share",
+        "small_share",
+        "smallest_drawn",
+        "resolved_above",
+        "unresolved_share",
+        "band_factor",
+    )
+    return (
+        {f"curve_{n}": (("operator", "point"), linear[j]) for j, n in enumerate(names)}
+        | {f"log_{n}": (("operator", "side", "log_point"), log[j]) for j, n in enumerate(names)}
+        | {n: (("operator",), said[j]) for j, n in enumerate(numbers)}
+    )
+
+
+def _rows(curve: Curve) -> np.ndarray:
+    found: np.ndarray = torch.stack([curve.grid, curve.density, curve.standard_error]).numpy()
+    return found
+
+
+def _folded(curve: Curve) -> np.ndarray:
+    """A curve of eigenvalues that are not negative, with what the kernel puts left of zero reflected to the right."""
+    grid, *both = _rows(curve)
+    mirrored = [np.interp(-grid, grid, one, left=0, right=0) for one in both]
+    return np.where(
+        grid >= 0, [grid, *(one + other for one, other in zip(both, mirrored, strict=True))], np.nan
+    )
 
 
 def _nodes(found: Findings) -> Variables:
@@ -191,12 +290,8 @@ def _averages(found: Findings) -> Variables:
 
 
 def _traces(found: Findings) -> Variables:
-    """Traces of H, G, R from their densities; of G's parts by random signs."""
-    values, errors = [], []
-    for name in OPERATORS:
-        density = found.densities[name]
-        values.append(density.mean * density.size)
-        errors.append(density.mean_standard_error * density.size)
+    """Traces of H, G, R and of G's parts, with standard errors, 0 where they are exact."""
+    values, errors = zip(*(_trace(found, name) for name in OPERATORS), strict=True)
     parts = np.full((2, len(found.attribution.part_names)), np.nan)
     parts[:, :-1] = found.part_traces
     return {
@@ -205,6 +300,14 @@ def _traces(found: Findings) -> Variables:
         "part_trace": (("part",), parts[0]),
         "part_trace_standard_error": (("part",), parts[1]),
     }
+
+
+def _trace(found: Findings, name: str) -> tuple[float, float]:
+    """With its standard error: of G as the stages found it, else from the density."""
+    if name == "gauss_newton" and found.trace is not None:
+        return found.trace
+    density = found.densities[name]
+    return density.mean * density.size, density.mean_standard_error * density.size
 
 
 def _classes(found: Findings) -> Variables:
@@ -240,21 +343,20 @@ def _costs(found: Findings) -> Variables:
     return {
         "cost_products": (("stage",), np.array([cost.num_products for cost in costs])),
         "cost_seconds": (("stage",), np.array([cost.seconds for cost in costs])),
-        "cost_gradients": (("stage",), np.array([ledger.gradients(cost) for cost in costs])),
+        "cost_gradients": (("stage",), np.array(list(ledger.gradients.values()))),
     }
 
 
 def _attributes(found: Findings) -> dict[str, object]:
     problem, attribution = found.problem, found.attribution
     products = products_of(problem)
-    provenance = {
-        **versions(),
+    conditions = {
         "batches": problem.batches.num_batches,
         "threads": torch.get_num_threads(),
+        "operations of a gradient": f"{found.operations:.2g}, by which effort is chosen where it is not given",
+        "eigenpairs of H": len(found.pairs["hessian"].values),
         "rtol of eigenpairs": found.rtol,
-        "probes × steps of densities": " × ".join(
-            str(n) for n in (found.densities["hessian"].num_probes, found.densities["hessian"].num_steps)
-        ),
+        "probes × steps of densities": f"{found.num_probes} × {found.num_steps}",
         **products.notes,
         **({"finished before a stop": ", ".join(found.ledger.taken)} if found.ledger.taken else {}),
         "doubts": "; ".join(found.ledger.doubts) or "none: every eigenpair converged",
@@ -278,36 +380,17 @@ def _attributes(found: Findings) -> dict[str, object]:
         "gradient_seconds": found.ledger.gradient_seconds,
         "memory_bytes": problem.memory,
         "peak_memory_bytes": peak,
-        "provenance": json.dumps(provenance),
+        "provenance": provenance(**conditions),
         "thresholds": json.dumps(thresholds),
     }
-
-
-def problem_attributes(problem: Problem) -> dict[str, object]:
-    """What a file says of the problem, and when it was made."""
-    return {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "loss": problem.loss_function.name,
-        "num_parameters": problem.num_parameters,
-        "num_examples": problem.num_examples,
-        "num_classes": problem.num_classes,
-        "dtype": str(problem.dtype).removeprefix("torch."),
-        "device": str(problem.device),
-    }
-
-
-def _trace(density: Density) -> str:
-    """With its standard error, if there is one."""
-    error = density.mean_standard_error * density.size
-    return f"{density.mean * density.size:.3g}" + (f" ± {error:.1g}" if error > 0 else "")
 
 
 def sentences(found: Findings) -> list[str]:
     """The verdict: what the outliers are made of, whether averaging finds them, what G and R are to H."""
     lines = list(found.attribution.verdicts)
     averages = [
-        f"{overlap:.2f} from the {level.replace('_', '-')} means "
-        f"({found.subspace_gradients[level]:.1f} gradients)"
+        f"{overlap:.2f} from the {level.replace('_', '-')} means (about "
+        f"{found.subspace_gradients[level]:.2g} gradients)"
         for (level, name), overlap in found.overlaps.items()
         if name == "hessian" and not math.isnan(overlap)
     ]
@@ -318,8 +401,8 @@ def sentences(found: Findings) -> list[str]:
         )
     else:
         lines.append("The class means of gradients are zero, so that averaging finds no eigenvectors.")
-    traces = [f"{LETTERS[name]} {_trace(found.densities[name])}" for name in OPERATORS]
-    lines.append(f"Traces, each estimated by itself: {', '.join(traces)}.")
+    traces = [f"{LETTERS[name]} {measured(*_trace(found, name))}" for name in OPERATORS]
+    lines.append(f"Traces, each by itself and ± its standard error: {', '.join(traces)}.")
     if found.ledger.doubts:
         lines.append("Not everything converged: " + "; ".join(found.ledger.doubts))
     return lines

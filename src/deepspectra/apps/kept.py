@@ -87,7 +87,11 @@ class Kept:
             torch.save(map_tensors(_of_its_size, value), staged)
             staged.replace(path)
         except (OSError, RuntimeError) as error:
-            raise FileError(f"{path} cannot be written: {error}") from error
+            with contextlib.suppress(OSError):
+                staged.unlink(missing_ok=True)
+            raise FileError(
+                f"{path} cannot be written: {first_line(error)}. Choose another folder, or make room."
+            ) from error
 
     def once(self, name: str, value: Value) -> Value:
         """The value that was kept first."""

@@ -53,10 +53,12 @@ def layer_dataset(
                 continue
             size = min(ranks, len(spectrum.values))
             values[j, i, :size] = spectrum.values[:size]
-            for part, column in zip(spectrum.part_names, spectrum.shares.T, strict=True):
+            for part, column, trace in zip(
+                spectrum.part_names, spectrum.shares.T, spectrum.traces.tolist(), strict=True
+            ):
                 p = PARTS.index(part)
                 shares[j, i, :size, p] = column[:size]
-                traces[j, i, p] = float(spectrum.parts[part].sum())
+                traces[j, i, p] = trace
                 largest[j, i, p] = max(spectrum.parts[part].tolist(), default=0.0)
         if layer.khatri_rao is not None:
             for i, name in enumerate(STATISTICS):
@@ -254,7 +256,7 @@ def _top_part(spectrum: GramSpectrum) -> str:
 def _between(features: GramSpectrum | None) -> float:
     """Share of the class means in the trace of the centred features; NaN of features that are all the same."""
     assert features is not None
-    parts = {name: float(values.sum()) for name, values in features.parts.items()}
+    parts = dict(zip(features.part_names, features.traces.tolist(), strict=True))
     scatter = parts["class"] + parts["within"]
     return parts["class"] / scatter if scatter else math.nan
 

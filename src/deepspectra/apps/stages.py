@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,18 +17,20 @@ from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.lanczos import Krylov, basis_capacity, inner_products, seeded
 from deepspectra.algorithms.subspace import overlap
-from deepspectra.analysis.attribution import Attribution, attribute, pair_shares, squared_norms
+from deepspectra.analysis.attribution import ROWS_BYTES, Attribution, attribute, pair_shares, squared_norms
 from deepspectra.analysis.gram import (
     GramSpectrum,
     gradient_basis,
     gradient_pairs,
     spectrum_of,
 )
+from deepspectra.analysis.gram_products import RowGram, gradient_trace, nonzero_density
 from deepspectra.analysis.hierarchy import drawable, place
 from deepspectra.analysis.means import subspace_of
+from deepspectra.apps.effort import counted, effort_for
 from deepspectra.apps.kept import Kept, Label
 from deepspectra.apps.ledger import Ledger, Report
-from deepspectra.errors import ConvergenceWarning, CurvatureError
+from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
 from deepspectra.operators.held import HeldRows
@@ -40,25 +41,12 @@ from deepspectra.products import Products, products_of
 from deepspectra.results import Density, Eigenpairs, Provenance, versions
 
 LETTERS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
-TRACE_PROBES = 4
+TRACE_PROBES = 8  # of parts whose traces are not known exactly
 EXACT_ROWS = 3000  # up to which G's spectrum is computed exactly
 FEWEST_STEPS = 4  # of a density that is worth having
-BASIS, UNIT, EXACT = "basis of H", "seconds of a gradient", "exact route"  # kept beside results of stages
-
-
-class Effort(NamedTuple):
-    """What an analysis does unless told otherwise, for gradients that take up to so many seconds."""
-
-    up_to_seconds: float
-    spare_pairs: int  # eigenpairs beyond the number of classes
-    num_probes: int
-    num_steps: int
-    rtol: float = 1e-2  # of eigenpairs
-    knockout_products: int | None = None  # at most; by default what attribution takes
-
-
-EFFORTS = (Effort(0.25, 3, 4, 24), Effort(3.0, 3, 2, 16), Effort(float("inf"), 0, 2, 5, 3e-2, 8))
-WARM_UP = 0.5  # seconds; a gradient that takes longer is timed at its first call
+BASIS, EXACT = "basis of H", "exact route"  # kept beside results of stages
+ROUNDED = 1e-3  # relatively, by which a sum of squares may fall short of one of its parts
+KEPT_FORM = 2  # of what is kept of a stage
 
 
 @dataclass
@@ -71,7 +59,10 @@ class Findings:
         subspaces: level → all eigenvalues and the first C−1 vectors by averaging.
         overlaps: (level, operator) → overlap with the top eigenspace of dimension `dimensions[level]`.
         shares: operator → (pairs, parts).
-        part_traces: (2, parts), traces of G's parts and their standard errors.
+        trace: of G, exact or an estimate, and its standard error; None where only its density tells.
+        part_traces: (2, parts), traces of G's parts and their standard errors, 0 where they are exact.
+        num_probes, num_steps: of densities, as they were asked for or chosen.
+        operations: floating-point operations of a gradient, by which they are chosen.
         exact: all eigenvalues of G and its parts, if the gradients are few enough.
         places: of class means and of cross-class means on the map, if these are held.
     """
@@ -81,6 +72,9 @@ class Findings:
     seed: int
     num_classes: int  # or groups of classes, over which averages are taken
     rtol: float = float("nan")
+    num_probes: int = 0
+    num_steps: int = 0
+    operations: float = float("nan")
     loss: float = float("nan")
     accuracy: float = float("nan")
     gradient_norm: float = float("nan")
@@ -93,6 +87,7 @@ class Findings:
     shares: dict[str, Tensor] = field(default_factory=dict)
     exact: GramSpectrum | None = None
     places: tuple[Tensor, Tensor] | None = None
+    trace: tuple[float, float] | None = None
     parts: Decomposition = field(init=False)
     attribution: Attribution = field(init=False)
     part_traces: Tensor = field(init=False)
@@ -124,11 +119,11 @@ def run(
             "groups": "" if groups is None else _digest([groups]),
         }
         _go_on(found, resume, options)
-    effort = next(e for e in EFFORTS if ledger.gradient_seconds <= e.up_to_seconds)
+    effort = effort_for(problem, found.operations)
     found.rtol = rtol or effort.rtol
     num = num or num_classes + effort.spare_pairs
-    probes = num_probes or effort.num_probes
-    steps = min(num_steps or effort.num_steps, problem.num_parameters)
+    found.num_probes = probes = num_probes or effort.num_probes
+    found.num_steps = steps = min(num_steps or effort.num_steps, problem.num_parameters)
     with ledger.stage("checking derivatives"):
         hessian = Hessian(problem)
     basis = _find_pairs(found, "hessian", hessian, num)
@@ -140,6 +135,9 @@ def run(
         _find_exact(found, num)
     _attribute(found, hessian, basis, effort.knockout_products)
     del basis
+    if not exact:
+        _find_traces(found)
+    found.parts.forget_means()
     _find_density(found, "hessian", hessian, probes, steps)
     products.release()
     _find_density(found, "residual", Residual(problem), probes, steps)
@@ -178,6 +176,7 @@ def _find_exact(found: Findings, num: int) -> None:
     exact, found.pairs["gauss_newton"] = found.ledger.run("exact spectrum of G", work)
     found.exact = exact
     found.densities["gauss_newton"] = exact.density
+    found.trace = float(exact.values.sum()), 0.0
     found.part_traces = torch.stack([exact.traces, torch.zeros_like(exact.traces)])
     shares = exact.shares[: len(found.pairs["gauss_newton"].values)]
     found.shares["gauss_newton"] = torch.cat([shares, 1 - shares.sum(1, keepdim=True)], 1)
@@ -203,34 +202,107 @@ def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, max_prod
         )
 
     found.attribution = found.ledger.run("attribution of H", work)
-    found.parts.forget_means()
 
 
 def _find_by_products(found: Findings, num: int, probes: int, steps: int) -> None:
     """Pairs and density of G by products, and what its parts have of them."""
     gauss_newton = GaussNewton(found.problem)
     _find_pairs(found, "gauss_newton", gauss_newton, num)
-    _find_density(found, "gauss_newton", gauss_newton, probes, steps)
-    found.shares["gauss_newton"], found.part_traces = found.ledger.run(
-        "shares of G", lambda _: _shares(found)
-    )
+    gram = RowGram(found.parts.rows)
+    if gram.shape[0] >= found.problem.num_parameters:  # G need not have zeros
+        found.shares["gauss_newton"] = found.ledger.run(
+            "shares of G", lambda _: pair_shares(found.parts, found.pairs["gauss_newton"])
+        )
+        _find_density(found, "gauss_newton", gauss_newton, probes, steps)
+    else:
+        found.shares["gauss_newton"], vectors = found.ledger.run(
+            "shares of G", lambda _: _shares_and_rows(found, gram)
+        )
+        steps = min(steps, gram.shape[0])
+        found.densities["gauss_newton"] = found.ledger.run(
+            "density of G",
+            lambda report: nonzero_density(
+                gram, found.pairs["gauss_newton"], vectors, probes, steps, found.seed + 2, report
+            ),
+        )
     gauss_newton.products.release()
 
 
+def _shares_and_rows(found: Findings, gram: RowGram) -> tuple[Tensor, Tensor]:
+    """What each part has of the pairs (λ, u) of G, and A u / √λ (R, K), a few pairs at a time."""
+    parts, pairs = found.parts, found.pairs["gauss_newton"]
+    width = max(1, ROWS_BYTES // (8 * parts.rows.weights.numel()))
+    norms, rows = [], []
+    for vectors in torch.split(pairs.vectors, width, 1):
+        pushed = parts.rows.apply(vectors)
+        norms.append(parts.projections.squared_norms(pushed, tuple(parts)))
+        rows.append(gram.reduced(pushed))
+    found_rows = torch.cat(rows, 1)
+    shares = (torch.cat(norms, 1) / pairs.values.to(norms[0])).T
+    shares = torch.cat([shares, 1 - shares.sum(1, keepdim=True)], 1).cpu()
+    return shares, found_rows / found_rows.norm(dim=0).clamp_min(torch.finfo(found_rows.dtype).tiny)
+
+
+def _find_traces(found: Findings) -> None:
+    """The traces of G and of its parts, while the means are at hand: exact but for what does not fit."""
+    found.trace, found.part_traces = found.ledger.run("traces of G", lambda _: _traces(found))
+
+
+def _traces(found: Findings) -> tuple[tuple[float, float] | None, Tensor]:
+    """Of G with its standard error, if gradients of single examples are to be had, and of the parts (2, parts).
+
+    Traces of means are sums of their squares, and within is what they leave of G. Where that is not known, and
+    for the interaction if the C² means do not fit, by random signs on the complement of the top pairs of H.
+    """
+    parts, problem = found.parts, found.problem
+    total: tuple[float, float] | None = None
+    if problem.splits_by_class:  # else each position of an example takes passes of its own
+        try:
+            total = gradient_trace(problem, found.seed + 3)
+        except (CurvatureError, MemoryBudgetError) as refusal:
+            products_of(problem).notes["exact trace of G"] = f"not computed: {refusal}"
+    traces = {name: _squared(parts.factor(name)) for name in ("class", "logit", "true")}
+    if parts.holds_means():
+        traces["interaction"] = max(0.0, _squared(parts.factor("means")) - sum(traces.values()))
+    errors = dict.fromkeys(traces, 0.0)
+    least = (1 - ROUNDED) * sum(traces.values())
+    if total is not None and total[0] + 6 * total[1] < least:  # its own means have more
+        products_of(problem).notes["exact trace of G"] = "not used: it misses what the means have"
+        total = None
+    if total is None or "interaction" not in traces:
+        for name, (value, error) in _estimated_traces(parts, found.pairs["hessian"], found.seed).items():
+            errors.setdefault(name, error)
+            traces.setdefault(name, value)
+    if total is not None:
+        means = [name for name in parts if name != "within"]
+        traces["within"] = max(0.0, total[0] - sum(traces[name] for name in means))
+        errors["within"] = math.hypot(total[1], *(errors[name] for name in means))
+    table = [[some[name] for name in parts] for some in (traces, errors)]
+    return total, torch.tensor(table, dtype=torch.float64)
+
+
+def _squared(factor: Tensor) -> float:
+    return float(factor.square().sum(dtype=torch.float64))
+
+
 def _measure_gradient(found: Findings) -> None:
-    """Loss, accuracy, and the seconds of one full-data gradient: the unit of every cost."""
-    with found.ledger.stage("loss and gradient"):
-        found.loss, found.accuracy = found.problem.loss(), found.problem.accuracy()
-        for _ in range(2):
-            began = time.perf_counter()
-            found.gradient_norm = float(found.problem.gradient().norm())
-            found.ledger.gradient_seconds = time.perf_counter() - began
-            if found.ledger.gradient_seconds > WARM_UP:
-                break
+    """Loss, accuracy and gradient, whose time is the unit of every cost and whose size sets the effort."""
+    problem, ledger = found.problem, found.ledger
+
+    def gradient() -> None:
+        found.gradient_norm = float(problem.gradient().norm())
+
+    ledger.gradient = gradient
+    if problem.device.type != "cpu":
+        ledger.clock = time.perf_counter
+    with ledger.stage("loss and gradient"):
+        found.loss, found.operations = counted(problem, problem.loss)
+        found.accuracy = problem.accuracy()
+        gradient()
 
 
 def _go_on(found: Findings, folder: Path, options: dict[str, Label]) -> None:
-    """Keep results of stages in a folder, and take those of a stopped run, with its unit of cost, from it."""
+    """Keep results of stages in a folder, and take those of a stopped run from it."""
     problem, ledger = found.problem, found.ledger
     names = ",".join(problem.parameter_names)
     first, second = problem.batches.mark
@@ -247,9 +319,9 @@ def _go_on(found: Findings, folder: Path, options: dict[str, Label]) -> None:
         "loss function": problem.loss_function.name,
         "version": versions()["deepspectra"],
         "seed": found.seed,
+        "form": KEPT_FORM,
     }
     ledger.kept = Kept(folder, own | options)
-    ledger.gradient_seconds = ledger.kept.once(UNIT, ledger.gradient_seconds)
 
 
 def _digest(tensors: Iterable[Tensor], text: str = "") -> str:
@@ -323,7 +395,7 @@ def _average(found: Findings) -> None:
 
         if subspace := ledger.run(stage, work):
             found.subspaces[level] = subspace
-        found.subspace_gradients[level] = ledger.gradients(ledger.costs[stage])
+        found.subspace_gradients[level] = ledger.gradients[stage]
     if "cross_class" in found.subspaces and drawable(parts.projections.cell_weights):
         found.places = ledger.run("map of the means", lambda _: _map(parts, found.seed)) or None
 
@@ -346,23 +418,17 @@ def _overlap(found: Findings) -> None:
             found.overlaps[level, name] = overlap(*spans) if all(s.numel() for s in spans) else math.nan
 
 
-def _shares(found: Findings) -> tuple[Tensor, Tensor]:
-    """What each part has of the pairs of G, and the traces of the parts."""
-    pairs = found.pairs["gauss_newton"]
-    shares = pair_shares(found.parts, pairs)
-    return shares, _part_traces(found.parts, pairs, shares, found.seed)
+def _estimated_traces(parts: Decomposition, pairs: Eigenpairs, seed: int) -> dict[str, tuple[float, float]]:
+    """The trace of each part and its standard error.
 
-
-def _part_traces(parts: Decomposition, pairs: Eigenpairs, shares: Tensor, seed: int) -> Tensor:
-    """Traces of the parts and their standard errors (2, parts).
-
-    Exact on the top eigenvectors of G, by Hutchinson's |Π A v|² over random signs on their complement.
+    Exact on the given vectors, by Hutchinson's |Π A v|² over random signs on their complement.
     """
     generator = seeded(seed)
-    problem = parts.problem
-    signs = torch.randint(0, 2, (problem.num_parameters, TRACE_PROBES), generator=generator) * 2 - 1
-    block = signs.to(pairs.vectors)
-    block -= pairs.vectors @ (pairs.vectors.T @ block)
+    vectors = torch.linalg.qr(pairs.vectors)[0]
+    signs = torch.randint(0, 2, (len(vectors), TRACE_PROBES), generator=generator) * 2 - 1
+    block = signs.to(vectors)
+    block -= vectors @ (vectors.T @ block)
     samples = squared_norms(parts, block).cpu()
-    top = pairs.values.cpu() @ shares[:, :-1]
-    return torch.stack([top + samples.mean(1), samples.std(1) / TRACE_PROBES**0.5])
+    values = squared_norms(parts, vectors).cpu().sum(1) + samples.mean(1)
+    errors = samples.std(1) / TRACE_PROBES**0.5
+    return dict(zip(parts, zip(values.tolist(), errors.tolist(), strict=True), strict=True))

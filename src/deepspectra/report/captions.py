@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -15,18 +16,70 @@ from deepspectra.report.findings import (
     outliers,
     outliers_left,
 )
-from deepspectra.report.text import attribute, escaped, finite, joined, number_html, share_html, symbol
+from deepspectra.report.text import (
+    attribute,
+    counted,
+    escaped,
+    finite,
+    joined,
+    number_html,
+    share_html,
+    symbol,
+)
 
 
 def _spectrum_caption(dataset: xr.Dataset) -> str:
     read = (
         "How the eigenvalues of the Hessian H, of its Gauss-Newton part G and of the residual R = H − G are"
-        " spread. Curves show the fraction of all eigenvalues per unit of λ, or per decade of |λ|, on a "
-        "logarithmic scale; bands are ± 2 standard errors. Each lollipop is one outlier; its height only "
+        " spread. Curves show the fraction of all eigenvalues per decade of |λ|, or per unit of λ, on a "
+        "logarithmic scale; zeros are left out. Bands are ± "
+        f"{_band(dataset)}. Each lollipop is one outlier; its height only "
         "tells operators apart. Curves beyond the threshold are drawn faint. Point at an outlier for its "
         "eigenvalue, residual norm and shares."
     )
-    return read + _outlier_sentences(dataset)
+    return read + _resolution_sentences(dataset) + _outlier_sentences(dataset)
+
+
+def _band(dataset: xr.Dataset) -> str:
+    if not holds(dataset, "band_factor"):
+        return "2 standard errors"
+    factors = sorted({round(row["band_factor"], 1) for row in rows(dataset, "band_factor")})
+    listed = joined(number(factor, 2) for factor in factors)
+    return f"{listed} standard errors over the random vectors (95 %, Student), whatever the resolution"
+
+
+def _resolution_sentences(dataset: xr.Dataset) -> str:
+    """What of each operator's spectrum the curves do not show, or show without knowing it well."""
+    zero, small, smallest, resolved, unresolved = (
+        _by_operator(dataset, name)
+        for name in ("zero_share", "small_share", "smallest_drawn", "resolved_above", "unresolved_share")
+    )
+    text = ""
+    for operator, share in zero.items():
+        at_least = "At least " if resolved.get(operator) else ""
+        text += f" {at_least}{share_html(share)} of the eigenvalues of {symbol(operator)} are zero, up to rounding."
+    faint = [
+        f"{symbol(operator)} up to |λ| = {number_html(above)}, with {share_html(unresolved[operator])} of all "
+        "eigenvalues"
+        for operator, above in resolved.items()
+        if above
+    ]
+    if faint:
+        text += (
+            " Curves are faint too where neighbouring nodes of the estimate are more than a factor of 2 apart, or "
+            "one stands for over 5 % of what is drawn, so that peaks and gaps are the estimate's own: of "
+            f"{joined(faint)}."
+        )
+    unseen = [
+        f"{share_html(share)} of those of {symbol(operator)}, smaller than {number_html(smallest[operator])}"
+        for operator, share in small.items()
+        if share > 0
+    ]
+    if unseen:
+        text += f" Not drawn on the logarithmic axis: {joined(unseen)}."
+    if resolved.get("gauss_newton") == 0:
+        text += " Where the curve of G has teeth, each is an eigenvalue that stands by itself."
+    return text
 
 
 def _outlier_sentences(dataset: xr.Dataset) -> str:
@@ -37,7 +90,7 @@ def _outlier_sentences(dataset: xr.Dataset) -> str:
     for operator, threshold in thresholds.items():
         top = [row["eigenvalue"] for row in found if row["operator"] == operator]
         name = symbol(operator)
-        text += f" {name} has {number_html(len(top))} outliers above {number_html(threshold)}"
+        text += f" {name} has {counted(len(top), 'outlier')} above {number_html(threshold)}"
         if top and edges.get(operator):
             ratio, edge = number(max(top) / edges[operator], 2), number_html(edges[operator])
             text += f"; the largest, {number_html(max(top))}, is {ratio} times its bulk edge {edge}"
@@ -107,9 +160,14 @@ def _overlap_sentence(dataset: xr.Dataset, level: str) -> str:
         for row in table
     )
     gradients = table[0].get("subspace_gradients")
-    unit = "gradient" if gradients == 1 else "gradients"
-    price = f", for the cost of {number_html(gradients)} {unit}" if finite(gradients) else ""
+    known = gradients is not None and finite(gradients)
+    price = f", for the cost of about {_gradients(gradients)}" if known else ""
     return f" The {LEVEL_NAMES.get(level, escaped(level))} span {listed}{price}."
+
+
+def _gradients(cost: Any) -> str:
+    """To the two digits that mean something, for a clock gave them."""
+    return f"{number_html(cost, 2)} {'gradient' if number(cost, 2) == '1' else 'gradients'}"
 
 
 def _dimension(row: Row) -> str:
@@ -235,8 +293,8 @@ def _cost_caption(dataset: xr.Dataset) -> str:
     most = max(table, key=lambda row: row["cost_gradients"])
     largest = share_html(most["cost_gradients"] / total if total else 0)
     text = (
-        "What each stage cost, in the time of one gradient of the loss over all examples. "
-        f"Together {number_html(total)} gradients, {largest} of them for {escaped(most['stage'])}."
+        "What each stage cost, in the time of one gradient of the loss over all examples, which is measured beside "
+        f"it. Together about {_gradients(total)}, {largest} of them for {escaped(most['stage'])}."
     )
     seconds = attribute(dataset, "gradient_seconds")
     return text + (f" One gradient took {number_html(seconds)} s." if seconds is not None else "")
@@ -246,7 +304,7 @@ Caption = Callable[[xr.Dataset], str]
 FIGURES: dict[str, tuple[str, dict[str, str], Caption]] = {
     "spectrum": (
         "The spectrum",
-        {"spectrum": "Linear density", "log_spectrum": "Density per decade"},
+        {"log_spectrum": "Density per decade", "spectrum": "Density per unit of λ"},
         _spectrum_caption,
     ),
     "shares": ("What the outliers are made of", {"shares": ""}, _shares_caption),

@@ -53,6 +53,7 @@ from deepspectra.report.layer_charts import LAYER_CHARTS
 from deepspectra.report.region_charts import REGION_CHARTS
 from deepspectra.report.spectrum_charts import log_spectrum, spectrum
 from deepspectra.report.study_charts import STUDY_CHARTS
+from deepspectra.report.text import percent
 
 # ---------------------------------------------------------------------------------------------------- shares
 
@@ -131,7 +132,7 @@ def _stack(operator: str, name: str, parts: dict[str, float]) -> list[Row]:
         bar: Row = {"operator": operator, "row": name, "label": part, "share": share, "from": low, "to": high}
         if high - low >= 0.1:
             ink = LABEL_INKS.get(part, "white")
-            bar |= {"text": f"{share:.0%}".replace("-", "−"), "middle": (low + high) / 2, "ink": ink}
+            bar |= {"text": percent(share, 0), "middle": (low + high) / 2, "ink": ink}
         bars.append(bar)
     return bars
 
@@ -301,7 +302,7 @@ def cost(dataset: xr.Dataset) -> alt.LayerChart:
     table = rows(dataset, "cost_gradients", "cost_products", "cost_seconds")
     order = [row["stage"] for row in table]
     for row in table:
-        row["text"] = number(row["cost_gradients"])
+        row["text"] = number(row["cost_gradients"], 2)
     base = blank(table).encode(
         y=alt.Y("stage:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=150)),
         x=alt.X(
@@ -312,7 +313,7 @@ def cost(dataset: xr.Dataset) -> alt.LayerChart:
         ),
         tooltip=[
             "stage:N",
-            tip("cost_gradients", "gradients", ".4~g"),
+            tip("cost_gradients", "gradients, about", ".2~g"),
             tip("cost_products", "products", ",.0f"),
             tip("cost_seconds", "seconds", ".3~g"),
         ],

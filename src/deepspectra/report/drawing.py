@@ -60,7 +60,7 @@ def number(value: float, digits: int = 3) -> str:
     text = f"{value:.{digits}g}"
     if "e" not in text:
         return text.replace("-", "−")
-    if 1e3 <= abs(float(text)) < 1e6:
+    if 1 <= abs(float(text)) < 1e6:
         return f"{float(text):,.0f}".replace("-", "−")
     mantissa, exponent = text.split("e")
     power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

@@ -7,6 +7,7 @@ import math
 import xarray as xr
 
 from deepspectra.report.drawing import OPERATOR_NAMES, Row, holds, rows
+from deepspectra.report.text import counted
 
 
 def outliers_left(row: Row) -> str:
@@ -15,7 +16,7 @@ def outliers_left(row: Row) -> str:
     if count is None or not math.isfinite(count):
         return "not counted"
     if row["knockout"] == "nothing":
-        return f"{count:.0f} outliers"
+        return counted(count, "outlier")
     if upper is None or not math.isfinite(upper):
         return f"at least {count:.0f}" if count else "none found"
     if upper > count:

@@ -27,8 +27,17 @@ from deepspectra.report.captions import FIGURES
 from deepspectra.report.charts import charts
 from deepspectra.report.drawing import holds, number, rows
 from deepspectra.report.findings import mean_shares, outliers
-from deepspectra.report.tables import Cell, table_html, tables_section
-from deepspectra.report.text import attribute, escaped, joined, json_attribute, number_html, symbol
+from deepspectra.report.tables import Cell, about, table_html, tables_section
+from deepspectra.report.text import (
+    attribute,
+    counted,
+    escaped,
+    joined,
+    json_attribute,
+    number_html,
+    percent,
+    symbol,
+)
 
 
 def write(dataset: xr.Dataset, path: str | os.PathLike[str]) -> None:
@@ -173,7 +182,8 @@ def _subject(dataset: xr.Dataset) -> str:
 
 
 def _citation(dataset: xr.Dataset) -> str:
-    versions = json_attribute(dataset, "provenance").get("versions", {})
+    known = json_attribute(dataset, "provenance")
+    versions = known.get("versions", known)  # files of before name them among the rest
     version = versions.get("deepspectra", "") if isinstance(versions, dict) else ""
     parts = [f"deepspectra {version}".strip()]
     parts += [str(attribute(dataset, name, "")) for name in ("model", "data", "loss")]
@@ -203,7 +213,9 @@ def _size_cards(dataset: xr.Dataset) -> list[tuple[str, str, str]]:
     loss = attribute(dataset, "loss_value")
     cards = [("Parameters", f"{parameters:,}", "")] if parameters is not None else []
     if examples is not None:
-        cards.append(("Examples", f"{examples:,}", f"in {classes:,} classes" if classes else ""))
+        cards.append(
+            ("Examples", f"{examples:,}", f"in {counted(classes, 'class', 'classes')}" if classes else "")
+        )
     if accuracy is not None:
         cards.append(
             ("Training accuracy", f"{accuracy:.2%}", f"loss {number(loss)}" if loss is not None else "")
@@ -226,7 +238,7 @@ def _share_cards(dataset: xr.Dataset) -> list[tuple[str, str, str]]:
     for operator, means in mean_shares(dataset).items():
         part = max(means, key=lambda name: means[name])
         name = symbol(operator)
-        return [("Largest share", f"{part} {means[part]:.0%}", f"mean over the outliers of {name}")]
+        return [("Largest share", f"{part} {percent(means[part], 0)}", f"mean over the outliers of {name}")]
     return []
 
 
@@ -235,7 +247,7 @@ def _cost_cards(dataset: xr.Dataset) -> list[tuple[str, str, str]]:
         return []
     seconds = float(dataset["cost_seconds"].sum()) if holds(dataset, "cost_seconds") else math.nan
     note = f"full-data gradients; {_duration(seconds)}" if math.isfinite(seconds) else "full-data gradients"
-    return [("Cost", f"{float(dataset['cost_gradients'].sum()):,.0f}", note)]
+    return [("Cost, about", number(float(dataset["cost_gradients"].sum()), 2), note)]
 
 
 def _duration(seconds: float) -> str:
@@ -331,12 +343,12 @@ def _bytes(dataset: xr.Dataset, name: str) -> str | None:
 
 def _probes(dataset: xr.Dataset) -> dict[str, str]:
     """How many probes and nodes stand behind each density."""
-    if not holds(dataset, "density_probe"):
+    if not holds(dataset, "density_probe", "density_node"):
         return {}
     out = []
     for operator, table in dataset["density_probe"].groupby("operator"):
-        probe = table.values.ravel()
-        drawn, exact = probe[probe >= 0], int((probe == -1).sum())
+        probe, node = table.values.ravel(), dataset["density_node"].sel(operator=operator).values.ravel()
+        drawn, exact = probe[probe >= 0], int(((probe == -1) & (node != 0)).sum())  # zeros have one node
         text = f"{symbol(str(operator))}: {len(np.unique(drawn))} probes, {drawn.size} nodes"
         out.append(text + (f" and {exact} exact eigenvalues" if exact else ""))
     return {"density estimates": "; ".join(out)}
@@ -379,6 +391,7 @@ def _cost_table(dataset: xr.Dataset) -> str:
         return ""
     names = ("cost_gradients", "cost_products", "cost_seconds")
     body: list[list[Cell]] = [
-        [row["stage"], *(row.get(name) for name in names)] for row in rows(dataset, *names)
+        [row["stage"], about(row.get(names[0])), row.get(names[1]), about(row.get(names[2]))]
+        for row in rows(dataset, *names)
     ]
-    return table_html("cost-table", "Cost", ["stage", "gradients", "products", "seconds"], body)
+    return table_html("cost-table", "Cost", ["stage", "gradients, about", "products", "seconds"], body)

@@ -81,8 +81,18 @@ def log_spectrum(dataset: xr.Dataset) -> alt.LayerChart:
 def _spectrum(dataset: xr.Dataset, table: list[Row], line: _Line, title: str) -> alt.LayerChart:
     operators = operators_of(table)
     limits = {row["operator"]: row["outlier_threshold"] for row in outlier_thresholds(dataset)}
+    coarse, factors = (
+        {row["operator"]: row[name] for row in rows(dataset, name)} if holds(dataset, name) else {}
+        for name in ("resolved_above", "band_factor")
+    )
     for row in table:
-        row["beyond"] = abs(row["eigenvalue"]) > limits.get(row["operator"], math.inf)
+        size, name = abs(row["eigenvalue"]), row["operator"]
+        row["faint"] = ""
+        if size > limits.get(name, math.inf):  # there the lollipops tell it better
+            row["faint"] = "above" if row["eigenvalue"] > 0 else "below"
+        elif size <= coarse.get(name, 0.0):
+            row["faint"] = "unresolved"
+        row["error"] *= factors.get(name, 2.0)
     curves = _curves(labelled(table), operators, line, _density_range(dataset, table), title)
     above = [*_lollipops(dataset, line), *_edges(dataset, operators, line)]
     layers = [curves, alt.layer(*above)] if above else [curves]
@@ -106,13 +116,13 @@ def _curves(
     table: list[Row], operators: list[str], line: _Line, span: tuple[float, float], title: str
 ) -> Mark:
     low, high = span
-    keep = ("operator", "label", "side", "eigenvalue", "density", "error", "beyond")
+    keep = ("operator", "label", "side", "eigenvalue", "density", "error", "faint")
     points = [{key: row[key] for key in keep if key in row} for row in table]
     for row in points:
         density, error = row["density"], row.pop("error")
         row["x"] = plain(line.place(row["eigenvalue"]))
-        row["upper"] = plain(max(density + 2 * error, low / 10))
-        row["lower"] = plain(max(density - 2 * error, low / 10))
+        row["upper"] = plain(max(density + error, low / 10))
+        row["lower"] = plain(max(density - error, low / 10))
         row["density"] = plain(max(density, low / 10))
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
     y = alt.Y("density:Q", scale=scale, axis=log_axis(low, high, title=title))
@@ -122,10 +132,10 @@ def _curves(
         .encode(
             x=line.x,
             color=colour(operators, OPERATOR_NAMES, OPERATOR_COLOURS),
-            detail=["side:N", "beyond:N"],
+            detail=["side:N", "faint:N"],
         )
     )
-    faded = alt.condition("datum.beyond", alt.value(0.3), alt.value(1))  # there the lollipops tell it better
+    faded = alt.condition("datum.faint != ''", alt.value(0.3), alt.value(1))
     band = base.mark_area(opacity=0.22, clip=True).encode(y=alt.Y("lower:Q", scale=scale), y2="upper:Q")
     curve = base.mark_line(strokeWidth=1.6, clip=True).encode(
         y=y, opacity=faded, tooltip=["label:N", tip("eigenvalue", "λ"), tip("density", "density")]
@@ -224,7 +234,7 @@ def _mirrored_log(eigenvalues: Sequence[float]) -> _Line:
         return (place(value) - place(low)) / (place(high) - place(low))
 
     ticks = both_sides(low, high, smallest * 3)
-    labels = [tick(value) if value else f"±{tick(smallest)}" for value in ticks]
+    labels = [tick(value) if value else f"±{tick(float(f'{smallest:.1g}'))}" for value in ticks]
     x = alt.X(
         "x:Q",
         scale=alt.Scale(domain=[place(low), place(high)], nice=False),

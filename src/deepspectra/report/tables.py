@@ -11,7 +11,7 @@ from deepspectra.report.compare_charts import peaks
 from deepspectra.report.drawing import LEVEL_NAMES, Row, holds, number, rows
 from deepspectra.report.findings import knockout_summary, outliers
 from deepspectra.report.study_charts import means as study_means
-from deepspectra.report.text import escaped, finite, json_attribute, operator_name, symbol
+from deepspectra.report.text import escaped, finite, json_attribute, operator_name, percent, symbol
 
 Cell = str | int | float | tuple[str, float] | None  # a pair: the text shown and the value behind it
 
@@ -96,7 +96,7 @@ def _eigenvalue_table(dataset: xr.Dataset) -> str:
 
 
 def _percentage(share: float | None) -> Cell:
-    return None if share is None else (f"{share:.1%}".replace("-", "−"), share)
+    return None if share is None else (percent(share), share)
 
 
 def _residual(row: Row, name: str) -> Cell:
@@ -307,23 +307,33 @@ def _averaging_table(dataset: xr.Dataset) -> str:
         [
             LEVEL_NAMES.get(row["level"], row["level"]),
             operator_name(row["operator"]),
-            *(row.get(name) for name in names),
+            *(row.get(name) for name in names[:2]),
+            about(row.get(names[2])),
         ]
         for row in rows(dataset, *names)
     ]
-    head = ["averages", "operator", "overlap", "dimension k", "gradients"]
+    head = ["averages", "operator", "overlap", "dimension k", "gradients, about"]
     return table_html("overlaps", "Overlap of averages with the top k eigenvectors", head, body)
 
 
+def about(value: float | None) -> Cell:
+    """A number that a clock gave, to the two digits that mean something."""
+    return (number(value, 2), value) if value is not None and finite(value) else None
+
+
 def _trace_table(dataset: xr.Dataset) -> str:
-    """Traces of the operators and of the parts of G."""
+    """Traces of the operators and of the parts of G, each with its standard error."""
     body: list[list[Cell]] = []
     if holds(dataset, "trace"):
         for row in rows(dataset, "trace", "trace_standard_error"):
             name = operator_name(row["operator"])
-            body.append([name, row["trace"], row.get("trace_standard_error")])
+            body.append([name, row["trace"], _error(row.get("trace_standard_error"))])
     if holds(dataset, "part_trace"):
-        body += [
-            [f"part of G: {row['part']}", row["part_trace"], None] for row in rows(dataset, "part_trace")
-        ]
+        for row in rows(dataset, "part_trace", "part_trace_standard_error"):
+            error = _error(row.get("part_trace_standard_error"))
+            body.append([f"part of G: {row['part']}", row["part_trace"], error])
     return table_html("traces", "Traces", ["operator", "trace", "standard error"], body) if body else ""
+
+
+def _error(value: float | None) -> Cell:
+    return ("exact", 0.0) if value == 0 else about(value)

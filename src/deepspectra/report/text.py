@@ -43,7 +43,17 @@ def number_html(value: object, digits: int = 3) -> str:
 
 def share_html(value: float) -> str:
     """A share inside a sentence, in per cent."""
-    return f'<span class="number">{value:.1%}</span>'.replace("-", "−")
+    return f'<span class="number">{percent(value)}</span>'
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """A share in per cent: 12.5%, −3.0%, 0.0% whatever its sign."""
+    return f"{round(value, digits + 2) + 0.0:.{digits}%}".replace("-", "−")
+
+
+def counted(number: float, noun: str, plural: str = "") -> str:
+    """1 outlier, 2 outliers."""
+    return f"{number:,.0f} {noun if number == 1 else plural or noun + 's'}"
 
 
 def symbol(operator: str) -> str:

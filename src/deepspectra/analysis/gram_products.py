@@ -1,0 +1,188 @@
+"""What products with the Gram matrix A Aᵀ of the gradients, G = AᵀA, say of G where it is too large to be formed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from deepspectra.algorithms.counted import Progress
+from deepspectra.algorithms.density import density
+from deepspectra.algorithms.lanczos import seeded
+from deepspectra.operators.base import Operator
+from deepspectra.operators.captures import Captures, Complement
+from deepspectra.operators.rows import GradientRows
+from deepspectra.problem import Problem
+from deepspectra.results import Density, Eigenpairs, Provenance
+from deepspectra.uses import Convolution, Lookup, Matrix, Use
+
+MOST_SCALARS = 16  # gradients of an example that are squared; of more classes, as many random sums
+INDEPENDENT = 0.5  # least eigenvalue of the inner products of unit vectors that are taken to be eigenvectors
+FORMED_BYTES = 2**28  # of gradients that are formed at a time
+
+
+class RowGram(Operator):
+    """A Aᵀ (R, R) of the R = N (C − 1) gradients of the examples that count, by products.
+
+    It has the eigenvalues of G but for P − R zeros, of which nothing is then spent or seen.
+
+    Cost: a product takes one with A and one with Aᵀ, about as much as one with G.
+    """
+
+    def __init__(self, rows: GradientRows) -> None:
+        (self.counted,) = (rows.curvature > 0).nonzero(as_tuple=True)
+        self.rows = rows
+        self.complement = Complement(rows.probabilities)
+        problem = rows.problem
+        size = len(self.counted) * (rows.weights.shape[1] - 1)
+        dtype = torch.promote_types(problem.dtype, torch.float32)
+        super().__init__(size, dtype=dtype, device=problem.device, name="Gram matrix of the gradients")
+        self.memory = problem.memory // 4
+
+    def reduced(self, pushed: Tensor) -> Tensor:
+        """Rows A V (N, C, K) in the coordinates of this matrix: (R, K)."""
+        return self.complement.reduce(pushed)[self.counted].flatten(0, 1)
+
+    def _apply(self, block: Tensor) -> Tensor:
+        num_rows, classes = self.rows.weights.shape
+        spread = block.new_zeros(num_rows, classes - 1, block.shape[1])
+        spread[self.counted] = block.view(len(self.counted), classes - 1, -1)
+        return self.reduced(self.rows.apply(self.rows.transpose(self.complement.expand(spread))))
+
+
+def nonzero_density(
+    gram: RowGram,
+    pairs: Eigenpairs,
+    vectors: Tensor,
+    num_probes: int,
+    num_steps: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Density:
+    """The density of G from random vectors that see its R non-zero eigenvalues only; one node for the P − R zeros.
+
+    Args:
+        gram: of its rows; R is at most P.
+        pairs: eigenpairs of G.
+        vectors: (R, K) what their vectors u are in the rows, A u / √λ.
+        num_probes: random probes.
+        num_steps: products spent on each.
+        seed: of the probes.
+        progress: called with (products so far, products expected).
+    """
+    size, num_rows = gram.rows.problem.num_parameters, gram.shape[0]
+    num = _num_independent(vectors)
+    known = replace(
+        pairs,
+        values=pairs.values[:num],
+        residual_norms=pairs.residual_norms[:num],
+        vectors=vectors[:, :num],
+        quadrature=None,
+        separation=None,
+    )
+    found = density(gram, num_probes, num_steps, known if num else None, seed, progress)
+    zero = found.nodes.new_zeros(1)
+    share = num_rows / size
+    return replace(
+        found,
+        nodes=torch.cat([found.nodes, zero]),
+        weights=torch.cat([found.weights * share, zero + (1 - share)]),
+        probes=torch.cat([found.probes, found.probes.new_full((1,), -1)]),
+        provenance=Provenance.of_matrix("Gauss-Newton", gram.rows.problem, seed=seed),
+    )
+
+
+def _num_independent(vectors: Tensor) -> int:
+    """How many unit vectors (R, K) are far from dependent; those of eigenvalues that are nearly zero need not be."""
+    gram = (vectors.mT @ vectors).double()
+    num = 0
+    while num < len(gram) and float(torch.linalg.eigvalsh(gram[: num + 1, : num + 1])[0]) > INDEPENDENT:
+        num += 1
+    return num
+
+
+class _Sums(Captures):
+    """Features and errors of random sums of an example's C − 1 scalars, in place of these."""
+
+    def __init__(self, problem: Problem, num: int, seed: int) -> None:
+        self.num, self.generator = 0, seeded(seed)
+        super().__init__(problem)  # whose plan is made of the scalars themselves, which stay the same
+        self.num = num
+
+    def weigh(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        root = super().weigh(outputs, targets)
+        if not self.num:
+            return root
+        shape = (len(root), root.shape[2], self.num)
+        signs = torch.randint(0, 2, shape, generator=self.generator).to(root) * 2 - 1
+        return root @ signs
+
+
+def gradient_trace(problem: Problem, seed: int = 0) -> tuple[float, float]:
+    """Tr G and its standard error, 0 for up to 17 classes: the sum of all squared gradients of single examples.
+
+    tr G = Σ_i tr(J_iᵀ F_i F_iᵀ J_i) = Σ_i Σ_j |J_iᵀ f_ij|², F_i F_iᵀ the curvature of the loss of example i; of more
+    classes, 16 random sums F_i s estimate it, each example's independently.
+
+    Raises:
+        CurvatureError: features and errors cannot be told apart by example.
+        LossError: not the cross-entropy of class labels.
+
+    Cost: a forward pass and 16 backward passes at most.
+    """
+    num = problem.num_classes - 1
+    rows = Captures(problem) if num <= MOST_SCALARS else _Sums(problem, MOST_SCALARS, seed)
+    total = torch.zeros(min(num, MOST_SCALARS), dtype=torch.float64)
+    for batch in rows.captured():
+        for uses in _by_stretch(batch.uses):
+            squares = _squares(uses)
+            total += squares.view(len(squares), -1, len(total)).sum((0, 1), dtype=torch.float64).cpu()
+    if num <= MOST_SCALARS:
+        return float(total.sum()), 0.0
+    return float(total.mean()), float(total.std()) / MOST_SCALARS**0.5
+
+
+def _by_stretch(uses: list[Use]) -> list[list[Use]]:
+    """Uses of each stretch of a parameter, whose gradients add up."""
+    found: dict[tuple[str, int, tuple[int, ...]], list[Use]] = {}
+    for use in uses:
+        found.setdefault((use.slice.name, use.slice.start, use.slice.shape), []).append(use)
+    return list(found.values())
+
+
+def _squares(uses: list[Use]) -> Tensor:
+    """|gradient|² of each example and scalar (B, J), of the gradients Σ_t e_t h_tᵀ to one stretch.
+
+    Of a single use Σ_{t,s} (h_tᵀh_s)(e_tᵀe_s) where that is cheaper than gradients.
+    """
+    use = uses[0]
+    if len(uses) == 1 and isinstance(use, (Matrix, Lookup)) and _prefers_inner(use):
+        features, errors = use.factors()
+        if isinstance(use, Lookup):
+            similar = (features[:, :, None] == features[:, None, :]).to(errors)
+            errors = errors.mT
+        else:
+            similar = features @ features.mT
+        return ((errors.mT @ errors) * similar[:, None]).sum((2, 3))
+    num_rows = use.slice.shape[0] if use.slice.shape else 1
+    each = use.errors.shape[0] * use.errors.shape[1] * max(1, use.slice.numel // num_rows)
+    width = max(1, FORMED_BYTES // (each * use.errors.element_size()))
+    total = use.errors.new_zeros(use.errors.shape[:2])
+    for start in range(0, num_rows, width):
+        chunk = slice(start, min(start + width, num_rows))
+        total += (
+            sum((one.formed(chunk) for one in uses), torch.zeros((), device=total.device)).square().sum(2)
+        )
+    return total
+
+
+def _prefers_inner(use: Matrix | Lookup) -> bool:
+    """Whether inner products of features and of errors take fewer multiplications than gradients."""
+    if isinstance(use, Lookup):
+        return True
+    if isinstance(use, Convolution) and use.groups > 1:
+        return False
+    outputs, inputs = use.size
+    scalars, positions = use.errors.shape[1], use.errors.shape[3]
+    return positions * (inputs / scalars + outputs) <= inputs * outputs

@@ -14,6 +14,10 @@ CASES = {
     "dilated, no bias": (nn.Conv2d(2, 4, 3, dilation=2, bias=False), (5, 2, 7, 7)),
     "uneven": (nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 0)), (5, 2, 7, 6)),
     "padding by name": (nn.Conv2d(2, 4, 3, padding="same"), (5, 2, 7, 7)),
+    "more padding at the end": (nn.Conv2d(2, 3, (4, 2), padding="same"), (5, 2, 7, 6)),
+    "dilated by name": (nn.Conv1d(2, 3, 4, dilation=3, padding="same"), (5, 2, 9)),
+    "no padding by name": (nn.Conv2d(2, 4, 3, stride=2, padding="valid"), (5, 2, 7, 7)),
+    "grouped by name": (nn.Conv2d(2, 4, 2, groups=2, padding="same"), (5, 2, 5, 5)),
     "circular": (nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"), (5, 2, 7, 7)),
     "1d": (nn.Conv1d(2, 3, 3, padding=1), (5, 2, 9)),
     "3d": (nn.Conv3d(2, 2, 2), (5, 2, 3, 3, 3)),
@@ -60,13 +64,12 @@ def test_blocks_and_restrictions_give_the_same_hessian(name):
     )
 
 
-@pytest.mark.parametrize(("padding", "node"), [(1, "_Convolution"), ("same", "Convolution")])
-def test_what_it_does_not_treat_goes_through(padding, node):
-    x, w = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3, requires_grad=True)
+@pytest.mark.parametrize(("shape", "node"), [((1, 1, 4, 4), "_Convolution"), ((1, 4, 4), "Squeeze")])
+def test_what_it_does_not_treat_goes_through(shape, node):
+    x, w = torch.ones(shape), torch.ones(1, 1, 3, 3, requires_grad=True)
     with Convolutions():
-        y = F.conv2d(x, w, padding=padding)
+        y = F.conv2d(x, w, padding="same")
     assert y.grad_fn.name().startswith(node)
     torch.testing.assert_close(y, F.conv2d(x, w, padding=1))
-    with Convolutions():
-        single = F.conv2d(x[0], w, padding=1)
-    assert single.shape == (1, 4, 4)
+    with Convolutions(), pytest.raises(RuntimeError, match="padding='same' is not supported for strided"):
+        F.conv2d(x, w, padding="same", stride=2)

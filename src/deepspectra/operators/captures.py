@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from deepspectra import capture
+from deepspectra.capture import Irregular
 from deepspectra.errors import CurvatureError, DeepSpectraError, LossError, MemoryBudgetError, first_line
 from deepspectra.losses import CrossEntropy, Loss
 from deepspectra.operators.rows import refuse_one_output
@@ -81,7 +82,7 @@ def curvature_root(loss: Loss, outputs: Tensor, targets: Tensor, total_weight: f
 
 @dataclass(frozen=True)
 class Captured:
-    """One batch.
+    """One batch, or one example of a batch whose examples had to be taken one by one.
 
     Attributes:
         uses: of its parameters, with features and errors.
@@ -92,6 +93,11 @@ class Captured:
     uses: list[Use]
     weights: Tensor
     targets: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """n."""
+        return len(self.weights)
 
 
 class Captures:
@@ -111,7 +117,7 @@ class Captures:
         refuse_one_output(problem)
         self.problem = problem
         with refusing():
-            self.plan = capture.plan(problem.sample(SAMPLE_ROWS, torch.float64), self.weigh)
+            self.plan = capture.plan(problem.sample(SAMPLE_ROWS, torch.float64))
         self.held: list[Captured] = []
         self.limit = problem.memory // 3
         self.bytes_by_layer: dict[str, int] = {}  # of features and errors of all the data, estimated
@@ -123,7 +129,10 @@ class Captures:
             first = next(captured)
             self._estimate(first)
             if sum(self.bytes_by_layer.values()) <= self.limit:
-                self.held = [first, *captured]
+                try:
+                    self.held = [first, *captured]
+                except Irregular:
+                    self.held = _again(self.captured)
         return bool(self.held)
 
     def release(self) -> None:
@@ -132,6 +141,8 @@ class Captures:
 
     def batches(self) -> Iterator[Captured]:
         """Each batch: held, or captured one at a time."""
+        if self.plan.by_value:
+            self.hold()  # what was taken can be taken again
         yield from self.held or self.captured()
 
     def by_layer(self) -> Iterator[tuple[str, list[list[Use]]]]:
@@ -143,7 +154,7 @@ class Captures:
         self.hold()
         for layers in self._groups():
             names = [name for name in self.problem.parameter_names if layer_of(name) in layers]
-            batches = [batch.uses for batch in self.held or self.captured(frozenset(names))]
+            batches = [batch.uses for batch in self.held or _again(lambda: self.captured(frozenset(names)))]
             for layer in layers:
                 mine = [[use for use in uses if layer_of(use.slice.name) == layer] for uses in batches]
                 if mine[0]:
@@ -156,27 +167,44 @@ class Captures:
             self.bytes_by_layer[layer_of(use.slice.name)] += int(scale * use.num_bytes)
 
     def captured(self, names: frozenset[str] | None = None) -> Iterator[Captured]:
-        """Batches with uses of the named parameters, one at a time."""
+        """Batches with uses of the named parameters, one at a time.
+
+        Raises:
+            Irregular: a batch after the first uses parameters otherwise; the plan then sets these alone.
+        """
+        return self._captured(self.weigh, names)
+
+    def features(self) -> Iterable[Captured]:
+        """Batches with uses of all parameters but those alone, with features alone. Cost: a forward pass."""
+
+        def every() -> Iterator[Captured]:
+            return self._captured(_no_scalars, frozenset(self.problem.parameters) - self.plan.alone)
+
+        return _again(every) if self.plan.by_value else every()
+
+    def _captured(self, weigh: Weigh, names: frozenset[str] | None) -> Iterator[Captured]:
         loss = self.problem.loss_function
-        for batch in self.problem.batches:
+        for number, batch in enumerate(self.problem.batches):
             seen: list[tuple[Tensor, Tensor]] = []
 
-            def weigh(outputs: Tensor, targets: Tensor, seen: list[tuple[Tensor, Tensor]] = seen) -> Tensor:
+            def see(outputs: Tensor, targets: Tensor, seen: list[tuple[Tensor, Tensor]] = seen) -> Tensor:
                 measure = loss.curvature_weights if isinstance(loss, CrossEntropy) else loss.weights
                 seen.append((measure(outputs, targets), targets))
-                return self.weigh(outputs, targets)
+                return weigh(outputs, targets)
 
-            with refusing():
-                uses = capture.capture(self.problem, batch, self.plan, weigh, names)
-            yield Captured(uses, *seen[-1])
-
-    def features(self) -> Iterator[list[Use]]:
-        """Uses of all parameters with features alone, batch by batch. Cost: a forward pass."""
-        names = frozenset(self.problem.parameters) - frozenset(self.plan.alone)
-        for batch in self.problem.batches:
-            with refusing():
-                uses = capture.capture(self.problem, batch, self.plan, _no_scalars, names)
-            yield uses
+            pieces: list[capture.Piece] = []
+            while not pieces:
+                try:
+                    with refusing():
+                        pieces = capture.capture(self.problem, batch, self.plan, see, names)
+                except Irregular as found:
+                    self.plan = self.plan.without(found.names)
+                    if number:
+                        raise
+            weights, targets = seen[-1]
+            for piece in pieces:
+                rows = piece.rows.to(weights.device)
+                yield Captured(piece.uses, weights[rows], targets[rows])
 
     def weigh(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cotangents (n, C, m) of the scalars."""
@@ -203,6 +231,13 @@ class Captures:
         return groups
 
 
+def _again(capture: Callable[[], Iterable[Captured]]) -> list[Captured]:
+    """All batches, taken anew for as long as a batch changes the plan."""
+    while True:
+        with contextlib.suppress(Irregular):
+            return list(capture())
+
+
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
     """A network that fails when it is watched, or when its examples pass alone, cannot be taken apart this way."""
@@ -215,6 +250,9 @@ def refusing() -> Iterator[None]:
         raise CurvatureError(
             f"features and errors of this network cannot be told apart by example ({reason})."
         ) from failure
+
+
+Weigh = Callable[[Tensor, Tensor], Tensor]  # of outputs and targets, cotangents (n, C, m)
 
 
 def _no_scalars(outputs: Tensor, _: Tensor) -> Tensor:

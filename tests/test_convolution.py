@@ -32,6 +32,7 @@ def second_derivatives(function, leaves, seed=0):
     return torch.autograd.grad(gradient, leaves, tangents)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("name", CASES)
 def test_second_derivatives_are_those_of_pytorch(name):
     conv, shape = CASES[name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional
 
 import deepspectra as ds
 from deepspectra.analysis.gram import gradient_basis, gradient_pairs
-from deepspectra.errors import CurvatureError, LossError, MemoryBudgetError, OptionError
+from deepspectra.errors import LossError, MemoryBudgetError, OptionError
 from deepspectra.operators.held import HeldRows
 from deepspectra.operators.parts import decompose
 from deepspectra.operators.rows import GradientRows

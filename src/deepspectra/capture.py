@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from deepspectra.batches import map_tensors, tensors
+from deepspectra.batches import is_pair, map_tensors, tensors
 from deepspectra.checks import AGREE, AGREE_HALF
 from deepspectra.convolution import read_call
 from deepspectra.errors import CurvatureError, MemoryBudgetError
@@ -59,8 +59,7 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         uses: with the output of the operation, in the graph.
-        by_value: whether values may choose the places that examples take: numbers and indices or masks met, or a
-            value was read.
+        by_value: whether values may choose the places that examples take.
     """
 
     def __init__(self, leaves: dict[str, Tensor]) -> None:
@@ -96,7 +95,7 @@ class Watch(TorchFunctionMode):
                     return inside(*args, **kwargs)
         output = func(*args, **kwargs)
         if not self.by_value and func not in RULES:
-            self.by_value = _chooses(func, args, kwargs, output)
+            self.by_value = _chooses(func, (*args, *kwargs.values()), output)
         return output
 
     def _use(self, func: Any, args: Any, kwargs: Any, found: list[Tensor]) -> Tensor:
@@ -117,22 +116,30 @@ class Watch(TorchFunctionMode):
         return output.clone()  # what follows may write into it
 
 
-READS = frozenset(
-    "__bool__ __contains__ __float__ __index__ __int__ allclose equal is_nonzero item numpy tolist".split()
-)
+READS = (
+    "__bool__", "__contains__", "__float__", "__index__", "__int__", "allclose", "equal", "is_nonzero", "item",
+    "numpy", "tolist",
+)  # fmt: skip
+IN_PLACE = (
+    "__add__", "__eq__", "__ge__", "__gt__", "__le__", "__lt__", "__mul__", "__ne__", "__radd__", "__rmul__",
+    "__rsub__", "__sub__", "__truediv__", "add", "bool", "div", "double", "eq", "float", "full_like", "ge", "gt",
+    "isfinite", "isinf", "isnan", "le", "long", "lt", "masked_fill", "masked_fill_", "mul", "ne", "ones_like",
+    "scaled_dot_product_attention", "sub", "to", "type", "type_as", "where", "zeros_like",
+)  # fmt: skip
 
 
-def _chooses(func: Any, args: Any, kwargs: Any, output: Any) -> bool:
+def _chooses(func: Any, args: Any, output: Any) -> bool:
     """Whether an operation can bring values to places chosen by values.
 
-    Values choose places as indices or masks, or once they are numbers of Python.
+    Values choose places as indices or masks, or once they are numbers of Python; but not where every value stays in
+    its place.
     """
     name = getattr(func, "__name__", "")
     if name in READS:
         return True
     if name == "__getitem__" and any(isinstance(index, list) for index in (args[1], *_items(args[1]))):
         return True
-    return len({leaf.is_floating_point() for leaf in tensors((args, kwargs, output))}) > 1
+    return name not in IN_PLACE and len({leaf.is_floating_point() for leaf in tensors((args, output))}) > 1
 
 
 def _items(index: Any) -> tuple[Any, ...]:
@@ -358,7 +365,7 @@ def _agree(alone: dict[int, Tensor], outputs: Tensor, rows: Tensor | None) -> bo
 # -- capture -------------------------------------------------------------------------------------------------
 
 
-class Irregular(CurvatureError):
+class IrregularError(CurvatureError):
     """Parameters that are used otherwise on one batch than on another."""
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -374,7 +381,7 @@ class Irregular(CurvatureError):
 
 @dataclass(frozen=True)
 class Call:
-    """An operation that uses a parameter: which stretch, how, and where its examples lie; None if they are scattered."""
+    """An operation that uses a parameter: which stretch, how, and where examples lie; None if scattered."""
 
     slice: Slice
     kind: type[Use]
@@ -448,8 +455,9 @@ class Graph:
             self.outputs, self.targets = problem.evaluate(self.leaves, batch)
         self.uses = [use for use, _ in watch.uses]
         self.ends = [output for _, output in watch.uses]
+        # values of other batches, such as the links of a graph, may bring examples together
         scripted = any(isinstance(module, torch.jit.ScriptModule) for module in problem.model.modules())
-        self.by_value = watch.by_value or scripted or not _is_plain(batch)
+        self.by_value = watch.by_value or scripted or not is_pair(batch)
 
     def reached(self, names: Iterable[str]) -> frozenset[str]:
         """Of the named parameters those that the outputs use in a way that no rule understands."""
@@ -485,15 +493,6 @@ class Graph:
         weighted[rows] *= codes.view(-1, *[1] * cotangent.ndim)
         both = (self.errors(ends, some.to(self.outputs)) for some in (cotangent, weighted))
         return list(zip(*both, strict=True)), codes.to(self.outputs)
-
-
-def _is_plain(tree: Any) -> bool:
-    """Whether a batch holds tensors alone, and no numbers of Python, which could choose places."""
-    if isinstance(tree, Mapping):
-        return all(map(_is_plain, tree.values()))
-    if isinstance(tree, (list, tuple)):
-        return all(map(_is_plain, tree))
-    return tree is None or isinstance(tree, Tensor)
 
 
 def plan(sample: Problem) -> Plan:
@@ -534,7 +533,7 @@ def plan(sample: Problem) -> Plan:
     while True:
         try:
             return found.without(_wrong(sample, batch, found, outputs))
-        except Irregular as some:  # examples alone go other ways than in their batch
+        except IrregularError as some:  # examples alone go other ways than in their batch
             found = found.without(some.names)
 
 
@@ -611,7 +610,7 @@ def capture(
     skipped. The pieces one after the other are the batch's rows in the plan's order.
 
     Raises:
-        Irregular: a parameter is used in a way that it was not on the plan's few, and must be alone.
+        IrregularError: a parameter is used in a way that it was not on the plan's few, and must be alone.
         CurvatureError: no example can pass alone, and whole batches as one example take too many passes.
         MemoryBudgetError: they do not fit memory.
 
@@ -625,14 +624,14 @@ def capture(
     wanted = set(graph.leaves if names is None else names)
     irregular = graph.reached(wanted - plan.alone) if weights.shape[2] else None
     if irregular:
-        raise Irregular(irregular)
+        raise IrregularError(irregular)
     num_rows = len(graph.outputs)
     rows, order = plan.rows(batch, num_rows), plan.order(batch, num_rows)
     if rows is not None and len(rows) > 1:
+        examples = plan.examples
+        assert examples is not None
         apart = (
-            _Apart(problem, batch, plan, rows, weights, graph.outputs.detach())
-            if plan.examples.apart
-            else None
+            _Apart(problem, batch, plan, rows, weights, graph.outputs.detach()) if examples.apart else None
         )
         uses = _together(graph, plan, rows, weights, wanted)
         if uses is not None:
@@ -676,13 +675,13 @@ def _as_one(
     """Uses of a batch that is one example; of a problem's `whole` batch if its examples cannot be told apart.
 
     Raises:
-        Irregular: a parameter is used in another way than in the plan.
+        IrregularError: a parameter is used in another way than in the plan.
         CurvatureError: as `capture`.
         MemoryBudgetError: as `capture`.
     """
     irregular = plan.irregular(graph.uses, wanted - plan.alone)
     if irregular:
-        raise Irregular(irregular)
+        raise IrregularError(irregular)
     chosen: list[Receiver] = [
         (use, end, BLOCKS)
         for use, end in zip(graph.uses, graph.ends, strict=True)
@@ -741,7 +740,7 @@ class _Apart:
                 return None
             irregular = graph.reached(wanted - self.plan.alone)
             if irregular:
-                raise Irregular(irregular)
+                raise IrregularError(irregular)
             uses = _as_one(graph, self.plan, torch.arange(len(rows)), self.weights[rows], wanted, None)
             pieces.append(Piece(uses, rows))
         together = joined([piece.uses for piece in pieces])

@@ -64,8 +64,8 @@ def centred_spectrum(
 
 def _summed(use: Matrix, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_t e_t and Σ_t e_t (h_tᵀ h̄), (B·J, o) each."""
-    along = (use.features() * mean).unflatten(2, (use.groups, -1)).sum(3)  # (B, T, groups)
-    errors = use.errors.unflatten(2, (use.groups, -1))
+    along = torch.unflatten((use.features() * mean), 2, (use.groups, -1)).sum(3)  # (B, T, groups)
+    errors = torch.unflatten(use.errors, 2, (use.groups, -1))
     weighted = torch.einsum("bjgot,btg->bjgo", errors, along).flatten(2)
     return use.errors.sum(3).flatten(0, 1), weighted.flatten(0, 1)
 
@@ -151,5 +151,5 @@ def _pair(uses: list[Matrix], sizes: list[int], columns: Tensor, feature: Tensor
         combined = use.combined(mixed[live], live)
         gradient = gradient + use.gradients(combined, live)
         error = error + combined.sum(0)
-    own = feature.unflatten(1, (groups, -1)).transpose(0, 1)  # (groups, T, d)
-    return gradient.flatten(1), (error.unflatten(1, (groups, -1)) @ own).flatten(1)
+    own = torch.unflatten(feature, 1, (groups, -1)).transpose(0, 1)  # (groups, T, d)
+    return gradient.flatten(1), (torch.unflatten(error, 1, (groups, -1)) @ own).flatten(1)

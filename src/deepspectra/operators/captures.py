@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepspectra import capture
-from deepspectra.capture import Irregular
+from deepspectra.capture import IrregularError
 from deepspectra.errors import CurvatureError, DeepSpectraError, LossError, MemoryBudgetError, first_line
 from deepspectra.losses import CrossEntropy, Loss
 from deepspectra.operators.rows import refuse_one_output
@@ -96,7 +97,7 @@ class Captured:
 
     @property
     def num_rows(self) -> int:
-        """n."""
+        """Of outputs."""
         return len(self.weights)
 
 
@@ -131,7 +132,7 @@ class Captures:
             if sum(self.bytes_by_layer.values()) <= self.limit:
                 try:
                     self.held = [first, *captured]
-                except Irregular:
+                except IrregularError:
                     self.held = _again(self.captured)
         return bool(self.held)
 
@@ -153,8 +154,8 @@ class Captures:
         """
         self.hold()
         for layers in self._groups():
-            names = [name for name in self.problem.parameter_names if layer_of(name) in layers]
-            batches = [batch.uses for batch in self.held or _again(lambda: self.captured(frozenset(names)))]
+            names = frozenset(name for name in self.problem.parameter_names if layer_of(name) in layers)
+            batches = [batch.uses for batch in self.held or _again(functools.partial(self.captured, names))]
             for layer in layers:
                 mine = [[use for use in uses if layer_of(use.slice.name) == layer] for uses in batches]
                 if mine[0]:
@@ -170,7 +171,7 @@ class Captures:
         """Batches with uses of the named parameters, one at a time.
 
         Raises:
-            Irregular: a batch after the first uses parameters otherwise; the plan then sets these alone.
+            IrregularError: a batch after the first uses parameters otherwise; the plan then sets these alone.
         """
         return self._captured(self.weigh, names)
 
@@ -197,7 +198,7 @@ class Captures:
                 try:
                     with refusing():
                         pieces = capture.capture(self.problem, batch, self.plan, see, names)
-                except Irregular as found:
+                except IrregularError as found:
                     self.plan = self.plan.without(found.names)
                     if number:
                         raise
@@ -234,7 +235,7 @@ class Captures:
 def _again(capture: Callable[[], Iterable[Captured]]) -> list[Captured]:
     """All batches, taken anew for as long as a batch changes the plan."""
     while True:
-        with contextlib.suppress(Irregular):
+        with contextlib.suppress(IrregularError):
             return list(capture())
 
 

@@ -46,6 +46,8 @@ class HeldRows(GradientRows, Captures):
 
     def _put_in_order(self) -> None:
         """Rows example by example, as they are captured."""
+        if self.plan.examples is None or not self.plan.examples.interleaved:
+            return
         pieces, start = [], 0
         for batch, size in zip(self.problem.batches, self.sizes, strict=True):
             pieces.append(start + self.plan.order(batch, size))
@@ -67,7 +69,7 @@ class HeldRows(GradientRows, Captures):
     def apply(self, block: Tensor) -> Tensor:
         """A V: (N, C, K). Cost: a third of a gradient a column."""
         if not self.held:
-            return super().apply(block)[self.order]
+            return super().apply(block)
         return self.complement.expand(torch.cat([self._push(batch.uses, block) for batch in self.held]))
 
     @property
@@ -95,7 +97,7 @@ class HeldRows(GradientRows, Captures):
     def transpose(self, rows: Tensor) -> Tensor:
         """Aᵀ α for α (N, C, K): (P, K). Cost: a third of a gradient a column, of the examples where α is not 0."""
         if not self.held:
-            return super().transpose(rows[self.order.argsort()])
+            return super().transpose(rows)
         total = self.products.zeros(rows.shape[-1])
         reduced = self.complement.reduce(rows)
         sizes = [batch.num_rows for batch in self.held]

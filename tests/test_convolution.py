@@ -74,3 +74,26 @@ def test_what_it_does_not_treat_goes_through(shape, node):
     torch.testing.assert_close(y, F.conv2d(x, w, padding=1))
     with Convolutions(), pytest.raises(RuntimeError, match="padding='same' is not supported for strided"):
         F.conv2d(x, w, padding="same", stride=2)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize(
+    ("kernel", "dilation", "ends"), [(3, 1, (1, 1)), (2, 1, (0, 1)), (4, 1, (1, 2)), (2, 3, (1, 2))]
+)
+def test_padding_by_name_is_padding_in_every_exact_way(kernel, dilation, ends):
+    torch.manual_seed(0)
+    tail = [nn.Tanh(), nn.Flatten(), nn.Linear(3 * 25, 3)]
+    named = nn.Conv2d(2, 3, kernel, dilation=dilation, padding="same")
+    plain = nn.Conv2d(2, 3, kernel, dilation=dilation)
+    plain.load_state_dict(named.state_dict())
+    data = torch.randn(7, 2, 5, 5, dtype=torch.float64), torch.arange(7) % 3
+    one = ds.Problem(nn.Sequential(nn.Identity(), named, *tail).double(), data)
+    two = ds.Problem(nn.Sequential(nn.ZeroPad2d(2 * ends), plain, *tail).double(), data)
+    for kind in ("kfac", "ekfac"):
+        found, expected = (ds.kronecker(problem, kind) for problem in (one, two))
+        assert list(found.blocks) == list(expected.blocks) == ["1", "4"]
+        torch.testing.assert_close(found.dense(), expected.dense(), rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(
+        ds.gram_spectrum(one).values, ds.gram_spectrum(two).values, rtol=1e-9, atol=1e-14
+    )
+    assert list(ds.collapse(one)) == list(ds.collapse(two))

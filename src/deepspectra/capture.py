@@ -200,7 +200,7 @@ def _convolution(
     found = find(weight)
     kernel: list[Use] = []
     if found and not found.transposed and len(found.shape) == output.ndim:
-        kernel = [Convolution(found, input.detach(), call[-1])]
+        kernel = [Convolution(found, call[0].detach(), call[-1])]
     return kernel + _bias(find, bias, 0)
 
 

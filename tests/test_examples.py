@@ -511,6 +511,17 @@ def test_batches_that_do_not_fit_together_are_right_or_refused() -> None:
     assert kron.trace > 0
 
 
+def test_what_all_examples_share_is_no_single_example() -> None:
+    net = Placed().double()
+    batch = {"where": torch.arange(4)[None], "tokens": classes(5, 4, num=5), "y": classes(5)}
+    problem = ds.Problem(net, [batch], forward=named("tokens", "where"))
+    rows = HeldRows(problem)
+    assert rows.hold()
+    (piece,) = rows.held
+    assert {use.num_examples for use in piece.uses} == {5}
+    assert same_values(ds.gram_spectrum(problem).values, truth(net, [batch], named("tokens", "where")).dense)
+
+
 def test_plain_networks_are_not_watched_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no value can choose the place of an example, a batch takes C − 1 backward passes."""
     x, y = random(6, 1, 6, 6), classes(6)

@@ -276,6 +276,9 @@ RULES: dict[Any, Callable[..., list[Use]]] = {
 class Examples:
     """How the examples lie in a batch's tensors and in its rows.
 
+    It is never read from lengths alone, which may be equal by chance: a reading holds if a few examples that pass the
+    network alone give the rows that they gave in their batch.
+
     Attributes:
         leaf: the tensor, in the batch's order, whose length along `dim` is the number of examples.
         dim: the dimension of tensors that examples are in.
@@ -332,7 +335,8 @@ def _readings(batch: Any, num_rows: int) -> Iterator[Examples]:
         long = [j for j, leaf in enumerate(leaves) if leaf.ndim > dim]
         for size in dict.fromkeys(leaves[j].shape[dim] for j in long):
             every = [j for j in long if leaves[j].shape[dim] == size]
-            if size and num_rows % size == 0:
+            single = size == 1 and len(every) == len(long)  # or else something that all examples share
+            if size and num_rows % size == 0 and (size > 1 or single):
                 for left_out in range(min(len(every), MOST_LEFT_OUT + 1)):
                     for cut in itertools.combinations(every, len(every) - left_out):
                         yield Examples(cut[0], dim, frozenset(cut), interleaved=False, apart=False)
@@ -692,7 +696,7 @@ def _as_one(
         _refuse_too_many(whole, plan, weights, [end for _, end, _ in chosen])
     _fill(graph, chosen, order[None], weights)
     for use, _, _ in chosen:
-        use.is_whole = whole is not None
+        use.is_whole = whole is not None and len(order) > 1
     return [use for use, _, _ in chosen]
 
 

@@ -44,7 +44,7 @@ class Layer:
         num_parameters: selected ones.
         features: spectrum of (1/N) Σ h hᵀ with parts "mean", "class" and "within", of the whole input of an
             example; None where rows are not examples, nothing is multiplied by features, or examples have unequal
-            numbers of positions.
+            numbers of positions. With a row a position it is the input there.
         errors: spectrum of Σ w e eᵀ with the parts of G, of the whole output; None where there are none, or
             examples have unequal numbers of positions.
         gradients: spectrum of the layer's block of G.

@@ -107,11 +107,18 @@ class Captures:
     The scalars of a row are the columns of a root of its loss curvature, so the squares of their gradients sum
     to G. C − 1 scalars a row for cross-entropy, C for other losses.
 
+    Examples may lie in the first or second dimension of a batch. Where values may choose their places (indices,
+    batches that are not pairs (x, y)) these are checked on every batch; a batch in which they lie otherwise is taken
+    example by example. Where rows belong to no single examples, as the nodes of a graph, a batch is one example.
+
     Raises:
         LossError: the loss is not convex in the outputs, or the cross-entropy of one output.
-        CurvatureError: rows not spread evenly over examples, or operations that differ between batches.
+        CurvatureError: rows that belong to no single examples and are too many, or parameters used otherwise on
+            one batch than on another in more data than fit memory.
+        MemoryBudgetError: the errors of such rows do not fit memory.
 
-    Cost: a forward and C − 1 backward passes without weight gradients each time that the data are gone through.
+    Cost: a forward and C − 1 backward passes without weight gradients each time that the data are gone through, and
+    two more where places are checked; a row that belongs to no example takes C − 1 passes over its batch by itself.
     """
 
     def __init__(self, problem: Problem) -> None:

@@ -31,7 +31,7 @@ class HeldRows(GradientRows, Captures):
 
     Raises:
         LossError: not the cross-entropy of class labels.
-        CurvatureError: rows not spread evenly over examples, or operations that differ between batches.
+        CurvatureError: as `Captures`.
 
     Cost: a forward and C − 1 backward passes without weight gradients; then a third of a gradient a column.
     """

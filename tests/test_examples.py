@@ -530,6 +530,42 @@ def test_single_precision_finds_the_same_order(name: str) -> None:
     assert float(found.sum()) == pytest.approx(float(dense.trace()), rel=1e-4)
 
 
+class Stateful(nn.Module):
+    """Makes a state in single precision, and so runs in no other; sorts its examples if asked."""
+
+    def __init__(self, dtype: torch.dtype, *, sorting: bool) -> None:
+        super().__init__()
+        self.dtype, self.sorting = dtype, sorting
+        self.cell, self.scale = nn.GRUCell(4, 3), nn.Parameter(torch.randn(3))
+        self.out = nn.Linear(3, 3)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort() if self.sorting else torch.arange(len(x))
+        state = torch.zeros(len(x), 3, dtype=self.dtype)
+        for _ in range(2):
+            state = self.cell(x[order], torch.sin(state * self.scale))
+        return self.out(state)[order.argsort()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sorting", [False, True])
+def test_networks_that_run_in_their_own_precision_only(dtype: torch.dtype, sorting: bool) -> None:
+    x, y = xy(9)
+    twin = Stateful(torch.float64, sorting=sorting)
+    net = Stateful(dtype, sorting=sorting)
+    net.load_state_dict({key: value.to(dtype) for key, value in twin.state_dict().items()})
+    twin.load_state_dict(net.state_dict())
+    x = x.to(dtype).double()
+    dense = truth(twin, [(x, y)], pair).dense
+    problem = ds.Problem(net, (x.to(dtype), y))
+    rel = 1e-4 if dtype == torch.float32 else 0.05
+    found = ds.gram_spectrum(problem, dtype=torch.float32).values
+    assert float(found.sum()) == pytest.approx(float(dense.trace()), rel=rel)
+    assert float(found[0]) == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=rel)
+    assert ds.kronecker(problem, "ekfac").trace == pytest.approx(float(dense.trace()), rel=rel)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 @pytest.mark.parametrize("skipping", [False, True])
 def test_routed_networks_in_batches_of_any_size(batch_size: int, skipping: bool) -> None:

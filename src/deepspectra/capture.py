@@ -41,14 +41,15 @@ from deepspectra.uses import (
     joined,
 )
 
-TOLERANCE = 1e-7  # relative, in float64, of products by features and errors against those by backpropagation
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}  # relative, of products by features and errors
+TOLERANCE_HALF = 0.1  # against those by backpropagation
 MOST_LEFT_OUT = 2  # tensors as long as there are examples that hold something else
 PLANNED_ROWS = 3  # on which uses are checked where a whole batch is one example
 CODED = {torch.float64: 1e-5, torch.float32: 1e-3}  # relative, of errors of examples that are weighted
 CODED_HALF = 0.1
 CHEAP = 40  # backward passes beside which the two of a check are few
 MOST_PASSES = 50_000  # over whole batches taken as one example
-ROUNDING = 1e-13  # of the largest gradient of a parameter, for parameters without effect
+ROUNDING = 500  # times eps, of the largest gradient of a parameter, for parameters without effect
 
 
 class Watch(TorchFunctionMode):
@@ -500,7 +501,7 @@ class Graph:
 
 
 def plan(sample: Problem) -> Plan:
-    """How to capture a problem's gradients, learned on a sample of it in float64.
+    """How to capture a problem's gradients, learned on a sample of it, in float64 where that can be had.
 
     Args:
         sample: the same network on a few examples, at least two if a batch of the problem has as many.
@@ -546,7 +547,7 @@ def _fitting(graph: Graph, rows: Tensor | None) -> list[list[Layout | None]]:
     if rows is None or len(rows) == 1 or not graph.uses:
         return [[BLOCKS]] * len(graph.uses)
     pairs, codes = graph.coded(graph.ends, rows)
-    limit = CODED[torch.float64]
+    limit = CODED.get(graph.outputs.dtype, CODED_HALF)
     found: list[list[Layout | None]] = []
     for end, pair in zip(graph.ends, pairs, strict=True):
         found.append(
@@ -586,12 +587,15 @@ def _wrong(sample: Problem, batch: Any, found: Plan, outputs: Tensor) -> set[str
             ones = use.errors.new_ones(*use.errors.shape[:2], 1)
             start = use.slice.start
             totals[use.slice.name][start : start + use.slice.numel] += use.pull(ones, slice(None)).flatten()
-    rounding = ROUNDING * torch.stack([gradient.norm() for gradient in truth]).max()
+    limit = TOLERANCE.get(outputs.dtype, TOLERANCE_HALF)
+    rounding = (
+        ROUNDING * torch.finfo(outputs.dtype).eps * torch.stack([gradient.norm() for gradient in truth]).max()
+    )
     return {
         name
         for name, gradient in zip(leaves, truth, strict=True)
         if name in kept
-        and not (totals[name] - gradient.flatten()).norm() <= TOLERANCE * gradient.norm() + rounding
+        and not (totals[name] - gradient.flatten()).norm() <= limit * gradient.norm() + rounding
     }
 
 

@@ -112,7 +112,7 @@ class Captures:
     example by example. Where rows belong to no single examples, as the nodes of a graph, a batch is one example.
 
     Raises:
-        LossError: the loss is not convex in the outputs, or the cross-entropy of one output.
+        LossError: the loss is not convex in the outputs, or the cross-entropy of one output, or rows interact in it.
         CurvatureError: rows that belong to no single examples and are too many, or parameters used otherwise on
             one batch than on another in more data than fit memory.
         MemoryBudgetError: the errors of such rows do not fit memory.
@@ -241,10 +241,23 @@ class Captures:
 
 
 def plan_of(problem: Problem) -> capture.Plan:
-    """How to capture a problem's gradients, learned once and kept with it."""
+    """How to capture a problem's gradients, learned once and kept with it.
+
+    Learned in float64, or in the problem's own type where the network runs in no other.
+
+    Raises:
+        LossError: rows interact in the loss, so that no scalars are those of single rows.
+        CurvatureError: features and errors cannot be told apart by example.
+    """
     if "plan" not in problem.kept:
+        problem.refuse_interacting_rows()
         with refusing():
-            problem.kept["plan"] = capture.plan(problem.sample(SAMPLE_ROWS, torch.float64))
+            try:
+                problem.kept["plan"] = capture.plan(problem.sample(SAMPLE_ROWS, torch.float64))
+            except FAILURES:
+                if problem.dtype == torch.float64:
+                    raise
+                problem.kept["plan"] = capture.plan(problem.sample(SAMPLE_ROWS, problem.dtype))
     found: capture.Plan = problem.kept["plan"]
     return found
 
@@ -270,6 +283,8 @@ def refusing() -> Iterator[None]:
         yield
     except DeepSpectraError:
         raise
+    except torch.OutOfMemoryError as failure:
+        raise MemoryBudgetError(f"features and errors of a batch ran out of memory: {failure}") from failure
     except FAILURES as failure:
         reason = first_line(failure)
         raise CurvatureError(

@@ -136,6 +136,8 @@ def _chooses(func: Any, args: Any, output: Any) -> bool:
     its place.
     """
     name = getattr(func, "__name__", "")
+    if name == "__get__":  # of an attribute
+        return False
     if name in READS:
         return True
     if name == "__getitem__" and any(isinstance(index, list) for index in (args[1], *_items(args[1]))):
@@ -838,20 +840,26 @@ def _fill(graph: Graph, chosen: list[Receiver], rows: Tensor, weights: Tensor) -
     Rows (B, S, r) share scalars, as `Scalars.spread` gives them. A scalar that is zero for every example costs
     nothing.
     """
-    num_scalars = weights.shape[2]
+    num_examples, num_scalars = rows.shape[0], weights.shape[2]
     ends = {id(end): end for _, end, _ in chosen}
     rows = rows.to(weights.device)
     for use, _, layout in chosen:
-        use.arrange(layout, len(rows))
+        use.arrange(layout, num_examples)
         use.num_rows = rows.numel()
-    for index in range(rows.shape[1] * num_scalars if chosen else 0):
+    if not chosen or not num_scalars:
+        return
+    shared = rows.shape[1] == 1  # by all rows there are
+    active = weights.any(1)[rows].any(2).any(0).flatten().tolist()
+    for index, is_active in enumerate(active):
         row, scalar = divmod(index, num_scalars)
-        cotangent = torch.zeros_like(weights[:, :, 0])
-        cotangent[rows[:, row]] = weights[rows[:, row], :, scalar]
-        along = cotangent.view_as(graph.outputs)
-        found = (
-            graph.errors(list(ends.values()), along) if along.any() else map(torch.zeros_like, ends.values())
-        )
+        if is_active:
+            cotangent = weights[:, :, scalar]
+            if not shared:
+                cotangent = torch.zeros_like(cotangent)
+                cotangent[rows[:, row]] = weights[rows[:, row], :, scalar]
+            found = graph.errors(list(ends.values()), cotangent.reshape(graph.outputs.shape))
+        else:
+            found = tuple(map(torch.zeros_like, ends.values()))
         errors = dict(zip(ends, found, strict=True))
         for use, end, layout in chosen:
-            use.put(index, rows.shape[1] * num_scalars, layout.examples_first(errors[id(end)], len(rows)))
+            use.put(index, len(active), layout.examples_first(errors[id(end)], num_examples))

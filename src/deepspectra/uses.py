@@ -161,7 +161,7 @@ class Matrix(Use):
 
     def reduce(self, errors: Tensor) -> Tensor:
         """(B, o, T)."""
-        return errors.reshape(len(errors), -1, errors.shape[-1]).mT
+        return errors.reshape(errors.shape[0], -1, errors.shape[-1]).mT
 
     def features(self, chosen: slice | Tensor = slice(None)) -> Tensor:
         """Of chosen examples, (b, T, d)."""
@@ -318,7 +318,7 @@ class Lookup(Use):
     def reduce(self, errors: Tensor) -> Tensor:
         """(B, T, d); zero where the padding is taken."""
         assert self.given is not None
-        errors = errors.reshape(len(errors), -1, errors.shape[-1])
+        errors = errors.reshape(errors.shape[0], -1, errors.shape[-1])
         return errors if self.padding is None else errors * (self.given != self.padding)[:, :, None]
 
     def push(self, tangents: Tensor) -> Tensor:
@@ -420,8 +420,8 @@ class Layout:
         """(B, s, ...), with s what else the dimension of the examples held; 1 if nothing."""
         if self.kind == "second":
             return tensor.transpose(0, 1)[:, None]
-        rest = tensor.shape[1:]
-        size = len(tensor) // num_examples if tensor.ndim else 1
+        total, *rest = tensor.shape or (num_examples,)
+        size = total // num_examples
         if self.kind == "interleaved":
             return tensor.reshape(size, num_examples, *rest).transpose(0, 1)
         return tensor.reshape(num_examples, size, *rest)

@@ -13,6 +13,7 @@ from torch import Tensor
 from deepspectra import capture
 from deepspectra.capture import IrregularError
 from deepspectra.errors import CurvatureError, DeepSpectraError, LossError, MemoryBudgetError, first_line
+from deepspectra.evaluation import differentiable
 from deepspectra.losses import CrossEntropy, Loss
 from deepspectra.operators.rows import refuse_one_output
 from deepspectra.problem import Problem
@@ -204,7 +205,7 @@ class Captures:
             pieces: list[capture.Piece] = []
             while not pieces:
                 try:
-                    with refusing():
+                    with refusing(), differentiable():
                         pieces = capture.capture(self.problem, batch, self.plan, see, names, joint=self.joint)
                 except IrregularError as found:
                     self.plan = self.plan.without(found.names)

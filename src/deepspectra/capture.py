@@ -9,367 +9,30 @@ if none can pass the network alone. A parameter whose uses are not understood is
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
-from deepspectra.batches import is_pair, map_tensors, tensors
-from deepspectra.checks import AGREE, AGREE_HALF
-from deepspectra.convolution import read_call
+from deepspectra.batches import is_pair
 from deepspectra.errors import CurvatureError, MemoryBudgetError
 from deepspectra.evaluation import differentiable
+from deepspectra.examples import Examples, agree, find_examples
 from deepspectra.problem import Problem
-from deepspectra.uses import (
-    BLOCKS,
-    LAYOUTS,
-    Alone,
-    Convolution,
-    Layout,
-    Lookup,
-    Matrix,
-    Slice,
-    Use,
-    Vectors,
-    joined,
-)
+from deepspectra.uses import BLOCKS, LAYOUTS, Alone, Layout, Slice, Use, joined
+from deepspectra.watch import Watch
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}  # relative, of products by features and errors
 TOLERANCE_HALF = 0.1  # against those by backpropagation
-MOST_LEFT_OUT = 2  # tensors as long as there are examples that hold something else
 PLANNED_ROWS = 3  # on which uses are checked where a whole batch is one example
 CODED = {torch.float64: 1e-5, torch.float32: 1e-3}  # relative, of errors of examples that are weighted
 CODED_HALF = 0.1
 CHEAP = 40  # backward passes beside which the two of a check are few
 MOST_PASSES = 50_000  # over whole batches taken as one example
 ROUNDING = 500  # times eps, of the largest gradient of a parameter, for parameters without effect
-
-
-class Watch(TorchFunctionMode):
-    """Sees every operation that uses one of the parameters.
-
-    An operation that a rule understands is cut off from the parameters: what still leads from the outputs to one of
-    them is a way that no rule understands.
-
-    Attributes:
-        uses: with the output of the operation, in the graph.
-        by_value: whether values may choose the places that examples take.
-    """
-
-    def __init__(self, leaves: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.names = {id(leaf): name for name, leaf in leaves.items()}
-        self.uses: list[tuple[Use, Tensor]] = []
-        self.by_value = False
-
-    def find(self, tensor: Any) -> Slice | None:
-        """Which stretch of which parameter a tensor is, if any."""
-        if not isinstance(tensor, Tensor):
-            return None
-        if id(tensor) in self.names:
-            return Slice(self.names[id(tensor)], 0, tuple(tensor.shape))
-        base = tensor._base
-        if base is None or id(base) not in self.names or not tensor.requires_grad:
-            return None
-        start = int(tensor.storage_offset() - base.storage_offset())
-        for transposed, view in ((False, tensor), (True, tensor.mT if tensor.ndim == 2 else tensor)):
-            if view.is_contiguous():
-                return Slice(self.names[id(base)], start, tuple(view.shape), transposed)
-        return None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.is_grad_enabled() and (func in RULES or isinstance(func, FunctionType)):
-            found = [leaf for leaf in tensors((args, kwargs)) if self.find(leaf)]
-            if found and func in RULES:
-                return self._use(func, args, kwargs, found)
-            inside = _opened(func) if found else None
-            if inside is not None:
-                with self:
-                    return inside(*args, **kwargs)
-        output = func(*args, **kwargs)
-        if not self.by_value and func not in RULES:
-            self.by_value = _chooses(func, (*args, *kwargs.values()), output)
-        return output
-
-    def _use(self, func: Any, args: Any, kwargs: Any, found: list[Tensor]) -> Tensor:
-        """The output of an operation with parameters, cut off from them if all are understood."""
-        ours = {id(leaf) for leaf in found}
-        cut = map_tensors(lambda leaf: leaf.detach() if id(leaf) in ours else leaf, (args, kwargs))
-        output: Tensor = func(*cut[0], **cut[1])
-        try:
-            uses = RULES[func](self.find, output, *args, **kwargs)
-        except TypeError:  # called in a form that the rule does not know
-            uses = []
-        if len(uses) != len(found):
-            whole: Tensor = func(*args, **kwargs)
-            return whole
-        if not output.requires_grad:
-            output.requires_grad_()
-        self.uses += [(use, output) for use in uses]
-        return output.clone()  # what follows may write into it
-
-
-READS = (
-    "__bool__", "__contains__", "__float__", "__index__", "__int__", "allclose", "equal", "is_nonzero", "item",
-    "numpy", "tolist",
-)  # fmt: skip
-IN_PLACE = (
-    "__add__", "__eq__", "__ge__", "__gt__", "__le__", "__lt__", "__mul__", "__ne__", "__radd__", "__rmul__",
-    "__rsub__", "__sub__", "__truediv__", "add", "bool", "div", "double", "eq", "float", "full_like", "ge", "gt",
-    "isfinite", "isinf", "isnan", "le", "long", "lt", "masked_fill", "masked_fill_", "mul", "ne", "ones_like",
-    "scaled_dot_product_attention", "sub", "to", "type", "type_as", "where", "zeros_like",
-)  # fmt: skip
-
-
-def _chooses(func: Any, args: Any, output: Any) -> bool:
-    """Whether an operation can bring values to places chosen by values.
-
-    Values choose places as indices or masks, or once they are numbers of Python; but not where every value stays in
-    its place.
-    """
-    name = getattr(func, "__name__", "")
-    if name == "__get__":  # of an attribute
-        return False
-    if name in READS:
-        return True
-    if name == "__getitem__" and any(isinstance(index, list) for index in (args[1], *_items(args[1]))):
-        return True
-    return name not in IN_PLACE and len({leaf.is_floating_point() for leaf in tensors((args, output))}) > 1
-
-
-def _items(index: Any) -> tuple[Any, ...]:
-    return index if isinstance(index, tuple) else ()
-
-
-def _opened(func: FunctionType) -> FunctionType | None:
-    """A function of torch.nn.functional that runs its own body, so that the operations in it are seen."""
-    checks = [name for name in func.__code__.co_names if name.startswith("has_torch_function")]
-    if func.__module__ != functional.__name__ or not checks:
-        return None
-    names = {**func.__globals__, **dict.fromkeys(checks, lambda *_: False)}
-    inside = FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
-    inside.__kwdefaults__ = func.__kwdefaults__
-    return inside
-
-
-Find = Callable[[Any], Slice | None]
-
-
-def _bias(find: Find, bias: Any, axis: int) -> list[Use]:
-    found = find(bias)
-    return [Vectors(found, None, (axis,))] if found and len(found.shape) == 1 else []
-
-
-def _linear(find: Find, output: Tensor, input: Tensor, weight: Any, bias: Any = None) -> list[Use]:
-    found = find(weight)
-    matrix: list[Use] = [Matrix(found, input.detach())] if found and len(found.shape) == 2 else []
-    return matrix + _bias(find, bias, output.ndim - 2)
-
-
-def _matmul(find: Find, output: Tensor, input: Tensor, other: Any) -> list[Use]:
-    found = find(other)
-    if not found or len(found.shape) != 2 or input.ndim < 2:
-        return []
-    turned = Slice(found.name, found.start, found.shape, not found.transposed)
-    return [Matrix(turned, input.detach())]
-
-
-def _addmm(find: Find, output: Tensor, input: Any, mat1: Tensor, mat2: Any) -> list[Use]:
-    return _matmul(find, output, mat1, mat2) + _bias(find, input, output.ndim - 2)
-
-
-def _convolution(
-    find: Find,
-    output: Tensor,
-    input: Tensor,
-    weight: Any,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> list[Use]:
-    call = read_call(output.ndim - 2, input, weight, bias, stride, padding, dilation, groups)
-    if call is None:
-        return []
-    found = find(weight)
-    kernel: list[Use] = []
-    if found and not found.transposed and len(found.shape) == output.ndim:
-        kernel = [Convolution(found, call[0].detach(), call[-1])]
-    return kernel + _bias(find, bias, 0)
-
-
-def _embedding(
-    find: Find,
-    output: Tensor,
-    input: Tensor,
-    weight: Any,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> list[Use]:
-    found = find(weight)
-    if not found or found.transposed or max_norm is not None or scale_grad_by_freq:
-        return []
-    if padding_idx is not None and padding_idx < 0:
-        padding_idx += found.shape[0]
-    return [Lookup(found, input.detach(), padding_idx)]
-
-
-def _normalisation(function: Callable[..., Tensor]) -> Callable[..., list[Use]]:
-    """The rule of y = normalised x · weight + bias."""
-    signature = inspect.signature(function)
-
-    def rule(find: Find, output: Tensor, *args: Any, **kwargs: Any) -> list[Use]:
-        call = signature.bind(*args, **kwargs)
-        weight, bias = find(call.arguments.get("weight")), find(call.arguments.get("bias"))
-        shape = call.arguments.get("normalized_shape")
-        dims = output.ndim - 1
-        axes = (0,) if shape is None else tuple(range(dims - len(shape), dims))
-        uses: list[Use] = []
-        if weight:
-            call.arguments.update(weight=None, **({"bias": None} if "bias" in signature.parameters else {}))
-            with torch.no_grad():
-                uses.append(Vectors(weight, function(*call.args, **call.kwargs).detach(), axes))
-        if bias:
-            uses.append(Vectors(bias, None, axes))
-        return uses
-
-    return rule
-
-
-RULES: dict[Any, Callable[..., list[Use]]] = {
-    functional.linear: _linear,
-    torch.matmul: _matmul,
-    Tensor.matmul: _matmul,
-    Tensor.__matmul__: _matmul,
-    torch.mm: _matmul,
-    Tensor.mm: _matmul,
-    torch.addmm: _addmm,
-    torch.conv1d: _convolution,
-    torch.conv2d: _convolution,
-    functional.embedding: _embedding,
-    **{
-        function: _normalisation(function)
-        for function in (
-            functional.batch_norm,
-            functional.instance_norm,
-            functional.layer_norm,
-            functional.group_norm,
-            functional.rms_norm,
-        )
-    },
-}
-
-
-# -- examples ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Examples:
-    """How the examples lie in a batch's tensors and in its rows.
-
-    It is never read from lengths alone, which may be equal by chance: a reading holds if a few examples that pass the
-    network alone give the rows that they gave in their batch.
-
-    Attributes:
-        leaf: the tensor, in the batch's order, whose length along `dim` is the number of examples.
-        dim: the dimension of tensors that examples are in.
-        cut: which tensors hold one entry an example there.
-        interleaved: rows are those of the first position of all examples, then of the second, and so on, rather than
-            all of the first example, then of the second.
-        apart: examples that passed the network alone gave their rows.
-    """
-
-    leaf: int
-    dim: int
-    cut: frozenset[int]
-    interleaved: bool
-    apart: bool
-
-    def rows(self, batch: Any, num_rows: int) -> Tensor | None:
-        """Which rows are whose, (B, R); None if they are not spread evenly."""
-        leaves = list(tensors(batch))
-        if self.leaf >= len(leaves) or leaves[self.leaf].ndim <= self.dim:
-            return None
-        size = leaves[self.leaf].shape[self.dim]
-        if not size or num_rows % size:
-            return None
-        every = torch.arange(num_rows)
-        return every.view(-1, size).T if self.interleaved else every.view(size, -1)
-
-    def one(self, batch: Any, index: int) -> Any:
-        """A batch of one example."""
-        places = itertools.count()
-        return map_tensors(
-            lambda leaf: leaf.narrow(self.dim, index, 1) if next(places) in self.cut else leaf, batch
-        )
-
-
-def _examples(sample: Problem, batch: Any, outputs: Tensor) -> Examples | None:
-    """How examples lie in a batch, found by passing a few of them alone; by its shapes if none can pass alone."""
-    first: Examples | None = None
-    for one in _readings(batch, len(outputs)):
-        rows = one.rows(batch, len(outputs))
-        assert rows is not None
-        alone = _alone(sample, batch, one, len(rows))
-        for order in dict.fromkeys((one.dim == 1, one.dim == 0)):
-            read = dataclasses.replace(one, interleaved=order, apart=True)
-            if alone is not None and _agree(alone, outputs, read.rows(batch, len(outputs))):
-                return read
-        first = one if first is None and one.dim == 0 else first
-    return first
-
-
-def _readings(batch: Any, num_rows: int) -> Iterator[Examples]:
-    """Every way in which so many rows could come from examples of a batch, the likeliest first."""
-    leaves = list(tensors(batch))
-    for dim in (0, 1):
-        long = [j for j, leaf in enumerate(leaves) if leaf.ndim > dim]
-        for size in dict.fromkeys(leaves[j].shape[dim] for j in long):
-            every = [j for j in long if leaves[j].shape[dim] == size]
-            single = size == 1 and len(every) == len(long)  # or else something that all examples share
-            if size and num_rows % size == 0 and (size > 1 or single):
-                for left_out in range(min(len(every), MOST_LEFT_OUT + 1)):
-                    for cut in itertools.combinations(every, len(every) - left_out):
-                        yield Examples(cut[0], dim, frozenset(cut), interleaved=False, apart=False)
-
-
-def _alone(sample: Problem, batch: Any, reading: Examples, size: int) -> dict[int, Tensor] | None:
-    """What a few of so many examples give alone, by index; None if they cannot pass alone."""
-    found = {}
-    for index in sorted({0, size // 2, size - 1}) if size > 1 else []:
-        try:
-            with torch.no_grad(), differentiable():
-                found[index] = sample.evaluate(sample.parameters, reading.one(batch, index))[0]
-        except Exception:  # a model of batches of one size, or of one graph
-            return None
-    return found
-
-
-def _agree(alone: dict[int, Tensor], outputs: Tensor, rows: Tensor | None) -> bool:
-    """Whether examples alone give their rows of the outputs."""
-    if rows is None:
-        return False
-    limit = AGREE.get(outputs.dtype, AGREE_HALF) * float(outputs.detach().abs().max())
-    for index, found in alone.items():
-        expected = outputs.detach()[rows[index].to(outputs.device)]
-        if found.shape != expected.shape or not bool(((found - expected).abs() <= limit).all()):
-            return False
-    return True
-
-
-# -- capture -------------------------------------------------------------------------------------------------
 
 
 class IrregularError(CurvatureError):
@@ -515,7 +178,7 @@ def plan(sample: Problem) -> Plan:
     alone |= {
         name for name in graph.leaves if _overlapping({u.slice for u in graph.uses if u.slice.name == name})
     }
-    examples = _examples(sample, batch, outputs)
+    examples = find_examples(sample, batch, outputs)
     rows = None if examples is None else examples.rows(batch, len(outputs))
     fitting = _fitting(graph, rows)
     names = [use.slice.name for use in graph.uses]
@@ -803,7 +466,7 @@ class _Apart:
         assert examples is not None
         for index, rows in enumerate(self.rows):
             graph = Graph(self.problem, examples.one(self.batch, index), alone)
-            same = _agree({index: graph.outputs.detach()}, self.outputs, self.rows)
+            same = agree({index: graph.outputs.detach()}, self.outputs, self.rows)
             yield graph if same else None, rows
 
 

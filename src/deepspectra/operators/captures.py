@@ -194,7 +194,7 @@ class Captures:
 
     def _captured(self, weigh: Weigh, names: frozenset[str] | None) -> Iterator[Captured]:
         loss = self.problem.loss_function
-        for number, batch in enumerate(self.problem.batches):
+        for number, batch in enumerate(self.problem.fixed_batches()):
             seen: list[tuple[Tensor, Tensor]] = []
 
             def see(outputs: Tensor, targets: Tensor, seen: list[tuple[Tensor, Tensor]] = seen) -> Tensor:

@@ -49,7 +49,7 @@ class HeldRows(GradientRows, Captures):
         if self.plan.examples is None or not self.plan.examples.interleaved:
             return
         pieces, start = [], 0
-        for batch, size in zip(self.problem.batches, self.sizes, strict=True):
+        for batch, size in zip(self.problem.fixed_batches(), self.sizes, strict=True):
             pieces.append(start + self.plan.order(batch, size))
             start += size
         self.order = torch.cat(pieces).to(self.weights.device)

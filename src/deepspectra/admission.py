@@ -36,13 +36,16 @@ from deepspectra.errors import (
     OptionError,
     ParameterError,
 )
-from deepspectra.evaluation import Evaluated, gradient, nodes, reached
+from deepspectra.evaluation import Evaluated, gradient, nodes, reached, twins
 from deepspectra.losses import Loss
 from deepspectra.memory import saved_by
 
 FEW_ROWS = 32  # of each batch, on which a loss is compared with a mean over rows
 MISFIT = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative, of the loss of a batch to those of its parts
 MISFIT_HALF = 0.05
+FEWEST = 2  # examples of a batch that tell whether others of it matter
+JUDGED = 8  # batches on each of which a loss is compared with a mean over rows,
+LARGEST = 2**21  # and so many outputs of all together at most
 CHECKPOINTS = "activation checkpointing must be off"
 CALLER = 3  # frames up from a warning given here to the code that made the problem
 Pair = tuple[Tensor, Tensor]
@@ -59,7 +62,7 @@ def settle(module: Evaluated, batches: Batches, loss: Loss, parameters: Tree) ->
         DataError: the model fails.
     """
     first: tuple[Any, Pair] | None = None
-    before = {name: b._version for name, b in module.model.named_buffers()}
+    before = _places(module.model)
     for batch in batches:
         try:
             pair = _first_values(module, parameters, batch)
@@ -76,7 +79,8 @@ def settle(module: Evaluated, batches: Batches, loss: Loss, parameters: Tree) ->
             break
     if first is None:
         raise DataError("no row counts: the model gives no outputs for any batch.")
-    module.written = {name for name, b in module.model.named_buffers() if before.get(name) != b._version}
+    after = _places(module.model)
+    module.written = {name for name in before | after if before.get(name) != after.get(name)}
     if loss.unsettled:
         warnings.warn(
             "every batch gives outputs that fit both (B, C, ...) and (B, ..., C), the first of them "
@@ -90,6 +94,11 @@ def settle(module: Evaluated, batches: Batches, loss: Loss, parameters: Tree) ->
         )
         loss.settle()
     return first
+
+
+def _places(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Which tensor each buffer is, and how often it was written to."""
+    return {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()}
 
 
 def _first_values(module: Evaluated, parameters: Tree, batch: Any) -> Pair:
@@ -128,12 +137,14 @@ def arrange(
     def evaluate(batch: Any) -> Pair:
         return module.values(parameters, batch)
 
-    kind = Rows.WHOLE
-    if mode == "eval":
-        kind = examples_are_rows(evaluate, start, pair[0], next(iter(parameters.values())).dtype)
+    dtype, tried, outputs = next(iter(parameters.values())).dtype, start, pair[0]
+    if mode == "eval" and _num_first(start) < FEWEST and batches.num_batches > 1:  # one example tells nothing
+        tried = next((batch for batch in batches if _num_first(batch) >= FEWEST), start)
+        outputs = outputs if tried is start else evaluate(tried)[0]
+    kind = examples_are_rows(evaluate, tried, outputs, dtype) if mode == "eval" else Rows.WHOLE
     if kind is Rows.INFLUENCED:
-        _check_outputs(pair[0])
-        _check_same(pair[0], evaluate(start)[0])
+        _check_outputs(outputs)
+        _check_same(outputs, evaluate(tried)[0])
         if not batches.brought or batches.num_batches > 1:
             raise DataError(influence(module.model))
         warnings.warn(
@@ -141,18 +152,29 @@ def arrange(
             FallbackWarning,
             stacklevel=CALLER,
         )
-    if kind is Rows.FIRST or (kind is Rows.SECOND and batches.is_given):
+    if kind is Rows.FIRST or (kind is Rows.SECOND and batches.brought):
         return start, pair, kind is Rows.FIRST and is_pair(start)
     if batches.num_batches == 1:
         return start, pair, False
     if batches.join():
         (start,) = batches
         return start, evaluate(start), False
+    if kind is Rows.SECOND:
+        raise DataError(
+            "examples lie along the second dimension of the data, after positions, and "
+            "batch_size= cuts the first. Leave "
+            "it out, or pass batches of your own: data=[(x, y), ...]."
+        )
     if mode == "train":
         raise OptionError(
             f"mode='train' is for one batch, and the data has {batches.num_batches}; pass data=[(x, y)]."
         )
     return start, pair, False
+
+
+def _num_first(batch: Any) -> int:
+    """The length of the first tensor of a batch."""
+    return next((len(leaf) for leaf in tensors(batch) if leaf.ndim), 0)
 
 
 def confirm(
@@ -201,13 +223,14 @@ class Survey:
 
     def is_mean(self, dtype: torch.dtype) -> bool:
         """The loss is a mean over rows, up to the rounding of the type."""
-        return all(misfit <= MISFIT.get(dtype, MISFIT_HALF) for misfit in self.misfits)
+        known = [misfit for misfit in self.misfits if not math.isnan(misfit)]
+        return (bool(known) or not self.misfits) and max(known, default=0.0) <= MISFIT.get(dtype, MISFIT_HALF)
 
 
-def survey(evaluated: Iterable[tuple[Any, Tensor, Tensor]], loss: Loss) -> Survey:
+def survey(evaluated: Iterable[tuple[Any, Tensor, Tensor]], loss: Loss, num_batches: int) -> Survey:
     """Check shapes, labels and finiteness of every batch, given as batch, outputs and targets, and count."""
     found, generator = Survey(), torch.Generator().manual_seed(0)
-    value, several = 0.0, []
+    value, several, room = 0.0, [], LARGEST
     for batch, outputs, targets in evaluated:
         check_finite(batch)
         found.num_classes = outputs.shape[1] if outputs.ndim > 1 else 1
@@ -222,10 +245,20 @@ def survey(evaluated: Iterable[tuple[Any, Tensor, Tensor]], loss: Loss) -> Surve
         with reported(LossError, failure), torch.no_grad():
             value += float(loss.total(outputs, targets).double())
         if not loss.is_mean:
-            found.misfits.append(loss.misfit(outputs, targets, generator))
             if len(outputs) == len(targets):
-                some = torch.randperm(len(outputs), generator=generator)[:FEW_ROWS].to(outputs.device)
-                several.append((outputs[some], targets[some]))
+                # Rows of all batches, and of a few some more: a loss is no mean even if only rare rows show it.
+                most = max(1, min(FEW_ROWS, LARGEST // (num_batches * max(1, outputs[0].numel()))))
+                order = torch.randperm(len(outputs), generator=generator).to(outputs.device)
+                some = order[:most]
+                if outputs[some].numel() <= room:
+                    room -= outputs[some].numel()
+                    several.append((outputs[some], targets[some]))
+                more = order[: max(2, LARGEST // max(1, outputs[0].numel()))]
+                judged = outputs[more], targets[more]
+            else:
+                judged = outputs, targets
+            if len(found.misfits) < JUDGED and len(outputs) > 1:
+                found.misfits.append(loss.misfit(*judged, generator))
     if found.total_weight <= 0:
         raise DataError("no row counts: every target is ignored or has weight 0.")
     if not math.isfinite(value):
@@ -292,8 +325,9 @@ def prove(
     """
     model = module.model
     own = {name: p for name, p in model.named_parameters() if name in trainable}
-    theirs = dict(zip((name for name, _ in model.named_parameters()), given.parameters(), strict=True))
-    names = {id(p): name for name, p in own.items()} | {id(theirs[name]): name for name in own}
+    theirs = twins(model, given)
+    names = {id(p): name for name, p in own.items()}
+    names |= {id(theirs[name]): name for name in own if name in theirs}
     every = {name: p.detach() for name, p in own.items()}
 
     def strangers(value: Tensor) -> list[str]:
@@ -311,8 +345,8 @@ def prove(
 
     with reported(CurvatureError, f"the loss cannot be backpropagated ({CHECKPOINTS})"):
         (outputs, value, parts), saved = saved_by(model, graph)
-        if strangers(outputs):
-            module.aliases = {name: [own[name], theirs[name]] for name in own}
+        if strangers(outputs) and not module.aliases:
+            module.follow(given)
             outputs, value, parts = graph()
     _check_same(loss.rows(*before)[0], outputs.detach())
     if any("CheckpointFunction" in node.name() for node in nodes(outputs)):

@@ -31,6 +31,10 @@ def check_model(model: nn.Module) -> None:
             raise ParameterError(
                 f"parameter {name!r} has no shape yet; pass one batch through the lazy model before."
             )
+        if value.is_meta:
+            raise ParameterError(
+                f"{name!r} is on the meta device and has no values; load the weights before."
+            )
         if value.is_complex():
             raise ParameterError(
                 f"{name!r} is complex; only real parameters and buffers are supported. Hold the real and imaginary "
@@ -140,8 +144,8 @@ def _agrees(evaluate: Evaluate, batch: Any, outputs: Tensor, dtype: torch.dtype,
     ):
         return None
     chosen = torch.tensor(_few(lead[dim]), device=outputs.device)
-    cut = map_tensors(lambda leaf: leaf.index_select(dim, chosen) if leaf.ndim else leaf, batch)
     try:
+        cut = map_tensors(lambda leaf: leaf.index_select(dim, chosen) if leaf.ndim else leaf, batch)
         alone, _ = evaluate(cut)
     except Exception:  # a model of batches of one size, or of one graph
         return None

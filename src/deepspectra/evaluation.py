@@ -7,7 +7,8 @@ import copy
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,8 +33,10 @@ class Evaluated(nn.Module):
         function: (model, batch) → (outputs, targets).
 
     Attributes:
-        aliases: parameter → other tensors by which the network reaches it: a list of its own parameters, or the
-            user's model, captured by a function or a hook. They are replaced too, operation by operation.
+        aliases: parameter or buffer → other tensors by which the network reaches it: a list of its own parameters,
+            or the user's model, captured by a function or a hook. They are replaced too, operation by operation.
+        suspects: while the problem is made, tensors that would be such aliases, by identity, and their names.
+        caught: names of those that operations were given.
         differentiates: the forward pass takes derivatives itself, and does not run without gradients.
         writes: the forward pass writes into its batch, and is given copies.
         written: buffers that the forward pass writes into.
@@ -44,6 +47,9 @@ class Evaluated(nn.Module):
         self.model = model
         self.function = function
         self.aliases: dict[str, list[Tensor]] = {}
+        self.suspects: dict[int, str] = {}
+        self.caught: set[str] = set()
+        self.original: list[tuple[dict[str, Any], str, Any]] = []  # where what was captured stood
         self.differentiates = False
         self.writes = False
         self.written: set[str] = set()
@@ -62,12 +68,14 @@ class Evaluated(nn.Module):
         """Outputs and targets at the given parameters; the others are the model's own."""
         named = {f"model.{name}": value for name, value in parameters.items()}
         batch = map_tensors(Tensor.clone, batch) if self.writes else batch
-        with self._replaced(parameters), _eager():
+        with self._replaced(parameters):
             pair: tuple[Tensor, Tensor] = torch.func.functional_call(self, named, (batch,))
         return pair
 
     def values(self, parameters: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
         """The same without a graph."""
+        if self.differentiates:  # hooks and derivatives inside ask for tensors that need gradients
+            parameters = {name: value.detach().requires_grad_() for name, value in parameters.items()}
         with torch.set_grad_enabled(self.differentiates), differentiable():
             outputs, targets = self.at(parameters, batch)
         return outputs.detach(), targets
@@ -84,8 +92,8 @@ class Evaluated(nn.Module):
 
     def _replaced(self, parameters: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[Any]:
         if not self.aliases:
-            return contextlib.nullcontext()
-        own = dict(self.model.named_parameters())
+            return _Watched(self) if self.suspects else contextlib.nullcontext()
+        own = dict((*self.model.named_parameters(), *self.model.named_buffers()))
         given = {
             id(alias): parameters.get(name, own[name].detach())
             for name, aliases in self.aliases.items()
@@ -93,14 +101,65 @@ class Evaluated(nn.Module):
         }
         return _Replaced(given)
 
+    def suspect(self, given: nn.Module, replaced: Iterable[str]) -> None:
+        """Watch for tensors of the user's model, and for the copy's own parameters that are `replaced` by name."""
+        own = dict(self.model.named_parameters())
+        self.suspects = {id(own[name]): name for name in replaced}
+        self.suspects |= {id(tensor): name for name, tensor in twins(self.model, given).items()}
+
+    def follow(self, given: nn.Module) -> None:
+        """Replace the copy's own and the user's tensors from now on, wherever they are reached.
+
+        Raises:
+            ParameterError: the user's model is in training mode, in which it would go on.
+        """
+        theirs = twins(self.model, given)
+        named = (*self.model.named_parameters(), *self.model.named_buffers())
+        self.aliases = {name: [own, theirs[name]] for name, own in named if name in theirs}
+        modules = list(given.modules())
+        if any(module.training and isinstance(module, (NORMS, DROPOUTS)) for module in modules):
+            raise ParameterError(
+                "the network reaches the model itself, captured by a function or a hook, and "
+                "this is in training mode: "
+                "call model.eval() before."
+            )
+        for module in modules:
+            for holder in (module._parameters, module._buffers):
+                self.original += [(holder, name, tensor) for name, tensor in holder.items()]
+            self.original.append((vars(module), "training", module.training))
+
+    def changed(self) -> bool:
+        """Whether tensors of a captured model were exchanged, or its mode set, since they are followed."""
+        return any(holder.get(name) is not value for holder, name, value in self.original)
+
     def recast(self, model: nn.Module) -> Evaluated:
         """The same with a further copy of the model, whose own parameters may be aliases as this one's are."""
         other = Evaluated(model, self.function)
         other.differentiates, other.writes, other.written = self.differentiates, self.writes, self.written
-        before, after = dict(self.model.named_parameters()), dict(model.named_parameters())
+        other.original = self.original
+        before, after = (
+            dict((*module.named_parameters(), *module.named_buffers())) for module in (self.model, model)
+        )
         for name, aliases in self.aliases.items():
             other.aliases[name] = [after[name] if alias is before[name] else alias for alias in aliases]
         return other
+
+
+class _Watched(TorchFunctionMode):
+    """Within this mode it is noted which suspects operations are given."""
+
+    def __init__(self, module: Evaluated) -> None:
+        super().__init__()
+        self.module = module
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        suspects = self.module.suspects
+        for value in (*args, *kwargs.values()):
+            for one in value if isinstance(value, (list, tuple)) else (value,):
+                if id(one) in suspects:
+                    self.module.caught.add(suspects[id(one)])
+        return func(*args, **kwargs)
 
 
 class _Replaced(TorchFunctionMode):
@@ -115,14 +174,6 @@ class _Replaced(TorchFunctionMode):
 
     def _swap(self, tensor: Tensor) -> Tensor:
         return self.given.get(id(tensor), tensor)
-
-
-def _eager() -> contextlib.AbstractContextManager[Any]:
-    """Compiled functions run as they were written: what torch.compile makes has no second derivative."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and its import takes seconds
-        return contextlib.nullcontext()
-    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
 
 
 def gradient(value: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
@@ -196,6 +247,12 @@ def evaluation_copy(model: nn.Module, mode: str = "eval") -> nn.Module:
             f"the model cannot be copied: {first_line(error)}. Delete the attribute that cannot (a lock, a "
             "generator, an open file), or give its class a __deepcopy__."
         ) from error
+    if {id(tensor) for tensor in twin.parameters()} & {id(tensor) for tensor in model.parameters()}:
+        raise ParameterError(
+            "a copy of the model shares parameters with it (a __deepcopy__ that returns itself?), so that one would "
+            "change the other."
+        )
+    owners = Counter(id(p) for module in twin.modules() for p in module._parameters.values() if p is not None)
     twin.eval()
     for module in twin.modules():
         if mode == "train" and isinstance(module, NORMS):
@@ -203,16 +260,22 @@ def evaluation_copy(model: nn.Module, mode: str = "eval") -> nn.Module:
         if type(module) is nn.EmbeddingBag:
             module.__class__ = _Bag
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            _as_table(module)
+            _as_table(module, owners)
     for p in twin.parameters():
         p.grad = None
     return twin
 
 
-def _as_table(module: nn.Embedding | nn.EmbeddingBag) -> None:
+def _as_table(module: nn.Embedding | nn.EmbeddingBag, owners: Counter[int]) -> None:
     """Look rows up and nothing else: no sparse gradients, none scaled by frequency, no row shortened by the way."""
     module.sparse = module.scale_grad_by_freq = False
     if module.max_norm is not None:
+        if owners[id(module.weight)] > 1:
+            raise ParameterError(
+                "an embedding with max_norm shortens rows of a weight that other modules use "
+                "too; take max_norm out, or "
+                "do not tie the weight."
+            )
         with torch.no_grad():
             rows = torch.arange(module.num_embeddings, device=module.weight.device)
             nn.functional.embedding(rows, module.weight, None, module.max_norm, module.norm_type)
@@ -237,14 +300,36 @@ def _copied(model: nn.Module, modules: list[nn.Module]) -> nn.Module:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside wrappers that only run it: those of torch.compile and of data parallelism."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    compiled = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
     while True:
-        if isinstance(model, wrappers):
-            model = model.module
-        elif isinstance(inner := vars(model).get("_modules", {}).get("_orig_mod"), nn.Module):
-            model = inner
+        kind = type(model)  # a subclass may do something else
+        if kind in (nn.DataParallel, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        elif compiled is not None and isinstance(model, compiled):
+            inner = model._orig_mod
         else:
             return model
+        if model._forward_hooks or model._forward_pre_hooks:
+            raise ParameterError(
+                f"hooks are registered on a wrapper, {kind.__name__}, which is taken off; "
+                f"register them on the module "
+                "inside."
+            )
+        assert isinstance(inner, nn.Module)
+        model = inner
+
+
+def twins(model: nn.Module, given: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of the user's model by the names that they have in the copy."""
+    found: dict[str, Tensor] = {}
+    for kind in ("named_parameters", "named_buffers"):
+        own, theirs = list(getattr(model, kind)()), list(getattr(given, kind)())
+        if len(own) == len(theirs):
+            found |= {name: tensor for (name, _), (_, tensor) in zip(own, theirs, strict=True)}
+        else:  # a copy that leaves some out
+            names = {name for name, _ in own}
+            found |= {name: tensor for name, tensor in theirs if name in names}
+    return found
 
 
 class _Bag(nn.EmbeddingBag):
@@ -281,7 +366,7 @@ class _Bag(nn.EmbeddingBag):
 
 
 class _Kernels:
-    """Attention by operations that have second derivatives, for as long as anything here needs it.
+    """Attention by operations that have second derivatives, and compiled functions as they were written.
 
     The switches are PyTorch's and global: the first who enters sets them and the last who leaves, of all threads,
     puts them back.
@@ -299,6 +384,8 @@ class _Kernels:
                 self.undo.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
                 torch.backends.mha.set_fastpath_enabled(False)
                 self.undo.enter_context(sdpa_kernel(SDPBackend.MATH))
+                if "torch._dynamo" in sys.modules:  # else nothing was compiled, and its import takes seconds
+                    self.undo.enter_context(torch.compiler.set_stance("force_eager"))
             self.depth += 1
 
     def __exit__(self, *_: object) -> None:
@@ -331,6 +418,11 @@ def refuse_modes() -> None:
                 "autocast is on around this call and would lower the precision of every product. Leave its block, or "
                 f"call within torch.autocast({device!r}, enabled=False). Lower precision by choice is dtype=."
             )
+    if nn.utils.parametrize._cache_enabled:
+        raise OptionError(
+            "this call is made within torch.nn.utils.parametrize.cached(), which would keep weights computed before. "
+            "Leave its block."
+        )
     if torch.is_inference_mode_enabled():
         raise OptionError(
             "this call is made in inference mode, where nothing can be differentiated. Leave the block of "

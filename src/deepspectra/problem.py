@@ -40,6 +40,11 @@ WEIGHT_BYTES = 2  # or so many times the bytes of the weights, if that is more: 
 GRAPHS = 32  # such batches fit the memory
 
 
+Stamp = tuple[
+    dict[str, Any], str, str, Tensor, int, int
+]  # of a weight: holder, key, name, place, times written
+
+
 class Problem:
     """A model, its loss and its data: L(θ) = Σ_i ω_i ℓ(f(x_i; θ), y_i) / Σ_i ω_i.
 
@@ -142,11 +147,16 @@ class Problem:
             pairs=forward is None,
         )
         self.kept: dict[str, Any] = {}  # what other layers keep with the problem, to be freed with it
-        self._stamps: dict[str, tuple[int, int]] = {}
+        self._stamps: list[Stamp] = []
+        given = unwrapped(model)
+        self._module.suspect(given, self.parameters)
         start, pair = settle(self._module, self.batches, self.loss_function, self.parameters)
         start, pair, self.cuts = arrange(self._module, self.batches, self.parameters, start, pair, mode)
         self._survey(start, pair)
-        saved = prove(self._module, self.loss_function, self._trainable, start, pair, unwrapped(model))
+        if self._module.caught:
+            self._module.follow(given)
+        saved = prove(self._module, self.loss_function, self._trainable, start, pair, given)
+        self._module.suspects = {}
         self._example_bytes = saved / max(1, len(start[1])) if self.cuts else 0.0
         order = None
         if self.cuts:
@@ -154,7 +164,7 @@ class Problem:
                 order = self.batches.sort_by_label()
             self._resize()
             confirm(self._module, self.batches, self.parameters, pair[0], order)
-        self._stamps = self._now()
+        self._stamps = self._stamped()
 
     @property
     def model(self) -> nn.Module:
@@ -233,22 +243,32 @@ class Problem:
         Raises:
             ParameterError: weights of `problem.model` were edited; what is known of them would be half stale.
         """
-        edited = [name for name, stamp in self._now().items() if self._stamps.get(name, stamp) != stamp]
+        edited = [
+            name
+            for holder, key, name, tensor, place, version in self._stamps
+            if holder.get(key) is not tensor or tensor._version != version or _place(tensor) != place
+        ]
         if edited:
             raise ParameterError(
                 f"problem.model was edited after the problem was made: {', '.join(edited[:5])}. Edit the model that "
                 "you made the problem of, and make a new one."
             )
+        if self._module.changed():
+            raise ParameterError(
+                "the network reaches the model itself, captured by a function or a hook, and tensors of that were "
+                "exchanged, or its mode was set, since the problem was made. Make a new one."
+            )
         return self.batches
 
-    def _now(self) -> dict[str, tuple[int, int]]:
-        """Where each weight lies and how often it was written to, without buffers that the network itself writes."""
-        model = self.model
-        return {
-            name: (value.data_ptr() if value.layout == torch.strided else 0, value._version)
-            for name, value in (*model.named_parameters(), *model.named_buffers())
-            if name not in self._module.written
-        }
+    def _stamped(self) -> list[Stamp]:
+        """Where each weight stands and lies and how often it was written to, but for what the network writes."""
+        return [
+            (holder, key, name, tensor, _place(tensor), tensor._version)
+            for path, module in self.model.named_modules()
+            for holder in (module._parameters, module._buffers)
+            for key, tensor in holder.items()
+            if tensor is not None and (name := f"{path}.{key}".lstrip(".")) not in self._module.written
+        ]
 
     @property
     def splits_by_class(self) -> bool:
@@ -345,7 +365,7 @@ class Problem:
             )
             for batch in self.batches
         )
-        found = survey(evaluated, self.loss_function)
+        found = survey(evaluated, self.loss_function, self.batches.num_batches)
         self.num_examples, self.total_weight = found.num_rows, found.total_weight
         self.num_classes = found.num_classes
         if not found.is_mean(self.dtype) and (self.cuts or self.batches.num_batches > 1):
@@ -399,13 +419,13 @@ class Problem:
                 "a problem whose network reaches its parameters by other ways than their names cannot be copied or "
                 "pickled; make a new one of the model."
             )
-        return {**vars(self), "kept": {}, "parameters": tuple(self.parameters)}
+        return {**vars(self), "kept": {}, "parameters": tuple(self.parameters), "_stamps": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         own = dict(self.model.named_parameters())
         self.parameters = {name: own[name].detach() for name in state["parameters"]}
-        self._stamps = self._now()
+        self._stamps = self._stamped()
 
     def _cast(self, dtype: torch.dtype) -> Problem:
         """A copy with a model of its own in another dtype; its data is yet to be replaced."""
@@ -415,7 +435,7 @@ class Problem:
         other._module = self._module.recast(twin)
         own = dict(other.model.named_parameters())
         other.parameters = {name: own[name].detach() for name in self.parameters}
-        other._stamps = other._now()
+        other._stamps = other._stamped()
         return other
 
     @property
@@ -477,6 +497,11 @@ class Problem:
             f"<Problem: {type(self.model).__name__}, {self.num_parameters:,} parameters, "
             f"{self.num_examples:,} examples, {self.num_classes} classes, {self.loss_function.name}>"
         )
+
+
+def _place(tensor: Tensor) -> int:
+    """Where its numbers lie."""
+    return tensor.data_ptr() if tensor.layout == torch.strided else 0
 
 
 def _one_dtype(model: nn.Module, first: torch.dtype) -> torch.dtype:

@@ -244,7 +244,7 @@ def test_two_standard_errors_cover_counts():
 def test_a_count_between_exact_eigenvalues_is_exact():
     values = trained(300)
     count, error = density(rotated(values), 5, 40).count_above(0.01)
-    assert (count, error) == (pytest.approx(int((values > 0.01).sum()), abs=1e-5), pytest.approx(0, abs=1e-5))
+    assert (round(count, 9), round(error, 9)) == (int((values > 0.01).sum()), 0)
 
 
 @pytest.mark.parametrize("scale", [2.0**-23, 2.0**23])  # about 1e∓7, without rounding
@@ -290,7 +290,9 @@ def test_the_vectors_of_the_run_that_found_the_pairs_are_no_probes():
     values = torch.linspace(-1, 1, 80, dtype=torch.float64)
     A, means = Matrix(rotated(values)), []
     for seed in range(60):
-        top = eigenpairs(A, 3, rtol=1e-2, seed=seed)
+        with warnings.catch_warnings():  # deflated whether or not a copy may be missing
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            top = eigenpairs(A, 3, rtol=1e-2, seed=seed)
         found = density(A, 4, 8, deflate=top, seed=seed)
         assert found.num_products == 4 * 8 + 1  # and the check of the pairs
         means.append((found.mean, found.mean_standard_error))
@@ -368,11 +370,11 @@ def test_no_copy_is_counted_without_a_basis(dtype, num_steps):
     values = trained(2000)
     operator = of_values(values, dtype)
     run = Products(operator, 4 * num_steps, None)
-    start = run.gaussian(4, stream(0, "density"))
-    nothing, generator = torch.zeros(0, 2000, dtype=dtype), stream(0, "density")
+    start = run.gaussian(4, stream(1, "density"))  # no probe lacks one of the ten
+    nothing, generator = torch.zeros(0, 2000, dtype=dtype), stream(1, "density")
     for alpha, beta in _tridiagonals(run, nothing, 4, num_steps, generator):
         assert int((torch.linalg.eigvalsh(_tridiagonal(alpha, beta)) > 0.05).sum()) > 10  # copies there are
-    result = density(operator, 4, num_steps, basis="none")
+    result = density(operator, 4, num_steps, seed=1, basis="none")
     for probe in range(4):
         above = (result.probes == probe) & (result.nodes > 0.05)
         assert int(above.sum()) == 10

@@ -313,14 +313,6 @@ def test_the_vectors_of_the_run_that_found_the_pairs_are_no_probes():
     assert float((off.abs() <= 2 * errors).double().mean()) >= 0.9
 
 
-def test_a_restarted_run_is_no_probe():
-    exact = trained(3000)
-    A = Function(lambda block: exact[:, None] * block, 3000, dtype=torch.float64)
-    A.memory = 3000 * 8 * 22
-    top = eigenpairs(A, num=10, rtol=1e-6)
-    assert top.quadrature is None or max(top.quadrature.num_steps) < 12
-
-
 def test_everything_deflated_needs_one_product_to_see_that_it_is_so():
     matrix = rotated(torch.linspace(-1, 1, 12))
     everything = eigenpairs(matrix, 12)

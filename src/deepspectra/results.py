@@ -113,21 +113,6 @@ class ByLayer(Mapping[str, Entry]):
 
 
 @dataclass(frozen=True)
-class Quadrature:
-    """What random vectors in a Krylov basis say of a spectrum: Gauss quadrature of (1/P) Σ_i δ(λ − λ_i).
-
-    Attributes:
-        nodes: (m,) ascending, float64.
-        weights: (r, m), one row of sum 1 a random vector.
-        num_steps: of each random vector; its row is exact for polynomials of degree 2·num_steps − 1.
-    """
-
-    nodes: Tensor
-    weights: Tensor
-    num_steps: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Separation:
     """How far eigenpairs lie from the rest of the spectrum, if the run has seen all of it that is near.
 
@@ -163,8 +148,6 @@ class Eigenpairs(Tabular, columns=("values", "residual_norms", "error_bounds", "
         which: the end of the spectrum asked for.
         rtol: the relative tolerance asked for.
         provenance: where it came from.
-        quadrature: what the run's random vectors saw of the spectrum without these pairs; None after a restart
-            of the basis, or when they saw nothing else.
         separation: from the rest of the spectrum; None where it is not known.
         num_sample_products: products with the sample that the search started from, beside `num_products`.
     """
@@ -178,7 +161,6 @@ class Eigenpairs(Tabular, columns=("values", "residual_norms", "error_bounds", "
     which: str
     rtol: float
     provenance: Provenance
-    quadrature: Quadrature | None = None
     separation: Separation | None = None
     num_sample_products: int = 0
 

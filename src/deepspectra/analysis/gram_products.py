@@ -78,7 +78,6 @@ def nonzero_density(
         values=pairs.values[:num],
         residual_norms=pairs.residual_norms[:num],
         vectors=vectors[:, :num],
-        quadrature=None,
         separation=None,
     )
     found = density(gram, num_probes, num_steps, known if num else None, seed, progress)

@@ -12,6 +12,7 @@ from deepspectra.algorithms.eigenpairs import unchallenged
 from deepspectra.algorithms.lanczos import seeded
 from deepspectra.operators.curvature import Hessian
 from deepspectra.problem import Problem
+from deepspectra.results import standard_error
 
 SHARE = 15  # of the examples one in so many is drawn,
 FEWEST = 500  # but not fewer than these
@@ -53,10 +54,7 @@ def residual_norm(
     image -= vectors @ (vectors.T @ image)
     squares = image.double().square().sum(0).cpu()
     norm = float(squares.mean().sqrt())
-    error = (
-        float(squares.std()) / num_checks**0.5 / (2 * norm) if num_checks > 1 and norm > 0 else float("nan")
-    )
-    return norm, error
+    return norm, float(standard_error(squares)) / (2 * norm) if norm > 0 else float("nan")
 
 
 def overlap_bound(norm: float, gap: float, num: int) -> float:

@@ -324,7 +324,9 @@ class Density(Tabular, columns=("nodes", "weights", "probes")):
         """Standard errors (k,) of the means over the spectrum of functions with these values (k, M) at the nodes.
 
         zᵀf(A)z/‖z‖² of a Gaussian z in d dimensions varies by 2/(d+2) times the variance of f over the spectrum,
-        which the nodes know better than the scatter of a few probes does. No eigenvalue has less than 1/P.
+        which the nodes know better than the scatter of a few probes does. No eigenvalue has less than 1/P. That
+        variance is an estimate, too, low where the mean is when few eigenvalues make both, such as the copies of one
+        that probes are not freed of: it is taken at the upper end of its own band.
         """
         free = self.probes >= 0
         mass = float(self.weights[free].sum())
@@ -334,8 +336,11 @@ class Density(Tabular, columns=("nodes", "weights", "probes")):
             return torch.full((len(values),), math.nan, dtype=torch.float64)
         means = values[:, free] @ self.weights[free] / mass
         weights = self.weights[free].clamp_min(1 / (self.size * self.num_probes)) / mass
-        spread = (values[:, free] - means[:, None]).square() @ weights
-        return mass * (2 / (mass * self.size + 2) * spread / self.num_probes).sqrt()
+        unit = 2 / (mass * self.size + 2) / self.num_probes
+        squares = (values[:, free] - means[:, None]).square()
+        spread = squares @ weights
+        doubt = (squares - spread[:, None]).square() @ weights
+        return mass * (unit * (spread + 2 * (unit * doubt).sqrt())).sqrt()
 
     @overload
     def cdf(self, x: float) -> float: ...

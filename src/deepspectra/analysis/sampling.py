@@ -53,13 +53,15 @@ def residual_norm(
     image = Hessian(problem) @ (vectors @ mixed.to(vectors))
     image -= vectors @ (vectors.T @ image)
     squares = image.double().square().sum(0).cpu()
-    norm = float(squares.mean().sqrt())
-    return norm, float(standard_error(squares)) / (2 * norm) if norm > 0 else float("nan")
+    norm, error = float(squares.mean().sqrt()), float(standard_error(squares))
+    return norm, error / (2 * norm) if norm > 0 else error
 
 
 def overlap_bound(norm: float, gap: float, num: int) -> float:
     """At least so large is ‖Uᵀ X‖² / m, with ‖(I − UUᵀ) H U‖_F and the eigenvalues of X (P, m) so far above the rest.
 
-    From Davis and Kahan's sin Θ theorem; 0 where it says nothing.
+    From Davis and Kahan's sin Θ theorem; 0 where it says nothing, NaN where the norm is.
     """
+    if math.isnan(norm):
+        return norm
     return max(0.0, 1 - (norm / gap) ** 2 / num) if norm < gap else 0.0

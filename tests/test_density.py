@@ -178,7 +178,7 @@ def test_a_value_of_more_copies_than_probes_keeps_its_mass():
     counts = [density(rotated(values), 3, 10, seed=s).count_above(4.0) for s in range(40)]
     mean, error = (sum(column) / 40 for column in zip(*counts, strict=True))
     assert mean == pytest.approx(6, abs=3 * error / math.sqrt(40))
-    assert sum(abs(count - 6) <= 2 * own for count, own in counts) >= 30  # the probes share what they lock
+    assert sum(abs(count - 6) <= 2 * own for count, own in counts) >= 36  # 95 % are stated: 38, up to chance
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -35,6 +35,7 @@ bench: $(BENCH)/.installed ## measure cost and accuracy beside the peers, write 
 reproduce: $(VENV)/.installed ## measure the papers' claims on DEEPSPECTRA_DATA (hours), write docs/claims.md and docs/dissecting.md
 	$(BIN)/python -m reproductions
 	$(BIN)/python -m reproductions.dissecting
+	$(BIN)/python -m reproductions.coverage
 
 clean: ## remove the environment and every cache
 	rm -rf $(VENV) $(BENCH) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -144,6 +144,53 @@ def test_draws_follow_the_seed_and_errors_fall_with_their_number() -> None:
     assert all(torch.tensor(list(ds.kronecker(problem, samples=1).standard_errors.values())).isnan())
 
 
+class Chosen(nn.Module):
+    """Values choose the places of examples, which are therefore held before the first is given out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort()
+        return self.o(torch.tanh(self.a(x[order])))[order.argsort()]
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_every_pass_draws_anew(chosen: bool) -> None:
+    torch.manual_seed(5)
+    model = Chosen() if chosen else nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    captures = DrawnCaptures(
+        Case(model.double(), chunks(torch.randn(6, 3).double(), labels(6, 3), [6])).problem(), 2, 0
+    )
+    assert captures.plan.by_value == chosen
+    first, second = ([use.errors for batch in captures.batches() for use in batch.uses] for _ in range(2))
+    assert all(error(one, other) > 0.1 for one, other in zip(first, second, strict=True))
+
+
+def test_rows_that_belong_to_no_examples_share_their_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(6)
+    links, a, o = (torch.rand(8, 8) < 0.4).double() + torch.eye(8).double(), nn.Linear(3, 4), nn.Linear(4, 3)
+    model = nn.ModuleList([a, o]).double()
+    data = {"x": torch.randn(8, 3).double(), "y": labels(8, 3), "links": links}
+    problem = ds.Problem(
+        model, [data], forward=lambda m, b: (b["links"] @ m[1](torch.tanh(b["links"] @ m[0](b["x"]))), b["y"])
+    )
+    assert draws.num_scalars(problem) == 16
+    exact = ds.kronecker(problem, samples=0)
+    captures = DrawnCaptures(problem, 9, 0)
+    runs = [made_from(captures, "kfac") for _ in range(60)]
+    for name, block in exact.blocks.items():
+        found, errors = (
+            [run.blocks[name].dense() for run in runs],
+            [run.standard_errors[name] for run in runs],
+        )
+        check(found, [block.dense()] * 60, errors, 0.75)
+    monkeypatch.setattr(draws, "MOST_PASSES", 15)
+    with pytest.warns(FallbackWarning, match="16 scalars"):
+        ds.kronecker(problem)
+
+
 def test_an_inverse_of_draws_is_that_of_their_factors() -> None:
     K = ds.kronecker(small("pixels").problem(), "ekfac", samples=4)
     identity = torch.eye(K.shape[0]).double()

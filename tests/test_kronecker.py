@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -482,6 +484,32 @@ def test_separate_inputs_of_attention_give_a_block_each() -> None:
 def test_a_parameter_used_in_two_ways_is_refused(name: str) -> None:
     with pytest.raises(CurvatureError, match="different ways"):
         ds.kronecker(CASES[name]().problem())
+
+
+def spread(z: Tensor, y: Tensor) -> Tensor:
+    return functional.mse_loss(z, y) + z.var(0).sum()
+
+
+def contrast(z: Tensor, _: Tensor) -> Tensor:
+    return functional.cross_entropy(z @ z.T / 2, torch.arange(len(z)))
+
+
+def partial_likelihood(z: Tensor, y: Tensor) -> Tensor:
+    risk = z[y[:, 0].argsort(descending=True), 0]
+    return (risk.logcumsumexp(0) - risk).mean()
+
+
+@pytest.mark.parametrize("loss", [spread, contrast, partial_likelihood])
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "optimal"])
+def test_rows_that_interact_in_the_loss_have_no_factors(loss: Callable[..., Tensor], kind: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    data = [(torch.randn(7, 3).double(), torch.randn(7, 2).double())]
+    problem = ds.Problem(model, data, loss=loss)
+    for samples in (None, 1) if kind != "optimal" else (None,):
+        with pytest.raises(LossError, match="rows of a batch interact"):
+            ds.kronecker(problem, kind, samples=samples)
+    ds.kronecker(ds.Problem(model, data, loss=lambda z, y: (z - y).square().sum() / len(z)), kind)
 
 
 def test_options_and_losses_are_checked() -> None:

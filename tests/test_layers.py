@@ -12,7 +12,7 @@ import deepspectra as ds
 from deepspectra.analysis.gram import EigenBasis
 from deepspectra.errors import FallbackWarning, LossError, MemoryBudgetError
 from deepspectra.operators.curvature import HessianBlock
-from nets import CASES, CLASSIFICATION, chunks, labels
+from nets import CASES, CLASSIFICATION, Case, chunks, labels
 from reference import Reference, case_and_reference, error
 
 FIVE = ("class", "logit", "interaction", "within", "true")
@@ -181,6 +181,55 @@ def test_gradients_without_the_mean_feature(name: str) -> None:
         for part in FIVE:
             expected = centred.T @ ref.projections[part] @ centred
             assert agrees(layer.centred.parts[part], expected, scale)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_grouped_kernels_have_the_features_of_their_group(groups: int) -> None:
+    """Products of means, and gradients without the mean feature, by their definitions."""
+    torch.manual_seed(groups)
+    net = nn.Sequential(nn.Conv2d(4, 8, 2, groups=groups), nn.Tanh(), nn.Flatten(), nn.Linear(32, 3)).double()
+    x, y = torch.randn(9, 4, 3, 3).double(), labels(9, 3)
+    case = Case(net, [(x[:4], y[:4]), (x[4:], y[4:])])
+    ref = Reference(case)
+    layer = ds.layers(case.problem(), hessian=False)["0"]
+    assert layer.khatri_rao is not None
+    assert layer.centred is not None
+    features = torch.nn.functional.unfold(x, 2).mT.unflatten(2, (groups, -1))  # (n, T, groups, d)
+    _, e = inputs_and_errors(ref, net[0])
+    e = e.view(len(x), 3, groups, 8 // groups, 4)
+    size, biases = net[0].weight.numel(), 8
+    w_c, g_c, w_ck, g_ck = ref.means
+    for c in range(3):
+        inside = ref.labels == c
+        h_c = features[inside].mean(0)
+        for k in range(3):
+            if k != c:
+                mean_error = (ref.weights[inside, k, None, None, None] * e[inside, k]).sum(0) / w_ck[c, k]
+                product = torch.einsum("got,tgd->god", mean_error, h_c).flatten()
+                gradient = g_ck[c, k, :size]
+                cosine = gradient @ product / (gradient.norm() * product.norm())
+                assert float(layer.khatri_rao.cross_cosine[c, k]) == pytest.approx(float(cosine), abs=1e-9)
+    mean = features.mean((0, 1))[:, None].expand(groups, 8 // groups, -1).flatten(0, 1)  # (o, d)
+    rows, summed = ref.rows[:, :size], ref.rows[:, size : size + biases]
+    centred = rows - torch.einsum("ro,od->rod", summed, mean).flatten(1)
+    scale = float(descending(centred.T @ centred)[0])
+    assert agrees(layer.centred.values, centred.T @ centred, scale)
+    assert agrees(layer.gradients.values, ref.block(ref.gauss_newton, "0.*"), scale)
+    assert float(w_c.min()) > 0
+    assert g_c.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e12])
+def test_a_saturated_network_has_layers_of_no_curvature(scale: float) -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    nn.init.normal_(net[2].weight, std=scale)
+    problem = ds.Problem(net, (torch.randn(9, 5).double(), labels(9, 3)))
+    largest = float(torch.linalg.eigvalsh(ds.GaussNewton(problem).dense())[-1])
+    for layer in ds.layers(problem, hessian=False):
+        assert float(layer.gradients.values[0]) <= 1.0001 * largest
+        assert layer.khatri_rao is not None
+        assert layer.collapse is not None
+        assert layer.collapse.nc1 > 0
 
 
 def test_logit_means_of_constant_features_are_products_with_them() -> None:

@@ -517,7 +517,6 @@ def test_the_caption_says_what_the_curves_do_not_show(dataset):
         "smallest_drawn": [1e-6, 1e-6, 1e-6],
         "resolved_above": [3e-3, 0.0, 2e-3],
         "unresolved_share": [0.8, 0.0, 0.7],
-        "band_factor": [3.18, np.nan, 3.18],
     }.items():
         told[name] = ("operator", values)
     text = re.sub(r"<[^>]+>", "", FIGURES["spectrum"][2](told))
@@ -525,7 +524,7 @@ def test_the_caption_says_what_the_curves_do_not_show(dataset):
     assert "the estimate's own: of H up to |λ| = 0.003, with 80.0% of all eigenvalues and R up to" in text
     assert "R up to |λ| = 0.002, with 70.0% of all eigenvalues." in text
     assert "Not drawn on the logarithmic axis: 20.0% of those of H, smaller than 10⁻⁶." in text
-    assert "± 3.2 standard errors" in text
+    assert "± 2 standard errors" in text
     points = [
         row for row in values_of(report.log_spectrum(told)) if "faint" in row and row["operator"] == "hessian"
     ]

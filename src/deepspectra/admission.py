@@ -44,7 +44,7 @@ FEW_ROWS = 32  # of each batch, on which a loss is compared with a mean over row
 MISFIT = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative, of the loss of a batch to those of its parts
 MISFIT_HALF = 0.05
 CHECKPOINTS = "activation checkpointing must be off"
-CALLER = 4  # frames up from a warning given here to the code that made the problem
+CALLER = 3  # frames up from a warning given here to the code that made the problem
 Pair = tuple[Tensor, Tensor]
 Tree = dict[str, Tensor]
 
@@ -64,10 +64,9 @@ def settle(module: Evaluated, batches: Batches, loss: Loss, parameters: Tree) ->
         try:
             pair = _first_values(module, parameters, batch)
         except DataError:
-            ours = batches.held is not None and not batches.is_given
-            if first is not None or batches.num_batches == 1 or not ours:
+            # It may run on all examples alone, as on the nodes of a graph.
+            if first is not None or batches.num_batches == 1 or batches.held is None or not batches.join():
                 raise
-            batches.join()  # it may run on all examples alone, as on the nodes of a graph
             return settle(module, batches, loss, parameters)
         rows, _ = loss.rows(*pair)
         if not len(rows):
@@ -289,7 +288,7 @@ def prove(
         ParameterError: no parameter has an effect, or some are reached by ways that cannot be followed.
         LossError: the loss reads parameters itself.
 
-    Cost: a gradient of the batch.
+    Cost: a gradient of the batch; two where parameters are reached by other ways.
     """
     model = module.model
     own = {name: p for name, p in model.named_parameters() if name in trainable}
@@ -347,7 +346,7 @@ def prove(
             f"its forward?), though the "
             f"problem is in {dtype}: its derivatives are as coarse as that, a percent or so.",
             FallbackWarning,
-            stacklevel=CALLER - 1,
+            stacklevel=CALLER,
         )
     return saved.num_bytes
 
@@ -362,7 +361,9 @@ def _check_outputs(outputs: Tensor) -> None:
 
 def _check_same(first: Tensor, again: Tensor) -> None:
     """Raise NondeterminismError unless two passes gave the same."""
-    if not torch.allclose(first, again, rtol=1e-5, atol=1e-6 * float(first.abs().max())):
+    if first.shape != again.shape or not torch.allclose(
+        first, again, rtol=1e-5, atol=1e-6 * float(first.abs().max())
+    ):
         raise NondeterminismError(
             "the model gives different outputs for one batch in evaluation mode (functional dropout with "
             "training=True, or random noise in forward?). Make forward deterministic."

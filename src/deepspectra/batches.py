@@ -216,13 +216,13 @@ class Batches:
         self._cut(*whole, math.ceil(len(whole[0]) / count))
 
     def join(self) -> bool:
-        """Make one batch of all examples, if cutting them into batches was not the user's choice; False if it was.
+        """Make one batch of all examples, if cutting them was not the user's choice and they are tensors; else False.
 
         Raises:
             MemoryBudgetError: they do not fit.
         """
         if self.num_batches > 1:
-            if self.is_given:
+            if self.is_given or (self.held and next(other_lengths(self.held[0]), None) is not None):
                 return False
             if self.held is None:
                 raise MemoryBudgetError(

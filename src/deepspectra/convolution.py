@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
@@ -21,7 +22,7 @@ Settings = tuple[list[int], list[int], list[int], bool, list[int], int]
 class Convolutions(TorchFunctionMode):
     """Within this mode `torch.conv1d`, `conv2d` and `conv3d` are differentiated twice as said above.
 
-    A call in another form (padding by name, an input without batch dimension) is left as it is.
+    A call in another form (an input without batch dimension) is left as it is.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -44,13 +45,24 @@ def read_call(
     groups: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor | None, Settings] | None:
     """What `torch.convolution` needs for the call, or None if this module does not treat its form."""
-    if isinstance(padding, str) or input.ndim != num_dims + 2 or not input.is_floating_point():
+    if input.ndim != num_dims + 2 or not input.is_floating_point():
         return None
-    sizes = [
-        [value] * num_dims if isinstance(value, int) else list(value) for value in (stride, padding, dilation)
-    ]
-    stride, padding, dilation = (value * num_dims if len(value) == 1 else value for value in sizes)
+    stride, dilation = (_each(value, num_dims) for value in (stride, dilation))
+    if padding == "same" and set(stride) == {1}:
+        spans = [size * (kernel - 1) for size, kernel in zip(dilation, weight.shape[2:], strict=True)]
+        padding = [span // 2 for span in spans]
+        if any(span % 2 for span in spans):  # one more at the end, as PyTorch does
+            input = functional.pad(input, [end for span in reversed(spans) for end in (0, span % 2)])
+    elif isinstance(padding, str) and padding != "valid":
+        return None  # PyTorch says what is wrong
+    padding = _each(0 if padding == "valid" else padding, num_dims)
     return input, weight, bias, (stride, padding, dilation, False, [0] * num_dims, groups)
+
+
+def _each(value: Any, num_dims: int) -> list[int]:
+    """One number a dimension."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * num_dims if len(values) == 1 else values
 
 
 class _Convolution(torch.autograd.Function):

@@ -183,11 +183,11 @@ def evaluation_copy(model: nn.Module, mode: str = "eval") -> nn.Module:
             "the model is in training mode with dropout or batch norm; the spectrum is that of evaluation "
             "mode (dropout off, running statistics). Call model.eval() to say so yourself.",
             FallbackWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     if mode == "train" and any(isinstance(m, DROPOUTS) and m.p > 0 for m in modules):
         warnings.warn(
-            "mode='train' is for batch norm; dropout is random and stays off.", FallbackWarning, stacklevel=4
+            "mode='train' is for batch norm; dropout is random and stays off.", FallbackWarning, stacklevel=3
         )
     try:
         twin = _copied(model, modules)

@@ -360,7 +360,7 @@ class MeanLoss(Loss):
         tiny = torch.finfo(torch.float64).tiny
         of_values = (whole - values.sum()).abs() / (whole.abs() + values.abs().sum()).clamp_min(tiny)
         of_slopes = (slope - slopes).norm() / (slope.norm() + slopes.norm()).clamp_min(tiny)
-        return max(float(of_values), float(of_slopes))
+        return float(torch.stack([of_values, of_slopes]).max())  # NaN if either is
 
     def rows_interact(self, outputs: Tensor, targets: Tensor) -> bool:
         """As said there: a tangent of one half has curvature in the other."""

@@ -91,7 +91,8 @@ class Problem:
         LossError: the loss is unknown, not a mean, reads parameters itself, or fails on its outputs and targets.
         CurvatureError: the loss cannot be backpropagated.
 
-    Cost: a forward pass over the data, the gradient of one batch, and a second reading of a loader.
+    Cost: a forward pass over the data, and of one batch or a few of its examples up to twice more, the gradient of
+    one batch, and a second reading of a loader.
     """
 
     def __init__(
@@ -281,7 +282,7 @@ class Problem:
     def refuse_interacting_rows(self) -> None:
         """Raise LossError if the loss of a row depends on other rows of its batch, so that none has one of its own.
 
-        Cost: the loss and its curvature of one batch.
+        Cost: a forward pass, the loss and its curvature of one batch.
         """
         if self.loss_function.is_mean:
             return
@@ -360,14 +361,20 @@ class Problem:
         self.batches.resize(max(1, int(min(wanted, self.memory / GRAPHS) / max(1.0, self._example_bytes))))
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """This problem in another floating-point type, as a further copy of the model."""
+        """This problem in another floating-point type, as a further copy of the model.
+
+        Raises:
+            DataError: the model fails in that type.
+        """
         if dtype == self.dtype:
             return self
         other = self._cast(dtype)
         other.batches = self.batches.moved(Move(self.device, dtype))
-        with reported(
-            DataError, f"the model, taken in {dtype}, failed on data that it takes in {self.dtype}"
+        with (
+            reported(DataError, f"the model, taken in {dtype}, failed on data that it takes in {self.dtype}"),
+            warnings.catch_warnings(),
         ):
+            warnings.simplefilter("ignore", FallbackWarning)  # what there is to say was said of this problem
             other._survey()
         return other
 
@@ -481,7 +488,7 @@ def _one_dtype(model: nn.Module, first: torch.dtype) -> torch.dtype:
             f"the model's parameters are of the types {', '.join(sorted(map(str, found)))}; all are taken in "
             f"{widest}. Pass dtype= to choose.",
             FallbackWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     return widest
 

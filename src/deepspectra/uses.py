@@ -8,6 +8,7 @@ from features and errors, at a fraction of the cost of forming gradients.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class Use(ABC):
         self.given = given
         self.errors = torch.empty(0)
         self.num_examples = 0
+        self.num_rows = 0  # of outputs, of all its examples
+        self.is_whole = False  # a whole batch is its one example, since rows belong to no single ones
 
     def arrange(self, layout: Layout, num_examples: int) -> None:
         """Put the examples first in what was given."""
@@ -80,6 +83,12 @@ class Use(ABC):
         """All that enters, (B, D)."""
         assert self.given is not None
         return self.given.flatten(1)
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """What uses of other examples have in common with this one if they can be joined."""
+        shape = None if self.given is None else self.given.shape[1:]
+        return self.slice, type(self), shape, self.errors.shape[1:]
 
     @property
     def num_bytes(self) -> int:
@@ -135,6 +144,8 @@ class Vectors(Use):
 class Matrix(Use):
     """A matrix W (o, d) that takes features h_t (d) to outputs (o): gradients Σ_t e_t h_tᵀ."""
 
+    groups = 1  # of outputs, each with features of its own
+
     @property
     def size(self) -> tuple[int, int]:
         """(o, d)."""
@@ -150,7 +161,7 @@ class Matrix(Use):
 
     def reduce(self, errors: Tensor) -> Tensor:
         """(B, o, T)."""
-        return errors.reshape(len(errors), -1, errors.shape[-1]).mT
+        return errors.reshape(errors.shape[0], -1, errors.shape[-1]).mT
 
     def features(self, chosen: slice | Tensor = slice(None)) -> Tensor:
         """Of chosen examples, (b, T, d)."""
@@ -176,7 +187,7 @@ class Matrix(Use):
     def combined(self, mixed: Tensor, chosen: slice | Tensor) -> Tensor:
         """Errors of chosen examples, combined by mixed (b, J, K): (b, K, o, T)."""
         errors = self.errors[chosen]
-        return (mixed.mT @ errors.flatten(2)).view(len(errors), -1, *errors.shape[2:])
+        return (mixed.mT @ errors.flatten(2)).view(len(errors), mixed.shape[2], *errors.shape[2:])
 
     def gradients(self, combined: Tensor, chosen: slice | Tensor) -> Tensor:
         """Σ_b Σ_t e_t h_tᵀ for errors (b, K, o, T): (K, o, d)."""
@@ -207,7 +218,7 @@ class Matrix(Use):
         rows = []
         for feature, error in zip(features, errors, strict=True):
             similar = (others.flatten(0, 1) @ feature.T).view(
-                len(others), 1, -1, len(feature)
+                len(others), 1, others.shape[1], len(feature)
             )  # (b', 1, T', T)
             mixed = their_errors @ similar  # (b', J', o, T)
             rows.append(error.flatten(1) @ mixed.flatten(2).flatten(0, 1).T)
@@ -307,7 +318,7 @@ class Lookup(Use):
     def reduce(self, errors: Tensor) -> Tensor:
         """(B, T, d); zero where the padding is taken."""
         assert self.given is not None
-        errors = errors.reshape(len(errors), -1, errors.shape[-1])
+        errors = errors.reshape(errors.shape[0], -1, errors.shape[-1])
         return errors if self.padding is None else errors * (self.given != self.padding)[:, :, None]
 
     def push(self, tangents: Tensor) -> Tensor:
@@ -355,12 +366,30 @@ class Lookup(Use):
 
 
 class Alone(Vectors):
-    """A parameter whose uses are not understood: gradients of single examples, one by one."""
+    """A parameter whose uses are not understood: its gradients themselves are its errors."""
 
-    def __init__(self, slice: Slice, gradients: Tensor) -> None:
-        super().__init__(slice, None, ())
-        self.num_examples = len(gradients)
-        self.errors = gradients
+    def reduce(self, errors: Tensor) -> Tensor:
+        """(B, numbers)."""
+        return errors.flatten(1)
+
+
+def joined(lists: list[list[Use]]) -> list[Use] | None:
+    """Uses of some examples after those of others, one by one; None if they are not alike."""
+    first = lists[0]
+    if any([use.alike for use in uses] != [use.alike for use in first] for uses in lists):
+        return None
+    result = []
+    for mine in zip(*lists, strict=True):
+        use = copy.copy(mine[0])
+        use.errors = torch.cat([one.errors for one in mine])
+        given = [one.given for one in mine if one.given is not None]
+        use.given = torch.cat(given) if given else None
+        use.num_examples, use.num_rows = (
+            sum(one.num_examples for one in mine),
+            sum(one.num_rows for one in mine),
+        )
+        result.append(use)
+    return result
 
 
 @dataclass(frozen=True)
@@ -374,24 +403,37 @@ class Layout:
         """The dimension that the examples are in."""
         return int(self.kind == "second")
 
+    def divides(self, tensor: Tensor | None, num_examples: int) -> bool:
+        """Whether a tensor has as many entries for each example."""
+        if tensor is None:
+            return True
+        size = tensor.shape[self.dim] if tensor.ndim > self.dim else 0
+        return size == num_examples if self.kind == "second" else size % num_examples == 0
+
+    def differs(self, tensor: Tensor, num_examples: int) -> bool:
+        """Whether it is another order than those before it in `LAYOUTS`, of a tensor that it divides."""
+        return self.divides(tensor, num_examples) and (
+            self.kind != "interleaved" or len(tensor) != num_examples
+        )
+
     def examples_first(self, tensor: Tensor, num_examples: int) -> Tensor:
         """(B, s, ...), with s what else the dimension of the examples held; 1 if nothing."""
         if self.kind == "second":
             return tensor.transpose(0, 1)[:, None]
+        total, *rest = tensor.shape or (num_examples,)
+        size = total // num_examples
         if self.kind == "interleaved":
-            return tensor.reshape(-1, num_examples, *tensor.shape[1:]).transpose(0, 1)
-        return tensor.reshape(num_examples, -1, *tensor.shape[1:])
+            return tensor.reshape(size, num_examples, *rest).transpose(0, 1)
+        return tensor.reshape(num_examples, size, *rest)
 
-    def fits(self, errors: Tensor, coded: Tensor, codes: Tensor) -> bool:
+    def fits(self, errors: Tensor, coded: Tensor, codes: Tensor, limit: float) -> bool:
         """Whether errors, and errors of scalars multiplied by an example's code, agree with this order."""
-        if self.kind == "second":
-            if errors.ndim < 2 or errors.shape[1] != len(codes):
-                return False
-        elif len(errors) % len(codes):
-            return False
-        plain, other = (self.examples_first(tensor, len(codes)) for tensor in (errors, coded))
-        wide = codes.view(-1, *[1] * (plain.ndim - 1)) * plain
-        return torch.allclose(wide, other, rtol=1e-6, atol=1e-9 * float(other.abs().max()))
+        if not errors.numel():
+            return True
+        plain, other = (self.examples_first(tensor, len(codes)).flatten(1) for tensor in (errors, coded))
+        gaps, sizes = (codes[:, None] * plain - other).abs().amax(1), other.abs().amax(1)
+        return bool((gaps <= limit * (sizes + 1e-2 * sizes.max())).all())
 
 
-LAYOUTS = (Layout("blocks"), Layout("interleaved"), Layout("second"))
+BLOCKS = Layout("blocks")
+LAYOUTS = (BLOCKS, Layout("interleaved"), Layout("second"))

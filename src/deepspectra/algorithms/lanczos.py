@@ -124,7 +124,7 @@ class Krylov:
         """
         block = vectors.to(self.rows, copy=True)
         norms = _norms(block)
-        largest = float(norms.max()) or 1.0
+        largest = max(norms.tolist(), default=0.0) or 1.0
         within, beyond, _ = self._absorb(block, largest * float((norms / largest).norm()))
         rows = torch.zeros(beyond.shape[0], self.num_basis, dtype=torch.float64)
         self.projected = torch.cat([self.projected, rows])

@@ -76,9 +76,12 @@ def nonzero_density(
     known = replace(
         pairs,
         values=pairs.values[:num],
-        residual_norms=pairs.residual_norms[:num],
+        residual_norms=pairs.residual_norms[:num] * (pairs.values[0] / pairs.values[:num]).sqrt(),
         vectors=vectors[:, :num],
         separation=None,
+        provenance=Provenance.of(
+            gram, seed
+        ),  # ‖K v − λ v‖ = ‖A (G u − λ u)‖/√λ is at most √(λ₁/λ) times G's own
     )
     found = density(gram, num_probes, num_steps, known if num else None, seed, progress)
     zero = found.nodes.new_zeros(1)

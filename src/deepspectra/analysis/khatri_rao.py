@@ -47,14 +47,15 @@ def centred_spectrum(
     """Of Σ_t e_t (h_t − h̄)ᵀ, from inner products.
 
     With s = Σ_t e_t and q = Σ_t e_t (h_tᵀh̄) they are those of the gradients, less s qᵀ and its transpose, plus
-    ‖h̄‖² s sᵀ.
+    ‖h̄‖² s sᵀ; with grouped kernels h and h̄ are what enters an output's own group.
     """
     began = time.perf_counter()
     mean = _mean_features(uses, parts).mean(0)
     pairs = [_summed(use, mean) for use in uses]
     s, q = (torch.cat([pair[j] for pair in pairs]).double() for j in range(2))
     gram = gram_of([[[use] for use in uses]])
-    gram += float(mean.double().square().sum()) * (s @ s.T) - s @ q.T - q @ s.T
+    norms = mean.double().square().view(uses[0].groups, -1).sum(1)
+    gram += (s * norms.repeat_interleave(s.shape[1] // len(norms))) @ s.T - s @ q.T - q @ s.T
     size = uses[0].slice.numel
     basis = EigenBasis.of_gram(gram, bases, size, torch.finfo(parts.problem.dtype).eps)
     provenance = Provenance.of_matrix(f"gradients of {name} with centred features", parts.problem, size=size)
@@ -63,8 +64,9 @@ def centred_spectrum(
 
 def _summed(use: Matrix, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_t e_t and Σ_t e_t (h_tᵀ h̄), (B·J, o) each."""
-    along = torch.einsum("btd,d->bt", use.features(), mean)
-    weighted = torch.einsum("bjot,bt->bjo", use.errors, along)
+    along = torch.unflatten((use.features() * mean), 2, (use.groups, -1)).sum(3)  # (B, T, groups)
+    errors = torch.unflatten(use.errors, 2, (use.groups, -1))
+    weighted = torch.einsum("bjgot,btg->bjgo", errors, along).flatten(2)
     return use.errors.sum(3).flatten(0, 1), weighted.flatten(0, 1)
 
 
@@ -134,10 +136,13 @@ def _mean_features(uses: list[Matrix], parts: Decomposition) -> Tensor:
 
 
 def _pair(uses: list[Matrix], sizes: list[int], columns: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ α g and h ⊗ Σ α e for columns α (R, r) and a mean feature h (T, d): (r, o·d) each."""
-    scalars = uses[0].errors.shape[1]
-    gradient: Tensor | float = 0.0
-    error: Tensor | float = 0.0
+    """Σ α g and h ⊗ Σ α e for columns α (R, r) and a mean feature h (T, d): (r, o·d) each.
+
+    An output of a grouped kernel has the features of its own group.
+    """
+    scalars, groups = uses[0].errors.shape[1], uses[0].groups
+    gradient = feature.new_zeros(columns.shape[1], *uses[0].size)
+    error = feature.new_zeros(columns.shape[1], *uses[0].errors.shape[2:])
     for use, part in zip(uses, torch.split(columns, [size * scalars for size in sizes]), strict=True):
         mixed = part.view(use.num_examples, scalars, -1).to(use.errors)
         live = mixed.flatten(1).any(1).nonzero().flatten()
@@ -146,6 +151,5 @@ def _pair(uses: list[Matrix], sizes: list[int], columns: Tensor, feature: Tensor
         combined = use.combined(mixed[live], live)
         gradient = gradient + use.gradients(combined, live)
         error = error + combined.sum(0)
-    assert isinstance(gradient, Tensor)
-    assert isinstance(error, Tensor)
-    return gradient.flatten(1), (error @ feature).flatten(1)
+    own = torch.unflatten(feature, 1, (groups, -1)).transpose(0, 1)  # (groups, T, d)
+    return gradient.flatten(1), (torch.unflatten(error, 1, (groups, -1)) @ own).flatten(1)

@@ -14,9 +14,9 @@ from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.subspace import overlap_curve
 from deepspectra.analysis.blocks import SMALL, Blocks, dense_spectrum
-from deepspectra.capture import count_examples
 from deepspectra.errors import LossError, MemoryBudgetError, MissingNameError, OptionError
 from deepspectra.operators.base import Operator
+from deepspectra.operators.captures import rows_an_example
 from deepspectra.operators.exact import ExactBlock
 from deepspectra.operators.factored import Block, KroneckerSum, Rotated
 from deepspectra.operators.held import gram_of
@@ -369,9 +369,7 @@ def _default_kinds(problem: Problem) -> tuple[str, ...]:
         check_labelled(problem)
     except LossError:
         return ("kfac", "ekfac")
-    outputs, _ = next(problem.row_batches())
-    one_row = count_examples(next(iter(problem.batches)), len(outputs)) == len(outputs)
-    return ("kfac", "ekfac", "cfac") if one_row else ("kfac", "ekfac")
+    return ("kfac", "ekfac", "cfac") if rows_an_example(problem) == 1 else ("kfac", "ekfac")
 
 
 def _checked(kinds: Sequence[str], ks: Sequence[int]) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ class Layer:
         num_parameters: selected ones.
         features: spectrum of (1/N) Σ h hᵀ with parts "mean", "class" and "within", of the whole input of an
             example; None where rows are not examples, nothing is multiplied by features, or examples have unequal
-            numbers of positions.
+            numbers of positions. With a row a position it is the input there.
         errors: spectrum of Σ w e eᵀ with the parts of G, of the whole output; None where there are none, or
             examples have unequal numbers of positions.
         gradients: spectrum of the layer's block of G.
@@ -231,11 +231,10 @@ def _layer(name: str, uses: list[list[Use]], parts: Decomposition, bases: dict[s
     matrices = [[use for use in batch if isinstance(use, Matrix)] for batch in uses]
     fed = [use for use in uses[0] if isinstance(use, (Matrix, Lookup))]
     first = next((use.slice.shape for use in fed), next(iter(own.values())).shape)
-    inputs = [layer_inputs(batch, n).get(name) for batch, n in zip(uses, rows.sizes, strict=True)]
-    features = _stacked(inputs)
+    features = _stacked([layer_inputs(batch).get(name) for batch in uses])
     errors = _stacked([layer_errors(batch).get(name) for batch in uses])
     single = features is not None and all(
-        len(batch) == 1 and batch[0].num_examples == n for batch, n in zip(matrices, rows.sizes, strict=True)
+        len(batch) == 1 and batch[0].num_examples == batch[0].num_rows for batch in matrices
     )
     return Layer(
         name=name,
@@ -257,7 +256,8 @@ def _layer(name: str, uses: list[list[Use]], parts: Decomposition, bases: dict[s
 def _stacked(pieces: Sequence[Tensor | None]) -> Tensor | None:
     """Rows of all batches; None if a batch has none, or examples have unequal numbers of positions."""
     found = [piece for piece in pieces if piece is not None]
-    one_width = len(found) == len(pieces) and len({piece.shape[1] for piece in found}) == 1
+    widths = {piece.shape[1] for piece in found}
+    one_width = len(found) == len(pieces) and len(widths) == 1 and widths != {0}
     return torch.cat(found) if one_width else None
 
 

@@ -20,6 +20,7 @@ from deepspectra.operators.layerwise import (
     layer_errors,
     layer_inputs,
     membership,
+    refuse_missing,
     refuse_unequal,
 )
 from deepspectra.operators.parts import KINDS, Decomposition, decompose
@@ -226,9 +227,11 @@ def _feature_means(parts: Decomposition, began: float) -> ClassMeans:
     member = membership(rows, parts.projections.groups)
     sizes = member.sum(0)
     sums: dict[str, Tensor] = {}
-    shares = torch.split(member / positive(sizes), rows.sizes)
-    for batch, share in zip(rows.features(), shares, strict=True):
-        _add(sums, layer_inputs(batch, len(share)), share, rows.problem.memory)
+    shares, start = member / positive(sizes), 0
+    for batch in rows.features():
+        share = shares[start : start + batch.num_rows]
+        _add(sums, layer_inputs(batch.uses), share, rows.problem.memory)
+        start += len(share)
     means, layers = _joined(sums)
     return ClassMeans(
         class_means=means,
@@ -249,9 +252,11 @@ def _error_means(parts: Decomposition, level: str, began: float) -> ClassMeans:
     size = projections.num_classes
     sums: dict[str, Tensor] = {}
     basis = error_averages(rows, projections, ())["means"]  # (R, C²)
-    shares = torch.split(basis, [num * (rows.weights.shape[1] - 1) for num in rows.sizes])
-    for batch, share in zip(rows.captured(), shares, strict=True):
+    start = 0
+    for batch in rows.batches():
+        share = basis[start : start + batch.num_rows * (rows.weights.shape[1] - 1)]
         _add(sums, layer_errors(batch.uses), share, rows.problem.memory)
+        start += len(share)
     scaled, layers = _joined(sums)
     scaled = scaled.view(size, size, -1)
     cells, classes = projections.cell_weights, projections.class_weights
@@ -284,6 +289,7 @@ def _add(sums: dict[str, Tensor], found: dict[str, Tensor], share: Tensor, memor
                 f"{share.shape[1]:,} means of all layers take {size / 2**30:.1f} GiB; memory is "
                 f"{memory / 2**30:.1f} GiB. Raise memory, or restrict the parameters."
             )
+    refuse_missing(sums, found)
     for name, rows in found.items():
         if name in sums:
             refuse_unequal(name, {sums[name].shape[1], rows.shape[1]})
@@ -292,6 +298,7 @@ def _add(sums: dict[str, Tensor], found: dict[str, Tensor], share: Tensor, memor
 
 def _joined(sums: dict[str, Tensor]) -> tuple[Tensor, dict[str, tuple[slice, ...]]]:
     """All layers one after the other, and where each of them is."""
+    sums = {name: total for name, total in sums.items() if total.shape[1]}
     if not sums:
         raise CurvatureError(
             "no layer multiplies features by a matrix, one row of features for each output row."

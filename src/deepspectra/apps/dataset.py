@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import xarray as xr
-from scipy.special import stdtrit
 from torch import Tensor
 
 from deepspectra.algorithms.lanczos import inner_products
@@ -28,7 +27,6 @@ SMALLEST = 1e-6  # of an operator's largest |λ|: what is drawn on logarithmic a
 COARSE = 0.05  # share of the eigenvalues in a single node from which on it resolves nothing,
 APART = 2.0  # or ratio of neighbouring nodes
 EPSILON = 1e-12  # added to |λ| by `Density.smooth`, relative to the largest: nothing
-CONFIDENCE = 0.95  # of bands
 Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]
 
 
@@ -111,7 +109,7 @@ def _curves(found: Findings) -> Variables:
     """Smoothed densities without zeros, linear, and logarithmic on each side of zero; what they do not show."""
     linear = np.full((3, len(OPERATORS), POINTS), np.nan)
     log = np.full((3, len(OPERATORS), len(SIDES), LOG_POINTS), np.nan)
-    said = np.full((6, len(OPERATORS)), np.nan)
+    said = np.full((5, len(OPERATORS)), np.nan)
     for o, name in enumerate(OPERATORS):
         view = _view(found, name)
         if view is None:
@@ -119,8 +117,7 @@ def _curves(found: Findings) -> Variables:
                 1 if name == "gauss_newton" and not bool(found.densities[name].nodes.any()) else math.nan
             )
             continue
-        probes = found.densities[name].num_probes
-        said[:, o] = [*view[1:], stdtrit(probes - 1, (1 + CONFIDENCE) / 2) if probes > 1 else math.nan]
+        said[:, o] = view[1:]
         curve = view.drawn.smooth("linear", num_points=POINTS)
         linear[:, o] = _folded(curve) if name == "gauss_newton" else _rows(curve)
         for s, sign in enumerate(SIDES):
@@ -138,7 +135,6 @@ def _curves(found: Findings) -> Variables:
         "smallest_drawn",
         "resolved_above",
         "unresolved_share",
-        "band_factor",
     )
     return (
         {f"curve_{n}": (("operator", "point"), linear[j]) for j, n in enumerate(names)}

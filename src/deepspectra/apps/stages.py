@@ -38,7 +38,7 @@ from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.operators.projections import num_groups
 from deepspectra.problem import Problem
 from deepspectra.products import Products, products_of
-from deepspectra.results import Density, Eigenpairs, Provenance, versions
+from deepspectra.results import Density, Eigenpairs, Provenance, standard_error, versions
 
 LETTERS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
 TRACE_PROBES = 8  # of parts whose traces are not known exactly
@@ -427,5 +427,5 @@ def _estimated_traces(parts: Decomposition, pairs: Eigenpairs, seed: int) -> dic
     block -= vectors @ (vectors.T @ block)
     samples = squared_norms(parts, block).cpu()
     values = squared_norms(parts, vectors).cpu().sum(1) + samples.mean(1)
-    errors = samples.std(1) / TRACE_PROBES**0.5
+    errors = standard_error(samples, 1)
     return dict(zip(parts, zip(values.tolist(), errors.tolist(), strict=True), strict=True))

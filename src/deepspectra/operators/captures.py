@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from deepspectra import capture
+from deepspectra.capture import IrregularError
 from deepspectra.errors import CurvatureError, DeepSpectraError, LossError, MemoryBudgetError, first_line
+from deepspectra.evaluation import differentiable
 from deepspectra.losses import CrossEntropy, Loss
 from deepspectra.operators.rows import refuse_one_output
 from deepspectra.problem import Problem
@@ -81,7 +84,7 @@ def curvature_root(loss: Loss, outputs: Tensor, targets: Tensor, total_weight: f
 
 @dataclass(frozen=True)
 class Captured:
-    """One batch.
+    """One batch, or one example of a batch whose examples had to be taken one by one.
 
     Attributes:
         uses: of its parameters, with features and errors.
@@ -93,6 +96,11 @@ class Captured:
     weights: Tensor
     targets: Tensor
 
+    @property
+    def num_rows(self) -> int:
+        """Of outputs."""
+        return len(self.weights)
+
 
 class Captures:
     """Features and errors of every use of a parameter in a problem.
@@ -100,11 +108,18 @@ class Captures:
     The scalars of a row are the columns of a root of its loss curvature, so the squares of their gradients sum
     to G. C − 1 scalars a row for cross-entropy, C for other losses.
 
-    Raises:
-        LossError: the loss is not convex in the outputs, or the cross-entropy of one output.
-        CurvatureError: rows not spread evenly over examples, or operations that differ between batches.
+    Examples may lie in the first or second dimension of a batch. Where values may choose their places (indices,
+    batches that are not pairs (x, y)) these are checked on every batch; a batch in which they lie otherwise is taken
+    example by example. Where rows belong to no single examples, as the nodes of a graph, a batch is one example.
 
-    Cost: a forward and C − 1 backward passes without weight gradients each time that the data are gone through.
+    Raises:
+        LossError: the loss is not convex in the outputs, or the cross-entropy of one output, or rows interact in it.
+        CurvatureError: rows that belong to no single examples and are too many, or parameters used otherwise on
+            one batch than on another in more data than fit memory.
+        MemoryBudgetError: the errors of such rows do not fit memory.
+
+    Cost: a forward and C − 1 backward passes without weight gradients each time that the data are gone through, and
+    two more where places are checked; a row that belongs to no example takes C − 1 passes over its batch by itself.
     """
 
     joint = False  # whether scalars belong to examples, and not to each of their rows
@@ -112,9 +127,7 @@ class Captures:
     def __init__(self, problem: Problem) -> None:
         refuse_one_output(problem)
         self.problem = problem
-        with refusing():
-            sample = problem.sample(SAMPLE_ROWS, torch.float64)
-            self.plan = capture.plan(sample, self.weigh, joint=self.joint)
+        self.plan = plan_of(problem)
         self.held: list[Captured] = []
         self.limit = problem.memory // 3
         self.bytes_by_layer: dict[str, int] = {}  # of features and errors of all the data, estimated
@@ -126,7 +139,10 @@ class Captures:
             first = next(captured)
             self._estimate(first)
             if sum(self.bytes_by_layer.values()) <= self.limit:
-                self.held = [first, *captured]
+                try:
+                    self.held = [first, *captured]
+                except IrregularError:
+                    self.held = _again(self.captured)
         return bool(self.held)
 
     def release(self) -> None:
@@ -135,6 +151,8 @@ class Captures:
 
     def batches(self) -> Iterator[Captured]:
         """Each batch: held, or captured one at a time."""
+        if self.plan.by_value:
+            self.hold()  # what was taken can be taken again
         yield from self.held or self.captured()
 
     def by_layer(self) -> Iterator[tuple[str, list[list[Use]]]]:
@@ -145,8 +163,8 @@ class Captures:
         """
         self.hold()
         for layers in self._groups():
-            names = [name for name in self.problem.parameter_names if layer_of(name) in layers]
-            batches = [batch.uses for batch in self.held or self.captured(frozenset(names))]
+            names = frozenset(name for name in self.problem.parameter_names if layer_of(name) in layers)
+            batches = [batch.uses for batch in self.held or _again(functools.partial(self.captured, names))]
             for layer in layers:
                 mine = [[use for use in uses if layer_of(use.slice.name) == layer] for uses in batches]
                 if mine[0]:
@@ -159,27 +177,44 @@ class Captures:
             self.bytes_by_layer[layer_of(use.slice.name)] += int(scale * use.num_bytes)
 
     def captured(self, names: frozenset[str] | None = None) -> Iterator[Captured]:
-        """Batches with uses of the named parameters, one at a time."""
+        """Batches with uses of the named parameters, one at a time.
+
+        Raises:
+            IrregularError: a batch after the first uses parameters otherwise; the plan then sets these alone.
+        """
+        return self._captured(self.weigh, names)
+
+    def features(self) -> Iterable[Captured]:
+        """Batches with uses of all parameters but those alone, with features alone. Cost: a forward pass."""
+
+        def every() -> Iterator[Captured]:
+            return self._captured(_no_scalars, frozenset(self.problem.parameters) - self.plan.alone)
+
+        return _again(every) if self.plan.by_value else every()
+
+    def _captured(self, weigh: Weigh, names: frozenset[str] | None) -> Iterator[Captured]:
         loss = self.problem.loss_function
-        for batch in self.problem.batches:
+        for number, batch in enumerate(self.problem.fixed_batches()):
             seen: list[tuple[Tensor, Tensor]] = []
 
-            def weigh(outputs: Tensor, targets: Tensor, seen: list[tuple[Tensor, Tensor]] = seen) -> Tensor:
+            def see(outputs: Tensor, targets: Tensor, seen: list[tuple[Tensor, Tensor]] = seen) -> Tensor:
                 measure = loss.curvature_weights if isinstance(loss, CrossEntropy) else loss.weights
                 seen.append((measure(outputs, targets), targets))
-                return self.weigh(outputs, targets)
+                return weigh(outputs, targets)
 
-            with refusing():
-                uses = capture.capture(self.problem, batch, self.plan, weigh, names, joint=self.joint)
-            yield Captured(uses, *seen[-1])
-
-    def features(self) -> Iterator[list[Use]]:
-        """Uses of all parameters with features alone, batch by batch. Cost: a forward pass."""
-        names = frozenset(self.problem.parameters) - frozenset(self.plan.alone)
-        for batch in self.problem.batches:
-            with refusing():
-                uses = capture.capture(self.problem, batch, self.plan, _no_scalars, names)
-            yield uses
+            pieces: list[capture.Piece] = []
+            while not pieces:
+                try:
+                    with refusing(), differentiable():
+                        pieces = capture.capture(self.problem, batch, self.plan, see, names, joint=self.joint)
+                except IrregularError as found:
+                    self.plan = self.plan.without(found.names)
+                    if number:
+                        raise
+            weights, targets = seen[-1]
+            for piece in pieces:
+                rows = piece.rows.to(weights.device)
+                yield Captured(piece.uses, weights[rows], targets[rows])
 
     def weigh(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cotangents (n, C, m) of the scalars."""
@@ -206,6 +241,42 @@ class Captures:
         return groups
 
 
+def plan_of(problem: Problem) -> capture.Plan:
+    """How to capture a problem's gradients, learned once and kept with it.
+
+    Learned in float64, or in the problem's own type where the network runs in no other.
+
+    Raises:
+        LossError: rows interact in the loss, so that no scalars are those of single rows.
+        CurvatureError: features and errors cannot be told apart by example.
+    """
+    if "plan" not in problem.kept:
+        problem.refuse_interacting_rows()
+        with refusing():
+            try:
+                problem.kept["plan"] = capture.plan(problem.sample(SAMPLE_ROWS, torch.float64))
+            except FAILURES:
+                if problem.dtype == torch.float64:
+                    raise
+                problem.kept["plan"] = capture.plan(problem.sample(SAMPLE_ROWS, problem.dtype))
+    found: capture.Plan = problem.kept["plan"]
+    return found
+
+
+def rows_an_example(problem: Problem) -> int:
+    """R, rows of an example of the first batch; all of the batch's where these belong to no single examples."""
+    outputs, _ = next(problem.row_batches())
+    rows = plan_of(problem).rows(next(iter(problem.batches)), len(outputs))
+    return len(outputs) if rows is None else rows.shape[1]
+
+
+def _again(capture: Callable[[], Iterable[Captured]]) -> list[Captured]:
+    """All batches, taken anew for as long as a batch changes the plan."""
+    while True:
+        with contextlib.suppress(IrregularError):
+            return list(capture())
+
+
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
     """A network that fails when it is watched, or when its examples pass alone, cannot be taken apart this way."""
@@ -213,11 +284,16 @@ def refusing() -> Iterator[None]:
         yield
     except DeepSpectraError:
         raise
+    except torch.OutOfMemoryError as failure:
+        raise MemoryBudgetError(f"features and errors of a batch ran out of memory: {failure}") from failure
     except FAILURES as failure:
         reason = first_line(failure)
         raise CurvatureError(
             f"features and errors of this network cannot be told apart by example ({reason})."
         ) from failure
+
+
+Weigh = Callable[[Tensor, Tensor], Tensor]  # of outputs and targets, cotangents (n, C, m)
 
 
 def _no_scalars(outputs: Tensor, _: Tensor) -> Tensor:

@@ -89,7 +89,8 @@ class Hessian(Curvature):
             first that is right for the network.
 
     Raises:
-        OptionError: there is no such way.
+        OptionError: there is no such way, or a call within the caller's autocast or inference mode.
+        NonFiniteError: a product is NaN or infinite.
         CurvatureError: no way of differentiating the network twice is right, or not the one asked for.
 
     Cost: at construction, once a problem, a check in float64 on a few examples. Then
@@ -159,7 +160,8 @@ class GaussNewton(Curvature):
             told, the faster of those that are right for the network, by timing both where there is much to do.
 
     Raises:
-        OptionError: there is no such way.
+        OptionError: there is no such way, or a call within the caller's autocast or inference mode.
+        NonFiniteError: a product is NaN or infinite.
         CurvatureError: the network's first derivatives are wrong, or by the way asked for.
     """
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from deepspectra.capture import count_examples
 from deepspectra.errors import FallbackWarning
 from deepspectra.losses import CrossEntropy, ElementwiseLoss, Loss, SquaredError
-from deepspectra.operators.captures import Captures, curvature_root
+from deepspectra.operators.captures import Captured, Captures, curvature_root, rows_an_example
 from deepspectra.problem import Problem
 
 MOST_PASSES = 512  # backward passes up to which every scalar is backpropagated, unless told otherwise,
@@ -31,15 +31,18 @@ class DrawnCaptures(Captures):
 
     def __init__(self, problem: Problem, samples: int, seed: int) -> None:
         self.samples = samples
-        self.generator: torch.Generator | None = None  # while uses are understood, of one draw throughout
-        super().__init__(problem)
         self.generator = torch.Generator().manual_seed(seed)
+        super().__init__(problem)
+
+    def batches(self) -> Iterator[Captured]:
+        """Each batch, of new draws."""
+        self.release()
+        return super().batches()
 
     def weigh(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cotangents (n, C, samples) of the scalars."""
         shape = (len(outputs), outputs[:1].numel(), self.samples)
-        generator = self.generator or torch.Generator().manual_seed(0)
-        signs = torch.randint(2, shape, generator=generator).to(outputs.device, torch.float64) * 2 - 1
+        signs = torch.randint(2, shape, generator=self.generator).to(outputs.device, torch.float64) * 2 - 1
         problem = self.problem
         drawn = combined(problem.loss_function, outputs, targets, problem.total_weight, signs)
         return drawn.div(self.samples**0.5).to(outputs)
@@ -85,5 +88,4 @@ def num_scalars(problem: Problem) -> int:
     if known and problem.splits_by_class:
         return problem.num_classes - 1
     outputs, _ = next(problem.row_batches())
-    num_examples = count_examples(next(iter(problem.batches)), len(outputs))
-    return len(outputs) // num_examples * (outputs[:1].numel() - known)
+    return rows_an_example(problem) * (outputs[:1].numel() - known)

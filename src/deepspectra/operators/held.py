@@ -31,17 +31,30 @@ class HeldRows(GradientRows, Captures):
 
     Raises:
         LossError: not the cross-entropy of class labels.
-        CurvatureError: rows not spread evenly over examples, or operations that differ between batches.
+        CurvatureError: as `Captures`.
 
     Cost: a forward and C − 1 backward passes without weight gradients; then a third of a gradient a column.
     """
 
     def __init__(self, problem: Problem) -> None:
         GradientRows.__init__(self, problem)
-        self.complement = Complement(self.probabilities)
         Captures.__init__(self, problem)
+        self._put_in_order()
+        self.complement = Complement(self.probabilities)
         ends = itertools.accumulate(self.products.sizes, initial=0)
         self.starts = dict(zip(problem.parameters, ends, strict=False))  # of each parameter in the vector
+
+    def _put_in_order(self) -> None:
+        """Rows example by example, as they are captured."""
+        if self.plan.examples is None or not self.plan.examples.interleaved:
+            return
+        pieces, start = [], 0
+        for batch, size in zip(self.problem.fixed_batches(), self.sizes, strict=True):
+            pieces.append(start + self.plan.order(batch, size))
+            start += size
+        self.order = torch.cat(pieces).to(self.weights.device)
+        for name in ("probabilities", "labels", "curvature", "weights"):
+            setattr(self, name, getattr(self, name)[self.order])
 
     @property
     def num_reduced(self) -> int:
@@ -87,7 +100,8 @@ class HeldRows(GradientRows, Captures):
             return super().transpose(rows)
         total = self.products.zeros(rows.shape[-1])
         reduced = self.complement.reduce(rows)
-        for batch, part in zip(self.held, torch.split(reduced, self.sizes), strict=True):
+        sizes = [batch.num_rows for batch in self.held]
+        for batch, part in zip(self.held, torch.split(reduced, sizes), strict=True):
             uses = batch.uses
             num_examples = uses[0].num_examples
             mixed = part.reshape(num_examples, -1, part.shape[-1])
@@ -210,7 +224,7 @@ def _add_inner(total: Tensor, mine: list[list[Matrix | Lookup]], sizes: list[int
     pieces: list[tuple[slice, list[tuple[Tensor, Tensor]]]] = []
     for uses, end in zip(mine, itertools.accumulate(sizes), strict=True):
         num, scalars, *rest = uses[0].errors.shape
-        step = max(EXAMPLES, BLOCK_ROWS // (scalars * math.prod(rest[1:])))
+        step = max(EXAMPLES, BLOCK_ROWS // max(1, scalars * math.prod(rest[1:])))
         factors = [use.factors() for use in uses]
         for start in range(0, num, step):
             some = slice(start, min(start + step, num))

@@ -168,7 +168,8 @@ def kronecker(
 
     Raises:
         OptionError: another kind or sharing, a rank that is not for "optimal", or samples that are.
-        LossError: the loss is not convex; or for "cfac", not the cross-entropy of one class label an example.
+        LossError: the loss is not convex, or rows of a batch interact in it; or for "cfac", not the cross-entropy of
+            one class label an example.
         CurvatureError: features and errors cannot be told apart by example, or a parameter is used in two ways,
             such as an embedding tied to the output layer.
         MemoryBudgetError: the factors do not fit memory.

@@ -103,8 +103,8 @@ def features_of(rows: HeldRows) -> dict[str, Tensor]:
     Cost: a forward pass.
     """
     pieces: dict[str, list[Tensor]] = {}
-    for batch, size in zip(rows.features(), rows.sizes, strict=True):
-        _collect(pieces, layer_inputs(batch, size), rows, len(rows.labels))
+    for batch in rows.features():
+        _collect(pieces, layer_inputs(batch.uses), rows, len(rows.labels))
     return _joined(pieces)
 
 
@@ -126,24 +126,24 @@ def error_parts(rows: HeldRows, projections: Projections, names: tuple[str, ...]
     Cost: that of `HeldRows.hold`.
     """
     pieces: dict[str, list[Tensor]] = {}
-    for batch in rows.captured():
+    for batch in rows.batches():
         _collect(pieces, layer_errors(batch.uses), rows, rows.num_reduced)
     return RowParts("errors", _joined(pieces), error_averages(rows, projections, names), names)
 
 
-def layer_inputs(uses: list[Use], num_rows: int) -> dict[str, Tensor]:
-    """Layer → what enters it (n, D), one row for each of a batch's n rows; layers without are left out.
+def layer_inputs(uses: list[Use]) -> dict[str, Tensor]:
+    """Layer → what enters it (n, D), one row for each of the n rows of a batch; layers without are left out.
 
     An example with one row gives its whole input, all positions together; an example with a row a position gives
-    the input there.
+    the input there. Rows that belong to no single examples, as in graphs, have no input of their own.
     """
     found: dict[str, list[Tensor]] = {}
     for use in uses:
-        if not isinstance(use, Matrix):
+        if not isinstance(use, Matrix) or use.is_whole:
             continue
-        if use.num_examples == num_rows:
+        if use.num_examples == use.num_rows:
             found.setdefault(layer_of(use.slice.name), []).append(use.inputs)
-        elif not isinstance(use, Convolution) and use.features().shape[:2].numel() == num_rows:
+        elif not isinstance(use, Convolution) and use.features().shape[:2].numel() == use.num_rows:
             found.setdefault(layer_of(use.slice.name), []).append(use.features().flatten(0, 1))
     return {name: torch.cat(inputs, 1) for name, inputs in found.items()}
 
@@ -207,11 +207,13 @@ def _collect(
                 f"{num_rows:,} rows of all layers take {size / 2**30:.2f} GiB; a third of memory is "
                 f"{rows.limit / 2**30:.2f} GiB. Raise memory, take fewer examples, or restrict the parameters."
             )
+    refuse_missing(pieces, found)
     for name, tensor in found.items():
         pieces.setdefault(name, []).append(tensor)
 
 
 def _joined(pieces: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    pieces = {name: tensors for name, tensors in pieces.items() if any(tensor.shape[1] for tensor in tensors)}
     if not pieces:
         raise CurvatureError(
             "no layer multiplies features by a matrix, one row of features for each output row."
@@ -219,6 +221,17 @@ def _joined(pieces: dict[str, list[Tensor]]) -> dict[str, Tensor]:
     for name, tensors in pieces.items():
         refuse_unequal(name, {tensor.shape[1] for tensor in tensors})
     return {name: torch.cat(tensors) for name, tensors in pieces.items()}
+
+
+def refuse_missing(known: Mapping[str, object], found: Mapping[str, object]) -> None:
+    """Raise CurvatureError for layers that have rows of their own on some batches only."""
+    missing = sorted(known.keys() ^ found.keys()) if known else []
+    if missing:
+        raise CurvatureError(
+            f"layer {missing[0]!r} has features of its own for each output row on some batches only: on others rows "
+            "belong to no single examples, or a way through the network is chosen by values. Those of gradients can "
+            "be had: of='gradients', gram_spectrum and layers work. Or restrict the parameters."
+        )
 
 
 def refuse_unequal(layer: str, widths: set[int]) -> None:

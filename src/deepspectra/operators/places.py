@@ -187,7 +187,7 @@ class Positions:
         total = self.counts.sum(1, keepdim=True)
         share = self.counts / total.where(total > 0, 1)
         mean = torch.einsum("bt,btd->bd", share.to(features), features)[:, None]
-        return Positions(mean, self.errors.sum(3, keepdim=True), self.counts.mean(1, keepdim=True))
+        return Positions(mean, self.errors.sum(3, keepdim=True), total / max(1, self.counts.shape[1]))
 
 
 def positions(uses: list[Use], weights: Tensor, chosen: Tensor) -> Positions:
@@ -249,13 +249,15 @@ def with_ones(place: Place, features: Tensor, scale: Tensor | None = None) -> Te
     wide = features.new_empty(*features.shape[:2], groups, inputs)
     if place.bias is not None:
         wide[..., -1] = 1
-    wide[..., : inputs - (place.bias is not None)] = features.reshape(*features.shape[:2], groups, -1)
+    wide[..., : inputs - (place.bias is not None)] = features.reshape(
+        *features.shape[:2], groups, features.shape[2] // groups
+    )
     return wide if scale is None else wide.mul_(scale[:, :, None, None].to(wide))
 
 
 def by_group(errors: Tensor, groups: int) -> Tensor:
     """(b, J, o, T) → (b, J, groups, o / groups, T)."""
-    return errors.view(*errors.shape[:2], groups, -1, errors.shape[3])
+    return errors.view(*errors.shape[:2], groups, errors.shape[2] // groups, errors.shape[3])
 
 
 def across_features(features: Tensor, matrix: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ class GradientRows:
     Cost: one forward pass; memory of N × C float64.
     """
 
+    order: Tensor | None = None  # which of the rows that batches give each row is, where it is another
+
     def __init__(self, problem: Problem) -> None:
         loss = labelled_loss(problem)
         self.problem = problem
@@ -52,13 +54,16 @@ class GradientRows:
     def apply(self, block: Tensor) -> Tensor:
         """A V = √w_{i,k} (p_iᵀ J_i V − (J_i V)_k): (N, C, K). Cost: .6–1 gradient a column."""
         pushed = torch.cat(self.products.push(block))
+        pushed = pushed if self.order is None else pushed[self.order]
         p, root = self.probabilities.to(pushed), self.weights.sqrt().to(pushed)
         return root[:, :, None] * (torch.einsum("nc,nck->nk", p, pushed)[:, None] - pushed)
 
     def transpose(self, rows: Tensor) -> Tensor:
         """Aᵀ α for α (N, C, K): (P, K). Cost: .7 gradient a column."""
         scaled = self.weights.sqrt().to(rows)[:, :, None] * rows
-        return self.products.pull(list(torch.split(_cotangent(self.probabilities, scaled), self.sizes)))
+        cotangent = _cotangent(self.probabilities, scaled)
+        cotangent = cotangent if self.order is None else cotangent[self.order.argsort()]
+        return self.products.pull(list(torch.split(cotangent, self.sizes)))
 
     def factor(self, projections: Projections, basis: Tensor) -> Tensor:
         """Aᵀ B for a basis B given in cell coordinates (C, C, r): (P, r).

@@ -32,20 +32,12 @@ def _spectrum_caption(dataset: xr.Dataset) -> str:
     read = (
         "How the eigenvalues of the Hessian H, of its Gauss-Newton part G and of the residual R = H − G are"
         " spread. Curves show the fraction of all eigenvalues per decade of |λ|, or per unit of λ, on a "
-        "logarithmic scale; zeros are left out. Bands are ± "
-        f"{_band(dataset)}. Each lollipop is one outlier; its height only "
+        "logarithmic scale; zeros are left out. Bands are ± 2 standard errors over the random vectors, whatever "
+        "the resolution. Each lollipop is one outlier; its height only "
         "tells operators apart. Curves beyond the threshold are drawn faint. Point at an outlier for its "
         "eigenvalue, residual norm and shares."
     )
     return read + _resolution_sentences(dataset) + _outlier_sentences(dataset)
-
-
-def _band(dataset: xr.Dataset) -> str:
-    if not holds(dataset, "band_factor"):
-        return "2 standard errors"
-    factors = sorted({round(row["band_factor"], 1) for row in rows(dataset, "band_factor")})
-    listed = joined(number(factor, 2) for factor in factors)
-    return f"{listed} standard errors over the random vectors (95 %, Student), whatever the resolution"
 
 
 def _resolution_sentences(dataset: xr.Dataset) -> str:

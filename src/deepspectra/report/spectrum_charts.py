@@ -81,10 +81,8 @@ def log_spectrum(dataset: xr.Dataset) -> alt.LayerChart:
 def _spectrum(dataset: xr.Dataset, table: list[Row], line: _Line, title: str) -> alt.LayerChart:
     operators = operators_of(table)
     limits = {row["operator"]: row["outlier_threshold"] for row in outlier_thresholds(dataset)}
-    coarse, factors = (
-        {row["operator"]: row[name] for row in rows(dataset, name)} if holds(dataset, name) else {}
-        for name in ("resolved_above", "band_factor")
-    )
+    name = "resolved_above"
+    coarse = {row["operator"]: row[name] for row in rows(dataset, name)} if holds(dataset, name) else {}
     for row in table:
         size, name = abs(row["eigenvalue"]), row["operator"]
         row["faint"] = ""
@@ -92,7 +90,7 @@ def _spectrum(dataset: xr.Dataset, table: list[Row], line: _Line, title: str) ->
             row["faint"] = "above" if row["eigenvalue"] > 0 else "below"
         elif size <= coarse.get(name, 0.0):
             row["faint"] = "unresolved"
-        row["error"] *= factors.get(name, 2.0)
+        row["error"] *= 2
     curves = _curves(labelled(table), operators, line, _density_range(dataset, table), title)
     above = [*_lollipops(dataset, line), *_edges(dataset, operators, line)]
     layers = [curves, alt.layer(*above)] if above else [curves]

@@ -330,15 +330,20 @@ errors, all of bounds but for 1 run in 100. The spectra:
 
 {spectra}
 
-Pairs are the 4 largest, to a relative residual of .001, by rank: none is missed where all values lie within three
-tolerances of the true ones. After the share stands how many runs were called converged (others claim nothing) and
-what a run took. Subspaces are of so many directions, drawn from so many of the 500 examples of a small network
-trained on digits, with the usual three products on all examples; the truth is from the dense matrix. After the
-share that overlaps at least as much as stated stands how many runs stated more than nothing. If one direction makes
-most of such a residual, three squares of one normal number are few: two standard errors reach the truth less often.
-
 `python -m reproductions.coverage` measures all of it and writes this page. `tests/test_coverage.py` asks the same.
 """
+NOTES = {
+    "Pairs called converged": """\
+The 4 largest, to a relative residual of .001, by rank: none is missed where all values lie within three tolerances of
+the true ones. After the share stands how many runs were called converged (others claim nothing) and what a run took.
+""",
+    "Subspaces of samples": """\
+So many directions, drawn from so many of the 500 examples of a small network trained on digits, with the usual three
+products on all examples; the truth is from the dense matrix. After the share that overlaps at least as much as stated
+stands how many runs stated more than nothing. If one direction makes most of such a residual, three squares of one
+normal number are few: two standard errors reach the truth less often.
+""",
+}
 WORDS = {
     "flat": "200 values from −1 to 1",
     "decaying": "200 values, each .95 of the one before",
@@ -367,8 +372,20 @@ def page(found: dict[str, dict[str, dict[str, Tally]]]) -> str:
         names = list(columns(title))
         body = [[name, *(_cell(row[key]) for key in names)] for name, row in rows.items()]
         runs = next(iter(next(iter(rows.values())).values())).runs
-        parts += [f"## {title}", "", f"{runs} seeds a cell.", "", table(["", *names], body), ""]
+        parts += [
+            f"## {title}",
+            "",
+            f"{runs} seeds a cell.",
+            "",
+            *_notes(title),
+            table(["", *names], body),
+            "",
+        ]
     return "\n".join(parts)
+
+
+def _notes(title: str) -> list[str]:
+    return [NOTES[title]] if title in NOTES else []
 
 
 def _cell(tally: Tally) -> str:

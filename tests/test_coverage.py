@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import math
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from reproductions import coverage
-from reproductions.coverage import PROBES, SEEDS, TABLES, Check, Probes, Tally, cases, measure, tally
+from reproductions.coverage import (
+    SAMPLE_TABLES,
+    SAMPLES,
+    SEEDS,
+    TABLES,
+    Check,
+    Probes,
+    Tally,
+    cases,
+    measure,
+    tally,
+)
 from scipy.stats import norm, t
 
 import deepspectra as ds
 from deepspectra.algorithms.counted import stream
+from deepspectra.analysis.sampling import overlap_bound
 from deepspectra.errors import ConvergenceWarning, OptionError
 from deepspectra.operators.base import Function, Matrix
 from deepspectra.results import christoffel, standard_error
@@ -179,10 +190,52 @@ def test_the_page_has_a_row_for_every_estimate() -> None:
     cell = Tally(runs=200, inside=0.945, bias=-1.25, products=8, not_finite=1)
     found = {title: {row: dict.fromkeys(cases(), cell) for row in rows} for title, rows in TABLES.items()}
     page = coverage.page(found)
+    sampled = {t: {row: dict.fromkeys(SAMPLES, cell) for row in rows} for t, rows in SAMPLE_TABLES.items()}
+    page_of_samples = coverage.page(sampled)
+    assert all(
+        f"| {row} | 94.5% (-1.2) |" in page_of_samples for rows in SAMPLE_TABLES.values() for row in rows
+    )
     for title, rows in TABLES.items():
         assert f"## {title}" in page
         assert all(f"| {row} | 94.5% (-1.2) |" in page for row in rows)
     assert set(coverage.WORDS) == set(cases())
-    assert len(PROBES) == sum(row in PROBES for row in TABLES[DENSITIES[0]])
-    written = (Path(coverage.__file__).parent.parent / "docs" / "coverage.md").read_text()
-    assert all(f"## {title}" in written for title in (*ESTIMATES, *DENSITIES))
+
+
+def test_the_page_in_the_documents_is_that_of_the_records() -> None:
+    found = {title: rows for title in (*TABLES, *SAMPLE_TABLES) if (rows := coverage.recorded(title))}
+    assert coverage.PAGE.read_text() == coverage.page(found)
+    assert {*ESTIMATES, *DENSITIES} <= set(found)
+
+
+def test_a_cell_says_how_many_runs_claimed_anything_and_what_they_took() -> None:
+    found = tally([Check(1.0, products=10, claimed=True), Check(1.0, products=20, claimed=False)])
+    assert found.claimed == 0.5
+    assert coverage._cell(found) == "100.0%; 50%, 15 products"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sample", [SAMPLES["9 of 300 examples"], SAMPLES["3 of 300 examples"]])
+def test_subspaces_of_samples_overlap_as_much_as_certified(sample: coverage.Sample) -> None:
+    fair(measure(coverage.overlap, sample, SEEDS))
+
+
+def test_the_least_overlap_allows_for_what_three_checks_do_not_know() -> None:
+    H = torch.diag(torch.tensor([3.0, 2.0, *[0.1] * 30], dtype=torch.float64))
+    angle = torch.tensor(0.05, dtype=torch.float64)
+    u = torch.zeros(32, 1, dtype=torch.float64)
+    u[0], u[1] = angle.cos(), angle.sin()
+    image = H @ u
+    image -= u @ (u.T @ image)
+    draws = torch.randn(400, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    squares = (draws * float(image.norm())).square()  # what the checks see of one direction
+    norms = squares.mean(1).sqrt()
+    errors = standard_error(squares, 1) / (2 * norms)
+    kept, plain = (
+        sum(
+            overlap_bound(float(n + 2 * k * e), 1.0, 1) <= float(angle.cos() ** 2)
+            for n, e in zip(norms, errors, strict=True)
+        )
+        / 400
+        for k in (1, 0)
+    )
+    assert kept > 0.85 > 0.6 > plain

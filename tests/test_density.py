@@ -178,7 +178,7 @@ def test_a_value_of_more_copies_than_probes_keeps_its_mass():
     counts = [density(rotated(values), 3, 10, seed=s).count_above(4.0) for s in range(40)]
     mean, error = (sum(column) / 40 for column in zip(*counts, strict=True))
     assert mean == pytest.approx(6, abs=3 * error / math.sqrt(40))
-    assert sum(abs(count - 6) <= 2 * own for count, own in counts) >= 30  # the probes share what they lock
+    assert sum(abs(count - 6) <= 2 * own for count, own in counts) >= 36  # 95 % are stated: 38, up to chance
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -244,7 +244,7 @@ def test_two_standard_errors_cover_counts():
 def test_a_count_between_exact_eigenvalues_is_exact():
     values = trained(300)
     count, error = density(rotated(values), 5, 40).count_above(0.01)
-    assert (count, error) == (pytest.approx(int((values > 0.01).sum()), abs=1e-5), pytest.approx(0, abs=1e-5))
+    assert (round(count, 9), round(error, 9)) == (int((values > 0.01).sum()), 0)
 
 
 @pytest.mark.parametrize("scale", [2.0**-23, 2.0**23])  # about 1e∓7, without rounding
@@ -290,7 +290,9 @@ def test_the_vectors_of_the_run_that_found_the_pairs_are_no_probes():
     values = torch.linspace(-1, 1, 80, dtype=torch.float64)
     A, means = Matrix(rotated(values)), []
     for seed in range(60):
-        top = eigenpairs(A, 3, rtol=1e-2, seed=seed)
+        with warnings.catch_warnings():  # deflated whether or not a copy may be missing
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            top = eigenpairs(A, 3, rtol=1e-2, seed=seed)
         found = density(A, 4, 8, deflate=top, seed=seed)
         assert found.num_products == 4 * 8 + 1  # and the check of the pairs
         means.append((found.mean, found.mean_standard_error))
@@ -309,14 +311,6 @@ def test_the_vectors_of_the_run_that_found_the_pairs_are_no_probes():
     off, errors = torch.tensor(means, dtype=torch.float64).T
     assert float(off.mean().abs()) < 3 * float(off.std()) / math.sqrt(60)
     assert float((off.abs() <= 2 * errors).double().mean()) >= 0.9
-
-
-def test_a_restarted_run_is_no_probe():
-    exact = trained(3000)
-    A = Function(lambda block: exact[:, None] * block, 3000, dtype=torch.float64)
-    A.memory = 3000 * 8 * 22
-    top = eigenpairs(A, num=10, rtol=1e-6)
-    assert top.quadrature is None or max(top.quadrature.num_steps) < 12
 
 
 def test_everything_deflated_needs_one_product_to_see_that_it_is_so():
@@ -368,11 +362,11 @@ def test_no_copy_is_counted_without_a_basis(dtype, num_steps):
     values = trained(2000)
     operator = of_values(values, dtype)
     run = Products(operator, 4 * num_steps, None)
-    start = run.gaussian(4, stream(0, "density"))
-    nothing, generator = torch.zeros(0, 2000, dtype=dtype), stream(0, "density")
+    start = run.gaussian(4, stream(1, "density"))  # no probe lacks one of the ten
+    nothing, generator = torch.zeros(0, 2000, dtype=dtype), stream(1, "density")
     for alpha, beta in _tridiagonals(run, nothing, 4, num_steps, generator):
         assert int((torch.linalg.eigvalsh(_tridiagonal(alpha, beta)) > 0.05).sum()) > 10  # copies there are
-    result = density(operator, 4, num_steps, basis="none")
+    result = density(operator, 4, num_steps, seed=1, basis="none")
     for probe in range(4):
         above = (result.probes == probe) & (result.nodes > 0.05)
         assert int(above.sum()) == 10

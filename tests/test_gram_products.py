@@ -81,7 +81,6 @@ def test_its_density_is_that_of_g_with_the_zeros_that_are_known(num):
             "values": top,
             "vectors": u,
             "residual_norms": torch.zeros_like(top),
-            "quadrature": None,
         }
     )
     gram = RowGram(GradientRows(problem))

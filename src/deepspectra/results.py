@@ -113,21 +113,6 @@ class ByLayer(Mapping[str, Entry]):
 
 
 @dataclass(frozen=True)
-class Quadrature:
-    """What random vectors in a Krylov basis say of a spectrum: Gauss quadrature of (1/P) Σ_i δ(λ − λ_i).
-
-    Attributes:
-        nodes: (m,) ascending, float64.
-        weights: (r, m), one row of sum 1 a random vector.
-        num_steps: of each random vector; its row is exact for polynomials of degree 2·num_steps − 1.
-    """
-
-    nodes: Tensor
-    weights: Tensor
-    num_steps: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Separation:
     """How far eigenpairs lie from the rest of the spectrum, if the run has seen all of it that is near.
 
@@ -163,8 +148,6 @@ class Eigenpairs(Tabular, columns=("values", "residual_norms", "error_bounds", "
         which: the end of the spectrum asked for.
         rtol: the relative tolerance asked for.
         provenance: where it came from.
-        quadrature: what the run's random vectors saw of the spectrum without these pairs; None after a restart
-            of the basis, or when they saw nothing else.
         separation: from the rest of the spectrum; None where it is not known.
         num_sample_products: products with the sample that the search started from, beside `num_products`.
     """
@@ -178,7 +161,6 @@ class Eigenpairs(Tabular, columns=("values", "residual_norms", "error_bounds", "
     which: str
     rtol: float
     provenance: Provenance
-    quadrature: Quadrature | None = None
     separation: Separation | None = None
     num_sample_products: int = 0
 
@@ -342,7 +324,9 @@ class Density(Tabular, columns=("nodes", "weights", "probes")):
         """Standard errors (k,) of the means over the spectrum of functions with these values (k, M) at the nodes.
 
         zᵀf(A)z/‖z‖² of a Gaussian z in d dimensions varies by 2/(d+2) times the variance of f over the spectrum,
-        which the nodes know better than the scatter of a few probes does. No eigenvalue has less than 1/P.
+        which the nodes know better than the scatter of a few probes does. No eigenvalue has less than 1/P. That
+        variance is an estimate, too, low where the mean is when few eigenvalues make both, such as the copies of one
+        that probes are not freed of: it is taken at the upper end of its own band.
         """
         free = self.probes >= 0
         mass = float(self.weights[free].sum())
@@ -352,8 +336,11 @@ class Density(Tabular, columns=("nodes", "weights", "probes")):
             return torch.full((len(values),), math.nan, dtype=torch.float64)
         means = values[:, free] @ self.weights[free] / mass
         weights = self.weights[free].clamp_min(1 / (self.size * self.num_probes)) / mass
-        spread = (values[:, free] - means[:, None]).square() @ weights
-        return mass * (2 / (mass * self.size + 2) * spread / self.num_probes).sqrt()
+        unit = 2 / (mass * self.size + 2) / self.num_probes
+        squares = (values[:, free] - means[:, None]).square()
+        spread = squares @ weights
+        doubt = (squares - spread[:, None]).square() @ weights
+        return mass * (unit * (spread + 2 * (unit * doubt).sqrt())).sqrt()
 
     @overload
     def cdf(self, x: float) -> float: ...

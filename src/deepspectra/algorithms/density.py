@@ -321,7 +321,9 @@ def _assemble(known: Tensor, groups: list[_Group], size: int) -> tuple[Tensor, T
         count = len(group.shares)
         own = torch.cat([end[0, len(both) :] for end, both in zip(group.locked, agreed, strict=True)])
         left = max(0.0, 1 - (len(exact) + len(own)) / size)
-        shares = torch.cat([torch.full((count, len(own)), 1 / size).double(), left * group.shares], 1)
+        shares = torch.cat(
+            [torch.full((count, len(own)), 1 / size, dtype=torch.float64), left * group.shares], 1
+        )
         nodes.append(torch.cat([own, group.nodes]).repeat(count))
         weights.append(shares.flatten() / num_probes)
         probes.append(torch.arange(first, first + count).repeat_interleave(shares.shape[1]))

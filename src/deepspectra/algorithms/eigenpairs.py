@@ -22,7 +22,7 @@ from deepspectra.algorithms.lanczos import (
 )
 from deepspectra.errors import ConvergenceWarning, DataError, MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
-from deepspectra.results import Eigenpairs, Provenance, Quadrature, Separation
+from deepspectra.results import Eigenpairs, Provenance, Separation
 
 Progress = Callable[[int, int | None], object]
 
@@ -81,8 +81,7 @@ def eigenpairs(
         start: "random" for a random vector, (P,) or (P, k) to start from a subspace (Rayleigh-Ritz on it costs k
             products), or the name of a start that the operator knows. H and G of cross-entropy know "sampled": the
             eigenvectors of the same operator on a sample drawn by importance, as small as rtol allows, of a
-            quarter of the examples at most. None takes that where so many are enough, else a random vector, which a
-            `density` that deflates the pairs counts among its probes.
+            quarter of the examples at most. None takes that where so many are enough, else a random vector.
         max_products: when to give up. Unless given, after max(20 K, 300), or when a challenge takes long.
         seed: of the random vectors.
         progress: called with (products so far, max_products) after every product.
@@ -159,7 +158,6 @@ def explore(
         which=which,
         rtol=rtol,
         provenance=Provenance.of(operator, seed),
-        quadrature=search.quadrature(ritz, chosen),
         separation=_separation(ritz, chosen, search.krylov.num_basis == operator.shape[0], search.limits),
         num_sample_products=num_sample_products,
     )
@@ -233,8 +231,6 @@ class _Search:
             )
         self.krylov = Krylov(operator, self.capacity)
         self.norm = 0.0  # ‖A‖ as far as seen
-        self.num_steps: list[int] = []  # products spent along each random vector that the basis tracks
-        self.follows_newest = False  # whether products go along the newest of them
         self.hidden: Tensor | None = None  # components of eigenvectors that a challenge might not have met
         self.challenged = False  # whether one has been passed, and all that it met is still in the basis
         self.missed = 1.0  # probability at which a wanted pair may be missing after it,
@@ -250,7 +246,7 @@ class _Search:
                 return "converged"
             if outcome == "settled":
                 outcome = self._challenge()
-                self.hidden, self.follows_newest = None, False
+                self.hidden = None
             if outcome not in ("passed", "revealed"):
                 return outcome
 
@@ -319,8 +315,7 @@ class _Search:
         sides = torch.tensor([[edge.side] for edge in edges], dtype=torch.float64)
         levels = torch.tensor([edge.levels() for edge in edges], dtype=torch.float64)
         allowed = torch.tensor([edge.chances() for edge in edges], dtype=torch.float64)
-        self._append_random()
-        direction = krylov.tracked[krylov.num_basis :, -1:]  # x less its part in Q
+        direction = krylov.append_random(self.generator)[krylov.num_basis :]  # x less its part in Q
         self._turn(direction)
         self.hidden = torch.zeros(krylov.num_basis + 1, *levels.shape, dtype=torch.float64)
         self.hidden[-1] = 1 / direction.norm()
@@ -383,20 +378,13 @@ class _Search:
             if len(order)
         ]
 
-    def _append_random(self) -> None:
-        self.krylov.append_random(self.generator)
-        self.num_steps.append(0)
-        self.follows_newest = True
-
     def _multiply(self) -> None:
         """One product; before it a restart if the basis is full, a random vector if none is pending."""
         self._make_room()
         if self.krylov.num_pending == 0:
-            self._append_random()
+            self.krylov.append_random(self.generator)
         self._make_room()
         self.krylov.expand(1)
-        if self.follows_newest:
-            self.num_steps[-1] += 1
         if self.progress is not None:
             self.progress(self.krylov.num_products, self.budget)
 
@@ -410,7 +398,7 @@ class _Search:
         ritz = krylov.ritz()
         kept = ritz.coefficients[:, select(ritz.values, self.which, keep)]
         krylov.contract(kept)
-        self.num_steps, self.follows_newest, self.challenged = [], False, False
+        self.challenged = False
         if self.hidden is not None:
             self.hidden = torch.cat([torch.tensordot(kept.T, self.hidden[:-1], 1), self.hidden[-1:]])
 
@@ -458,16 +446,6 @@ class _Search:
         """All Ritz pairs, and which of them are wanted, by descending value."""
         ritz = self.krylov.ritz()
         return ritz, self._chosen(ritz)
-
-    def quadrature(self, ritz: Ritz, chosen: Tensor) -> Quadrature | None:
-        """What the tracked random vectors say of the spectrum beyond the chosen pairs."""
-        rest = torch.ones(len(ritz.values), dtype=torch.bool)
-        rest[chosen] = False
-        shares = (self.krylov.tracked[: self.krylov.num_basis].T @ ritz.coefficients[:, rest]).square()
-        if not self.num_steps or not bool(rest.any()):
-            return None
-        weights = shares / shares.sum(1, keepdim=True)
-        return Quadrature(ritz.values[rest], weights, tuple(self.num_steps))
 
 
 def _separation(ritz: Ritz, chosen: Tensor, complete: bool, limits: dict[float, float]) -> Separation:

@@ -134,9 +134,9 @@ class Krylov:
             self.tracked = torch.cat([self.tracked, coordinates], 1)
         return coordinates
 
-    def append_random(self, generator: torch.Generator) -> None:
-        """Add one random pending vector, and remember it."""
-        self.append(gaussian_rows(1, self.operator.shape[0], generator), track=True)
+    def append_random(self, generator: torch.Generator) -> Tensor:
+        """Add one random pending vector; its coordinates, as `append` gives them."""
+        return self.append(gaussian_rows(1, self.operator.shape[0], generator))
 
     def turn(self, coefficients: Tensor) -> None:
         """Reflect the pending vectors so that the first is ± their combination with `coefficients` (w,)."""

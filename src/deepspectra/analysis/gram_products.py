@@ -78,7 +78,6 @@ def nonzero_density(
         values=pairs.values[:num],
         residual_norms=pairs.residual_norms[:num] * (pairs.values[0] / pairs.values[:num]).sqrt(),
         vectors=vectors[:, :num],
-        quadrature=None,
         separation=None,
         provenance=Provenance.of(
             gram, seed

@@ -126,10 +126,12 @@ class Certificate:
         num_samples: examples drawn.
         num_checks: products with the full Hessian that were spent.
         residual_norm: the estimate; NaN without checks.
-        standard_error: its own.
+        standard_error: its own, by Student from the scatter of the checks; NaN with fewer than two. Two of them cover
+            less than 95 % where one direction makes the residual: see docs/coverage.md.
         gap: between the last eigenvalue of U and the next, as the sample sees it.
-        overlap_at_least: 1 − (residual/gap)² / K, from Davis and Kahan's sin Θ theorem; 0 if the residual is
-            larger than the gap. A statistical statement: residual and gap are estimates.
+        overlap_at_least: 1 − (residual/gap)² / K, from Davis and Kahan's sin Θ theorem, with two standard errors
+            added to the residual; 0 if that is larger than the gap, NaN with fewer than two checks. A statistical
+            statement: residual and gap are estimates.
     """
 
     num_samples: int
@@ -392,7 +394,7 @@ def _sampled(
         generator = seeded(seed + 1)
         norm, error = residual_norm(problem, found.vectors, num_checks, generator)
     gap = float(found.values[-1]) - found.following
-    bound = overlap_bound(norm, gap, num) if num_checks else float("nan")
+    bound = overlap_bound(norm + 2 * error, gap, num)
     return Subspace(
         values=found.values,
         vectors=found.vectors,

@@ -12,6 +12,7 @@ from deepspectra.algorithms.eigenpairs import unchallenged
 from deepspectra.algorithms.lanczos import seeded
 from deepspectra.operators.curvature import Hessian
 from deepspectra.problem import Problem
+from deepspectra.results import standard_error
 
 SHARE = 15  # of the examples one in so many is drawn,
 FEWEST = 500  # but not fewer than these
@@ -52,16 +53,15 @@ def residual_norm(
     image = Hessian(problem) @ (vectors @ mixed.to(vectors))
     image -= vectors @ (vectors.T @ image)
     squares = image.double().square().sum(0).cpu()
-    norm = float(squares.mean().sqrt())
-    error = (
-        float(squares.std()) / num_checks**0.5 / (2 * norm) if num_checks > 1 and norm > 0 else float("nan")
-    )
-    return norm, error
+    norm, error = float(squares.mean().sqrt()), float(standard_error(squares))
+    return norm, error / (2 * norm) if norm > 0 else error
 
 
 def overlap_bound(norm: float, gap: float, num: int) -> float:
     """At least so large is ‖Uᵀ X‖² / m, with ‖(I − UUᵀ) H U‖_F and the eigenvalues of X (P, m) so far above the rest.
 
-    From Davis and Kahan's sin Θ theorem; 0 where it says nothing.
+    From Davis and Kahan's sin Θ theorem; 0 where it says nothing, NaN where the norm is.
     """
+    if math.isnan(norm):
+        return norm
     return max(0.0, 1 - (norm / gap) ** 2 / num) if norm < gap else 0.0

@@ -16,10 +16,10 @@ from deepspectra.analysis.attribution import Attribution, Knockout
 from deepspectra.analysis.gram import GramSpectrum
 from deepspectra.batches import map_tensors
 from deepspectra.errors import FileError, first_line
-from deepspectra.results import Cost, Density, Eigenpairs, Provenance, Quadrature, Separation
+from deepspectra.results import Cost, Density, Eigenpairs, Provenance, Separation
 
 RESULTS: list[Any] = [
-    *(Attribution, Cost, Density, Eigenpairs, GramSpectrum, Knockout, Provenance, Quadrature, Separation)
+    *(Attribution, Cost, Density, Eigenpairs, GramSpectrum, Knockout, Provenance, Separation)
 ]
 IDENTITY = "identity"
 SUFFIX = ".pt"

@@ -333,10 +333,7 @@ def _digest(tensors: Iterable[Tensor], text: str = "") -> str:
 
 
 def _find_pairs(found: Findings, name: str, operator: Operator, num: int) -> Krylov | None:
-    """The basis that found them, if they were not found before.
-
-    From a random vector, which is a probe of the density too.
-    """
+    """The basis that found them, if they were not found before."""
     basis: Krylov | None = None
     num = min(num, found.problem.num_parameters)
 

@@ -263,3 +263,66 @@ def test_examples_that_come_first_are_cut_and_sorted_as_before() -> None:
     assert problem.cuts
     assert problem.splits_by_class
     assert torch.equal(torch.cat([y for _, y in problem.batches]), Y.sort().values)
+
+
+def test_a_batch_size_that_would_cut_positions_is_refused() -> None:
+    x, y = torch.randn(6, 4, 5, dtype=torch.float64), torch.arange(24).view(6, 4) % 3
+    with pytest.raises(errors.DataError, match=r"second dimension.*batch_size="):
+        ds.Problem(Tagger(transformer=False), (x, y), batch_size=2)
+
+
+def test_a_first_batch_of_one_example_hides_no_influence() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x - x.mean(0))
+
+    with pytest.raises(errors.DataError, match="influence each other"):
+        ds.Problem(Centred(), [(X[:1], Y[:1]), (X[1:], Y[1:])])
+
+
+def test_batches_of_one_row_say_nothing_against_a_mean() -> None:
+    expected = ds.Problem(mlp(), (X, Y)).loss()
+    for sizes in ([11, 1], [1] * 12, [1, 11]):
+        batches = list(zip(X.split(sizes), Y.split(sizes), strict=True))
+        assert ds.Problem(mlp(), batches, loss=own_mean).loss() == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(errors.LossError, match="no mean over rows"):
+        ds.Problem(mlp(), [(x[None], y[None]) for x, y in zip(X, Y, strict=True)], loss=summed_twice)
+
+
+def summed_twice(z: Tensor, y: Tensor) -> Tensor:
+    return functional.cross_entropy(z, y) * len(z)
+
+
+def test_a_loss_of_one_s_own_is_judged_on_a_bounded_number_of_rows() -> None:
+    """However many batches there are, and however many outputs."""
+    seen: list[int] = []
+
+    def counted(z: Tensor, y: Tensor) -> Tensor:
+        seen.append(z.numel())
+        return functional.cross_entropy(z, y)
+
+    x, y = torch.randn(2000, 5, dtype=torch.float64), torch.arange(2000) % 3
+    batches = list(zip(x.split(5), y.split(5), strict=True))
+    ds.Problem(mlp(), batches, loss=counted)
+    assert len(seen) < 400 + 80
+    assert max(seen) <= 2**21
+
+
+class Texts(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Each item with a text beside its tensors."""
+
+    def __len__(self) -> int:
+        return 1200
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"x": X[index % 12], "y": Y[index % 12], "text": f"item {index}"}
+
+
+def test_lists_beside_the_tensors_of_a_batch_lose_no_examples() -> None:
+    problem = ds.Problem(mlp(), Texts(), forward=lambda model, batch: (model(batch["x"]), batch["y"]))
+    assert problem.num_examples == 1200
+    assert problem.loss() == pytest.approx(ds.Problem(mlp(), (X, Y)).loss(), rel=1e-12)

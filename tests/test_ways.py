@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import parametrizations, prune, spectral_norm
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import deepspectra as ds
@@ -589,3 +589,131 @@ def test_batch_norm_in_training_mode_takes_the_statistics_of_the_one_batch() -> 
     dropped = nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5), nn.Linear(4, 3)).double()
     with pytest.warns(errors.FallbackWarning, match="dropout"):
         ds.Problem(dropped, (X, Y), mode="train")
+
+
+# ------------------------------------------------------------- ways that only some data take, and later changes
+
+
+class Rarely(Captured):
+    """Goes by the captured layer for rows with a flag, of which the first batch has none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = torch.tanh(self.a(x))
+        flagged = x[:, :1] > 5
+        return self.o(torch.where(flagged, 2 * self.first(x), plain) if bool(flagged.any()) else plain)
+
+
+def test_ways_that_other_batches_take_are_followed_too() -> None:
+    x = X.clone()
+    x[9, 0] = 7.0
+    model = Rarely()
+    check(model, [(x[:6], Y[:6]), (x[6:], Y[6:])], lambda: functional.cross_entropy(model(x), Y))
+
+
+def test_what_is_captured_and_frozen_stays_as_it_was() -> None:
+    model = Captured()
+    model.a.requires_grad_(False)
+    model.n = nn.BatchNorm1d(4).double()
+    plain, model.first = model.first, lambda x: model.n(torch.tanh(model.a(x)))
+    model.eval()
+    problem = check(model)
+    before = problem.loss()
+    with torch.no_grad():
+        model.a.weight.mul_(2)
+        model.n.running_mean.add_(1)
+    assert problem.loss() == before
+    assert problem.to(torch.float32).loss() == pytest.approx(before, rel=1e-5)
+    assert len(list(ds.layers(problem, hessian=False))) > 0
+    model.train()
+    with pytest.raises(errors.ParameterError, match="its mode was set"):
+        problem.loss()
+    model.eval()
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    with pytest.raises(errors.ParameterError, match="exchanged"):
+        problem.gradient()
+    assert callable(plain)
+
+
+def test_a_captured_model_in_training_mode_is_refused() -> None:
+    model = Captured()
+    model.drop = nn.Dropout(0.0)
+    with (
+        pytest.warns(errors.FallbackWarning, match="training mode"),
+        pytest.raises(errors.ParameterError, match=r"call model\.eval\(\)"),
+    ):
+        ds.Problem(model, (X, Y))
+
+
+class Tripled(nn.DataParallel):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * self.module(x)
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self._orig_mod = Net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * self._orig_mod(x)
+
+
+def test_only_wrappers_that_change_nothing_are_taken_off() -> None:
+    for model in (Tripled(Net()), Wrapped()):
+        check(model)
+    hooked_wrapper = nn.DataParallel(Net())
+    hooked_wrapper.register_forward_hook(lambda *given: 3 * given[-1])
+    with pytest.raises(errors.ParameterError, match="hooks are registered on a wrapper, DataParallel"):
+        ds.Problem(hooked_wrapper, (X, Y))
+
+
+def test_tables_with_a_largest_norm() -> None:
+    ids = torch.randint(7, (12,), generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 5, max_norm=1.0), nn.Linear(5, 3)).double()
+    problem = ds.Problem(model, (ids, Y))
+    model(ids)  # shortens the rows that are looked up, in place
+    shortened = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 3)).double()
+    shortened.load_state_dict(model.state_dict())
+    _, hessian = truth(shortened, lambda: functional.cross_entropy(shortened(ids), Y))
+    assert error(ds.Hessian(problem).dense(), hessian) < 1e-9
+    tied = nn.Sequential(nn.Embedding(7, 5, max_norm=1.0), nn.Linear(5, 7)).double()
+    tied[1].weight = tied[0].weight
+    with pytest.raises(errors.ParameterError, match="max_norm"):
+        ds.Problem(tied, (ids, ids))
+
+
+def test_caches_and_copies_that_are_none_are_refused() -> None:
+    model = normed(parametrizations.spectral_norm)().eval()
+    with parametrize.cached(), pytest.raises(errors.OptionError, match="cached"):
+        ds.Problem(model, (X, Y))
+
+    class Shared(Net):
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self
+
+    with pytest.raises(errors.ParameterError, match="shares parameters"):
+        ds.Problem(nn.Sequential(Shared(), nn.Linear(3, 3).double()), (X, Y))
+
+
+def test_buffers_that_the_network_sets_itself_are_no_edits() -> None:
+    class Counting(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls = self.calls + 1
+            return super().forward(x)
+
+    check(Counting())
+
+
+def test_hooks_on_tensors_inside_the_network_ask_for_gradients() -> None:
+    class Watched(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            h.register_hook(lambda g: None)
+            return self.o(torch.tanh(h))
+
+    check(Watched())

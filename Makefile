@@ -49,8 +49,9 @@ $(VENV)/.installed: $(MANIFESTS) | $(BIN)/python
 	$(PIP_INSTALL) -e .
 	@touch $@
 
-$(VENV)/.installed-dev: $(MANIFESTS) | $(BIN)/python
+$(VENV)/.installed-dev: $(MANIFESTS) tests/oracle.txt | $(BIN)/python
 	$(PIP_INSTALL) -e '.[dev]'
+	$(PIP_INSTALL) --no-deps -r tests/oracle.txt || echo "The outside oracle cannot be installed here: its tests skip."
 	@touch $@ $(VENV)/.installed
 
 # The peers have an environment of their own. Without them, on a machine that cannot reach them, we are measured alone.

@@ -1,7 +1,6 @@
 """The command line, run as a user runs it."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -32,6 +31,7 @@ def nothing():
 """
 NEIGHBOUR = """
 import torch
+from commands import finished
 
 def make():
     return torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
@@ -40,10 +40,8 @@ def make():
 
 def run(*arguments, cwd):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-m", "deepspectra.cli", *map(str, arguments)],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "deepspectra.cli", *map(str, arguments)]
+    return finished(command, timeout=300, cwd=cwd, env=environment, check=False)
 
 
 @pytest.fixture(scope="module")

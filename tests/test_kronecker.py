@@ -561,7 +561,7 @@ def test_eigenvalues_of_large_sums_are_refused(monkeypatch: pytest.MonkeyPatch) 
 )
 @pytest.mark.parametrize("kind", ["kfac", "ekfac"])
 def test_curvlinops_agrees_without_class_weights(name: str, loss: nn.Module, sharing: str, kind: str) -> None:
-    curvlinops = pytest.importorskip("curvlinops")
+    curvlinops = pytest.importorskip("curvlinops", reason="needs tests/oracle.txt, which cannot be had here")
     case = CASES[name]()
     make = curvlinops.KFACLinearOperator if kind == "kfac" else curvlinops.EKFACLinearOperator
     options = {"fisher_type": "type-2", "kfac_approx": sharing, "separate_weight_and_bias": False}

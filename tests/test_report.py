@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import torch
 import xarray as xr
 
 import deepspectra as ds
+from commands import finished
 from deepspectra import report
 from deepspectra.apps.compare import comparison_dataset
 from deepspectra.apps.layers import layer_dataset
@@ -609,9 +609,7 @@ def opened(page, folder):
         *(f"--{switch}" for switch in switches.split()),
         f"--user-data-dir={folder / 'profile'}",
     ]
-    done = subprocess.run(
-        [*command, str(folder / "report.html")], capture_output=True, text=True, timeout=240, check=True
-    )
+    done = finished([*command, str(folder / "report.html")], timeout=240, check=True)
     assert [line for line in done.stderr.splitlines() if ":CONSOLE:" in line] == []
     return done.stdout
 

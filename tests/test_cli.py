@@ -8,6 +8,7 @@ import pytest
 import xarray as xr
 
 import deepspectra as ds
+from commands import finished
 from deepspectra import cli, errors
 from deepspectra.apps.pages import load_page
 
@@ -31,7 +32,6 @@ def nothing():
 """
 NEIGHBOUR = """
 import torch
-from commands import finished
 
 def make():
     return torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))

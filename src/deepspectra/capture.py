@@ -247,7 +247,7 @@ def _wrong(sample: Problem, batch: Any, found: Plan, outputs: Tensor) -> set[str
     truth = torch.autograd.grad(scalar, list(leaves.values()), materialize_grads=True)
     totals = {name: torch.zeros_like(value).flatten() for name, value in leaves.items()}
     kept = frozenset(leaves) - found.alone
-    for piece in capture(sample, batch, found, lambda *_: mixed.flatten(1)[:, :, None], kept):
+    for piece in capture(sample, batch, found, lambda *_: mixed.reshape(len(mixed), -1)[:, :, None], kept):
         for use in piece.uses:
             ones = use.errors.new_ones(*use.errors.shape[:2], 1)
             start = use.slice.start

@@ -70,9 +70,7 @@ def test_a_slow_machine_does_the_same(monkeypatch):
     slow = ds.analyze(problem, progress=False).dataset
     timed = [name for name in quick if name.startswith("cost_") or name == "subspace_gradients"]
     assert slow.attrs["gradient_seconds"] == 100
-    assert (
-        json.loads(quick.attrs["provenance"])["probes × steps of densities"] == "4 × 22"
-    )  # of 22 parameters
+    assert json.loads(quick.attrs["provenance"])["probes × steps of densities"] == "4 × 24"
     assert quick.drop_vars(timed).equals(slow.drop_vars(timed))
 
 

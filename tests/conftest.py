@@ -26,7 +26,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", default=False, help="also run tests marked slow")
 
 
+LONGEST = (
+    "test_cli",
+    "test_devices",
+    "test_docs",
+    "test_resume",
+    "test_report",
+)  # files that run for a minute or more
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(
+        key=lambda item: item.path.stem not in LONGEST
+    )  # first, so that no process is left alone with one
     if config.getoption("--slow"):
         return
     skip = pytest.mark.skip(reason="slow: pass --slow to run it")

@@ -21,6 +21,7 @@ import deepspectra as ds
 from deepspectra import errors
 from nets import CASES, Case, chunks, labels
 from reference import Reference, case_and_reference, error
+from truth import OnceDifferentiable
 
 X, Y = (
     torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
@@ -511,22 +512,6 @@ def test_a_model_whose_state_moves_with_every_call() -> None:
 
 
 # --------------------------------------------------------------------------------------- no second derivative
-
-
-class OnceDifferentiable(torch.autograd.Function):
-    """tanh, whose backward refuses to be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = torch.tanh(x)
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return g * (1 - y**2)
 
 
 class WrongTwice(torch.autograd.Function):

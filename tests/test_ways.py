@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import deepspectra as ds
 from deepspectra import errors
 from reference import error
-from truth import truth
+from truth import OnceDifferentiable, truth
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = torch.randn(12, 5, dtype=torch.float64, generator=GENERATOR), torch.arange(12) % 3
@@ -440,24 +440,10 @@ def test_modules_that_cannot_be_followed_are_named() -> None:
         ds.Problem(Blind(), (X, Y))
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = torch.tanh(x)
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return g * (1 - y**2)
-
-
 def test_first_derivatives_alone_are_enough_for_what_the_error_names() -> None:
     class Custom(Net):
         def forward(self, x: Tensor) -> Tensor:
-            return self.o(Once.apply(self.a(x)))
+            return self.o(OnceDifferentiable.apply(self.a(x)))
 
     once, plain = ds.Problem(Custom(), (X, Y)), ds.Problem(Net(), (X, Y))
     for operator in (ds.Hessian, ds.GaussNewton):

@@ -19,3 +19,19 @@ def truth(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor]
 
     gradient = flat(loss(), create_graph=True)
     return gradient.detach(), torch.stack([flat(entry, retain_graph=True) for entry in gradient])
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """tanh, whose backward refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = torch.tanh(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return g * (1 - y**2)

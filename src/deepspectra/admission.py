@@ -84,11 +84,9 @@ def settle(module: Evaluated, batches: Batches, loss: Loss, parameters: Tree) ->
     if loss.unsettled:
         warnings.warn(
             "every batch gives outputs that fit both (B, C, ...) and (B, ..., C), the first of them "
-            f"{tuple(first[1][0].shape)}; they are read as (B, C, ...), as nn.CrossEntropyLoss "
-            f"does. If classes are last, "
-            "pass forward=lambda model, batch: (model(batch[0]).flatten(0, -2), "
-            "batch[1].flatten()); if they are second, "
-            ".movedim(1, -1) before .flatten says so.",
+            f"{tuple(first[1][0].shape)}; they are read as (B, C, ...), as nn.CrossEntropyLoss does. If classes are "
+            "last, pass forward=lambda model, batch: (model(batch[0]).flatten(0, -2), batch[1].flatten()); if they "
+            "are second, .movedim(1, -1) before .flatten says so.",
             FallbackWarning,
             stacklevel=CALLER,
         )
@@ -161,9 +159,8 @@ def arrange(
         return start, evaluate(start), False
     if kind is Rows.SECOND:
         raise DataError(
-            "examples lie along the second dimension of the data, after positions, and "
-            "batch_size= cuts the first. Leave "
-            "it out, or pass batches of your own: data=[(x, y), ...]."
+            "examples lie along the second dimension of the data, after positions, and batch_size= cuts the first. "
+            "Leave it out, or pass batches of your own: data=[(x, y), ...]."
         )
     if mode == "train":
         raise OptionError(
@@ -245,6 +242,7 @@ def survey(evaluated: Iterable[tuple[Any, Tensor, Tensor]], loss: Loss, num_batc
         with reported(LossError, failure), torch.no_grad():
             value += float(loss.total(outputs, targets).double())
         if not loss.is_mean:
+            judged = outputs, targets
             if len(outputs) == len(targets):
                 # Rows of all batches, and of a few some more: a loss is no mean even if only rare rows show it.
                 most = max(1, min(FEW_ROWS, LARGEST // (num_batches * max(1, outputs[0].numel()))))
@@ -253,10 +251,9 @@ def survey(evaluated: Iterable[tuple[Any, Tensor, Tensor]], loss: Loss, num_batc
                 if outputs[some].numel() <= room:
                     room -= outputs[some].numel()
                     several.append((outputs[some], targets[some]))
-                more = order[: max(2, LARGEST // max(1, outputs[0].numel()))]
-                judged = outputs[more], targets[more]
-            else:
-                judged = outputs, targets
+                if outputs.numel() > LARGEST:
+                    more = order[: max(2, LARGEST // outputs[0].numel())]
+                    judged = outputs[more], targets[more]
             if len(found.misfits) < JUDGED and len(outputs) > 1:
                 found.misfits.append(loss.misfit(*judged, generator))
     if found.total_weight <= 0:

@@ -14,7 +14,7 @@ import deepspectra as ds
 from benchmarks import reference
 from benchmarks.cases import Case, build
 from benchmarks.measure import OURS, Row, compare
-from deepspectra.analysis.means import ClassMeans
+from deepspectra.analysis.class_means import ClassMeans
 
 RIGHT = 1e-3  # relative error of float32 sums against float64
 LIMITS = {"class means": 1.5, "cross-class means": 9.0}  # gradients

@@ -20,8 +20,8 @@ import deepspectra as ds
 from benchmarks.cases import Case, build
 from benchmarks.measure import OURS, ROUNDS, Cost, Row, compare
 from benchmarks.peers import LIMIT
+from deepspectra.derivatives.products import products_of
 from deepspectra.errors import ConvergenceWarning
-from deepspectra.products import products_of
 from deepspectra.results import Eigenpairs
 
 NUM = 10

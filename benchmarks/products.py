@@ -11,7 +11,7 @@ from benchmarks import reference
 from benchmarks.cases import Case, build
 from benchmarks.measure import OURS, Cost, Row, compare
 from benchmarks.peers import differentiable
-from deepspectra.products import products_of
+from deepspectra.derivatives.products import products_of
 
 RIGHT = 1e-3  # relative error of a float32 product against float64; a kink of ReLU can flip in float32
 BLOCK = 8

@@ -12,10 +12,10 @@ import torch
 import deepspectra as ds
 from deepspectra import zoo
 from deepspectra.algorithms.eigenpairs import SPARE_VECTORS, explore
-from deepspectra.algorithms.lanczos import seeded
-from deepspectra.analysis.attribution import pair_shares
-from deepspectra.analysis.means import subspace_of
-from deepspectra.analysis.sampling import residual_norm
+from deepspectra.algorithms.krylov import seeded
+from deepspectra.analysis.attribute import pair_shares
+from deepspectra.analysis.class_means import subspace_of
+from deepspectra.analysis.sampled_subspace import residual_norm
 
 SPARE_PAIRS = 3  # beyond the number of classes
 RTOL = 1e-2  # of eigenpairs; of

@@ -13,7 +13,7 @@ import xarray as xr
 
 import deepspectra as ds
 from deepspectra import errors, report, zoo
-from deepspectra.apps import stages
+from deepspectra.jobs import stages
 
 
 @functools.cache
@@ -107,7 +107,7 @@ def test_the_exact_route_knows_all_of_g():
 @pytest.mark.parametrize("passes", [50_000, 10])
 def test_a_network_that_does_not_tell_examples_apart_is_analysed(passes, monkeypatch):
     """Rows are not spread evenly over examples: row by row, or by products where that takes too many passes."""
-    monkeypatch.setattr("deepspectra.capture.MOST_PASSES", passes)
+    monkeypatch.setattr("deepspectra.rows.tracing.MOST_PASSES", passes)
 
     def forward(model, batch):
         return model(batch[0])[:-1], batch[1][:-1]
@@ -319,7 +319,7 @@ def test_a_disk_without_room_for_the_vectors_has_the_numbers(analysis, tmp_path,
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("deepspectra.apps.analyze.save_file", full)
+    monkeypatch.setattr("deepspectra.jobs.analyze.save_file", full)
     with pytest.raises(errors.FileError, match=r"vectors\.safetensors cannot be written .*No space"):
         analysis.save(tmp_path)
     assert os.listdir(tmp_path) == ["analysis.nc"]

@@ -6,7 +6,7 @@ import torch
 import deepspectra as ds
 from deepspectra import errors, zoo
 from deepspectra.algorithms.eigenpairs import explore
-from deepspectra.analysis.attribution import Attribution, Knockout
+from deepspectra.analysis.attribute import Attribution, Knockout
 from deepspectra.operators.parts import Means
 
 

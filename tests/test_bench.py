@@ -16,9 +16,9 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra import zoo
-from deepspectra.differentiation import Forward
-from deepspectra.problem import Problem
-from deepspectra.products import Products
+from deepspectra.derivatives.differentiation import Forward
+from deepspectra.derivatives.products import Products
+from deepspectra.problem.problem import Problem
 
 ROOT = Path(__file__).parent.parent
 CLASSES, EXAMPLES = 10, 400

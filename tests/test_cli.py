@@ -10,7 +10,7 @@ import xarray as xr
 import deepspectra as ds
 from commands import finished
 from deepspectra import cli, errors
-from deepspectra.apps.pages import load_page
+from deepspectra.jobs.pages import load_page
 
 MINE = """
 import torch
@@ -288,7 +288,7 @@ def test_a_verdict_is_told_and_the_page_written_where_the_vectors_find_no_room(f
         raise OSError(28, "No space left on device")
 
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("deepspectra.apps.analyze.save_file", full)
+    monkeypatch.setattr("deepspectra.jobs.analyze.save_file", full)
     arguments = ["analyze", "mine.py:problem", "--num-probes", "1", "--num-steps", "4", "--out", "full"]
     monkeypatch.setattr(sys, "argv", ["deepspectra", *arguments, "--num", "3", "--rtol", "0.1"])
     monkeypatch.setattr(sys, "path", list(sys.path))

@@ -23,8 +23,8 @@ from reproductions.coverage import (
 from scipy.stats import norm, t
 
 import deepspectra as ds
-from deepspectra.algorithms.counted import stream
-from deepspectra.analysis.sampling import overlap_bound
+from deepspectra.algorithms.probes import stream
+from deepspectra.analysis.sampled_subspace import overlap_bound
 from deepspectra.errors import ConvergenceWarning, OptionError
 from deepspectra.operators.base import Function, Matrix
 from deepspectra.results import christoffel, standard_error

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import wasserstein_distance
 
-from deepspectra.algorithms.counted import Products, stream
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
-from deepspectra.algorithms.recurrence import _tridiagonal, _tridiagonals
+from deepspectra.algorithms.lanczos import _tridiagonal, _tridiagonals
+from deepspectra.algorithms.probes import Products, stream
 from deepspectra.errors import (
     ConvergenceWarning,
     DataError,

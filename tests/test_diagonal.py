@@ -6,8 +6,8 @@ from itertools import product
 import pytest
 import torch
 
-from deepspectra.algorithms.counted import Products
 from deepspectra.algorithms.diagonal import _left_out, diagonal
+from deepspectra.algorithms.probes import Products
 from deepspectra.algorithms.sketch import sketch
 from deepspectra.errors import FallbackWarning, NonFiniteError, OptionError, ShapeError
 from deepspectra.operators.base import Function, LowRank, Matrix

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 import deepspectra as ds
 from deepspectra.errors import FallbackWarning, OptionError
-from deepspectra.operators import draws
-from deepspectra.operators.draws import DrawnCaptures
-from deepspectra.operators.kronecker import Kronecker, made_from
+from deepspectra.kfac.kronecker import Kronecker, made_from
+from deepspectra.rows import draws
+from deepspectra.rows.draws import DrawnCaptures
 from nets import Case, chunks, labels
 from reference import Reference, error
 

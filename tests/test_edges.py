@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import deepspectra as ds
-from deepspectra.apps.layers import layer_dataset
 from deepspectra.errors import CurvatureError, DeepSpectraError, LossError, OptionError
+from deepspectra.jobs.layers import layer_dataset
 
 NUM = 30
 

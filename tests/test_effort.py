@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import deepspectra as ds
-from deepspectra.apps.effort import EFFORTS, counted, effort_for
-from deepspectra.apps.ledger import Ledger
+from deepspectra.jobs.effort import EFFORTS, counted, effort_for
+from deepspectra.jobs.ledger import Ledger
 
 
 def problem_of(net, x):

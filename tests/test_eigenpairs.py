@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.sparse.linalg import eigsh
 
 from deepspectra.algorithms.eigenpairs import ENDS, eigenpairs, select
-from deepspectra.algorithms.lanczos import Krylov, gaussian_rows
+from deepspectra.algorithms.krylov import Krylov, gaussian_rows
 from deepspectra.errors import (
     ConvergenceWarning,
     DataError,
@@ -22,7 +22,7 @@ from deepspectra.errors import (
 )
 from deepspectra.operators.base import Function, LowRank, Matrix
 from deepspectra.operators.curvature import Hessian
-from deepspectra.problem import Problem
+from deepspectra.problem.problem import Problem
 from spectra import rotated
 
 OUTLIERS = torch.logspace(0, -1, 10, dtype=torch.float64)

@@ -19,10 +19,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.overrides import _get_current_function_mode
 
 import deepspectra as ds
-from deepspectra import capture
 from deepspectra.errors import CurvatureError, MemoryBudgetError
-from deepspectra.operators.held import HeldRows
-from deepspectra.operators.rows import GradientRows
+from deepspectra.rows import tracing
+from deepspectra.rows.gradients import GradientRows
+from deepspectra.rows.held import HeldRows
 from reference import error, projections
 
 IGNORED = -100
@@ -406,14 +406,14 @@ def test_the_exact_spectrum_is_that_of_the_dense_matrix(name: str) -> None:
         assert float(values.sum()) == pytest.approx(float(projected.square().sum()), abs=1e-10 * total)
 
 
-def pieces(problem: ds.Problem, weights: Tensor, *, joint: bool) -> Iterator[capture.Piece]:
+def pieces(problem: ds.Problem, weights: Tensor, *, joint: bool) -> Iterator[tracing.Piece]:
     """The only batch, with scalars of these weights."""
-    plan = capture.plan(problem.sample(3, torch.float64))
+    plan = tracing.plan(problem.sample(3, torch.float64))
     while True:
         try:
-            yield from capture.capture(problem, *problem.batches, plan, lambda *_: weights, joint=joint)
+            yield from tracing.capture(problem, *problem.batches, plan, lambda *_: weights, joint=joint)
             return
-        except capture.IrregularError as found:
+        except tracing.IrregularError as found:
             plan = plan.without(found.names)
 
 
@@ -630,7 +630,7 @@ def test_rows_that_do_not_count_take_no_backward_pass(monkeypatch: pytest.Monkey
 
 def test_too_many_passes_are_refused_with_what_to_pass_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, _ = made("nodes")
-    monkeypatch.setattr(capture, "MOST_PASSES", 13)
+    monkeypatch.setattr(tracing, "MOST_PASSES", 13)
     with pytest.raises(CurvatureError, match=r"14 backward passes over whole batches\. Pass forward="):
         ds.gram_spectrum(problem)
     dataset = ds.analyze(problem, num_probes=2, num_steps=8, progress=False).dataset
@@ -686,7 +686,7 @@ class Shy(nn.Module):
         self.out = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(_get_current_function_mode(), capture.Watch):
+        if isinstance(_get_current_function_mode(), tracing.Watch):
             raise ValueError("not now")
         return self.out(x)
 

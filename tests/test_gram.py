@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import deepspectra as ds
-from deepspectra.analysis.gram import gradient_basis, gradient_pairs
+from deepspectra.analysis.gram_spectrum import gradient_basis, gradient_pairs
 from deepspectra.errors import LossError, MemoryBudgetError, OptionError
-from deepspectra.operators.held import HeldRows
 from deepspectra.operators.parts import decompose
-from deepspectra.operators.rows import GradientRows
+from deepspectra.rows.gradients import GradientRows
+from deepspectra.rows.held import HeldRows
 from nets import CASES, CLASSIFICATION, Case, chunks, labels
 from reference import case_and_reference, error
 

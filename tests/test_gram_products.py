@@ -9,7 +9,7 @@ from torch import nn
 import deepspectra as ds
 from deepspectra.analysis import gram_products
 from deepspectra.analysis.gram_products import RowGram, gradient_trace, nonzero_density
-from deepspectra.operators.rows import GradientRows
+from deepspectra.rows.gradients import GradientRows
 from nets import CLASSIFICATION
 from reference import case_and_reference
 

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 import deepspectra as ds
 from deepspectra.errors import CurvatureError, FallbackWarning, LossError, MemoryBudgetError, OptionError
-from deepspectra.operators import factors, places
-from deepspectra.operators.captures import Captures
+from deepspectra.kfac import blocks, moments
+from deepspectra.rows.captures import Captures
 from nets import CASES, Case, chunks, labels
 from reference import Reference, case_and_reference, error
 
@@ -376,9 +376,9 @@ def test_batches_do_not_matter(name: str, sharing: str) -> None:
 def test_chunks_do_not_matter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = CASES["conv_pool"]().problem()
     expected = ds.kronecker(problem, kind).dense()
-    monkeypatch.setattr(places, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(factors, "PANEL", 3)
-    monkeypatch.setattr(factors, "LONG", 2)
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(moments, "PANEL", 3)
+    monkeypatch.setattr(moments, "LONG", 2)
     assert error(ds.kronecker(problem, kind).dense(), expected) < RTOL
 
 
@@ -444,7 +444,7 @@ def test_vectors_have_their_exact_blocks(name: str, layer: str) -> None:
 
 
 def test_long_vectors_have_their_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factors, "LARGEST_VECTOR", 20)
+    monkeypatch.setattr(moments, "LARGEST_VECTOR", 20)
     case, ref = case_and_reference("recurrent")
     with pytest.warns(FallbackWarning, match="diagonal"):
         K = ds.kronecker(case.problem())
@@ -542,7 +542,7 @@ def concave(output: Tensor, target: Tensor) -> Tensor:
 
 
 def test_eigenvalues_of_large_sums_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepspectra.operators.factored.LARGEST_SUM", 10)
+    monkeypatch.setattr("deepspectra.kfac.operators.LARGEST_SUM", 10)
     with pytest.raises(MemoryBudgetError, match="densely"):
         ds.kronecker(CASES["relu_mlp"]().problem(), "cfac").eigenvalues()
 
@@ -576,8 +576,8 @@ def test_curvlinops_agrees_without_class_weights(name: str, loss: nn.Module, sha
 @pytest.mark.parametrize("name", ["relu_mlp", "conv_pool", "token_classes", "mse_module"])
 @pytest.mark.parametrize("small", [3000, 0])
 def test_quality_is_that_of_dense_blocks(name: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepspectra.analysis.kronecker.SMALL", small)
-    monkeypatch.setattr("deepspectra.analysis.kronecker.PAIRED_ROWS", 20)
+    monkeypatch.setattr("deepspectra.analysis.kronecker_quality.SMALL", small)
+    monkeypatch.setattr("deepspectra.analysis.kronecker_quality.PAIRED_ROWS", 20)
     case, ref = case_and_reference(name)
     kinds = ("kfac", "ekfac", "optimal") if name in ("token_classes", "mse_module") else KINDS
     found = ds.kronecker_quality(case.problem(), kinds, ks=(1, 3), rtol=1e-8)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import deepspectra as ds
-from deepspectra.analysis.gram import EigenBasis
+from deepspectra.analysis.gram_spectrum import EigenBasis
 from deepspectra.errors import FallbackWarning, LossError, MemoryBudgetError
 from deepspectra.operators.curvature import HessianBlock
 from nets import CASES, CLASSIFICATION, Case, chunks, labels

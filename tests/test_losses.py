@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import deepspectra as ds
-from deepspectra import errors, losses
+from deepspectra import errors
+from deepspectra.problem import losses
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(12, 4, generator=GENERATOR, dtype=torch.float64)

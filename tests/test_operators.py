@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import deepspectra as ds
-from deepspectra import products, zoo
+from deepspectra import zoo
+from deepspectra.derivatives import products
 from deepspectra.errors import DeepSpectraError, MemoryBudgetError, ShapeError
 from nets import CASES, Case
 from reference import Reference, case_and_reference, error

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import deepspectra as ds
 from deepspectra.analysis.regions import OF, Shifts
-from deepspectra.apps.pages import save_page
-from deepspectra.apps.regions import CLAIMS, regions_dataset, sentences
 from deepspectra.errors import DataError, LossError, MemoryBudgetError, OptionError
+from deepspectra.jobs.pages import save_page
+from deepspectra.jobs.regions import CLAIMS, regions_dataset, sentences
 from deepspectra.report.drawing import save_chart
 from deepspectra.report.region_charts import region_shifts
 from nets import CASES, labels

@@ -14,12 +14,12 @@ import xarray as xr
 import deepspectra as ds
 from commands import finished
 from deepspectra import report
-from deepspectra.apps.compare import comparison_dataset
-from deepspectra.apps.layers import layer_dataset
-from deepspectra.apps.pages import load_dataset, measured, save_dataset
-from deepspectra.apps.regions import regions_dataset
-from deepspectra.apps.study import study_dataset
 from deepspectra.errors import DataError, FileError, OptionError
+from deepspectra.jobs.compare import comparison_dataset
+from deepspectra.jobs.layers import layer_dataset
+from deepspectra.jobs.pages import load_dataset, measured, save_dataset
+from deepspectra.jobs.regions import regions_dataset
+from deepspectra.jobs.study import study_dataset
 from deepspectra.report import render
 from deepspectra.report.captions import FIGURES
 from deepspectra.report.drawing import PART_COLOURS, number

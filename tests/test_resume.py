@@ -16,11 +16,11 @@ import xarray as xr
 import deepspectra as ds
 from deepspectra import errors, zoo
 from deepspectra.algorithms.eigenpairs import explore
-from deepspectra.algorithms.lanczos import Krylov
-from deepspectra.apps import stages
-from deepspectra.apps.kept import Kept, forget
-from deepspectra.apps.ledger import Ledger
-from deepspectra.apps.targets import Choice, chosen_problem, moments
+from deepspectra.algorithms.krylov import Krylov
+from deepspectra.jobs import stages
+from deepspectra.jobs.checkpoint import Kept, forget
+from deepspectra.jobs.ledger import Ledger
+from deepspectra.jobs.targets import Choice, chosen_problem, moments
 
 
 def problem(seed=0):

@@ -9,9 +9,9 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra import errors, zoo
-from deepspectra.analysis.sampling import residual_norm
+from deepspectra.analysis.sampled_subspace import residual_norm
 from deepspectra.operators.base import Operator
-from deepspectra.operators.sampling import importance, inclusion, num_enough, systematic
+from deepspectra.rows.importance import importance, inclusion, num_enough, systematic
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra import zoo
-from deepspectra.analysis import blocks
+from deepspectra.analysis import layer_blocks
 from deepspectra.analysis.study import LEFT, MEASURES
-from deepspectra.apps.study import STUDIES, sentences, study_dataset
 from deepspectra.errors import OptionError, ShapeError
+from deepspectra.jobs.study import STUDIES, sentences, study_dataset
 from nets import labels
 
 SHAPE = (1, 4, 4)
@@ -180,12 +180,12 @@ def test_each_block_is_decomposed_once_a_network(monkeypatch) -> None:
     networks = [problem(0), problem(1)]
     made = []
     for name in ("_moment", "gram_of"):  # of the layer with fewer parameters than rows, and of the other one
-        monkeypatch.setattr(blocks, name, _recorded(name, getattr(blocks, name), made))
-    monkeypatch.setattr(blocks, "REMEMBERED", 20)
+        monkeypatch.setattr(layer_blocks, name, _recorded(name, getattr(layer_blocks, name), made))
+    monkeypatch.setattr(layer_blocks, "REMEMBERED", 20)
     ds.study({"plain": networks})
     assert sorted(made) == ["_moment"] * 2 + ["gram_of"] * 2
-    _, exact = next(iter(blocks.Blocks(networks[0])))
-    values, _, vectors = blocks.dense_spectrum(exact, 21)
+    _, exact = next(iter(layer_blocks.Blocks(networks[0])))
+    values, _, vectors = layer_blocks.dense_spectrum(exact, 21)
     assert len(made) == 5
     assert vectors.shape[1] == 21
     torch.testing.assert_close(exact @ vectors, vectors * values[:21])

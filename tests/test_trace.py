@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from deepspectra.algorithms.subspace import overlap
+from deepspectra.algorithms.overlap import overlap
 from deepspectra.algorithms.trace import trace
 from deepspectra.errors import DataError, FallbackWarning, NonFiniteError, OptionError, ShapeError
 from deepspectra.operators.base import Function, LowRank, Matrix

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional
 
 import deepspectra as ds
-from deepspectra.analysis.attribution import Knockout
-from deepspectra.analysis.gram import EigenBasis, gradient_basis
-from deepspectra.analysis.without import range_of, significant
+from deepspectra.analysis.attribute import Knockout
+from deepspectra.analysis.gram_spectrum import EigenBasis, gradient_basis
 from deepspectra.errors import DeepSpectraError, OptionError
 from deepspectra.operators.base import Projected
 from deepspectra.operators.parts import decompose
-from deepspectra.operators.projections import FOUR_WAY, METHODS, TWO_WAY, taken
+from deepspectra.rows.projections import FOUR_WAY, METHODS, TWO_WAY, taken
+from deepspectra.rows.spectrum import range_of, significant
 from nets import CASES
 from reference import GONE, Reference, case_and_reference, error, onto, projections, without
 from test_layers import inputs_and_errors

@@ -4,28 +4,28 @@ from deepspectra.algorithms.density import density
 from deepspectra.algorithms.diagonal import diagonal
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.norm import frobenius_norm
-from deepspectra.algorithms.subspace import overlap
+from deepspectra.algorithms.overlap import overlap
 from deepspectra.algorithms.trace import trace
-from deepspectra.analysis.attribution import attribute
+from deepspectra.analysis.attribute import attribute
 from deepspectra.analysis.class_groups import class_groups
+from deepspectra.analysis.class_means import class_means, principal_subspace
 from deepspectra.analysis.clustering import clustering
 from deepspectra.analysis.collapse import collapse
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.dissect import dissect
-from deepspectra.analysis.gram import gram_spectrum
-from deepspectra.analysis.hierarchy import three_level_map
-from deepspectra.analysis.kronecker import kronecker_quality
+from deepspectra.analysis.gram_spectrum import gram_spectrum
+from deepspectra.analysis.kronecker_quality import kronecker_quality
 from deepspectra.analysis.layers import layers
-from deepspectra.analysis.means import class_means, principal_subspace
 from deepspectra.analysis.regions import regions
 from deepspectra.analysis.study import study
+from deepspectra.analysis.three_level_map import three_level_map
 from deepspectra.analysis.weights import weights
-from deepspectra.apps.analyze import Analysis, analyze, load, save_series
+from deepspectra.jobs.analyze import Analysis, analyze, load, save_series
+from deepspectra.kfac.kronecker import Kronecker, kronecker
 from deepspectra.operators.base import Identity
 from deepspectra.operators.curvature import EmpiricalFisher, GaussNewton, Hessian, Residual
-from deepspectra.operators.kronecker import Kronecker, kronecker
 from deepspectra.operators.parts import decompose
-from deepspectra.problem import Problem
+from deepspectra.problem.problem import Problem
 
 __all__ = [
     "Analysis",

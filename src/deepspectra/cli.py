@@ -18,18 +18,18 @@ from deepspectra.analysis.layers import Layers, layers
 from deepspectra.analysis.regions import NUM_GROUPS, regions
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
 from deepspectra.analysis.study import study
-from deepspectra.apps.analyze import Analysis, analyze, save_series
-from deepspectra.apps.compare import comparison_dataset
-from deepspectra.apps.kept import forget
-from deepspectra.apps.layers import layer_dataset
-from deepspectra.apps.pages import check_writable, load_page, save_page
-from deepspectra.apps.regions import regions_dataset
-from deepspectra.apps.study import STUDIES, study_dataset
-from deepspectra.apps.targets import CONSOLE, Choice, chosen_problem, moments
 from deepspectra.errors import DeepSpectraError, OptionError
-from deepspectra.operators.projections import METHODS
-from deepspectra.problem import Problem
+from deepspectra.jobs.analyze import Analysis, analyze, save_series
+from deepspectra.jobs.checkpoint import forget
+from deepspectra.jobs.compare import comparison_dataset
+from deepspectra.jobs.layers import layer_dataset
+from deepspectra.jobs.pages import check_writable, load_page, save_page
+from deepspectra.jobs.regions import regions_dataset
+from deepspectra.jobs.study import STUDIES, study_dataset
+from deepspectra.jobs.targets import CONSOLE, Choice, chosen_problem, moments
+from deepspectra.problem.problem import Problem
 from deepspectra.report.page import write, write_series
+from deepspectra.rows.projections import METHODS
 
 app = typer.Typer(
     add_completion=False,

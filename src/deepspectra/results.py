@@ -18,7 +18,7 @@ from deepspectra.frames import Tabular
 
 if TYPE_CHECKING:
     from deepspectra.operators.base import Operator
-    from deepspectra.problem import Problem
+    from deepspectra.problem.problem import Problem
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.counted import InUnits, Products, Progress, stream
-from deepspectra.algorithms.lanczos import (
+from deepspectra.algorithms.krylov import (
     ROUNDING,
     Krylov,
     as_operator,
@@ -18,7 +17,8 @@ from deepspectra.algorithms.lanczos import (
     check_count,
     gaussian_rows,
 )
-from deepspectra.algorithms.recurrence import quadratures
+from deepspectra.algorithms.lanczos import quadratures
+from deepspectra.algorithms.probes import InUnits, Products, Progress, stream
 from deepspectra.errors import DataError, FallbackWarning, MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
 from deepspectra.results import Density, Eigenpairs, Provenance

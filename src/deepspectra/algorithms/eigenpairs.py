@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.lanczos import (
+from deepspectra.algorithms.krylov import (
     Krylov,
     Ritz,
     as_operator,

@@ -1,391 +1,112 @@
-"""A Krylov basis with everything recorded: the one recurrence behind `eigenpairs` and `density`.
+"""Gauss quadrature of a spectrum by Lanczos' recurrence alone: three vectors a probe, whatever the steps.
 
-The basis keeps, for an orthonormal block Q of multiplied vectors and a block W of pending ones (orthonormal,
-orthogonal to Q, not multiplied yet),
+Without reorthogonalisation the recurrence finds converged eigenvalues again and again. It is then the exact
+recurrence of a larger matrix, whose eigenvalues lie within rounding of those of A, with the same mass at each
+(Greenbaum, Linear Algebra Appl. 113, 1989). So the quadrature stays right: the copies of an eigenvalue share its
+weight. Only their number means nothing, and they are merged:
 
-    A Q = [Q, W] H        with the whole of H, not its three diagonals.
-
-H records every coefficient of the full reorthogonalisation, so the residual of a Ritz pair is measured, with
-the rounding and any asymmetry of A in it, at no further product. Single-vector Lanczos is W of one column,
-block Lanczos multiplies all of W at once, a breakdown is an empty W, a fresh start is one more column in it,
-and a thick restart rotates Q. Vectors are stored as rows: each is contiguous, and memory not reached is not
-touched.
+1. Nodes closer than 100 ε‖A‖ become one, at their mean.
+2. A copy on its way may stand alone in a gap, with a weight of ε² or so, by which Cullum and Willoughby (1985)
+   know it: a node of less than 1e-5/P, a hundred-thousandth of an eigenvalue's mean weight, joins its neighbour.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
-from deepspectra.errors import DataError, NonFiniteError, OptionError, ShapeError
-from deepspectra.operators.base import Matrix, Operator
-from deepspectra.results import Eigenpairs
+from deepspectra.algorithms.krylov import ROUNDING, basis_capacity
+from deepspectra.algorithms.probes import BLOCK, Products
+from deepspectra.errors import MemoryBudgetError
 
-ROUNDING = 100  # in units of ε‖A‖: a remainder below this is taken for rounding
-COLUMNS_PER_CHUNK = 2**16  # of the basis, when it is rotated in place
-STRETCH = 1024  # numbers whose norm is taken in the basis' own type,
-SAFE_SQUARES = (1e-14, 1e14)  # if the largest of them lies between these
-
-
-class Ritz(NamedTuple):
-    """Rayleigh-Ritz on the basis: values (m,) ascending, coefficients (m, m), residual norms (m,)."""
-
-    values: Tensor
-    coefficients: Tensor
-    residual_norms: Tensor
+VECTORS = 3  # of length P a probe: the last two and the product
+NEGLIGIBLE = 1e-5  # weight of a node, in units of an eigenvalue's 1/P
+ROWS_PER_CHUNK = 2**16  # of columns whose inner products are taken
 
 
-class Krylov:
-    """The basis and its projected operator.
-
-    Attributes:
-        num_fixed: leading rows that are only orthogonalised against: A acts projected on their complement.
-        num_basis: multiplied vectors, the columns of Q.
-        num_pending: vectors waiting to be multiplied, the columns of W.
-        num_products: products spent so far.
-        projected: H (num_basis + num_pending, num_basis), float64 on the CPU.
-        tracked: (num_basis + num_pending, k) coordinates of the vectors appended with `track`, in the rows in
-            use; emptied by a restart, which cannot represent them any more.
-    """
-
-    def __init__(self, operator: Operator, capacity: int) -> None:
-        self.operator = operator
-        self.rows = torch.empty(
-            capacity, operator.shape[0], dtype=basis_dtype(operator), device=operator.device
+def quadratures(
+    run: Products, known: Tensor, num_probes: int, num_steps: int, generator: torch.Generator
+) -> list[tuple[Tensor, Tensor]]:
+    """Nodes (m,) and weights (m,) of each Gaussian probe, on the complement of orthonormal rows (k, P)."""
+    room = basis_capacity(run.operator)
+    if room < VECTORS:
+        raise MemoryBudgetError(
+            f"a probe needs room for {VECTORS} vectors of length {run.size:,}, even without a basis; "
+            f"A.memory = {run.operator.memory:,} bytes holds {room}. Raise A.memory."
         )
-        self.num_fixed = self.num_basis = self.num_pending = self.num_products = 0
-        self.projected = torch.zeros(0, 0, dtype=torch.float64)
-        self.tracked = torch.zeros(0, 0, dtype=torch.float64)
-        self._lost = torch.zeros(0, 0, dtype=torch.float64)  # Gram matrix of what was dropped of A Q
-        self._scale = 0.0  # largest ‖A q‖ seen: the yardstick of a breakdown
-        self._unit = 1.0  # of `_lost`, whose squares could under- or overflow
-
-    @property
-    def num_rows(self) -> int:
-        """Rows in use."""
-        return self.num_fixed + self.num_basis + self.num_pending
-
-    @property
-    def num_free(self) -> int:
-        """Rows not in use."""
-        return len(self.rows) - self.num_rows
-
-    @property
-    def spans_all(self) -> bool:
-        """Whether the rows in use span R^P, so that nothing can be added."""
-        return self.num_rows == self.operator.shape[0]
-
-    @classmethod
-    def of_pairs(cls, operator: Operator, pairs: Eigenpairs, capacity: int) -> Krylov:
-        """The basis of known eigenvectors, with their residuals as what is not represented."""
-        krylov = cls(operator, capacity)
-        krylov.num_basis = len(pairs.values)
-        krylov.rows[: krylov.num_basis] = pairs.vectors.T
-        krylov.projected = torch.diag(pairs.values.cpu().double())
-        krylov.tracked = torch.zeros(krylov.num_basis, 0, dtype=torch.float64)
-        krylov._unit = _unit(float(pairs.values.abs().max()))
-        krylov._lost = torch.diag((pairs.residual_norms.cpu().double() / krylov._unit).square())
-        return krylov
-
-    def state(self) -> dict[str, Tensor | int | float]:
-        """All of it but the operator, to go on with elsewhere; the rows are shared, not copied."""
-        return {
-            "capacity": len(self.rows),
-            "rows": self.rows[: self.num_rows],
-            "num_fixed": self.num_fixed,
-            "num_basis": self.num_basis,
-            "num_pending": self.num_pending,
-            "num_products": self.num_products,
-            "projected": self.projected,
-            "tracked": self.tracked,
-            "lost": self._lost,
-            "scale": self._scale,
-            "unit": self._unit,
-        }
-
-    @classmethod
-    def of_state(cls, operator: Operator, state: Mapping[str, Any]) -> Krylov:
-        """The basis that had this state."""
-        krylov = cls(operator, state["capacity"])
-        for name in ("num_fixed", "num_basis", "num_pending", "num_products", "projected", "tracked"):
-            setattr(krylov, name, state[name])
-        krylov.rows[: krylov.num_rows] = state["rows"]
-        krylov._lost, krylov._scale, krylov._unit = state["lost"], state["scale"], state["unit"]
-        return krylov
-
-    def append(self, vectors: Tensor, *, track: bool = False) -> Tensor:
-        """Add what rows (k, P) have beyond the basis as r ≤ k pending vectors.
-
-        Returns their coordinates (num_basis + num_pending, k) in the rows in use, and may remember them.
-        """
-        block = vectors.to(self.rows, copy=True)
-        norms = _norms(block)
-        largest = max(norms.tolist(), default=0.0) or 1.0
-        within, beyond, _ = self._absorb(block, largest * float((norms / largest).norm()))
-        rows = torch.zeros(beyond.shape[0], self.num_basis, dtype=torch.float64)
-        self.projected = torch.cat([self.projected, rows])
-        coordinates = torch.cat([within[self.num_fixed :], beyond])
-        self.tracked = _grown(self.tracked, beyond.shape[0])
-        if track:
-            self.tracked = torch.cat([self.tracked, coordinates], 1)
-        return coordinates
-
-    def append_random(self, generator: torch.Generator) -> Tensor:
-        """Add one random pending vector; its coordinates, as `append` gives them."""
-        return self.append(gaussian_rows(1, self.operator.shape[0], generator))
-
-    def turn(self, coefficients: Tensor) -> None:
-        """Reflect the pending vectors so that the first is ± their combination with `coefficients` (w,)."""
-        mirror = coefficients / coefficients.norm()
-        mirror = mirror * (-1.0 if mirror[0] > 0 else 1.0)  # far from the first unit vector: no cancellation
-        mirror[0] -= 1
-        mirror /= mirror.norm()  # I − 2 m mᵀ exchanges the first unit vector and ±coefficients
-        pending = self.rows[self.num_fixed + self.num_basis : self.num_rows]
-        small = mirror.to(pending)
-        pending.addr_(small, small @ pending, alpha=-2)
-        for recorded in (self.projected, self.tracked):
-            recorded[self.num_basis :] -= 2 * torch.outer(mirror, mirror @ recorded[self.num_basis :])
-
-    def expand(self, count: int) -> None:
-        """Multiply the first `count` pending vectors and keep what their products add as pending vectors."""
-        first = self.num_fixed + self.num_basis
-        block = self.rows[first : first + count].T.contiguous()
-        products = (self.operator @ block).detach().T.to(self.rows, copy=True)
-        self.num_products += count
-        largest = float(_norms(products).max())
-        if not largest < float("inf"):
-            raise NonFiniteError(
-                f"product {self.num_products} with {self.operator.name} is NaN or infinite. "
-                "Check the weights and the data, or use a wider dtype."
-            )
-        if not self._scale:
-            self._unit = _unit(largest)
-        self._scale = max(self._scale, largest)
-        within, beyond, dropped = self._absorb(products, self._scale)
-        left = torch.cat([self.projected, torch.zeros(beyond.shape[0], self.num_basis, dtype=torch.float64)])
-        self.projected = torch.cat([left, torch.cat([within[self.num_fixed :], beyond])], dim=1)
-        self.tracked = _grown(self.tracked, beyond.shape[0])
-        self.num_basis += count
-        self.num_pending -= count
-        gram = (dropped / self._unit).T @ (dropped / self._unit)
-        self._lost = torch.nn.functional.pad(self._lost, (0, count, 0, count))
-        self._lost[-count:, -count:] = gram
-
-    def _absorb(self, block: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Split rows (k, P) as withinᵀ·(rows in use) + beyondᵀ·(new pending rows) + droppedᵀ·(rounding)."""
-        unit = _unit(scale)
-        if unit != 1:
-            block *= unit**-0.5  # in two steps, for the whole of it may be more than float32 has
-            block *= unit**-0.5
-            scale /= unit
-        used = self.rows[: self.num_rows]
-        within = used @ block.T
-        block.addmm_(within.T, used, alpha=-1)
-        new, beyond = _orthonormal_rows(block)
-        # Directions at the level of rounding are none: an invariant subspace ends here. No more than fit R^P.
-        keep = beyond.norm(dim=1) > ROUNDING * torch.finfo(block.dtype).eps * scale
-        keep[self.operator.shape[0] - self.num_rows :] = False
-        new, beyond, dropped = new[keep.to(new.device)], beyond[keep], beyond[~keep]
-        # Twice is enough, and the second pass acts on unit rows, so that small remainders are orthogonal too.
-        again = used @ new.T
-        new.addmm_(again.T, used, alpha=-1)
-        new, turn = _orthonormal_rows(new)
-        self.rows[self.num_rows : self.num_rows + len(new)] = new
-        self.num_pending += len(new)
-        return unit * (_small(within) + _small(again) @ beyond), unit * (turn @ beyond), unit * dropped
-
-    def ritz(self) -> Ritz:
-        """Ritz values, coefficients and residuals: ‖A y − θ y‖² = ‖(H_top − θ)s‖² + ‖H_bottom s‖²."""
-        projected = self.projected / self._unit
-        top, bottom = projected[: self.num_basis], projected[self.num_basis :]
-        values, s = torch.linalg.eigh((top + top.T) / 2)
-        squares = (
-            (top @ s - s * values).square().sum(0) + (bottom @ s).square().sum(0) + self._lost_squares(s)
-        )
-        return Ritz(values * self._unit, s, squares.clamp_min(0).sqrt() * self._unit)
-
-    def lost_squares(self, coefficients: Tensor) -> Tensor:
-        """Squared norms (k,) of what A Q s has that the rows in use do not represent, for s (m, k)."""
-        return self._lost_squares(coefficients) * self._unit**2
-
-    def _lost_squares(self, coefficients: Tensor) -> Tensor:
-        return (coefficients * (self._lost @ coefficients)).sum(0)
-
-    def combine(self, coordinates: Tensor) -> Tensor:
-        """The vectors (P, k) with these coordinates (n, k) in the first n of the rows after the fixed ones."""
-        rows = self.rows[self.num_fixed : self.num_fixed + len(coordinates)]
-        combined: Tensor = rows.T @ coordinates.to(rows)
-        return combined
-
-    def contract(self, coefficients: Tensor, pending: Tensor | None = None) -> None:
-        """Thick restart: replace Q by Q s for orthonormal columns s (m, k).
-
-        Pending vectors stay, or become W t for orthonormal columns t (w, l); what that drops counts in residuals.
-        """
-        s, m, k = coefficients, self.num_basis, coefficients.shape[1]
-        top, bottom = self.projected[:m], self.projected[m:]
-        t = torch.eye(len(bottom), dtype=torch.float64) if pending is None else pending
-        kept = self.rows[self.num_fixed : self.num_rows]
-        small, small_pending = s.T.to(self.rows), t.T.to(self.rows)
-        for columns in torch.split(kept, COLUMNS_PER_CHUNK, dim=1):
-            turned = columns[m:].clone() if pending is None else small_pending @ columns[m:]
-            columns[:k] = small @ columns[:m]
-            columns[k : k + len(turned)] = turned
-        image = s.T @ top @ s
-        beyond = t.T @ bottom @ s
-        dropped = torch.cat(  # the first is zero for a symmetric A in exact arithmetic
-            [top @ s - s @ image, bottom @ s - t @ beyond]
-        )
-        dropped = dropped / self._unit
-        self._lost = s.T @ self._lost @ s + dropped.T @ dropped
-        self.projected = torch.cat([image, beyond])
-        self.num_basis, self.num_pending = k, t.shape[1]
-        self.tracked = torch.zeros(k + self.num_pending, 0, dtype=torch.float64)
-
-    def enlarge(self, capacity: int) -> None:
-        """Room for so many rows; the old ones are in memory, too, while those in use are copied."""
-        rows = self.rows.new_empty(capacity, self.rows.shape[1])
-        rows[: self.num_rows] = self.rows[: self.num_rows]
-        self.rows = rows
-
-    def drop_pending(self) -> None:
-        """Forget the pending vectors."""
-        self.num_pending = 0
-        self.projected, self.tracked = self.projected[: self.num_basis], self.tracked[: self.num_basis]
-
-    def fix(self) -> None:
-        """Make every row in use a fixed one."""
-        self.num_fixed = self.num_rows
-        self.num_basis = self.num_pending = 0
-        self.projected = self._lost = self.tracked = torch.zeros(0, 0, dtype=torch.float64)
+    known, eps = known.to(run.like), torch.finfo(run.like.dtype).eps
+    found: list[tuple[Tensor, Tensor]] = []
+    while len(found) < num_probes and len(known) < run.size:
+        count = min(room // VECTORS, BLOCK, num_probes - len(found))
+        for alpha, beta in _tridiagonals(run, known, count, num_steps, generator):
+            nodes, vectors = torch.linalg.eigh(_tridiagonal(alpha, beta))
+            found.append(_merged(nodes, vectors[0].square(), run.size, eps))
+    return found
 
 
-def _grown(coordinates: Tensor, count: int) -> Tensor:
-    """Coordinates with zeros for new rows."""
-    return torch.nn.functional.pad(coordinates, (0, 0, 0, count))
+def _tridiagonals(
+    run: Products, known: Tensor, num_probes: int, num_steps: int, generator: torch.Generator
+) -> list[tuple[list[float], list[float]]]:
+    """α and β of Lanczos' recurrence from each of the probes, in lockstep."""
+    found: list[tuple[list[float], list[float]]] = [([], []) for _ in range(num_probes)]
+    running, eps = list(range(num_probes)), torch.finfo(run.like.dtype).eps
+    current = run.gaussian(num_probes, generator)  # (P, g)
+    _leave(known, current)
+    current /= _dots(current, current).sqrt().to(current)
+    previous = torch.zeros_like(current)
+    beta = norm = torch.zeros(num_probes, dtype=torch.float64, device=current.device)
+    for _ in range(num_steps):
+        following = torch.addcmul(run(current), previous, -beta.to(current), out=previous)
+        alpha = _dots(current, following)
+        following.addcmul_(current, -alpha.to(current))
+        _leave(known, following)
+        before, beta = beta, _dots(following, following).sqrt()
+        norm = torch.maximum(norm, torch.stack([before, alpha, beta]).norm(dim=0))  # ‖A q‖ as far as seen
+        for probe, a, b in zip(running, alpha.tolist(), beta.tolist(), strict=True):
+            found[probe][0].append(a)
+            found[probe][1].append(b)
+        going = beta > ROUNDING * eps * norm
+        running = [probe for probe, goes in zip(running, going.tolist(), strict=True) if goes]
+        if not running:
+            break
+        previous, current = current, following
+        if not bool(going.all()):  # an invariant subspace ends a probe
+            previous, current, beta, norm = previous[:, going], current[:, going], beta[going], norm[going]
+        current /= beta.to(current)
+    return found
 
 
-def _orthonormal_rows(block: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal rows (k, P) and coefficients (k, k), by falling norm, with block = coefficientsᵀ · rows."""
-    if len(block) == 0:
-        return block, torch.zeros(0, 0, dtype=torch.float64)
-    if len(block) == 1:
-        norm = _norms(block)[0]
-        return block / norm.clamp_min(torch.finfo(block.dtype).tiny).to(block), _small(norm.reshape(1, 1))
-    if block.dtype == torch.float32:  # float64 resolves what its rounding leaves: products, no QR
-        sizes, u = singular(inner_products(block, block))
-        return (u / sizes.clamp_min(torch.finfo(block.dtype).tiny)).T.to(block) @ block, sizes[:, None] * u.T
-    q, r = torch.linalg.qr(block.T)
-    u, sizes, vh = torch.linalg.svd(_small(r), full_matrices=False)
-    return (q @ u.to(q)).T, sizes[:, None] * vh
+def _leave(known: Tensor, columns: Tensor) -> None:
+    """Project columns (P, g) off orthonormal rows (k, P), in place."""
+    if len(known):
+        columns.addmm_(known.T, known @ columns, alpha=-1)
 
 
-def singular(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values, falling, and right singular vectors of columns with this Gram matrix (k, k)."""
-    squares, vectors = torch.linalg.eigh(gram)
-    return squares.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
+def _dots(columns: Tensor, others: Tensor) -> Tensor:
+    """Inner products (g,) of columns (P, g) with their like, in float64."""
+    total = torch.zeros(columns.shape[1], dtype=torch.float64, device=columns.device)
+    for left, right in zip(*(torch.split(block, ROWS_PER_CHUNK) for block in (columns, others)), strict=True):
+        total += (left.double() * right.double()).sum(0)
+    return total
 
 
-def inner_products(rows: Tensor, others: Tensor) -> Tensor:
-    """Inner products (k, l) of rows (k, P) and (l, P), multiplied and summed in float64, on the CPU."""
-    total = torch.zeros(len(rows), len(others), dtype=torch.float64, device=rows.device)
-    pieces = (torch.split(matrix, COLUMNS_PER_CHUNK, dim=1) for matrix in (rows, others))
-    for left, right in zip(*pieces, strict=True):
-        total += left.double() @ right.double().T
-    return total.cpu()
+def _tridiagonal(diagonal: list[float], off_diagonal: list[float]) -> Tensor:
+    """The symmetric matrix (m, m); the last of the m off-diagonal entries belongs to the next step."""
+    beside = torch.diag(torch.tensor(off_diagonal[:-1], dtype=torch.float64), 1)
+    return torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + beside + beside.T
 
 
-def _norms(rows: Tensor) -> Tensor:
-    """Norms (k,) of rows (k, P) in float64: of stretches in the rows' own type, then of those, which is faster."""
-    low, high = SAFE_SQUARES
-    low_high = rows.aminmax() if rows.numel() else (0.0, 0.0)
-    largest = max(-float(low_high[0]), float(low_high[1]))
-    if not low < largest < high:
-        unit = _unit(largest)
-        wide: Tensor = torch.linalg.vector_norm(rows.double() / unit, dim=1) * unit
-        return wide
-    count = rows.shape[1] // STRETCH
-    stretches = rows[:, : count * STRETCH].reshape(len(rows), count, STRETCH)
-    rest = rows[:, count * STRETCH :]
-    norms: Tensor = torch.cat([stretches.norm(dim=2), rest.norm(dim=1, keepdim=True)], 1).double().norm(dim=1)
-    return norms
+def _merged(nodes: Tensor, weights: Tensor, size: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Ascending nodes with their copies merged, and the weights."""
+    real = weights > NEGLIGIBLE / size
+    kept = nodes[real]
+    weights = _sums((nodes[:, None] - kept).abs().argmin(1), weights, len(kept))
+    apart = kept.diff() > ROUNDING * eps * float(nodes.abs().max())
+    cluster = torch.cat([torch.zeros(1, dtype=torch.bool), apart]).cumsum(0)
+    count = int(cluster[-1]) + 1
+    masses = _sums(cluster, weights, count)
+    return _sums(cluster, weights * kept, count) / masses, masses
 
 
-def _unit(size: float) -> float:
-    """A power of four near a size whose square, or product with ε, could under- or overflow; 1 for others."""
-    low, high = SAFE_SQUARES
-    if low < size < high or not 0 < size < float("inf"):
-        return 1.0
-    return 4.0 ** round(math.log(size, 4))
-
-
-def _small(matrix: Tensor) -> Tensor:
-    return matrix.to(dtype=torch.float64, device="cpu")
-
-
-def basis_dtype(operator: Operator) -> torch.dtype:
-    """The operator's own type, or float32 if that is shorter: a basis in half precision is not orthogonal."""
-    return torch.promote_types(operator.dtype, torch.float32)
-
-
-def basis_capacity(operator: Operator) -> int:
-    """Vectors of length P that fit the operator's memory budget."""
-    return int(operator.memory // (operator.shape[0] * torch.finfo(basis_dtype(operator)).bits // 8))
-
-
-def seeded(seed: int) -> torch.Generator:
-    """A generator on the CPU, so that every device gets the same numbers.
-
-    Raises:
-        OptionError: not an integer of 64 bits.
-    """
-    check_count("seed", seed, -(2**63), 2**63 - 1)
-    return torch.Generator().manual_seed(seed)
-
-
-def gaussian_rows(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Standard normal rows (count, P), float64 on the CPU, so that every device gets the same ones."""
-    return torch.randn(count, size, generator=generator, dtype=torch.float64)
-
-
-def as_operator(A: Operator | Tensor) -> Operator:
-    """`A` itself, or a symmetric matrix (P, P) as an operator.
-
-    Raises:
-        ShapeError: neither an operator nor a square matrix, or of size 0.
-        DataError: the matrix is complex or not symmetric.
-        NonFiniteError: it has NaN or infinite entries.
-    """
-    if isinstance(A, Operator):
-        return A
-    if not isinstance(A, Tensor):
-        raise ShapeError(f"A must be an Operator or a symmetric (P, P) tensor, got {type(A).__name__}.")
-    if A.ndim != 2 or A.shape[0] != A.shape[1] or A.shape[0] == 0:
-        raise ShapeError(f"A must be a square matrix (P, P) with P ≥ 1, got {tuple(A.shape)}.")
-    if A.is_complex():
-        raise DataError(f"A must be real, got {A.dtype}.")
-    matrix = A.detach() if A.is_floating_point() else A.to(torch.float64)
-    if not bool(torch.isfinite(matrix).all()):
-        raise NonFiniteError("A has NaN or infinite entries.")
-    asymmetry = float((matrix - matrix.T).abs().max())
-    if asymmetry > torch.finfo(matrix.dtype).eps ** 0.5 * float(matrix.abs().max()):
-        raise DataError(
-            f"A must be symmetric, but |A − Aᵀ| reaches {asymmetry:.2g}. Pass (A + A.T) / 2 if that is meant."
-        )
-    return Matrix(matrix)
-
-
-def check_count(name: str, value: object, smallest: int = 1, largest: int | None = None) -> None:
-    """Raise OptionError unless `value` is an integer of [smallest, largest]."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int)
-        or value < smallest
-        or (largest or value) < value
-    ):
-        limit = f"at least {smallest}" + ("" if largest is None else f" and at most {largest:,}")
-        raise OptionError(f"{name} must be an integer, {limit}; got {value!r}.")
+def _sums(index: Tensor, values: Tensor, count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.float64).index_add_(0, index, values)

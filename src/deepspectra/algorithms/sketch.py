@@ -28,8 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.counted import Products
-from deepspectra.algorithms.lanczos import basis_capacity
+from deepspectra.algorithms.krylov import basis_capacity
+from deepspectra.algorithms.probes import Products
 from deepspectra.errors import FallbackWarning
 
 ESSENTIAL = 1 - 1e-3  # leverage of a column that the others do not span

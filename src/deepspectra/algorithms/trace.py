@@ -8,8 +8,8 @@ import time
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.counted import Products, Progress, stream
-from deepspectra.algorithms.lanczos import as_operator, check_count, inner_products
+from deepspectra.algorithms.krylov import as_operator, check_count, inner_products
+from deepspectra.algorithms.probes import Products, Progress, stream
 from deepspectra.algorithms.sketch import Sketch, form_variances, method_for, sketch
 from deepspectra.operators.base import Operator
 from deepspectra.results import Estimate, Provenance, standard_error

@@ -1,1 +1,1 @@
-"""The science of the papers: class means, principal subspaces, attribution."""
+"""The science of the papers: one public function a file."""

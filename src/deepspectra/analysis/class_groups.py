@@ -9,10 +9,10 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from deepspectra.algorithms.lanczos import check_count
+from deepspectra.algorithms.krylov import check_count
 from deepspectra.errors import FallbackWarning
-from deepspectra.operators.rows import labelled_loss
-from deepspectra.problem import Problem
+from deepspectra.problem.problem import Problem
+from deepspectra.rows.gradients import labelled_loss
 
 NUM_ROWS = 512  # on which logits are compared
 LARGE = 2000  # classes, from which on fewer restarts of k-means are made

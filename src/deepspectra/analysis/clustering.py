@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.lanczos import check_count, seeded
-from deepspectra.operators.held import HeldRows
-from deepspectra.operators.layerwise import counted
-from deepspectra.operators.rows import GradientRows
-from deepspectra.operators.sampling import systematic
-from deepspectra.problem import Problem
+from deepspectra.algorithms.krylov import check_count, seeded
+from deepspectra.problem.problem import Problem
 from deepspectra.results import Provenance
+from deepspectra.rows.gradients import GradientRows
+from deepspectra.rows.held import HeldRows
+from deepspectra.rows.importance import systematic
+from deepspectra.rows.layers import counted
 
 GROUPS = ("both", "logit", "class", "neither")
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.analysis.without import significant
-from deepspectra.operators.captures import parameters_of
-from deepspectra.operators.held import HeldRows
-from deepspectra.operators.layerwise import counted, features_of, membership
-from deepspectra.operators.rows import GradientRows
-from deepspectra.problem import Problem
+from deepspectra.problem.problem import Problem
 from deepspectra.results import ByLayer, Provenance
+from deepspectra.rows.captures import parameters_of
+from deepspectra.rows.gradients import GradientRows
+from deepspectra.rows.held import HeldRows
+from deepspectra.rows.layers import counted, features_of, membership
+from deepspectra.rows.spectrum import significant
 
 ROUNDING = 100  # times ε of the means, below which these do not differ
 

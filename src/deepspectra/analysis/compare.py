@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
-from deepspectra.algorithms.lanczos import check_count
-from deepspectra.algorithms.subspace import overlap_curve
-from deepspectra.analysis.blocks import RTOL, Blocks, top_pairs
+from deepspectra.algorithms.krylov import check_count
+from deepspectra.algorithms.overlap import overlap_curve
+from deepspectra.analysis.layer_blocks import RTOL, Blocks, top_pairs
 from deepspectra.errors import MissingNameError, ShapeError
+from deepspectra.kfac.exact import ExactBlock
+from deepspectra.kfac.operators import Block, Rotated
 from deepspectra.operators.curvature import GaussNewton
-from deepspectra.operators.exact import ExactBlock
-from deepspectra.operators.factored import Block, Rotated
-from deepspectra.problem import Problem
+from deepspectra.problem.problem import Problem
 from deepspectra.results import Provenance
 
 FEWEST = 10  # dimensions of a curve, if the layer has as many

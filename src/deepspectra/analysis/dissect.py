@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.lanczos import check_count
-from deepspectra.algorithms.subspace import overlap
-from deepspectra.analysis.blocks import Blocks, top_pairs
+from deepspectra.algorithms.krylov import check_count
+from deepspectra.algorithms.overlap import overlap
 from deepspectra.analysis.dissect_whole import Stack, WholeDissection
-from deepspectra.operators.exact import ExactBlock
-from deepspectra.operators.factored import KroneckerSum
-from deepspectra.problem import Problem
+from deepspectra.analysis.layer_blocks import Blocks, top_pairs
+from deepspectra.kfac.exact import ExactBlock
+from deepspectra.kfac.operators import KroneckerSum
+from deepspectra.problem.problem import Problem
 from deepspectra.results import ByLayer, Provenance
 
 

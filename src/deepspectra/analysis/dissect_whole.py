@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
-from deepspectra.algorithms.subspace import overlap_curve
-from deepspectra.analysis.blocks import RTOL, Blocks
+from deepspectra.algorithms.overlap import overlap_curve
+from deepspectra.analysis.layer_blocks import RTOL, Blocks
+from deepspectra.kfac.exact import ExactBlock
 from deepspectra.operators.curvature import GaussNewton
-from deepspectra.operators.exact import ExactBlock
-from deepspectra.problem import Problem
+from deepspectra.problem.problem import Problem
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.counted import Progress
 from deepspectra.algorithms.density import density
-from deepspectra.algorithms.lanczos import seeded
+from deepspectra.algorithms.krylov import seeded
+from deepspectra.algorithms.probes import Progress
 from deepspectra.operators.base import Operator
-from deepspectra.operators.captures import Captures, Complement
-from deepspectra.operators.rows import GradientRows
-from deepspectra.problem import Problem
+from deepspectra.problem.problem import Problem
 from deepspectra.results import Density, Eigenpairs, Provenance
-from deepspectra.uses import Convolution, Lookup, Matrix, Use
+from deepspectra.rows.captures import Captures, Complement
+from deepspectra.rows.gradients import GradientRows
+from deepspectra.rows.uses import Convolution, Lookup, Matrix, Use
 
 MOST_SCALARS = 16  # gradients of an example that are squared; of more classes, as many random sums
 INDEPENDENT = 0.5  # least eigenvalue of the inner products of unit vectors that are taken to be eigenvectors

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.analysis.gram import EigenBasis, GramSpectrum, spectrum_of
-from deepspectra.operators.held import gram_of
-from deepspectra.operators.layerwise import counted, membership
+from deepspectra.analysis.gram_spectrum import EigenBasis, GramSpectrum, spectrum_of
 from deepspectra.operators.parts import Decomposition
-from deepspectra.operators.projections import positive
 from deepspectra.results import Provenance
-from deepspectra.uses import Matrix
+from deepspectra.rows.held import gram_of
+from deepspectra.rows.layers import counted, membership
+from deepspectra.rows.projections import positive
+from deepspectra.rows.uses import Matrix
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
-from deepspectra.algorithms.lanczos import seeded
+from deepspectra.algorithms.krylov import seeded
 from deepspectra.algorithms.trace import trace
-from deepspectra.analysis.gram import GramSpectrum
-from deepspectra.operators.captures import parameters_of
+from deepspectra.analysis.gram_spectrum import GramSpectrum
 from deepspectra.operators.curvature import Hessian, HessianBlock, Residual
-from deepspectra.problem import Problem
+from deepspectra.problem.problem import Problem
 from deepspectra.results import Density
+from deepspectra.rows.captures import parameters_of
 
 CHECKS = 2  # random vectors by which R's blocks are seen to be zero or not
 ROUNDING = 100  # times ε, below which R's block is zero

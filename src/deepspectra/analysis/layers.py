@@ -10,17 +10,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.lanczos import check_count
-from deepspectra.analysis.blocks import SMALL
+from deepspectra.algorithms.krylov import check_count
 from deepspectra.analysis.collapse import Collapse, collapse_of
-from deepspectra.analysis.gram import EigenBasis, GramSpectrum, spectrum_of
+from deepspectra.analysis.gram_spectrum import EigenBasis, GramSpectrum, spectrum_of
 from deepspectra.analysis.khatri_rao import KhatriRao, centred_spectrum, khatri_rao
-from deepspectra.analysis.kronecker import KroneckerQuality, kronecker_quality
+from deepspectra.analysis.kronecker_quality import KroneckerQuality, kronecker_quality
+from deepspectra.analysis.layer_blocks import SMALL
 from deepspectra.analysis.layer_hessians import LayerHessian, layer_hessians
 from deepspectra.errors import CurvatureError, FallbackWarning, MemoryBudgetError, MissingNameError
-from deepspectra.operators.captures import parameters_of
-from deepspectra.operators.held import HeldRows, gram_of, moment_of
-from deepspectra.operators.layerwise import (
+from deepspectra.operators.parts import Decomposition, decompose
+from deepspectra.problem.problem import Problem
+from deepspectra.results import Provenance
+from deepspectra.rows.captures import parameters_of
+from deepspectra.rows.held import HeldRows, gram_of, moment_of
+from deepspectra.rows.layers import (
     FEATURE_PARTS,
     counted,
     error_averages,
@@ -28,10 +31,7 @@ from deepspectra.operators.layerwise import (
     layer_errors,
     layer_inputs,
 )
-from deepspectra.operators.parts import Decomposition, decompose
-from deepspectra.problem import Problem
-from deepspectra.results import Provenance
-from deepspectra.uses import Lookup, Matrix, Use
+from deepspectra.rows.uses import Lookup, Matrix, Use
 
 
 @dataclass(frozen=True)

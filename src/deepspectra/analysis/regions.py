@@ -11,25 +11,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.lanczos import check_count, seeded
-from deepspectra.analysis.gram import EigenBasis, gradient_basis
-from deepspectra.analysis.without import without
+from deepspectra.algorithms.krylov import check_count, seeded
+from deepspectra.analysis.gram_spectrum import EigenBasis, gradient_basis
+from deepspectra.derivatives.products import products_of
 from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
-from deepspectra.operators.captures import Complement
 from deepspectra.operators.curvature import Hessian
-from deepspectra.operators.held import HeldRows, gram_of
-from deepspectra.operators.layerwise import (
+from deepspectra.operators.parts import Decomposition, decompose
+from deepspectra.problem.problem import Problem
+from deepspectra.results import ByLayer, Provenance
+from deepspectra.rows.captures import Complement
+from deepspectra.rows.held import HeldRows, gram_of
+from deepspectra.rows.layers import (
     averages_of_members,
     error_parts,
     feature_parts,
     membership,
     reduced_averages,
 )
-from deepspectra.operators.parts import Decomposition, decompose
-from deepspectra.operators.projections import METHODS, TWO_WAY, WIDE, Projections, taken
-from deepspectra.problem import Problem
-from deepspectra.products import products_of
-from deepspectra.results import ByLayer, Provenance
+from deepspectra.rows.projections import METHODS, TWO_WAY, WIDE, Projections, taken
+from deepspectra.rows.spectrum import without
 
 REGIONS = ("outliers", "bump", "bulk")
 REMOVED = (("class",), ("class", "logit"), ("interaction",), ("cross",), ("within",))

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.subspace import overlap
-from deepspectra.analysis.blocks import Blocks, dense_spectrum, top_pairs
+from deepspectra.algorithms.overlap import overlap
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.dissect import dissect
-from deepspectra.analysis.gram import MARGIN, GramSpectrum, gram_spectrum
-from deepspectra.analysis.kronecker import norm_of, relative_error
+from deepspectra.analysis.gram_spectrum import MARGIN, GramSpectrum, gram_spectrum
+from deepspectra.analysis.kronecker_quality import norm_of, relative_error
+from deepspectra.analysis.layer_blocks import Blocks, dense_spectrum, top_pairs
 from deepspectra.analysis.layers import layers
-from deepspectra.analysis.without import significant
 from deepspectra.errors import OptionError
-from deepspectra.losses import CrossEntropy
-from deepspectra.problem import Problem
+from deepspectra.problem.losses import CrossEntropy
+from deepspectra.problem.problem import Problem
+from deepspectra.rows.spectrum import significant
 
 MEASURES = {
     "input_ratio": "λ₁/λ₂ of E[xxᵀ]",

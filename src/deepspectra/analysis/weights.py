@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.analysis.without import range_of
 from deepspectra.errors import LossError
-from deepspectra.losses import CrossEntropy
-from deepspectra.operators.captures import Captures, layer_of
-from deepspectra.operators.projections import positive
-from deepspectra.problem import Problem
+from deepspectra.problem.losses import CrossEntropy
+from deepspectra.problem.problem import Problem
 from deepspectra.results import ByLayer, Provenance
-from deepspectra.uses import Matrix, Use
+from deepspectra.rows.captures import Captures, layer_of
+from deepspectra.rows.projections import positive
+from deepspectra.rows.spectrum import range_of
+from deepspectra.rows.uses import Matrix, Use
 
 
 @dataclass(frozen=True)

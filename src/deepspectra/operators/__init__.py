@@ -1,1 +1,1 @@
-"""What is multiplied: operators, their algebra, and the parts of the Gauss-Newton matrix."""
+"""What is multiplied: the curvature matrices, their algebra, and the parts of the Gauss-Newton matrix."""

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deepspectra.derivatives.products import products_of
 from deepspectra.errors import LossError, OptionError
 from deepspectra.operators.base import Operator
-from deepspectra.operators.projections import Projections
-from deepspectra.operators.rows import GradientRows
-from deepspectra.operators.sampling import drawn, importance, num_enough
-from deepspectra.problem import Problem, check_problem
-from deepspectra.products import products_of
+from deepspectra.problem.problem import Problem, check_problem
+from deepspectra.rows.gradients import GradientRows
+from deepspectra.rows.importance import drawn, importance, num_enough
+from deepspectra.rows.projections import Projections
 
 FEWEST = 1000  # examples from which on it can pay to seek eigenvectors on a sample first,
 SHARE = 1 / 4  # of no more of them than this,

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import MissingNameError, OptionError
-from deepspectra.losses import CrossEntropy, DrawnCrossEntropy
 from deepspectra.operators.base import LowRank, Operator, Projected, Sum
 from deepspectra.operators.curvature import Curvature
-from deepspectra.operators.held import HeldRows
-from deepspectra.operators.layerwise import RowParts, error_parts, feature_parts
-from deepspectra.operators.projections import FOUR_WAY, TWO_WAY, Projections, grouped
-from deepspectra.operators.rows import GradientRows
-from deepspectra.problem import Problem
+from deepspectra.problem.losses import CrossEntropy, DrawnCrossEntropy
+from deepspectra.problem.problem import Problem
+from deepspectra.rows.gradients import GradientRows
+from deepspectra.rows.held import HeldRows
+from deepspectra.rows.layers import RowParts, error_parts, feature_parts
+from deepspectra.rows.projections import FOUR_WAY, TWO_WAY, Projections, grouped
 
 KINDS = ("gradients", "features", "errors")
 SMALL = ("class", "logit", "true")  # parts of rank at most C, held as factors

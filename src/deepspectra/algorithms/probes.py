@@ -1,0 +1,145 @@
+"""Blocks of columns of length P: random ones, the identity's, and their products, scaled, checked and counted."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from deepspectra.algorithms.krylov import basis_dtype, gaussian_rows, seeded
+from deepspectra.errors import NonFiniteError
+from deepspectra.operators.base import Operator
+
+Progress = Callable[[int, int | None], object]
+
+BLOCK = 16  # vectors multiplied at once
+SAFE = {
+    torch.float32: 2.0**40,
+    torch.float64: 2.0**200,
+}  # products of such sizes, or their inverses, are squared
+
+
+def stream(seed: int, purpose: str) -> torch.Generator:
+    """A generator of this seed for one purpose: equal seeds of different estimates draw independent vectors.
+
+    Raises:
+        OptionError: the seed is not an integer of 64 bits.
+    """
+    seeded(seed)
+    digest = hashlib.blake2b(f"{purpose} {seed}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+
+
+class InUnits(Operator):
+    """2^−e A, with e such that its products can be squared; 0 where those of A can, and for short types.
+
+    The first product decides. One that overflows, or loses digits to underflow, is taken again of a vector that is
+    a power of two shorter or longer, as are all that follow. Powers of two change no digit.
+
+    Attributes:
+        exponent: e.
+        num_repeated: products taken again.
+    """
+
+    def __init__(self, operator: Operator) -> None:
+        super().__init__(operator.shape[0], dtype=operator.dtype, device=operator.device, name=operator.name)
+        self.operator, self.memory = operator, operator.memory
+        self.exponent = self.num_repeated = 0
+        self._shift, self._decided = 0, operator.dtype not in SAFE
+
+    def _apply(self, block: Tensor) -> Tensor:
+        if not self._decided:
+            return self._decide(block)
+        product = self.operator @ (block * 2.0**self._shift if self._shift else block)
+        scale = self.exponent + self._shift
+        return product * 2.0**-scale if scale else product
+
+    def _decide(self, block: Tensor) -> Tensor:
+        product = self.operator @ block
+        largest, limits = float(product.abs().max()), torch.finfo(self.dtype)
+        if largest == 0:
+            return product
+        self._decided = True
+        if 1 / SAFE[self.dtype] <= largest <= SAFE[self.dtype]:
+            return product
+        if not limits.tiny / limits.eps <= largest <= limits.max:
+            shift = round(math.log2(limits.max)) // (2 if largest < 1 else -2)
+            again = self.operator @ (block * 2.0**shift)
+            self.num_repeated = block.shape[1]
+            size = float(again.abs().max())
+            if 0 < size < math.inf:
+                self._shift, product, largest = shift, again, size
+            elif not largest < math.inf:
+                return product
+        scale = math.frexp(largest)[1]
+        self.exponent = scale - self._shift
+        return product * 2.0**-scale
+
+    def back(self, value: float) -> float:
+        """A number of 2^−e A as that of A; ∞ beyond what a float holds."""
+        try:
+            return math.ldexp(value, self.exponent)
+        except OverflowError:
+            return math.copysign(math.inf, value)
+
+
+class Products:
+    """Products in blocks, scaled, checked and counted."""
+
+    def __init__(self, operator: Operator, expected: int, progress: Progress | None) -> None:
+        self.operator = operator if isinstance(operator, InUnits) else InUnits(operator)
+        self.expected, self.progress = expected, progress
+        self.size, self.done = operator.shape[0], 0
+        self.like = torch.empty(0, dtype=basis_dtype(operator), device=operator.device)
+
+    def __call__(self, columns: Tensor) -> Tensor:
+        """A times columns (P, k)."""
+        if columns.shape[1] <= BLOCK:
+            return self._block(columns)
+        products = torch.empty_like(columns)
+        for first in range(0, columns.shape[1], BLOCK):
+            products[:, first : first + BLOCK] = self._block(columns[:, first : first + BLOCK])
+        return products
+
+    @property
+    def spent(self) -> int:
+        """Products, with those taken again."""
+        return self.done + self.operator.num_repeated
+
+    def _block(self, columns: Tensor) -> Tensor:
+        product = (self.operator @ columns).detach().to(self.like)
+        self.done += columns.shape[1]
+        if not bool(torch.isfinite(product).all()):
+            raise NonFiniteError(
+                f"a product with {self.operator.name} is NaN or infinite. "
+                "Check the weights and the data, or use a wider dtype."
+            )
+        if self.progress is not None:
+            self.progress(self.done, self.expected)
+        return product
+
+    def gaussian(self, count: int, generator: torch.Generator) -> Tensor:
+        """Standard normal columns (P, count)."""
+        return gaussian_rows(count, self.size, generator).T.to(self.like).contiguous()
+
+    def signs(self, count: int, generator: torch.Generator) -> Tensor:
+        """Columns (P, count) of independent signs ±1."""
+        return self.gaussian(count, generator).signbit().to(self.like) * 2 - 1
+
+    def samples(
+        self, draw: Callable[[int, torch.Generator], Tensor], generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of independent random columns with their products."""
+        for first in range(0, self.expected, BLOCK):
+            columns = draw(min(BLOCK, self.expected - first), generator)
+            yield columns, self(columns)
+
+    def identity(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rows (k,) of blocks of A, and those columns (P, k) of it."""
+        for rows in torch.split(torch.arange(self.size), BLOCK):
+            block = torch.zeros(self.size, len(rows)).to(self.like)
+            block[rows, torch.arange(len(rows))] = 1
+            yield rows, self(block)

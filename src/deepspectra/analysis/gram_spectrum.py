@@ -1,0 +1,349 @@
+"""The exact spectrum of G and of its parts, from inner products of the gradients of few examples."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deepspectra.algorithms.krylov import seeded
+from deepspectra.operators.parts import Decomposition, decompose
+from deepspectra.problem.problem import Problem
+from deepspectra.results import Density, Eigenpairs, Provenance
+from deepspectra.rows.held import HeldRows
+from deepspectra.rows.layers import error_averages
+from deepspectra.rows.projections import taken
+from deepspectra.rows.spectrum import without
+
+MARGIN = 1.25  # an outlier is at least so many times the bulk's edge
+DRAWN_STEPS = 64  # resolution at which an exact spectrum is drawn
+NUM_CHECKS = 2  # random sums by which pairs are checked
+
+
+@dataclass(frozen=True)
+class GramSpectrum:
+    """All non-zero eigenvalues of G and of its parts, and what each eigenvector owes to which part.
+
+    Attributes:
+        values: (R,) of G, descending, float64; R = N (C − 1), or P if that is less. The other P − R are zero.
+        parts: name → non-zero eigenvalues of the part, descending.
+        part_names: the parts, in the order of `shares`.
+        shares: (R, parts) u_jᵀ B u_j / λ_j, rows sum to 1; NaN where λ_j is zero up to rounding.
+        seconds: wall-clock time spent.
+        provenance: where it came from.
+        first: as in `decompose`, of the parts.
+
+    Source: the Gram matrix has the spectrum of the second moment; Papyan 2019, arXiv 1901.08244, computes
+    densities only.
+    """
+
+    values: Tensor
+    parts: Mapping[str, Tensor]
+    part_names: tuple[str, ...]
+    shares: Tensor
+    seconds: float
+    provenance: Provenance
+    _coordinates: Mapping[str, Tensor] = field(repr=False)
+    first: str = "class"
+
+    @property
+    def traces(self) -> Tensor:
+        """(parts,) the traces of the parts; they sum to that of G.
+
+        Squared norms of the parts' coordinates, and what these leave for "within", so that small eigenvalues count
+        which `parts` cannot tell from rounding.
+        """
+        total, squares = self.values.sum(), {n: phi.square().sum() for n, phi in self._coordinates.items()}
+        squares["within"] = (total - squares["means"]).clamp_min(0)
+        return torch.stack([squares[name] for name in self.part_names])
+
+    @property
+    def stable_rank(self) -> float:
+        """‖G‖_F² / ‖G‖₂²: how many eigenvalues are of the size of the largest (Rudelson and Vershynin 2007).
+
+        NaN if all are zero.
+        """
+        return float((self.values / self.values[0]).square().sum())
+
+    @property
+    def intrinsic_dimension(self) -> float:
+        """Tr G / ‖G‖₂, the stable rank of the rows (Tropp 2015, arXiv 1501.01571, section 7)."""
+        return float((self.values / self.values[0]).sum())
+
+    def share_of_top(self, part: str, num: int) -> float:
+        """What a part has of the sum of the `num` largest eigenvalues; NaN of a part that is not there."""
+        if part not in self.part_names:
+            return math.nan
+        values, shares = self.values[:num], self.shares[:num, self.part_names.index(part)]
+        return float((values * shares).nansum() / values.sum())
+
+    @property
+    def bulk_edge(self) -> float:
+        """The largest eigenvalue of "within", of what scatter within classes makes by itself; 0 without any."""
+        return max(self.parts["within"].tolist(), default=0.0)
+
+    def threshold(self, margin: float = MARGIN) -> float:
+        """Above which eigenvalues are outliers: `margin` times the bulk's edge, and more than rounding."""
+        rounding = torch.finfo(self.values.dtype).eps * len(self.values) * float(self.values[0])
+        return max(margin * self.bulk_edge, rounding)
+
+    @property
+    def density(self) -> Density:
+        """The spectral density of G, every node an eigenvalue and one node for all the zeros."""
+        return _density(self.values, self.provenance, self.seconds)
+
+    def num_outliers(self, *removed: str, margin: float = MARGIN) -> int:
+        """How many eigenvalues are over `margin` times the largest of "within", after parts are subtracted.
+
+        Args:
+            removed: parts, as in `knockout` (class takes true with it); none for the outliers of G itself.
+            margin: an outlier is at least so many times the bulk's edge.
+
+        Raises:
+            OptionError: as `knockout`.
+        """
+        values = self.knockout(*removed) if removed else self.values
+        return int((values > self.threshold(margin)).sum())
+
+    def knockout(self, *removed: str, method: str = "subtraction") -> Tensor:
+        """All eigenvalues (R,) of G without parts, descending; the same matrix as that of `attribute` and `regions`.
+
+        Args:
+            removed: parts that are taken away: names of `parts`, "means" for all but "within", or "cross" for logit
+                and interaction. Class takes true with it, whose means are collinear with the class means. (G without
+                class alone is an operator: ``GaussNewton(problem) - decompose(problem)["class"]``.)
+            method: "subtraction", G − B, or "projection", (I − QQᵀ) G (I − QQᵀ) with Q a basis of B. "within"
+                spans too much to be projected out.
+
+        Raises:
+            OptionError: a part that is not there, or another method.
+
+        Cost: the eigenvalues of a dense matrix (R, R).
+        """
+        return EigenBasis(self.values, self._coordinates, first=self.first).without(removed, method)
+
+    def __str__(self) -> str:
+        total = float(self.values.sum())
+        rows = [f"{'':<12} {'trace':>11} {'share':>7} {'largest':>11}"]
+        for name, trace in zip(self.part_names, self.traces.tolist(), strict=True):
+            largest = max(self.parts[name].tolist(), default=0.0)
+            share = f"{trace / total:.1%}" if total else "–"
+            rows.append(f"{name:<12} {trace:>11.4g} {share:>7} {largest:>11.4g}")
+        rows.append(f"{'G':<12} {total:>11.4g} {'100%' if total else '–':>7} {float(self.values[0]):>11.4g}")
+        num = len(self.values) if total else 0
+        rows.append(
+            f"exact spectrum of {self.provenance.operator}: {num:,} of {self.provenance.size:,} "
+            f"eigenvalues are not zero, {self.seconds:.3g} s"
+        )
+        return "\n".join(rows)
+
+
+def gram_spectrum(
+    problem: Problem,
+    *,
+    effects: str = "four-way",
+    first: str = "class",
+    dtype: torch.dtype = torch.float64,
+) -> GramSpectrum:
+    """All non-zero eigenvalues of G and of its parts at any number of parameters, for up to about 12,000 rows.
+
+    The Gram matrix A Aᵀ of the rows A, G = AᵀA, has G's non-zero eigenvalues, and averages over classes are
+    projections of its indices. It is summed over layers from features and errors, so that no Jacobian is stored.
+
+    Args:
+        problem: one with cross-entropy and class labels.
+        effects: "four-way" or "two-way", as in `decompose`.
+        first: as in `decompose`.
+        dtype: to compute in; float64 whatever the problem's own, unless given.
+
+    Raises:
+        LossError: the loss is not the cross-entropy of class labels.
+        MemoryBudgetError: R × R numbers, R = N (C − 1), do not fit memory.
+        CurvatureError: features and errors cannot be told apart by example.
+
+    Cost: C − 1 backward passes without weight gradients; inner products of R gradients, R²/2 times the cheaper
+    of a layer's size and T (T/C + 1) d_out for T positions; a dense eigendecomposition (R, R).
+    """
+    began = time.perf_counter()
+    parts = decompose(problem.to(dtype), effects=effects, first=first, hold=True)
+    return spectrum_of(
+        gradient_basis(parts), tuple(parts), Provenance.of_matrix("Gauss-Newton", parts.problem), began
+    )
+
+
+class EigenBasis:
+    """Eigenvectors of a second moment AᵀA of rows A, and what its parts are in their coordinates.
+
+    There AᵀA is Λ and a part AᵀΠA with Π = BBᵀ is Φ Φᵀ, Φ = Uᵀ Aᵀ B, whatever the rows are. With A Aᵀ = V Λ Vᵀ,
+    Φ = Λ^½ Vᵀ B: either side will do, and the smaller is taken.
+
+    Attributes:
+        values: Λ, descending.
+        coordinates: part → Φ; "means" is all parts but "within" together, and "within" what they leave.
+        tiny: what is zero up to rounding.
+        vectors: V (R, ·), if it is known.
+        first: the effect that came first in the making of the parts.
+    """
+
+    def __init__(
+        self,
+        values: Tensor,
+        coordinates: Mapping[str, Tensor],
+        precision: float = 0.0,
+        vectors: Tensor | None = None,
+        first: str = "class",
+    ) -> None:
+        self.values = values
+        self.coordinates = coordinates
+        self.tiny = precision * len(values) * float(values[0])
+        self.vectors = vectors
+        self.first = first
+
+    @classmethod
+    def of_gram(
+        cls, gram: Tensor, bases: Mapping[str, Tensor], most: int, precision: float, first: str = "class"
+    ) -> EigenBasis:
+        """From A Aᵀ (R, R) and the bases B (R, r), of which at most so many eigenvalues differ from zero.
+
+        `precision` is the relative rounding of the rows.
+        """
+        values, vectors = torch.linalg.eigh(gram)
+        num = min(len(values), most)
+        values, vectors = values.flip(0)[:num].clamp_min(0), vectors.flip(1)[:, :num]
+        root = values.sqrt()[:, None]
+        coordinates = {name: root * (vectors.T @ basis.to(root)) for name, basis in bases.items()}
+        return cls(values, coordinates, precision, vectors, first)
+
+    @classmethod
+    def of_moment(cls, moment: Tensor, sums: Mapping[str, Tensor], precision: float) -> EigenBasis:
+        """From AᵀA (D, D) and AᵀB (D, r)."""
+        values, vectors = torch.linalg.eigh(moment)
+        coordinates = {name: vectors.flip(1).T @ some for name, some in sums.items()}
+        return cls(values.flip(0).clamp_min(0), coordinates, precision)
+
+    @classmethod
+    def of_rows(cls, rows: Tensor, bases: Mapping[str, Tensor], precision: float) -> EigenBasis:
+        """From the rows A (R, D) themselves, by their smaller side."""
+        if rows.shape[1] >= len(rows):
+            return cls.of_gram((rows @ rows.T).double(), bases, rows.shape[1], precision)
+        sums = {name: (rows.T @ basis.to(rows)).double() for name, basis in bases.items()}
+        return cls.of_moment((rows.T @ rows).double(), sums, precision)
+
+    def part(self, name: str) -> tuple[Tensor, Tensor]:
+        """The non-zero eigenvalues of a part, descending, and its quadratic form with each eigenvector (R,)."""
+        if name == "within":
+            forms = self.values - self.coordinates["means"].square().sum(1)
+            found = self.without(("means",))
+        else:
+            phi = self.coordinates[name]
+            gram = phi.T @ phi if phi.shape[1] <= len(phi) else phi @ phi.T
+            found, forms = torch.linalg.eigvalsh(gram).flip(0), phi.square().sum(1)
+        return found[found > self.tiny], forms
+
+    def without(self, removed: Sequence[str], method: str = "subtraction") -> Tensor:
+        """All eigenvalues, descending, after parts are subtracted or projected out, as in `GramSpectrum.knockout`."""
+        parts = (*(name for name in self.coordinates if name != "means"), "within")
+        gone = taken(removed, parts, first=self.first, method=method)
+        matrix = torch.diag(self.values)
+        return without(matrix, matrix, self.coordinates, gone, method).clamp_min(0)
+
+
+def spectrum_of(
+    basis: EigenBasis, names: tuple[str, ...], provenance: Provenance, began: float
+) -> GramSpectrum:
+    """What an eigenbasis says of the matrix and its parts of these names."""
+    found = {name: basis.part(name) for name in names}
+    values = basis.values.cpu()
+    forms = torch.stack([forms.cpu() for _, forms in found.values()], 1)
+    return GramSpectrum(
+        values=values,
+        parts={name: spectrum.cpu() for name, (spectrum, _) in found.items()},
+        part_names=names,
+        shares=forms / values.where(values > basis.tiny, torch.nan)[:, None],
+        seconds=time.perf_counter() - began,
+        provenance=provenance,
+        _coordinates={name: phi.cpu() for name, phi in basis.coordinates.items()},
+        first=basis.first,
+    )
+
+
+def gradient_basis(parts: Decomposition) -> EigenBasis:
+    """The eigenbasis of G, of held rows."""
+    assert isinstance(parts.rows, HeldRows)
+    problem = parts.problem
+    averages = error_averages(parts.rows, parts.projections, tuple(parts))
+    eps, first = torch.finfo(problem.dtype).eps, parts.projections.first
+    return EigenBasis.of_gram(parts.rows.gram(), averages, problem.num_parameters, eps, first)
+
+
+def gradient_pairs(
+    basis: EigenBasis, parts: Decomposition, num: int, began: float, seed: int = 0
+) -> Eigenpairs:
+    """The largest eigenpairs u = Aᵀv/√λ of G, as many as are not zero.
+
+    Residual norms are bounds from above, by A u against √λ v for two random sums of the pairs.
+
+    Cost: a third of a gradient a pair.
+    """
+    assert isinstance(parts.rows, HeldRows)
+    assert basis.vectors is not None
+    num = min(num, int((basis.values > basis.tiny).sum()))
+    rows, values, v = parts.rows, basis.values[:num], basis.vectors[:, :num]
+    if not num:
+        return _no_pairs(parts, began)
+    vectors = rows.transpose_reduced(v / values.sqrt())
+    generator = seeded(seed)
+    signs = torch.randint(0, 2, (v.shape[1], NUM_CHECKS), generator=generator).to(v) * 2 - 1
+    pushed = rows.apply_reduced(vectors @ signs.to(vectors)).to(v)
+    missed = (pushed - (v * values.sqrt()) @ signs).square().sum(0).mean().sqrt() * values[0].sqrt()
+    return Eigenpairs(
+        values=values.cpu(),
+        vectors=vectors,
+        residual_norms=missed.cpu().expand(len(values)).clone(),
+        converged=True,
+        num_products=0,
+        seconds=time.perf_counter() - began,
+        which="largest",
+        rtol=float(missed / values.min()),
+        provenance=Provenance.of_matrix("Gauss-Newton", parts.problem),
+    )
+
+
+def _no_pairs(parts: Decomposition, began: float) -> Eigenpairs:
+    """Of a G that is zero."""
+    none = torch.zeros(0, dtype=torch.float64)
+    return Eigenpairs(
+        values=none,
+        vectors=parts.rows.products.zeros(0).T,
+        residual_norms=none,
+        converged=True,
+        num_products=0,
+        seconds=time.perf_counter() - began,
+        which="largest",
+        rtol=0.0,
+        provenance=Provenance.of_matrix("Gauss-Newton", parts.problem),
+    )
+
+
+def _density(values: Tensor, provenance: Provenance, seconds: float) -> Density:
+    """Each eigenvalue with weight 1/P, and one node for all the zeros."""
+    zeros = provenance.size - len(values)
+    nodes, weights = values, torch.full_like(values, 1 / provenance.size)
+    if zeros:
+        nodes = torch.cat([nodes, nodes.new_zeros(1)])
+        weights = torch.cat([weights, weights.new_tensor([zeros / provenance.size])])
+    return Density(
+        nodes=nodes,
+        weights=weights,
+        probes=torch.full((len(nodes),), -1),
+        num_probes=0,
+        num_steps=DRAWN_STEPS,
+        deflation_residual=0.0,
+        num_products=0,
+        seconds=seconds,
+        provenance=provenance,
+    )

@@ -1,0 +1,380 @@
+"""How well Kronecker-factored approximations stand for the Gauss-Newton matrix, layer by layer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import wasserstein_distance
+from torch import Tensor
+
+from deepspectra.algorithms.density import density
+from deepspectra.algorithms.eigenpairs import eigenpairs
+from deepspectra.algorithms.overlap import overlap_curve
+from deepspectra.analysis.layer_blocks import SMALL, Blocks, dense_spectrum
+from deepspectra.errors import LossError, MemoryBudgetError, MissingNameError, OptionError
+from deepspectra.kfac.blocks import with_ones
+from deepspectra.kfac.exact import ExactBlock
+from deepspectra.kfac.kronecker import KINDS
+from deepspectra.kfac.operators import Block, KroneckerSum, Rotated
+from deepspectra.operators.base import Operator
+from deepspectra.problem.problem import Problem
+from deepspectra.results import Provenance
+from deepspectra.rows.captures import rows_an_example
+from deepspectra.rows.gradients import check_labelled
+from deepspectra.rows.held import gram_of
+from deepspectra.rows.uses import Matrix
+
+PAIRED_ROWS = 1024  # whose inner products with as many others are computed together
+NUM_PROBES, NUM_STEPS = 2, 64  # of spectra that are not found densely
+RESOLVED = 100  # times the dtype's rounding, from which ‖G − K‖²/‖G‖² is more than rounding
+SPECTRAL_RTOL = 1e-2  # of the norm of the difference
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One approximation K of one layer's block of G.
+
+    Attributes:
+        frobenius: ‖G − K‖_F / ‖G‖_F; not resolved below ten times the root of the dtype's rounding.
+        cosine: ⟨G, K⟩ / (‖G‖_F ‖K‖_F).
+        spectral: ‖G − K‖₂ / ‖G‖₂.
+        decades: the Wasserstein-1 distance between the spectra in log10 λ, an average over the eigenvalues above
+            the floor (of G or of K, whichever has more).
+        overlaps: (ks,) ‖UᵀV‖²_F / k of the top-k eigenspaces U of G and V of K.
+        trace: tr K / tr G.
+    """
+
+    frobenius: float
+    cosine: float
+    spectral: float
+    decades: float
+    overlaps: Tensor
+    trace: float
+
+
+@dataclass(frozen=True)
+class LayerFits:
+    """The approximations of one layer.
+
+    Attributes:
+        name: of the layer.
+        shape: (groups, outputs, inputs), the last input being the bias if there is one.
+        largest: ‖G‖₂ of the layer's block.
+        norm: ‖G‖_F.
+        ks: sizes of the compared eigenspaces.
+        baseline: (ks,) k/n, the overlap of random subspaces.
+        fits: kind → how well it does.
+        exact_spectrum: the spectrum of G's block is exact, and not from random probes.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    largest: float
+    norm: float
+    ks: tuple[int, ...]
+    baseline: Tensor
+    fits: Mapping[str, Fit]
+    exact_spectrum: bool
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the block, n."""
+        groups, outputs, inputs = self.shape
+        return groups * outputs * inputs
+
+
+@dataclass(frozen=True)
+class KroneckerQuality:
+    """The approximations of every layer, from input to output.
+
+    Attributes:
+        layers: one entry a block that is a matrix and not zero; vectors have exact blocks.
+        kinds: the approximations.
+        floor: eigenvalues below this times ‖G‖₂ of a layer count as equal to it, in `Fit.decades`.
+        seconds: wall-clock time spent.
+        provenance: where it came from.
+    """
+
+    layers: tuple[LayerFits, ...]
+    kinds: tuple[str, ...]
+    floor: float
+    seconds: float
+    provenance: Provenance
+
+    def __iter__(self) -> Iterator[LayerFits]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> LayerFits:
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise MissingNameError("layer", name, (layer.name for layer in self.layers))
+
+    def __str__(self) -> str:
+        ks = max((layer.ks for layer in self.layers), key=len, default=())
+        rows = [
+            f"{'layer':<22} {'':<6} {'‖G−K‖_F':>8} {'cosine':>7} {'‖G−K‖₂':>8} {'tr K/tr G':>9} {'decades':>8} │ "
+            + " ".join(f"{f'top {k}':>7}" for k in ks)
+        ]
+        for layer in self.layers:
+            for kind, fit in layer.fits.items():
+                name = f"{layer.name[-22:]:<22}" if kind == self.kinds[0] else " " * 22
+                rows.append(
+                    f"{name} {kind:<6} {fit.frobenius:>8.1%} {fit.cosine:>7.3f} {fit.spectral:>8.1%} "
+                    f"{fit.trace:>9.3f} {fit.decades:>8.2f} │ "
+                    + " ".join(f"{value:>7.2f}" for value in fit.overlaps.tolist())
+                )
+            rows.append(
+                f"{'':<22} random {'':>44} │ "
+                + " ".join(f"{value:>7.1g}" for value in layer.baseline.tolist())
+            )
+        rows.append(
+            "errors relative to G's block; decades: mean distance of log10 λ above "
+            f"{self.floor:g} ‖G‖₂; top k: overlap of eigenspaces; {self.seconds:.3g} s"
+        )
+        return "\n".join(rows)
+
+
+def kronecker_quality(
+    problem: Problem,
+    kinds: Sequence[str] | None = None,
+    *,
+    sharing: str = "expand",
+    ks: Sequence[int] = (1, 2, 5, 10, 20),
+    floor: float = 1e-5,
+    rtol: float = 1e-3,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    progress: Callable[[str], object] | None = None,
+) -> KroneckerQuality:
+    """How far Kronecker-factored approximations are from G, for every layer.
+
+    Frobenius norms and inner products are exact sums over pairs of examples, ‖Σ M ⊗ xxᵀ‖² =
+    Σ tr(M M') (xᵀx')². Spectral norms and eigenspaces come from converged eigenpairs. Spectra are exact up to
+    3,000 eigenvalues that differ from zero, and for products of factors; others from random probes.
+
+    Args:
+        problem: with a loss that is convex in the outputs.
+        kinds: among "kfac", "ekfac", "cfac" and "optimal" (of one product); by default the first three, without
+            "cfac" where examples have no class labels, or several.
+        sharing: as in `kronecker`.
+        ks: sizes of the eigenspaces to compare, ascending; those beyond a layer's rank are left out.
+        floor: relative to ‖G‖₂, where logarithms of eigenvalues stop.
+        rtol: of the compared eigenpairs.
+        dtype: to compute in; the problem's own by default.
+        seed: of random vectors.
+        progress: called with the name of each layer before it is compared.
+
+    Raises:
+        OptionError: an unknown kind, or ks not ascending from 1 or more.
+        LossError, CurvatureError: as for `kronecker`.
+        MemoryBudgetError: features and errors of a layer do not fit memory, or a layer with shared weights has
+            too many parameters and the data too many rows.
+
+    Cost: the approximations; then for each layer about (N (C − 1))²/2 inner products of errors, eigenpairs of G,
+        of G − K and of "cfac".
+
+    Source: Papyan 2020, JMLR 21:252, section 7, and Wu et al. 2020, arXiv 2010.04261, section 3, compare spectra
+    and eigenspaces by eye; errors are this library's.
+    """
+    began = time.perf_counter()
+    kinds = _default_kinds(problem) if kinds is None else kinds
+    sizes = _checked(kinds, ks)
+    blocks = Blocks(problem if dtype is None else problem.to(dtype), kinds, sharing)
+    memory = blocks.captures.problem.memory
+    found = []
+    for name, exact in blocks:
+        if progress is not None:
+            progress(name)
+        if not exact.trace:
+            continue
+        comparison = _Comparison(exact, memory, max(sizes), rtol, seed)
+        approximations = {kind: operator.blocks[name] for kind, operator in blocks.approximations.items()}
+        found.append(comparison.fits(approximations, sizes, floor))
+    return KroneckerQuality(
+        tuple(found), tuple(kinds), floor, time.perf_counter() - began, Provenance.of(blocks.factors, seed)
+    )
+
+
+@dataclass(frozen=True)
+class _Spectrum:
+    """Nodes and weights, exact or from random probes."""
+
+    nodes: Tensor
+    weights: Tensor
+    exact: bool
+
+    @staticmethod
+    def of(values: Tensor, size: int) -> _Spectrum:
+        """All eigenvalues that differ from zero, of so many."""
+        nodes = torch.cat([values.double().cpu(), torch.zeros(1, dtype=torch.float64)])
+        weights = torch.full_like(nodes, 1 / size)
+        weights[-1] = max(0.0, 1 - len(values) / size)
+        return _Spectrum(nodes, weights, True)
+
+    @staticmethod
+    def probed(operator: Operator, seed: int) -> _Spectrum:
+        """By stochastic Lanczos quadrature."""
+        found = density(
+            operator, num_probes=NUM_PROBES, num_steps=min(NUM_STEPS, operator.shape[0]), seed=seed
+        )
+        return _Spectrum(found.nodes, found.weights, False)
+
+    def decades_to(self, other: _Spectrum, floor: float) -> float:
+        """Wasserstein-1 distance of log10 λ, per eigenvalue above the floor."""
+        above = max(float(one.weights[one.nodes > floor].sum()) for one in (self, other))
+        logs = [one.nodes.clamp_min(floor).log10().numpy() for one in (self, other)]
+        distance = wasserstein_distance(*logs, self.weights.numpy(), other.weights.numpy())
+        return float(distance) / above if above else 0.0
+
+
+class _Comparison:
+    """G's block of one place: its norm, spectrum and largest pairs, and how approximations compare."""
+
+    def __init__(self, exact: ExactBlock, memory: int, num: int, rtol: float, seed: int) -> None:
+        self.exact, self.rtol, self.seed = exact, rtol, seed
+        size = exact.shape[0]
+        found = dense_spectrum(exact, num)
+        if found is not None:
+            values, self.values, self.vectors = found
+            self.norm, self.spectrum = float(values.norm()), _Spectrum.of(values, size)
+        else:
+            pairs = eigenpairs(exact, min(num, size, exact.num_rows), rtol=rtol, seed=seed)
+            live = pairs.values > float(pairs.values[0]) * torch.finfo(exact.dtype).eps * size
+            self.values, self.vectors = pairs.values[live], pairs.vectors[:, live.to(exact.device)]
+            self.norm, self.spectrum = norm_of(exact, memory), _Spectrum.probed(exact, seed)
+
+    def fits(self, blocks: Mapping[str, Block], sizes: tuple[int, ...], floor: float) -> LayerFits:
+        """Of all kinds."""
+        size = self.exact.shape[0]
+        ks = tuple(k for k in sizes if k <= len(self.values))
+        return LayerFits(
+            name=self.exact.place.name,
+            shape=self.exact.place.shape,
+            largest=float(self.values[0]),
+            norm=self.norm,
+            ks=ks,
+            baseline=torch.tensor([k / size for k in ks], dtype=torch.float64),
+            fits={kind: self._fit(block, ks, floor) for kind, block in blocks.items()},
+            exact_spectrum=self.spectrum.exact,
+        )
+
+    def _fit(self, block: Block, ks: tuple[int, ...], floor: float) -> Fit:
+        largest = float(self.values[0])
+        product = _inner(self.exact, block)
+        squared = squared_distance(self.norm, block, product)
+        furthest = squared**0.5  # a bound, where the difference is rounding
+        if squared > RESOLVED * torch.finfo(self.exact.dtype).eps * self.norm**2:
+            pairs = eigenpairs(self.exact - block, 1, "magnitude", rtol=SPECTRAL_RTOL, seed=self.seed)
+            furthest = float(pairs.values.abs()[0])
+        return Fit(
+            frobenius=squared**0.5 / self.norm,
+            cosine=product / (self.norm * block.norm),
+            spectral=furthest / largest,
+            decades=self.spectrum.decades_to(self._spectrum_of(block), floor * largest),
+            overlaps=self._overlaps(block, ks),
+            trace=block.trace / self.exact.trace,
+        )
+
+    def _spectrum_of(self, block: Block) -> _Spectrum:
+        if isinstance(block, KroneckerSum) and len(block.left) > 1 and block.shape[0] > SMALL:
+            return _Spectrum.probed(block, self.seed)
+        return _Spectrum.of(block.eigenvalues(), block.shape[0])
+
+    def _overlaps(self, block: Block, ks: tuple[int, ...]) -> Tensor:
+        """‖UᵀV‖²_F / k for each k, of the nested leading columns."""
+        if isinstance(block, KroneckerSum) and len(block.left) > 1:
+            others = eigenpairs(block, ks[-1], rtol=self.rtol, seed=self.seed).vectors
+        else:
+            _, others = block.decomposed.top(ks[-1])
+        return overlap_curve(self.vectors, others)[torch.tensor(ks) - 1]
+
+
+def relative_error(exact: ExactBlock, norm: float, block: Block) -> float:
+    """‖G − K‖_F / ‖G‖_F of one approximation of a block with this Frobenius norm."""
+    return float(squared_distance(norm, block, _inner(exact, block)) ** 0.5 / norm)
+
+
+def squared_distance(norm: float, block: Block, product: float) -> float:
+    """‖G − K‖²_F from ‖G‖_F, K and ⟨G, K⟩."""
+    return max(0.0, norm**2 - 2 * product + block.norm**2)
+
+
+def norm_of(exact: ExactBlock, memory: int) -> float:
+    """‖G‖_F of many rows, from their inner products."""
+    rows = exact.num_rows
+    if _is_plain(exact):
+        return _paired_norm(exact)
+    if 16 * rows**2 > memory:
+        raise MemoryBudgetError(
+            f"{exact.place.name} has {exact.shape[0]:,} parameters of shared weights and the data {rows:,} rows, "
+            f"whose inner products take {16 * rows**2 / 2**30:.1f} GiB; memory is {memory / 2**30:.1f} GiB. "
+            "Take fewer examples, or raise memory."
+        )
+    return float(gram_of([exact.batches]).norm())
+
+
+def _is_plain(exact: ExactBlock) -> bool:
+    """A matrix used at one position."""
+    return exact.num_positions == exact.place.groups == 1 and issubclass(exact.place.kind, Matrix)
+
+
+def _paired_norm(exact: ExactBlock) -> float:
+    """‖Σ M ⊗ hhᵀ‖_F from (Σ over scalars (eᵀe')²) (hᵀh')² of pairs of examples, at one position."""
+    some = []
+    for found in exact.positions():
+        scalars = found.errors.shape[1]
+        for chosen in torch.split(torch.arange(len(found.errors)), max(1, PAIRED_ROWS // scalars)):
+            features = with_ones(exact.place, found.features[chosen])
+            some.append((features[:, 0, 0], found.errors[chosen, :, :, 0].flatten(0, 1)))
+    total = 0.0
+    for index, (features, errors) in enumerate(some):
+        for other, (others, their_errors) in enumerate(some[: index + 1]):
+            products = (errors @ their_errors.T).square_().view(len(features), -1, len(others), scalars)
+            pairs = products.sum((1, 3)) * (features @ others.T).square_()
+            total += (1 if other == index else 2) * float(pairs.double().sum())
+    return float(total**0.5)
+
+
+def _inner(exact: ExactBlock, block: Block) -> float:
+    """⟨G, K⟩."""
+    if isinstance(block, Rotated):  # the projection of G on the diagonals in its basis
+        return block.norm**2
+    if block.right.ndim == 3:
+        return _inner_of_rows(exact, block)
+    return sum(exact.inner(left, right) for left, right in zip(block.left, block.right, strict=True))
+
+
+def _inner_of_rows(exact: ExactBlock, block: KroneckerSum) -> float:
+    """For rows of a table, of which A is diagonal."""
+    total = 0.0
+    for found in exact.positions(exact.num_positions**2):
+        index, errors = found.features, found.errors
+        same = index[:, :, None] == index[:, None]
+        for left, right in zip(block.left[:, 0], block.right[:, 0], strict=True):
+            alike = ((left @ errors).mT @ errors).sum(1)
+            total += float((alike * same * right[index][:, None]).double().sum())
+    return total
+
+
+def _default_kinds(problem: Problem) -> tuple[str, ...]:
+    """Those that the loss and its targets allow. Cost: one batch forward."""
+    try:
+        check_labelled(problem)
+    except LossError:
+        return ("kfac", "ekfac")
+    return ("kfac", "ekfac", "cfac") if rows_an_example(problem) == 1 else ("kfac", "ekfac")
+
+
+def _checked(kinds: Sequence[str], ks: Sequence[int]) -> tuple[int, ...]:
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise OptionError(f"kinds={tuple(kinds)}: name some of {', '.join(KINDS)}.")
+    if not ks or min(ks) < 1 or list(ks) != sorted(set(ks)):
+        raise OptionError(f"ks={tuple(ks)} must ascend from 1 or more.")
+    return tuple(ks)

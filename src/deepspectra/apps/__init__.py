@@ -1,1 +1,0 @@
-"""Whole jobs: the analysis that ends in a report."""

@@ -1,0 +1,404 @@
+"""Findings as one labelled dataset: every number with its dimensions named."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from deepspectra.algorithms.krylov import inner_products
+from deepspectra.derivatives.products import products_of
+from deepspectra.jobs.pages import measured, problem_attributes, provenance
+from deepspectra.jobs.stages import LETTERS, Findings
+from deepspectra.results import Curve, Density
+
+OPERATORS = ("hessian", "gauss_newton", "residual")
+SIDES = (-1, 1)
+POINTS, LOG_POINTS = 801, 301
+SMALLEST = 1e-6  # of an operator's largest |λ|: what is drawn on logarithmic axes
+COARSE = 0.05  # share of the eigenvalues in a single node from which on it resolves nothing,
+APART = 2.0  # or ratio of neighbouring nodes
+EPSILON = 1e-12  # added to |λ| by `Density.smooth`, relative to the largest: nothing
+Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]
+
+
+def build(found: Findings, class_names: list[str] | None = None) -> xr.Dataset:
+    """The dataset of an analysis; `docs/file-format.md` describes it."""
+    num_classes = found.num_classes
+    variables: Variables = {}
+    for group in (_curves, _nodes, _pairs, _shares, _knockouts, _averages, _traces, _classes, _costs):
+        variables |= group(found)
+    coords = {
+        "operator": list(OPERATORS),
+        "side": ["negative", "positive"],
+        "part": list(found.attribution.part_names),
+        "level": ["class", "cross_class"],
+        "knockout": _knockout_names(found),
+        "method": ["subtraction", "projection"],
+        "stage": list(found.ledger.costs),
+        "class": class_names or [str(c) for c in range(num_classes)],
+    }
+    coords["cross_class"] = coords["class_other"] = coords["class"]
+    return xr.Dataset(variables, coords=coords, attrs=_attributes(found))
+
+
+class _View(NamedTuple):
+    """What of a density can be drawn, and what only be said."""
+
+    drawn: Density  # without zeros
+    zero_share: float  # of the eigenvalues: known to be zero, up to rounding; NaN if none is
+    small_share: float  # others smaller in size than `smallest`, or zero as far as random vectors tell
+    smallest: float
+    resolved_above: float  # |λ| up to which nodes are too far apart or too heavy; 0 for an exact spectrum
+    unresolved_share: float  # up to there, zeros left out
+
+
+def _view(found: Findings, name: str) -> _View | None:
+    """Of H, G or R; None if nothing but zeros is known.
+
+    Of G, which is positive semi-definite and of rank N (C − 1) at most, what lies below zero is rounding.
+    """
+    density = found.densities[name]
+    if not bool(density.weights.isfinite().all() and density.nodes.isfinite().all()):
+        found.ledger.doubts.append(
+            f"the density of {LETTERS[name]} has values that are not finite; none is drawn"
+        )
+        return None
+    nodes, weights = density.nodes, density.weights
+    largest, zero = float(nodes.abs().max()), nodes == 0
+    if name == "gauss_newton":
+        eps = torch.finfo(torch.promote_types(found.problem.dtype, torch.float32)).eps
+        exact = eps * (len(nodes) if found.exact is not None else 1) * largest  # as in EigenBasis
+        zero = nodes <= max(exact, -float(nodes.min()))
+    if bool(zero.all()):
+        return None
+    rest, known = ~zero, zero & (density.probes < 0)  # probes only estimate how many are zero
+    mass = float(weights[rest].sum())
+    sizes, smallest = nodes.abs(), SMALLEST * largest
+    drawn = rest & (density.probes >= 0)
+    coarse = sizes[drawn & (weights * density.num_probes > COARSE * mass)]
+    resolved = max([*(_first_gap(sizes[drawn & (nodes * sign > 0)]) for sign in SIDES), *coarse.tolist()])
+    return _View(
+        drawn=replace(density, nodes=nodes[rest], weights=weights[rest], probes=density.probes[rest]),
+        zero_share=float(weights[known].sum()) if bool(known.any()) else math.nan,
+        small_share=float(weights[~known & (zero | (sizes < smallest))].sum()),
+        smallest=smallest,
+        resolved_above=resolved,
+        unresolved_share=float(weights[~known & (sizes <= resolved)].sum()),
+    )
+
+
+def _first_gap(sizes: Tensor) -> float:
+    """The upper end of the first gap between neighbouring nodes, from the largest down; the smallest if none is."""
+    falling = sizes.sort(descending=True).values
+    if not len(falling):
+        return 0.0
+    (wide,) = (falling[:-1] > APART * falling[1:]).nonzero(as_tuple=True)
+    return float(falling[wide[0]] if len(wide) else falling[-1])
+
+
+def _curves(found: Findings) -> Variables:
+    """Smoothed densities without zeros, linear, and logarithmic on each side of zero; what they do not show."""
+    linear = np.full((3, len(OPERATORS), POINTS), np.nan)
+    log = np.full((3, len(OPERATORS), len(SIDES), LOG_POINTS), np.nan)
+    said = np.full((5, len(OPERATORS)), np.nan)
+    for o, name in enumerate(OPERATORS):
+        view = _view(found, name)
+        if view is None:
+            said[0, o] = (
+                1 if name == "gauss_newton" and not bool(found.densities[name].nodes.any()) else math.nan
+            )
+            continue
+        said[:, o] = view[1:]
+        curve = view.drawn.smooth("linear", num_points=POINTS)
+        linear[:, o] = _folded(curve) if name == "gauss_newton" else _rows(curve)
+        for s, sign in enumerate(SIDES):
+            shown = (view.drawn.nodes * sign > 0) & (view.drawn.nodes.abs() >= view.smallest)
+            if bool(shown.any()):
+                parts = {key: getattr(view.drawn, key)[shown] for key in ("nodes", "weights", "probes")}
+                curve = replace(view.drawn, **parts).smooth(
+                    "log", num_points=LOG_POINTS, sign=sign, epsilon=EPSILON
+                )
+                log[:, o, s] = np.where(curve.grid >= view.smallest, _rows(curve), np.nan)
+    names = ("grid", "density", "standard_error")
+    numbers = (
+        "zero_share",
+        "small_share",
+        "smallest_drawn",
+        "resolved_above",
+        "unresolved_share",
+    )
+    return (
+        {f"curve_{n}": (("operator", "point"), linear[j]) for j, n in enumerate(names)}
+        | {f"log_{n}": (("operator", "side", "log_point"), log[j]) for j, n in enumerate(names)}
+        | {n: (("operator",), said[j]) for j, n in enumerate(numbers)}
+    )
+
+
+def _rows(curve: Curve) -> np.ndarray:
+    found: np.ndarray = torch.stack([curve.grid, curve.density, curve.standard_error]).numpy()
+    return found
+
+
+def _folded(curve: Curve) -> np.ndarray:
+    """A curve of eigenvalues that are not negative, with what the kernel puts left of zero reflected to the right."""
+    grid, *both = _rows(curve)
+    mirrored = [np.interp(-grid, grid, one, left=0, right=0) for one in both]
+    return np.where(
+        grid >= 0, [grid, *(one + other for one, other in zip(both, mirrored, strict=True))], np.nan
+    )
+
+
+def _nodes(found: Findings) -> Variables:
+    most = max(len(found.densities[name].nodes) for name in OPERATORS)
+    nodes = np.full((len(OPERATORS), most), np.nan)
+    weights, probes = nodes.copy(), np.full(nodes.shape, -2)
+    for o, name in enumerate(OPERATORS):
+        density: Density = found.densities[name]
+        size = len(density.nodes)
+        nodes[o, :size], weights[o, :size], probes[o, :size] = density.nodes, density.weights, density.probes
+    dims = ("operator", "node")
+    return {"density_node": (dims, nodes), "density_weight": (dims, weights), "density_probe": (dims, probes)}
+
+
+def _per_pair(found: Findings, values: dict[str, torch.Tensor]) -> np.ndarray:
+    """(operator, pair) with NaN where an operator has none."""
+    most = max(len(pairs.values) for pairs in found.pairs.values())
+    table = np.full((len(OPERATORS), most), np.nan)
+    for name, row in values.items():
+        table[OPERATORS.index(name), : len(row)] = row.cpu().numpy()
+    return table
+
+
+def _pairs(found: Findings) -> Variables:
+    thresholds = np.array([_threshold(found, name) for name in OPERATORS[:2]] + [math.nan])
+    values = _per_pair(found, {name: pairs.values for name, pairs in found.pairs.items()})
+    residuals = _per_pair(found, {name: pairs.residual_norms for name, pairs in found.pairs.items()})
+    outliers = values > thresholds[:, None]
+    dims = ("operator", "pair")
+    return {
+        "eigenvalue": (dims, values),
+        "residual_norm": (dims, residuals),
+        "is_outlier": (dims, outliers.astype(np.int8)),
+        "num_outliers": (("operator",), np.where(np.isnan(values).all(1), np.nan, outliers.sum(1))),
+        "bulk_edge": (("operator",), _edges(found)),
+        "outlier_threshold": (("operator",), thresholds),
+        "converged": (
+            ("operator",),
+            np.array([float(found.pairs[n].converged) if n in found.pairs else np.nan for n in OPERATORS]),
+        ),
+    }
+
+
+def _edges(found: Findings) -> np.ndarray:
+    """The largest eigenvalue without any mean, of each operator; of G where its spectrum is exact."""
+    exact = math.nan if found.exact is None else found.exact.bulk_edge
+    return np.array([found.attribution.bulk_edge, exact, math.nan])
+
+
+def _threshold(found: Findings, name: str) -> float:
+    """Above which eigenvalues of H or G are outliers: G's own if its edge is known, else H's."""
+    attribution = found.attribution
+    if name == "gauss_newton" and found.exact is not None:
+        return found.exact.threshold(attribution.margin)
+    return attribution.threshold
+
+
+def _shares(found: Findings) -> Variables:
+    parts = found.attribution.part_names
+    most = max(len(pairs.values) for pairs in found.pairs.values())
+    shares = np.full((len(OPERATORS), most, len(parts)), np.nan)
+    means = np.full((len(OPERATORS), len(parts)), np.nan)
+    for name, table in found.shares.items():
+        o = OPERATORS.index(name)
+        shares[o, : len(table)] = table
+        above = (found.pairs[name].values.cpu() > _threshold(found, name)).numpy()
+        if above.any():
+            means[o] = table.numpy()[above].mean(0)
+    return {
+        "share": (("operator", "pair", "part"), shares),
+        "mean_share": (("operator", "part"), means),
+    }
+
+
+def _knockout_names(found: Findings) -> list[str]:
+    return list(dict.fromkeys(knockout.name for knockout in found.attribution.knockouts))
+
+
+def _knockouts(found: Findings) -> Variables:
+    """Of H, and of G where its spectrum is exact; NaN for the methods and operators not run."""
+    names, methods = _knockout_names(found), ("subtraction", "projection")
+    most = max(len(pairs.values) for pairs in found.pairs.values())
+    values = np.full((len(OPERATORS), len(names), len(methods), most), np.nan)
+    residuals = values.copy()
+    counts = np.full(values.shape[:3], np.nan)
+    upper = counts.copy()
+    for knockout in found.attribution.knockouts:
+        at = (0, names.index(knockout.name), methods.index(knockout.method))
+        size = len(knockout.values)
+        values[at][:size], residuals[at][:size] = knockout.values, knockout.residual_norms
+        counts[at], upper[at] = knockout.num_outliers, knockout.num_outliers_at_most
+        if found.exact is None:
+            continue
+        left = found.exact.knockout(*knockout.removed, method=knockout.method) if knockout.removed else None
+        left = found.exact.values if left is None else left
+        at, size = (1, *at[1:]), min(most, len(left))
+        values[at][:size], residuals[at][:size] = left[:size], 0
+        counts[at] = upper[at] = int((left > _threshold(found, "gauss_newton")).sum())
+    dims = ("operator", "knockout", "method")
+    return {
+        "knockout_value": ((*dims, "pair"), values),
+        "knockout_residual_norm": ((*dims, "pair"), residuals),
+        "knockout_outliers": (dims, counts),
+        "knockout_upper": (dims, upper),
+    }
+
+
+def _averages(found: Findings) -> Variables:
+    levels = ("class", "cross_class")
+    most = max(len(pairs.values) for pairs in found.pairs.values())
+    values = np.full((len(levels), most), np.nan)
+    overlaps = np.full((len(levels), len(OPERATORS)), np.nan)
+    dimensions, gradients = overlaps.copy(), np.full(len(levels), np.nan)
+    for j, level in enumerate(levels):
+        if level not in found.subspaces:
+            continue
+        eigenvalues = found.subspaces[level][0][:most]
+        values[j, : len(eigenvalues)] = eigenvalues.cpu()
+        gradients[j] = found.subspace_gradients[level]
+        for o, name in enumerate(OPERATORS):
+            overlaps[j, o] = found.overlaps.get((level, name), math.nan)
+            dimensions[j, o] = found.dimensions[level] if name in found.pairs else math.nan
+    return {
+        "subspace_value": (("level", "pair"), values),
+        "subspace_overlap": (("level", "operator"), overlaps),
+        "subspace_dimension": (("level", "operator"), dimensions),
+        "subspace_gradients": (("level",), gradients),
+    }
+
+
+def _traces(found: Findings) -> Variables:
+    """Traces of H, G, R and of G's parts, with standard errors, 0 where they are exact."""
+    values, errors = zip(*(_trace(found, name) for name in OPERATORS), strict=True)
+    parts = np.full((2, len(found.attribution.part_names)), np.nan)
+    parts[:, :-1] = found.part_traces
+    return {
+        "trace": (("operator",), np.array(values)),
+        "trace_standard_error": (("operator",), np.array(errors)),
+        "part_trace": (("part",), parts[0]),
+        "part_trace_standard_error": (("part",), parts[1]),
+    }
+
+
+def _trace(found: Findings, name: str) -> tuple[float, float]:
+    """With its standard error: of G as the stages found it, else from the density."""
+    if name == "gauss_newton" and found.trace is not None:
+        return found.trace
+    density = found.densities[name]
+    return density.mean * density.size, density.mean_standard_error * density.size
+
+
+def _classes(found: Findings) -> Variables:
+    projections = found.parts.projections
+    num_classes = projections.num_classes
+    counted = found.parts.rows.curvature > 0
+    counts = torch.bincount(projections.labels[counted], minlength=num_classes)
+    gram = np.full((num_classes, num_classes), np.nan)
+    factor = found.parts.factor("class")
+    present = (projections.class_weights > 0).cpu().numpy()
+    gram[np.ix_(present, present)] = inner_products(factor.T, factor.T)
+    return _places(found) | {
+        "class_count": (("class",), counts.cpu().numpy()),
+        "class_weight": (("class",), projections.class_weights.cpu().numpy()),
+        "cross_class_weight": (("class", "cross_class"), projections.cell_weights.cpu().numpy()),
+        "mean_gram": (("class", "class_other"), gram),
+    }
+
+
+def _places(found: Findings) -> Variables:
+    """Of the means on the map."""
+    if found.places is None:
+        return {}
+    classes, crossed = (table.numpy() for table in found.places)
+    return {f"map_class_{axis}": (("class",), classes[:, j]) for j, axis in enumerate("xy")} | {
+        f"map_{axis}": (("class", "cross_class"), crossed[..., j]) for j, axis in enumerate("xy")
+    }
+
+
+def _costs(found: Findings) -> Variables:
+    ledger = found.ledger
+    costs = list(ledger.costs.values())
+    return {
+        "cost_products": (("stage",), np.array([cost.num_products for cost in costs])),
+        "cost_seconds": (("stage",), np.array([cost.seconds for cost in costs])),
+        "cost_gradients": (("stage",), np.array(list(ledger.gradients.values()))),
+    }
+
+
+def _attributes(found: Findings) -> dict[str, object]:
+    problem, attribution = found.problem, found.attribution
+    products = products_of(problem)
+    conditions = {
+        "batches": problem.batches.num_batches,
+        "threads": torch.get_num_threads(),
+        "operations of a gradient": f"{found.operations:.2g}, by which effort is chosen where it is not given",
+        "eigenpairs of H": len(found.pairs["hessian"].values),
+        "rtol of eigenpairs": found.rtol,
+        "probes × steps of densities": f"{found.num_probes} × {found.num_steps}",
+        **products.notes,
+        **({"finished before a stop": ", ".join(found.ledger.taken)} if found.ledger.taken else {}),
+        "doubts": "; ".join(found.ledger.doubts) or "none: every eigenpair converged",
+    }
+    thresholds = {
+        "bulk edge": [
+            attribution.bulk_edge,
+            "largest eigenvalue of H without any class or cross-class mean: what scatter within classes and "
+            "the residual make by themselves",
+        ],
+        "outlier threshold": [attribution.threshold, f"{attribution.margin:g} times the bulk edge"],
+    }
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "verdict": " ".join(sentences(found)),
+        **problem_attributes(problem),
+        "seed": found.seed,
+        "loss_value": found.loss,
+        "accuracy": found.accuracy,
+        "gradient_norm": found.gradient_norm,
+        "gradient_seconds": found.ledger.gradient_seconds,
+        "memory_bytes": problem.memory,
+        "peak_memory_bytes": peak,
+        "provenance": provenance(**conditions),
+        "thresholds": json.dumps(thresholds),
+    }
+
+
+def sentences(found: Findings) -> list[str]:
+    """The verdict: what the outliers are made of, whether averaging finds them, what G and R are to H."""
+    lines = list(found.attribution.verdicts)
+    averages = [
+        f"{overlap:.2f} from the {level.replace('_', '-')} means (about "
+        f"{found.subspace_gradients[level]:.2g} gradients)"
+        for (level, name), overlap in found.overlaps.items()
+        if name == "hessian" and not math.isnan(overlap)
+    ]
+    if averages:
+        lines.append(
+            f"Averaging alone finds the top {found.dimensions['class']} eigenvectors of H with overlap "
+            f"{' and '.join(averages)}."
+        )
+    else:
+        lines.append("The class means of gradients are zero, so that averaging finds no eigenvectors.")
+    traces = [f"{LETTERS[name]} {measured(*_trace(found, name))}" for name in OPERATORS]
+    lines.append(f"Traces, each by itself and ± its standard error: {', '.join(traces)}.")
+    if found.ledger.doubts:
+        lines.append("Not everything converged: " + "; ".join(found.ledger.doubts))
+    return lines

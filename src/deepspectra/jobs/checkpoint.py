@@ -1,0 +1,126 @@
+"""Finished stages of a long computation, kept in a folder so that a stopped one goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from deepspectra.analysis.attribute import Attribution, Knockout
+from deepspectra.analysis.gram_spectrum import GramSpectrum
+from deepspectra.errors import FileError, first_line
+from deepspectra.problem.batches import map_tensors
+from deepspectra.results import Cost, Density, Eigenpairs, Provenance, Separation
+
+RESULTS: list[Any] = [
+    *(Attribution, Cost, Density, Eigenpairs, GramSpectrum, Knockout, Provenance, Separation)
+]
+IDENTITY = "identity"
+SUFFIX = ".pt"
+CLOSE = 1e-5  # by which sums differ between runs, orders of the data and numbers of threads
+Label = str | int | float | None
+Value = TypeVar("Value")
+
+
+class Kept:
+    """A folder of results by name, all of one computation.
+
+    Each file appears whole or not at all; none runs code when it is read.
+
+    Args:
+        folder: made if need be.
+        identity: what makes the computation this one: sizes, options, digests of weights and data, the version.
+
+    Raises:
+        FileError: the folder holds results of another computation, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Label]) -> None:
+        self.folder = folder
+        earlier = self.read(IDENTITY)
+        if earlier is None:
+            if next(folder.glob(f"*{SUFFIX}"), None) is not None:
+                raise FileError(
+                    f"{folder} holds stages and does not say of what. Remove it, or choose another."
+                )
+            self.write(IDENTITY, dict(identity))
+            return
+        differences = [
+            f"{name} was {earlier.get(name)} and is {value}"
+            for name, value in identity.items()
+            if not _agree(earlier.get(name), value)
+        ]
+        if differences:
+            raise FileError(
+                f"{folder} holds stages of another computation: {'; '.join(differences)}. "
+                "Remove it, or choose another."
+            )
+
+    def read(self, name: str) -> Any:
+        """The result of this name; None if there is none."""
+        path = self._path(name)
+        try:
+            if not path.is_file():
+                return None
+            with torch.serialization.safe_globals(RESULTS):
+                return torch.load(path, weights_only=True)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever unpickling a damaged file may raise
+            raise FileError(
+                f"{path} cannot be read ({first_line(error)}). "
+                "If it is damaged, remove it to do that stage again."
+            ) from error
+
+    def write(self, name: str, value: object) -> None:
+        """Keep a result: tensors, numbers and this library's results, in dictionaries and tuples."""
+        path = self._path(name)
+        staged = path.with_suffix(f".{os.getpid()}.part")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torch.save(map_tensors(_of_its_size, value), staged)
+            staged.replace(path)
+        except (OSError, RuntimeError) as error:
+            with contextlib.suppress(OSError):
+                staged.unlink(missing_ok=True)
+            raise FileError(
+                f"{path} cannot be written: {first_line(error)}. Choose another folder, or make room."
+            ) from error
+
+    def once(self, name: str, value: Value) -> Value:
+        """The value that was kept first."""
+        earlier: Value | None = self.read(name)
+        if earlier is None:
+            self.write(name, value)
+            return value
+        return earlier
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name.replace(' ', '-').replace(':', '')}{SUFFIX}"
+
+
+def forget(folder: Path) -> None:
+    """Remove the results in a folder, and the folder if nothing else is in it."""
+    if not (folder / f"{IDENTITY}{SUFFIX}").is_file():
+        return
+    for path in [*folder.glob(f"*{SUFFIX}"), *folder.glob("*.part")]:
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something else is there
+        folder.rmdir()
+
+
+def _of_its_size(tensor: Tensor) -> Tensor:
+    """A tensor without the rest of a larger storage, which would be saved with it."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def _agree(earlier: object, value: object) -> bool:
+    if isinstance(earlier, float) and isinstance(value, float):
+        return math.isclose(earlier, value, rel_tol=CLOSE, abs_tol=CLOSE)
+    return earlier == value

@@ -1,0 +1,150 @@
+"""What each stage of a long computation costs, shown while it runs and kept for the report."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from deepspectra.errors import ConvergenceWarning
+from deepspectra.jobs.checkpoint import Kept
+from deepspectra.results import Cost
+
+Report = Callable[[int, int | None], None]
+Result = TypeVar("Result")
+MEASURING = 1 / 20  # of the time of the stages, spent on measuring their unit
+MOST_MEASURED = 7  # gradients that are timed together
+WARM_UP = 0.5  # seconds; a first gradient that takes longer is one like any other
+
+
+@dataclass
+class Ledger:
+    """Stages with their products, their seconds and what these are in gradients.
+
+    The unit, a gradient over all the data, is timed again beside each stage that is long enough to pay for it, so
+    that a machine that grows busier slows both down. Both are timed in this process's own seconds on a CPU, which
+    other programs do not lengthen much, and by the clock on an accelerator.
+
+    Attributes:
+        show: whether to draw progress on standard error.
+        gradient: computes one full-data gradient and waits for it.
+        clock: in which stages and gradients are compared.
+        gradient_seconds: of the gradient that took least, by the wall clock.
+        costs: stage → products and wall-clock seconds, in the order they ran.
+        gradients: stage → the same in gradients; NaN before one was timed.
+        doubts: convergence warnings, word for word.
+        taken: stages that an earlier run had finished.
+        kept: where results of stages are kept, for a run that may be stopped.
+    """
+
+    show: bool = True
+    gradient: Callable[[], object] | None = None
+    clock: Callable[[], float] = time.process_time
+    gradient_seconds: float = float("inf")
+    costs: dict[str, Cost] = field(default_factory=dict)
+    gradients: dict[str, float] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
+    taken: list[str] = field(default_factory=list)
+    kept: Kept | None = None
+    _unit: float = field(default=float("nan"), init=False)
+    _unpaid: float = field(default=0.0, init=False)  # seconds of stages since the unit was timed
+
+    def run(self, name: str, work: Callable[[Report], Result]) -> Result:
+        """The result of a stage: what `work`, called as in `stage`, returns, or what it did in a stopped run."""
+        entry = None if self.kept is None else self.kept.read(name)
+        if entry is None:
+            doubts: list[str] = []
+            with self.stage(name) as report, _noting(doubts):
+                result = work(report)
+            self.doubts += doubts
+            if self.kept is not None:
+                self.kept.write(name, (result, self.costs[name], self.gradients[name], doubts))
+            return result
+        earlier: Result
+        earlier, self.costs[name], self.gradients[name], doubts = entry
+        self.doubts += doubts
+        self.taken.append(name)
+        return earlier
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Report]:
+        """Time a stage; the function it yields takes (products so far, products expected or None)."""
+        began, began_unit, before = time.perf_counter(), self.clock(), self._unit
+        done = 0
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description:<28}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed:>4} products  {task.fields[spent]:>13}"),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), disable=not self.show) as bars:
+            task = bars.add_task(name, total=None, spent="")
+
+            def report(products: int, expected: int | None) -> None:
+                nonlocal done
+                done = products
+                bars.update(task, completed=products, total=expected, spent=self._told(began_unit))
+
+            yield report
+            seconds, spent = time.perf_counter() - began, self.clock() - began_unit
+            bars.update(task, completed=done, total=max(done, 1), spent=self._told(began_unit))
+            self._measure(spent)
+        self.costs[name] = Cost(done, seconds)
+        unit = self._unit if math.isnan(before) else (before + self._unit) / 2
+        self.gradients[name] = spent / unit if unit else math.nan
+
+    def _told(self, began: float) -> str:
+        """How many gradients have passed, if one has been timed."""
+        return f"{(self.clock() - began) / self._unit:.0f} gradients" if self._unit > 0 else ""
+
+    def _measure(self, spent: float) -> None:
+        """Time the unit again, for a twentieth of what was spent since it was timed last; the median of several."""
+        if self.gradient is None:
+            return
+        self._unpaid += spent
+        if math.isnan(self._unit):
+            taken = [self._timed()]
+            if taken[0] < WARM_UP:  # much of which happens only once
+                taken = [self._timed() for _ in range(3)]
+        else:
+            num = int(MEASURING * self._unpaid / max(self._unit, 1e-9))
+            taken = [self._timed() for _ in range(min(num, MOST_MEASURED))]
+        if taken:
+            self._unit, self._unpaid = statistics.median(taken), 0.0
+
+    def _timed(self) -> float:
+        """One gradient by the ledger's clock."""
+        assert self.gradient is not None
+        began, began_unit = time.perf_counter(), self.clock()
+        self.gradient()
+        self.gradient_seconds = min(self.gradient_seconds, time.perf_counter() - began)
+        return self.clock() - began_unit
+
+    @property
+    def total(self) -> Cost:
+        """All stages together."""
+        return sum(self.costs.values(), Cost(0, 0.0))
+
+
+@contextmanager
+def _noting(doubts: list[str]) -> Iterator[None]:
+    """Collect convergence warnings for the report, and still give them."""
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        for warning in caught:
+            if issubclass(warning.category, ConvergenceWarning):
+                doubts.append(str(warning.message))
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

@@ -1,0 +1,431 @@
+"""The stages of an analysis, in order, and what they find."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deepspectra.algorithms.density import density
+from deepspectra.algorithms.eigenpairs import explore
+from deepspectra.algorithms.krylov import Krylov, basis_capacity, inner_products, seeded
+from deepspectra.algorithms.overlap import overlap
+from deepspectra.analysis.attribute import ROWS_BYTES, Attribution, attribute, pair_shares, squared_norms
+from deepspectra.analysis.class_means import subspace_of
+from deepspectra.analysis.gram_products import RowGram, gradient_trace, nonzero_density
+from deepspectra.analysis.gram_spectrum import (
+    GramSpectrum,
+    gradient_basis,
+    gradient_pairs,
+    spectrum_of,
+)
+from deepspectra.analysis.three_level_map import drawable, place
+from deepspectra.derivatives.products import Products, products_of
+from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetError
+from deepspectra.jobs.checkpoint import Kept, Label
+from deepspectra.jobs.effort import counted, effort_for
+from deepspectra.jobs.ledger import Ledger, Report
+from deepspectra.operators.base import Operator
+from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
+from deepspectra.operators.parts import Decomposition, decompose
+from deepspectra.problem.problem import Problem
+from deepspectra.results import Density, Eigenpairs, Provenance, standard_error, versions
+from deepspectra.rows.held import HeldRows
+from deepspectra.rows.projections import num_groups
+
+LETTERS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
+TRACE_PROBES = 8  # of parts whose traces are not known exactly
+EXACT_ROWS = 3000  # up to which G's spectrum is computed exactly
+FEWEST_STEPS = 4  # of a density that is worth having
+BASIS, EXACT = "basis of H", "exact route"  # kept beside results of stages
+ROUNDED = 1e-3  # relatively, by which a sum of squares may fall short of one of its parts
+KEPT_FORM = 2  # of what is kept of a stage
+
+
+@dataclass
+class Findings:
+    """What the stages found, to be labelled and saved.
+
+    Attributes:
+        pairs: "hessian" and "gauss_newton" → top eigenpairs.
+        densities: also "residual".
+        subspaces: level → all eigenvalues and the first C−1 vectors by averaging.
+        overlaps: (level, operator) → overlap with the top eigenspace of dimension `dimensions[level]`.
+        shares: operator → (pairs, parts).
+        trace: of G, exact or an estimate, and its standard error; None where only its density tells.
+        part_traces: (2, parts), traces of G's parts and their standard errors, 0 where they are exact.
+        num_probes, num_steps: of densities, as they were asked for or chosen.
+        operations: floating-point operations of a gradient, by which they are chosen.
+        exact: all eigenvalues of G and its parts, if the gradients are few enough.
+        places: of class means and of cross-class means on the map, if these are held.
+    """
+
+    problem: Problem
+    ledger: Ledger
+    seed: int
+    num_classes: int  # or groups of classes, over which averages are taken
+    rtol: float = float("nan")
+    num_probes: int = 0
+    num_steps: int = 0
+    operations: float = float("nan")
+    loss: float = float("nan")
+    accuracy: float = float("nan")
+    gradient_norm: float = float("nan")
+    pairs: dict[str, Eigenpairs] = field(default_factory=dict)
+    densities: dict[str, Density] = field(default_factory=dict)
+    subspaces: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    subspace_gradients: dict[str, float] = field(default_factory=dict)
+    dimensions: dict[str, int] = field(default_factory=dict)
+    overlaps: dict[tuple[str, str], float] = field(default_factory=dict)
+    shares: dict[str, Tensor] = field(default_factory=dict)
+    exact: GramSpectrum | None = None
+    places: tuple[Tensor, Tensor] | None = None
+    trace: tuple[float, float] | None = None
+    parts: Decomposition = field(init=False)
+    attribution: Attribution = field(init=False)
+    part_traces: Tensor = field(init=False)
+
+
+def run(
+    problem: Problem,
+    ledger: Ledger,
+    *,
+    num: int | None,
+    num_probes: int | None,
+    num_steps: int | None,
+    rtol: float | None,
+    groups: Tensor | None,
+    seed: int,
+    resume: Path | None,
+) -> Findings:
+    """Every stage; the kept graphs of one kind are dropped before another kind needs their memory."""
+    num_classes = num_groups(groups, problem.num_classes)
+    found = Findings(problem, ledger, seed, num_classes)
+    products = products_of(problem)
+    _measure_gradient(found)
+    if resume is not None:
+        options: dict[str, Label] = {
+            "num": num,
+            "num_probes": num_probes,
+            "num_steps": num_steps,
+            "rtol": rtol,
+            "groups": "" if groups is None else _digest([groups]),
+        }
+        _go_on(found, resume, options)
+    effort = effort_for(problem, found.operations)
+    found.rtol = rtol or effort.rtol
+    num = num or num_classes + effort.spare_pairs
+    found.num_probes = probes = num_probes or effort.num_probes
+    found.num_steps = steps = min(num_steps or effort.num_steps, problem.num_parameters)
+    with ledger.stage("checking derivatives"):
+        hessian = Hessian(problem)
+    basis = _find_pairs(found, "hessian", hessian, num)
+    with ledger.stage("class structure"):
+        found.parts, exact = _parts(problem, products, groups)
+        exact = exact if ledger.kept is None else ledger.kept.once(EXACT, exact)  # memory may differ by now
+    _average(found)
+    if exact:
+        _find_exact(found, num)
+    _attribute(found, hessian, basis, effort.knockout_products)
+    del basis
+    if not exact:
+        _find_traces(found)
+    found.parts.forget_means()
+    _find_density(found, "hessian", hessian, probes, steps)
+    products.release()
+    _find_density(found, "residual", Residual(problem), probes, steps)
+    products.release()
+    if not exact:
+        found.shares["hessian"] = found.attribution.pair_shares
+        _find_by_products(found, num, probes, steps)
+    _overlap(found)
+    return found
+
+
+def _parts(problem: Problem, products: Products, groups: Tensor | None) -> tuple[Decomposition, bool]:
+    """The parts of G, and whether features and errors of every layer are held, for which the graphs make room."""
+    if problem.num_examples * (problem.num_classes - 1) <= EXACT_ROWS:
+        products.release()
+        try:
+            parts = decompose(problem, effects="two-way", hold=True, groups=groups)
+            assert isinstance(parts.rows, HeldRows)
+            return parts, parts.rows.gram_bytes <= problem.memory and parts.rows.hold()
+        except CurvatureError as error:  # a network that does not tell its examples apart
+            products.notes["exact spectrum of G"] = f"not computed: {error}"
+    return decompose(problem, effects="two-way", groups=groups), False
+
+
+def _find_exact(found: Findings, num: int) -> None:
+    """The whole spectrum of G, its pairs and its parts from inner products of gradients; shares of H's pairs."""
+    assert isinstance(found.parts.rows, HeldRows)
+    parts = found.parts
+
+    def work(_: Report) -> tuple[GramSpectrum, Eigenpairs]:
+        began = time.perf_counter()
+        basis = gradient_basis(parts)
+        exact = spectrum_of(basis, tuple(parts), Provenance.of_matrix("Gauss-Newton", parts.problem), began)
+        return exact, gradient_pairs(basis, parts, num, began)
+
+    exact, found.pairs["gauss_newton"] = found.ledger.run("exact spectrum of G", work)
+    found.exact = exact
+    found.densities["gauss_newton"] = exact.density
+    found.trace = float(exact.values.sum()), 0.0
+    found.part_traces = torch.stack([exact.traces, torch.zeros_like(exact.traces)])
+    shares = exact.shares[: len(found.pairs["gauss_newton"].values)]
+    found.shares["gauss_newton"] = torch.cat([shares, 1 - shares.sum(1, keepdim=True)], 1)
+    found.shares["hessian"] = found.ledger.run(
+        "shares of H", lambda _: pair_shares(parts, found.pairs["hessian"])
+    )
+    found.parts.rows.release()
+
+
+def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, max_products: int | None) -> None:
+    """What the outliers of H owe to which part, in the basis that found them, which goes on growing."""
+
+    def work(report: Report) -> Attribution:
+        return attribute(
+            hessian,
+            found.parts,
+            pairs=found.pairs["hessian"],
+            basis=_kept_basis(found, hessian) if basis is None else basis,
+            shares=found.shares.get("hessian"),
+            max_products=max_products,
+            seed=found.seed,
+            progress=report,
+        )
+
+    found.attribution = found.ledger.run("attribution of H", work)
+
+
+def _find_by_products(found: Findings, num: int, probes: int, steps: int) -> None:
+    """Pairs and density of G by products, and what its parts have of them."""
+    gauss_newton = GaussNewton(found.problem)
+    _find_pairs(found, "gauss_newton", gauss_newton, num)
+    gram = RowGram(found.parts.rows)
+    if gram.shape[0] >= found.problem.num_parameters:  # G need not have zeros
+        found.shares["gauss_newton"] = found.ledger.run(
+            "shares of G", lambda _: pair_shares(found.parts, found.pairs["gauss_newton"])
+        )
+        _find_density(found, "gauss_newton", gauss_newton, probes, steps)
+    else:
+        found.shares["gauss_newton"], vectors = found.ledger.run(
+            "shares of G", lambda _: _shares_and_rows(found, gram)
+        )
+        steps = min(steps, gram.shape[0])
+        found.densities["gauss_newton"] = found.ledger.run(
+            "density of G",
+            lambda report: nonzero_density(
+                gram, found.pairs["gauss_newton"], vectors, probes, steps, found.seed + 2, report
+            ),
+        )
+    gauss_newton.products.release()
+
+
+def _shares_and_rows(found: Findings, gram: RowGram) -> tuple[Tensor, Tensor]:
+    """What each part has of the pairs (λ, u) of G, and A u / √λ (R, K), a few pairs at a time."""
+    parts, pairs = found.parts, found.pairs["gauss_newton"]
+    width = max(1, ROWS_BYTES // (8 * parts.rows.weights.numel()))
+    norms, rows = [], []
+    for vectors in torch.split(pairs.vectors, width, 1):
+        pushed = parts.rows.apply(vectors)
+        norms.append(parts.projections.squared_norms(pushed, tuple(parts)))
+        rows.append(gram.reduced(pushed))
+    found_rows = torch.cat(rows, 1)
+    shares = (torch.cat(norms, 1) / pairs.values.to(norms[0])).T
+    shares = torch.cat([shares, 1 - shares.sum(1, keepdim=True)], 1).cpu()
+    return shares, found_rows / found_rows.norm(dim=0).clamp_min(torch.finfo(found_rows.dtype).tiny)
+
+
+def _find_traces(found: Findings) -> None:
+    """The traces of G and of its parts, while the means are at hand: exact but for what does not fit."""
+    found.trace, found.part_traces = found.ledger.run("traces of G", lambda _: _traces(found))
+
+
+def _traces(found: Findings) -> tuple[tuple[float, float] | None, Tensor]:
+    """Of G with its standard error, if gradients of single examples are to be had, and of the parts (2, parts).
+
+    Traces of means are sums of their squares, and within is what they leave of G. Where that is not known, and
+    for the interaction if the C² means do not fit, by random signs on the complement of the top pairs of H.
+    """
+    parts, problem = found.parts, found.problem
+    total: tuple[float, float] | None = None
+    if problem.splits_by_class:  # else each position of an example takes passes of its own
+        try:
+            total = gradient_trace(problem, found.seed + 3)
+        except (CurvatureError, MemoryBudgetError) as refusal:
+            products_of(problem).notes["exact trace of G"] = f"not computed: {refusal}"
+    traces = {name: _squared(parts.factor(name)) for name in ("class", "logit", "true")}
+    if parts.holds_means():
+        traces["interaction"] = max(0.0, _squared(parts.factor("means")) - sum(traces.values()))
+    errors = dict.fromkeys(traces, 0.0)
+    least = (1 - ROUNDED) * sum(traces.values())
+    if total is not None and total[0] + 6 * total[1] < least:  # its own means have more
+        products_of(problem).notes["exact trace of G"] = "not used: it misses what the means have"
+        total = None
+    if total is None or "interaction" not in traces:
+        for name, (value, error) in _estimated_traces(parts, found.pairs["hessian"], found.seed).items():
+            errors.setdefault(name, error)
+            traces.setdefault(name, value)
+    if total is not None:
+        means = [name for name in parts if name != "within"]
+        traces["within"] = max(0.0, total[0] - sum(traces[name] for name in means))
+        errors["within"] = math.hypot(total[1], *(errors[name] for name in means))
+    table = [[some[name] for name in parts] for some in (traces, errors)]
+    return total, torch.tensor(table, dtype=torch.float64)
+
+
+def _squared(factor: Tensor) -> float:
+    return float(factor.square().sum(dtype=torch.float64))
+
+
+def _measure_gradient(found: Findings) -> None:
+    """Loss, accuracy and gradient, whose time is the unit of every cost and whose size sets the effort."""
+    problem, ledger = found.problem, found.ledger
+
+    def gradient() -> None:
+        found.gradient_norm = float(problem.gradient().norm())
+
+    ledger.gradient = gradient
+    if problem.device.type != "cpu":
+        ledger.clock = time.perf_counter
+    with ledger.stage("loss and gradient"):
+        found.loss, found.operations = counted(problem, problem.loss)
+        found.accuracy = problem.accuracy()
+        gradient()
+
+
+def _go_on(found: Findings, folder: Path, options: dict[str, Label]) -> None:
+    """Keep results of stages in a folder, and take those of a stopped run from it."""
+    problem, ledger = found.problem, found.ledger
+    names = ",".join(problem.parameter_names)
+    first, second = problem.batches.mark
+    own: dict[str, Label] = {
+        "examples": problem.num_examples,
+        "classes": problem.num_classes,
+        "parameters": problem.num_parameters,
+        "dtype": str(problem.dtype),
+        "device": str(problem.device),
+        "weights": _digest([*problem.model.parameters(), *problem.model.buffers()], names),
+        "data": first,
+        "squares of the data": second,
+        "loss": found.loss,
+        "loss function": problem.loss_function.name,
+        "version": versions()["deepspectra"],
+        "seed": found.seed,
+        "form": KEPT_FORM,
+    }
+    ledger.kept = Kept(folder, own | options)
+
+
+def _digest(tensors: Iterable[Tensor], text: str = "") -> str:
+    """Of a text and the bytes of some tensors."""
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _find_pairs(found: Findings, name: str, operator: Operator, num: int) -> Krylov | None:
+    """The basis that found them, if they were not found before."""
+    basis: Krylov | None = None
+    num = min(num, found.problem.num_parameters)
+
+    def work(report: Report) -> Eigenpairs:
+        nonlocal basis
+        pairs, basis = explore(
+            operator, num, rtol=found.rtol, start="random", seed=found.seed, progress=report
+        )
+        return pairs
+
+    found.pairs[name] = found.ledger.run(f"top eigenpairs of {LETTERS[name]}", work)
+    if found.ledger.kept is not None and basis is not None and name == "hessian":
+        found.ledger.kept.write(BASIS, basis.state())
+    return basis
+
+
+def _kept_basis(found: Findings, hessian: Hessian) -> Krylov | None:
+    """The basis that found the pairs of H in a run that was stopped."""
+    state = found.ledger.kept and found.ledger.kept.read(BASIS)
+    return Krylov.of_state(hessian, state) if state else None
+
+
+def _find_density(found: Findings, name: str, operator: Operator, probes: int, steps: int) -> None:
+    known = len(found.pairs[name].values) if name in found.pairs else 0
+    room = basis_capacity(operator) - known - 1
+
+    def work(report: Report) -> Density:
+        fewer = FEWEST_STEPS <= room < steps
+        if fewer:
+            warnings.warn(
+                f"the density of {LETTERS[name]} has {room} steps a probe; more do not fit memory",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        return density(
+            operator,
+            num_probes=probes,
+            num_steps=room if fewer else steps,
+            deflate=found.pairs.get(name),
+            seed=found.seed + 2,
+            progress=report,
+        )
+
+    found.densities[name] = found.ledger.run(f"density of {LETTERS[name]}", work)
+
+
+def _average(found: Findings) -> None:
+    """The principal subspaces by averaging alone; the C² means only if they fit in memory."""
+    ledger, parts, num = found.ledger, found.parts, max(1, found.num_classes - 1)
+    for level in ("class", "cross_class"):
+        stage = f"averaging: {level.replace('_', '-')} means"
+
+        def work(_: Report, level: str = level) -> tuple[Tensor, Tensor] | tuple[()]:
+            held = level == "class" or parts.holds_means()
+            return subspace_of(parts, level, num) if held else ()
+
+        if subspace := ledger.run(stage, work):
+            found.subspaces[level] = subspace
+        found.subspace_gradients[level] = ledger.gradients[stage]
+    if "cross_class" in found.subspaces and drawable(parts.projections.cell_weights):
+        found.places = ledger.run("map of the means", lambda _: _map(parts, found.seed)) or None
+
+
+def _map(parts: Decomposition, seed: int) -> tuple[Tensor, Tensor] | tuple[()]:
+    """Places of class means and of cross-class means; none if the latter do not fit memory, after a stop."""
+    if not parts.holds_means():
+        return ()
+    rows = parts.factor("means").T
+    return place(inner_products(rows, rows), parts.projections.cell_weights, seed)
+
+
+def _overlap(found: Findings) -> None:
+    """Overlap of the averaged subspaces with the eigenspaces of the C−1 largest pairs; NaN where one is zero."""
+    for level, (_, vectors) in found.subspaces.items():
+        most = min(vectors.shape[1], len(found.pairs["hessian"].values))
+        found.dimensions[level] = k = min(found.num_classes - 1, most)
+        for name, pairs in found.pairs.items():
+            spans = vectors[:, :k], pairs.vectors[:, :k]
+            found.overlaps[level, name] = overlap(*spans) if all(s.numel() for s in spans) else math.nan
+
+
+def _estimated_traces(parts: Decomposition, pairs: Eigenpairs, seed: int) -> dict[str, tuple[float, float]]:
+    """The trace of each part and its standard error.
+
+    Exact on the given vectors, by Hutchinson's |Π A v|² over random signs on their complement.
+    """
+    generator = seeded(seed)
+    vectors = torch.linalg.qr(pairs.vectors)[0]
+    signs = torch.randint(0, 2, (len(vectors), TRACE_PROBES), generator=generator) * 2 - 1
+    block = signs.to(vectors)
+    block -= vectors @ (vectors.T @ block)
+    samples = squared_norms(parts, block).cpu()
+    values = squared_norms(parts, vectors).cpu().sum(1) + samples.mean(1)
+    errors = standard_error(samples, 1)
+    return dict(zip(parts, zip(values.tolist(), errors.tolist(), strict=True), strict=True))

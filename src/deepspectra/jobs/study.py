@@ -1,0 +1,149 @@
+"""Ready studies of how networks differ, as jobs: their variants, a labelled dataset, a verdict and a report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from deepspectra.analysis.study import LEFT, MOST_ROWS, WHOLE, Study
+from deepspectra.jobs.pages import page_attributes
+from deepspectra.problem.problem import Problem
+from deepspectra.zoo import LabelledData
+
+RANDOM_LABELS_EPOCHS = 4  # times those of true labels, which take fewer to fit
+TOLD = (
+    "input_ratio",
+    "gap",
+    "kfac_error",
+    "kfac_overlap",
+    "class_share",
+    "logit_share",
+    "shared",
+)  # in the verdict
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How one of a study's networks is made.
+
+    Attributes:
+        name: of the variant.
+        batch_norm: put after every ReLU.
+        random_labels: drawn for the training set.
+        epochs: of training, as a multiple of the recipe's; None for one epoch.
+        classes: how many of the data's are kept, the first ones; None for all.
+    """
+
+    name: str
+    batch_norm: bool = False
+    random_labels: bool = False
+    epochs: int | None = 1
+    classes: int | None = None
+
+    def of(self, data: LabelledData, seed: int) -> LabelledData:
+        """The examples that this variant is trained on."""
+        data = data if self.classes is None else data.of_classes(self.classes)
+        return data.relabelled(seed) if self.random_labels else data
+
+
+STUDIES: Mapping[str, tuple[Variant, ...]] = {
+    "batch-norm": (Variant("plain"), Variant("batch norm", batch_norm=True)),
+    "random-labels": (
+        Variant("true labels"),
+        Variant("random labels", random_labels=True, epochs=RANDOM_LABELS_EPOCHS),
+    ),
+    "initialisation": (
+        Variant("initialisation", epochs=0),
+        Variant("one epoch", epochs=None),
+        Variant("trained"),
+    ),
+    "classes": tuple(Variant(f"{num} classes", classes=num) for num in (2, 3, 5, 10)),
+}
+
+
+def study_dataset(
+    found: Study, problem: Problem, *, name: str = "", model: str = "", data: str = "", seed: int = 0
+) -> xr.Dataset:
+    """Every number of `study` with its dimensions named; `docs/file-format.md` describes it.
+
+    Args:
+        found: of `study`.
+        problem: one of its networks.
+        name: of the study, for the report.
+        model: its name, for the report.
+        data: its name, for the report.
+        seed: of the first training, for the report.
+    """
+    variables = {
+        "study": (("variant", "layer", "measured", "sample"), found.values.numpy()),
+        "study_loss": (("variant", "network"), found.losses.numpy()),
+        "study_accuracy": (("variant", "network"), found.accuracies.numpy()),
+    }
+    coords = {
+        "variant": list(found.variants),
+        "layer": [layer or "(model)" for layer in found.layers],
+        "measured": list(found.measures),
+    }
+    attributes = page_attributes(
+        problem,
+        verdict=" ".join(sentences(found)),
+        subject=f"Study of {name}:" if name else "Study of",
+        model=model,
+        data=data,
+        seed=seed,
+        seconds=found.seconds,
+    )
+    attributes["measures"] = json.dumps(dict(found.measures))
+    for one in ("loss_value", "accuracy"):  # of one network: the table has all
+        del attributes[one]
+    return xr.Dataset(variables, coords=coords, attrs=attributes)
+
+
+def sentences(found: Study) -> list[str]:
+    """The verdict: how the last variant differs from the first, in the mean over layers and in how many layers."""
+    first, last = found.variants[0], found.variants[-1]
+    layers = [name for name in found.layers if name != WHOLE]
+    whole = _explained(found)
+    if first == last:
+        return [f"{len(layers)} layers of {first}.", *whole]
+    lines, lower = [], 0
+    for key in TOLD:
+        pairs = [
+            (float(one.mean()), float(other.mean()))
+            for one, other in ((found.of(first, name, key), found.of(last, name, key)) for name in layers)
+            if len(one) and len(other)
+        ]
+        if not pairs:
+            continue
+        before, after = np.array(pairs).mean(0)
+        falls = sum(other < one for one, other in pairs)
+        way = (
+            f"lower in {falls}" if after < before else f"higher in {sum(other > one for one, other in pairs)}"
+        )
+        lower += after < before
+        lines.append(
+            f"Mean {found.measures[key]}: {before:.3g}, then {after:.3g} ({way} of {len(pairs)} layers)."
+        )
+    head = f"From {first} to {last}, {lower} of {len(lines)} measures fall on average over the layers."
+    return [*whole, head, *lines]
+
+
+def _explained(found: Study) -> list[str]:
+    """How many outliers of G there are, and how many the means leave, variant by variant."""
+    if WHOLE not in found.layers:
+        return []
+    counts = [
+        f"{variant} " + " → ".join(f"{float(found.of(variant, WHOLE, key).mean()):.3g}" for key in LEFT)
+        for variant in found.variants
+        if len(found.of(variant, WHOLE, "outliers"))
+    ]
+    uncounted = [name for name in found.variants if not len(found.of(name, WHOLE, "outliers"))]
+    more = f" Not counted, for more than {MOST_ROWS:,} rows N (C − 1): {', '.join(uncounted)}."
+    return [
+        "Outliers of G → left without class means → left without class and logit means, on average over networks: "
+        f"{'; '.join(counts)}." + (more if uncounted else "")
+    ]

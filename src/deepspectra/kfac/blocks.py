@@ -1,0 +1,273 @@
+"""Where Kronecker factors belong: a weight with its bias, and its features and errors at every position.
+
+A *place* is a weight with its bias, or a vector of parameters alone. In its own order its numbers are a matrix
+(groups, outputs, inputs) whose last input is the bias: gradients are Σ_t e_t h_tᵀ over positions t, with features
+h_t that end with 1.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepspectra.errors import CurvatureError
+from deepspectra.rows.captures import layer_of
+from deepspectra.rows.uses import Convolution, Lookup, Matrix, Slice, Use
+
+CHUNK_BYTES = 2**26  # of patches, errors or gradients that are treated at a time
+COMPARED = 16  # examples by whose errors a bias is recognised
+
+
+@dataclass(frozen=True)
+class Place:
+    """A weight with its bias, or a vector alone.
+
+    Attributes:
+        name: of the layer if nothing else belongs to it, or of the parameters.
+        kind: the type of the uses of its weight.
+        weight: the stretch of a parameter that is used.
+        bias: that of the bias, if errors say that there is one.
+        groups: of a grouped convolution, or 1.
+    """
+
+    name: str
+    kind: type[Use]
+    weight: Slice
+    bias: Slice | None
+    groups: int
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether features are multiplied."""
+        return issubclass(self.kind, (Matrix, Lookup))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(groups, outputs, inputs)."""
+        groups, outputs, inputs = self._weight_of(torch.empty(self.weight.shape, device="meta")).shape
+        return groups, outputs, inputs + (self.bias is not None)
+
+    def join(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(groups, outputs, inputs) of tensors of the shapes of weight and bias."""
+        matrix = self._weight_of(weight)
+        if self.bias is None or bias is None:
+            return matrix
+        return torch.cat([matrix, bias.reshape(*matrix.shape[:2], 1)], 2)
+
+    def split(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of (K, groups, outputs, inputs): what belongs to the weight and to the bias, each (K, *its shape)."""
+        bias = None
+        if self.bias is not None:
+            bias, matrix = matrix[..., -1].flatten(1), matrix[..., :-1]
+        if not self.is_matrix or self.groups > 1:
+            return matrix.reshape(-1, *self.weight.shape), bias
+        turned = self.weight.transposed or self.kind is Lookup
+        matrix = matrix[:, 0]
+        return (matrix.mT if turned else matrix).reshape(-1, *self.weight.shape), bias
+
+    def index(self, starts: dict[str, int]) -> Tensor:
+        """(n,) where its numbers, in its own order, lie in the vector of all parameters."""
+
+        def numbers(stretch: Slice) -> Tensor:
+            start = starts[stretch.name] + stretch.start
+            return torch.arange(start, start + stretch.numel).view(stretch.shape)
+
+        return self.join(numbers(self.weight), None if self.bias is None else numbers(self.bias)).flatten()
+
+    def mine(self, uses: list[Use]) -> list[Use]:
+        """The uses of its weight among those of a batch."""
+        return [use for use in uses if use.slice == self.weight]
+
+    def _weight_of(self, weight: Tensor) -> Tensor:
+        if not self.is_matrix:
+            return weight.reshape(1, 1, -1)
+        matrix = weight.flatten(1)
+        if self.weight.transposed or self.kind is Lookup:
+            matrix = matrix.mT
+        return matrix.reshape(self.groups, -1, matrix.shape[1])
+
+
+def places(uses: list[Use], sizes: dict[str, int]) -> list[Place]:
+    """What a batch's uses say of the parameters with these sizes.
+
+    Raises:
+        CurvatureError: one parameter is used in different ways.
+    """
+    by_slice: dict[Slice, list[Use]] = {}
+    for use in uses:
+        by_slice.setdefault(use.slice, []).append(use)
+    _refuse_mixed(by_slice)
+    vectors = {key: mine for key, mine in by_slice.items() if not isinstance(mine[0], (Matrix, Lookup))}
+    biases = {}
+    for key, mine in by_slice.items():
+        if key not in vectors:
+            found = next((other for other in vectors if _is_bias(mine, key, vectors[other], other)), None)
+            if found is not None:
+                biases[key] = found
+                del vectors[found]
+    result = []
+    for key, mine in by_slice.items():
+        if key in biases.values():
+            continue
+        groups = mine[0].groups if isinstance(mine[0], Convolution) else 1
+        name = _name(key, biases.get(key), sizes)
+        result.append(Place(name, type(mine[0]), key, biases.get(key), groups))
+    return result
+
+
+def _refuse_mixed(by_slice: dict[Slice, list[Use]]) -> None:
+    kinds: dict[str, set[tuple[type[Use], tuple[int, ...], bool]]] = {}
+    for key, mine in by_slice.items():
+        for use in mine:
+            kinds.setdefault(key.name, set()).add((type(use), key.shape, key.transposed))
+    for name, found in kinds.items():
+        if len(found) > 1:
+            ways = sorted(("transposed " if turned else "") + kind.__name__ for kind, _, turned in found)
+            raise CurvatureError(
+                f"parameter {name!r} is used in different ways ({', '.join(ways)}), so its gradients are no "
+                "products of one kind of features and errors. Leave it out with problem.restrict(...)."
+            )
+
+
+def _is_bias(mine: list[Use], key: Slice, others: list[Use], other: Slice) -> bool:
+    """Whether a vector's gradients are sums of the errors of a matrix of the same layer."""
+    if layer_of(key.name) != layer_of(other.name) or len(other.shape) != 1 or len(mine) != len(others):
+        return False
+    few = slice(None, None, max(1, mine[0].num_examples // COMPARED))
+    matrix = [use.errors[few] for use in mine if isinstance(use, Matrix)]
+    if not matrix or matrix[0].shape[2] != other.numel:
+        return False
+    summed = sum(errors.sum(3) for errors in matrix)
+    scale = max(float(errors.abs().sum(3).max()) for errors in matrix)
+    missed = summed - sum(use.errors[few] for use in others)
+    assert isinstance(missed, Tensor)
+    return bool(missed.abs().max() <= torch.finfo(missed.dtype).eps ** 0.5 * scale)
+
+
+def _name(weight: Slice, bias: Slice | None, sizes: dict[str, int]) -> str:
+    layer = layer_of(weight.name)
+    taken = weight.numel + (bias.numel if bias else 0)
+    if layer and taken == sum(size for name, size in sizes.items() if layer_of(name) == layer):
+        return layer
+    if weight.numel == sizes[weight.name]:
+        return weight.name
+    return f"{weight.name}[{weight.start}:{weight.start + weight.numel}]"
+
+
+# -- positions ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Some examples' features and errors at every position.
+
+    Attributes:
+        features: (b, T, d), or indices (b, T) of rows of a table.
+        errors: (b, J, o, T).
+        counts: (b, T) what each position counts in averages of features, float64.
+    """
+
+    features: Tensor
+    errors: Tensor
+    counts: Tensor
+
+    def dense_features(self, num_rows: int) -> Tensor:
+        """(b, T, d), rows of an identity for indices."""
+        if self.features.is_floating_point():
+            return self.features
+        return torch.nn.functional.one_hot(self.features, num_rows).to(self.errors)
+
+    def reduced(self, num_rows: int) -> Positions:
+        """One position an example: the mean of its features, the sum of its errors."""
+        features = self.dense_features(num_rows)
+        total = self.counts.sum(1, keepdim=True)
+        share = self.counts / total.where(total > 0, 1)
+        mean = torch.einsum("bt,btd->bd", share.to(features), features)[:, None]
+        return Positions(mean, self.errors.sum(3, keepdim=True), total / max(1, self.counts.shape[1]))
+
+
+def positions(uses: list[Use], weights: Tensor, chosen: Tensor) -> Positions:
+    """Of chosen examples, over all uses of one place; weights (B, R) are those of the examples' rows."""
+    first, last = int(chosen[0]), int(chosen[-1]) + 1
+    some = slice(first, last) if last - first == len(chosen) else chosen  # a slice is not copied
+    mine = []
+    for use in uses:
+        errors = single(use.errors[some])
+        if isinstance(use, Lookup):
+            assert use.given is not None
+            features, errors = use.given[some], errors.mT
+        else:
+            assert isinstance(use, Matrix)
+            features = single(use.features(some))
+        rows, num = weights[some], features.shape[1]
+        counts = rows if rows.shape[1] == num else rows.mean(1, keepdim=True).expand(-1, num)
+        if isinstance(use, Lookup) and use.padding is not None:
+            counts = counts * (features != use.padding)
+        mine.append(Positions(features, errors, counts))
+    if len(mine) == 1:
+        return mine[0]
+    return Positions(
+        torch.cat([one.features for one in mine], 1),
+        torch.cat([one.errors for one in mine], 3),
+        torch.cat([one.counts for one in mine], 1),
+    )
+
+
+def single(numbers: Tensor) -> Tensor:
+    """In single precision at least: products of half precision would be rounded to three digits."""
+    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+
+
+def widened(use: Use) -> Use:
+    """A use whose features and errors are in single precision at least; itself if they are."""
+    if use.errors.dtype.itemsize >= torch.float32.itemsize:
+        return use
+    wide = copy.copy(use)
+    wide.errors = single(use.errors)
+    if use.given is not None and use.given.is_floating_point():
+        wide.given = single(use.given)
+    return wide
+
+
+def chunks(uses: list[Use], chosen: Tensor, numbers: int = 0) -> Iterator[Tensor]:
+    """Chosen examples, a few at a time, for which patches, errors and so many more numbers fit a chunk."""
+    for use in uses:
+        numbers += use.errors[0].numel()
+        if isinstance(use, Convolution):
+            numbers += use.errors.shape[3] * use.slice.numel // use.slice.shape[0] * use.groups
+    size = max(1, CHUNK_BYTES // (max(1, numbers) * uses[0].errors.element_size()))
+    return iter(torch.split(chosen, size))
+
+
+def with_ones(place: Place, features: Tensor, scale: Tensor | None = None) -> Tensor:
+    """(b, T, groups, inputs): features ending with 1 where there is a bias, times a scale (b, T)."""
+    groups, _, inputs = place.shape
+    wide = features.new_empty(*features.shape[:2], groups, inputs)
+    if place.bias is not None:
+        wide[..., -1] = 1
+    wide[..., : inputs - (place.bias is not None)] = features.reshape(
+        *features.shape[:2], groups, features.shape[2] // groups
+    )
+    return wide if scale is None else wide.mul_(scale[:, :, None, None].to(wide))
+
+
+def by_group(errors: Tensor, groups: int) -> Tensor:
+    """(b, J, o, T) → (b, J, groups, o / groups, T)."""
+    return errors.view(*errors.shape[:2], groups, errors.shape[2] // groups, errors.shape[3])
+
+
+def across_features(features: Tensor, matrix: Tensor) -> Tensor:
+    """H A for features (b, groups, T, d) and A (groups, d, d), as one product a group."""
+    rows = features.transpose(0, 1)
+    return (rows.flatten(1, 2) @ matrix).view(*rows.shape[:3], -1).transpose(0, 1)
+
+
+def across_errors(matrix: Tensor, errors: Tensor) -> Tensor:
+    """S e for symmetric S (groups, o, o) and errors (b, groups, J, o, T)."""
+    if errors.shape[4] == 1:
+        return across_features(errors[..., 0], matrix)[..., None]
+    return matrix[:, None] @ errors

@@ -1,0 +1,128 @@
+"""G's own block of one place, by features and errors: products, inner products, gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from deepspectra.kfac.blocks import (
+    Place,
+    Positions,
+    across_errors,
+    across_features,
+    by_group,
+    chunks,
+    positions,
+    widened,
+    with_ones,
+)
+from deepspectra.operators.base import Operator
+from deepspectra.rows.uses import Lookup, Use
+
+
+class ExactBlock(Operator):
+    """G's block of one place, in the place's own order, by features and errors.
+
+    Args:
+        place: which parameters.
+        batches: uses of the place, and of its bias, one list a batch.
+        dtype: of products.
+
+    Attributes:
+        kept: what is remembered of the block from one question to the next.
+
+    Cost: of a product, two products of the features with a matrix of the weight's shape.
+    """
+
+    def __init__(self, place: Place, batches: list[list[Use]], dtype: torch.dtype) -> None:
+        groups, outputs, inputs = place.shape
+        device = batches[0][0].errors.device
+        super().__init__(groups * outputs * inputs, dtype=dtype, device=device, name=f"G of {place.name}")
+        self.place = place
+        self.kept: dict[str, Tensor] = {}
+        self.batches = [
+            [widened(use) for use in batch if use.slice in (place.weight, place.bias)] for batch in batches
+        ]
+        self.num_rows = sum(math.prod(batch[0].errors.shape[:2]) for batch in self.batches)
+
+    def _apply(self, block: Tensor) -> Tensor:
+        weight, bias = self.place.split(block.T.reshape(-1, *self.place.shape))
+        total_weight = torch.zeros_like(weight)
+        total_bias = None if bias is None else torch.zeros_like(bias)
+        for batch in self.batches:
+            scalars = torch.zeros(())
+            for use in batch:
+                tangents = weight if use.slice == self.place.weight else bias
+                assert tangents is not None
+                scalars = scalars + use.push(tangents)
+            for use in batch:
+                total = total_weight if use.slice == self.place.weight else total_bias
+                assert total is not None
+                total += use.pull(scalars, slice(None)).view_as(total)
+        pairs = zip(total_weight, total_weight if total_bias is None else total_bias, strict=True)
+        joined = [self.place.join(one, None if total_bias is None else other) for one, other in pairs]
+        return torch.stack(joined).flatten(1).T
+
+    @property
+    def trace(self) -> float:
+        """Σ ‖g‖²."""
+        return self.inner(None, None)
+
+    def inner(self, left: Tensor | None, right: Tensor | None) -> float:
+        """⟨G, S ⊗ A⟩ = Σ tr(S g A gᵀ), of factors (groups, o, o) and (groups, d, d), or identities.
+
+        From similarities of positions, or from gradients, whichever is less to multiply.
+        """
+        groups, outputs, inputs = self.place.shape
+        scalars = self.batches[0][0].errors.shape[1]
+        num = self.num_positions
+        of_similarities = num * (inputs**2 + scalars * outputs**2 + num * (inputs + scalars * outputs))
+        of_gradients = scalars * outputs * inputs * (outputs + inputs + num)
+        by_similarities = of_similarities < of_gradients
+        total = 0.0
+        for found in self.positions(num**2 if by_similarities else scalars * groups * outputs * inputs):
+            features, errors = self.factors(found)
+            if by_similarities:
+                similar = (features if right is None else across_features(features, right)) @ features.mT
+                turned = errors if left is None else across_errors(left, errors)
+                alike = turned.mT @ errors if num > 1 else (turned * errors).sum(3, keepdim=True)
+                pairs = alike.sum(2)
+                total += float((similar * pairs).double().sum())
+            else:
+                gradients = errors @ features[:, :, None]
+                turned = gradients if left is None else left[:, None] @ gradients
+                turned = turned if right is None else turned @ right[:, None]
+                total += float((gradients * turned).double().sum())
+        return total
+
+    @property
+    def num_positions(self) -> int:
+        """T, of all uses together."""
+        uses = self.place.mine(self.batches[0])
+        return sum(use.errors.shape[2 if isinstance(use, Lookup) else 3] for use in uses)
+
+    def factors(self, found: Positions) -> tuple[Tensor, Tensor]:
+        """Features (b, groups, T, d) and errors (b, groups, J, o, T)."""
+        groups, _, inputs = self.place.shape
+        features = with_ones(self.place, found.dense_features(inputs)).transpose(1, 2)
+        return features, by_group(found.errors, groups).transpose(1, 2)
+
+    def gradients(self) -> Iterator[Tensor]:
+        """The rows (m, n) of a root of the block, a chunk at a time."""
+        groups, outputs, inputs = self.place.shape
+        for found in self.positions(groups * outputs * inputs * self.batches[0][0].errors.shape[1]):
+            features, errors = self.factors(found)
+            gradients = errors @ features[:, :, None]  # (b, groups, J, o, d)
+            yield gradients.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def positions(self, numbers: int = 0) -> Iterator[Positions]:
+        """Features and errors of some examples at a time, for which so many more numbers each fit a chunk."""
+        for batch in self.batches:
+            uses = self.place.mine(batch)
+            every = torch.arange(uses[0].num_examples, device=self.device)
+            weights = torch.ones(len(every), 1, dtype=torch.float64, device=self.device)
+            for chosen in chunks(uses, every, numbers):
+                yield positions(uses, weights, chosen)

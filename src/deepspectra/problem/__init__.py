@@ -1,0 +1,1 @@
+"""What is given: model, loss and data, as one bundle that is checked once."""

@@ -1,0 +1,110 @@
+"""How many bytes there are, and how many a computation keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deepspectra.errors import OptionError
+from deepspectra.problem.batches import tensors
+
+Result = TypeVar("Result")
+UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(memory: int | str) -> int:
+    """Bytes of a number or of a text such as "8GiB" or "500 MB"."""
+    text = str(memory).strip()
+    number = text.rstrip("BKMGIbkmgi ").strip()
+    unit = text[len(number) :].strip().upper()
+    try:
+        size = int(float(number) * UNITS[unit])
+    except (ValueError, KeyError):
+        raise OptionError(f"memory={memory!r} is not a size; write bytes, or text such as '8GiB'.") from None
+    if size <= 0:
+        raise OptionError(f"memory={memory!r} must be positive.")
+    return size
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device, within the limit of a container."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as lines:
+            available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as limit:
+        available = min(available, int(limit.read()))
+    return available
+
+
+class Saved(NamedTuple):
+    """What autograd keeps of a computation beside the model's own: bytes and types; no types if it is unknown."""
+
+    num_bytes: int
+    dtypes: frozenset[torch.dtype]
+
+
+def saved_by(model: nn.Module, call: Callable[[], Result]) -> tuple[Result, Saved]:
+    """What a call returns, and what autograd keeps in it."""
+    values = [v for v in (*model.parameters(), *model.buffers()) if v.layout == torch.strided]
+    own = {value.untyped_storage().data_ptr() for value in values}
+    kept: dict[int, int] = {}
+    dtypes: set[torch.dtype] = set()
+
+    def pack(value: Tensor) -> Tensor:
+        if value.layout == torch.strided and value.untyped_storage().data_ptr() not in own:
+            size = min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
+            kept[value.data_ptr()] = max(kept.get(value.data_ptr(), 0), size)
+            dtypes.add(value.dtype)
+        return value
+
+    try:
+        with saved_tensors_hooks(pack, lambda value: value):
+            result = call()
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        return call(), Saved(0, frozenset())  # torch.func inside the call allows no hooks
+    return result, Saved(sum(kept.values()), frozenset(dtypes))
+
+
+class _Storages(TorchDispatchMode):
+    """Remembers the storages that operations create, without keeping them alive."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage()._cdata for leaf in tensors(args) if leaf.layout == torch.strided}
+        for leaf in tensors(result):
+            if leaf.layout != torch.strided:
+                continue
+            storage = leaf.untyped_storage()
+            if type(leaf) is Tensor and storage._cdata not in given:  # a view adds nothing
+                self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())  # type: ignore[no-untyped-call]
+        return result
+
+    def alive(self) -> int:
+        """Bytes of those that are still referred to."""
+        sizes = [size for reference, size in self.seen.values() if not reference.expired()]  # type: ignore[no-untyped-call]
+        return sum(sizes)
+
+
+def measured(build: Callable[..., Any], *arguments: Any) -> tuple[Any, int]:
+    """A graph and the bytes it keeps alive."""
+    with _Storages() as storages:
+        graph = build(*arguments)
+    return graph, storages.alive()

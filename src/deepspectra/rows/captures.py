@@ -1,0 +1,310 @@
+"""Features and errors of every use of a parameter: batch by batch, or held for all the data."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepspectra.derivatives.products import FAILURES
+from deepspectra.errors import CurvatureError, DeepSpectraError, LossError, MemoryBudgetError, first_line
+from deepspectra.problem.evaluation import differentiable
+from deepspectra.problem.losses import CrossEntropy, Loss
+from deepspectra.problem.problem import Problem
+from deepspectra.rows import tracing
+from deepspectra.rows.gradients import refuse_one_output
+from deepspectra.rows.tracing import IrregularError
+from deepspectra.rows.uses import Use
+
+SAMPLE_ROWS = 3  # examples on which the uses of parameters are understood
+ROUNDING = 1e-10  # of the largest curvature of a row, below zero
+
+
+class Complement:
+    """Orthonormal coordinates of R^C without √p_i, one example each: C − 1 scalars carry all of A's rows of i.
+
+    Σ_k √w_{i,k} a_{i,k} = 0, so nothing is lost and products, inner products and spectra stay what they are. By
+    a Householder reflection that takes √p_i to the first axis.
+    """
+
+    def __init__(self, probabilities: Tensor) -> None:
+        self.root = probabilities.sqrt()
+        self.normal = self.root.clone()
+        self.normal[:, 0] += 1
+        self.scale = 1 / self.normal[:, 0]
+
+    def reduce(self, rows: Tensor) -> Tensor:
+        """(N, C, K) → (N, C − 1, K)."""
+        return self._reflect(rows)[:, 1:]
+
+    def expand(self, reduced: Tensor) -> Tensor:
+        """(N, C − 1, K) → (N, C, K)."""
+        return self._reflect(torch.cat([torch.zeros_like(reduced[:, :1]), reduced], 1))
+
+    def basis(self) -> Tensor:
+        """(N, C, C − 1)."""
+        size = self.root.shape[1]
+        eye = torch.eye(size, dtype=self.root.dtype, device=self.root.device)
+        return self._reflect(eye.expand(len(self.root), size, size))[:, :, 1:]
+
+    def _reflect(self, rows: Tensor) -> Tensor:
+        normal, scale = self.normal.to(rows), self.scale.to(rows)
+        along = torch.einsum("nc,nck->nk", normal, rows) * scale[:, None]
+        return rows - normal[:, :, None] * along[:, None]
+
+
+def curvature_root(loss: Loss, outputs: Tensor, targets: Tensor, total_weight: float) -> Tensor:
+    """F (n, C, m) float64 with F_i F_iᵀ = ∂²(Σ ω ℓ / Σ ω)/∂z_i²; m = C − 1 for cross-entropy, else C.
+
+    Raises:
+        LossError: the loss is not convex in the outputs.
+    """
+    if isinstance(loss, CrossEntropy):
+        p = outputs.double().softmax(-1)
+        curvature = loss.curvature_weights(outputs, targets).double() / total_weight
+        root: Tensor = -(curvature[:, None] * p).sqrt()[:, :, None] * Complement(p).basis()
+        return root
+    columns = []
+    for tangent in torch.eye(outputs[:1].numel(), dtype=outputs.dtype, device=outputs.device):
+        along = tangent.view(outputs[:1].shape).expand_as(outputs)
+        columns.append(loss.curvature(outputs, targets, along).reshape(len(outputs), -1).double())
+    values, vectors = torch.linalg.eigh(torch.stack(columns, 2) / total_weight)
+    if bool((values < -ROUNDING * values.abs().max()).any()):
+        raise LossError(
+            f"the loss {loss.name!r} is not convex in the outputs, so the Gauss-Newton matrix is no sum of squares "
+            "of errors. Use a convex loss, such as 'cross_entropy' or 'mse'."
+        )
+    root = vectors * values.clamp_min(0).sqrt()[:, None]
+    return root
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One batch, or one example of a batch whose examples had to be taken one by one.
+
+    Attributes:
+        uses: of its parameters, with features and errors.
+        weights: (n,) what each row counts: ω_i, or with label smoothing the curvature of its loss.
+        targets: of its rows.
+    """
+
+    uses: list[Use]
+    weights: Tensor
+    targets: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """Of outputs."""
+        return len(self.weights)
+
+
+class Captures:
+    """Features and errors of every use of a parameter in a problem.
+
+    The scalars of a row are the columns of a root of its loss curvature, so the squares of their gradients sum
+    to G. C − 1 scalars a row for cross-entropy, C for other losses.
+
+    Examples may lie in the first or second dimension of a batch. Where values may choose their places (indices,
+    batches that are not pairs (x, y)) these are checked on every batch; a batch in which they lie otherwise is taken
+    example by example. Where rows belong to no single examples, as the nodes of a graph, a batch is one example.
+
+    Raises:
+        LossError: the loss is not convex in the outputs, or the cross-entropy of one output, or rows interact in it.
+        CurvatureError: rows that belong to no single examples and are too many, or parameters used otherwise on
+            one batch than on another in more data than fit memory.
+        MemoryBudgetError: the errors of such rows do not fit memory.
+
+    Cost: a forward and C − 1 backward passes without weight gradients each time that the data are gone through, and
+    two more where places are checked; a row that belongs to no example takes C − 1 passes over its batch by itself.
+    """
+
+    joint = False  # whether scalars belong to examples, and not to each of their rows
+
+    def __init__(self, problem: Problem) -> None:
+        refuse_one_output(problem)
+        self.problem = problem
+        self.plan = plan_of(problem)
+        self.held: list[Captured] = []
+        self.limit = problem.memory // 3
+        self.bytes_by_layer: dict[str, int] = {}  # of features and errors of all the data, estimated
+
+    def hold(self) -> bool:
+        """Bring features and errors into memory; False if they do not fit."""
+        if not self.held:
+            captured = self.captured()
+            first = next(captured)
+            self._estimate(first)
+            if sum(self.bytes_by_layer.values()) <= self.limit:
+                try:
+                    self.held = [first, *captured]
+                except IrregularError:
+                    self.held = _again(self.captured)
+        return bool(self.held)
+
+    def release(self) -> None:
+        """Drop them; they are captured again when they are needed."""
+        self.held = []
+
+    def batches(self) -> Iterator[Captured]:
+        """Each batch: held, or captured one at a time."""
+        if self.plan.by_value:
+            self.hold()  # what was taken can be taken again
+        yield from self.held or self.captured()
+
+    def by_layer(self) -> Iterator[tuple[str, list[list[Use]]]]:
+        """Each layer's uses, one list a batch: held, or captured for as many layers at a time as fit memory.
+
+        Raises:
+            MemoryBudgetError: one layer's features and errors do not fit.
+        """
+        self.hold()
+        for layers in self._groups():
+            names = frozenset(name for name in self.problem.parameter_names if layer_of(name) in layers)
+            batches = [batch.uses for batch in self.held or _again(functools.partial(self.captured, names))]
+            for layer in layers:
+                mine = [[use for use in uses if layer_of(use.slice.name) == layer] for uses in batches]
+                if mine[0]:
+                    yield layer, mine
+
+    def _estimate(self, first: Captured) -> None:
+        scale = self.problem.num_examples / max(1, int((first.weights > 0).sum()))
+        self.bytes_by_layer = dict.fromkeys(self.problem.layers, 0)
+        for use in first.uses:
+            self.bytes_by_layer[layer_of(use.slice.name)] += int(scale * use.num_bytes)
+
+    def captured(self, names: frozenset[str] | None = None) -> Iterator[Captured]:
+        """Batches with uses of the named parameters, one at a time.
+
+        Raises:
+            IrregularError: a batch after the first uses parameters otherwise; the plan then sets these alone.
+        """
+        return self._captured(self.weigh, names)
+
+    def features(self) -> Iterable[Captured]:
+        """Batches with uses of all parameters but those alone, with features alone. Cost: a forward pass."""
+
+        def every() -> Iterator[Captured]:
+            return self._captured(_no_scalars, frozenset(self.problem.parameters) - self.plan.alone)
+
+        return _again(every) if self.plan.by_value else every()
+
+    def _captured(self, weigh: Weigh, names: frozenset[str] | None) -> Iterator[Captured]:
+        loss = self.problem.loss_function
+        for number, batch in enumerate(self.problem.fixed_batches()):
+            seen: list[tuple[Tensor, Tensor]] = []
+
+            def see(outputs: Tensor, targets: Tensor, seen: list[tuple[Tensor, Tensor]] = seen) -> Tensor:
+                measure = loss.curvature_weights if isinstance(loss, CrossEntropy) else loss.weights
+                seen.append((measure(outputs, targets), targets))
+                return weigh(outputs, targets)
+
+            pieces: list[tracing.Piece] = []
+            while not pieces:
+                try:
+                    with refusing(), differentiable():
+                        pieces = tracing.capture(self.problem, batch, self.plan, see, names, joint=self.joint)
+                except IrregularError as found:
+                    self.plan = self.plan.without(found.names)
+                    if number:
+                        raise
+            weights, targets = seen[-1]
+            for piece in pieces:
+                rows = piece.rows.to(weights.device)
+                yield Captured(piece.uses, weights[rows], targets[rows])
+
+    def weigh(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cotangents (n, C, m) of the scalars."""
+        problem = self.problem
+        return curvature_root(problem.loss_function, outputs, targets, problem.total_weight).to(outputs)
+
+    def _groups(self) -> list[list[str]]:
+        """Layers whose features and errors fit memory together, in order."""
+        if self.held:
+            return [list(self.problem.layers)]
+        groups: list[list[str]] = []
+        used = self.limit + 1
+        for layer, size in self.bytes_by_layer.items():
+            if size > self.limit:
+                raise MemoryBudgetError(
+                    f"features and errors of layer {layer!r} take about {size / 2**30:.2f} GiB and a third of "
+                    f"memory is {self.limit / 2**30:.2f} GiB. Raise memory, or take fewer examples."
+                )
+            if used + size > self.limit:
+                groups.append([])
+                used = 0
+            groups[-1].append(layer)
+            used += size
+        return groups
+
+
+def plan_of(problem: Problem) -> tracing.Plan:
+    """How to capture a problem's gradients, learned once and kept with it.
+
+    Learned in float64, or in the problem's own type where the network runs in no other.
+
+    Raises:
+        LossError: rows interact in the loss, so that no scalars are those of single rows.
+        CurvatureError: features and errors cannot be told apart by example.
+    """
+    if "plan" not in problem.kept:
+        problem.refuse_interacting_rows()
+        with refusing():
+            try:
+                problem.kept["plan"] = tracing.plan(problem.sample(SAMPLE_ROWS, torch.float64))
+            except FAILURES:
+                if problem.dtype == torch.float64:
+                    raise
+                problem.kept["plan"] = tracing.plan(problem.sample(SAMPLE_ROWS, problem.dtype))
+    found: tracing.Plan = problem.kept["plan"]
+    return found
+
+
+def rows_an_example(problem: Problem) -> int:
+    """R, rows of an example of the first batch; all of the batch's where these belong to no single examples."""
+    outputs, _ = next(problem.row_batches())
+    rows = plan_of(problem).rows(next(iter(problem.batches)), len(outputs))
+    return len(outputs) if rows is None else rows.shape[1]
+
+
+def _again(capture: Callable[[], Iterable[Captured]]) -> list[Captured]:
+    """All batches, taken anew for as long as a batch changes the plan."""
+    while True:
+        with contextlib.suppress(IrregularError):
+            return list(capture())
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """A network that fails when it is watched, or when its examples pass alone, cannot be taken apart this way."""
+    try:
+        yield
+    except DeepSpectraError:
+        raise
+    except torch.OutOfMemoryError as failure:
+        raise MemoryBudgetError(f"features and errors of a batch ran out of memory: {failure}") from failure
+    except FAILURES as failure:
+        reason = first_line(failure)
+        raise CurvatureError(
+            f"features and errors of this network cannot be told apart by example ({reason})."
+        ) from failure
+
+
+Weigh = Callable[[Tensor, Tensor], Tensor]  # of outputs and targets, cotangents (n, C, m)
+
+
+def _no_scalars(outputs: Tensor, _: Tensor) -> Tensor:
+    return outputs.new_empty(len(outputs), outputs[:1].numel(), 0)
+
+
+def parameters_of(problem: Problem, layer: str) -> dict[str, Tensor]:
+    """The selected parameters that a layer owns, by name."""
+    return {name: value for name, value in problem.parameters.items() if layer_of(name) == layer}
+
+
+def layer_of(name: str) -> str:
+    """The module that owns a parameter."""
+    return name.rpartition(".")[0]

@@ -1,0 +1,252 @@
+"""Gradients as rows held layer by layer, as features and errors: products, averages and inner products."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from deepspectra.errors import MemoryBudgetError
+from deepspectra.problem.problem import Problem
+from deepspectra.rows.captures import Captures, Complement
+from deepspectra.rows.gradients import GradientRows
+from deepspectra.rows.projections import Projections
+from deepspectra.rows.uses import Lookup, Matrix, Slice, Use
+
+BLOCK_BYTES = 2**28  # of gradients that are formed at a time
+EXAMPLES = 16  # whose inner products with as many others are computed together
+BLOCK_ROWS = 256  # of a Gram matrix, of which the lower half is computed block by block
+FORMED_OVERHEAD = 1.15  # of multiplying formed gradients, for forming them
+
+
+class HeldRows(GradientRows, Captures):
+    """The rows A of `GradientRows`, held as the features and errors of every use of a parameter.
+
+    C − 1 scalars an example stand for its C rows. Memory: about C − 1 times the activations of a forward pass
+    over all the data; if a third of the problem's memory does not hold them, products go through the network.
+
+    Raises:
+        LossError: not the cross-entropy of class labels.
+        CurvatureError: as `Captures`.
+
+    Cost: a forward and C − 1 backward passes without weight gradients; then a third of a gradient a column.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        GradientRows.__init__(self, problem)
+        Captures.__init__(self, problem)
+        self._put_in_order()
+        self.complement = Complement(self.probabilities)
+        ends = itertools.accumulate(self.products.sizes, initial=0)
+        self.starts = dict(zip(problem.parameters, ends, strict=False))  # of each parameter in the vector
+
+    def _put_in_order(self) -> None:
+        """Rows example by example, as they are captured."""
+        if self.plan.examples is None or not self.plan.examples.interleaved:
+            return
+        pieces, start = [], 0
+        for batch, size in zip(self.problem.fixed_batches(), self.sizes, strict=True):
+            pieces.append(start + self.plan.order(batch, size))
+            start += size
+        self.order = torch.cat(pieces).to(self.weights.device)
+        for name in ("probabilities", "labels", "curvature", "weights"):
+            setattr(self, name, getattr(self, name)[self.order])
+
+    @property
+    def num_reduced(self) -> int:
+        """R = N (C − 1)."""
+        return self.weights.shape[0] * (self.weights.shape[1] - 1)
+
+    @property
+    def gram_bytes(self) -> int:
+        """Bytes of the Gram matrix, its eigenvectors and one more like it."""
+        return 3 * 8 * self.num_reduced**2
+
+    def apply(self, block: Tensor) -> Tensor:
+        """A V: (N, C, K). Cost: a third of a gradient a column."""
+        if not self.held:
+            return super().apply(block)
+        return self.complement.expand(torch.cat([self._push(batch.uses, block) for batch in self.held]))
+
+    @property
+    def splits_by_class(self) -> bool:
+        """Whether the means of one class cost less than those of all: not where all rows are at hand."""
+        return not self.held and super().splits_by_class
+
+    def apply_reduced(self, block: Tensor) -> Tensor:
+        """A V over the R reduced rows: (R, K)."""
+        return self.complement.reduce(self.apply(block)).flatten(0, 1)
+
+    def transpose_reduced(self, rows: Tensor) -> Tensor:
+        """Aᵀ α for α (R, K) over the reduced rows: (P, K)."""
+        return self.transpose(self.complement.expand(rows.view(len(self.labels), -1, rows.shape[1])))
+
+    def _push(self, uses: list[Use], block: Tensor) -> Tensor:
+        """(n, C − 1, K) for one batch."""
+        total = functools.reduce(torch.add, (use.push(self._tangents(use.slice, block)) for use in uses))
+        return total.reshape(-1, self.weights.shape[1] - 1, block.shape[1])
+
+    def _tangents(self, found: Slice, block: Tensor) -> Tensor:
+        start = self.starts[found.name] + found.start
+        return block[start : start + found.numel].T.reshape(-1, *found.shape)
+
+    def transpose(self, rows: Tensor) -> Tensor:
+        """Aᵀ α for α (N, C, K): (P, K). Cost: a third of a gradient a column, of the examples where α is not 0."""
+        if not self.held:
+            return super().transpose(rows)
+        total = self.products.zeros(rows.shape[-1])
+        reduced = self.complement.reduce(rows)
+        sizes = [batch.num_rows for batch in self.held]
+        for batch, part in zip(self.held, torch.split(reduced, sizes), strict=True):
+            uses = batch.uses
+            num_examples = uses[0].num_examples
+            mixed = part.reshape(num_examples, -1, part.shape[-1])
+            patterns, which = torch.unique(mixed.any(1), dim=1, return_inverse=True)
+            for index, live in enumerate(patterns.T):
+                (columns,) = (which == index).nonzero(as_tuple=True)
+                if not bool(live.any()):
+                    continue
+                (chosen,) = live.nonzero(as_tuple=True)
+                self._pull(total, uses, mixed[chosen][:, :, columns], chosen, columns)
+        return total.T
+
+    def _pull(self, total: Tensor, uses: list[Use], mixed: Tensor, chosen: Tensor, columns: Tensor) -> None:
+        first, last = int(chosen[0]), int(chosen[-1]) + 1
+        some = slice(first, last) if last - first == len(chosen) else chosen  # a slice is not copied
+        for use in uses:
+            start = self.starts[use.slice.name] + use.slice.start
+            piece = use.pull(mixed.to(use.errors), some).reshape(len(columns), -1)
+            total[columns, start : start + use.slice.numel] += piece.to(total)
+
+    def factor(self, projections: Projections, basis: Tensor) -> Tensor:
+        """Aᵀ B for a basis B given in cell coordinates (C, C, r): (P, r)."""
+        if not self.held:
+            return super().factor(projections, basis)
+        return self.transpose(projections.expand(basis))
+
+    def _other_cells(self, projections: Projections, heaviest: Tensor, among: Sequence[int]) -> Tensor:
+        """√w_ck g_ck for all cells but the heaviest of each class, which are zero."""
+        if not self.held or len(among) < projections.num_classes:
+            return super()._other_cells(projections, heaviest, among)
+        basis = projections.basis("means")
+        basis[range(len(heaviest)), heaviest] = 0
+        return self.factor(projections, basis)
+
+    # inner products of rows
+
+    def gram(self) -> Tensor:
+        """(R, R) float64, inner products of the R = N (C − 1) reduced rows, example by example.
+
+        Each stretch of a parameter by the cheaper of two ways: gradients formed and multiplied, or inner
+        products of features and of errors. What is not held is captured group by group of parameters.
+
+        Raises:
+            MemoryBudgetError: one parameter's features and errors, or the matrix, do not fit memory.
+        """
+        if self.gram_bytes > self.problem.memory:
+            raise MemoryBudgetError(
+                f"the Gram matrix of {self.num_reduced:,} rows and its eigenvectors take "
+                f"{self.gram_bytes / 2**30:.1f} GiB; "
+                f"memory is {self.problem.memory / 2**30:.1f} GiB. Take fewer examples, or raise memory."
+            )
+        return gram_of(uses for _, uses in self.by_layer())
+
+
+def gram_of(layers: Iterable[list[list[Use]]]) -> Tensor:
+    """Inner products (R, R) of gradients to the parameters of some layers, each of one list of uses a batch."""
+    total = torch.zeros(0)
+    for held in layers:
+        sizes = [uses[0].num_examples * uses[0].errors.shape[1] for uses in held]
+        if not len(total):
+            total = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64, device=held[0][0].errors.device)
+        _add_lower(total, held, sizes)
+    return total.tril_() + total.tril(-1).T
+
+
+def moment_of(held: list[list[Use]], bases: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """AᵀA (P, P) and AᵀB for bases B (R, r), float64, of the gradients A (R, P) to one layer's parameters.
+
+    The other side of `gram_of`, for layers of fewer parameters than there are rows; the order of the parameters is
+    that of the uses.
+
+    Cost: R P² multiplications; a batch's gradients are formed at a time.
+    """
+    stretches = _stretches(held)
+    moment, sums, start = torch.zeros(()), dict.fromkeys(bases, torch.zeros(())), 0
+    for uses in held:
+        pieces = []
+        for stretch in stretches:
+            mine = [use.formed(slice(None)) for use in uses if _stretch(use) == stretch]
+            pieces.append(functools.reduce(torch.add, mine).flatten(0, 1))
+        rows = torch.cat(pieces, 1)
+        moment = moment + (rows.T @ rows).double()
+        for name, basis in bases.items():
+            sums[name] = sums[name] + (rows.T @ basis[start : start + len(rows)].to(rows)).double()
+        start += len(rows)
+    return moment, sums
+
+
+def _stretch(use: Use) -> tuple[str, int, tuple[int, ...]]:
+    return use.slice.name, use.slice.start, use.slice.shape
+
+
+def _stretches(held: list[list[Use]]) -> dict[tuple[str, int, tuple[int, ...]], None]:
+    """Which stretches of parameters are used, in order."""
+    return dict.fromkeys(_stretch(use) for uses in held for use in uses)
+
+
+def _add_lower(total: Tensor, held: list[list[Use]], sizes: list[int]) -> None:
+    """Each stretch of a parameter, to the lower half at least."""
+    for stretch in _stretches(held):
+        mine = [[use for use in uses if _stretch(use) == stretch] for uses in held]
+        factored = [[use for use in batch if isinstance(use, (Matrix, Lookup))] for batch in mine]
+        if [len(batch) for batch in factored] == [len(batch) for batch in mine] and _prefers_inner(factored):
+            _add_inner(total, factored, sizes)
+        else:
+            _add_formed(total, mine)
+
+
+def _prefers_inner(mine: list[list[Matrix | Lookup]]) -> bool:
+    uses = [use for batch in mine for use in batch]
+    if len({(type(use), use.slice.transposed) for use in uses}) > 1:  # tied parameters: of different kinds
+        return False
+    each = len(mine[0])
+    return each**2 * max(use.inner_cost() for use in uses) < FORMED_OVERHEAD * uses[0].slice.numel
+
+
+def _add_inner(total: Tensor, mine: list[list[Matrix | Lookup]], sizes: list[int]) -> None:
+    """The lower half, some examples by some: small blocks that stay in the cache."""
+    inner = mine[0][0].inner
+    pieces: list[tuple[slice, list[tuple[Tensor, Tensor]]]] = []
+    for uses, end in zip(mine, itertools.accumulate(sizes), strict=True):
+        num, scalars, *rest = uses[0].errors.shape
+        step = max(EXAMPLES, BLOCK_ROWS // max(1, scalars * math.prod(rest[1:])))
+        factors = [use.factors() for use in uses]
+        for start in range(0, num, step):
+            some = slice(start, min(start + step, num))
+            first = end - num * scalars
+            rows = slice(first + some.start * scalars, first + some.stop * scalars)
+            pieces.append((rows, [(features[some], errors[some]) for features, errors in factors]))
+    for index, (rows, some_factors) in enumerate(pieces):
+        for columns, others in pieces[: index + 1]:
+            for pair in itertools.product(some_factors, others):
+                total[rows, columns] += inner(*pair)
+
+
+def _add_formed(total: Tensor, mine: list[list[Use]]) -> None:
+    some = mine[0][0]
+    rows = some.slice.shape[0] if some.slice.shape else 1
+    width = max(
+        1, BLOCK_BYTES // (len(total) * max(1, some.slice.numel // rows) * some.errors.element_size())
+    )
+    for start in range(0, rows, width):
+        chunk = slice(start, min(start + width, rows))
+        pieces = [functools.reduce(torch.add, (use.formed(chunk) for use in uses)) for uses in mine]
+        formed = torch.cat([piece.flatten(0, 1) for piece in pieces])
+        for top in range(0, len(total), BLOCK_ROWS):
+            some_rows = formed[top : top + BLOCK_ROWS]
+            total[top : top + BLOCK_ROWS, : top + BLOCK_ROWS] += some_rows @ formed[: top + BLOCK_ROWS].T

@@ -1,0 +1,245 @@
+"""Features and errors as rows: what enters each layer, and what backpropagation brings to its output.
+
+They are split as gradients are. The second moment of rows X is XᵀX, an average over classes is a projection
+Π = BBᵀ of sample space, and a part is XᵀΠX. Rows of features are h_i/√N, with the parts mean, class and within;
+rows of errors are √w_{i,k} e_{i,k}, with the parts of G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from deepspectra.errors import CurvatureError, MemoryBudgetError, MissingNameError
+from deepspectra.operators.base import Operator
+from deepspectra.rows.captures import Complement, layer_of
+from deepspectra.rows.gradients import GradientRows
+from deepspectra.rows.held import HeldRows
+from deepspectra.rows.projections import Projections, num_groups, positive
+from deepspectra.rows.uses import Convolution, Lookup, Matrix, Use
+
+FEATURE_PARTS = ("mean", "class", "within")
+
+
+class RowParts(Mapping[str, "RowPart"]):
+    """The parts of the second moment of features or errors by name; they sum to it exactly.
+
+    Attributes:
+        of: "features" or "errors".
+        matrices: layer → rows X (R, D); all layers one after the other are what the parts act on.
+        averages: part → B (R, r) with Π = BBᵀ; "means" is all of them together, and "within" what they leave.
+        size: D of all layers.
+    """
+
+    def __init__(
+        self, of: str, matrices: dict[str, Tensor], averages: dict[str, Tensor], names: tuple[str, ...]
+    ) -> None:
+        self.of = of
+        self.matrices = matrices
+        self.averages = averages
+        self.names = names
+        self.size = sum(matrix.shape[1] for matrix in matrices.values())
+
+    def __getitem__(self, name: str) -> RowPart:
+        if name not in self.names:
+            raise MissingNameError("part", name, self.names)
+        return RowPart(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def layer(self, name: str) -> RowParts:
+        """The same for one layer."""
+        if name not in self.matrices:
+            raise MissingNameError("layer", name, self.matrices)
+        return RowParts(self.of, {name: self.matrices[name]}, self.averages, self.names)
+
+    def gram(self) -> Tensor:
+        """Inner products of the rows (R, R), float64."""
+        return sum((X @ X.T).double() for X in self.matrices.values())  # type: ignore[return-value]
+
+    def apply(self, block: Tensor) -> Tensor:
+        """X V for a block (D, K): (R, K)."""
+        pieces = torch.split(block, [X.shape[1] for X in self.matrices.values()])
+        return sum(X @ piece for X, piece in zip(self.matrices.values(), pieces, strict=True))  # type: ignore[return-value]
+
+    def transpose(self, rows: Tensor) -> Tensor:
+        """Xᵀ α for α (R, K): (D, K)."""
+        return torch.cat([X.T @ rows for X in self.matrices.values()])
+
+    def project(self, part: str, rows: Tensor) -> Tensor:
+        """Π α for α (R, K)."""
+        basis = self.averages["means" if part == "within" else part].to(rows)
+        inside = basis @ (basis.T @ rows)
+        return rows - inside if part == "within" else inside
+
+
+class RowPart(Operator):
+    """XᵀΠX for one projection. Cost: two products with X, 4 R D flops a column."""
+
+    def __init__(self, parts: RowParts, part: str) -> None:
+        like = next(iter(parts.matrices.values()))
+        name = f"{part} part of {parts.of}"
+        super().__init__(parts.size, dtype=like.dtype, device=like.device, name=name)
+        self.parts = parts
+        self.part = part
+
+    def _apply(self, block: Tensor) -> Tensor:
+        return self.parts.transpose(self.parts.project(self.part, self.parts.apply(block)))
+
+
+def features_of(rows: HeldRows) -> dict[str, Tensor]:
+    """Layer → h (N, D), for every layer that multiplies features by a matrix or a kernel.
+
+    Raises:
+        CurvatureError: no layer has features of its own for each row, or examples have unequal numbers of positions.
+        MemoryBudgetError: they do not fit.
+
+    Cost: a forward pass.
+    """
+    pieces: dict[str, list[Tensor]] = {}
+    for batch in rows.features():
+        _collect(pieces, layer_inputs(batch.uses), rows, len(rows.labels))
+    return _joined(pieces)
+
+
+def feature_parts(rows: HeldRows, groups: Tensor | None = None) -> RowParts:
+    """The parts of (1/N) Σ h hᵀ, by class or by groups of classes."""
+    weight = counted(rows)
+    root = (weight / weight.sum()).sqrt()[:, None]
+    scaled = {name: features * root.to(features) for name, features in features_of(rows).items()}
+    return RowParts("features", scaled, feature_averages(rows, groups), FEATURE_PARTS)
+
+
+def error_parts(rows: HeldRows, projections: Projections, names: tuple[str, ...]) -> RowParts:
+    """The parts of Σ w e eᵀ, e the errors at the output of every layer that has a matrix, a kernel or a table.
+
+    Raises:
+        CurvatureError: no such layer, or examples have unequal numbers of positions.
+        MemoryBudgetError: they do not fit.
+
+    Cost: that of `HeldRows.hold`.
+    """
+    pieces: dict[str, list[Tensor]] = {}
+    for batch in rows.batches():
+        _collect(pieces, layer_errors(batch.uses), rows, rows.num_reduced)
+    return RowParts("errors", _joined(pieces), error_averages(rows, projections, names), names)
+
+
+def layer_inputs(uses: list[Use]) -> dict[str, Tensor]:
+    """Layer → what enters it (n, D), one row for each of the n rows of a batch; layers without are left out.
+
+    An example with one row gives its whole input, all positions together; an example with a row a position gives
+    the input there. Rows that belong to no single examples, as in graphs, have no input of their own.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for use in uses:
+        if not isinstance(use, Matrix) or use.is_whole:
+            continue
+        if use.num_examples == use.num_rows:
+            found.setdefault(layer_of(use.slice.name), []).append(use.inputs)
+        elif not isinstance(use, Convolution) and use.features().shape[:2].numel() == use.num_rows:
+            found.setdefault(layer_of(use.slice.name), []).append(use.features().flatten(0, 1))
+    return {name: torch.cat(inputs, 1) for name, inputs in found.items()}
+
+
+def layer_errors(uses: list[Use]) -> dict[str, Tensor]:
+    """Layer → errors at its output (n (C − 1), D) for a batch's n rows, all positions together."""
+    found: dict[str, list[Tensor]] = {}
+    for use in uses:
+        if isinstance(use, (Matrix, Lookup)):
+            found.setdefault(layer_of(use.slice.name), []).append(use.errors.flatten(2).flatten(0, 1))
+    return {name: torch.cat(errors, 1) for name, errors in found.items()}
+
+
+def counted(rows: GradientRows) -> Tensor:
+    """(N,) float64: 1 where a row counts, 0 where its label is ignored or its class has weight zero."""
+    return (rows.curvature > 0).double()
+
+
+def membership(rows: GradientRows, groups: Tensor | None = None) -> Tensor:
+    """(N, C) float64: 1 where a row that counts is of a class, or of a group of classes."""
+    labels = rows.labels if groups is None else groups[rows.labels]
+    one_hot = torch.nn.functional.one_hot(labels, num_groups(groups, rows.weights.shape[1]))
+    return one_hot.double() * counted(rows)[:, None]
+
+
+def feature_averages(rows: GradientRows, groups: Tensor | None = None) -> dict[str, Tensor]:
+    """B (N, r) of "mean", the average of all rows, of "class", class averages about it, and of "means", both."""
+    return averages_of_members(membership(rows, groups))
+
+
+def averages_of_members(member: Tensor) -> dict[str, Tensor]:
+    """The same for rows of which class each is (n, C), zero where one does not count."""
+    by_class = (member / positive(member.sum(0)).sqrt())[:, member.any(0)]
+    mean = (member.sum(1) / member.sum().sqrt())[:, None]
+    return {"mean": mean, "class": by_class - mean @ (mean.T @ by_class), "means": by_class}
+
+
+def error_averages(rows: HeldRows, projections: Projections, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """B (R, r) of every part but "within", and of "means", for the reduced rows of errors and gradients."""
+    return reduced_averages(rows.complement, projections, names)
+
+
+def reduced_averages(
+    complement: Complement, projections: Projections, names: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """The same for any examples, given their C − 1 coordinates."""
+    wanted = [*(name for name in names if name != "within"), "means"]
+    return {
+        name: complement.reduce(projections.expand(projections.basis(name))).flatten(0, 1) for name in wanted
+    }
+
+
+def _collect(
+    pieces: dict[str, list[Tensor]], found: dict[str, Tensor], rows: HeldRows, num_rows: int
+) -> None:
+    """Add a batch; the first one tells whether all of them fit."""
+    if not pieces:
+        size = num_rows * sum(tensor.shape[1] * tensor.element_size() for tensor in found.values())
+        if size > rows.limit:
+            raise MemoryBudgetError(
+                f"{num_rows:,} rows of all layers take {size / 2**30:.2f} GiB; a third of memory is "
+                f"{rows.limit / 2**30:.2f} GiB. Raise memory, take fewer examples, or restrict the parameters."
+            )
+    refuse_missing(pieces, found)
+    for name, tensor in found.items():
+        pieces.setdefault(name, []).append(tensor)
+
+
+def _joined(pieces: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    pieces = {name: tensors for name, tensors in pieces.items() if any(tensor.shape[1] for tensor in tensors)}
+    if not pieces:
+        raise CurvatureError(
+            "no layer multiplies features by a matrix, one row of features for each output row."
+        )
+    for name, tensors in pieces.items():
+        refuse_unequal(name, {tensor.shape[1] for tensor in tensors})
+    return {name: torch.cat(tensors) for name, tensors in pieces.items()}
+
+
+def refuse_missing(known: Mapping[str, object], found: Mapping[str, object]) -> None:
+    """Raise CurvatureError for layers that have rows of their own on some batches only."""
+    missing = sorted(known.keys() ^ found.keys()) if known else []
+    if missing:
+        raise CurvatureError(
+            f"layer {missing[0]!r} has features of its own for each output row on some batches only: on others rows "
+            "belong to no single examples, or a way through the network is chosen by values. Those of gradients can "
+            "be had: of='gradients', gram_spectrum and layers work. Or restrict the parameters."
+        )
+
+
+def refuse_unequal(layer: str, widths: set[int]) -> None:
+    """Raise CurvatureError for a layer whose rows have different numbers of entries in different batches."""
+    if len(widths) > 1:
+        raise CurvatureError(
+            f"rows of layer {layer!r} have {' or '.join(f'{width:,}' for width in sorted(widths))} numbers: examples "
+            "have unequal numbers of positions, of which whole features or errors make no matrix. Those of gradients "
+            "do: of='gradients', gram_spectrum and layers work. Or pad all examples to one length, or restrict the "
+            "parameters."
+        )

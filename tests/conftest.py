@@ -26,19 +26,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", default=False, help="also run tests marked slow")
 
 
-LONGEST = (
-    "test_cli",
-    "test_devices",
-    "test_docs",
-    "test_resume",
-    "test_report",
-)  # files that run for a minute or more
+LONGEST = {  # files that run for a minute or more
+    "test_cli.py",
+    "test_devices.py",
+    "test_docs.py",
+    "jobs/test_checkpoint.py",
+    "report/test_page.py",
+}
+HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(
-        key=lambda item: item.path.stem not in LONGEST
-    )  # first, so that no process is left alone with one
+    # the longest first, so that no process is left alone with one
+    items.sort(key=lambda item: item.path.relative_to(HERE).as_posix() not in LONGEST)
     if config.getoption("--slow"):
         return
     skip = pytest.mark.skip(reason="slow: pass --slow to run it")

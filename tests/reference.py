@@ -332,3 +332,27 @@ def error(given: Tensor, expected: Tensor) -> float:
     scale = expected.abs().max().item()
     deviation = (given.to(expected) - expected).abs().max().item()
     return deviation / scale if scale > 0 else deviation
+
+
+def inputs_and_errors(ref: Reference, module: nn.Module) -> tuple[Tensor, Tensor]:
+    """H (n, D) and e_{i,k} (n, C, D') of a module, from hooks and backpropagation of single losses."""
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def hook(_module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output.retain_grad()
+        inputs.append(given[0].detach().flatten(1))
+        outputs.append(output)
+        return output.clone()
+
+    handle = module.register_forward_hook(hook)
+    fresh = Reference(ref.case)
+    logits, _ = fresh.outputs
+    handle.remove()
+    rows = []
+    for k in range(ref.num_classes):
+        y = torch.full((len(logits),), k)
+        loss = torch.nn.functional.cross_entropy(logits, y, reduction="sum")
+        gradients = torch.autograd.grad(loss, outputs, retain_graph=True)
+        rows.append(torch.cat([gradient.flatten(1) for gradient in gradients]))
+    return torch.cat(inputs), torch.stack(rows, 1)

@@ -19,8 +19,16 @@ from deepspectra.operators.parts import decompose
 from deepspectra.rows.projections import FOUR_WAY, METHODS, TWO_WAY, taken
 from deepspectra.rows.spectrum import range_of, significant
 from nets import CASES
-from reference import GONE, Reference, case_and_reference, error, onto, projections, without
-from test_layers import inputs_and_errors
+from reference import (
+    GONE,
+    Reference,
+    case_and_reference,
+    error,
+    inputs_and_errors,
+    onto,
+    projections,
+    without,
+)
 
 NAMES = ("relu_mlp", "conv_pool", "conv_batchnorm", "unbalanced", "absent_class", "every_option")
 PROJECTABLE = [name for name in GONE if name != "within"]

@@ -13,7 +13,7 @@ from deepspectra.analysis.gram_spectrum import EigenBasis
 from deepspectra.errors import FallbackWarning, LossError, MemoryBudgetError
 from deepspectra.operators.curvature import HessianBlock
 from nets import CASES, CLASSIFICATION, Case, chunks, labels
-from reference import Reference, case_and_reference, error
+from reference import Reference, case_and_reference, error, inputs_and_errors
 
 FIVE = ("class", "logit", "interaction", "within", "true")
 RTOL = 1e-10
@@ -32,30 +32,6 @@ def agrees(found: Tensor, matrix: Tensor, scale: float) -> bool:
     size = max(len(found), len(expected))
     difference = padded(found, size).sort().values - padded(expected, size).sort().values
     return bool(difference.abs().max() <= RTOL * scale)
-
-
-def inputs_and_errors(ref: Reference, module: nn.Module) -> tuple[Tensor, Tensor]:
-    """H (n, D) and e_{i,k} (n, C, D') of a module, from hooks and backpropagation of single losses."""
-    inputs: list[Tensor] = []
-    outputs: list[Tensor] = []
-
-    def hook(_module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        output.retain_grad()
-        inputs.append(given[0].detach().flatten(1))
-        outputs.append(output)
-        return output.clone()
-
-    handle = module.register_forward_hook(hook)
-    fresh = Reference(ref.case)
-    logits, _ = fresh.outputs
-    handle.remove()
-    rows = []
-    for k in range(ref.num_classes):
-        y = torch.full((len(logits),), k)
-        loss = torch.nn.functional.cross_entropy(logits, y, reduction="sum")
-        gradients = torch.autograd.grad(loss, outputs, retain_graph=True)
-        rows.append(torch.cat([gradient.flatten(1) for gradient in gradients]))
-    return torch.cat(inputs), torch.stack(rows, 1)
 
 
 @pytest.mark.parametrize("name", ["relu_mlp", "unbalanced", "absent_class", "conv_pool", "class_weights"])

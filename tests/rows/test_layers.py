@@ -9,8 +9,7 @@ from torch import Tensor, nn
 import deepspectra as ds
 from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
 from nets import CASES, chunks
-from reference import case_and_reference, error
-from test_layers import inputs_and_errors
+from reference import case_and_reference, error, inputs_and_errors
 
 NAMES = ["relu_mlp", "unbalanced", "absent_class", "conv_pool", "class_weights"]
 RTOL = 1e-10

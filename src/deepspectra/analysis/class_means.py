@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspectra.errors import CurvatureError, MemoryBudgetError, MissingNameError, OptionError
+from deepspectra.errors import CurvatureError, MemoryBudgetError, MissingNameError, OptionError, OptionWarning
 from deepspectra.operators.parts import KINDS, Decomposition, decompose
 from deepspectra.problem.problem import Problem
 from deepspectra.results import Provenance
@@ -94,7 +95,7 @@ def class_means(
     problem: Problem,
     of: str = "gradients",
     *,
-    level: str = "cross_class",
+    level: str | None = None,
     groups: Tensor | Sequence[int] | None = None,
 ) -> ClassMeans:
     """Means over the examples of each class, and of each (class, potential class), of gradients, errors or features.
@@ -107,7 +108,7 @@ def class_means(
         problem: one with cross-entropy and class labels.
         of: "gradients"; "features" that enter each layer with a matrix or a kernel; "errors" at the output of
             each layer with a matrix, a kernel or a table.
-        level: "cross_class" for both kinds, "class" for the C class means alone.
+        level: "cross_class" (the default) for both kinds, "class" for the C class means alone, as always of features.
         groups: (C,) the group of each class, as in `decompose`; C is then the number of groups.
 
     Raises:
@@ -122,6 +123,13 @@ def class_means(
     Source: Papyan, JMLR 21:252 (2020), sections 4–6; the exclusion of k = c is forced by Σ_k p_k g_k = 0.
     """
     began = time.perf_counter()
+    if of == "features" and level == "cross_class":
+        warnings.warn(
+            "class_means: features have no potential class; level='cross_class' changes nothing.",
+            OptionWarning,
+            stacklevel=2,
+        )
+    level = level or "cross_class"
     if of == "gradients":
         factors = _of_gradients(problem, level, check_means(problem, level, groups))
     elif of in KINDS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from deepspectra.algorithms.krylov import check_count, seeded
 from deepspectra.analysis.gram_spectrum import gradient_spectrum
 from deepspectra.derivatives.products import products_of
-from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
+from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError, OptionWarning
 from deepspectra.operators.curvature import Hessian
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem.problem import Problem
@@ -132,7 +133,7 @@ def regions(
     of: str = "gradients",
     *,
     method: str = "subtraction",
-    by_layer: bool = True,
+    by_layer: bool | None = None,
     num_groups: int | None = None,
     seed: int = 0,
     progress: Callable[[str], object] | None = None,
@@ -151,7 +152,8 @@ def regions(
             layers together.
         method: "subtraction", A − B, or "projection", (I − QQᵀ) A (I − QQᵀ) with Q a basis of B, which "within" and
             "residual" span too much for.
-        by_layer: whether to look at each layer, or at all together alone, which is as many times faster.
+        by_layer: whether to look at each layer, or at all together alone, which is as many times faster; by default
+            at each, where there are layers: not of the Hessian.
         num_groups: random groups of examples that are left out in turn, for standard errors; 0 for none. By default
             8, or as many as there are examples if that is less, and none for a single example.
         seed: of the groups.
@@ -181,6 +183,12 @@ def regions(
     check_count("num_groups", num_groups, 0, problem.num_examples)
     if num_groups == 1:
         raise OptionError("num_groups=1 leaves nothing when its group is left out; it is 0, or at least 2.")
+    if of == "hessian" and by_layer:
+        warnings.warn(
+            "regions: the Hessian is looked at as a whole; by_layer=True changes nothing.",
+            OptionWarning,
+            stacklevel=2,
+        )
     problem = problem.to(torch.float64) if of == "hessian" else problem  # rounding fills the gaps of its bulk
     parts = decompose(problem, effects="two-way", hold=True)
     judge = _Judge(parts, of, method, num_groups, seed)
@@ -194,7 +202,7 @@ def regions(
     for name, gram in _grams(parts, of):
         if progress is not None:
             progress(name)
-        if by_layer:
+        if by_layer is not False:
             found[name] = judge(gram)
         total = total + gram
     whole = next(iter(found.values())) if len(found) == 1 else judge(total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, overload
@@ -10,7 +11,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from deepspectra.errors import MissingNameError, OptionError
+from deepspectra.errors import MissingNameError, OptionError, OptionWarning
 from deepspectra.operators.base import LowRank, Operator, Projected, Sum
 from deepspectra.operators.curvature import Curvature
 from deepspectra.problem.losses import CrossEntropy, DrawnCrossEntropy
@@ -324,6 +325,12 @@ def decompose(
         return parts
     assert isinstance(parts.rows, HeldRows)
     if of == "features":
+        if effects != "four-way" or first != "class":
+            warnings.warn(
+                "decompose: features have no potential class; effects= and first= change nothing of them.",
+                OptionWarning,
+                stacklevel=2,
+            )
         averages = feature_averages(parts.rows, parts.projections.groups)
         return LayerParts(of, feature_rows(parts.rows), averages)
     return LayerParts(of, error_rows(parts.rows), error_averages(parts.rows, parts.projections, tuple(parts)))

@@ -34,7 +34,7 @@ from deepspectra.derivatives.differentiation import (
 from deepspectra.errors import CurvatureError, MemoryBudgetError, NonFiniteError, OptionError, first_line
 from deepspectra.problem.evaluation import refuse_modes
 from deepspectra.problem.memory import measured
-from deepspectra.problem.problem import Problem
+from deepspectra.problem.problem import Problem, per_problem
 
 EXPECTED_PRODUCTS = 40  # over which the cost of building a kept graph is spread when ways are compared
 BLOCK_BYTES = (2**30, 2**21)  # graph bytes times columns that go through a graph together: GPU, CPU
@@ -504,12 +504,10 @@ def _known(way: str) -> str:
     return way
 
 
+@per_problem
 def products_of(problem: Problem) -> Products:
     """The products of a problem, one object shared by all its operators and freed with it."""
-    if "products" not in problem.kept:
-        problem.kept["products"] = Products(problem)
-    found: Products = problem.kept["products"]
-    return found
+    return Products(problem)
 
 
 def _finite(total: Tensor) -> Tensor:

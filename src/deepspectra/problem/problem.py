@@ -6,7 +6,7 @@ import functools
 import operator
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ BATCH_BYTES = (2**29, 2**25)  # that backpropagation keeps of a batch, unless si
 WEIGHT_BYTES = 2  # or so many times the bytes of the weights, if that is more: each batch reads them all
 GRAPHS = 32  # such batches fit the memory
 
-
+Result = TypeVar("Result")
 Stamp = tuple[
     dict[str, Any], str, str, Tensor, int, int
 ]  # of a weight: holder, key, name, place, times written
@@ -146,7 +146,7 @@ class Problem:
             budget=self.memory // 4,
             pairs=forward is None,
         )
-        self.kept: dict[str, Any] = {}  # what other layers keep with the problem, to be freed with it
+        self._derived: dict[object, Any] = {}  # what `per_problem` functions have made
         self._stamps: list[Stamp] = []
         given = unwrapped(model)
         self._module.suspect(given, self.parameters)
@@ -410,7 +410,7 @@ class Problem:
     def bare(self) -> Problem:
         """The same problem, its model and its data, with nothing kept."""
         other = object.__new__(type(self))
-        vars(other).update(vars(self), kept={})
+        vars(other).update(vars(self), _derived={})
         return other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -419,7 +419,7 @@ class Problem:
                 "a problem whose network reaches its parameters by other ways than their names cannot be copied or "
                 "pickled; make a new one of the model."
             )
-        return {**vars(self), "kept": {}, "parameters": tuple(self.parameters), "_stamps": []}
+        return {**vars(self), "_derived": {}, "parameters": tuple(self.parameters), "_stamps": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -516,6 +516,22 @@ def _one_dtype(model: nn.Module, first: torch.dtype) -> torch.dtype:
             stacklevel=3,
         )
     return widest
+
+
+def per_problem(function: Callable[[Problem], Result]) -> Callable[[Problem], Result]:
+    """A function of a problem whose result is made once, shared by all callers and freed with the problem.
+
+    Copies, pickles and the problems made of it begin without.
+    """
+
+    @functools.wraps(function)
+    def once(problem: Problem) -> Result:
+        if once not in problem._derived:
+            problem._derived[once] = function(problem)
+        found: Result = problem._derived[once]
+        return found
+
+    return once
 
 
 def check_problem(problem: object) -> None:

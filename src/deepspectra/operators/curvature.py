@@ -12,6 +12,7 @@ from torch import Tensor
 from deepspectra.derivatives.products import products_of
 from deepspectra.errors import LossError, OptionError
 from deepspectra.operators.base import Operator
+from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.importance import drawn, importance, num_enough
@@ -196,7 +197,7 @@ class EmpiricalFisher(Curvature):
         slope = loss.gradient(outputs, targets).detach()
         weights = loss.weights(outputs, targets).to(slope)
         if (weights <= 0).any():
-            if not loss.is_cross_entropy:
+            if not isinstance(loss, CrossEntropy):
                 raise LossError("the empirical Fisher matrix needs positive row weights.")
             weights = torch.where(weights > 0, weights, 1)
         shape = (-1, *[1] * (slope.ndim - 1))

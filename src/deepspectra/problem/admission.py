@@ -62,6 +62,7 @@ def settle(module: Evaluated, batches: Batches, loss: Loss, parameters: Tree) ->
         DataError: the model fails.
     """
     first: tuple[Any, Pair] | None = None
+    is_known = False
     before = _places(module.model)
     for batch in batches:
         try:
@@ -75,13 +76,14 @@ def settle(module: Evaluated, batches: Batches, loss: Loss, parameters: Tree) ->
         if not len(rows):
             continue
         first = (batch, pair) if first is None else first
-        if not loss.unsettled:
+        is_known = loss.learn_layout(*pair)
+        if is_known:
             break
     if first is None:
         raise DataError("no row counts: the model gives no outputs for any batch.")
     after = _places(module.model)
     module.written = {name for name in before | after if before.get(name) != after.get(name)}
-    if loss.unsettled:
+    if not is_known:
         warnings.warn(
             "every batch gives outputs that fit both (B, C, ...) and (B, ..., C), the first of them "
             f"{tuple(first[1][0].shape)}; they are read as (B, C, ...), as nn.CrossEntropyLoss does. If classes are "
@@ -90,7 +92,6 @@ def settle(module: Evaluated, batches: Batches, loss: Loss, parameters: Tree) ->
             FallbackWarning,
             stacklevel=CALLER,
         )
-        loss.settle()
     return first
 
 

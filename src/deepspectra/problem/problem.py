@@ -19,10 +19,10 @@ from deepspectra.errors import (
     ParameterError,
     ShapeError,
 )
-from deepspectra.problem import losses
 from deepspectra.problem.admission import arrange, confirm, keep_whole, prove, settle, survey
 from deepspectra.problem.batches import Batches, Move, is_labelled, map_tensors, num_bytes
 from deepspectra.problem.checks import check_model, reported, usable
+from deepspectra.problem.cross_entropy import CrossEntropy, DrawnCrossEntropy
 from deepspectra.problem.evaluation import (
     Evaluated,
     Forward,
@@ -32,7 +32,9 @@ from deepspectra.problem.evaluation import (
     refuse_modes,
     unwrapped,
 )
+from deepspectra.problem.losses import Loss
 from deepspectra.problem.memory import free_memory, parse_bytes
+from deepspectra.problem.named_losses import resolve
 from deepspectra.problem.selection import selected
 
 BATCH_BYTES = (2**29, 2**25)  # that backpropagation keeps of a batch, unless sizes are given: GPU, CPU
@@ -104,7 +106,7 @@ class Problem:
         self,
         model: nn.Module,
         data: Any,
-        loss: str | nn.Module | Callable[[Any, Tensor], Tensor] | losses.Loss = "cross_entropy",
+        loss: str | nn.Module | Callable[[Any, Tensor], Tensor] | Loss = "cross_entropy",
         *,
         parameters: str | Sequence[str] | None = None,
         forward: Forward | None = None,
@@ -133,7 +135,7 @@ class Problem:
         self.dtype = dtype or _one_dtype(model, reference.dtype)
         self.memory = parse_bytes(memory) if memory is not None else free_memory(self.device) * 2 // 3
         self.mode = mode
-        self.loss_function = losses.resolve(loss)
+        self.loss_function = resolve(loss)
         twin = evaluation_copy(model, mode)
         self._trainable = frozenset(name for name, p in twin.named_parameters() if p.requires_grad)
         twin.requires_grad_(False).to(device=self.device, dtype=self.dtype)
@@ -160,7 +162,7 @@ class Problem:
         self._example_bytes = saved / max(1, len(start[1])) if self.cuts else 0.0
         order = None
         if self.cuts:
-            if self.loss_function.is_cross_entropy and forward is None:
+            if isinstance(self.loss_function, CrossEntropy) and forward is None:
                 order = self.batches.sort_by_label()
             self._resize()
             confirm(self._module, self.batches, self.parameters, pair[0], order)
@@ -441,7 +443,7 @@ class Problem:
     @property
     def can_draw(self) -> bool:
         """Examples can be drawn: batches are (x, labels), and the loss is cross-entropy."""
-        return isinstance(self.loss_function, losses.CrossEntropy) and self.splits_by_class
+        return isinstance(self.loss_function, CrossEntropy) and self.splits_by_class
 
     def drawn(self, chosen: Tensor, weights: Tensor) -> Problem:
         """This problem on chosen examples (ascending indices in the order of `batches`), each with a weight.
@@ -450,7 +452,7 @@ class Problem:
         when each is drawn with probability 1/m_i.
         """
         loss = self.loss_function
-        if not self.can_draw or not isinstance(loss, losses.CrossEntropy):
+        if not self.can_draw or not isinstance(loss, CrossEntropy):
             raise OptionError(
                 "examples can be drawn from batches (x, labels), one label an example, with cross-entropy only."
             )
@@ -463,7 +465,7 @@ class Problem:
             targets.append(torch.stack(pairs, 1))
             start += len(batch[1])
         other = self.bare()
-        other.loss_function = losses.DrawnCrossEntropy(loss)
+        other.loss_function = DrawnCrossEntropy(loss)
         data = (torch.cat(inputs), torch.cat(targets))
         move = Move(self.device, self.dtype)
         other.batches = Batches(data, batch_size=None, move=move, budget=self.memory // 4)

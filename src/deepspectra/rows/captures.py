@@ -12,8 +12,9 @@ from torch import Tensor
 
 from deepspectra.derivatives.products import FAILURES
 from deepspectra.errors import CurvatureError, DeepSpectraError, LossError, MemoryBudgetError, first_line
+from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.evaluation import differentiable
-from deepspectra.problem.losses import CrossEntropy, Loss
+from deepspectra.problem.losses import Loss
 from deepspectra.problem.problem import Problem, per_problem
 from deepspectra.rows import tracing
 from deepspectra.rows.gradients import refuse_one_output

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deepspectra.derivatives.products import products_of
 from deepspectra.errors import LossError
-from deepspectra.problem.losses import CrossEntropy
+from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.problem import Problem, per_problem
 
 

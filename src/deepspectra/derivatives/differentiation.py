@@ -250,11 +250,8 @@ def _least_error(sample: Problem, error: Callable[[Problem, torch.Generator], fl
     best = float("inf")
     for seed in range(POINTS):
         generator = torch.Generator().manual_seed(seed)
-        moved = sample.bare()
-        moved.parameters = {
-            name: value + 1e-3 * _noise(value, generator) for name, value in sample.parameters.items()
-        }
-        best = min(best, error(moved, generator))
+        moved = {name: value + 1e-3 * _noise(value, generator) for name, value in sample.parameters.items()}
+        best = min(best, error(sample.variant(parameters=moved), generator))
         if best < GOOD:
             break
     return best

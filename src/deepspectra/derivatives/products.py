@@ -35,6 +35,7 @@ from deepspectra.errors import CurvatureError, MemoryBudgetError, NonFiniteError
 from deepspectra.problem.evaluation import refuse_modes
 from deepspectra.problem.memory import measured
 from deepspectra.problem.problem import Problem, per_problem
+from deepspectra.problem.samples import class_batches, small_problem, some_rows
 
 EXPECTED_PRODUCTS = 40  # over which the cost of building a kept graph is spread when ways are compared
 BLOCK_BYTES = (2**30, 2**21)  # graph bytes times columns that go through a graph together: GPU, CPU
@@ -101,7 +102,7 @@ class Products:
     """
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem.bare()  # no cycle: graphs are freed as soon as nobody needs the problem
+        self.problem = problem.variant()  # no cycle: graphs are freed as soon as nobody needs the problem
         self.allowance = Allowance(problem.memory // 2)
         self.allowance.holders.add(self)
         self.stores: dict[str, Store] = {}
@@ -299,7 +300,7 @@ class Products:
         """
         total = self.zeros(num_columns)
         store = self.stores.setdefault("forward", Store({}))
-        for batch in self.problem.class_batches(groups, among):
+        for batch in class_batches(self.problem, groups, among):
             graph, size = measured(Forward, self.problem, batch)
             store.bytes_each = max(size, store.bytes_each or 0)
             columns, live = cotangent(graph.outputs, graph.targets)
@@ -414,7 +415,7 @@ class Products:
 
     def _sample(self, dtype: torch.dtype) -> Problem:
         if dtype not in self._samples:
-            self._samples[dtype] = self.problem.sample(CHECK_ROWS, dtype)
+            self._samples[dtype] = small_problem(self.problem, CHECK_ROWS, dtype)
         return self._samples[dtype]
 
     def _now(self) -> float:
@@ -458,7 +459,7 @@ class Products:
                 "gradient stopped (detach, no_grad, straight-through; leave what lies before it out by parameters=). "
                 f"Replace the operation, or {FIRST_ONLY}."
             )
-        batch, scale = self.problem.some_rows(TIMED_ROWS), self._rows_a_batch() / TIMED_ROWS
+        batch, scale = some_rows(self.problem, TIMED_ROWS), self._rows_a_batch() / TIMED_ROWS
         seconds = self._time_jacobian(batch, scale, linearize=False)
         if seconds < scale * COMPUTE_BOUND:  # overhead counts: time a whole batch
             batch, scale = next(iter(self.problem.batches)), 1.0

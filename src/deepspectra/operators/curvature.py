@@ -14,6 +14,7 @@ from deepspectra.errors import LossError, OptionError
 from deepspectra.operators.base import Operator
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.problem import Problem, check_problem
+from deepspectra.problem.samples import can_draw
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.importance import drawn, importance, num_enough
 from deepspectra.rows.projections import Projections
@@ -53,7 +54,7 @@ class Curvature(Operator):
         Cost: one forward pass, once a problem.
         """
         num_examples = self.problem.num_examples
-        if not self.by_importance or num_examples < FEWEST or not self.problem.can_draw:
+        if not self.by_importance or num_examples < FEWEST or not can_draw(self.problem):
             return 0
         num = max(SMALLEST, num_enough(importance(self.problem), error))
         return num if num <= SHARE * num_examples else 0

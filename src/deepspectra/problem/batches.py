@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 from collections import UserDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from deepspectra.errors import (
     first_line,
 )
 
+Pair = tuple[Tensor, Tensor]
 LARGEST_DEFAULT_BATCH = 512
 NUMBERS_PER_BATCH = 2**18  # a default batch holds about this many input numbers
 
@@ -285,6 +286,19 @@ def is_pair(batch: Any) -> bool:
 def is_labelled(batch: Any) -> bool:
     """Whether a batch is a pair of one input tensor (B, ...) and integer labels (B,)."""
     return is_pair(batch) and batch[1].ndim == 1 and not batch[1].is_floating_point()
+
+
+def by_class(batch: Pair, groups: Tensor | None, among: Collection[int] | None) -> Iterator[Pair]:
+    """A labelled batch split by class, or by one of `groups` (C,); with `among`, those of these only."""
+    inputs, labels = batch
+    if groups is not None:  # ignored rows, which may have any label, count with those of class 0
+        known = labels.where((labels >= 0) & (labels < len(groups)), 0)
+        labels = groups.to(labels.device)[known]
+    for label in torch.unique(labels):
+        if among is not None and int(label) not in among:
+            continue
+        chosen = labels == label
+        yield batch if chosen.all() else (inputs[chosen], batch[1][chosen])
 
 
 def _fingerprint(batch: Any) -> tuple[float, float]:

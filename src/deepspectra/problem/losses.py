@@ -68,10 +68,6 @@ class Loss(ABC):
                 ) from error
         return torch.zeros_like(outputs) if product is None else product
 
-    def rows_interact(self, outputs: Tensor, targets: Tensor) -> bool:
-        """Whether the gradient of one half of the rows changes with the outputs of the other. Cost: one curvature."""
-        return False
-
     def misfit(self, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> float:
         """How far a batch's total is from the totals of its rows in two parts, relatively; 0 for sums over rows."""
         return 0.0
@@ -177,15 +173,20 @@ class MeanLoss(Loss):
         of_slopes = (slope - slopes).norm() / (slope.norm() + slopes.norm()).clamp_min(tiny)
         return float(torch.stack([of_values, of_slopes]).max())  # NaN if either is
 
-    def rows_interact(self, outputs: Tensor, targets: Tensor) -> bool:
-        """As said there: a tangent of one half has curvature in the other."""
+    def refuse_interacting_rows(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise LossError if a tangent of one half of the rows has curvature in the other."""
         half = torch.arange(len(outputs), device=outputs.device) % 2 == 0
         tangents = torch.zeros_like(outputs)
         tangents[half] = torch.randn(
             tangents[half].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
         ).to(outputs)
         image = self.curvature(outputs, targets, tangents)
-        return float(image[~half].norm()) > 1e-3 * float(image.norm())
+        if float(image[~half].norm()) > 1e-3 * float(image.norm()):
+            raise LossError(
+                f"the rows of a batch interact in the loss {self.name!r} (a contrast, a variance, a rank?), so that "
+                "there are no losses and no gradients of single rows. H, G and R are known; the empirical Fisher "
+                "matrix, Kronecker factors and errors are not."
+            )
 
     def _value_and_slope(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return self.total(outputs, targets).detach().double(), self.gradient(outputs, targets).double()

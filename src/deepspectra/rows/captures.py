@@ -16,6 +16,7 @@ from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.evaluation import differentiable
 from deepspectra.problem.losses import Loss
 from deepspectra.problem.problem import Problem, per_problem
+from deepspectra.problem.samples import small_problem
 from deepspectra.rows import tracing
 from deepspectra.rows.gradients import refuse_one_output
 from deepspectra.rows.tracing import IrregularError
@@ -255,11 +256,11 @@ def plan_of(problem: Problem) -> tracing.Plan:
     problem.refuse_interacting_rows()
     with refusing():
         try:
-            return tracing.plan(problem.sample(SAMPLE_ROWS, torch.float64))
+            return tracing.plan(small_problem(problem, SAMPLE_ROWS, torch.float64))
         except FAILURES:
             if problem.dtype == torch.float64:
                 raise
-            return tracing.plan(problem.sample(SAMPLE_ROWS, problem.dtype))
+            return tracing.plan(small_problem(problem, SAMPLE_ROWS, problem.dtype))
 
 
 def rows_an_example(problem: Problem) -> int:

@@ -19,13 +19,14 @@ from deepspectra.derivatives.products import products_of
 from deepspectra.errors import LossError
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.problem import Problem, per_problem
+from deepspectra.problem.samples import drawn_problem
 
 
 def drawn(problem: Problem, num_samples: int, generator: torch.Generator) -> Problem:
     """The problem on about so many of its examples, weighted to be unbiased. Cost: one forward pass."""
     probabilities = inclusion(importance(problem), num_samples)
     chosen = systematic(probabilities, generator)
-    sample = problem.drawn(chosen, 1 / probabilities[chosen])
+    sample = drawn_problem(problem, chosen, 1 / probabilities[chosen])
     products_of(sample).inherit(products_of(problem))
     return sample
 

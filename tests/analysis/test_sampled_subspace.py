@@ -218,18 +218,18 @@ def test_examples_that_matter_alike_are_not_sampled():
 def test_a_sample_and_all_share_the_memory_for_graphs(problem):
     H = ds.Hessian(problem)
     H @ torch.ones(problem.num_parameters, dtype=torch.float64)
-    kept = H.products.kept_bytes()
+    kept = H.products.graphs.num_bytes()
     assert kept > 0
     few = H.sampled(torch.Generator().manual_seed(0), 100)
     few @ torch.ones(problem.num_parameters, dtype=torch.float64)
-    more, allowance = few.products.kept_bytes(), H.products.allowance
+    more, allowance = few.products.graphs.num_bytes(), H.products.allowance
     assert more > 0
-    assert H.products.kept_bytes() == kept
+    assert H.products.graphs.num_bytes() == kept
     assert allowance.room() == allowance.size - kept - more
     assert allowance.reserve(allowance.size)
-    assert H.products.kept_bytes() == few.products.kept_bytes() == 0
+    assert H.products.graphs.num_bytes() == few.products.graphs.num_bytes() == 0
     few @ torch.ones(problem.num_parameters, dtype=torch.float64)
-    assert few.products.kept_bytes() == 0
+    assert few.products.graphs.num_bytes() == 0
     allowance.give_back(allowance.size)
     few @ torch.ones(problem.num_parameters, dtype=torch.float64)
     assert allowance.room() < allowance.size

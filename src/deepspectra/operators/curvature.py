@@ -104,7 +104,7 @@ class Hessian(Curvature):
 
     def __init__(self, problem: Problem, way: str | None = None) -> None:
         super().__init__(problem, "Hessian")
-        self.products.way(way)
+        self.products.choice.way(way)
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.products.hessian(block) / self.problem.total_weight
@@ -119,7 +119,7 @@ class Residual(Curvature):
 
     def __init__(self, problem: Problem, way: str | None = None) -> None:
         super().__init__(problem, "residual")
-        self.products.way(way)
+        self.products.choice.way(way)
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.products.residual(block) / self.problem.total_weight
@@ -171,7 +171,7 @@ class GaussNewton(Curvature):
 
     def __init__(self, problem: Problem, way: str | None = None) -> None:
         super().__init__(problem, "Gauss-Newton")
-        self.products.linearize(way)
+        self.products.choice.linearize(way)
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.products.sandwich(self.problem.loss_function.curvature, block) / self.problem.total_weight
@@ -187,7 +187,7 @@ class EmpiricalFisher(Curvature):
     def __init__(self, problem: Problem, way: str | None = None) -> None:
         super().__init__(problem, "empirical Fisher")
         problem.refuse_interacting_rows()
-        self.products.linearize(way)
+        self.products.choice.linearize(way)
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.products.sandwich(self._outer, block) / self.problem.total_weight

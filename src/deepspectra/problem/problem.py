@@ -68,7 +68,7 @@ class Problem:
             reaches parameters by ways that cannot be followed.
         OptionError: a device, dtype, forward, batch size, memory or mode that cannot be used, or a call within the
             caller's autocast or inference mode.
-        DataError: no data, labels out of range, values not finite, a failing model, or examples that influence others.
+        DataError: no data, labels out of range, values not finite, a failing model, examples that influence others.
         ShapeError: outputs and targets do not fit.
         NonFiniteError: a weight, an output or the loss is NaN or infinite.
         NondeterminismError: two passes differ.

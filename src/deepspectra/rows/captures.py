@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.derivatives.products import FAILURES
+from deepspectra.derivatives.choice import FAILURES
 from deepspectra.errors import CurvatureError, DeepSpectraError, LossError, MemoryBudgetError, first_line
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.evaluation import differentiable

@@ -52,33 +52,29 @@ def tensors(tree: Any) -> Iterator[Tensor]:
     """Every tensor of nested lists, tuples, mappings and dataclasses."""
     if isinstance(tree, Tensor):
         yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from tensors(value)
-    elif is_dataclass(tree) and not isinstance(tree, type):
-        for name in _fields(tree):
-            yield from tensors(getattr(tree, name))
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from tensors(value)
+    for part in _parts(tree):
+        yield from tensors(part)
 
 
 def other_lengths(tree: Any) -> Iterator[int]:
     """Lengths of lists of numbers or texts and of NumPy arrays among the tensors of a tree."""
-    if isinstance(tree, Mapping):
-        parts = list(tree.values())
-    elif is_dataclass(tree) and not isinstance(tree, type):
-        parts = [getattr(tree, name) for name in _fields(tree)]
-    elif isinstance(tree, (list, tuple)):
-        parts = list(tree)
-        if parts and not any(isinstance(part, (Tensor, Mapping, list, tuple)) for part in parts):
-            yield len(parts)
-    else:
-        parts = []
-        if isinstance(tree, np.ndarray) and tree.ndim:
-            yield len(tree)
+    parts = _parts(tree)
+    nested = any(isinstance(part, (Tensor, Mapping, list, tuple)) for part in parts)
+    if (isinstance(tree, np.ndarray) and tree.ndim) or (
+        isinstance(tree, (list, tuple)) and parts and not nested
+    ):
+        yield len(tree)
     for part in parts:
         yield from other_lengths(part)
+
+
+def _parts(tree: Any) -> list[Any]:
+    """What a list, tuple, mapping or dataclass holds."""
+    if isinstance(tree, Mapping):
+        return list(tree.values())
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return [getattr(tree, name) for name in _fields(tree)]
+    return list(tree) if isinstance(tree, (list, tuple)) else []
 
 
 def _of_class(tree: Any, mapped: dict[Any, Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch.nn.functional as F  # noqa: N812
@@ -14,27 +14,22 @@ from deepspectra.errors import LossError
 from deepspectra.problem.cross_entropy import CrossEntropy, NegativeLogLikelihood
 from deepspectra.problem.losses import ElementwiseLoss, Loss, MeanLoss, SquaredError
 
-ELEMENTWISE = (
-    nn.L1Loss,
-    nn.SmoothL1Loss,
-    nn.HuberLoss,
-    nn.BCELoss,
-    nn.BCEWithLogitsLoss,
-    nn.PoissonNLLLoss,
-    nn.SoftMarginLoss,
-)
-FUNCTIONS: tuple[tuple[Any, type[nn.Module]], ...] = (  # and the module that each is the function of
-    (F.cross_entropy, nn.CrossEntropyLoss),
-    (F.nll_loss, nn.NLLLoss),
-    (F.mse_loss, nn.MSELoss),
-    (F.l1_loss, nn.L1Loss),
-    (F.smooth_l1_loss, nn.SmoothL1Loss),
-    (F.huber_loss, nn.HuberLoss),
-    (F.binary_cross_entropy, nn.BCELoss),
-    (F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss),
-    (F.poisson_nll_loss, nn.PoissonNLLLoss),
-    (F.soft_margin_loss, nn.SoftMarginLoss),
-)
+# Functions, and the modules that they are the functions of.
+ELEMENTWISE: dict[Any, type[nn.Module]] = {
+    F.l1_loss: nn.L1Loss,
+    F.smooth_l1_loss: nn.SmoothL1Loss,
+    F.huber_loss: nn.HuberLoss,
+    F.binary_cross_entropy: nn.BCELoss,
+    F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+    F.poisson_nll_loss: nn.PoissonNLLLoss,
+    F.soft_margin_loss: nn.SoftMarginLoss,
+}
+FUNCTIONS = {
+    F.cross_entropy: nn.CrossEntropyLoss,
+    F.nll_loss: nn.NLLLoss,
+    F.mse_loss: nn.MSELoss,
+    **ELEMENTWISE,
+}
 NAMED: dict[str, type[Loss]] = {"cross_entropy": CrossEntropy, "mse": SquaredError}
 
 
@@ -65,7 +60,7 @@ def resolve(loss: str | nn.Module | Callable[[Any, Tensor], Tensor] | Loss) -> L
         found = NegativeLogLikelihood(given.weight, given.ignore_index)
     elif plain is nn.MSELoss:
         found = SquaredError()
-    elif isinstance(given, nn.Module) and plain in ELEMENTWISE:
+    elif isinstance(given, nn.Module) and plain in ELEMENTWISE.values():
         found = ElementwiseLoss(given)
     else:
         found = MeanLoss(given)
@@ -78,7 +73,7 @@ def _module_of(loss: Any) -> Any:
     options: dict[str, Any] = {}
     while isinstance(function, functools.partial) and not function.args:
         function, options = function.func, {**function.keywords, **options}
-    for known, module in FUNCTIONS:
-        if function is known and set(options) <= set(inspect.signature(module).parameters):
-            return module(**options)
+    module = FUNCTIONS.get(function) if isinstance(function, Hashable) else None
+    if module is not None and set(options) <= set(inspect.signature(module).parameters):
+        return module(**options)
     return loss

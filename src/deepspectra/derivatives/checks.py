@@ -6,14 +6,12 @@ against its own symmetry and against finite differences.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from deepspectra.derivatives.ways import Jacobian, Way
+from deepspectra.derivatives.ways import Jacobian, Scalar, Way
 from deepspectra.problem.evaluation import Tree, differentiable
 from deepspectra.problem.problem import Problem
 
@@ -24,48 +22,71 @@ POINTS = 3
 
 def curvature_error(sample: Problem, way: type[Way]) -> float:
     """Relative error of a way on a small float64 problem: its symmetry, and against differences of gradients."""
-    return _least_error(sample, lambda moved, generator: _curvature_error(moved, way, generator))
+
+    def error(moved: Problem, generator: torch.Generator) -> float:
+        graph, value = _graph(moved, way)
+        u, v = (_direction(moved, generator) for _ in range(2))
+        flat_u, flat_v, hu, hv = (_flat(parts) for parts in (u, v, graph(u), graph(v)))
+        scale = float(hu.norm() * flat_v.norm() + hv.norm() * flat_u.norm())
+        asymmetry = abs(float(flat_u @ hv - flat_v @ hu)) / scale if scale else 0.0
+
+        def gradient(step: float) -> Tensor:
+            leaves = {n: p.detach().requires_grad_() for n, p in _along(moved, v, step).items()}
+            with torch.enable_grad(), differentiable():
+                total = value(leaves)
+                if not total.requires_grad:
+                    return torch.zeros_like(flat_v)
+                return _flat(torch.autograd.grad(total, list(leaves.values()), materialize_grads=True))
+
+        single = _computes_in_single(moved, v)
+        gap = _difference_error(gradient, hv, single=single)
+        return max(gap, asymmetry * (SINGLE_EASE if single else 10))
+
+    return _least_error(sample, error)
 
 
 def jacobian_error(sample: Problem, *, linearize: bool) -> float:
     """Relative error of J v against differences of outputs, and of ⟨u, J v⟩ = ⟨Jᵀu, v⟩."""
-    return _least_error(sample, lambda moved, generator: _jacobian_error(moved, linearize, generator))
+
+    def error(moved: Problem, generator: torch.Generator) -> float:
+        jacobian = Jacobian(moved, next(iter(moved.batches)), linearize=linearize)
+        v = _direction(moved, generator)
+        pushed = jacobian.push(v)
+        u = torch.randn(pushed.shape, generator=generator, dtype=torch.float64).to(pushed)
+        mismatch = abs(float((u * pushed).sum() - _flat(jacobian.pull(u)) @ _flat(v)))
+        mismatch /= float(u.norm() * pushed.norm()) + 1e-300
+        single = _computes_in_single(moved, v)
+        gap = _difference_error(lambda step: _outputs(moved, v, step), pushed, single=single)
+        return max(gap, mismatch * (SINGLE_EASE if single else 1))
+
+    return _least_error(sample, error)
 
 
 def block_error(sample: Problem, way: type[Way]) -> float:
     """Relative difference of a block's products from those of its vectors, one by one."""
-    batch = next(iter(sample.batches))
-    graph = way(
-        lambda parameters: sample.loss_function.total(*sample.evaluate(parameters, batch)), sample.parameters
-    )
-    directions = _directions(sample)
-    together = graph([torch.stack(parts) for parts in zip(*directions, strict=True)], batched=True)
-    return _difference(together, [graph(direction) for direction in directions])
+    graph, _ = _graph(sample, way)
+    u, v = _directions(sample)
+    return _apart(graph(_stacked(u, v), batched=True), _stacked(graph(u), graph(v)))
 
 
 def jacobian_block_error(sample: Problem, *, linearize: bool) -> float:
     """The same of J v and of Jᵀ u."""
     jacobian = Jacobian(sample, next(iter(sample.batches)), linearize=linearize)
     u, v = _directions(sample)
-    pushed = jacobian.push(u), jacobian.push(v)
-    both = jacobian.push([torch.stack(pair) for pair in zip(u, v, strict=True)], batched=True)
-    size = float(torch.stack(pushed).norm()) + 1e-300
-    error = float((both - torch.stack(pushed)).norm()) / size
-    pulled = [jacobian.pull(part) for part in pushed]
-    together = jacobian.pull(torch.stack(pushed), batched=True)
-    return max(error, _difference(together, pulled))
+    pushed = torch.stack([jacobian.push(u), jacobian.push(v)])
+    together = jacobian.push(_stacked(u, v), batched=True)
+    pulled = _stacked(*(jacobian.pull(part) for part in pushed))
+    return max(_apart([together], [pushed]), _apart(jacobian.pull(pushed, batched=True), pulled))
 
 
-def _difference(together: list[Tensor], alone: list[list[Tensor]]) -> float:
-    stacked = [torch.stack(parts) for parts in zip(*alone, strict=True)]
-    gaps = [a - b for a, b in zip(together, stacked, strict=True)]
-    return _norm(gaps) / (_norm(stacked) + 1e-300)
+def _graph(sample: Problem, way: type[Way]) -> tuple[Way, Scalar]:
+    """The loss of the one batch, and what the way makes of it."""
+    batch = next(iter(sample.batches))
 
+    def value(parameters: Tree) -> Tensor:
+        return sample.loss_function.total(*sample.evaluate(parameters, batch))
 
-def _directions(sample: Problem) -> tuple[list[Tensor], list[Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    u, v = (_direction(sample, generator) for _ in range(2))
-    return list(u.values()), list(v.values())
+    return way(value, sample.parameters), value
 
 
 def _least_error(sample: Problem, error: Callable[[Problem, torch.Generator], float]) -> float:
@@ -84,89 +105,51 @@ def _least_error(sample: Problem, error: Callable[[Problem, torch.Generator], fl
     return best
 
 
-def _curvature_error(sample: Problem, way: type[Way], generator: torch.Generator) -> float:
-    base = sample.parameters
-    batch = next(iter(sample.batches))
+def _difference_error(function: Callable[[float], Tensor], derivative: Tensor, *, single: bool) -> float:
+    """The least relative gap between the derivative of function(step) at 0 and differences over several steps.
 
-    def value(parameters: Tree) -> Tensor:
-        return sample.loss_function.total(*sample.evaluate(parameters, batch))
-
-    graph = way(value, base)
-    u, v = (_direction(sample, generator) for _ in range(2))
-    hu, hv = graph(list(u.values())), graph(list(v.values()))
-    scale = _norm(hu) * _norm(list(v.values())) + _norm(hv) * _norm(list(u.values()))
-    asymmetry = abs(_dot(list(u.values()), hv) - _dot(list(v.values()), hu)) / scale if scale else 0.0
-
-    def gradient(step: float) -> list[Tensor]:
-        leaves = {n: (p + step * v[n]).detach().requires_grad_() for n, p in base.items()}
-        with torch.enable_grad(), differentiable():
-            total = value(leaves)
-            if not total.requires_grad:
-                return [torch.zeros_like(leaf) for leaf in leaves.values()]
-            return list(torch.autograd.grad(total, list(leaves.values()), materialize_grads=True))
-
-    single = _computes_in_single(sample, base, v, batch)
-    size = _norm(gradient(0.0))
-
-    def gap(step: float) -> tuple[float, float]:
-        difference = [(a - b) / (2 * step) for a, b in zip(gradient(step), gradient(-step), strict=True)]
-        return _norm([d - h for d, h in zip(difference, hv, strict=True)]), _norm(hv)
-
-    return max(_difference_error(gap, size, single=single), asymmetry * (SINGLE_EASE if single else 10))
-
-
-def _difference_error(gap: Callable[[float], tuple[float, float]], size: float, *, single: bool) -> float:
-    """The least relative gap between a derivative and differences over several step sizes.
-
-    `gap` gives (gap, size of the derivative) at a step, `size` is that of what is differenced, whose rounding a
-    small step enlarges. Large networks of ReLUs need small steps, which cross no kink; the search ends early.
+    A small step enlarges the rounding of what is differenced. Large networks of ReLUs need small steps, which cross
+    no kink; the search ends early.
     """
     noise, steps = (1e-6, (1e-2, 1e-3)) if single else (1e-13, (1e-7, 1e-8, 1e-6, 1e-5, 1e-9, 1e-4))
     best = float("inf")
+    size, own = float(function(0.0).norm()), float(derivative.norm())
     for step in steps:
-        difference, derivative = gap(step)
-        best = min(best, difference / (derivative + noise * size / step + 1e-300))
+        gap = float((_difference(function, step) - derivative).norm())
+        best = min(best, gap / (own + noise * size / step + 1e-300))
         if best < GOOD:
             break
     return best * (SINGLE_EASE if single else 1)
 
 
-def _computes_in_single(sample: Problem, base: Tree, v: Tree, batch: Any) -> bool:
+def _computes_in_single(sample: Problem, v: list[Tensor]) -> bool:
     """Whether a float64 model computes in float32 inside, as some norms and attentions do.
 
     Then outputs do not follow a change too small for float32, and differences carry float32 noise.
     """
-    change = []
-    for step in (1e-10, 1e-4):
-        ahead, behind = (
-            sample.values(batch, {n: p + s * v[n] for n, p in base.items()})[0] for s in (step, -step)
-        )
-        change.append((ahead - behind).double() / (2 * step))
-    return float((change[0] - change[1]).norm()) > 0.05 * float(change[1].norm())
+    small, large = (_difference(lambda t: _outputs(sample, v, t).double(), step) for step in (1e-10, 1e-4))
+    return float((small - large).norm()) > 0.05 * float(large.norm())
 
 
-def _jacobian_error(sample: Problem, linearize: bool, generator: torch.Generator) -> float:
-    batch = next(iter(sample.batches))
-    jacobian = Jacobian(sample, batch, linearize=linearize)
-    v = _direction(sample, generator)
-    pushed = jacobian.push(list(v.values()))
-    u = torch.randn(pushed.shape, generator=generator, dtype=torch.float64).to(pushed)
-    left, right = float((u * pushed).sum()), _dot(jacobian.pull(u), list(v.values()))
-    scale = float(u.norm() * pushed.norm()) + 1e-300
-    single = _computes_in_single(sample, sample.parameters, v, batch)
-
-    def gap(step: float) -> tuple[float, float]:
-        ahead, behind = (
-            sample.values(batch, {n: p + s * v[n] for n, p in sample.parameters.items()})[0]
-            for s in (step, -step)
-        )
-        return float(((ahead - behind) / (2 * step) - pushed).norm()), float(pushed.norm())
-
-    error = _difference_error(gap, float(jacobian.outputs.norm()), single=single)
-    return max(error, abs(left - right) / scale * (SINGLE_EASE if single else 1))
+def _difference(function: Callable[[float], Tensor], step: float) -> Tensor:
+    return (function(step) - function(-step)) / (2 * step)
 
 
-def _direction(problem: Problem, generator: torch.Generator) -> Tree:
+def _outputs(sample: Problem, v: list[Tensor], step: float) -> Tensor:
+    return sample.values(next(iter(sample.batches)), _along(sample, v, step))[0]
+
+
+def _along(sample: Problem, v: list[Tensor], step: float) -> Tree:
+    """The parameters, moved along a direction."""
+    return {name: p + step * part for (name, p), part in zip(sample.parameters.items(), v, strict=True)}
+
+
+def _directions(sample: Problem) -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return _direction(sample, generator), _direction(sample, generator)
+
+
+def _direction(problem: Problem, generator: torch.Generator) -> list[Tensor]:
     """A random direction of all parameters, zero where PyTorch calls the derivative zero by decree: at padding."""
     direction = {name: _noise(value, generator) for name, value in problem.parameters.items()}
     names = {id(p): name for name, p in problem.model.named_parameters()}
@@ -175,7 +158,7 @@ def _direction(problem: Problem, generator: torch.Generator) -> Tree:
             name = names.get(id(module.weight))
             if name in direction:
                 direction[name][module.padding_idx] = 0
-    return direction
+    return list(direction.values())
 
 
 def _noise(value: Tensor, generator: torch.Generator) -> Tensor:
@@ -185,9 +168,14 @@ def _noise(value: Tensor, generator: torch.Generator) -> Tensor:
     return noise * (size if size > 0 else 0.1)
 
 
-def _dot(a: list[Tensor], b: list[Tensor]) -> float:
-    return float(sum((x * y).sum() for x, y in zip(a, b, strict=True)))
+def _flat(parts: Iterable[Tensor]) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts])
 
 
-def _norm(a: list[Tensor]) -> float:
-    return math.sqrt(_dot(a, a))
+def _stacked(*vectors: list[Tensor]) -> list[Tensor]:
+    return [torch.stack(parts) for parts in zip(*vectors, strict=True)]
+
+
+def _apart(found: list[Tensor], right: list[Tensor]) -> float:
+    """The relative difference of two lists of tensors."""
+    return float((_flat(found) - _flat(right)).norm()) / (float(_flat(right).norm()) + 1e-300)

@@ -206,7 +206,7 @@ class Choice:
         """
         tangent = list(self._problem.parameters.values())
         start = self._now()
-        jacobian, (size, _) = measured(lambda: Jacobian(self._problem, batch, linearize=linearize))
+        jacobian, size = measured(lambda: Jacobian(self._problem, batch, linearize=linearize))
         built = self._now()
         jacobian.pull(jacobian.push(tangent))  # warm up
         warm = self._now()

@@ -83,7 +83,7 @@ class Graphs:
             if store.largest is not None and room < store.largest // 2:
                 yield index, build(batch)
                 continue
-            graph, (size, _) = measured(build, batch)
+            graph, size = measured(build, batch)
             if size > self.problem.memory:
                 raise MemoryBudgetError(
                     f"the graph of one batch takes {size / 2**30:.2f} GiB and memory is "
@@ -98,7 +98,7 @@ class Graphs:
     def once(self, kind: str, build: Callable[[Any], Any], batch: Any) -> Any:
         """A graph of a batch that is not kept."""
         store = self._stores.setdefault(kind, Store())
-        graph, (size, _) = measured(build, batch)
+        graph, size = measured(build, batch)
         store.largest = max(size, store.largest or 0)
         return graph
 

@@ -52,8 +52,9 @@ def tensors(tree: Any) -> Iterator[Tensor]:
     """Every tensor of nested lists, tuples, mappings and dataclasses."""
     if isinstance(tree, Tensor):
         yield tree
-    for part in _parts(tree):
-        yield from tensors(part)
+    else:
+        for part in _parts(tree):
+            yield from tensors(part)
 
 
 def other_lengths(tree: Any) -> Iterator[int]:
@@ -70,11 +71,13 @@ def other_lengths(tree: Any) -> Iterator[int]:
 
 def _parts(tree: Any) -> list[Any]:
     """What a list, tuple, mapping or dataclass holds."""
+    if isinstance(tree, (list, tuple)):
+        return list(tree)
     if isinstance(tree, Mapping):
         return list(tree.values())
     if is_dataclass(tree) and not isinstance(tree, type):
         return [getattr(tree, name) for name in _fields(tree)]
-    return list(tree) if isinstance(tree, (list, tuple)) else []
+    return []
 
 
 def _of_class(tree: Any, mapped: dict[Any, Any]) -> Any:

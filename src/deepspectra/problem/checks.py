@@ -25,7 +25,7 @@ from deepspectra.errors import (
 from deepspectra.problem.batches import tensors
 from deepspectra.problem.evaluation import Evaluated, Trial, gradient, nodes, reached, refuse_modes
 from deepspectra.problem.losses import Loss
-from deepspectra.problem.memory import measured
+from deepspectra.problem.memory import saved_by
 from deepspectra.problem.model_copy import twins
 
 CHECKPOINTS = "activation checkpointing must be off"
@@ -138,21 +138,21 @@ def check_gradient(
     def strangers(value: Tensor) -> list[str]:
         return sorted({names[id(leaf)] for leaf in reached(value) if id(leaf) in names})
 
-    def graph() -> tuple[list[Tensor], Tensor, Tensor]:
+    def graph() -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         for p in own.values():
             p.requires_grad_()  # so that the graph shows where these are reached
         try:
-            return module.graph(loss, every, first.batch)
+            leaves, outputs, value = module.graph(loss, every, first.batch)
         finally:
             for p in own.values():
                 p.requires_grad_(False)
+        return outputs, value, gradient(value, leaves)
 
     with reported(CurvatureError, f"the loss cannot be backpropagated ({CHECKPOINTS})"):
-        (leaves, outputs, value), kept = measured(graph)
+        (outputs, value, parts), saved = saved_by(model, graph)
         if strangers(outputs) and not module.aliases:
             module.follow(given)
-            leaves, outputs, value = graph()
-        parts = gradient(value, leaves)
+            outputs, value, parts = graph()
     check_same(loss.rows(*first.pair)[0], outputs.detach())
     if any("CheckpointFunction" in node.name() for node in nodes(outputs)):
         raise CurvatureError(
@@ -176,7 +176,7 @@ def check_gradient(
             "another one, and outside of no_grad and inference_mode?"
         )
     dtype = next(iter(every.values())).dtype
-    half = kept.dtypes & {torch.bfloat16, torch.float16}
+    half = saved.dtypes & {torch.bfloat16, torch.float16}
     if half and dtype not in half:
         warnings.warn(
             f"the network computes in {', '.join(sorted(map(str, half)))} inside (autocast in its forward?), though "
@@ -184,7 +184,7 @@ def check_gradient(
             FallbackWarning,
             stacklevel=CALLER,
         )
-    return kept.num_bytes
+    return saved.num_bytes
 
 
 def check_outputs(outputs: Tensor) -> None:

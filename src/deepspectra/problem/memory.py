@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -61,18 +62,35 @@ def suitable_batch_size(
     return max(1, int(min(wanted, memory / GRAPHS) / max(1.0, example_bytes)))
 
 
-class Kept(NamedTuple):
-    """What a result keeps alive beside what there was before: bytes, and types."""
+class Saved(NamedTuple):
+    """What autograd keeps of a computation beside the model's own: bytes and types; no types if it is unknown."""
 
     num_bytes: int
-    dtypes: set[torch.dtype]
+    dtypes: frozenset[torch.dtype]
 
 
-def measured(build: Callable[..., Result], *arguments: Any) -> tuple[Result, Kept]:
-    """What a call returns, a graph for example, and what that keeps alive."""
-    with _Storages() as storages:
-        result = build(*arguments)
-    return result, storages.kept()
+def saved_by(model: nn.Module, call: Callable[[], Result]) -> tuple[Result, Saved]:
+    """What a call returns, and what autograd keeps in it."""
+    values = [v for v in (*model.parameters(), *model.buffers()) if v.layout == torch.strided]
+    own = {value.untyped_storage().data_ptr() for value in values}
+    kept: dict[int, int] = {}
+    dtypes: set[torch.dtype] = set()
+
+    def pack(value: Tensor) -> Tensor:
+        if value.layout == torch.strided and value.untyped_storage().data_ptr() not in own:
+            size = min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
+            kept[value.data_ptr()] = max(kept.get(value.data_ptr(), 0), size)
+            dtypes.add(value.dtype)
+        return value
+
+    try:
+        with saved_tensors_hooks(pack, lambda value: value):
+            result = call()
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        return call(), Saved(0, frozenset())  # torch.func inside the call allows no hooks
+    return result, Saved(sum(kept.values()), frozenset(dtypes))
 
 
 class _Storages(TorchDispatchMode):
@@ -80,7 +98,7 @@ class _Storages(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: dict[int, tuple[StorageWeakRef, int, torch.dtype]] = {}
+        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -90,11 +108,17 @@ class _Storages(TorchDispatchMode):
                 continue
             storage = leaf.untyped_storage()
             if type(leaf) is Tensor and storage._cdata not in given:  # a view adds nothing
-                reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-                self.seen[storage._cdata] = reference, storage.nbytes(), leaf.dtype
+                self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())  # type: ignore[no-untyped-call]
         return result
 
-    def kept(self) -> Kept:
-        """Those that are still referred to."""
-        alive = [seen[1:] for seen in self.seen.values() if not seen[0].expired()]  # type: ignore[no-untyped-call]
-        return Kept(sum(size for size, _ in alive), {dtype for _, dtype in alive})
+    def alive(self) -> int:
+        """Bytes of those that are still referred to."""
+        sizes = [size for reference, size in self.seen.values() if not reference.expired()]  # type: ignore[no-untyped-call]
+        return sum(sizes)
+
+
+def measured(build: Callable[..., Any], *arguments: Any) -> tuple[Any, int]:
+    """A graph and the bytes it keeps alive."""
+    with _Storages() as storages:
+        graph = build(*arguments)
+    return graph, storages.alive()

@@ -16,8 +16,8 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra import zoo
-from deepspectra.derivatives.differentiation import Forward
 from deepspectra.derivatives.products import Products
+from deepspectra.derivatives.ways import OutputGraph
 from deepspectra.problem.problem import Problem
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +35,7 @@ class Count:
 @pytest.fixture
 def count(monkeypatch):
     counted = Count()
-    hessian, evaluate, pull = Products.hessian, Problem.evaluate, Forward.pull
+    hessian, evaluate, pull = Products.hessian, Problem.evaluate, OutputGraph.pull
 
     def counting_hessian(self, block):
         counted.products += block.shape[1]
@@ -52,7 +52,7 @@ def count(monkeypatch):
 
     monkeypatch.setattr(Products, "hessian", counting_hessian)
     monkeypatch.setattr(Problem, "evaluate", counting_evaluate)
-    monkeypatch.setattr(Forward, "pull", counting_pull)
+    monkeypatch.setattr(OutputGraph, "pull", counting_pull)
     return counted
 
 

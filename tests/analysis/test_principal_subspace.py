@@ -11,6 +11,7 @@ import deepspectra as ds
 from deepspectra import errors, zoo
 from deepspectra.analysis.principal_subspace import residual_norm
 from deepspectra.operators.base import Operator
+from deepspectra.problem.samples import drawn_problem
 from deepspectra.rows.importance import importance, inclusion, num_enough, systematic
 
 
@@ -71,7 +72,7 @@ def test_drawing_everything_is_the_problem_itself(problem, name):
     net = copy.deepcopy(problem.model).requires_grad_()
     whole = ds.Problem(net, batches, loss=LOSSES[name])
     every = torch.arange(sum(len(y) for _, y in batches))
-    drawn = whole.drawn(every, torch.ones(len(every)))
+    drawn = drawn_problem(whole, every, torch.ones(len(every)))
     v = torch.randn(whole.num_parameters, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for operator in (ds.Hessian, ds.GaussNewton, ds.Residual):
         torch.testing.assert_close(operator(drawn) @ v, operator(whole) @ v, rtol=1e-9, atol=1e-13)
@@ -85,7 +86,7 @@ def test_the_drawn_hessian_is_unbiased(problem):
     found = []
     for seed in range(30):
         chosen = systematic(probabilities, torch.Generator().manual_seed(seed))
-        sample = problem.drawn(chosen, 1 / probabilities[chosen])
+        sample = drawn_problem(problem, chosen, 1 / probabilities[chosen])
         found.append(float(v @ (ds.Hessian(sample) @ v)))
     found = torch.tensor(found)
     assert abs(float(found.mean()) - exact) < 4 * float(found.std()) / math.sqrt(len(found))
@@ -111,7 +112,7 @@ def test_importance_beats_chance(problem, top):
     every = (
         torch.randperm(problem.num_examples, generator=torch.Generator().manual_seed(3))[:150].sort().values
     )
-    uniform = problem.drawn(every, torch.ones(150))
+    uniform = drawn_problem(problem, every, torch.ones(150))
     chance = ds.eigenpairs(ds.Hessian(uniform), num=9, rtol=1e-2)
     assert ds.overlap(by_importance.vectors, top.vectors) > ds.overlap(chance.vectors, top.vectors) + 0.05
     assert math.isnan(by_importance.certificate.residual_norm)
@@ -217,18 +218,18 @@ def test_examples_that_matter_alike_are_not_sampled():
 def test_a_sample_and_all_share_the_memory_for_graphs(problem):
     H = ds.Hessian(problem)
     H @ torch.ones(problem.num_parameters, dtype=torch.float64)
-    kept = H.products.kept_bytes()
+    kept = H.products.graphs.num_bytes()
     assert kept > 0
     few = H.sampled(torch.Generator().manual_seed(0), 100)
     few @ torch.ones(problem.num_parameters, dtype=torch.float64)
-    more, allowance = few.products.kept_bytes(), H.products.allowance
+    more, allowance = few.products.graphs.num_bytes(), H.products.allowance
     assert more > 0
-    assert H.products.kept_bytes() == kept
+    assert H.products.graphs.num_bytes() == kept
     assert allowance.room() == allowance.size - kept - more
     assert allowance.reserve(allowance.size)
-    assert H.products.kept_bytes() == few.products.kept_bytes() == 0
+    assert H.products.graphs.num_bytes() == few.products.graphs.num_bytes() == 0
     few @ torch.ones(problem.num_parameters, dtype=torch.float64)
-    assert few.products.kept_bytes() == 0
+    assert few.products.graphs.num_bytes() == 0
     allowance.give_back(allowance.size)
     few @ torch.ones(problem.num_parameters, dtype=torch.float64)
     assert allowance.room() < allowance.size

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import deepspectra as ds
 from deepspectra import zoo
-from deepspectra.derivatives import products
+from deepspectra.derivatives import choice
+from deepspectra.derivatives.products import products_of
 from deepspectra.errors import DeepSpectraError, MemoryBudgetError, ShapeError
 from nets import CASES, Case
 from reference import Reference, case_and_reference, error
@@ -170,7 +171,7 @@ def test_every_way_of_differentiating_is_right(name: str, way: str) -> None:
         truth = getattr(ref, kind) @ V
         assert error(operator(problem, way=way) @ V, truth) < RTOL, kind
         assert error(operator(problem, way=way) @ V[:, 0], truth[:, 0]) < RTOL, kind
-    assert problem.kept["products"].notes["way"] == problem.kept["products"].notes["jacobian"] == way
+    assert products_of(problem).notes["way"] == products_of(problem).notes["jacobian"] == way
 
 
 def test_the_way_can_be_changed_and_must_be_known_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,14 +181,14 @@ def test_the_way_can_be_changed_and_must_be_known_and_right(monkeypatch: pytest.
     for way in ("linearize", "double backward", None):
         assert error(ds.Hessian(problem, way=way) @ v, ref.hessian @ v) < RTOL
         assert error(ds.GaussNewton(problem, way=way) @ v, ref.gauss_newton @ v) < RTOL
-    assert problem.kept["products"].notes["way"] == "double backward"
+    assert products_of(problem).notes["way"] == "double backward"
     for operator in OPERATORS.values():
         with pytest.raises(ds.errors.OptionError, match="'double backward', 'linearize'"):
             operator(problem, way="forward")
-    monkeypatch.setattr(products, "curvature_error", lambda *_: 0.1)
+    monkeypatch.setattr(choice, "curvature_error", lambda *_: 0.1)
     with pytest.raises(ds.errors.CurvatureError, match=r"wrong by 1\.0e-01"):
         ds.Hessian(problem, way="linearize")
-    monkeypatch.setattr(products, "jacobian_error", lambda *_, linearize: 0.1 if linearize else 0.0)
+    monkeypatch.setattr(choice, "jacobian_error", lambda *_, linearize: 0.1 if linearize else 0.0)
     with pytest.raises(ds.errors.CurvatureError, match=r"linearize is wrong by 1\.0e-01"):
         ds.GaussNewton(problem, way="linearize")
     assert error(ds.Hessian(problem) @ v, ref.hessian @ v) < RTOL

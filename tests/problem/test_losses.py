@@ -9,7 +9,7 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra import errors
-from deepspectra.problem import losses
+from deepspectra.problem.named_losses import resolve
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(12, 4, generator=GENERATOR, dtype=torch.float64)
@@ -138,7 +138,7 @@ def test_the_loss_is_that_of_pytorch_for_every_size_of_logits():
     logits = torch.cat([X[:, :3] * size for size in (0, 1, 30, 1e4)]).requires_grad_()
     labels = torch.cat([Y] * 4)
     for options in ({}, {"weight": torch.tensor([1.0, 0.0, 3.0]).double()}, {"ignore_index": 1}):
-        ours = losses.resolve(nn.CrossEntropyLoss(**options)).total(logits, labels)
+        ours = resolve(nn.CrossEntropyLoss(**options)).total(logits, labels)
         theirs = F.cross_entropy(logits, labels, reduction="sum", **options)
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
         gradients = [torch.autograd.grad(value, logits, create_graph=True)[0] for value in (ours, theirs)]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.krylov import check_count, seeded
 from deepspectra.problem.problem import Problem
+from deepspectra.problem.samples import drawn_problem
 from deepspectra.results import Provenance
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held import HeldRows
@@ -126,7 +127,7 @@ def _drawn(problem: Problem, num_examples: int, seed: int) -> Problem:
     order = rows.labels.argsort(stable=True).cpu()
     generator = seeded(seed)
     chosen = order[systematic(chance.cpu().clamp_max(1)[order], generator)].sort().values
-    return problem.drawn(chosen, torch.ones(len(chosen), dtype=torch.float64))
+    return drawn_problem(problem, chosen, torch.ones(len(chosen), dtype=torch.float64))
 
 
 def _mean_cosines(inner: Tensor, valid: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

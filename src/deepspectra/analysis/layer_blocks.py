@@ -10,7 +10,7 @@ from torch import Tensor
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.kfac.exact import ExactBlock
 from deepspectra.kfac.kronecker import Kronecker, made_from
-from deepspectra.problem.problem import Problem
+from deepspectra.problem.problem import Problem, per_problem
 from deepspectra.rows.captures import Captures
 from deepspectra.rows.held import gram_of
 
@@ -35,7 +35,7 @@ class Blocks:
         self.approximations = {kind: made_from(self.captures, kind, sharing) for kind in kinds}
         self.factors: Kronecker = self.approximations[kinds[0]]
         self.names = [name for name, place in self.factors.places.items() if place.is_matrix]
-        self._spectra = problem.kept.setdefault("spectra of blocks", {})
+        self._spectra = _spectra_of(problem)
 
     def __iter__(self) -> Iterator[tuple[str, ExactBlock]]:
         for _, batches in self.captures.by_layer():
@@ -50,6 +50,12 @@ class Blocks:
 
     def __getitem__(self, name: str) -> ExactBlock:
         return next(block for found, block in self if found == name)
+
+
+@per_problem
+def _spectra_of(problem: Problem) -> dict[str, dict[str, Tensor]]:
+    """Layer → what `dense_spectrum` remembers of its block."""
+    return {}
 
 
 def dense_spectrum(exact: ExactBlock, num: int) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -19,6 +19,7 @@ from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError, O
 from deepspectra.operators.curvature import Hessian
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem.problem import Problem
+from deepspectra.problem.samples import drawn_problem
 from deepspectra.results import ByLayer, Provenance
 from deepspectra.rows.averages import METHODS, WIDE, Averages
 from deepspectra.rows.captures import Complement
@@ -356,7 +357,7 @@ def _hessians(rows: HeldRows, groups: list[Tensor]) -> list[Hessian | None]:
             found.append(None)
             continue
         try:
-            some = problem.drawn(group, torch.ones(len(group), dtype=torch.float64))
+            some = drawn_problem(problem, group, torch.ones(len(group), dtype=torch.float64))
         except OptionError as error:
             raise OptionError(
                 f"{error} With num_groups=0 none is left out, and there are no errors."

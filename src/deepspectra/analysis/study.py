@@ -19,7 +19,7 @@ from deepspectra.analysis.kronecker_quality import norm_of, relative_error
 from deepspectra.analysis.layer_blocks import Blocks, dense_spectrum, top_pairs
 from deepspectra.analysis.layers import layers
 from deepspectra.errors import OptionError
-from deepspectra.problem.losses import CrossEntropy
+from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.spectrum import significant
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import LossError
-from deepspectra.problem.losses import CrossEntropy
+from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.problem import Problem
 from deepspectra.results import ByLayer, Provenance
 from deepspectra.rows.averages import positive

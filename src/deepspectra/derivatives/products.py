@@ -1,97 +1,26 @@
-"""How curvature acts on vectors: the fastest right way of differentiating, its graphs kept while they fit.
+"""How curvature acts on vectors, batch by batch.
 
 Each batch contributes through a *graph* built once at the problem's parameters. Kept graphs cost memory and
-save the primal passes; batches whose graphs do not fit are rebuilt once for a whole block of vectors. Each way
-of differentiating is checked against symmetry and a finite difference before it is used; for the Jacobian the
-faster of two is chosen by measuring on one batch.
+save the primal passes; batches whose graphs do not fit are rebuilt once for a whole block of vectors.
 """
 
 from __future__ import annotations
 
 import functools
-import time
-import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deepspectra.derivatives.differentiation import (
-    DoubleBackward,
-    Forward,
-    Jacobian,
-    Linearized,
-    Scalar,
-    Way,
-    block_error,
-    curvature_error,
-    jacobian_block_error,
-    jacobian_error,
-)
-from deepspectra.errors import CurvatureError, MemoryBudgetError, NonFiniteError, OptionError, first_line
-from deepspectra.problem.evaluation import refuse_modes
-from deepspectra.problem.memory import measured
-from deepspectra.problem.problem import Problem
+from deepspectra.derivatives.choice import Choice
+from deepspectra.derivatives.graphs import Allowance, Graphs
+from deepspectra.derivatives.ways import Jacobian, OutputGraph, Scalar
+from deepspectra.errors import NonFiniteError
+from deepspectra.problem.problem import Problem, per_problem
+from deepspectra.problem.samples import class_batches
 
-EXPECTED_PRODUCTS = 40  # over which the cost of building a kept graph is spread when ways are compared
 BLOCK_BYTES = (2**30, 2**21)  # graph bytes times columns that go through a graph together: GPU, CPU
-WORTH_TRACING = 10.0  # seconds that the expected products must take before linearising is tried
-TIMED_ROWS = 16  # on which two ways are timed, if these are enough to be bound by arithmetic:
-COMPUTE_BOUND = 0.1  # seconds of a product with them; else whole batches are timed
-WAYS = {way.name: way for way in (DoubleBackward, Linearized)}  # in the order in which they are tried
-FAILURES = (RuntimeError, TypeError, ValueError)  # what a way raises on a network it cannot do
-CHECK_ROWS = 4  # rows on which a way is checked, in float64
-FIRST_ONLY = "use what gradients give alone: class_means, gram_spectrum, layers"
-CHECK_TOLERANCE = 1e-5  # relative; right ways reach 1e-9, wrong ones were seen from 2e-4 to .2
-
-
-@dataclass
-class Store:
-    """Graphs of one kind: which batches' are kept, their bytes, and the bytes of the largest seen."""
-
-    kept: dict[int, Any]
-    bytes_kept: int = 0
-    bytes_each: int | None = None
-
-
-@dataclass(eq=False)
-class Allowance:
-    """Bytes for what a problem and its samples keep, together: graphs, and what is reserved for other things."""
-
-    size: int
-    reserved: int = 0
-    holders: weakref.WeakSet[Products] = field(default_factory=weakref.WeakSet)
-
-    def room(self) -> int:
-        """Bytes that are neither reserved nor kept."""
-        return self.size - self.reserved - sum(holder.kept_bytes() for holder in self.holders)
-
-    def reserve(self, size: int) -> bool:
-        """Set bytes aside, in place of graphs if need be; False if they are not there."""
-        if self.reserved + size > self.size:
-            return False
-        self.reserved += size
-        if self.room() < 0:
-            for holder in self.holders:
-                holder.release()
-        return True
-
-    def give_back(self, size: int) -> None:
-        """Return reserved bytes to the graphs."""
-        self.reserved -= size
-
-    @contextmanager
-    def lent(self, size: int) -> Iterator[bool]:
-        """Bytes set aside for a while, and whether they were there."""
-        granted = self.reserve(size)
-        try:
-            yield granted
-        finally:
-            if granted:
-                self.give_back(size)
 
 
 class Products:
@@ -101,19 +30,26 @@ class Products:
     """
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem.bare()  # no cycle: graphs are freed as soon as nobody needs the problem
-        self.allowance = Allowance(problem.memory // 2)
-        self.allowance.holders.add(self)
-        self.stores: dict[str, Store] = {}
+        self.problem = problem.variant()  # no cycle: graphs are freed as soon as nobody needs the problem
+        self.graphs = Graphs(self.problem)
+        self.choice = Choice(self.problem, self.graphs)
+        self.notes = self.choice.notes
         self.sizes = [value.numel() for value in problem.parameters.values()]
         self.shapes = [value.shape for value in problem.parameters.values()]
-        self._way: type[Way] | None = None
-        self._linearize: bool | None = None
-        self._right_blocks: dict[bool, bool] = {}  # of second and of first derivatives
-        self._samples: dict[torch.dtype, Problem] = {}  # a few rows, on which derivatives are checked
-        self.notes: dict[str, str] = {}
-        self.faults: list[str] = []  # of ways to second derivatives,
-        self.jacobian_faults: list[str] = []  # and to J v
+
+    @property
+    def allowance(self) -> Allowance:
+        """The memory that graphs share with what is reserved for other things."""
+        return self.graphs.allowance
+
+    def inherit(self, other: Products) -> None:
+        """Take what was found right for the same network on other data, and share its memory."""
+        self.choice.inherit(other.choice)
+        self.graphs.share(other.graphs)
+
+    def release(self) -> None:
+        """Drop every kept graph."""
+        self.graphs.release()
 
     # blocks and vectors
 
@@ -133,9 +69,9 @@ class Products:
         Together they cost little more than one as long as overhead dominates, and only then: on a CPU large
         blocks lose more to memory traffic than they save. One at a time, too, where a block is wrong.
         """
-        graph_bytes = self.stores[kind].bytes_each or 1
-        width = max(1, min(64, num_columns, BLOCK_BYTES[self.problem.device.type == "cpu"] // graph_bytes))
-        if width > 1 and not self._blocks_are_right(kind in ("hessian", "residual")):
+        room = BLOCK_BYTES[self.problem.device.type == "cpu"] // self.graphs.largest(kind)
+        width = max(1, min(64, num_columns, room))
+        if width > 1 and not self.choice.blocks_are_right(kind):
             width = 1
         for start in range(0, num_columns, width):
             yield slice(start, min(start + width, num_columns))
@@ -163,48 +99,6 @@ class Products:
         size = sum(self.sizes) if size is None else size
         return torch.zeros(num_columns, size, dtype=dtype, device=self.problem.device)
 
-    # the graphs
-
-    def _graphs(self, kind: str, build: Callable[[Any], Any]) -> Iterator[tuple[int, Any]]:
-        """Each batch's graph: kept, or built now and kept if it fits."""
-        store = self.stores.setdefault(kind, Store({}))
-        for index, batch in enumerate(self.problem.fixed_batches()):
-            if index in store.kept:
-                yield index, store.kept[index]
-                continue
-            room = self.allowance.room()
-            if store.bytes_each is not None and room < store.bytes_each // 2:
-                yield index, build(batch)
-                continue
-            graph, size = measured(build, batch)
-            self._refuse_beyond_memory(size)
-            store.bytes_each = max(size, store.bytes_each or 0)
-            if size <= room:
-                store.kept[index] = graph
-                store.bytes_kept += size
-            yield index, graph
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles begin without graphs, with the ways that were found right."""
-        return _restored, (self.problem, self._way and self._way.name, self._linearize)
-
-    def kept_bytes(self) -> int:
-        """Bytes of all kept graphs."""
-        return sum(store.bytes_kept for store in self.stores.values())
-
-    def release(self) -> None:
-        """Drop every kept graph, to make room for another kind."""
-        for store in self.stores.values():
-            store.kept.clear()
-            store.bytes_kept = 0
-
-    def _refuse_beyond_memory(self, size: int) -> None:
-        if size > self.problem.memory:
-            raise MemoryBudgetError(
-                f"the graph of one batch takes {size / 2**30:.2f} GiB and memory is "
-                f"{self.problem.memory / 2**30:.2f} GiB. Lower batch_size, or raise memory."
-            )
-
     # second derivatives of scalars
 
     def hessian(self, block: Tensor, among: Sequence[int] | None = None) -> Tensor:
@@ -225,10 +119,10 @@ class Products:
         scalar: Callable[[Any], Scalar],
         blocks: Sequence[tuple[Tensor, Sequence[int] | None]],
     ) -> list[Tensor]:
-        way = self.way()
+        way = self.choice.way()
         given = [self._rows(block) for block, _ in blocks]
         totals = [self.zeros(*rows.shape) for rows in given]
-        for _, graph in self._graphs(kind, lambda batch: way(scalar(batch), self.problem.parameters)):
+        for _, graph in self.graphs.each(kind, lambda batch: way(scalar(batch), self.problem.parameters)):
             for total, rows, (_, among) in zip(totals, given, blocks, strict=True):
                 apply = functools.partial(graph, among=among)
                 self._through(total, rows, kind, apply, split=True, among=among)
@@ -246,8 +140,8 @@ class Products:
 
     def jacobians(self) -> Iterator[tuple[int, Jacobian]]:
         """Each batch's Jacobian."""
-        linearize = self.linearize()
-        return self._graphs("jacobian", lambda b: Jacobian(self.problem, b, linearize=linearize))
+        linearize = self.choice.linearize()
+        return self.graphs.each("jacobian", lambda b: Jacobian(self.problem, b, linearize=linearize))
 
     def push(self, block: Tensor) -> list[Tensor]:
         """J V: for each batch (n, C, K)."""
@@ -298,10 +192,9 @@ class Products:
         to which they are (k,). For one pass: no graph is kept.
         """
         total = self.zeros(num_columns)
-        store = self.stores.setdefault("forward", Store({}))
-        for batch in self.problem.class_batches(groups, among):
-            graph, size = measured(Forward, self.problem, batch)
-            store.bytes_each = max(size, store.bytes_each or 0)
+        build = functools.partial(OutputGraph, self.problem)
+        for batch in class_batches(self.problem, groups, among):
+            graph: OutputGraph = self.graphs.once("forward", build, batch)
             columns, live = cotangent(graph.outputs, graph.targets)
             given = columns.movedim(-1, 0).to(graph.outputs.dtype)
             for chunk in self._chunks(len(live), "forward"):
@@ -311,216 +204,20 @@ class Products:
                     _add(self._split(total[column]), alone)
         return total.T
 
-    # the choice
 
-    def way(self, asked: str | None = None) -> type[Way]:
-        """The first way that is right for this network, or the one asked for by name.
-
-        On a CPU linearising brought nothing in products with H: LeNet 1.27 gradients against 1.28, for graphs that
-        take three times the memory and five times as long to build.
-
-        Raises:
-            OptionError: there is no way of the name asked for.
-            CurvatureError: none is right, or not the one asked for.
-        """
-        refuse_modes()
-        if asked is not None and self._way is not WAYS[_known(asked)]:
-            if not self._is_right(WAYS[asked]):
-                raise CurvatureError(f"way={asked!r} cannot be used on this network: {self.faults[-1]}.")
-            self._way = WAYS[asked]
-            self._forget("hessian", "residual")
-        if self._way is None:
-            self.faults.clear()
-            self._way = next((way for way in WAYS.values() if self._is_right(way)), None)
-            if self._way is None:
-                less = (
-                    "use GaussNewton, which needs none"
-                    if self._linearizes(False) or self._linearizes(True)
-                    else FIRST_ONLY
-                )
-                raise CurvatureError(
-                    "no way of differentiating this network twice is right: " + "; ".join(self.faults) + ". "
-                    "Replace operations without a second derivative (custom autograd functions, fused "
-                    f"kernels) or with a stopped one (detach, no_grad, straight-through), or {less}."
-                )
-        self.notes["way"] = self._way.name
-        self.notes["check"] = "; ".join(self.faults) or "symmetric, and agrees with finite differences"
-        return self._way
-
-    def inherit(self, other: Products) -> None:
-        """Take what was found right for the same network on other data, and share its memory."""
-        self._way, self._linearize, self._right_blocks = other._way, other._linearize, other._right_blocks
-        self.allowance.holders.discard(self)
-        self.allowance = other.allowance
-        self.allowance.holders.add(self)
-        self.notes |= {name: other.notes[name] for name in ("way", "jacobian") if name in other.notes}
-
-    def _forget(self, *kinds: str) -> None:
-        """Drop graphs of these kinds, and what is known of them."""
-        self._right_blocks = {}
-        for kind in kinds:
-            self.stores.pop(kind, None)
-
-    def _is_right(self, way: type[Way]) -> bool:
-        """Whether a way works here and passes its check; if not, `faults` says why."""
-        try:
-            error = self._checked(lambda sample: curvature_error(sample, way))
-        except FAILURES as failure:
-            self.faults.append(f"{way.name} failed ({first_line(failure)})")
-            return False
-        if error > CHECK_TOLERANCE:
-            self.faults.append(
-                f"{way.name} is wrong by {error:.1e}, relatively (symmetry or finite difference)"
-            )
-        return error <= CHECK_TOLERANCE
-
-    def _linearizes(self, linearize: bool) -> bool:
-        """Whether J v by a linearised forward pass, or else by reverse mode, works here and is right."""
-        name = Linearized.name if linearize else DoubleBackward.name
-        try:
-            error = self._checked(lambda s: jacobian_error(s, linearize=linearize))
-        except FAILURES as failure:
-            self.jacobian_faults.append(f"{name} failed ({first_line(failure)})")
-            return False
-        if error > CHECK_TOLERANCE:
-            self.jacobian_faults.append(f"{name} is wrong by {error:.1e}, relatively (finite difference)")
-        return error <= CHECK_TOLERANCE
-
-    def _blocks_are_right(self, second: bool) -> bool:
-        """Whether columns may go through a graph together: some operations of PyTorch mix them up."""
-        if second not in self._right_blocks:
-            way, linearize = self.way() if second else DoubleBackward, bool(self._linearize)
-            try:
-                error = self._checked(
-                    lambda s: block_error(s, way) if second else jacobian_block_error(s, linearize=linearize)
-                )
-            except FAILURES:
-                error = float("inf")
-            self._right_blocks[second] = error <= CHECK_TOLERANCE
-            if error > CHECK_TOLERANCE:
-                self.notes["blocks"] = "vector by vector: blocks are wrong on this network"
-        return self._right_blocks[second]
-
-    def _checked(self, error: Callable[[Problem], float]) -> float:
-        """An error on a few examples, in float64, or in the problem's own type where the network runs in no other."""
-        try:
-            return error(self._sample(torch.float64))
-        except torch.OutOfMemoryError as failure:
-            raise MemoryBudgetError(f"checking the derivatives ran out of memory: {failure}") from failure
-        except FAILURES:
-            if self.problem.dtype == torch.float64:
-                raise
-            return error(self._sample(self.problem.dtype))
-
-    def _sample(self, dtype: torch.dtype) -> Problem:
-        if dtype not in self._samples:
-            self._samples[dtype] = self.problem.sample(CHECK_ROWS, dtype)
-        return self._samples[dtype]
-
-    def _now(self) -> float:
-        """Seconds, when everything queued on the device is done."""
-        if self.problem.device.type == "cuda":
-            torch.cuda.synchronize(self.problem.device)
-        return time.perf_counter()
-
-    def linearize(self, asked: str | None = None) -> bool:
-        """Whether J v goes by a linearised forward pass, or by reverse mode alone: the faster that is right.
-
-        Raises:
-            OptionError: there is no way of the name asked for.
-            CurvatureError: first derivatives are wrong, or by the way asked for.
-        """
-        refuse_modes()
-        if asked is not None and self._linearize is not (_known(asked) == Linearized.name):
-            self._linearize = asked == Linearized.name
-            self._forget("jacobian")
-            if not self._linearizes(self._linearize):
-                self._linearize = None
-                raise CurvatureError(
-                    f"way={asked!r} cannot be used on this network: {self.jacobian_faults[-1]}."
-                )
-        if self._linearize is None:
-            self.jacobian_faults.clear()
-            self._linearize = self._faster()
-        self.notes["jacobian"] = Linearized.name if self._linearize else DoubleBackward.name
-        return self._linearize
-
-    def _faster(self) -> bool:
-        """Whether J v is to be linearised: it must, or it is right and faster where there is much to do."""
-        if not self._linearizes(False):
-            if self._linearizes(True):
-                return True
-            raise CurvatureError(
-                "no way to J v, the derivative of the outputs along a vector, is right on this network: "
-                + "; ".join(self.jacobian_faults)
-                + ". It takes a backward pass that can be differentiated, or forward-mode derivatives, of every "
-                "operation, and derivatives that agree with its values: a custom backward pass may be wrong, or a "
-                "gradient stopped (detach, no_grad, straight-through; leave what lies before it out by parameters=). "
-                f"Replace the operation, or {FIRST_ONLY}."
-            )
-        batch, scale = self.problem.some_rows(TIMED_ROWS), self._rows_a_batch() / TIMED_ROWS
-        seconds = self._time_jacobian(batch, scale, linearize=False)
-        if seconds < scale * COMPUTE_BOUND:  # overhead counts: time a whole batch
-            batch, scale = next(iter(self.problem.batches)), 1.0
-            seconds = self._time_jacobian(batch, scale, linearize=False)
-        worth = seconds * self.problem.batches.num_batches * EXPECTED_PRODUCTS > WORTH_TRACING
-        return (
-            worth and self._linearizes(True) and self._time_jacobian(batch, scale, linearize=True) < seconds
-        )
-
-    def _rows_a_batch(self) -> float:
-        return max(TIMED_ROWS, self.problem.num_examples / self.problem.batches.num_batches)
-
-    def _time_jacobian(self, batch: Any, scale: float, *, linearize: bool) -> float:
-        """Seconds of J v and Jᵀ u with one batch, and their share of the building.
-
-        For a batch cut to 1/scale of its rows; the building, mostly tracing, does not grow with them.
-        """
-        tangent = list(self.problem.parameters.values())
-        start = self._now()
-        jacobian, size = measured(lambda: Jacobian(self.problem, batch, linearize=linearize))
-        built = self._now()
-        jacobian.pull(jacobian.push(tangent))  # warm up
-        warm = self._now()
-        jacobian.pull(jacobian.push(tangent))
-        product = scale * (self._now() - warm)
-        fits = scale * size * self.problem.batches.num_batches <= self.allowance.size
-        seconds = product + (built - start) / (EXPECTED_PRODUCTS if fits else 1)
-        self.notes[f"seconds a batch, Jacobian {'linearised' if linearize else 'by reverse mode'}"] = (
-            f"{seconds:.4f}"
-        )
-        return seconds
-
-
-def _restored(problem: Problem, way: str | None, linearize: bool | None) -> Products:
-    products = Products(problem)
-    products._way, products._linearize = WAYS[way] if way else None, linearize
-    return products
-
-
-def _known(way: str) -> str:
-    if way not in WAYS:
-        raise OptionError(f"way={way!r}; it is one of {', '.join(map(repr, WAYS))}.")
-    return way
-
-
+@per_problem
 def products_of(problem: Problem) -> Products:
     """The products of a problem, one object shared by all its operators and freed with it."""
-    if "products" not in problem.kept:
-        problem.kept["products"] = Products(problem)
-    found: Products = problem.kept["products"]
-    return found
+    return Products(problem)
 
 
 def _finite(total: Tensor) -> Tensor:
     """A sum of products, all of it numbers."""
     if not bool(total.isfinite().all()):
         raise NonFiniteError(
-            "a product is NaN or infinite: the vector is, or a derivative of the network is "
-            "singular at its parameters "
-            "(a norm or a root of zero, 0/0 in a backward pass), or numbers outgrow the dtype. "
-            "Keep such operations away "
-            "from zero (an epsilon inside the root), or pass dtype=torch.float64."
+            "a product is NaN or infinite: the vector is, or a derivative of the network is singular at its "
+            "parameters (a norm or a root of zero, 0/0 in a backward pass), or numbers outgrow the dtype. Keep such "
+            "operations away from zero (an epsilon inside the root), or pass dtype=torch.float64."
         )
     return total
 

@@ -16,7 +16,7 @@ from deepspectra.kfac.moments import LARGEST_VECTOR, Moments, Squares, num_repli
 from deepspectra.kfac.nearest import nearest_sum
 from deepspectra.kfac.operators import Block, KroneckerSum, Rotated, check_damping
 from deepspectra.operators.base import Operator
-from deepspectra.problem.losses import CrossEntropy
+from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.rows.captures import Captured, Captures
 from deepspectra.rows.draws import DrawnCaptures, captures_of

@@ -12,7 +12,9 @@ from torch import Tensor
 from deepspectra.derivatives.products import products_of
 from deepspectra.errors import LossError, OptionError
 from deepspectra.operators.base import Operator
+from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.problem import Problem, check_problem
+from deepspectra.problem.samples import can_draw
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.importance import drawn, importance, num_enough
 from deepspectra.rows.projections import Projections
@@ -52,7 +54,7 @@ class Curvature(Operator):
         Cost: one forward pass, once a problem.
         """
         num_examples = self.problem.num_examples
-        if not self.by_importance or num_examples < FEWEST or not self.problem.can_draw:
+        if not self.by_importance or num_examples < FEWEST or not can_draw(self.problem):
             return 0
         num = max(SMALLEST, num_enough(importance(self.problem), error))
         return num if num <= SHARE * num_examples else 0
@@ -102,7 +104,7 @@ class Hessian(Curvature):
 
     def __init__(self, problem: Problem, way: str | None = None) -> None:
         super().__init__(problem, "Hessian")
-        self.products.way(way)
+        self.products.choice.way(way)
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.products.hessian(block) / self.problem.total_weight
@@ -117,7 +119,7 @@ class Residual(Curvature):
 
     def __init__(self, problem: Problem, way: str | None = None) -> None:
         super().__init__(problem, "residual")
-        self.products.way(way)
+        self.products.choice.way(way)
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.products.residual(block) / self.problem.total_weight
@@ -169,7 +171,7 @@ class GaussNewton(Curvature):
 
     def __init__(self, problem: Problem, way: str | None = None) -> None:
         super().__init__(problem, "Gauss-Newton")
-        self.products.linearize(way)
+        self.products.choice.linearize(way)
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.products.sandwich(self.problem.loss_function.curvature, block) / self.problem.total_weight
@@ -185,7 +187,7 @@ class EmpiricalFisher(Curvature):
     def __init__(self, problem: Problem, way: str | None = None) -> None:
         super().__init__(problem, "empirical Fisher")
         problem.refuse_interacting_rows()
-        self.products.linearize(way)
+        self.products.choice.linearize(way)
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.products.sandwich(self._outer, block) / self.problem.total_weight
@@ -196,7 +198,7 @@ class EmpiricalFisher(Curvature):
         slope = loss.gradient(outputs, targets).detach()
         weights = loss.weights(outputs, targets).to(slope)
         if (weights <= 0).any():
-            if not loss.is_cross_entropy:
+            if not isinstance(loss, CrossEntropy):
                 raise LossError("the empirical Fisher matrix needs positive row weights.")
             weights = torch.where(weights > 0, weights, 1)
         shape = (-1, *[1] * (slope.ndim - 1))

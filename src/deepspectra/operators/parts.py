@@ -14,7 +14,7 @@ from torch import Tensor
 from deepspectra.errors import MissingNameError, OptionError, OptionWarning
 from deepspectra.operators.base import LowRank, Operator, Projected, Sum
 from deepspectra.operators.curvature import Curvature
-from deepspectra.problem.losses import CrossEntropy, DrawnCrossEntropy
+from deepspectra.problem.cross_entropy import CrossEntropy, DrawnCrossEntropy
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.gradients import GradientRows

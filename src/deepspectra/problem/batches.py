@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 from collections import UserDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from deepspectra.errors import (
     first_line,
 )
 
+Pair = tuple[Tensor, Tensor]
 LARGEST_DEFAULT_BATCH = 512
 NUMBERS_PER_BATCH = 2**18  # a default batch holds about this many input numbers
 
@@ -51,33 +52,32 @@ def tensors(tree: Any) -> Iterator[Tensor]:
     """Every tensor of nested lists, tuples, mappings and dataclasses."""
     if isinstance(tree, Tensor):
         yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from tensors(value)
-    elif is_dataclass(tree) and not isinstance(tree, type):
-        for name in _fields(tree):
-            yield from tensors(getattr(tree, name))
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from tensors(value)
+    else:
+        for part in _parts(tree):
+            yield from tensors(part)
 
 
 def other_lengths(tree: Any) -> Iterator[int]:
     """Lengths of lists of numbers or texts and of NumPy arrays among the tensors of a tree."""
-    if isinstance(tree, Mapping):
-        parts = list(tree.values())
-    elif is_dataclass(tree) and not isinstance(tree, type):
-        parts = [getattr(tree, name) for name in _fields(tree)]
-    elif isinstance(tree, (list, tuple)):
-        parts = list(tree)
-        if parts and not any(isinstance(part, (Tensor, Mapping, list, tuple)) for part in parts):
-            yield len(parts)
-    else:
-        parts = []
-        if isinstance(tree, np.ndarray) and tree.ndim:
-            yield len(tree)
+    parts = _parts(tree)
+    nested = any(isinstance(part, (Tensor, Mapping, list, tuple)) for part in parts)
+    if (isinstance(tree, np.ndarray) and tree.ndim) or (
+        isinstance(tree, (list, tuple)) and parts and not nested
+    ):
+        yield len(tree)
     for part in parts:
         yield from other_lengths(part)
+
+
+def _parts(tree: Any) -> list[Any]:
+    """What a list, tuple, mapping or dataclass holds."""
+    if isinstance(tree, (list, tuple)):
+        return list(tree)
+    if isinstance(tree, Mapping):
+        return list(tree.values())
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return [getattr(tree, name) for name in _fields(tree)]
+    return []
 
 
 def _of_class(tree: Any, mapped: dict[Any, Any]) -> Any:
@@ -285,6 +285,19 @@ def is_pair(batch: Any) -> bool:
 def is_labelled(batch: Any) -> bool:
     """Whether a batch is a pair of one input tensor (B, ...) and integer labels (B,)."""
     return is_pair(batch) and batch[1].ndim == 1 and not batch[1].is_floating_point()
+
+
+def by_class(batch: Pair, groups: Tensor | None, among: Collection[int] | None) -> Iterator[Pair]:
+    """A labelled batch split by class, or by one of `groups` (C,); with `among`, those of these only."""
+    inputs, labels = batch
+    if groups is not None:  # ignored rows, which may have any label, count with those of class 0
+        known = labels.where((labels >= 0) & (labels < len(groups)), 0)
+        labels = groups.to(labels.device)[known]
+    for label in torch.unique(labels):
+        if among is not None and int(label) not in among:
+            continue
+        chosen = labels == label
+        yield batch if chosen.all() else (inputs[chosen], batch[1][chosen])
 
 
 def _fingerprint(batch: Any) -> tuple[float, float]:

@@ -1,30 +1,59 @@
-"""What a model and its data must be, before anything is computed from them."""
+"""What model, data and loss must be: refused beforehand, or found out by a gradient of one batch."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from enum import Enum
+import warnings
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deepspectra.errors import DataError, DeepSpectraError, OptionError, ParameterError, first_line
-from deepspectra.problem.batches import map_tensors, other_lengths, tensors
+from deepspectra.errors import (
+    CurvatureError,
+    DataError,
+    DeepSpectraError,
+    FallbackWarning,
+    LossError,
+    NondeterminismError,
+    NonFiniteError,
+    OptionError,
+    ParameterError,
+    first_line,
+)
+from deepspectra.problem.batches import tensors
+from deepspectra.problem.evaluation import Evaluated, Trial, gradient, nodes, reached, refuse_modes
+from deepspectra.problem.losses import Loss
+from deepspectra.problem.memory import saved_by
+from deepspectra.problem.model_copy import twins
 
-FEW = 3  # examples that are evaluated alone to see whether the others of their batch matter
-AGREE = {torch.float64: 1e-5, torch.float32: 5e-3}  # relative; kernels differ with the size of a batch
-AGREE_HALF = 0.1
-Evaluate = Callable[[Any], tuple[Tensor, Tensor]]  # of a batch, its outputs and targets
+CHECKPOINTS = "activation checkpointing must be off"
+CALLER = 3  # frames up from a warning given here to the code that made the problem
 
 
-def check_model(model: nn.Module) -> None:
+def check_given(model: object, forward: object, dtype: object, mode: str) -> None:
+    """Refuse arguments of a problem that cannot be used, and a call within a mode that would change all results."""
+    if not isinstance(model, nn.Module):
+        raise ParameterError(f"model must be an nn.Module, got {type(model).__name__}.")
+    if forward is not None and not callable(forward):
+        raise OptionError(f"forward must be a function (model, batch) → (outputs, targets), got {forward!r}.")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise OptionError(f"dtype must be a floating-point type such as torch.float64, got {dtype!r}.")
+    if mode not in ("eval", "train"):
+        raise OptionError(f"mode={mode!r}; it is 'eval' or 'train'.")
+    refuse_modes()
+    _check_model(model)
+
+
+def _check_model(model: nn.Module) -> None:
     """Refuse models that cannot be copied, cast or differentiated."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             what = f"its module {name!r}" if name else "the model"
             raise ParameterError(f"{what} is compiled by torch.jit; pass the module that it was made from.")
+    if not any(p.is_floating_point() or p.is_complex() for p in model.parameters()):
+        raise ParameterError("the model has no parameters.")
     values = [*model.named_parameters(), *model.named_buffers()]
     for name, value in values:
         if nn.parameter.is_lazy(value):
@@ -42,7 +71,7 @@ def check_model(model: nn.Module) -> None:
             )
 
 
-def usable(device: torch.device | str) -> torch.device:
+def usable_device(device: torch.device | str) -> torch.device:
     """A device that tensors can be put on."""
     try:
         found = torch.device(device)
@@ -60,7 +89,7 @@ def check_finite(batch: Any) -> None:
             raise DataError(f"the data contains NaN or infinite values, in a tensor {tuple(leaf.shape)}.")
 
 
-def told(tree: Any) -> str:
+def shapes_of(tree: Any) -> str:
     """Shapes and types of the tensors of a tree."""
     return ", ".join(f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in tensors(tree)) or type(tree).__name__
 
@@ -76,87 +105,102 @@ def reported(kind: type[DeepSpectraError], what: str) -> Iterator[None]:
         raise kind(f"{what}: {first_line(error)}") from error
 
 
-# -- the examples of a batch ---------------------------------------------------------------------------------
+def check_gradient(
+    module: Evaluated, loss: Loss, trainable: Collection[str], first: Trial, given: nn.Module
+) -> int:
+    """Check that a batch's gradient in all trainable parameters can be had, and misses no way; the bytes it keeps.
 
-
-class Rows(Enum):
-    """What a batch is to the network, told by a few of its examples alone."""
-
-    FIRST = "the first dimension of its tensors is that of its examples, each treated by itself"
-    SECOND = "the second is: positions of a sequence come first"
-    INFLUENCED = "examples give other outputs alone than within it"
-    WHOLE = "it cannot be cut: its rows are nodes of a graph, or their number is another"
-
-
-def examples_are_rows(evaluate: Evaluate, batch: Any, outputs: Tensor, dtype: torch.dtype) -> Rows:
-    """Find out by evaluating a few examples alone.
+    The graph of the outputs ends at all tensors that they depend on. Parameters of the copy or of the user's model
+    among these are reached by another way than their names, and are replaced there too from now on.
 
     Args:
-        evaluate: outputs and targets of a batch, without gradients.
-        batch: a batch.
-        outputs: its outputs.
-        dtype: in which the model computes.
+        module: the copy as it is evaluated.
+        loss: of its outputs.
+        trainable: names of parameters.
+        first: a batch with rows, and what the network gave for it.
+        given: the model as the user gave it.
 
-    Cost: a forward pass of a few examples.
+    Raises:
+        NondeterminismError: it gives something else now.
+        CurvatureError: it cannot be backpropagated.
+        ParameterError: no parameter has an effect, or some are reached by ways that cannot be followed.
+        LossError: the loss reads parameters itself.
+
+    Cost: a gradient of the batch; two where parameters are reached by other ways.
     """
-    first = _agrees(evaluate, batch, outputs, dtype, 0)
-    if first:
-        return Rows.FIRST
-    if _agrees(evaluate, batch, outputs, dtype, 1):
-        return Rows.SECOND
-    return Rows.WHOLE if first is None else Rows.INFLUENCED
+    model = module.model
+    own = {name: p for name, p in model.named_parameters() if name in trainable}
+    theirs = twins(model, given)
+    names = {id(p): name for name, p in own.items()}
+    names |= {id(theirs[name]): name for name in own if name in theirs}
+    every = {name: p.detach() for name, p in own.items()}
+
+    def strangers(value: Tensor) -> list[str]:
+        return sorted({names[id(leaf)] for leaf in reached(value) if id(leaf) in names})
+
+    def graph() -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        for p in own.values():
+            p.requires_grad_()  # so that the graph shows where these are reached
+        try:
+            leaves, outputs, value = module.graph(loss, every, first.batch)
+        finally:
+            for p in own.values():
+                p.requires_grad_(False)
+        return outputs, value, gradient(value, leaves)
+
+    with reported(CurvatureError, f"the loss cannot be backpropagated ({CHECKPOINTS})"):
+        (outputs, value, parts), saved = saved_by(model, graph)
+        if strangers(outputs) and not module.aliases:
+            module.follow(given)
+            outputs, value, parts = graph()
+    check_same(loss.rows(*first.pair)[0], outputs.detach())
+    if any("CheckpointFunction" in node.name() for node in nodes(outputs)):
+        raise CurvatureError(
+            f"the forward pass is checkpointed, and what is run again has no parameters: {CHECKPOINTS}."
+        )
+    if missed := strangers(outputs):
+        raise ParameterError(
+            f"the network reaches {', '.join(missed[:5])} by another way than as parameters of its modules, such as "
+            "a custom autograd function or a tensor kept from an earlier pass, which cannot be followed. Have "
+            "forward read them from their modules."
+        )
+    if missed := strangers(value):
+        raise LossError(
+            f"the loss reads the parameters {', '.join(missed[:5])} itself, beside the outputs (a penalty such as "
+            "weight decay?). Leave that term out of loss= and add its curvature to the operator: H.shifted(2 * c) "
+            "for c·‖θ‖²."
+        )
+    if all(part is None for part in parts):
+        raise ParameterError(
+            "no parameter of the model has any effect on the loss. Does forward= call the model it is given, and not "
+            "another one, and outside of no_grad and inference_mode?"
+        )
+    dtype = next(iter(every.values())).dtype
+    half = saved.dtypes & {torch.bfloat16, torch.float16}
+    if half and dtype not in half:
+        warnings.warn(
+            f"the network computes in {', '.join(sorted(map(str, half)))} inside (autocast in its forward?), though "
+            f"the problem is in {dtype}: its derivatives are as coarse as that, a percent or so.",
+            FallbackWarning,
+            stacklevel=CALLER,
+        )
+    return saved.num_bytes
 
 
-def influence(model: nn.Module) -> str:
-    """What to say of a model whose examples influence each other, with the module to blame if it is known."""
-    guilty = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
-    ]
-    cause = (
-        f"Module {guilty[0]!r} normalises by statistics of the batch; use track_running_stats=True, or a "
-        "normalisation of single examples."
-        if guilty
-        else "Does forward average, sort or attend over the batch? Have it treat every example by itself."
-    )
-    return (
-        "the examples of a batch influence each other in evaluation mode: a few of them alone give other "
-        f"outputs than within their batch, so that every result would depend on batch_size. {cause} If one batch is "
-        "meant as a whole (a graph, a set), pass it as such: data=[(x, y)]."
-    )
+def check_outputs(outputs: Tensor) -> None:
+    """Raise NonFiniteError for outputs that are no numbers."""
+    if not torch.isfinite(outputs).all():
+        raise NonFiniteError(
+            "the model's outputs contain NaN or infinite values; check weights, inputs and dtype."
+        )
 
 
-def _agrees(evaluate: Evaluate, batch: Any, outputs: Tensor, dtype: torch.dtype, dim: int) -> bool | None:
-    """Whether a few examples give by themselves what they give in their batch; None if it cannot be cut.
-
-    `dim` is that of the examples: 1 where the positions of a sequence come first.
-    """
-    leaves = [leaf for leaf in tensors(batch) if leaf.ndim]
-    lead = leaves[0].shape[: dim + 1] if leaves else torch.Size()
-    if (
-        len(lead) <= dim
-        or lead[dim] < 2
-        or any(leaf.layout != torch.strided or leaf.shape[: dim + 1] != lead for leaf in leaves)
-        or lead[dim] in other_lengths(batch)  # rows that only the network could cut
-        or not outputs.numel()
-        or outputs.numel() % lead.numel()
+def check_same(first: Tensor, again: Tensor) -> None:
+    """Raise NondeterminismError unless two passes gave the same."""
+    if first.shape != again.shape or not torch.allclose(
+        first, again, rtol=1e-5, atol=1e-6 * float(first.abs().max())
     ):
-        return None
-    chosen = torch.tensor(_few(lead[dim]), device=outputs.device)
-    try:
-        cut = map_tensors(lambda leaf: leaf.index_select(dim, chosen) if leaf.ndim else leaf, batch)
-        alone, _ = evaluate(cut)
-    except Exception:  # a model of batches of one size, or of one graph
-        return None
-    within = outputs.reshape(*lead, -1).index_select(dim, chosen)
-    if alone.numel() != within.numel():
-        return None
-    difference = (alone.reshape(within.shape) - within).abs().max()
-    return bool(difference <= AGREE.get(dtype, AGREE_HALF) * outputs.abs().max())
-
-
-def _few(size: int) -> list[int]:
-    """A few of so many examples, not all, and not those that come first: what is cut off must matter as little."""
-    count = min(FEW, size - 1)
-    return [size - 1 - j * (size // count) for j in reversed(range(count))]
+        raise NondeterminismError(
+            "the model gives different outputs for one batch in evaluation mode (functional dropout with "
+            "training=True, or random noise in forward?). Make forward deterministic."
+        )

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import sys
 import threading
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from deepspectra.errors import DataError, FallbackWarning, OptionError, ParameterError, first_line
-from deepspectra.problem.batches import map_tensors, tensors
+from deepspectra.errors import DataError, OptionError, ParameterError
+from deepspectra.problem.batches import Pair, map_tensors
 from deepspectra.problem.losses import Loss
+from deepspectra.problem.model_copy import DROPOUTS, NORMS, twins
 
-Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
-NORMS = nn.modules.batchnorm._BatchNorm
-DROPOUTS = nn.modules.dropout._DropoutNd
+Tree = dict[str, Tensor]
+Forward = Callable[[nn.Module, Any], Pair]
+
+
+class Trial(NamedTuple):
+    """A batch, and the outputs and targets that the network gave for it."""
+
+    batch: Any
+    pair: Pair
 
 
 class Evaluated(nn.Module):
@@ -40,6 +44,7 @@ class Evaluated(nn.Module):
         differentiates: the forward pass takes derivatives itself, and does not run without gradients.
         writes: the forward pass writes into its batch, and is given copies.
         written: buffers that the forward pass writes into.
+        stamps: how the other buffers and the parameters were when the problem was made.
     """
 
     def __init__(self, model: nn.Module, function: Forward) -> None:
@@ -53,6 +58,7 @@ class Evaluated(nn.Module):
         self.differentiates = False
         self.writes = False
         self.written: set[str] = set()
+        self.stamps: dict[str, Stamp] = {}
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Outputs and targets."""
@@ -119,18 +125,44 @@ class Evaluated(nn.Module):
         modules = list(given.modules())
         if any(module.training and isinstance(module, (NORMS, DROPOUTS)) for module in modules):
             raise ParameterError(
-                "the network reaches the model itself, captured by a function or a hook, and "
-                "this is in training mode: "
-                "call model.eval() before."
+                "the network reaches the model itself, captured by a function or a hook, and this is in training "
+                "mode: call model.eval() before."
             )
         for module in modules:
             for holder in (module._parameters, module._buffers):
                 self.original += [(holder, name, tensor) for name, tensor in holder.items()]
             self.original.append((vars(module), "training", module.training))
 
-    def changed(self) -> bool:
-        """Whether tensors of a captured model were exchanged, or its mode set, since they are followed."""
-        return any(holder.get(name) is not value for holder, name, value in self.original)
+    def stamp(self) -> None:
+        """Note how the weights are now, but for what the network writes itself; suspect nothing any more."""
+        self.suspects = {}
+        now = stamps(self.model, "_parameters", "_buffers")
+        self.stamps = {name: stamp for name, stamp in now.items() if name not in self.written}
+
+    def refuse_edits(self) -> None:
+        """Raise ParameterError if weights were edited since they were stamped, or what is followed was exchanged."""
+        if edited := [name for name, stamp in self.stamps.items() if not stamp.holds()]:
+            raise ParameterError(
+                f"problem.model was edited after the problem was made: {', '.join(edited[:5])}. Edit the model that "
+                "you made the problem of, and make a new one."
+            )
+        if any(holder.get(name) is not value for holder, name, value in self.original):
+            raise ParameterError(
+                "the network reaches the model itself, captured by a function or a hook, and tensors of that were "
+                "exchanged, or its mode was set, since the problem was made. Make a new one."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.aliases:
+            raise ParameterError(
+                "a problem whose network reaches its parameters by other ways than their names cannot be copied or "
+                "pickled; make a new one of the model."
+            )
+        return {**vars(self), "stamps": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.stamp()
 
     def recast(self, model: nn.Module) -> Evaluated:
         """The same with a further copy of the model, whose own parameters may be aliases as this one's are."""
@@ -142,7 +174,44 @@ class Evaluated(nn.Module):
         )
         for name, aliases in self.aliases.items():
             other.aliases[name] = [after[name] if alias is before[name] else alias for alias in aliases]
+        other.stamp()
         return other
+
+
+class Stamp(NamedTuple):
+    """Which tensor a parameter or buffer was, where its numbers lay, and how often they had been written."""
+
+    holder: dict[str, Any]
+    key: str
+    tensor: Tensor
+    address: int
+    version: int
+
+    def holds(self) -> bool:
+        """Whether it is as it was."""
+        tensor = self.tensor
+        return (
+            self.holder.get(self.key) is tensor
+            and tensor._version == self.version
+            and _address(tensor) == self.address
+        )
+
+
+def stamps(model: nn.Module, *kinds: str) -> dict[str, Stamp]:
+    """Of all its "_parameters" or "_buffers" as they are now, by name."""
+    return {
+        f"{path}.{key}".lstrip("."): Stamp(
+            getattr(module, kind), key, tensor, _address(tensor), tensor._version
+        )
+        for path, module in model.named_modules()
+        for kind in kinds
+        for key, tensor in getattr(module, kind).items()
+        if tensor is not None
+    }
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.layout == torch.strided else 0
 
 
 class _Watched(TorchFunctionMode):
@@ -218,148 +287,6 @@ def forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
             "forward=lambda model, batch: (outputs, targets) to pick the outputs."
         )
     return outputs, batch[1]
-
-
-# -- the copy ------------------------------------------------------------------------------------------------
-
-
-def evaluation_copy(model: nn.Module, mode: str = "eval") -> nn.Module:
-    """A copy of the model, without wrappers, in evaluation mode; says so when it was in training mode and it matters.
-
-    In mode "train" batch norm takes the statistics of its batch.
-    """
-    modules = list(model.modules())
-    if mode == "eval" and any(m.training and isinstance(m, (NORMS, DROPOUTS)) for m in modules):
-        warnings.warn(
-            "the model is in training mode with dropout or batch norm; the spectrum is that of evaluation "
-            "mode (dropout off, running statistics). Call model.eval() to say so yourself.",
-            FallbackWarning,
-            stacklevel=3,
-        )
-    if mode == "train" and any(isinstance(m, DROPOUTS) and m.p > 0 for m in modules):
-        warnings.warn(
-            "mode='train' is for batch norm; dropout is random and stays off.", FallbackWarning, stacklevel=3
-        )
-    try:
-        twin = _copied(model, modules)
-    except Exception as error:  # whatever the attributes of a module raise when they are copied
-        raise ParameterError(
-            f"the model cannot be copied: {first_line(error)}. Delete the attribute that cannot (a lock, a "
-            "generator, an open file), or give its class a __deepcopy__."
-        ) from error
-    if {id(tensor) for tensor in twin.parameters()} & {id(tensor) for tensor in model.parameters()}:
-        raise ParameterError(
-            "a copy of the model shares parameters with it (a __deepcopy__ that returns itself?), so that one would "
-            "change the other."
-        )
-    owners = Counter(id(p) for module in twin.modules() for p in module._parameters.values() if p is not None)
-    twin.eval()
-    for module in twin.modules():
-        if mode == "train" and isinstance(module, NORMS):
-            module.track_running_stats, module.running_mean, module.running_var = False, None, None
-        if type(module) is nn.EmbeddingBag:
-            module.__class__ = _Bag
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            _as_table(module, owners)
-    for p in twin.parameters():
-        p.grad = None
-    return twin
-
-
-def _as_table(module: nn.Embedding | nn.EmbeddingBag, owners: Counter[int]) -> None:
-    """Look rows up and nothing else: no sparse gradients, none scaled by frequency, no row shortened by the way."""
-    module.sparse = module.scale_grad_by_freq = False
-    if module.max_norm is not None:
-        if owners[id(module.weight)] > 1:
-            raise ParameterError(
-                "an embedding with max_norm shortens rows of a weight that other modules use "
-                "too; take max_norm out, or "
-                "do not tie the weight."
-            )
-        with torch.no_grad():
-            rows = torch.arange(module.num_embeddings, device=module.weight.device)
-            nn.functional.embedding(rows, module.weight, None, module.max_norm, module.norm_type)
-        module.max_norm = None
-
-
-def _copied(model: nn.Module, modules: list[nn.Module]) -> nn.Module:
-    memo: dict[int, Any] = {}
-    for module in modules:
-        inner = unwrapped(module)
-        if inner is not module:
-            memo[id(module)] = copy.deepcopy(inner, memo)
-        # What a hook computes anew at each pass (pruning, spectral norm) has a graph and cannot be copied.
-        for value in tensors(list(vars(module).values())):
-            if not value.is_leaf:
-                memo[id(value)] = value
-            elif value.layout not in (torch.strided, torch.sparse_coo):  # these PyTorch does not copy deeply
-                memo[id(value)] = value.clone()
-    twin: nn.Module = copy.deepcopy(model, memo)
-    return twin
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside wrappers that only run it: those of torch.compile and of data parallelism."""
-    compiled = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
-    while True:
-        kind = type(model)  # a subclass may do something else
-        if kind in (nn.DataParallel, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        elif compiled is not None and isinstance(model, compiled):
-            inner = model._orig_mod
-        else:
-            return model
-        if model._forward_hooks or model._forward_pre_hooks:
-            raise ParameterError(
-                f"hooks are registered on a wrapper, {kind.__name__}, which is taken off; "
-                f"register them on the module "
-                "inside."
-            )
-        assert isinstance(inner, nn.Module)
-        model = inner
-
-
-def twins(model: nn.Module, given: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of the user's model by the names that they have in the copy."""
-    found: dict[str, Tensor] = {}
-    for kind in ("named_parameters", "named_buffers"):
-        own, theirs = list(getattr(model, kind)()), list(getattr(given, kind)())
-        if len(own) == len(theirs):
-            found |= {name: tensor for (name, _), (_, tensor) in zip(own, theirs, strict=True)}
-        else:  # a copy that leaves some out
-            names = {name for name, _ in own}
-            found |= {name: tensor for name, tensor in theirs if name in names}
-    return found
-
-
-class _Bag(nn.EmbeddingBag):
-    """The module out of operations that can be differentiated twice, which PyTorch's own kernel cannot."""
-
-    def forward(
-        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
-    ) -> Tensor:
-        """Sums, means or maxima (B, d) of the rows of each bag."""
-        index = input.flatten()
-        if input.ndim == 2:
-            offsets = torch.arange(0, len(index) + 1, input.shape[1], device=input.device)[: len(input)]
-        assert offsets is not None
-        size = len(offsets) - int(self.include_last_offset and input.ndim == 1)
-        starts = offsets[:size].long()
-        bag = torch.searchsorted(starts, torch.arange(len(index), device=input.device), right=True) - 1
-        counted = torch.ones_like(index, dtype=torch.bool)
-        if self.padding_idx is not None:
-            counted = index != self.padding_idx
-        rows = nn.functional.embedding(index[counted], self.weight, self.padding_idx)
-        bag = bag[counted]
-        if per_sample_weights is not None:
-            rows = rows * per_sample_weights.flatten()[counted, None]
-        if self.mode == "max":
-            zeros = rows.new_zeros(size, rows.shape[1])
-            return zeros.scatter_reduce(0, bag[:, None].expand_as(rows), rows, "amax", include_self=False)
-        total = rows.new_zeros(size, rows.shape[1]).index_add(0, bag, rows)
-        if self.mode == "sum":
-            return total
-        return total / torch.bincount(bag, minlength=size).clamp_min(1)[:, None].to(total)
 
 
 # -- how operations run --------------------------------------------------------------------------------------

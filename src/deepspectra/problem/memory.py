@@ -17,6 +17,9 @@ from deepspectra.errors import OptionError
 from deepspectra.problem.batches import tensors
 
 Result = TypeVar("Result")
+BATCH_BYTES = (2**29, 2**25)  # that backpropagation keeps of a batch, unless sizes are given: GPU, CPU
+WEIGHT_BYTES = 2  # or so many times the bytes of the weights, if that is more: each batch reads them all
+GRAPHS = 32  # such batches fit the memory
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -46,6 +49,17 @@ def free_memory(device: torch.device) -> int:
     with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as limit:
         available = min(available, int(limit.read()))
     return available
+
+
+def suitable_batch_size(
+    example_bytes: float, model: nn.Module, memory: int, device: torch.device
+) -> int | None:
+    """Examples a batch, of which backpropagation keeps so many bytes each; None if that is not known."""
+    if not example_bytes:
+        return None
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    wanted = max(BATCH_BYTES[device.type == "cpu"], WEIGHT_BYTES * weights)
+    return max(1, int(min(wanted, memory / GRAPHS) / max(1.0, example_bytes)))
 
 
 class Saved(NamedTuple):

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.derivatives.products import FAILURES
+from deepspectra.derivatives.choice import FAILURES
 from deepspectra.errors import CurvatureError, DeepSpectraError, LossError, MemoryBudgetError, first_line
+from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.evaluation import differentiable
-from deepspectra.problem.losses import CrossEntropy, Loss
-from deepspectra.problem.problem import Problem
+from deepspectra.problem.losses import Loss
+from deepspectra.problem.problem import Problem, per_problem
+from deepspectra.problem.samples import small_problem
 from deepspectra.rows import tracing
 from deepspectra.rows.gradients import refuse_one_output
 from deepspectra.rows.tracing import IrregularError
@@ -241,6 +243,7 @@ class Captures:
         return groups
 
 
+@per_problem
 def plan_of(problem: Problem) -> tracing.Plan:
     """How to capture a problem's gradients, learned once and kept with it.
 
@@ -250,17 +253,14 @@ def plan_of(problem: Problem) -> tracing.Plan:
         LossError: rows interact in the loss, so that no scalars are those of single rows.
         CurvatureError: features and errors cannot be told apart by example.
     """
-    if "plan" not in problem.kept:
-        problem.refuse_interacting_rows()
-        with refusing():
-            try:
-                problem.kept["plan"] = tracing.plan(problem.sample(SAMPLE_ROWS, torch.float64))
-            except FAILURES:
-                if problem.dtype == torch.float64:
-                    raise
-                problem.kept["plan"] = tracing.plan(problem.sample(SAMPLE_ROWS, problem.dtype))
-    found: tracing.Plan = problem.kept["plan"]
-    return found
+    problem.refuse_interacting_rows()
+    with refusing():
+        try:
+            return tracing.plan(small_problem(problem, SAMPLE_ROWS, torch.float64))
+        except FAILURES:
+            if problem.dtype == torch.float64:
+                raise
+            return tracing.plan(small_problem(problem, SAMPLE_ROWS, problem.dtype))
 
 
 def rows_an_example(problem: Problem) -> int:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import FallbackWarning
-from deepspectra.problem.losses import CrossEntropy, ElementwiseLoss, Loss, SquaredError
+from deepspectra.problem.cross_entropy import CrossEntropy
+from deepspectra.problem.losses import ElementwiseLoss, Loss, SquaredError
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.captures import Captured, Captures, curvature_root, rows_an_example
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.problem.batches import map_tensors, tensors
-from deepspectra.problem.checks import AGREE, AGREE_HALF
+from deepspectra.problem.cuts import AGREE, AGREE_HALF
 from deepspectra.problem.evaluation import differentiable
 from deepspectra.problem.problem import Problem
 

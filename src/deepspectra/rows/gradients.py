@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deepspectra.derivatives.products import products_of
 from deepspectra.errors import LossError
-from deepspectra.problem.losses import CrossEntropy
+from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.rows.averages import positive
 from deepspectra.rows.projections import Projections, num_groups

@@ -17,28 +17,23 @@ from torch import Tensor, nn
 
 from deepspectra.derivatives.products import products_of
 from deepspectra.errors import LossError
-from deepspectra.problem.losses import CrossEntropy
-from deepspectra.problem.problem import Problem
+from deepspectra.problem.cross_entropy import CrossEntropy
+from deepspectra.problem.problem import Problem, per_problem
+from deepspectra.problem.samples import drawn_problem
 
 
 def drawn(problem: Problem, num_samples: int, generator: torch.Generator) -> Problem:
     """The problem on about so many of its examples, weighted to be unbiased. Cost: one forward pass."""
     probabilities = inclusion(importance(problem), num_samples)
     chosen = systematic(probabilities, generator)
-    sample = problem.drawn(chosen, 1 / probabilities[chosen])
+    sample = drawn_problem(problem, chosen, 1 / probabilities[chosen])
     products_of(sample).inherit(products_of(problem))
     return sample
 
 
+@per_problem
 def importance(problem: Problem) -> Tensor:
     """q_i (N,) in the order of the problem's rows, float64. Cost: one forward pass, once a problem."""
-    if "importance" not in problem.kept:
-        problem.kept["importance"] = _importance(problem)
-    found: Tensor = problem.kept["importance"]
-    return found
-
-
-def _importance(problem: Problem) -> Tensor:
     loss = problem.loss_function
     if not isinstance(loss, CrossEntropy):
         raise LossError(f"importance is known for cross-entropy; this problem's loss is {loss.name}.")

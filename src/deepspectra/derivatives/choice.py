@@ -1,0 +1,231 @@
+"""Which way of differentiating is taken on a network: the first that is right, and of J v the faster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from deepspectra.derivatives.checks import (
+    block_error,
+    curvature_error,
+    jacobian_block_error,
+    jacobian_error,
+)
+from deepspectra.derivatives.graphs import Graphs
+from deepspectra.derivatives.ways import DoubleBackward, Jacobian, Linearized, Way
+from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError, first_line
+from deepspectra.problem.evaluation import refuse_modes
+from deepspectra.problem.memory import measured
+from deepspectra.problem.problem import Problem
+from deepspectra.problem.samples import small_problem, some_rows
+
+EXPECTED_PRODUCTS = 40  # over which the cost of building a kept graph is spread when ways are compared
+WORTH_TRACING = 10.0  # seconds that the expected products must take before linearising is tried
+TIMED_ROWS = 16  # on which two ways are timed, if these are enough to be bound by arithmetic:
+COMPUTE_BOUND = 0.1  # seconds of a product with them; else whole batches are timed
+WAYS = {way.name: way for way in (DoubleBackward, Linearized)}  # in the order in which they are tried
+FAILURES = (RuntimeError, TypeError, ValueError)  # what a way raises on a network it cannot do
+CHECK_ROWS = 4  # rows on which a way is checked, in float64
+FIRST_ONLY = "use what gradients give alone: class_means, gram_spectrum, layers"
+RIGHT = "symmetric, and agrees with finite differences"
+CHECK_TOLERANCE = 1e-5  # relative; right ways reach 1e-9, wrong ones were seen from 2e-4 to .2
+
+
+class Choice:
+    """The ways that are taken on a problem's network, each chosen when it is first asked for.
+
+    Attributes:
+        notes: what was chosen and why, in words.
+    """
+
+    def __init__(self, problem: Problem, graphs: Graphs) -> None:
+        self.notes: dict[str, str] = {}
+        self._problem, self._graphs = problem, graphs
+        self._way: type[Way] | None = None
+        self._linearize: bool | None = None
+        self._right_blocks: dict[bool, bool] = {}  # of second and of first derivatives
+        self._samples: dict[torch.dtype, Problem] = {}  # a few rows, on which derivatives are checked
+
+    def way(self, asked: str | None = None) -> type[Way]:
+        """The first way to second derivatives that is right for this network, or the one asked for by name.
+
+        On a CPU linearising brought nothing in products with H: LeNet 1.27 gradients against 1.28, for graphs that
+        take three times the memory and five times as long to build.
+
+        Raises:
+            OptionError: there is no way of the name asked for.
+            CurvatureError: none is right, or not the one asked for.
+        """
+        refuse_modes()
+        if asked is not None and self._way is not WAYS[_known(asked)]:
+            if fault := self._fault(WAYS[asked]):
+                raise CurvatureError(f"way={asked!r} cannot be used on this network: {fault}.")
+            self._way = WAYS[asked]
+            self._forget("hessian", "residual")
+        if self._way is None:
+            faults = []
+            for way in WAYS.values():
+                if not (fault := self._fault(way)):
+                    self._way = way
+                    break
+                faults.append(fault)
+            else:
+                firsts = not self._jacobian_fault(False) or not self._jacobian_fault(True)
+                raise CurvatureError(
+                    "no way of differentiating this network twice is right: " + "; ".join(faults) + ". "
+                    "Replace operations without a second derivative (custom autograd functions, fused kernels) or "
+                    "with a stopped one (detach, no_grad, straight-through), or "
+                    + ("use GaussNewton, which needs none." if firsts else f"{FIRST_ONLY}.")
+                )
+            self.notes["check"] = "; ".join(faults) or RIGHT
+        self.notes["way"] = self._way.name
+        self.notes.setdefault("check", RIGHT)
+        return self._way
+
+    def linearize(self, asked: str | None = None) -> bool:
+        """Whether J v goes by a linearised forward pass, or by reverse mode alone: the faster that is right.
+
+        Raises:
+            OptionError: there is no way of the name asked for.
+            CurvatureError: first derivatives are wrong, or by the way asked for.
+        """
+        refuse_modes()
+        if asked is not None and self._linearize is not (_known(asked) == Linearized.name):
+            if fault := self._jacobian_fault(asked == Linearized.name):
+                raise CurvatureError(f"way={asked!r} cannot be used on this network: {fault}.")
+            self._linearize = asked == Linearized.name
+            self._forget("jacobian")
+        if self._linearize is None:
+            self._linearize = self._faster()
+        self.notes["jacobian"] = Linearized.name if self._linearize else DoubleBackward.name
+        return self._linearize
+
+    def blocks_are_right(self, kind: str) -> bool:
+        """Whether columns may go through a graph together: some operations of PyTorch mix them up."""
+        second = kind in ("hessian", "residual")
+        if second not in self._right_blocks:
+            way, linearize = self.way() if second else DoubleBackward, bool(self._linearize)
+            try:
+                error = self._checked(
+                    lambda s: block_error(s, way) if second else jacobian_block_error(s, linearize=linearize)
+                )
+            except FAILURES:
+                error = float("inf")
+            self._right_blocks[second] = error <= CHECK_TOLERANCE
+            if error > CHECK_TOLERANCE:
+                self.notes["blocks"] = "vector by vector: blocks are wrong on this network"
+        return self._right_blocks[second]
+
+    def inherit(self, other: Choice) -> None:
+        """Take what was found right for the same network on other data."""
+        self._way, self._linearize, self._right_blocks = other._way, other._linearize, other._right_blocks
+        self.notes |= {name: other.notes[name] for name in ("way", "jacobian") if name in other.notes}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_samples": {}}
+
+    def _forget(self, *kinds: str) -> None:
+        self._right_blocks = {}
+        self._graphs.forget(*kinds)
+
+    # -- whether a way is right
+
+    def _fault(self, way: type[Way]) -> str:
+        """What is wrong with a way to second derivatives on this network; "" if nothing."""
+        return self._fault_of(
+            way.name, lambda sample: curvature_error(sample, way), "symmetry or finite difference"
+        )
+
+    def _jacobian_fault(self, linearize: bool) -> str:
+        """The same of J v by a linearised forward pass, or else by reverse mode."""
+        name = Linearized.name if linearize else DoubleBackward.name
+        return self._fault_of(name, lambda s: jacobian_error(s, linearize=linearize), "finite difference")
+
+    def _fault_of(self, name: str, error: Callable[[Problem], float], by: str) -> str:
+        try:
+            found = self._checked(error)
+        except FAILURES as failure:
+            return f"{name} failed ({first_line(failure)})"
+        return "" if found <= CHECK_TOLERANCE else f"{name} is wrong by {found:.1e}, relatively ({by})"
+
+    def _checked(self, error: Callable[[Problem], float]) -> float:
+        """An error on a few examples, in float64, or in the problem's own type where the network runs in no other."""
+        try:
+            return error(self._sample(torch.float64))
+        except torch.OutOfMemoryError as failure:
+            raise MemoryBudgetError(f"checking the derivatives ran out of memory: {failure}") from failure
+        except FAILURES:
+            if self._problem.dtype == torch.float64:
+                raise
+            return error(self._sample(self._problem.dtype))
+
+    def _sample(self, dtype: torch.dtype) -> Problem:
+        if dtype not in self._samples:
+            self._samples[dtype] = small_problem(self._problem, CHECK_ROWS, dtype)
+        return self._samples[dtype]
+
+    # -- which way is faster
+
+    def _faster(self) -> bool:
+        """Whether J v is to be linearised: it must, or it is right and faster where there is much to do.
+
+        On a CPU a linearised J v with kept graphs took 0.66 to 0.84 of the time by reverse mode on convolutional
+        networks and as long on an MLP; tracing took as long as 4 to 60 of these products.
+        """
+        if reverse := self._jacobian_fault(False):
+            linearised = self._jacobian_fault(True)
+            if not linearised:
+                return True
+            raise CurvatureError(
+                "no way to J v, the derivative of the outputs along a vector, is right on this network: "
+                f"{reverse}; {linearised}. It takes a backward pass that can be differentiated, or forward-mode "
+                "derivatives, of every operation, and derivatives that agree with its values: a custom backward pass "
+                "may be wrong, or a gradient stopped (detach, no_grad, straight-through; leave what lies before it "
+                f"out by parameters=). Replace the operation, or {FIRST_ONLY}."
+            )
+        problem, num_batches = self._problem, self._problem.batches.num_batches
+        scale = max(1.0, problem.num_examples / num_batches / TIMED_ROWS)
+        batch = some_rows(problem, TIMED_ROWS)
+        seconds = self._time_jacobian(batch, scale, linearize=False)
+        if seconds < scale * COMPUTE_BOUND:  # overhead counts: time a whole batch
+            batch, scale = next(iter(problem.batches)), 1.0
+            seconds = self._time_jacobian(batch, scale, linearize=False)
+        return (
+            seconds * num_batches * EXPECTED_PRODUCTS > WORTH_TRACING
+            and not self._jacobian_fault(True)
+            and self._time_jacobian(batch, scale, linearize=True) < seconds
+        )
+
+    def _time_jacobian(self, batch: Any, scale: float, *, linearize: bool) -> float:
+        """Seconds of J v and Jᵀ u with one batch, and their share of the building.
+
+        For a batch cut to 1/scale of its rows; the building, mostly tracing, does not grow with them.
+        """
+        tangent = list(self._problem.parameters.values())
+        start = self._now()
+        jacobian, size = measured(lambda: Jacobian(self._problem, batch, linearize=linearize))
+        built = self._now()
+        jacobian.pull(jacobian.push(tangent))  # warm up
+        warm = self._now()
+        jacobian.pull(jacobian.push(tangent))
+        product = scale * (self._now() - warm)
+        fits = scale * size * self._problem.batches.num_batches <= self._graphs.allowance.size
+        seconds = product + (built - start) / (EXPECTED_PRODUCTS if fits else 1)
+        way = "linearised" if linearize else "by reverse mode"
+        self.notes[f"seconds a batch, Jacobian {way}"] = f"{seconds:.4f}"
+        return seconds
+
+    def _now(self) -> float:
+        """Seconds, when everything queued on the device is done."""
+        if self._problem.device.type == "cuda":
+            torch.cuda.synchronize(self._problem.device)
+        return time.perf_counter()
+
+
+def _known(way: str) -> str:
+    if way not in WAYS:
+        raise OptionError(f"way={way!r}; it is one of {', '.join(map(repr, WAYS))}.")
+    return way

@@ -14,7 +14,7 @@ from scipy.stats import wasserstein_distance
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.lanczos import _tridiagonal, _tridiagonals
-from deepspectra.algorithms.probes import Products, stream
+from deepspectra.algorithms.probes import Probes, stream
 from deepspectra.errors import (
     ConvergenceWarning,
     DataError,
@@ -361,7 +361,7 @@ def of_values(values, dtype=torch.float64, vectors=None):
 def test_no_copy_is_counted_without_a_basis(dtype, num_steps):
     values = trained(2000)
     operator = of_values(values, dtype)
-    run = Products(operator, 4 * num_steps, None)
+    run = Probes(operator, 4 * num_steps, None)
     start = run.gaussian(4, stream(1, "density"))  # no probe lacks one of the ten
     nothing, generator = torch.zeros(0, 2000, dtype=dtype), stream(1, "density")
     for alpha, beta in _tridiagonals(run, nothing, 4, num_steps, generator):

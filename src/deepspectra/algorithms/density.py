@@ -18,7 +18,7 @@ from deepspectra.algorithms.krylov import (
     gaussian_rows,
 )
 from deepspectra.algorithms.lanczos import quadratures
-from deepspectra.algorithms.probes import InUnits, Products, Progress, stream
+from deepspectra.algorithms.probes import InUnits, Probes, Progress, stream
 from deepspectra.errors import DataError, FallbackWarning, MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
 from deepspectra.results import Density, Eigenpairs, Provenance
@@ -65,7 +65,7 @@ def density(
     squared residuals. One product sees that the pairs are those of A.
 
     With basis="none" each probe goes its own way by Lanczos' recurrence, in three vectors, and copies of
-    converged eigenvalues are merged (`algorithms/recurrence.py`). Each probe's nodes and weights are then those
+    converged eigenvalues are merged (`algorithms/lanczos.py`). Each probe's nodes and weights are then those
     of its own exact quadrature up to what the copies cost: after m steps it is as accurate as a reorthogonalised
     one of m less the number of copies. Nothing is locked, so outliers should be deflated; nodes closer than
     100 ε‖A‖ are one.
@@ -177,7 +177,7 @@ def _without_basis(
     progress: Progress | None,
 ) -> tuple[list[_Group], int]:
     """What new probes find by the recurrence alone, each a group of one, and the products they take."""
-    run = Products(operator, num_probes * num_steps, progress)
+    run = Probes(operator, num_probes * num_steps, progress)
     found = quadratures(run, known, num_probes, num_steps, generator)
     return [_Group(NO_ENDS, nodes, weights[None]) for nodes, weights in found], run.done
 
@@ -373,7 +373,7 @@ def _known_rows(operator: InUnits, deflate: Eigenpairs | None, seed: int) -> tup
 def _refuse_others(operator: InUnits, deflate: Eigenpairs, seed: int) -> None:
     """A sum of the vectors with random signs, multiplied once, is off by no more than the sum of their residuals."""
     vectors, count = deflate.vectors, deflate.vectors.shape[1]
-    run = Products(operator, 1, None)
+    run = Probes(operator, 1, None)
     signs = (torch.randint(0, 2, (count, 1), generator=stream(seed, "deflation")) * 2 - 1).to(vectors)
     image = run(vectors @ signs)
     unit = 2.0**operator.exponent

@@ -11,8 +11,9 @@ import torch
 
 import deepspectra as ds
 from deepspectra import zoo
-from deepspectra.algorithms.eigenpairs import SPARE_VECTORS, explore
+from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.krylov import seeded
+from deepspectra.algorithms.search import SPARE_VECTORS
 from deepspectra.analysis.attribute import pair_shares
 from deepspectra.analysis.class_means import subspace_of
 from deepspectra.analysis.sampled_subspace import residual_norm

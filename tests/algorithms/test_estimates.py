@@ -8,10 +8,11 @@ import torch
 
 from deepspectra.algorithms.estimates import _diagonal_left_out, diagonal, frobenius_norm, sketch, trace
 from deepspectra.algorithms.probes import Probes, stream
+from deepspectra.confidence import standard_error
 from deepspectra.errors import FallbackWarning, NonFiniteError, OptionError, ShapeError
-from deepspectra.operators.base import Function, LowRank, Matrix
-from deepspectra.results import Diagonal, standard_error
-from spectra import SIZE, SPECTRA, rotated
+from deepspectra.operators.base import Matrix
+from deepspectra.results import Diagonal
+from spectra import SIZE, SPECTRA, Function, rotated
 
 TRUTHS = {trace: torch.trace, frobenius_norm: torch.linalg.norm, diagonal: torch.diagonal}
 LEAST_COVERED = {trace: 0.8, frobenius_norm: 0.8, diagonal: 0.9}  # a diagonal has many entries a run
@@ -103,7 +104,7 @@ def test_all_is_exact_from_p_products_on_and_takes_p(estimate, num_products):
 @estimates
 def test_an_operator_of_small_rank_is_done_exactly(estimate):
     factor = torch.randn(200, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    value, error = found(estimate(LowRank(factor), 16))
+    value, error = found(estimate(Matrix(factor @ factor.T), 16))
     torch.testing.assert_close(value, TRUTHS[estimate](factor @ factor.T), rtol=1e-11, atol=1e-12)
     size = float(factor.square().sum()) if estimate is diagonal else float(value)
     assert float(error.max()) <= 1e-12 * size

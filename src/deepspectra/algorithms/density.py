@@ -21,14 +21,15 @@ from deepspectra.algorithms.lanczos import quadratures
 from deepspectra.algorithms.probes import InUnits, Probes, Progress, stream
 from deepspectra.errors import DataError, FallbackWarning, MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
-from deepspectra.results import Density, Eigenpairs, Provenance
+from deepspectra.quadrature import Density
+from deepspectra.results import Eigenpairs, Provenance
 
 LARGEST_BLOCK_BASIS = 2048  # vectors of a group of probes: its projected matrix is diagonalised on the CPU
 FOLDS = 4  # of the probes of a group, at most: each is freed of what the others lock
 LOCK_RTOL = (
     1e-4  # relative residual at which a pair is locked: what it leaves behind, its square, is below rounding
 )
-ANONYMOUS = ("operator", "matrix", "function", "low rank")  # names that tell no operator from another
+ANONYMOUS = ("operator", "matrix")  # names that tell no operator from another
 
 Ends = tuple[
     Tensor, Tensor

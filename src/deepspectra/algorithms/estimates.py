@@ -33,9 +33,10 @@ from torch import Tensor
 
 from deepspectra.algorithms.krylov import as_operator, basis_capacity, check_count, inner_products
 from deepspectra.algorithms.probes import Probes, Progress, stream
+from deepspectra.confidence import standard_error, student_scale
 from deepspectra.errors import FallbackWarning
 from deepspectra.operators.base import Operator
-from deepspectra.results import Diagonal, Estimate, Provenance, standard_error, student_scale
+from deepspectra.results import Diagonal, Estimate, Provenance
 
 ESSENTIAL = 1 - 1e-3  # leverage of a column that the others do not span
 ROWS_PER_CHUNK = 2**14  # of the (P, n) estimates of a diagonal, in float64

@@ -16,7 +16,7 @@ from deepspectra.algorithms.krylov import seeded
 from deepspectra.analysis.gram_spectrum import GramSpectrum
 from deepspectra.operators.curvature import Hessian, HessianBlock, Residual
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Density
+from deepspectra.quadrature import Density
 from deepspectra.rows.captures import parameters_of
 
 CHECKS = 2  # random vectors by which R's blocks are seen to be zero or not

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import unchallenged
 from deepspectra.algorithms.krylov import seeded
+from deepspectra.confidence import standard_error
 from deepspectra.operators.curvature import Hessian
 from deepspectra.problem.problem import Problem
-from deepspectra.results import standard_error
 
 SHARE = 15  # of the examples one in so many is drawn,
 FEWEST = 500  # but not fewer than these

@@ -16,7 +16,8 @@ from deepspectra.analysis.attribute import Attribution, Knockout
 from deepspectra.analysis.gram_spectrum import GramSpectrum
 from deepspectra.errors import FileError, first_line
 from deepspectra.problem.batches import map_tensors
-from deepspectra.results import Cost, Density, Eigenpairs, Provenance, Separation
+from deepspectra.quadrature import Density
+from deepspectra.results import Cost, Eigenpairs, Provenance, Separation
 
 RESULTS: list[Any] = [
     *(Attribution, Cost, Density, Eigenpairs, GramSpectrum, Knockout, Provenance, Separation)

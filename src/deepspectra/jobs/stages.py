@@ -27,6 +27,7 @@ from deepspectra.analysis.gram_spectrum import (
     spectrum_of,
 )
 from deepspectra.analysis.three_level_map import drawable, place
+from deepspectra.confidence import standard_error
 from deepspectra.derivatives.products import Products, products_of
 from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetError
 from deepspectra.jobs.checkpoint import Kept, Label
@@ -36,7 +37,8 @@ from deepspectra.operators.base import Operator
 from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Density, Eigenpairs, Provenance, standard_error, versions
+from deepspectra.quadrature import Density
+from deepspectra.results import Eigenpairs, Provenance, versions
 from deepspectra.rows.held import HeldRows
 from deepspectra.rows.projections import num_groups
 

@@ -10,7 +10,6 @@ import functools
 import math
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -53,21 +52,6 @@ class Operator(ABC):
     @abstractmethod
     def _apply(self, block: Tensor) -> Tensor:
         """Multiply a block (P, K) of this operator's dtype and device."""
-
-    def start_block(self, kind: str) -> Tensor:
-        """Starting vectors (P, K) that this operator knows to be good, by name; most know none."""
-        raise OptionError(
-            f"start={kind!r}: {self.name} has no class structure to start from. "
-            "Pass start=None or a (P, K) tensor, or use an operator made from a Problem."
-        )
-
-    def sample_size(self, error: float) -> int:
-        """Examples that `sampled` needs for eigenvectors to about this error; 0: not known, or too many to pay."""
-        return 0
-
-    def sampled(self, generator: torch.Generator, num_samples: int | None = None) -> Operator:
-        """The same operator on a few examples, whose eigenvectors are nearly its own; most know none."""
-        raise OptionError(f"start='sampled': {self.name} is not made of examples. Pass start=None.")
 
     def __matmul__(self, other: Tensor) -> Tensor:
         """Product with a vector (P,) or a block (P, K), of the same shape."""
@@ -278,10 +262,6 @@ class Identity(Operator):
     def _apply(self, block: Tensor) -> Tensor:
         return block.clone()
 
-    def sampled(self, generator: torch.Generator, num_samples: int | None = None) -> Operator:
-        """Itself: it has no examples."""
-        return self
-
 
 class Sum(Operator):
     """Σ_j s_j A_j: sums, differences and multiples of operators of one size.
@@ -303,7 +283,6 @@ class Sum(Operator):
         others = [term for _, term in flat if not isinstance(term, Identity)] or [first]
         dtype = functools.reduce(torch.promote_types, (term.dtype for term in others))
         super().__init__(first.shape[0], dtype=dtype, device=others[0].device, name=name)
-        self.first = others[0]
         unit = Identity(first.shape[0], dtype=dtype, device=self.device)
         self.terms = [(scale, unit if isinstance(term, Identity) else term) for scale, term in flat]
         self.memory = min(term.memory for term in others)
@@ -313,14 +292,6 @@ class Sum(Operator):
         for scale, operator in self.terms:
             total.add_((operator @ block).to(block), alpha=scale)
         return total
-
-    def start_block(self, kind: str) -> Tensor:
-        """That of the first term that is not an identity."""
-        return self.first.start_block(kind)
-
-    def sampled(self, generator: torch.Generator, num_samples: int | None = None) -> Operator:
-        """Each term on its own examples."""
-        return Sum([(scale, term.sampled(generator, num_samples)) for scale, term in self.terms])
 
 
 def _signed(scale: float, name: str, first: bool) -> str:
@@ -340,58 +311,3 @@ class Matrix(Operator):
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.matrix @ block
-
-
-class LowRank(Operator):
-    """F diag(d) Fᵀ with F (P, r) held in memory; d is 1 unless given."""
-
-    def __init__(self, factor: Tensor, diagonal: Tensor | None = None, name: str = "low rank") -> None:
-        super().__init__(factor.shape[0], dtype=factor.dtype, device=factor.device, name=name)
-        self.factor = factor
-        self.diagonal = diagonal
-
-    def _apply(self, block: Tensor) -> Tensor:
-        inner = self.factor.T @ block
-        if self.diagonal is not None:
-            inner = self.diagonal.to(inner)[:, None] * inner
-        return self.factor @ inner
-
-
-class Projected(Operator):
-    """(I − QQᵀ) A (I − QQᵀ): A with the span of the orthonormal columns of Q (P, r) projected out."""
-
-    def __init__(self, operator: Operator, basis: Tensor, name: str | None = None) -> None:
-        super().__init__(
-            operator.shape[0],
-            dtype=operator.dtype,
-            device=operator.device,
-            name=name or f"{operator.name}, projected",
-        )
-        self.operator = operator
-        self.basis = basis
-        self.memory = operator.memory
-
-    def _apply(self, block: Tensor) -> Tensor:
-        return self._outside(self.operator @ self._outside(block))
-
-    def _outside(self, block: Tensor) -> Tensor:
-        return block - self.basis @ (self.basis.T @ block)
-
-
-class Function(Operator):
-    """An operator given by a function on blocks (P, K), for experiments and tests."""
-
-    def __init__(
-        self,
-        apply: Callable[[Tensor], Tensor],
-        size: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        name: str = "function",
-    ) -> None:
-        super().__init__(size, dtype=dtype, device=device, name=name)
-        self.function = apply
-
-    def _apply(self, block: Tensor) -> Tensor:
-        return self.function(block)

@@ -17,16 +17,8 @@ from torch import Tensor
 
 MISSED = 2e-4  # probability at which a pair may be missing that lies beyond the last but one wanted,
 AT_EDGE = 1e-2  # and at which one may that lies between that and the last: nothing but the last can be wrong
-DEPTHS = (
-    0.01,
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-    0.3,
-    0.5,
-    0.7,
-)  # of the range within the last wanted value: may one hide there?
+# Parts of the range within the last wanted value: from how far down on may none hide?
+DEPTHS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 
 
 class Edge(NamedTuple):

@@ -9,31 +9,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import (
-    ROUNDING,
-    Krylov,
-    as_operator,
-    basis_capacity,
-    check_count,
-    gaussian_rows,
-)
+from deepspectra.algorithms.krylov import ROUNDING, Krylov, basis_capacity, gaussian_rows
 from deepspectra.algorithms.lanczos import quadratures
 from deepspectra.algorithms.probes import InUnits, Probes, Progress, stream
+from deepspectra.arguments import check_count
 from deepspectra.errors import DataError, FallbackWarning, MemoryBudgetError, OptionError, ShapeError
-from deepspectra.operators.base import Operator
+from deepspectra.operators.base import Operator, as_operator
 from deepspectra.quadrature import Density
 from deepspectra.results import Eigenpairs, Provenance
 
 LARGEST_BLOCK_BASIS = 2048  # vectors of a group of probes: its projected matrix is diagonalised on the CPU
 FOLDS = 4  # of the probes of a group, at most: each is freed of what the others lock
-LOCK_RTOL = (
-    1e-4  # relative residual at which a pair is locked: what it leaves behind, its square, is below rounding
-)
+LOCK_RTOL = 1e-4  # relative residual of a pair that is locked: what it leaves behind, its square, is rounding
 ANONYMOUS = ("operator", "matrix")  # names that tell no operator from another
 
-Ends = tuple[
-    Tensor, Tensor
-]  # of a spectrum: Ritz values and their residuals (2, k) from below, from above, inwards
+# Of a spectrum: Ritz values and their residuals (2, k), from below and from above, inwards.
+Ends = tuple[Tensor, Tensor]
 
 
 def density(
@@ -245,6 +236,7 @@ def _folds(krylov: Krylov, start: Tensor, locked: Ends, num_steps: int) -> list[
             others[mine] = False
             space = _krylov_space(matrix, start[:, others], num_steps)
             ends, vectors = _converged(krylov, matrix, space, space.shape[1])
+        # The rest of the coordinates is the complement of what is locked, where the fold's own quadrature lives.
         rest = torch.linalg.qr(vectors, mode="complete")[0][:, vectors.shape[1] :]
         nodes, turn = torch.linalg.eigh(rest.T @ matrix @ rest)
         shares = (start[:, mine].T @ rest @ turn).square().clamp_min(torch.finfo(torch.float64).tiny)
@@ -277,6 +269,7 @@ def _converged(krylov: Krylov, matrix: Tensor, space: Tensor, limit: int) -> tup
     errors[: len(matrix)] -= vectors * values
     residual_norms = (errors.square().sum(0) + krylov.lost_squares(vectors)).clamp_min(0).sqrt()
     good = (residual_norms <= LOCK_RTOL * values.abs()).long()
+    # cumprod ends at the first that has not converged: behind it an eigenvalue may still be unseen.
     top = min(int(good.flip(0).cumprod(0).sum()), limit)
     bottom = min(int(good.cumprod(0).sum()), limit - top, len(values) - top)
     pairs = torch.stack([values, residual_norms])
@@ -320,6 +313,7 @@ def _assemble(known: Tensor, groups: list[_Group], size: int) -> tuple[Tensor, T
     first, num_probes = 0, int(counts.sum())
     for group in groups:
         count = len(group.shares)
+        # Values that only some groups lock stay theirs: they are known, but not to all probes.
         own = torch.cat([end[0, len(both) :] for end, both in zip(group.locked, agreed, strict=True)])
         left = max(0.0, 1 - (len(exact) + len(own)) / size)
         shares = torch.cat(
@@ -380,6 +374,7 @@ def _refuse_others(operator: InUnits, deflate: Eigenpairs, seed: int) -> None:
     unit = 2.0**operator.exponent
     values = (deflate.values.double() / unit).to(image)
     gap = float((image - vectors.to(image) @ (values[:, None] * signs.to(image))).double().norm())
+    # Rounding is relative to what is multiplied: ‖A‖ as far as seen, times the length √count of the sum.
     norm = max(float(image.double().norm()), float(values.abs().max()), count**0.5 * _norm(deflate) / unit)
     allowed = float(deflate.residual_norms.sum()) / unit + torch.finfo(operator.dtype).eps ** 0.5 * norm
     if not gap <= allowed:

@@ -9,12 +9,13 @@ import warnings
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import Krylov, Ritz, as_operator, check_count, seeded
+from deepspectra.algorithms.krylov import Krylov, Ritz
 from deepspectra.algorithms.probes import Progress
 from deepspectra.algorithms.search import Search, Wanted
 from deepspectra.algorithms.starts import enough_products, start_rows
+from deepspectra.arguments import check_count, check_rtol, seeded
 from deepspectra.errors import ConvergenceWarning, OptionError
-from deepspectra.operators.base import Operator
+from deepspectra.operators.base import Operator, as_operator
 from deepspectra.results import Eigenpairs, Provenance, Separation
 
 ENDS = ("largest", "smallest", "magnitude", "both")
@@ -149,12 +150,6 @@ def _check_options(operator: Operator, wanted: Wanted, max_products: int | None)
     check_rtol(wanted.rtol)
     if max_products is not None:
         check_count("max_products", max_products, smallest=wanted.num)
-
-
-def check_rtol(rtol: float) -> None:
-    """Raise OptionError unless 0 < rtol < 1."""
-    if not 0 < rtol < 1:
-        raise OptionError(f"rtol must lie between 0 and 1; got {rtol!r}.")
 
 
 def _separation(ritz: Ritz, chosen: Tensor, complete: bool, limits: dict[float, float]) -> Separation:

@@ -31,11 +31,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import as_operator, basis_capacity, check_count, inner_products
+from deepspectra.algorithms.krylov import basis_capacity, inner_products
 from deepspectra.algorithms.probes import Probes, Progress, stream
+from deepspectra.arguments import check_count
 from deepspectra.confidence import standard_error, student_scale
 from deepspectra.errors import FallbackWarning
-from deepspectra.operators.base import Operator
+from deepspectra.operators.base import Operator, as_operator
 from deepspectra.results import Diagonal, Estimate, Provenance
 
 ESSENTIAL = 1 - 1e-3  # leverage of a column that the others do not span

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepspectra.errors import DataError, NonFiniteError, OptionError, ShapeError
-from deepspectra.operators.base import Matrix, Operator
+from deepspectra.errors import NonFiniteError
+from deepspectra.operators.base import Operator
 from deepspectra.results import Eigenpairs
 
 ROUNDING = 100  # in units of ε‖A‖: a remainder below this is taken for rounding
@@ -123,6 +123,7 @@ class Krylov:
         Returns their coordinates (num_basis + num_pending, k) in the rows in use, and may remember them.
         """
         block = vectors.to(self.rows, copy=True)
+        # In units of the largest norm, whose square might overflow: ‖·‖_F of the block is the yardstick of rounding.
         norms = _norms(block)
         largest = max(norms.tolist(), default=0.0) or 1.0
         within, beyond, _ = self._absorb(block, largest * float((norms / largest).norm()))
@@ -171,6 +172,7 @@ class Krylov:
         self.tracked = _grown(self.tracked, beyond.shape[0])
         self.num_basis += count
         self.num_pending -= count
+        # Only the Gram matrix of what is dropped is kept: products with what was dropped before are not known.
         gram = (dropped / self._unit).T @ (dropped / self._unit)
         self._lost = torch.nn.functional.pad(self._lost, (0, count, 0, count))
         self._lost[-count:, -count:] = gram
@@ -231,7 +233,9 @@ class Krylov:
         t = torch.eye(len(bottom), dtype=torch.float64) if pending is None else pending
         kept = self.rows[self.num_fixed : self.num_rows]
         small, small_pending = s.T.to(self.rows), t.T.to(self.rows)
-        for columns in torch.split(kept, COLUMNS_PER_CHUNK, dim=1):
+        for columns in torch.split(
+            kept, COLUMNS_PER_CHUNK, dim=1
+        ):  # in place: no second basis fits the memory
             turned = columns[m:].clone() if pending is None else small_pending @ columns[m:]
             columns[:k] = small @ columns[:m]
             columns[k : k + len(turned)] = turned
@@ -337,55 +341,6 @@ def basis_capacity(operator: Operator) -> int:
     return int(operator.memory // (operator.shape[0] * torch.finfo(basis_dtype(operator)).bits // 8))
 
 
-def seeded(seed: int) -> torch.Generator:
-    """A generator on the CPU, so that every device gets the same numbers.
-
-    Raises:
-        OptionError: not an integer of 64 bits.
-    """
-    check_count("seed", seed, -(2**63), 2**63 - 1)
-    return torch.Generator().manual_seed(seed)
-
-
 def gaussian_rows(count: int, size: int, generator: torch.Generator) -> Tensor:
     """Standard normal rows (count, P), float64 on the CPU, so that every device gets the same ones."""
     return torch.randn(count, size, generator=generator, dtype=torch.float64)
-
-
-def as_operator(A: Operator | Tensor) -> Operator:
-    """`A` itself, or a symmetric matrix (P, P) as an operator.
-
-    Raises:
-        ShapeError: neither an operator nor a square matrix, or of size 0.
-        DataError: the matrix is complex or not symmetric.
-        NonFiniteError: it has NaN or infinite entries.
-    """
-    if isinstance(A, Operator):
-        return A
-    if not isinstance(A, Tensor):
-        raise ShapeError(f"A must be an Operator or a symmetric (P, P) tensor, got {type(A).__name__}.")
-    if A.ndim != 2 or A.shape[0] != A.shape[1] or A.shape[0] == 0:
-        raise ShapeError(f"A must be a square matrix (P, P) with P ≥ 1, got {tuple(A.shape)}.")
-    if A.is_complex():
-        raise DataError(f"A must be real, got {A.dtype}.")
-    matrix = A.detach() if A.is_floating_point() else A.to(torch.float64)
-    if not bool(torch.isfinite(matrix).all()):
-        raise NonFiniteError("A has NaN or infinite entries.")
-    asymmetry = float((matrix - matrix.T).abs().max())
-    if asymmetry > torch.finfo(matrix.dtype).eps ** 0.5 * float(matrix.abs().max()):
-        raise DataError(
-            f"A must be symmetric, but |A − Aᵀ| reaches {asymmetry:.2g}. Pass (A + A.T) / 2 if that is meant."
-        )
-    return Matrix(matrix)
-
-
-def check_count(name: str, value: object, smallest: int = 1, largest: int | None = None) -> None:
-    """Raise OptionError unless `value` is an integer of [smallest, largest]."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int)
-        or value < smallest
-        or (largest or value) < value
-    ):
-        limit = f"at least {smallest}" + ("" if largest is None else f" and at most {largest:,}")
-        raise OptionError(f"{name} must be an integer, {limit}; got {value!r}.")

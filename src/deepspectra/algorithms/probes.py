@@ -9,17 +9,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import basis_dtype, gaussian_rows, seeded
+from deepspectra.algorithms.krylov import basis_dtype, gaussian_rows
+from deepspectra.arguments import check_seed
 from deepspectra.errors import NonFiniteError
 from deepspectra.operators.base import Operator
 
 Progress = Callable[[int, int | None], object]
 
 BLOCK = 16  # vectors multiplied at once
-SAFE = {
-    torch.float32: 2.0**40,
-    torch.float64: 2.0**200,
-}  # products of such sizes, or their inverses, are squared
+# Products of such sizes, or their inverses, can be squared and summed.
+SAFE = {torch.float32: 2.0**40, torch.float64: 2.0**200}
 
 
 def stream(seed: int, purpose: str) -> torch.Generator:
@@ -28,7 +27,7 @@ def stream(seed: int, purpose: str) -> torch.Generator:
     Raises:
         OptionError: the seed is not an integer of 64 bits.
     """
-    seeded(seed)
+    check_seed(seed)
     digest = hashlib.blake2b(f"{purpose} {seed}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
 

@@ -13,10 +13,8 @@ from deepspectra.algorithms.probes import Progress
 from deepspectra.errors import DataError, MemoryBudgetError
 from deepspectra.operators.base import Operator
 
-PATIENCE = (
-    20,
-    0.6,
-)  # products of a challenge, or relative to those before it, after which it gives up unless told
+# Products of a challenge, or relative to those before it, after which it gives up unless told.
+PATIENCE = (20, 0.6)
 SPARE_VECTORS = 8  # the fewest basis vectors beyond `num` with which a restart makes headway
 
 
@@ -103,9 +101,11 @@ class Search:
                     rivals = self._rivals(ritz)
                     if done >= least and (least or not len(rivals)):
                         return "settled"
+                    # A rival's residual may hide a wanted value: its direction comes next.
                     self._turn(self._residuals(ritz, rivals))
                 elif excess < 0.9 * best:
                     best, best_at = excess, done
+                # Ten products without a tenth of progress are none, but only rounding excuses them.
                 elif done - best_at >= 10 and float(residual_norms.max()) <= 1e3 * self.eps * self.norm:
                     return "stagnation"
             if done >= self.budget:
@@ -168,7 +168,7 @@ class Search:
         """Where the wanted ends of the spectrum stop."""
         values, tolerances, _ = self._of_wanted(ritz)
         high, low = float(ritz.values[-1]), float(ritz.values[0])
-        if self.which == "magnitude":
+        if self.which == "magnitude":  # a hidden value of either sign would be wanted from the same size on
             order = values.abs().argsort()
             ends = [(1.0, order, values.abs()), (-1.0, order, values.abs())]
         else:
@@ -203,11 +203,12 @@ class Search:
         if self.capacity - krylov.num_rows >= min(rows, krylov.operator.shape[0] - krylov.num_rows):
             return
         available = self.capacity - krylov.num_pending - 1
+        # Half of the room beside the wanted: fewer would forget what converges next, more would restart too often.
         keep = min(max(self.num, (self.num + available) // 2), krylov.num_basis - 1)
         ritz = krylov.ritz()
         kept = ritz.coefficients[:, select(ritz.values, self.which, keep)]
         krylov.contract(kept)
-        self.challenged = False
+        self.challenged = False  # what was met and is not kept could hide a pair again
         if self.challenge is not None:
             self.challenge.contract(kept)
 
@@ -238,6 +239,7 @@ class Search:
         For a multiple eigenvalue has copies that are not wanted, and one should not be exchanged for another.
         """
         tolerances = self._tolerances(ritz.values)
+        # Outwards is away from zero for magnitudes, and away from the middle of the spectrum for its ends.
         middle = 0.0 if self.which == "magnitude" else float(ritz.values.mean())
         back = torch.where(ritz.residual_norms > tolerances, tolerances, 0.0) * (ritz.values - middle).sign()
         order = (ritz.values - back).argsort()
@@ -247,6 +249,7 @@ class Search:
     def _tolerances(self, values: Tensor) -> Tensor:
         sizes = values.abs()
         self.norm = max(self.norm, float(sizes.max()))
+        # A value far below ‖A‖ is rounding's: relative to itself, no residual of it would ever be small.
         small = self.eps ** (2 / 3) * self.norm
         floor = max(self.rtol * small, 8 * self.eps * self.norm)
         return torch.where(sizes > small, self.rtol * sizes, floor)

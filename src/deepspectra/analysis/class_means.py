@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import check_count, seeded
 from deepspectra.analysis.sampled_subspace import overlap_bound, residual_norm, sampled_eigenspace
+from deepspectra.arguments import check_count, seeded
 from deepspectra.errors import CurvatureError, MemoryBudgetError, MissingNameError, OptionError
 from deepspectra.operators.parts import KINDS, Decomposition, decompose
 from deepspectra.problem.problem import Problem

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.density import density
-from deepspectra.algorithms.krylov import seeded
 from deepspectra.algorithms.probes import Progress
+from deepspectra.arguments import seeded
 from deepspectra.operators.base import Operator
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import seeded
+from deepspectra.arguments import seeded
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density

@@ -12,8 +12,8 @@ from torch import Tensor
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.estimates import trace
-from deepspectra.algorithms.krylov import seeded
 from deepspectra.analysis.gram_spectrum import GramSpectrum
+from deepspectra.arguments import seeded
 from deepspectra.operators.curvature import Hessian, HessianBlock, Residual
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density

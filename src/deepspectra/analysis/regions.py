@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import check_count, seeded
 from deepspectra.analysis.gram_spectrum import EigenBasis, gradient_basis
+from deepspectra.arguments import check_count, seeded
 from deepspectra.derivatives.products import products_of
 from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
 from deepspectra.operators.curvature import Hessian

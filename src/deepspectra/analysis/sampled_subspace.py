@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import unchallenged
-from deepspectra.algorithms.krylov import seeded
+from deepspectra.arguments import seeded
 from deepspectra.confidence import standard_error
 from deepspectra.operators.curvature import Hessian
 from deepspectra.problem.problem import Problem

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import explore
-from deepspectra.algorithms.krylov import Krylov, basis_capacity, inner_products, seeded
+from deepspectra.algorithms.krylov import Krylov, basis_capacity, inner_products
 from deepspectra.algorithms.overlap import overlap
 from deepspectra.analysis.attribute import ROWS_BYTES, Attribution, attribute, pair_shares, squared_norms
 from deepspectra.analysis.class_means import subspace_of
@@ -27,6 +27,7 @@ from deepspectra.analysis.gram_spectrum import (
     spectrum_of,
 )
 from deepspectra.analysis.three_level_map import drawable, place
+from deepspectra.arguments import seeded
 from deepspectra.confidence import standard_error
 from deepspectra.derivatives.products import Products, products_of
 from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetError

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepspectra.errors import MemoryBudgetError, OptionError, ShapeError
+from deepspectra.arguments import check_count
+from deepspectra.errors import DataError, MemoryBudgetError, NonFiniteError, OptionError, ShapeError
 
 DEFAULT_MEMORY = 4 * 2**30  # bytes an algorithm may hold in basis vectors, unless the operator says otherwise
 LARGEST_DENSE = 20_000  # rows of the largest matrix `dense` will form
@@ -255,8 +256,7 @@ class Identity(Operator):
     def __init__(
         self, size: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise OptionError(f"size must be an integer, at least 1; got {size!r}.")
+        check_count("size", size)
         super().__init__(size, dtype=dtype, device=device, name="I")
 
     def _apply(self, block: Tensor) -> Tensor:
@@ -311,3 +311,30 @@ class Matrix(Operator):
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.matrix @ block
+
+
+def as_operator(A: Operator | Tensor) -> Operator:
+    """`A` itself, or a symmetric matrix (P, P) as an operator.
+
+    Raises:
+        ShapeError: neither an operator nor a square matrix, or of size 0.
+        DataError: the matrix is complex or not symmetric.
+        NonFiniteError: it has NaN or infinite entries.
+    """
+    if isinstance(A, Operator):
+        return A
+    if not isinstance(A, Tensor):
+        raise ShapeError(f"A must be an Operator or a symmetric (P, P) tensor, got {type(A).__name__}.")
+    if A.ndim != 2 or A.shape[0] != A.shape[1] or A.shape[0] == 0:
+        raise ShapeError(f"A must be a square matrix (P, P) with P ≥ 1, got {tuple(A.shape)}.")
+    if A.is_complex():
+        raise DataError(f"A must be real, got {A.dtype}.")
+    matrix = A.detach() if A.is_floating_point() else A.to(torch.float64)
+    if not bool(torch.isfinite(matrix).all()):
+        raise NonFiniteError("A has NaN or infinite entries.")
+    asymmetry = float((matrix - matrix.T).abs().max())
+    if asymmetry > torch.finfo(matrix.dtype).eps ** 0.5 * float(matrix.abs().max()):
+        raise DataError(
+            f"A must be symmetric, but |A − Aᵀ| reaches {asymmetry:.2g}. Pass (A + A.T) / 2 if that is meant."
+        )
+    return Matrix(matrix)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy.sparse.linalg import eigsh
 
 from deepspectra.algorithms.eigenpairs import ENDS, eigenpairs
-from deepspectra.algorithms.krylov import Krylov, gaussian_rows
+from deepspectra.algorithms.krylov import Krylov
+from deepspectra.algorithms.long_vectors import gaussian_rows
 from deepspectra.algorithms.search import select
 from deepspectra.errors import (
     ConvergenceWarning,

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import ROUNDING, Krylov, basis_capacity, gaussian_rows
+from deepspectra.algorithms.krylov import ROUNDING, Krylov, basis_capacity
 from deepspectra.algorithms.lanczos import quadratures
+from deepspectra.algorithms.long_vectors import gaussian_rows
 from deepspectra.algorithms.probes import InUnits, Probes, Progress, stream
 from deepspectra.arguments import check_count
 from deepspectra.errors import DataError, FallbackWarning, MemoryBudgetError, OptionError, ShapeError

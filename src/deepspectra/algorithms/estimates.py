@@ -31,7 +31,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import basis_capacity, inner_products
+from deepspectra.algorithms.krylov import basis_capacity
+from deepspectra.algorithms.long_vectors import inner_products, small
 from deepspectra.algorithms.probes import Probes, Progress, stream
 from deepspectra.arguments import check_count
 from deepspectra.confidence import standard_error, student_scale
@@ -179,7 +180,7 @@ class Sketch(NamedTuple):
 def sketch(run: Probes, omega: Tensor) -> Sketch:
     """The sketch from random columns (P, n), by 2 n products and 3 n vectors of length P."""
     Q, R_ = torch.linalg.qr(run(omega))
-    R, eps = _small(R_), torch.finfo(Q.dtype).eps
+    R, eps = small(R_), torch.finfo(Q.dtype).eps
     U, sizes, Vh = torch.linalg.svd(R)
     real = sizes > R.shape[1] * eps * sizes[0]
     if not bool(real.all()):  # the columns reach all of A's range, or depend on each other
@@ -193,11 +194,7 @@ def sketch(run: Probes, omega: Tensor) -> Sketch:
     Z = run(Q)
     H = Q.T @ Z
     Z -= Q @ H
-    return Sketch(omega, Q, Z, _small(H), R, _small(Q.T @ omega), S)
-
-
-def _small(matrix: Tensor) -> Tensor:
-    return matrix.to(dtype=torch.float64, device="cpu")
+    return Sketch(omega, Q, Z, small(H), R, small(Q.T @ omega), S)
 
 
 class Found(NamedTuple):

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import basis_dtype, gaussian_rows
+from deepspectra.algorithms.krylov import basis_dtype
+from deepspectra.algorithms.long_vectors import gaussian_rows
 from deepspectra.arguments import check_seed
 from deepspectra.errors import NonFiniteError
 from deepspectra.operators.base import Operator

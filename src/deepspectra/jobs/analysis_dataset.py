@@ -14,7 +14,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import inner_products
+from deepspectra.algorithms.long_vectors import inner_products
 from deepspectra.derivatives.products import products_of
 from deepspectra.jobs.pages import measured, problem_attributes, provenance
 from deepspectra.jobs.stages import LETTERS, Findings

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import explore
-from deepspectra.algorithms.krylov import Krylov, basis_capacity, inner_products
+from deepspectra.algorithms.krylov import Krylov, basis_capacity
+from deepspectra.algorithms.long_vectors import inner_products
 from deepspectra.algorithms.overlap import overlap
 from deepspectra.analysis.attribute import ROWS_BYTES, Attribution, attribute, pair_shares, squared_norms
 from deepspectra.analysis.class_means import subspace_of

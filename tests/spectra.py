@@ -1,8 +1,10 @@
-"""Matrices with given eigenvalues."""
+"""Matrices with given eigenvalues, and operators given by their products."""
 
 import math
 
 import torch
+
+from deepspectra.operators.base import Operator
 
 SIZE = 300
 SPECTRA = {
@@ -19,3 +21,14 @@ def rotated(values, seed=0, dtype=torch.float64):
     basis = torch.linalg.qr(normal)[0]
     matrix = (basis * values.double()) @ basis.T
     return ((matrix + matrix.T) / 2).to(dtype)
+
+
+class Function(Operator):
+    """An operator given by a function on blocks (P, K)."""
+
+    def __init__(self, apply, size, *, dtype=torch.float32, name="operator"):
+        super().__init__(size, dtype=dtype, device="cpu", name=name)
+        self.function = apply
+
+    def _apply(self, block):
+        return self.function(block)

@@ -1,11 +1,9 @@
 """deepspectra splits the spectrum of a deep network into the parts that cause it."""
 
 from deepspectra.algorithms.density import density
-from deepspectra.algorithms.diagonal import diagonal
 from deepspectra.algorithms.eigenpairs import eigenpairs
-from deepspectra.algorithms.norm import frobenius_norm
+from deepspectra.algorithms.estimates import diagonal, frobenius_norm, trace
 from deepspectra.algorithms.overlap import overlap
-from deepspectra.algorithms.trace import trace
 from deepspectra.analysis.attribute import attribute
 from deepspectra.analysis.class_groups import class_groups
 from deepspectra.analysis.class_means import class_means

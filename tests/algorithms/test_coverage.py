@@ -25,9 +25,11 @@ from scipy.stats import norm, t
 import deepspectra as ds
 from deepspectra.algorithms.probes import stream
 from deepspectra.analysis.principal_subspace import overlap_bound
+from deepspectra.confidence import standard_error
 from deepspectra.errors import ConvergenceWarning, OptionError
-from deepspectra.operators.base import Function, Matrix
-from deepspectra.results import christoffel, standard_error
+from deepspectra.operators.base import Matrix
+from deepspectra.quadrature import christoffel
+from spectra import Function
 
 BIAS = 4.5  # standard errors of the mean: hardly ever by chance, in a few hundred cells
 LEAST = 0.9  # of the runs, of which .95 are stated
@@ -169,6 +171,22 @@ def test_an_interval_has_students_quantile_where_the_scatter_is_all_that_is_know
     assert ds.diagonal(A, 8).interval(0.5)[1].shape == (50,)
     with pytest.raises(OptionError, match="confidence"):
         many.interval(1.0)
+
+
+def test_the_interval_of_a_mean_eigenvalue_has_the_normal_quantile_and_covers_it() -> None:
+    case = cases()["decaying"]
+    truth, inside = float(case.values.mean()), 0
+    for seed in range(60):
+        found = ds.density(case.matrix, 4, 8, seed=seed)
+        low, high = found.mean_interval(0.8)
+        assert (low + high) / 2 == pytest.approx(found.mean)
+        assert (high - low) / 2 == pytest.approx(found.mean_standard_error * norm.ppf(0.9))
+        inside += low <= truth <= high
+    assert inside >= 0.7 * 60  # of which .8 are stated
+    exact = ds.density(torch.diag(torch.arange(4.0)), 1, 8)
+    assert exact.mean_interval() == pytest.approx((1.5, 1.5))
+    with pytest.raises(OptionError, match="confidence"):
+        exact.mean_interval(0)
 
 
 def test_christoffels_function_is_the_least_square_of_a_polynomial_that_is_one_at_zero() -> None:

@@ -5,9 +5,10 @@ import warnings
 import pytest
 import torch
 
-from deepspectra.algorithms.eigenpairs import eigenpairs, select
+from deepspectra.algorithms.eigenpairs import eigenpairs
+from deepspectra.algorithms.search import select
 from deepspectra.errors import ConvergenceWarning
-from deepspectra.operators.base import Function
+from spectra import Function
 
 RUNS = 200
 

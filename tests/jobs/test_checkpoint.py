@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 import json
 import subprocess
 import sys
@@ -84,7 +83,7 @@ def test_a_stopped_run_ends_with_the_numbers_of_an_unbroken_one(route, tmp_path,
 
 
 def test_warnings_of_finished_stages_are_still_in_the_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "explore", functools.partial(explore, max_products=14))
+    monkeypatch.setattr("deepspectra.algorithms.eigenpairs.enough_products", lambda num: 14)
     stop = stopped_in(monkeypatch, "class structure")
     with stop, pytest.raises(KeyboardInterrupt), pytest.warns(errors.ConvergenceWarning):
         analysed(tmp_path)

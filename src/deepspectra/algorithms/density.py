@@ -9,31 +9,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import (
-    ROUNDING,
-    Krylov,
-    as_operator,
-    basis_capacity,
-    check_count,
-    gaussian_rows,
-)
+from deepspectra.algorithms.krylov import ROUNDING, Krylov, basis_capacity
 from deepspectra.algorithms.lanczos import quadratures
-from deepspectra.algorithms.probes import InUnits, Products, Progress, stream
+from deepspectra.algorithms.long_vectors import gaussian_rows
+from deepspectra.algorithms.probes import InUnits, Probes, Progress, stream
+from deepspectra.arguments import check_count
 from deepspectra.errors import DataError, FallbackWarning, MemoryBudgetError, OptionError, ShapeError
-from deepspectra.operators.base import Operator
-from deepspectra.results import Density, Eigenpairs, Provenance
+from deepspectra.operators.base import Operator, as_operator
+from deepspectra.quadrature import Density
+from deepspectra.results import Eigenpairs, Provenance
 
 LARGEST_BLOCK_BASIS = 2048  # vectors of a group of probes: its projected matrix is diagonalised on the CPU
 FOLDS = 4  # of the probes of a group, at most: each is freed of what the others lock
-LOCK_RTOL = (
-    1e-4  # relative residual at which a pair is locked: what it leaves behind, its square, is below rounding
-)
+LOCK_RTOL = 1e-4  # relative residual of a pair that is locked: what it leaves behind, its square, is rounding
 LEAKED = 1e-9  # chance below which a vector that other probes found cannot be so near a probe
-ANONYMOUS = ("operator", "matrix", "function", "low rank")  # names that tell no operator from another
+ANONYMOUS = ("operator", "matrix")  # names that tell no operator from another
 
-Ends = tuple[
-    Tensor, Tensor
-]  # of a spectrum: Ritz values and their residuals (2, k) from below, from above, inwards
+# Of a spectrum: Ritz values and their residuals (2, k), from below and from above, inwards.
+Ends = tuple[Tensor, Tensor]
 
 
 def density(
@@ -66,7 +59,7 @@ def density(
     squared residuals. One product sees that the pairs are those of A.
 
     With basis="none" each probe goes its own way by Lanczos' recurrence, in three vectors, and copies of
-    converged eigenvalues are merged (`algorithms/recurrence.py`). Each probe's nodes and weights are then those
+    converged eigenvalues are merged (`algorithms/lanczos.py`). Each probe's nodes and weights are then those
     of its own exact quadrature up to what the copies cost: after m steps it is as accurate as a reorthogonalised
     one of m less the number of copies. Nothing is locked, so outliers should be deflated; nodes closer than
     100 ε‖A‖ are one.
@@ -178,7 +171,7 @@ def _without_basis(
     progress: Progress | None,
 ) -> tuple[list[_Group], int]:
     """What new probes find by the recurrence alone, each a group of one, and the products they take."""
-    run = Products(operator, num_probes * num_steps, progress)
+    run = Probes(operator, num_probes * num_steps, progress)
     found = quadratures(run, known, num_probes, num_steps, generator)
     return [_Group(NO_ENDS, nodes, weights[None]) for nodes, weights in found], run.done
 
@@ -245,6 +238,7 @@ def _folds(krylov: Krylov, start: Tensor, locked: Ends, num_steps: int) -> list[
             others[mine] = False
             space = _krylov_space(matrix, start[:, others], num_steps)
             ends, vectors = _converged(krylov, matrix, space, space.shape[1], start[:, mine])
+        # The rest of the coordinates is the complement of what is locked, where the fold's own quadrature lives.
         rest = torch.linalg.qr(vectors, mode="complete")[0][:, vectors.shape[1] :]
         nodes, turn = torch.linalg.eigh(rest.T @ matrix @ rest)
         shares = (start[:, mine].T @ rest @ turn).square().clamp_min(torch.finfo(torch.float64).tiny)
@@ -289,6 +283,7 @@ def _converged(
         usual = 1 - LEAKED ** (2 / max(1, dimensions - 1))
         good &= (vectors.T @ (foreign / foreign.norm(dim=0))).square().amax(1) <= usual
     good = good.long()
+    # cumprod ends at the first that has not converged: behind it an eigenvalue may still be unseen.
     top = min(int(good.flip(0).cumprod(0).sum()), limit)
     bottom = min(int(good.cumprod(0).sum()), limit - top, len(values) - top)
     pairs = torch.stack([values, residual_norms])
@@ -332,6 +327,7 @@ def _assemble(known: Tensor, groups: list[_Group], size: int) -> tuple[Tensor, T
     first, num_probes = 0, int(counts.sum())
     for group in groups:
         count = len(group.shares)
+        # Values that only some groups lock stay theirs: they are known, but not to all probes.
         own = torch.cat([end[0, len(both) :] for end, both in zip(group.locked, agreed, strict=True)])
         left = max(0.0, 1 - (len(exact) + len(own)) / size)
         shares = torch.cat(
@@ -386,12 +382,13 @@ def _known_rows(operator: InUnits, deflate: Eigenpairs | None, seed: int) -> tup
 def _refuse_others(operator: InUnits, deflate: Eigenpairs, seed: int) -> None:
     """A sum of the vectors with random signs, multiplied once, is off by no more than the sum of their residuals."""
     vectors, count = deflate.vectors, deflate.vectors.shape[1]
-    run = Products(operator, 1, None)
+    run = Probes(operator, 1, None)
     signs = (torch.randint(0, 2, (count, 1), generator=stream(seed, "deflation")) * 2 - 1).to(vectors)
     image = run(vectors @ signs)
     unit = 2.0**operator.exponent
     values = (deflate.values.double() / unit).to(image)
     gap = float((image - vectors.to(image) @ (values[:, None] * signs.to(image))).double().norm())
+    # Rounding is relative to what is multiplied: ‖A‖ as far as seen, times the length √count of the sum.
     norm = max(float(image.double().norm()), float(values.abs().max()), count**0.5 * _norm(deflate) / unit)
     allowed = float(deflate.residual_norms.sum()) / unit + torch.finfo(operator.dtype).eps ** 0.5 * norm
     if not gap <= allowed:

@@ -14,21 +14,25 @@ touched.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deepspectra.errors import DataError, NonFiniteError, OptionError, ShapeError
-from deepspectra.operators.base import Matrix, Operator
+from deepspectra.algorithms.long_vectors import (
+    COLUMNS_PER_CHUNK,
+    gaussian_rows,
+    norms_of,
+    orthonormal_rows,
+    small,
+    unit_of,
+)
+from deepspectra.errors import NonFiniteError
+from deepspectra.operators.base import Operator
 from deepspectra.results import Eigenpairs
 
 ROUNDING = 100  # in units of ε‖A‖: a remainder below this is taken for rounding
-COLUMNS_PER_CHUNK = 2**16  # of the basis, when it is rotated in place
-STRETCH = 1024  # numbers whose norm is taken in the basis' own type,
-SAFE_SQUARES = (1e-14, 1e14)  # if the largest of them lies between these
 
 
 class Ritz(NamedTuple):
@@ -87,7 +91,7 @@ class Krylov:
         krylov.rows[: krylov.num_basis] = pairs.vectors.T
         krylov.projected = torch.diag(pairs.values.cpu().double())
         krylov.tracked = torch.zeros(krylov.num_basis, 0, dtype=torch.float64)
-        krylov._unit = _unit(float(pairs.values.abs().max()))
+        krylov._unit = unit_of(float(pairs.values.abs().max()))
         krylov._lost = torch.diag((pairs.residual_norms.cpu().double() / krylov._unit).square())
         return krylov
 
@@ -123,7 +127,8 @@ class Krylov:
         Returns their coordinates (num_basis + num_pending, k) in the rows in use, and may remember them.
         """
         block = vectors.to(self.rows, copy=True)
-        norms = _norms(block)
+        # In units of the largest norm, whose square might overflow: ‖·‖_F of the block is the yardstick of rounding.
+        norms = norms_of(block)
         largest = max(norms.tolist(), default=0.0) or 1.0
         within, beyond, _ = self._absorb(block, largest * float((norms / largest).norm()))
         rows = torch.zeros(beyond.shape[0], self.num_basis, dtype=torch.float64)
@@ -156,14 +161,14 @@ class Krylov:
         block = self.rows[first : first + count].T.contiguous()
         products = (self.operator @ block).detach().T.to(self.rows, copy=True)
         self.num_products += count
-        largest = float(_norms(products).max())
+        largest = float(norms_of(products).max())
         if not largest < float("inf"):
             raise NonFiniteError(
                 f"product {self.num_products} with {self.operator.name} is NaN or infinite. "
                 "Check the weights and the data, or use a wider dtype."
             )
         if not self._scale:
-            self._unit = _unit(largest)
+            self._unit = unit_of(largest)
         self._scale = max(self._scale, largest)
         within, beyond, dropped = self._absorb(products, self._scale)
         left = torch.cat([self.projected, torch.zeros(beyond.shape[0], self.num_basis, dtype=torch.float64)])
@@ -171,13 +176,14 @@ class Krylov:
         self.tracked = _grown(self.tracked, beyond.shape[0])
         self.num_basis += count
         self.num_pending -= count
+        # Only the Gram matrix of what is dropped is kept: products with what was dropped before are not known.
         gram = (dropped / self._unit).T @ (dropped / self._unit)
         self._lost = torch.nn.functional.pad(self._lost, (0, count, 0, count))
         self._lost[-count:, -count:] = gram
 
     def _absorb(self, block: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """Split rows (k, P) as withinᵀ·(rows in use) + beyondᵀ·(new pending rows) + droppedᵀ·(rounding)."""
-        unit = _unit(scale)
+        unit = unit_of(scale)
         if unit != 1:
             block *= unit**-0.5  # in two steps, for the whole of it may be more than float32 has
             block *= unit**-0.5
@@ -185,7 +191,7 @@ class Krylov:
         used = self.rows[: self.num_rows]
         within = used @ block.T
         block.addmm_(within.T, used, alpha=-1)
-        new, beyond = _orthonormal_rows(block)
+        new, beyond = orthonormal_rows(block)
         # Directions at the level of rounding are none: an invariant subspace ends here. No more than fit R^P.
         keep = beyond.norm(dim=1) > ROUNDING * torch.finfo(block.dtype).eps * scale
         keep[self.operator.shape[0] - self.num_rows :] = False
@@ -193,10 +199,10 @@ class Krylov:
         # Twice is enough, and the second pass acts on unit rows, so that small remainders are orthogonal too.
         again = used @ new.T
         new.addmm_(again.T, used, alpha=-1)
-        new, turn = _orthonormal_rows(new)
+        new, turn = orthonormal_rows(new)
         self.rows[self.num_rows : self.num_rows + len(new)] = new
         self.num_pending += len(new)
-        return unit * (_small(within) + _small(again) @ beyond), unit * (turn @ beyond), unit * dropped
+        return unit * (small(within) + small(again) @ beyond), unit * (turn @ beyond), unit * dropped
 
     def ritz(self) -> Ritz:
         """Ritz values, coefficients and residuals: ‖A y − θ y‖² = ‖(H_top − θ)s‖² + ‖H_bottom s‖²."""
@@ -231,7 +237,9 @@ class Krylov:
         t = torch.eye(len(bottom), dtype=torch.float64) if pending is None else pending
         kept = self.rows[self.num_fixed : self.num_rows]
         small, small_pending = s.T.to(self.rows), t.T.to(self.rows)
-        for columns in torch.split(kept, COLUMNS_PER_CHUNK, dim=1):
+        for columns in torch.split(
+            kept, COLUMNS_PER_CHUNK, dim=1
+        ):  # in place: no second basis fits the memory
             turned = columns[m:].clone() if pending is None else small_pending @ columns[m:]
             columns[:k] = small @ columns[:m]
             columns[k : k + len(turned)] = turned
@@ -269,64 +277,6 @@ def _grown(coordinates: Tensor, count: int) -> Tensor:
     return torch.nn.functional.pad(coordinates, (0, 0, 0, count))
 
 
-def _orthonormal_rows(block: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal rows (k, P) and coefficients (k, k), by falling norm, with block = coefficientsᵀ · rows."""
-    if len(block) == 0:
-        return block, torch.zeros(0, 0, dtype=torch.float64)
-    if len(block) == 1:
-        norm = _norms(block)[0]
-        return block / norm.clamp_min(torch.finfo(block.dtype).tiny).to(block), _small(norm.reshape(1, 1))
-    if block.dtype == torch.float32:  # float64 resolves what its rounding leaves: products, no QR
-        sizes, u = singular(inner_products(block, block))
-        return (u / sizes.clamp_min(torch.finfo(block.dtype).tiny)).T.to(block) @ block, sizes[:, None] * u.T
-    q, r = torch.linalg.qr(block.T)
-    u, sizes, vh = torch.linalg.svd(_small(r), full_matrices=False)
-    return (q @ u.to(q)).T, sizes[:, None] * vh
-
-
-def singular(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values, falling, and right singular vectors of columns with this Gram matrix (k, k)."""
-    squares, vectors = torch.linalg.eigh(gram)
-    return squares.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
-
-
-def inner_products(rows: Tensor, others: Tensor) -> Tensor:
-    """Inner products (k, l) of rows (k, P) and (l, P), multiplied and summed in float64, on the CPU."""
-    total = torch.zeros(len(rows), len(others), dtype=torch.float64, device=rows.device)
-    pieces = (torch.split(matrix, COLUMNS_PER_CHUNK, dim=1) for matrix in (rows, others))
-    for left, right in zip(*pieces, strict=True):
-        total += left.double() @ right.double().T
-    return total.cpu()
-
-
-def _norms(rows: Tensor) -> Tensor:
-    """Norms (k,) of rows (k, P) in float64: of stretches in the rows' own type, then of those, which is faster."""
-    low, high = SAFE_SQUARES
-    low_high = rows.aminmax() if rows.numel() else (0.0, 0.0)
-    largest = max(-float(low_high[0]), float(low_high[1]))
-    if not low < largest < high:
-        unit = _unit(largest)
-        wide: Tensor = torch.linalg.vector_norm(rows.double() / unit, dim=1) * unit
-        return wide
-    count = rows.shape[1] // STRETCH
-    stretches = rows[:, : count * STRETCH].reshape(len(rows), count, STRETCH)
-    rest = rows[:, count * STRETCH :]
-    norms: Tensor = torch.cat([stretches.norm(dim=2), rest.norm(dim=1, keepdim=True)], 1).double().norm(dim=1)
-    return norms
-
-
-def _unit(size: float) -> float:
-    """A power of four near a size whose square, or product with ε, could under- or overflow; 1 for others."""
-    low, high = SAFE_SQUARES
-    if low < size < high or not 0 < size < float("inf"):
-        return 1.0
-    return 4.0 ** round(math.log(size, 4))
-
-
-def _small(matrix: Tensor) -> Tensor:
-    return matrix.to(dtype=torch.float64, device="cpu")
-
-
 def basis_dtype(operator: Operator) -> torch.dtype:
     """The operator's own type, or float32 if that is shorter: a basis in half precision is not orthogonal."""
     return torch.promote_types(operator.dtype, torch.float32)
@@ -335,57 +285,3 @@ def basis_dtype(operator: Operator) -> torch.dtype:
 def basis_capacity(operator: Operator) -> int:
     """Vectors of length P that fit the operator's memory budget."""
     return int(operator.memory // (operator.shape[0] * torch.finfo(basis_dtype(operator)).bits // 8))
-
-
-def seeded(seed: int) -> torch.Generator:
-    """A generator on the CPU, so that every device gets the same numbers.
-
-    Raises:
-        OptionError: not an integer of 64 bits.
-    """
-    check_count("seed", seed, -(2**63), 2**63 - 1)
-    return torch.Generator().manual_seed(seed)
-
-
-def gaussian_rows(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Standard normal rows (count, P), float64 on the CPU, so that every device gets the same ones."""
-    return torch.randn(count, size, generator=generator, dtype=torch.float64)
-
-
-def as_operator(A: Operator | Tensor) -> Operator:
-    """`A` itself, or a symmetric matrix (P, P) as an operator.
-
-    Raises:
-        ShapeError: neither an operator nor a square matrix, or of size 0.
-        DataError: the matrix is complex or not symmetric.
-        NonFiniteError: it has NaN or infinite entries.
-    """
-    if isinstance(A, Operator):
-        return A
-    if not isinstance(A, Tensor):
-        raise ShapeError(f"A must be an Operator or a symmetric (P, P) tensor, got {type(A).__name__}.")
-    if A.ndim != 2 or A.shape[0] != A.shape[1] or A.shape[0] == 0:
-        raise ShapeError(f"A must be a square matrix (P, P) with P ≥ 1, got {tuple(A.shape)}.")
-    if A.is_complex():
-        raise DataError(f"A must be real, got {A.dtype}.")
-    matrix = A.detach() if A.is_floating_point() else A.to(torch.float64)
-    if not bool(torch.isfinite(matrix).all()):
-        raise NonFiniteError("A has NaN or infinite entries.")
-    asymmetry = float((matrix - matrix.T).abs().max())
-    if asymmetry > torch.finfo(matrix.dtype).eps ** 0.5 * float(matrix.abs().max()):
-        raise DataError(
-            f"A must be symmetric, but |A − Aᵀ| reaches {asymmetry:.2g}. Pass (A + A.T) / 2 if that is meant."
-        )
-    return Matrix(matrix)
-
-
-def check_count(name: str, value: object, smallest: int = 1, largest: int | None = None) -> None:
-    """Raise OptionError unless `value` is an integer of [smallest, largest]."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int)
-        or value < smallest
-        or (largest or value) < value
-    ):
-        limit = f"at least {smallest}" + ("" if largest is None else f" and at most {largest:,}")
-        raise OptionError(f"{name} must be an integer, {limit}; got {value!r}.")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.krylov import ROUNDING, basis_capacity
-from deepspectra.algorithms.probes import BLOCK, Products
+from deepspectra.algorithms.probes import BLOCK, Probes
 from deepspectra.errors import MemoryBudgetError
 
 VECTORS = 3  # of length P a probe: the last two and the product
@@ -25,7 +25,7 @@ ROWS_PER_CHUNK = 2**16  # of columns whose inner products are taken
 
 
 def quadratures(
-    run: Products, known: Tensor, num_probes: int, num_steps: int, generator: torch.Generator
+    run: Probes, known: Tensor, num_probes: int, num_steps: int, generator: torch.Generator
 ) -> list[tuple[Tensor, Tensor]]:
     """Nodes (m,) and weights (m,) of each Gaussian probe, on the complement of orthonormal rows (k, P)."""
     room = basis_capacity(run.operator)
@@ -45,7 +45,7 @@ def quadratures(
 
 
 def _tridiagonals(
-    run: Products, known: Tensor, num_probes: int, num_steps: int, generator: torch.Generator
+    run: Probes, known: Tensor, num_probes: int, num_steps: int, generator: torch.Generator
 ) -> list[tuple[list[float], list[float]]]:
     """α and β of Lanczos' recurrence from each of the probes, in lockstep."""
     found: list[tuple[list[float], list[float]]] = [([], []) for _ in range(num_probes)]

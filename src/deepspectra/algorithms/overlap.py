@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import inner_products, singular
+from deepspectra.algorithms.long_vectors import inner_products, singular
 from deepspectra.errors import DataError, ShapeError
 
 

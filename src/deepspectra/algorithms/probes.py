@@ -1,4 +1,4 @@
-"""Blocks of columns of length P: random ones, the identity's, and their products, scaled, checked and counted."""
+"""Columns that ask an operator: random ones and the identity's, and their products, scaled, checked and counted."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import basis_dtype, gaussian_rows, seeded
+from deepspectra.algorithms.krylov import basis_dtype
+from deepspectra.algorithms.long_vectors import gaussian_rows
+from deepspectra.arguments import check_seed
 from deepspectra.errors import NonFiniteError
 from deepspectra.operators.base import Operator
 
 Progress = Callable[[int, int | None], object]
 
 BLOCK = 16  # vectors multiplied at once
-SAFE = {
-    torch.float32: 2.0**40,
-    torch.float64: 2.0**200,
-}  # products of such sizes, or their inverses, are squared
+# Products of such sizes, or their inverses, can be squared and summed.
+SAFE = {torch.float32: 2.0**40, torch.float64: 2.0**200}
 
 
 def stream(seed: int, purpose: str) -> torch.Generator:
@@ -28,7 +28,7 @@ def stream(seed: int, purpose: str) -> torch.Generator:
     Raises:
         OptionError: the seed is not an integer of 64 bits.
     """
-    seeded(seed)
+    check_seed(seed)
     digest = hashlib.blake2b(f"{purpose} {seed}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
 
@@ -37,7 +37,9 @@ class InUnits(Operator):
     """2^−e A, with e such that its products can be squared; 0 where those of A can, and for short types.
 
     The first product decides. One that overflows, or loses digits to underflow, is taken again of a vector that is
-    a power of two shorter or longer, as are all that follow. Powers of two change no digit.
+    a power of two shorter or longer, as are all that follow. Powers of two change no digit. Operators that refuse to
+    overflow are not asked again: those of a problem raise NonFiniteError themselves, and that passes through.
+    A product that is not finite in any units is given as it is; `Probes` refuses it.
 
     Attributes:
         exponent: e.
@@ -78,16 +80,24 @@ class InUnits(Operator):
         self.exponent = scale - self._shift
         return product * 2.0**-scale
 
-    def back(self, value: float) -> float:
-        """A number of 2^−e A as that of A; ∞ beyond what a float holds."""
-        try:
-            return math.ldexp(value, self.exponent)
-        except OverflowError:
-            return math.copysign(math.inf, value)
+    def back(self, value: Tensor) -> Tensor:
+        """What is linear in 2^−e A, as it is of A; ∞ beyond what its type holds."""
+        half = self.exponent // 2  # 2^e alone may be more than a float holds
+        return value * 2.0**half * 2.0 ** (self.exponent - half)
 
 
-class Products:
-    """Products in blocks, scaled, checked and counted."""
+class Probes:
+    """The columns that one run asks an operator with, and their products.
+
+    Products are taken in blocks, in units in which they can be squared, and refused where they are not finite.
+
+    Attributes:
+        operator: the operator in those units.
+        expected: products that the run will take, for `progress`.
+        done: products so far; `spent`, with those taken again.
+        size: P.
+        like: an empty tensor of the dtype and device of columns.
+    """
 
     def __init__(self, operator: Operator, expected: int, progress: Progress | None) -> None:
         self.operator = operator if isinstance(operator, InUnits) else InUnits(operator)
@@ -130,11 +140,11 @@ class Products:
         return self.gaussian(count, generator).signbit().to(self.like) * 2 - 1
 
     def samples(
-        self, draw: Callable[[int, torch.Generator], Tensor], generator: torch.Generator
+        self, draw: Callable[[Probes, int, torch.Generator], Tensor], generator: torch.Generator
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Blocks of independent random columns with their products."""
+        """Blocks of independent random columns, `gaussian` or `signs`, with their products."""
         for first in range(0, self.expected, BLOCK):
-            columns = draw(min(BLOCK, self.expected - first), generator)
+            columns = draw(self, min(BLOCK, self.expected - first), generator)
             yield columns, self(columns)
 
     def identity(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import explore
-from deepspectra.algorithms.krylov import Krylov, basis_capacity, seeded
+from deepspectra.algorithms.krylov import Krylov, basis_capacity
 from deepspectra.analysis.gram_spectrum import MARGIN
 from deepspectra.analysis.knockouts import (
     NEWEST,
@@ -20,6 +20,7 @@ from deepspectra.analysis.knockouts import (
     Progress,
     knockouts,
 )
+from deepspectra.arguments import seeded
 from deepspectra.errors import MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.parts import Decomposition, Means

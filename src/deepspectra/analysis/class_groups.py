@@ -9,7 +9,7 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import check_count
+from deepspectra.arguments import check_count
 from deepspectra.errors import FallbackWarning
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.gradients import labelled_loss

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import check_count, seeded
+from deepspectra.arguments import check_count, seeded
 from deepspectra.problem.problem import Problem
 from deepspectra.problem.samples import drawn_problem
 from deepspectra.results import Provenance

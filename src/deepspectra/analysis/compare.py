@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
-from deepspectra.algorithms.krylov import check_count
 from deepspectra.algorithms.overlap import overlap_curve
 from deepspectra.analysis.layer_blocks import RTOL, Blocks, top_pairs
+from deepspectra.arguments import check_count
 from deepspectra.errors import MissingNameError, ShapeError
 from deepspectra.kfac.exact import ExactBlock
 from deepspectra.kfac.operators import Block, Rotated

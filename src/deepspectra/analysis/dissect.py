@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import check_count
 from deepspectra.algorithms.overlap import overlap
 from deepspectra.analysis.dissect_whole import Stack, WholeDissection
 from deepspectra.analysis.layer_blocks import Blocks, top_pairs
+from deepspectra.arguments import check_count
 from deepspectra.kfac.exact import ExactBlock
 from deepspectra.kfac.operators import KroneckerSum
 from deepspectra.problem.problem import Problem

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.density import density
-from deepspectra.algorithms.krylov import seeded
 from deepspectra.algorithms.probes import Progress
+from deepspectra.arguments import seeded
 from deepspectra.operators.base import Operator
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Density, Eigenpairs, Provenance
+from deepspectra.quadrature import Density
+from deepspectra.results import Eigenpairs, Provenance
 from deepspectra.rows.captures import Captures, Complement
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.uses import Convolution, Lookup, Matrix, Use

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import seeded
+from deepspectra.arguments import seeded
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Density, Eigenpairs, Provenance
+from deepspectra.quadrature import Density
+from deepspectra.results import Eigenpairs, Provenance
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.held import HeldRows
 from deepspectra.rows.layers import error_averages

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
-from deepspectra.algorithms.krylov import seeded
-from deepspectra.algorithms.trace import trace
+from deepspectra.algorithms.estimates import trace
 from deepspectra.analysis.gram_spectrum import GramSpectrum
+from deepspectra.arguments import seeded
 from deepspectra.operators.curvature import Hessian, HessianBlock, Residual
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Density
+from deepspectra.quadrature import Density
 from deepspectra.rows.captures import parameters_of
 
 CHECKS = 2  # random vectors by which R's blocks are seen to be zero or not

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import check_count
 from deepspectra.analysis.collapse import Collapse, collapse_of
 from deepspectra.analysis.gram_spectrum import GramSpectrum, spectrum_of
 from deepspectra.analysis.khatri_rao import KhatriRao, centred_spectrum, khatri_rao
 from deepspectra.analysis.kronecker_quality import KroneckerQuality, kronecker_quality
 from deepspectra.analysis.layer_blocks import SMALL
 from deepspectra.analysis.layer_hessians import LayerHessian, layer_hessians
+from deepspectra.arguments import check_count
 from deepspectra.errors import CurvatureError, FallbackWarning, MemoryBudgetError, MissingNameError
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem.problem import Problem

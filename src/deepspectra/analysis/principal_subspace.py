@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import unchallenged
-from deepspectra.algorithms.krylov import check_count, seeded
 from deepspectra.analysis.class_means import check_means
+from deepspectra.arguments import check_count, seeded
+from deepspectra.confidence import standard_error
 from deepspectra.errors import OptionError
 from deepspectra.operators.curvature import Hessian
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Provenance, standard_error
+from deepspectra.results import Provenance
 from deepspectra.rows.gradients import class_sums
 from deepspectra.rows.projections import collinear
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import check_count, seeded
 from deepspectra.analysis.gram_spectrum import gradient_spectrum
+from deepspectra.arguments import check_count, seeded
 from deepspectra.derivatives.products import products_of
 from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError, OptionWarning
 from deepspectra.operators.curvature import Hessian

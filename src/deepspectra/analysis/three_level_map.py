@@ -9,7 +9,7 @@ import torch
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import inner_products
+from deepspectra.algorithms.long_vectors import inner_products
 from deepspectra.analysis.class_means import ClassMeans
 from deepspectra.errors import OptionError
 from deepspectra.results import Provenance

@@ -14,11 +14,11 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import inner_products
+from deepspectra.algorithms.long_vectors import inner_products
 from deepspectra.derivatives.products import products_of
 from deepspectra.jobs.pages import measured, problem_attributes, provenance
 from deepspectra.jobs.stages import LETTERS, Findings
-from deepspectra.results import Curve, Density
+from deepspectra.quadrature import Curve, Density
 
 OPERATORS = ("hessian", "gauss_newton", "residual")
 SIDES = (-1, 1)

@@ -12,8 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deepspectra.algorithms.eigenpairs import check_rtol
-from deepspectra.algorithms.krylov import check_count
+from deepspectra.arguments import check_count, check_rtol
 from deepspectra.errors import FileError, OptionError
 from deepspectra.jobs import stages
 from deepspectra.jobs.analysis_dataset import build

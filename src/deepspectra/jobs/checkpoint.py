@@ -17,7 +17,8 @@ from deepspectra.analysis.gram_spectrum import GramSpectrum
 from deepspectra.analysis.knockouts import Knockout
 from deepspectra.errors import FileError, first_line
 from deepspectra.problem.batches import map_tensors
-from deepspectra.results import Cost, Density, Eigenpairs, Provenance, Separation
+from deepspectra.quadrature import Density
+from deepspectra.results import Cost, Eigenpairs, Provenance, Separation
 from deepspectra.rows.averages import Averages
 
 RESULTS: list[Any] = [

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import explore
-from deepspectra.algorithms.krylov import Krylov, basis_capacity, inner_products, seeded
+from deepspectra.algorithms.krylov import Krylov, basis_capacity
+from deepspectra.algorithms.long_vectors import inner_products
 from deepspectra.algorithms.overlap import overlap
 from deepspectra.analysis.attribute import (
     ROWS_BYTES,
@@ -35,6 +36,8 @@ from deepspectra.analysis.gram_spectrum import (
 from deepspectra.analysis.knockouts import Counter
 from deepspectra.analysis.principal_subspace import subspace_of
 from deepspectra.analysis.three_level_map import drawable, place
+from deepspectra.arguments import seeded
+from deepspectra.confidence import standard_error
 from deepspectra.derivatives.products import Products, products_of
 from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetError
 from deepspectra.jobs.checkpoint import Kept, Label
@@ -44,7 +47,8 @@ from deepspectra.operators.base import Operator
 from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Density, Eigenpairs, Provenance, standard_error, versions
+from deepspectra.quadrature import Density
+from deepspectra.results import Eigenpairs, Provenance, versions
 from deepspectra.rows.held import HeldRows
 from deepspectra.rows.projections import num_groups
 

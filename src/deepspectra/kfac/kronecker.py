@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from deepspectra.arguments import check_seed
 from deepspectra.errors import CurvatureError, LossError, MemoryBudgetError, OptionError
 from deepspectra.kfac.blocks import Place, places
 from deepspectra.kfac.exact import ExactBlock
@@ -188,8 +189,7 @@ def kronecker(
     than labels drawn by the model's probabilities, as published for KFAC.
     """
     check_problem(problem)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise OptionError(f"seed={seed!r}: a non-negative integer of 63 bits.")
+    check_seed(seed)
     if samples is not None:
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
             raise OptionError(f"samples={samples!r}: an integer, at least 1, or 0 for every scalar.")

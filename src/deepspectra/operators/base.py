@@ -10,14 +10,14 @@ import functools
 import math
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deepspectra.errors import MemoryBudgetError, OptionError, ShapeError
+from deepspectra.arguments import check_count
+from deepspectra.errors import DataError, MemoryBudgetError, NonFiniteError, OptionError, ShapeError
 
 DEFAULT_MEMORY = 4 * 2**30  # bytes an algorithm may hold in basis vectors, unless the operator says otherwise
 LARGEST_DENSE = 20_000  # rows of the largest matrix `dense` will form
@@ -53,21 +53,6 @@ class Operator(ABC):
     @abstractmethod
     def _apply(self, block: Tensor) -> Tensor:
         """Multiply a block (P, K) of this operator's dtype and device."""
-
-    def start_block(self, kind: str) -> Tensor:
-        """Starting vectors (P, K) that this operator knows to be good, by name; most know none."""
-        raise OptionError(
-            f"start={kind!r}: {self.name} has no class structure to start from. "
-            "Pass start=None or a (P, K) tensor, or use an operator made from a Problem."
-        )
-
-    def sample_size(self, error: float) -> int:
-        """Examples that `sampled` needs for eigenvectors to about this error; 0: not known, or too many to pay."""
-        return 0
-
-    def sampled(self, generator: torch.Generator, num_samples: int | None = None) -> Operator:
-        """The same operator on a few examples, whose eigenvectors are nearly its own; most know none."""
-        raise OptionError(f"start='sampled': {self.name} is not made of examples. Pass start=None.")
 
     def __matmul__(self, other: Tensor) -> Tensor:
         """Product with a vector (P,) or a block (P, K), of the same shape."""
@@ -271,16 +256,11 @@ class Identity(Operator):
     def __init__(
         self, size: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise OptionError(f"size must be an integer, at least 1; got {size!r}.")
+        check_count("size", size)
         super().__init__(size, dtype=dtype, device=device, name="I")
 
     def _apply(self, block: Tensor) -> Tensor:
         return block.clone()
-
-    def sampled(self, generator: torch.Generator, num_samples: int | None = None) -> Operator:
-        """Itself: it has no examples."""
-        return self
 
 
 class Sum(Operator):
@@ -303,7 +283,6 @@ class Sum(Operator):
         others = [term for _, term in flat if not isinstance(term, Identity)] or [first]
         dtype = functools.reduce(torch.promote_types, (term.dtype for term in others))
         super().__init__(first.shape[0], dtype=dtype, device=others[0].device, name=name)
-        self.first = others[0]
         unit = Identity(first.shape[0], dtype=dtype, device=self.device)
         self.terms = [(scale, unit if isinstance(term, Identity) else term) for scale, term in flat]
         self.memory = min(term.memory for term in others)
@@ -313,14 +292,6 @@ class Sum(Operator):
         for scale, operator in self.terms:
             total.add_((operator @ block).to(block), alpha=scale)
         return total
-
-    def start_block(self, kind: str) -> Tensor:
-        """That of the first term that is not an identity."""
-        return self.first.start_block(kind)
-
-    def sampled(self, generator: torch.Generator, num_samples: int | None = None) -> Operator:
-        """Each term on its own examples."""
-        return Sum([(scale, term.sampled(generator, num_samples)) for scale, term in self.terms])
 
 
 def _signed(scale: float, name: str, first: bool) -> str:
@@ -342,56 +313,28 @@ class Matrix(Operator):
         return self.matrix @ block
 
 
-class LowRank(Operator):
-    """F diag(d) Fᵀ with F (P, r) held in memory; d is 1 unless given."""
+def as_operator(A: Operator | Tensor) -> Operator:
+    """`A` itself, or a symmetric matrix (P, P) as an operator.
 
-    def __init__(self, factor: Tensor, diagonal: Tensor | None = None, name: str = "low rank") -> None:
-        super().__init__(factor.shape[0], dtype=factor.dtype, device=factor.device, name=name)
-        self.factor = factor
-        self.diagonal = diagonal
-
-    def _apply(self, block: Tensor) -> Tensor:
-        inner = self.factor.T @ block
-        if self.diagonal is not None:
-            inner = self.diagonal.to(inner)[:, None] * inner
-        return self.factor @ inner
-
-
-class Projected(Operator):
-    """(I − QQᵀ) A (I − QQᵀ): A with the span of the orthonormal columns of Q (P, r) projected out."""
-
-    def __init__(self, operator: Operator, basis: Tensor, name: str | None = None) -> None:
-        super().__init__(
-            operator.shape[0],
-            dtype=operator.dtype,
-            device=operator.device,
-            name=name or f"{operator.name}, projected",
+    Raises:
+        ShapeError: neither an operator nor a square matrix, or of size 0.
+        DataError: the matrix is complex or not symmetric.
+        NonFiniteError: it has NaN or infinite entries.
+    """
+    if isinstance(A, Operator):
+        return A
+    if not isinstance(A, Tensor):
+        raise ShapeError(f"A must be an Operator or a symmetric (P, P) tensor, got {type(A).__name__}.")
+    if A.ndim != 2 or A.shape[0] != A.shape[1] or A.shape[0] == 0:
+        raise ShapeError(f"A must be a square matrix (P, P) with P ≥ 1, got {tuple(A.shape)}.")
+    if A.is_complex():
+        raise DataError(f"A must be real, got {A.dtype}.")
+    matrix = A.detach() if A.is_floating_point() else A.to(torch.float64)
+    if not bool(torch.isfinite(matrix).all()):
+        raise NonFiniteError("A has NaN or infinite entries.")
+    asymmetry = float((matrix - matrix.T).abs().max())
+    if asymmetry > torch.finfo(matrix.dtype).eps ** 0.5 * float(matrix.abs().max()):
+        raise DataError(
+            f"A must be symmetric, but |A − Aᵀ| reaches {asymmetry:.2g}. Pass (A + A.T) / 2 if that is meant."
         )
-        self.operator = operator
-        self.basis = basis
-        self.memory = operator.memory
-
-    def _apply(self, block: Tensor) -> Tensor:
-        return self._outside(self.operator @ self._outside(block))
-
-    def _outside(self, block: Tensor) -> Tensor:
-        return block - self.basis @ (self.basis.T @ block)
-
-
-class Function(Operator):
-    """An operator given by a function on blocks (P, K), for experiments and tests."""
-
-    def __init__(
-        self,
-        apply: Callable[[Tensor], Tensor],
-        size: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        name: str = "function",
-    ) -> None:
-        super().__init__(size, dtype=dtype, device=device, name=name)
-        self.function = apply
-
-    def _apply(self, block: Tensor) -> Tensor:
-        return self.function(block)
+    return Matrix(matrix)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import MissingNameError, OptionError, OptionWarning
-from deepspectra.operators.base import LowRank, Operator, Projected, Sum
+from deepspectra.operators.base import Operator, Sum
 from deepspectra.operators.curvature import Curvature
 from deepspectra.problem.cross_entropy import CrossEntropy, DrawnCrossEntropy
 from deepspectra.problem.problem import Problem
@@ -220,10 +220,6 @@ class Part(_Averaged):
         rows, projections = self.decomposition.rows, self.decomposition.projections
         return rows.transpose(projections.project(self.part, rows.apply(block)))
 
-    def low_rank(self) -> LowRank:
-        """The part as an explicit F Fᵀ; for class, logit and true."""
-        return LowRank(self.decomposition.factor(self.part), name=self.name)
-
 
 class Means(_Averaged):
     """The sum of all parts that means make, G − within: Aᵀ(I − Π_within)A.
@@ -337,9 +333,8 @@ def decompose(
 
 
 def _problems_of(operator: Operator) -> Iterator[Problem]:
-    """The problems that an operator, or a sum of several, is made of; none of a matrix or a function."""
+    """The problems that an operator, or a sum of several, is made of; none of a matrix."""
     inner = [term for _, term in operator.terms] if isinstance(operator, Sum) else []
-    inner += [operator.operator] if isinstance(operator, Projected) else []
     for term in inner:
         yield from _problems_of(term)
     problem = getattr(operator, "problem", None)

@@ -1,0 +1,79 @@
+"""A few vectors of length P as rows: random ones, and norms, inner products and bases that float32 sums would spoil.
+
+What they make is small: float64, on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+COLUMNS_PER_CHUNK = 2**16  # of rows, that are copied in float64 or rotated at once
+STRETCH = 1024  # numbers whose norm is taken in their own type,
+SAFE_SQUARES = (1e-14, 1e14)  # if the largest of them lies between these
+
+
+def gaussian_rows(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Standard normal rows (count, P), float64 on the CPU, so that every device gets the same ones."""
+    return torch.randn(count, size, generator=generator, dtype=torch.float64)
+
+
+def orthonormal_rows(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal rows (k, P) and coefficients (k, k), by falling norm, with block = coefficientsᵀ · rows."""
+    if len(block) == 0:
+        return block, torch.zeros(0, 0, dtype=torch.float64)
+    if len(block) == 1:
+        norm = norms_of(block)[0]
+        return block / norm.clamp_min(torch.finfo(block.dtype).tiny).to(block), small(norm.reshape(1, 1))
+    if block.dtype == torch.float32:  # float64 resolves what its rounding leaves: products, no QR
+        sizes, u = singular(inner_products(block, block))
+        return (u / sizes.clamp_min(torch.finfo(block.dtype).tiny)).T.to(block) @ block, sizes[:, None] * u.T
+    q, r = torch.linalg.qr(block.T)
+    u, sizes, vh = torch.linalg.svd(small(r), full_matrices=False)
+    return (q @ u.to(q)).T, sizes[:, None] * vh
+
+
+def singular(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values, falling, and right singular vectors of columns with this Gram matrix (k, k)."""
+    squares, vectors = torch.linalg.eigh(gram)
+    return squares.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
+
+
+def inner_products(rows: Tensor, others: Tensor) -> Tensor:
+    """Inner products (k, l) of rows (k, P) and (l, P), multiplied and summed in float64, on the CPU."""
+    total = torch.zeros(len(rows), len(others), dtype=torch.float64, device=rows.device)
+    pieces = (torch.split(matrix, COLUMNS_PER_CHUNK, dim=1) for matrix in (rows, others))
+    for left, right in zip(*pieces, strict=True):
+        total += left.double() @ right.double().T
+    return total.cpu()
+
+
+def norms_of(rows: Tensor) -> Tensor:
+    """Norms (k,) of rows (k, P) in float64: of stretches in the rows' own type, then of those, which is faster."""
+    low, high = SAFE_SQUARES
+    low_high = rows.aminmax() if rows.numel() else (0.0, 0.0)
+    largest = max(-float(low_high[0]), float(low_high[1]))
+    if not low < largest < high:
+        unit = unit_of(largest)
+        wide: Tensor = torch.linalg.vector_norm(rows.double() / unit, dim=1) * unit
+        return wide
+    count = rows.shape[1] // STRETCH
+    stretches = rows[:, : count * STRETCH].reshape(len(rows), count, STRETCH)
+    rest = rows[:, count * STRETCH :]
+    norms: Tensor = torch.cat([stretches.norm(dim=2), rest.norm(dim=1, keepdim=True)], 1).double().norm(dim=1)
+    return norms
+
+
+def unit_of(size: float) -> float:
+    """A power of four near a size whose square, or product with ε, could under- or overflow; 1 for others."""
+    low, high = SAFE_SQUARES
+    if low < size < high or not 0 < size < float("inf"):
+        return 1.0
+    return 4.0 ** round(math.log(size, 4))
+
+
+def small(matrix: Tensor) -> Tensor:
+    """What is small, where it is computed with: in float64, on the CPU."""
+    return matrix.to(dtype=torch.float64, device="cpu")

@@ -1,0 +1,35 @@
+"""Checks of arguments that many functions take."""
+
+from __future__ import annotations
+
+import torch
+
+from deepspectra.errors import OptionError
+
+
+def check_count(name: str, value: object, smallest: int = 1, largest: int | None = None) -> None:
+    """Raise OptionError unless `value` is an integer of [smallest, largest]."""
+    if not isinstance(value, int) or isinstance(value, bool) or not smallest <= value <= (largest or value):
+        limit = f"at least {smallest}" + ("" if largest is None else f" and at most {largest:,}")
+        raise OptionError(f"{name} must be an integer, {limit}; got {value!r}.")
+
+
+def check_rtol(rtol: float) -> None:
+    """Raise OptionError unless 0 < rtol < 1."""
+    if not 0 < rtol < 1:
+        raise OptionError(f"rtol must lie between 0 and 1; got {rtol!r}.")
+
+
+def check_seed(seed: int) -> None:
+    """Raise OptionError unless `seed` is an integer of 64 bits."""
+    check_count("seed", seed, -(2**63), 2**63 - 1)
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator on the CPU, so that every device gets the same numbers.
+
+    Raises:
+        OptionError: not an integer of 64 bits.
+    """
+    check_seed(seed)
+    return torch.Generator().manual_seed(seed)

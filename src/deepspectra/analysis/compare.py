@@ -165,11 +165,14 @@ def compare(
         if value is not None:
             check_count(name, value, smallest)
     sides = [Blocks(problem) for problem in (first, second)]
-    layers = []
+    layers, others = [], iter(sides[1])
     for name, exact in sides[0]:
         if progress is not None:
             progress(name)
-        pair = (exact, sides[1][name])
+        same, other = next(
+            others, ("", exact)
+        )  # side by side, for each pass over the data serves many layers
+        pair = (exact, other if same == name else sides[1][name])
         if not all(block.trace for block in pair):
             continue
         groups, outputs, _ = exact.place.shape

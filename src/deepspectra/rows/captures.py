@@ -178,14 +178,15 @@ class Captures:
 
     def _brought(self) -> list[Captured]:
         """Captured and shared; nothing if they do not fit."""
-        captured = self.captured()
-        first = next(captured)
-        self._estimate(first)
+        captured, first = self.captured(), []
+        if not self.bytes_by_layer:
+            first = [next(captured)]
+            self._estimate(*first)
         num_bytes = sum(self.bytes_by_layer.values())
         if num_bytes > self.limit:
             return []
         try:
-            batches = [first, *captured]
+            batches = [*first, *captured]
         except IrregularError:
             batches = _again(self.captured)
         held = Held(batches, self.plan, num_bytes)

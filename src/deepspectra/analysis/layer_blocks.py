@@ -45,7 +45,7 @@ class Blocks:
                 if place.weight in used:
                     block = ExactBlock(place, batches, self.factors.dtype)
                     block.memory = self.captures.problem.memory // 4
-                    block.kept = self._spectra.setdefault(name, {})
+                    block.remembered = self._spectra.setdefault(name, {})
                     yield name, block
 
     def __getitem__(self, name: str) -> ExactBlock:
@@ -61,11 +61,11 @@ def dense_spectrum(exact: ExactBlock, num: int) -> tuple[Tensor, Tensor, Tensor]
     if min(size, num_rows) > SMALL:
         return None
     narrow = size <= num_rows
-    if "values" not in exact.kept or exact.kept["vectors"].shape[1] < min(num, size, num_rows):
+    if "values" not in exact.remembered or exact.remembered["vectors"].shape[1] < min(num, size, num_rows):
         values, vectors = torch.linalg.eigh(_moment(exact) if narrow else gram_of([exact.batches]))
         leading = vectors.flip(1)[:, : max(num, REMEMBERED)].clone()
-        exact.kept |= {"values": values.flip(0), "vectors": leading}
-    values, vectors = exact.kept["values"], exact.kept["vectors"]
+        exact.remembered |= {"values": values.flip(0), "vectors": leading}
+    values, vectors = exact.remembered["values"], exact.remembered["vectors"]
     live = values > torch.finfo(exact.dtype).eps * len(values) * values[0]
     num = min(num, int(live.sum()))
     vectors = vectors[:, :num].to(exact.dtype)

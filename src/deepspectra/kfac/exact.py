@@ -32,7 +32,7 @@ class ExactBlock(Operator):
         dtype: of products.
 
     Attributes:
-        kept: what is remembered of the block from one question to the next.
+        remembered: what is known of the block from one question to the next.
 
     Cost: of a product, two products of the features with a matrix of the weight's shape.
     """
@@ -42,7 +42,7 @@ class ExactBlock(Operator):
         device = batches[0][0].errors.device
         super().__init__(groups * outputs * inputs, dtype=dtype, device=device, name=f"G of {place.name}")
         self.place = place
-        self.kept: dict[str, Tensor] = {}
+        self.remembered: dict[str, Tensor] = {}
         self.batches = [
             [widened(use) for use in batch if use.slice in (place.weight, place.bias)] for batch in batches
         ]

@@ -93,7 +93,7 @@ class Kronecker(Operator):
         Raises:
             MemoryBudgetError: "cfac" with a block of more than 4,096 rows.
 
-        Cost: eigenvalues of each factor, kept.
+        Cost: eigenvalues of each factor, once.
         """
         found = [block.eigenvalues() for block in self.blocks.values()]
         rest = torch.full((self._num_beyond,), self.beyond, dtype=torch.float64, device=self.device)

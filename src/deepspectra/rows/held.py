@@ -179,15 +179,17 @@ def refuse_beyond_memory(num_rows: int, problem: Problem) -> None:
 def gram_of(layers: Iterable[list[list[Use]]]) -> Tensor:
     """Inner products (R, R) of gradients to the parameters of some layers, each of one list of uses a batch."""
     total = torch.zeros(0)
-    for held in layers:
-        sizes = [uses[0].num_examples * uses[0].errors.shape[1] for uses in held]
+    for batches in layers:
+        sizes = [uses[0].num_examples * uses[0].errors.shape[1] for uses in batches]
         if not len(total):
-            total = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64, device=held[0][0].errors.device)
-        _add_lower(total, held, sizes)
+            total = torch.zeros(
+                sum(sizes), sum(sizes), dtype=torch.float64, device=batches[0][0].errors.device
+            )
+        _add_lower(total, batches, sizes)
     return total.tril_() + total.tril(-1).T
 
 
-def moment_of(held: list[list[Use]], bases: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def moment_of(batches: list[list[Use]], bases: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """AᵀA (P, P) and AᵀB for bases B (R, r), float64, of the gradients A (R, P) to one layer's parameters.
 
     The other side of `gram_of`, for layers of fewer parameters than there are rows; the order of the parameters is
@@ -195,9 +197,9 @@ def moment_of(held: list[list[Use]], bases: Mapping[str, Tensor]) -> tuple[Tenso
 
     Cost: R P² multiplications; a batch's gradients are formed at a time.
     """
-    stretches = _stretches(held)
+    stretches = _stretches(batches)
     moment, sums, start = torch.zeros(()), dict.fromkeys(bases, torch.zeros(())), 0
-    for uses in held:
+    for uses in batches:
         pieces = []
         for stretch in stretches:
             mine = [use.formed(slice(None)) for use in uses if _stretch(use) == stretch]
@@ -214,15 +216,15 @@ def _stretch(use: Use) -> tuple[str, int, tuple[int, ...]]:
     return use.slice.name, use.slice.start, use.slice.shape
 
 
-def _stretches(held: list[list[Use]]) -> dict[tuple[str, int, tuple[int, ...]], None]:
+def _stretches(batches: list[list[Use]]) -> dict[tuple[str, int, tuple[int, ...]], None]:
     """Which stretches of parameters are used, in order."""
-    return dict.fromkeys(_stretch(use) for uses in held for use in uses)
+    return dict.fromkeys(_stretch(use) for uses in batches for use in uses)
 
 
-def _add_lower(total: Tensor, held: list[list[Use]], sizes: list[int]) -> None:
+def _add_lower(total: Tensor, batches: list[list[Use]], sizes: list[int]) -> None:
     """Each stretch of a parameter, to the lower half at least."""
-    for stretch in _stretches(held):
-        mine = [[use for use in uses if _stretch(use) == stretch] for uses in held]
+    for stretch in _stretches(batches):
+        mine = [[use for use in uses if _stretch(use) == stretch] for uses in batches]
         factored = [[use for use in batch if isinstance(use, (Matrix, Lookup))] for batch in mine]
         if [len(batch) for batch in factored] == [len(batch) for batch in mine] and _prefers_inner(factored):
             _add_inner(total, factored, sizes)

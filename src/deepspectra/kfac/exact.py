@@ -79,6 +79,7 @@ class ExactBlock(Operator):
         groups, outputs, inputs = self.place.shape
         scalars = self.batches[0][0].errors.shape[1]
         num = self.num_positions
+        # with g = Σ_t e_t h_tᵀ, tr(S g A gᵀ) = Σ_{t,s} (e_tᵀ S e_s)(h_tᵀ A h_s): multiplications an example
         of_similarities = num * (inputs**2 + scalars * outputs**2 + num * (inputs + scalars * outputs))
         of_gradients = scalars * outputs * inputs * (outputs + inputs + num)
         by_similarities = of_similarities < of_gradients

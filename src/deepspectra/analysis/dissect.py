@@ -11,12 +11,13 @@ from torch import Tensor
 
 from deepspectra.algorithms.krylov import check_count
 from deepspectra.algorithms.overlap import overlap
+from deepspectra.analysis.by_layer import ByLayer
 from deepspectra.analysis.dissect_whole import Stack, WholeDissection
 from deepspectra.analysis.layer_blocks import Blocks, top_pairs
 from deepspectra.kfac.exact import ExactBlock
 from deepspectra.kfac.operators import KroneckerSum
 from deepspectra.problem.problem import Problem
-from deepspectra.results import ByLayer, Provenance
+from deepspectra.results import Provenance
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.overlap import overlap_curve
+from deepspectra.analysis.by_layer import ByLayer
 from deepspectra.analysis.layer_blocks import SMALL, Blocks, dense_spectrum
-from deepspectra.errors import LossError, MemoryBudgetError, MissingNameError, OptionError
+from deepspectra.errors import LossError, MemoryBudgetError, OptionError
 from deepspectra.kfac.blocks import with_ones
 from deepspectra.kfac.exact import ExactBlock
 from deepspectra.kfac.kronecker import KINDS
@@ -87,42 +88,24 @@ class LayerFits:
 
 
 @dataclass(frozen=True)
-class KroneckerQuality:
-    """The approximations of every layer, from input to output.
+class KroneckerQuality(ByLayer[LayerFits]):
+    """The approximations of every block that is a matrix and not zero; vectors have exact blocks.
 
     Attributes:
-        layers: one entry a block that is a matrix and not zero; vectors have exact blocks.
         kinds: the approximations.
         floor: eigenvalues below this times ‖G‖₂ of a layer count as equal to it, in `Fit.decades`.
-        seconds: wall-clock time spent.
-        provenance: where it came from.
     """
 
-    layers: tuple[LayerFits, ...]
     kinds: tuple[str, ...]
     floor: float
-    seconds: float
-    provenance: Provenance
-
-    def __iter__(self) -> Iterator[LayerFits]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def __getitem__(self, name: str) -> LayerFits:
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise MissingNameError("layer", name, (layer.name for layer in self.layers))
 
     def __str__(self) -> str:
-        ks = max((layer.ks for layer in self.layers), key=len, default=())
+        ks = max((layer.ks for layer in self.values()), key=len, default=())
         rows = [
             f"{'layer':<22} {'':<6} {'‖G−K‖_F':>8} {'cosine':>7} {'‖G−K‖₂':>8} {'tr K/tr G':>9} {'decades':>8} │ "
             + " ".join(f"{f'top {k}':>7}" for k in ks)
         ]
-        for layer in self.layers:
+        for layer in self.values():
             for kind, fit in layer.fits.items():
                 name = f"{layer.name[-22:]:<22}" if kind == self.kinds[0] else " " * 22
                 rows.append(
@@ -188,7 +171,7 @@ def kronecker_quality(
     sizes = _checked(kinds, ks)
     blocks = Blocks(problem if dtype is None else problem.to(dtype), kinds, sharing)
     memory = blocks.captures.problem.memory
-    found = []
+    found = {}
     for name, exact in blocks:
         if progress is not None:
             progress(name)
@@ -196,10 +179,9 @@ def kronecker_quality(
             continue
         comparison = _Comparison(exact, memory, max(sizes), rtol, seed)
         approximations = {kind: operator.blocks[name] for kind, operator in blocks.approximations.items()}
-        found.append(comparison.fits(approximations, sizes, floor))
-    return KroneckerQuality(
-        tuple(found), tuple(kinds), floor, time.perf_counter() - began, Provenance.of(blocks.factors, seed)
-    )
+        found[name] = comparison.fits(approximations, sizes, floor)
+    provenance = Provenance.of(blocks.factors, seed)
+    return KroneckerQuality(found, time.perf_counter() - began, provenance, tuple(kinds), floor)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.overlap import overlap
+from deepspectra.analysis.by_layer import ByLayer
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.dissect import dissect
 from deepspectra.analysis.gram_spectrum import MARGIN, GramSpectrum, gram_spectrum
@@ -21,6 +22,7 @@ from deepspectra.analysis.layers import layers
 from deepspectra.errors import OptionError
 from deepspectra.problem.losses import CrossEntropy
 from deepspectra.problem.problem import Problem
+from deepspectra.results import Provenance
 from deepspectra.rows.spectrum import significant
 
 MEASURES = {
@@ -56,38 +58,34 @@ MOST_ROWS = 3000  # N (C − 1) for which the parts of a layer's eigenvalues are
 
 
 @dataclass(frozen=True)
-class Study:
-    """Measures of every layer in every variant of a network.
+class Study(ByLayer[Tensor]):
+    """Measures of every layer that multiplies features, and of "all layers" together, in variants of a network.
+
+    Entries are (variants, measures, samples) float64: of each network, or for "shared" and "shared_peak" of each pair
+    of networks; NaN where a measure does not apply.
 
     Attributes:
+        provenance: of the first network.
         variants: their names.
-        layers: layers that multiply features, from input to output, and "all layers" together.
         measures: key → what is measured.
-        values: (variants, layers, measures, samples) float64: of each network, or for "shared" and "shared_peak" of
-            each pair of networks; NaN where a measure does not apply.
         losses: (variants, networks).
         accuracies: (variants, networks); NaN without class labels.
-        seconds: wall-clock time spent.
     """
 
     variants: tuple[str, ...]
-    layers: tuple[str, ...]
     measures: Mapping[str, str]
-    values: Tensor
     losses: Tensor
     accuracies: Tensor
-    seconds: float
 
     def of(self, variant: str, layer: str, measure: str) -> Tensor:
         """The samples (n,) of one measure that there are."""
-        index = self.variants.index(variant), self.layers.index(layer), list(self.measures).index(measure)
-        found = self.values[index]
+        found = self[layer][self.variants.index(variant), list(self.measures).index(measure)]
         return found[~found.isnan()]
 
     def __str__(self) -> str:
         width = max(10, *(len(name) for name in self.variants))
         rows = [f"{'layer':<22} {'variant':<{width}} " + " ".join(f"{key:>11}" for key in SHOWN)]
-        for layer in self.layers:
+        for layer in self:
             for j, variant in enumerate(self.variants):
                 cells = [self.of(variant, layer, key) for key in SHOWN]
                 text = " ".join(f"{float(c.mean()):>11.3g}" if len(c) else f"{'–':>11}" for c in cells)
@@ -149,23 +147,23 @@ def study(
             _say(progress, f"{variant}, eigenspaces of two networks")
             samples.append(_of_pair(one, other, seed))
         found[variant] = samples
-    places = dict.fromkeys(layer for samples in found.values() for one in samples for layer in one)
-    names = [name for name in places if name != WHOLE] + [WHOLE] * (WHOLE in places)
+    measured = dict.fromkeys(layer for samples in found.values() for one in samples for layer in one)
+    names = sorted(measured, key=lambda name: name == WHOLE)  # which comes last
     most = max(len(samples) for samples in found.values())
-    values = torch.full((len(found), len(names), len(MEASURES), most), torch.nan, dtype=torch.float64)
+    shape = (len(found), len(MEASURES), most)
+    tables = {name: torch.full(shape, torch.nan, dtype=torch.float64) for name in names}
     for v, samples in enumerate(found.values()):
         for s, sample in enumerate(samples):
-            for layer, measured in sample.items():
-                for key, value in measured.items():
-                    values[v, names.index(layer), list(MEASURES).index(key), s] = value
+            for layer, measures in sample.items():
+                for key, value in measures.items():
+                    tables[layer][v, list(MEASURES).index(key), s] = value
     widest = max(len(networks) for networks in variants.values())
     losses, accuracies = (torch.full((len(found), widest), torch.nan, dtype=torch.float64) for _ in range(2))
     for v, networks in enumerate(variants.values()):
         for n, problem in enumerate(networks):
             losses[v, n], accuracies[v, n] = problem.loss(), problem.accuracy()
-    return Study(
-        tuple(found), tuple(names), MEASURES, values, losses, accuracies, time.perf_counter() - began
-    )
+    provenance = Provenance.of_matrix("Gauss-Newton", next(iter(variants.values()))[0], seed=seed)
+    return Study(tables, time.perf_counter() - began, provenance, tuple(found), MEASURES, losses, accuracies)
 
 
 def _say(progress: Callable[[str], object] | None, text: str) -> None:
@@ -191,7 +189,7 @@ def _of_network(problem: Problem, seed: int) -> dict[str, dict[str, float]]:
     for name, measured in _of_factors(problem, kinds, inner, seed):
         found.setdefault(name, {}).update(measured)
     if is_classifier and problem.num_examples * inner <= MOST_ROWS:
-        for entry in layers(problem, hessian=False):
+        for entry in layers(problem, hessian=False).values():
             if entry.name not in found:
                 continue
             found[entry.name] |= _part_shares(entry.gradients, inner) | _outliers(entry.gradients)
@@ -243,7 +241,7 @@ def _outliers(spectrum: GramSpectrum) -> dict[str, float]:
 def _of_pair(one: Problem, other: Problem, seed: int) -> dict[str, dict[str, float]]:
     """Layer → overlaps of the eigenspaces of two networks."""
     found = {}
-    for layer in compare(one, other, num_whole=0, seed=seed):
+    for layer in compare(one, other, num_whole=0, seed=seed).values():
         at = min(layer.outputs, len(layer.ks)) - 1
         found[layer.name] = {"shared": float(layer.measured[at]), "shared_peak": layer.peak[1]}
     return found

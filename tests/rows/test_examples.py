@@ -457,7 +457,7 @@ def test_rows_held_are_rows_through_the_network(name: str) -> None:
     assert (rows.order is not None) == (name == "time first, flat")
     block, carried = random(problem.num_parameters, 2), random(*rows.weights.shape, 2)
     products = rows.apply(block), rows.transpose(carried)
-    assert rows.hold()
+    assert rows.captures.hold()
     assert error(rows.apply(block), products[0]) < 1e-12
     assert error(rows.transpose(carried), products[1]) < 1e-12
     assert error(products[0][order.argsort()], through.apply(block)) < 1e-12
@@ -584,12 +584,12 @@ def test_batches_that_do_not_fit_together_are_right_or_refused() -> None:
     problem, true = made("if any")
     kron = ds.kronecker(problem)  # streams what does not fit
     small = HeldRows(problem)
-    small.limit = 0
-    assert not small.hold()
+    small.captures.limit = 0
+    assert not small.captures.hold()
     with pytest.raises(CurvatureError, match="'scale' otherwise on one batch than on another"):
-        list(small.batches())
-    assert small.plan.alone == {"scale"}
-    small.limit = max(small.bytes_by_layer.values())
+        list(small.captures.batches())
+    assert small.captures.plan.alone == {"scale"}
+    small.captures.limit = max(small.captures.bytes_by_layer.values())
     assert same_values(torch.linalg.eigvalsh(small.gram()).flip(0), true.dense)
     assert kron.trace > 0
 
@@ -599,8 +599,8 @@ def test_what_all_examples_share_is_no_single_example() -> None:
     batch = {"where": torch.arange(4)[None], "tokens": classes(5, 4, num=5), "y": classes(5)}
     problem = ds.Problem(net, [batch], forward=named("tokens", "where"))
     rows = HeldRows(problem)
-    assert rows.hold()
-    (piece,) = rows.held
+    assert rows.captures.hold()
+    (piece,) = rows.captures.held
     assert {use.num_examples for use in piece.uses} == {5}
     assert same_values(ds.gram_spectrum(problem).values, truth(net, [batch], named("tokens", "where")).dense)
 
@@ -614,8 +614,8 @@ def test_plain_networks_are_not_watched_twice(monkeypatch: pytest.MonkeyPatch) -
     rows = HeldRows(ds.Problem(net.double().eval(), (x, y)))
     plain, passes = torch.autograd.grad, []
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: passes.append(k) or plain(*a, **k))
-    assert rows.hold()
-    assert not rows.plan.by_value
+    assert rows.captures.hold()
+    assert not rows.captures.plan.by_value
     assert len([k for k in passes if not k.get("allow_unused")]) == 2
 
 
@@ -626,7 +626,7 @@ def test_rows_that_do_not_count_take_no_backward_pass(monkeypatch: pytest.Monkey
     rows = HeldRows(problem)
     plain, passes = torch.autograd.grad, []
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: passes.append(k) or plain(*a, **k))
-    assert rows.hold()
+    assert rows.captures.hold()
     assert len([k for k in passes if not k.get("allow_unused")]) == 3 * 2
     monkeypatch.undo()
     assert same_values(ds.gram_spectrum(problem).values, truth(net, [graph], named("x")).dense)
@@ -662,7 +662,7 @@ def test_masks_choose_no_places() -> None:
     tokens[:, 0] = 1
     net, data = Masked().double().eval(), [(tokens, classes(5))]
     problem = ds.Problem(net, data)
-    assert not HeldRows(problem).plan.by_value
+    assert not HeldRows(problem).captures.plan.by_value
     assert same_values(ds.gram_spectrum(problem).values, truth(net, data, pair).dense)
 
 
@@ -714,5 +714,5 @@ def test_a_parameter_used_under_no_grad_has_no_use_there() -> None:
 
     net, data = Teacher().double(), [xy(7)]
     problem = ds.Problem(net, data)
-    assert not HeldRows(problem).plan.alone
+    assert not HeldRows(problem).captures.plan.alone
     assert same_values(ds.gram_spectrum(problem).values, truth(net, data, pair).dense)

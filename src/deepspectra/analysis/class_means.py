@@ -228,7 +228,7 @@ def _feature_means(parts: Decomposition, began: float) -> ClassMeans:
     sizes = member.sum(0)
     sums: dict[str, Tensor] = {}
     shares, start = member / positive(sizes), 0
-    for batch in rows.features():
+    for batch in rows.captures.features():
         share = shares[start : start + batch.num_rows]
         _add(sums, layer_inputs(batch.uses), share, rows.problem.memory)
         start += len(share)
@@ -253,7 +253,7 @@ def _error_means(parts: Decomposition, level: str, began: float) -> ClassMeans:
     sums: dict[str, Tensor] = {}
     basis = error_averages(rows, projections, ())["means"]  # (R, C²)
     start = 0
-    for batch in rows.batches():
+    for batch in rows.captures.batches():
         share = basis[start : start + batch.num_rows * (rows.weights.shape[1] - 1)]
         _add(sums, layer_errors(batch.uses), share, rows.problem.memory)
         start += len(share)

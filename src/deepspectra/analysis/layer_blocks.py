@@ -11,7 +11,7 @@ from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.kfac.exact import ExactBlock
 from deepspectra.kfac.kronecker import Kronecker, made_from
 from deepspectra.problem.problem import Problem
-from deepspectra.rows.captures import Captures
+from deepspectra.rows.captures import captures_of
 from deepspectra.rows.held import gram_of
 
 SMALL = 3000  # rows of the largest Gram matrix that gives eigenvectors at once
@@ -30,7 +30,7 @@ class Blocks:
     """
 
     def __init__(self, problem: Problem, kinds: Sequence[str] = ("kfac",), sharing: str = "expand") -> None:
-        self.captures = Captures(problem)
+        self.captures = captures_of(problem)
         self.captures.hold()
         self.approximations = {kind: made_from(self.captures, kind, sharing) for kind in kinds}
         self.factors: Kronecker = self.approximations[kinds[0]]

@@ -181,11 +181,11 @@ def layers(
     assert isinstance(rows, HeldRows)
     bases = error_averages(rows, parts.projections, tuple(parts))
     found = {}
-    for name, uses in rows.by_layer():
+    for name, uses in rows.captures.by_layer():
         if progress is not None:
             progress(name)
         found[name] = _layer(name, uses, parts, bases)
-    rows.release()
+    rows.captures.release()
     if hessian:
         found = _with_hessian(parts.problem, found, num, progress)
     quality = kronecker_quality(problem, kronecker, dtype=dtype, progress=progress) if kronecker else None

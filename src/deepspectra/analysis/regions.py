@@ -212,7 +212,7 @@ def _grams(parts: Decomposition, of: str) -> Iterator[tuple[str, Tensor]]:
     rows = parts.rows
     assert isinstance(rows, HeldRows)
     if of == "gradients":
-        for name, uses in rows.by_layer():
+        for name, uses in rows.captures.by_layer():
             yield name, gram_of([uses])
         return
     split = feature_parts(rows) if of == "features" else error_parts(rows, parts.projections, TWO_WAY)

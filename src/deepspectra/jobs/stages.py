@@ -156,7 +156,7 @@ def _parts(problem: Problem, products: Products, groups: Tensor | None) -> tuple
         try:
             parts = decompose(problem, effects="two-way", hold=True, groups=groups)
             assert isinstance(parts.rows, HeldRows)
-            return parts, parts.rows.gram_bytes <= problem.memory and parts.rows.hold()
+            return parts, parts.rows.gram_bytes <= problem.memory and parts.rows.captures.hold()
         except CurvatureError as error:  # a network that does not tell its examples apart
             products.notes["exact spectrum of G"] = f"not computed: {error}"
     return decompose(problem, effects="two-way", groups=groups), False
@@ -183,7 +183,7 @@ def _find_exact(found: Findings, num: int) -> None:
     found.shares["hessian"] = found.ledger.run(
         "shares of H", lambda _: pair_shares(parts, found.pairs["hessian"])
     )
-    found.parts.rows.release()
+    found.parts.rows.captures.release()
 
 
 def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, max_products: int | None) -> None:

@@ -19,7 +19,7 @@ from deepspectra.operators.base import Operator
 from deepspectra.problem.losses import CrossEntropy
 from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.rows.captures import Captured, Captures
-from deepspectra.rows.draws import DrawnCaptures, captures_of
+from deepspectra.rows.draws import DrawnCaptures, all_or_drawn
 
 KINDS = ("kfac", "ekfac", "cfac", "optimal")
 SHARINGS = ("expand", "reduce")
@@ -197,7 +197,7 @@ def kronecker(
             raise OptionError(
                 "samples= draws for 'kfac', 'ekfac' and 'cfac'; 'optimal' would fit the draws. Use 0."
             )
-    return made_from(captures_of(problem, 0 if kind == "optimal" else samples, seed), kind, sharing, rank)
+    return made_from(all_or_drawn(problem, 0 if kind == "optimal" else samples, seed), kind, sharing, rank)
 
 
 def made_from(captures: Captures, kind: str, sharing: str = "expand", rank: int = 1) -> Kronecker:

@@ -149,18 +149,17 @@ def compare(
             check_count(name, value, smallest)
     sides = [Blocks(problem) for problem in (first, second)]
     layers = {}
-    for name, exact in sides[0]:
+    for name, *pair in sides[0].beside(sides[1]):
         if progress is not None:
             progress(name)
-        pair = (exact, sides[1][name])
         if not all(block.trace for block in pair):
             continue
-        groups, outputs, _ = exact.place.shape
+        groups, outputs, _ = pair[0].place.shape
         wanted = num or max(2 * groups * outputs, FEWEST)
         spaces = [top_pairs(block, wanted, seed)[1] for block in pair]
         blocks = [side.factors.blocks[name] for side in sides]
         shared = outputs == first.num_classes and name == sides[0].names[-1]
-        layers[name] = _layer(exact, spaces, blocks, shared=shared)
+        layers[name] = _layer(pair[0], spaces, blocks, shared=shared)
     wanted = 2 * first.num_classes if num_whole is None else num_whole
     whole = _whole(first, second, wanted, seed)
     provenance = Provenance.of_matrix("Gauss-Newton", first, seed=seed)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.kfac.exact import ExactBlock
-from deepspectra.kfac.kronecker import Kronecker, made_from
+from deepspectra.kfac.kronecker import Kronecker, all_from
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.captures import captures_of
 from deepspectra.rows.held import gram_of
@@ -32,7 +32,7 @@ class Blocks:
     def __init__(self, problem: Problem, kinds: Sequence[str] = ("kfac",), sharing: str = "expand") -> None:
         self.captures = captures_of(problem)
         self.captures.hold()
-        self.approximations = {kind: made_from(self.captures, kind, sharing) for kind in kinds}
+        self.approximations = all_from(self.captures, kinds, sharing)
         self.factors: Kronecker = self.approximations[kinds[0]]
         self.names = [name for name, place in self.factors.places.items() if place.is_matrix]
         self._spectra = problem.kept.setdefault("spectra of blocks", {})
@@ -48,8 +48,15 @@ class Blocks:
                     block.kept = self._spectra.setdefault(name, {})
                     yield name, block
 
-    def __getitem__(self, name: str) -> ExactBlock:
-        return next(block for found, block in self if found == name)
+    def beside(self, other: Blocks) -> Iterator[tuple[str, ExactBlock, ExactBlock]]:
+        """Layers that both have, and their blocks in both; the data of each are gone through once."""
+        theirs: dict[str, ExactBlock] = {}
+        rest = iter(other)
+        for name, block in self:
+            while name not in theirs and (following := next(rest, None)):
+                theirs[following[0]] = following[1]
+            if name in theirs:
+                yield name, block, theirs.pop(name)
 
 
 def dense_spectrum(exact: ExactBlock, num: int) -> tuple[Tensor, Tensor, Tensor] | None:

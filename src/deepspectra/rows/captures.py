@@ -177,7 +177,9 @@ class Captures:
         return found
 
     def _brought(self) -> list[Captured]:
-        """Captured and shared; nothing if they do not fit."""
+        """Captured and shared; nothing if they do not fit, as may be known from before."""
+        if sum(self.bytes_by_layer.values()) > self.limit:
+            return []
         captured = self.captured()
         first = next(captured)
         self._estimate(first)

@@ -577,7 +577,8 @@ def test_curvlinops_agrees_without_class_weights(name: str, loss: nn.Module, sha
 @pytest.mark.parametrize("small", [3000, 0])
 def test_quality_is_that_of_dense_blocks(name: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deepspectra.analysis.kronecker_quality.SMALL", small)
-    monkeypatch.setattr("deepspectra.analysis.kronecker_quality.PAIRED_ROWS", 20)
+    monkeypatch.setattr("deepspectra.analysis.layer_blocks.SMALL", small)
+    monkeypatch.setattr("deepspectra.analysis.layer_blocks.PAIRED_ROWS", 20)
     case, ref = case_and_reference(name)
     kinds = ("kfac", "ekfac", "optimal") if name in ("token_classes", "mse_module") else KINDS
     found = ds.kronecker_quality(case.problem(), kinds, ks=(1, 3), rtol=1e-8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor
 from deepspectra.algorithms.overlap import overlap
 from deepspectra.analysis.by_layer import ByLayer
 from deepspectra.analysis.compare import compare
-from deepspectra.analysis.dissect import dissect
+from deepspectra.analysis.dissect import dissected
 from deepspectra.analysis.gram_spectrum import MARGIN, GramSpectrum, gram_spectrum
-from deepspectra.analysis.kronecker_quality import norm_of, relative_error
-from deepspectra.analysis.layer_blocks import Blocks, dense_spectrum, top_pairs
+from deepspectra.analysis.layer_blocks import Blocks, norm_of, relative_error, top_pairs
 from deepspectra.analysis.layers import layers
 from deepspectra.errors import OptionError
+from deepspectra.kfac.exact import ExactBlock
 from deepspectra.problem.losses import CrossEntropy
 from deepspectra.problem.problem import Problem
 from deepspectra.results import Provenance
@@ -174,9 +174,36 @@ def _say(progress: Callable[[str], object] | None, text: str) -> None:
 def _of_network(problem: Problem, seed: int) -> dict[str, dict[str, float]]:
     """Layer → measures of one network."""
     inner = max(1, problem.num_classes - 1)
-    found: dict[str, dict[str, float]] = {}
-    for name, layer in dissect(problem, num=inner + 1, num_whole=0, seed=seed).items():
-        found[name] = {
+    is_classifier = isinstance(problem.loss_function, CrossEntropy)
+    blocks = Blocks(problem, ("kfac", "ekfac", "cfac") if is_classifier else ("kfac", "ekfac"))
+    found = {name: _of_block(blocks, exact, inner, seed) for name, exact in blocks if exact.trace}
+    if is_classifier and problem.num_examples * inner <= MOST_ROWS:
+        for name, entry in layers(problem, hessian=False).items():
+            if name not in found:
+                continue
+            found[name] |= _part_shares(entry.gradients, inner) | _outliers(entry.gradients)
+            if entry.centred is not None and entry.khatri_rao is not None:
+                shares = _part_shares(entry.centred, inner)
+                found[name] |= {f"centred_{key}": value for key, value in shares.items()}
+                found[name]["logit_product"] = float(entry.khatri_rao.logit_cosine.nanmean())
+        whole = gram_spectrum(problem, effects="two-way", dtype=problem.dtype)
+        found[WHOLE] = _part_shares(whole, inner) | _outliers(whole)
+    return found
+
+
+def _of_block(blocks: Blocks, exact: ExactBlock, inner: int, seed: int) -> dict[str, float]:
+    """What a layer's block of G is made of, and how far Kronecker-factored approximations are from it."""
+    name, pairs = exact.place.name, top_pairs(exact, inner + 1, seed)
+    norm, space = norm_of(exact, blocks.captures.problem.memory), pairs[1][:, :inner]
+    measured = {
+        f"{kind}_error": relative_error(exact, norm, operator.blocks[name])
+        for kind, operator in blocks.approximations.items()
+    }
+    if space.shape[1] == inner:
+        measured["kfac_overlap"] = overlap(space, blocks.factors.blocks[name].decomposed.top(inner)[1])
+    if exact.place.groups == 1:
+        layer = dissected(blocks, exact, pairs)
+        measured |= {
             "input_ratio": layer.input_ratio,
             "input_alignment": layer.input_alignment,
             "gap": _ratio(layer.values, inner),
@@ -184,42 +211,7 @@ def _of_network(problem: Problem, seed: int) -> dict[str, dict[str, float]]:
             "rank_one": float(layer.rank_one[:inner].mean()),
             "closed_form": layer.closed_form,
         }
-    is_classifier = isinstance(problem.loss_function, CrossEntropy)
-    kinds = ("kfac", "ekfac", "cfac") if is_classifier else ("kfac", "ekfac")
-    for name, measured in _of_factors(problem, kinds, inner, seed):
-        found.setdefault(name, {}).update(measured)
-    if is_classifier and problem.num_examples * inner <= MOST_ROWS:
-        for entry in layers(problem, hessian=False).values():
-            if entry.name not in found:
-                continue
-            found[entry.name] |= _part_shares(entry.gradients, inner) | _outliers(entry.gradients)
-            if entry.centred is not None and entry.khatri_rao is not None:
-                shares = _part_shares(entry.centred, inner)
-                found[entry.name] |= {f"centred_{key}": value for key, value in shares.items()}
-                found[entry.name]["logit_product"] = float(entry.khatri_rao.logit_cosine.nanmean())
-        whole = gram_spectrum(problem, effects="two-way", dtype=problem.dtype)
-        found[WHOLE] = _part_shares(whole, inner) | _outliers(whole)
-    return found
-
-
-def _of_factors(
-    problem: Problem, kinds: tuple[str, ...], inner: int, seed: int
-) -> Iterator[tuple[str, dict[str, float]]]:
-    """How far Kronecker-factored approximations are from each layer's block of G."""
-    blocks = Blocks(problem, kinds)
-    for name, exact in blocks:
-        dense = dense_spectrum(exact, inner)
-        norm = norm_of(exact, problem.memory) if dense is None else float(dense[0].norm())
-        if not norm:
-            continue
-        space = top_pairs(exact, inner, seed)[1] if dense is None else dense[2]
-        measured = {
-            f"{kind}_error": relative_error(exact, norm, operator.blocks[name])
-            for kind, operator in blocks.approximations.items()
-        }
-        if space.shape[1] == inner:
-            measured["kfac_overlap"] = overlap(space, blocks.factors.blocks[name].decomposed.top(inner)[1])
-        yield name, measured
+    return measured
 
 
 def _ratio(values: Tensor, inner: int) -> float:

@@ -225,7 +225,9 @@ def all_from(
             f"cfac needs the cross-entropy of class labels; the loss is {problem.loss_function.name}."
         )
     samples = captures.samples if isinstance(captures, DrawnCaptures) else 0
-    if "ekfac" in kinds and not samples:  # of new draws: their own eigenvectors' diagonal would be too large
+    if (
+        "ekfac" in kinds and not samples
+    ):  # else from new draws: those that gave the eigenvectors fit them too well
         captures.hold()
     moments = _moments(captures, problem.num_classes if by_class else 1, sharing, samples, by_class=by_class)
     made = {}

@@ -98,7 +98,9 @@ def test_networks_whose_layers_do_not_fit_together_are_compared_in_passes_over_g
     assert (
         len(passes) <= (2 + len(apart.layers)) * 2 * one.batches.num_batches
     )  # the factors, and each layer once
-    assert all(error(a.measured, b.measured) < 1e-10 for a, b in zip(apart.layers, whole.layers, strict=True))
+    assert all(
+        error(a.measured, b.measured) < 1e-10 for a, b in zip(apart.values(), whole.values(), strict=True)
+    )
 
 
 def test_features_and_errors_make_room_for_graphs_and_are_freed_with_the_problem() -> None:

@@ -475,7 +475,10 @@ def test_time_first_is_batch_first_in_every_exact_way(name: str) -> None:
 
     first = ds.Problem(net, batches)
     second = ds.Problem(net, [(x.T.contiguous(), y.T.contiguous()) for x, y in batches], forward=turned)
-    for one, two in zip(ds.layers(first, hessian=False), ds.layers(second, hessian=False), strict=True):
+    one_by_one = zip(
+        *(ds.layers(problem, hessian=False).values() for problem in (first, second)), strict=True
+    )
+    for one, two in one_by_one:
         assert one.name == two.name
         assert error(one.gradients.traces, two.gradients.traces) < 1e-10
         assert (one.features is None) == (two.features is None)
@@ -499,7 +502,8 @@ def test_a_network_that_sorts_is_the_one_that_does_not(name: str, plain: nn.Modu
     net = net.double().eval()
     twin = ds.Problem(nn.Sequential(net.a, nn.Tanh(), net.o, plain), batches)
     problem = ds.Problem(net, batches)
-    for one, two in zip(ds.layers(problem, hessian=False), ds.layers(twin, hessian=False), strict=True):
+    one_by_one = zip(*(ds.layers(each, hessian=False).values() for each in (problem, twin)), strict=True)
+    for one, two in one_by_one:
         for what in ("features", "errors", "gradients"):
             mine, other = getattr(one, what), getattr(two, what)
             assert error(mine.values, other.values) < 1e-10
@@ -513,7 +517,7 @@ def test_features_of_rows_that_belong_to_no_example_are_not_made_up() -> None:
     """A graph may have as many edges as nodes; then edges are no rows."""
     problem, _ = made("as many messages as nodes")
     layers = ds.layers(problem, hessian=False)
-    assert all(layer.features is None and layer.collapse is None for layer in layers)
+    assert all(layer.features is None and layer.collapse is None for layer in layers.values())
     with pytest.raises(CurvatureError, match="one row of features for each output row"):
         ds.collapse(problem)
     problem, _ = made("listed")

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.krylov import check_count, seeded
+from deepspectra.analysis.by_layer import ByLayer
 from deepspectra.analysis.gram_spectrum import gradient_spectrum
 from deepspectra.derivatives.products import products_of
 from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError, OptionWarning
 from deepspectra.operators.curvature import Hessian
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem.problem import Problem
-from deepspectra.results import ByLayer, Provenance
+from deepspectra.results import Provenance
 from deepspectra.rows.averages import METHODS, WIDE, Averages
 from deepspectra.rows.captures import Complement
 from deepspectra.rows.held import HeldRows, gram_of

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepspectra.analysis.by_layer import ByLayer
 from deepspectra.errors import LossError
 from deepspectra.problem.losses import CrossEntropy
 from deepspectra.problem.problem import Problem
-from deepspectra.results import ByLayer, Provenance
+from deepspectra.results import Provenance
 from deepspectra.rows.averages import positive
 from deepspectra.rows.captures import Captures, layer_of
 from deepspectra.rows.spectrum import range_of

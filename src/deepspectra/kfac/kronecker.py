@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -200,27 +200,55 @@ def kronecker(
 
 def made_from(captures: Captures, kind: str, sharing: str = "expand", rank: int = 1) -> Kronecker:
     """`kronecker` from features and errors that may be held already."""
+    return all_from(captures, (kind,), sharing, rank)[kind]
+
+
+def all_from(
+    captures: Captures, kinds: Sequence[str], sharing: str = "expand", rank: int = 1
+) -> dict[str, Kronecker]:
+    """Several kinds from the same second moments: the data are gone through once, and once more for "ekfac"."""
     problem = captures.problem
-    _check(problem, kind, sharing, rank)
+    _check(problem, kinds, sharing, rank)
     samples = captures.samples if isinstance(captures, DrawnCaptures) else 0
     if (
-        kind == "ekfac" and not samples
+        "ekfac" in kinds and not samples
     ):  # which goes through them twice; draws it needs anew, see `_corrected`
         captures.hold()
-    moments = _moments(captures, sharing, samples, by_class=kind == "cfac")
+    by_class = "cfac" in kinds
+    moments = _moments(captures, sharing, samples, by_class=by_class)
+    made = {}
+    if by_class:
+        made["cfac"] = _made(captures, "cfac", moments, _products(problem, moments, "CFAC"), rank)
+        moments = {name: moment.together() for name, moment in moments.items()}
+    if others := [kind for kind in kinds if kind != "cfac"]:
+        products = _products(problem, moments, "KFAC")  # and their eigenvectors, found once
+        made |= {kind: _made(captures, kind, moments, products, rank) for kind in others}
+    return {kind: made[kind] for kind in kinds}
+
+
+def _products(problem: Problem, moments: Mapping[str, Moments], label: str) -> dict[str, Block]:
+    """S ⊗ A, or the sum over classes, of every place."""
+    dtype = torch.promote_types(problem.dtype, torch.float32)
+    return {
+        name: KroneckerSum(*moment.factors(), dtype, f"{label} of {name}") for name, moment in moments.items()
+    }
+
+
+def _made(
+    captures: Captures, kind: str, moments: Mapping[str, Moments], products: dict[str, Block], rank: int
+) -> Kronecker:
+    """One kind, from second moments and their products."""
+    problem = captures.problem
+    samples = captures.samples if isinstance(captures, DrawnCaptures) else 0
     found = {name: moment.place for name, moment in moments.items()}
     variances = {name: moment.variance() for name, moment in moments.items()}
-    dtype = torch.promote_types(problem.dtype, torch.float32)
-    blocks: dict[str, Block] = {
-        name: KroneckerSum(*moment.factors(), dtype, f"{kind.upper()} of {name}")
-        for name, moment in moments.items()
-    }
+    blocks = dict(products)
     if kind == "ekfac":
-        corrected, of_diagonals = _corrected(captures, found, blocks, samples)
+        corrected, of_diagonals = _corrected(captures, found, products, samples)
         blocks |= corrected
         variances |= of_diagonals
     if kind == "optimal":
-        blocks |= _nearest(captures, found, blocks, rank)
+        blocks |= _nearest(captures, found, products, rank)
     ends = itertools.accumulate((value.numel() for value in problem.parameters.values()), initial=0)
     starts = dict(zip(problem.parameters, ends, strict=False))
     operator = Kronecker(
@@ -229,7 +257,7 @@ def made_from(captures: Captures, kind: str, sharing: str = "expand", rank: int 
         found,
         size=problem.num_parameters,
         kind=kind,
-        sharing=sharing,
+        sharing=next(iter(moments.values())).sharing,
         name=f"{kind.upper()} of {samples} draws" if samples else kind.upper(),
     )
     operator.memory = problem.memory // 4
@@ -240,17 +268,18 @@ def made_from(captures: Captures, kind: str, sharing: str = "expand", rank: int 
     return operator
 
 
-def _check(problem: Problem, kind: str, sharing: str, rank: int) -> None:
+def _check(problem: Problem, kinds: Sequence[str], sharing: str, rank: int) -> None:
     """Raise for what `kronecker` cannot make of a problem."""
-    if kind not in KINDS:
-        raise OptionError(f"kind={kind!r}; it is one of {', '.join(map(repr, KINDS))}.")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise OptionError(f"kind={kind!r}; it is one of {', '.join(map(repr, KINDS))}.")
     if sharing not in SHARINGS:
         raise OptionError(f"sharing={sharing!r}; it is 'expand' or 'reduce'.")
-    if not isinstance(rank, int) or rank < 1 or (rank > 1 and kind != "optimal"):
+    if not isinstance(rank, int) or rank < 1 or (rank > 1 and "optimal" not in kinds):
         raise OptionError(
             f"rank={rank!r}: an integer, at least 1, and more than 1 product for kind='optimal' only."
         )
-    if kind == "cfac" and not isinstance(problem.loss_function, CrossEntropy):
+    if "cfac" in kinds and not isinstance(problem.loss_function, CrossEntropy):
         raise LossError(
             f"cfac needs the cross-entropy of class labels; the loss is {problem.loss_function.name}."
         )
@@ -296,7 +325,7 @@ def _corrected(
         for total in squares.values():
             total.add(total.place.mine(batch.uses), weights)
     corrected: dict[str, Block] = {
-        name: Rotated(basis.left, basis.right, squares[name].sums.total, basis.dtype, basis.name)
+        name: Rotated(basis.left, basis.right, squares[name].sums.total, basis.dtype, f"EKFAC of {name}")
         for name, basis in bases.items()
     }
     drawn = squares if samples else {}
@@ -318,7 +347,7 @@ def _nearest(
             right = start.right[0].double()
             right = torch.diag_embed(right) if right.ndim == 2 else right
             factors = nearest_sum(ExactBlock(place, batches, start.dtype), right, rank)
-            result[name] = KroneckerSum(*factors, start.dtype, start.name)
+            result[name] = KroneckerSum(*factors, start.dtype, f"OPTIMAL of {name}")
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 
@@ -139,6 +140,14 @@ class Moments:
             flat = errors.flatten(0, 1)
             return torch.addbmm(flat.new_zeros(outputs, outputs), flat, flat.mT)[None]
         return second_moment(by_group(errors, groups).permute(0, 1, 4, 2, 3).flatten(0, 2))
+
+    def together(self) -> Moments:
+        """Those of all sets as of one."""
+        whole = copy.copy(self)
+        whole.mass, whole.inputs = self.mass.sum(0, keepdim=True), self.inputs.sum(0, keepdim=True)
+        whole.errors = copy.copy(self.errors)
+        whole.errors.sums = self.errors.sums.sum(1, keepdim=True)
+        return whole
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """S (sets, groups, o, o) and A (sets, groups, d, d) or (sets, groups, d), of sets that count."""

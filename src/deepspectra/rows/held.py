@@ -16,7 +16,7 @@ from deepspectra.rows.averages import Averages
 from deepspectra.rows.captures import Complement, captures_of
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.projections import Projections
-from deepspectra.rows.uses import Lookup, Matrix, Slice, Use
+from deepspectra.rows.uses import Lookup, Matrix, Slice, Use, by_stretch
 
 BLOCK_BYTES = 2**28  # of gradients that are formed at a time
 EXAMPLES = 16  # whose inner products with as many others are computed together
@@ -198,16 +198,14 @@ def moment_of(batches: list[list[Use]], averages: Averages) -> tuple[Tensor, Ave
 
     Cost: R P² multiplications; a batch's gradients are formed at a time.
     """
-    stretches = _stretches(batches)
+    stretches = list(by_stretch(batches[0]))  # in whose order columns stand
     moment, start = torch.zeros(()), 0
     bases = torch.cat([*averages.values(), averages.every], 1)
     factors = bases[:0]
     for uses in batches:
-        pieces = []
-        for stretch in stretches:
-            mine = [use.formed(slice(None)) for use in uses if _stretch(use) == stretch]
-            pieces.append(functools.reduce(torch.add, mine).flatten(0, 1))
-        rows = torch.cat(pieces, 1)
+        mine = by_stretch(uses)
+        formed = ([use.formed(slice(None)) for use in mine[stretch]] for stretch in stretches)
+        rows = torch.cat([functools.reduce(torch.add, each).flatten(0, 1) for each in formed], 1)
         moment = moment + (rows.T @ rows).double()
         added = (rows.T @ bases[start : start + len(rows)].to(rows)).double()
         factors = added if start == 0 else factors + added
@@ -216,19 +214,11 @@ def moment_of(batches: list[list[Use]], averages: Averages) -> tuple[Tensor, Ave
     return moment, averages.map(lambda _: next(each))
 
 
-def _stretch(use: Use) -> tuple[str, int, tuple[int, ...]]:
-    return use.slice.name, use.slice.start, use.slice.shape
-
-
-def _stretches(batches: list[list[Use]]) -> dict[tuple[str, int, tuple[int, ...]], None]:
-    """Which stretches of parameters are used, in order."""
-    return dict.fromkeys(_stretch(use) for uses in batches for use in uses)
-
-
 def _add_lower(total: Tensor, batches: list[list[Use]], sizes: list[int]) -> None:
     """Each stretch of a parameter, to the lower half at least."""
-    for stretch in _stretches(batches):
-        mine = [[use for use in uses if _stretch(use) == stretch] for uses in batches]
+    grouped = [by_stretch(uses) for uses in batches]
+    for stretch in grouped[0]:
+        mine = [group[stretch] for group in grouped]
         factored = [[use for use in batch if isinstance(use, (Matrix, Lookup))] for batch in mine]
         if [len(batch) for batch in factored] == [len(batch) for batch in mine] and _prefers_inner(factored):
             _add_inner(total, factored, sizes)

@@ -373,6 +373,17 @@ class Alone(Vectors):
         return errors.flatten(1)
 
 
+Stretch = tuple[str, int, tuple[int, ...]]  # of which parameter, from where, of which shape
+
+
+def by_stretch(uses: list[Use]) -> dict[Stretch, list[Use]]:
+    """Uses of each stretch of a parameter, transposed or not, whose gradients add up."""
+    found: dict[Stretch, list[Use]] = {}
+    for use in uses:
+        found.setdefault((use.slice.name, use.slice.start, use.slice.shape), []).append(use)
+    return found
+
+
 def joined(lists: list[list[Use]]) -> list[Use] | None:
     """Uses of some examples after those of others, one by one; None if they are not alike."""
     first = lists[0]

@@ -38,7 +38,7 @@ from deepspectra.analysis.three_level_map import drawable, place
 from deepspectra.derivatives.products import Products, products_of
 from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetError
 from deepspectra.jobs.checkpoint import Kept, Label
-from deepspectra.jobs.effort import counted, effort_for
+from deepspectra.jobs.effort import effort_for, with_operations
 from deepspectra.jobs.ledger import Ledger, Report
 from deepspectra.operators.base import Operator
 from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
@@ -302,7 +302,7 @@ def _measure_gradient(found: Findings) -> None:
     if problem.device.type != "cpu":
         ledger.clock = time.perf_counter
     with ledger.stage("loss and gradient"):
-        found.loss, found.operations = counted(problem, problem.loss)
+        found.loss, found.operations = with_operations(problem, problem.loss)
         found.accuracy = problem.accuracy()
         gradient()
 

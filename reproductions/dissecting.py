@@ -139,7 +139,7 @@ def measure(run: Run, root: Path) -> Record:
     values = {
         variant: {
             layer: {measure: found.of(variant, layer, measure).tolist() for measure in found.measures}
-            for layer in found.layers
+            for layer in found
         }
         for variant in found.variants
     }

@@ -139,7 +139,7 @@ def regions(problem: ds.Problem, num_classes: int) -> dict[str, Any]:
 def by_layer(problem: ds.Problem) -> dict[str, Any]:
     """Each layer, from input to output: class shares of features and errors, products of means, neural collapse."""
     rows = []
-    for layer in ds.layers(problem, hessian=False):
+    for layer in ds.layers(problem, hessian=False).values():
         if layer.features is None or layer.errors is None or layer.collapse is None:
             continue
         features, errors = layer.features, layer.errors

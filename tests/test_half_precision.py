@@ -55,7 +55,7 @@ def scaled(*arrays: Tensor) -> Tensor:
 
 def qualities(one: ds.Problem, _: ds.Problem) -> Tensor:
     found = ds.kronecker_quality(one, KINDS, ks=(1, 2))
-    every = [fit for layer in found for fit in layer.fits.values()]
+    every = [fit for layer in found.values() for fit in layer.fits.values()]
     numbers = [[fit.frobenius, fit.cosine, fit.spectral, fit.trace] for fit in every]
     return scaled(torch.tensor(numbers), *[fit.overlaps for fit in every])
 
@@ -68,11 +68,13 @@ def dissected(one: ds.Problem, _: ds.Problem) -> Tensor:
 
 def compared(one: ds.Problem, other: ds.Problem) -> Tensor:
     found = ds.compare(one, other, num=3)
-    return scaled(*[array for layer in found for array in (layer.measured, layer.kronecker)], found.whole)
+    return scaled(
+        *[array for layer in found.values() for array in (layer.measured, layer.kronecker)], found.whole
+    )
 
 
 def layered(one: ds.Problem, _: ds.Problem) -> Tensor:
-    return scaled(*[layer.gradients.values[:3] for layer in ds.layers(one, hessian=False)])
+    return scaled(*[layer.gradients.values[:3] for layer in ds.layers(one, hessian=False).values()])
 
 
 def split(one: ds.Problem, _: ds.Problem) -> Tensor:

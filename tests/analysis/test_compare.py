@@ -36,7 +36,7 @@ def overlaps(one: Tensor, other: Tensor) -> Tensor:
 def test_measured_curves_are_those_of_dense_eigenvectors(name: str) -> None:
     first, second, ref, other = pair(name)
     found = ds.compare(first, second, num=6, num_whole=4)
-    for layer in found:
+    for layer in found.values():
         own = [p for p in ref.parameters if p.rpartition(".")[0] == layer.name]
         blocks = [side.block(side.gauss_newton, *own) for side in (ref, other)]
         num = len(layer.ks)
@@ -53,7 +53,7 @@ def test_predictions_are_sums_over_products_of_factors(name: str) -> None:
     first, second, _, _ = pair(name)
     found = ds.compare(first, second, num=6)
     sides = [ds.kronecker(problem, "kfac") for problem in (first, second)]
-    for layer in found:
+    for layer in found.values():
         factors = []
         for side in sides:
             block = side.blocks[layer.name]
@@ -62,7 +62,7 @@ def test_predictions_are_sums_over_products_of_factors(name: str) -> None:
             order = torch.outer(s, a).flatten().argsort(descending=True)[: len(layer.ks)]
             factors.append((u, t, [(int(o) // len(a), int(o) % len(a)) for o in order]))
         (u, t, mine), (v, r, theirs) = factors
-        m, last = len(u), layer.name == found.layers[-1].name
+        m, last = len(u), layer.name == list(found)[-1]
         for k in range(1, len(layer.ks) + 1):
             exact = approximate = 0.0
             for (i, j), (x, y) in itertools.product(mine[:k], theirs[:k]):
@@ -97,7 +97,7 @@ def test_a_dominant_mean_feature_puts_the_peak_at_the_number_of_outputs() -> Non
 def test_a_network_shares_every_eigenspace_with_itself() -> None:
     problem = CASES["relu_mlp"]().problem()
     found = ds.compare(problem, problem)
-    for layer in found:
+    for layer in found.values():
         assert (layer.measured - 1).abs().max() < 1e-8
         assert (layer.kronecker - 1).abs().max() < 1e-8
         assert layer.alignment == pytest.approx(1)
@@ -108,9 +108,9 @@ def test_text_and_errors() -> None:
     first, second, _, _ = pair("relu_mlp")
     seen: list[str] = []
     found = ds.compare(first, second, num=3, progress=seen.append)
-    assert seen == [layer.name for layer in found]
+    assert seen == list(found)
     assert len(str(found).splitlines()) == len(found) + 2
-    assert {layer.case for layer in found} <= {"at m", "early", "delayed"}
+    assert {layer.case for layer in found.values()} <= {"at m", "early", "delayed"}
     with pytest.raises(KeyError, match="no layer 'nothing'"):
         found["nothing"]
     with pytest.raises(ShapeError, match="the same parameters; these differ"):

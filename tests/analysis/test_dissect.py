@@ -89,7 +89,7 @@ def test_a_linear_network_s_output_factors_have_the_closed_range() -> None:
 def test_convolutions_have_no_closed_form_behind_them_only() -> None:
     problem = CASES["conv_pool"]().problem()
     found = ds.dissect(problem)
-    assert list(found) == [layer.name for layer in ds.layers(problem) if layer.features is not None]
+    assert list(found) == [layer.name for layer in ds.layers(problem).values() if layer.features is not None]
     assert not math.isnan(found[list(found)[-1]].closed_range)
     assert len(str(found).splitlines()) == len(found) + 3
     with pytest.raises(OptionError, match="num"):

@@ -32,7 +32,7 @@ ALONE = {
 
 def held(problem: ds.Problem) -> HeldRows:
     rows = HeldRows(problem)
-    assert rows.hold()
+    assert rows.captures.hold()
     return rows
 
 
@@ -66,7 +66,7 @@ def test_products_with_held_rows_are_those_through_the_network(name: str) -> Non
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
 def test_every_use_is_understood_but_for_the_known_exceptions(name: str) -> None:
-    assert HeldRows(CASES[name]().problem()).plan.alone == set(ALONE.get(name, ()))
+    assert HeldRows(CASES[name]().problem()).captures.plan.alone == set(ALONE.get(name, ()))
 
 
 @pytest.mark.parametrize("name", ["unbalanced", "absent_class", "token_classes", "conv_batchnorm"])
@@ -75,7 +75,7 @@ def test_parts_of_held_rows_are_the_parts(name: str, effects: str) -> None:
     case, ref = case_and_reference(name)
     parts = decompose(case.problem(), effects=effects, hold=True)
     assert isinstance(parts.rows, HeldRows)
-    assert parts.rows.hold()
+    assert parts.rows.captures.hold()
     for part, operator in parts.items():
         assert (operator.dense() - ref.parts[part]).abs().max() < 1e-10 * ref.gauss_newton.abs().max()
 
@@ -85,7 +85,7 @@ def test_released_rows_go_through_the_network_again() -> None:
     rows = held(problem)
     block = torch.randn(problem.num_parameters, 2, dtype=torch.float64)
     before = rows.apply(block)
-    rows.release()
+    rows.captures.release()
     assert error(rows.apply(block), before) < 1e-12
 
 
@@ -157,7 +157,7 @@ def test_odd_uses_of_parameters_are_understood_or_differentiated_alone(kind: str
     x, y = torch.randn(11, 6, dtype=torch.float64), labels(11, 4)
     problem = ds.Problem(Odd(kind).double(), chunks(x, y, [4, 7]))
     rows = held(problem)
-    assert rows.plan.alone == set(UNDERSTOOD[kind])
+    assert rows.captures.plan.alone == set(UNDERSTOOD[kind])
     truth = ds.GaussNewton(problem).dense()
     assert same_spectrum(ds.gram_spectrum(problem).values, truth, float(truth.norm()))
 
@@ -202,7 +202,7 @@ def test_convolutions_and_normalisations_in_every_form(kind: str, alone: tuple[s
         nn.init.normal_(p, std=0.3)
     problem = ds.Problem(model.eval(), chunks(x, y, [5, 3]))
     rows = held(problem)
-    assert rows.plan.alone == set(alone)
+    assert rows.captures.plan.alone == set(alone)
     truth = ds.GaussNewton(problem).dense()
     assert same_spectrum(ds.gram_spectrum(problem).values, truth, float(truth.norm()))
     block = torch.randn(problem.num_parameters, 2, dtype=torch.float64)
@@ -221,7 +221,7 @@ def test_an_embedding_that_pads_and_is_used_twice() -> None:
 
     ids = torch.randint(0, 9, (10, 4))
     problem = ds.Problem(Bag().double(), [(ids, labels(10, 3))])
-    assert held(problem).plan.alone == set()
+    assert held(problem).captures.plan.alone == set()
     truth = ds.GaussNewton(problem).dense()
     assert same_spectrum(ds.gram_spectrum(problem).values, truth, float(truth.norm()))
 
@@ -287,10 +287,10 @@ def test_the_gram_matrix_does_not_depend_on_batches_nor_on_memory() -> None:
     ragged = ds.gram_spectrum(ds.Problem(case.model, chunks(x, y, [1, len(x) - 1])))
     assert error(ragged.values, whole.values) < 1e-12
     rows = HeldRows(case.problem())
-    rows.limit = 0
-    assert not rows.hold()
-    rows.limit = max(rows.bytes_by_layer.values())
-    assert len(rows._groups()) > 1
+    rows.captures.limit = 0
+    assert not rows.captures.hold()
+    rows.captures.limit = max(rows.captures.bytes_by_layer.values())
+    assert len(rows.captures._groups()) > 1
     small = torch.linalg.eigvalsh(rows.gram()).flip(0)
     assert error(small[: len(whole.values)], whole.values) < 1e-12
 
@@ -298,7 +298,7 @@ def test_the_gram_matrix_does_not_depend_on_batches_nor_on_memory() -> None:
 def test_memory_is_refused_beforehand() -> None:
     problem = CASES["relu_mlp"]().problem()
     rows = HeldRows(problem)
-    rows.limit = 1
+    rows.captures.limit = 1
     with pytest.raises(MemoryBudgetError, match="features and errors of layer"):
         rows.gram()
     problem.memory = 1000
@@ -376,7 +376,7 @@ def test_a_first_batch_of_one_example_does_not_hide_the_order_of_examples() -> N
     x, y = case.tensors
     problem = case.problem(chunks(x, y, [1, len(x) - 1]))
     rows = held(problem)
-    assert {layout.kind for layout in (call.layout for call in rows.plan.calls)} == {
+    assert {layout.kind for layout in (call.layout for call in rows.captures.plan.calls)} == {
         "blocks",
         "second",
         "interleaved",
@@ -403,8 +403,11 @@ def test_a_sequence_model_whose_examples_come_second() -> None:
     x, y = torch.randn(9, 6, 4, dtype=torch.float64), labels(9, 3)
     problem = Case(Second().double(), chunks(x, y, [4, 5])).problem()
     rows = held(problem)
-    assert rows.plan.alone == set()
-    assert {layout.kind for layout in (call.layout for call in rows.plan.calls)} == {"second", "interleaved"}
+    assert rows.captures.plan.alone == set()
+    assert {layout.kind for layout in (call.layout for call in rows.captures.plan.calls)} == {
+        "second",
+        "interleaved",
+    }
     truth = ds.GaussNewton(problem).dense()
     assert same_spectrum(ds.gram_spectrum(problem).values, truth, float(truth.norm()))
 

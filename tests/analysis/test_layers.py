@@ -40,7 +40,7 @@ def test_features_and_errors_are_what_hooks_see(name: str) -> None:
     case, ref = case_and_reference(name)
     found = ds.layers(case.problem())
     modules = dict(case.model.named_modules())
-    for layer in found.layers:
+    for layer in found.values():
         h, e = inputs_and_errors(ref, modules[layer.name])
         assert layer.features is not None
         assert layer.errors is not None
@@ -67,7 +67,7 @@ def test_features_and_errors_are_what_hooks_see(name: str) -> None:
 @pytest.mark.parametrize("name", CLASSIFICATION)
 def test_gradients_of_a_layer_are_its_block_of_g(name: str) -> None:
     case, ref = case_and_reference(name)
-    for layer in ds.layers(case.problem()).layers:
+    for layer in ds.layers(case.problem()).values():
         block = ref.block(ref.gauss_newton, f"{layer.name}.*" if layer.name else "*")
         if layer.name:
             own = [p for p in ref.parameters if p.rpartition(".")[0] == layer.name]
@@ -86,7 +86,7 @@ def test_with_one_example_a_class_means_of_products_are_products_of_means() -> N
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5)).double()
     x, y = torch.randn(5, 4, dtype=torch.float64), torch.arange(5)
-    for layer in ds.layers(ds.Problem(model, (x, y))).layers:
+    for layer in ds.layers(ds.Problem(model, (x, y))).values():
         assert layer.khatri_rao is not None
         off = ~torch.eye(5, dtype=torch.bool)
         assert (layer.khatri_rao.class_cosine - 1).abs().max() < 1e-10
@@ -101,7 +101,7 @@ def test_the_khatri_rao_claim_is_measured_by_its_definition(name: str) -> None:
     modules = dict(case.model.named_modules())
     w_c, g_c, w_ck, g_ck = ref.means
     names = list(ref.parameters)
-    for layer in ds.layers(case.problem()).layers:
+    for layer in ds.layers(case.problem()).values():
         h, e = inputs_and_errors(ref, modules[layer.name])
         start = sum(ref.parameters[n].numel() for n in names[: names.index(f"{layer.name}.weight")])
         stop = start + ref.parameters[f"{layer.name}.weight"].numel()
@@ -134,7 +134,7 @@ def test_gradients_without_the_mean_feature(name: str) -> None:
     for key, value in ref.parameters.items():
         starts[key], at = (at, value.numel()), at + value.numel()
     modules = dict(case.model.named_modules())
-    for layer in ds.layers(case.problem()):
+    for layer in ds.layers(case.problem()).values():
         module = modules[layer.name]
         assert isinstance(module, (nn.Linear, nn.Conv2d))
         inputs, _ = inputs_and_errors(ref, module)
@@ -202,7 +202,7 @@ def test_a_saturated_network_has_layers_of_no_curvature(scale: float) -> None:
     nn.init.normal_(net[2].weight, std=scale)
     problem = ds.Problem(net, (torch.randn(9, 5).double(), labels(9, 3)))
     largest = float(torch.linalg.eigvalsh(ds.GaussNewton(problem).dense())[-1])
-    for layer in ds.layers(problem, hessian=False):
+    for layer in ds.layers(problem, hessian=False).values():
         assert float(layer.gradients.values[0]) <= 1.0001 * largest
         assert layer.khatri_rao is not None
         assert layer.collapse is not None
@@ -213,7 +213,7 @@ def test_logit_means_of_constant_features_are_products_with_them() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3)).double()
     x = torch.randn(1, 4).double().expand(12, 4).contiguous()
-    (layer,) = ds.layers(ds.Problem(model, (x, labels(12, 3))))
+    (layer,) = ds.layers(ds.Problem(model, (x, labels(12, 3)))).values()
     assert layer.khatri_rao is not None
     assert error(layer.khatri_rao.logit_cosine, torch.ones(3).double()) < 1e-12
     assert layer.centred is not None
@@ -230,7 +230,7 @@ def test_collapsed_features_are_seen_as_such() -> None:
     with torch.no_grad():
         model.weight.copy_(3 * simplex(4))
     y = torch.arange(4).repeat(3)
-    found = ds.layers(ds.Problem(model, (5.0 + simplex(4)[y], y))).layers[0].collapse
+    found = ds.layers(ds.Problem(model, (5.0 + simplex(4)[y], y)))[""].collapse
     assert found is not None
     for value in (found.nc1, found.nc2_norms, found.nc2_angles, found.nc2_simplex, found.nc3, found.nc4):
         assert abs(value) < 1e-10
@@ -241,7 +241,7 @@ def test_neural_collapse_by_its_definitions() -> None:
     torch.manual_seed(5)
     model = nn.Linear(6, 3).double()
     x, y = torch.randn(20, 6, dtype=torch.float64), labels(20, 3)
-    found = ds.layers(ds.Problem(model, (x, y))).layers[0].collapse
+    found = ds.layers(ds.Problem(model, (x, y)))[""].collapse
     assert found is not None
     means = torch.stack([x[y == c].mean(0) for c in range(3)])
     shares = torch.bincount(y).double() / 20
@@ -260,7 +260,7 @@ def test_neural_collapse_by_its_definitions() -> None:
 
 
 def test_an_absent_class_has_no_angles() -> None:
-    found = ds.layers(CASES["absent_class"]().problem()).layers[0]
+    (found, *_) = ds.layers(CASES["absent_class"]().problem()).values()
     assert found.collapse is not None
     assert found.collapse.cosines[2].isnan().all()
     assert math.isfinite(found.collapse.nc1)
@@ -270,7 +270,7 @@ def test_an_absent_class_has_no_angles() -> None:
 
 
 def test_reused_layers_have_no_product_of_means() -> None:
-    reused = ds.layers(CASES["reused_module"]().problem()).layers
+    reused = ds.layers(CASES["reused_module"]().problem()).values()
     assert any(layer.khatri_rao is None and layer.features is not None for layer in reused)
 
 
@@ -291,8 +291,8 @@ def test_layers_that_do_not_fit_together_are_captured_in_groups() -> None:
     problem.memory = 3 * 8 * 60**2 + 1  # the Gram matrix just fits; not all layers at once
     seen: list[str] = []
     parts = ds.layers(problem, progress=seen.append)
-    assert seen == [layer.name for layer in whole.layers] == ["0", "2", "4"]
-    for one, other in zip(whole.layers, parts.layers, strict=True):
+    assert seen == list(whole) == ["0", "2", "4"]
+    for one, other in zip(whole.values(), parts.values(), strict=True):
         assert error(one.gradients.values, other.gradients.values) < 1e-12
     problem.memory = 2000
     with pytest.raises(MemoryBudgetError, match="layer"):
@@ -306,7 +306,7 @@ def test_batches_do_not_matter() -> None:
         ds.layers(case.problem()),
         ds.layers(ds.Problem(case.model, chunks(x, y, [1, 4, len(x) - 5]))),
     )
-    for a, b in zip(one.layers, other.layers, strict=True):
+    for a, b in zip(one.values(), other.values(), strict=True):
         assert error(a.gradients.values, b.gradients.values) < 1e-10
         if a.collapse and b.collapse:
             assert a.collapse.nc1 == pytest.approx(b.collapse.nc1, rel=1e-9)
@@ -323,7 +323,7 @@ CURVED = ("layernorm_gelu", "attention_module", "tied_modules", "reused_module")
 @pytest.mark.parametrize("name", PIECEWISE_LINEAR)
 def test_blocks_of_h_are_those_of_g_where_outputs_are_linear_in_a_layer(name: str) -> None:
     case, ref = case_and_reference(name)
-    for layer in ds.layers(case.problem(), num=3):
+    for layer in ds.layers(case.problem(), num=3).values():
         block = ref.block(ref.hessian, *own_names(ref, layer.name))
         assert layer.hessian is not None
         assert layer.hessian.is_gauss_newton
@@ -338,7 +338,7 @@ def test_blocks_of_h_are_those_of_g_where_outputs_are_linear_in_a_layer(name: st
 def test_blocks_of_h_are_measured_where_they_are_not_those_of_g(name: str) -> None:
     case, ref = case_and_reference(name)
     apart = 0
-    for layer in ds.layers(case.problem(), num=3):
+    for layer in ds.layers(case.problem(), num=3).values():
         block = ref.block(ref.hessian, *own_names(ref, layer.name))
         residual = block - ref.block(ref.gauss_newton, *own_names(ref, layer.name))
         h = layer.hessian
@@ -396,8 +396,8 @@ def test_without_second_derivatives_there_are_no_blocks_of_h() -> None:
     problem = ds.Problem(model, (torch.randn(9, 4).double(), labels(9, 3)))
     with pytest.warns(FallbackWarning, match="hessian=False"):
         found = ds.layers(problem)
-    assert all(layer.hessian is None for layer in found)
-    assert [layer.hessian for layer in ds.layers(problem, hessian=False)] == [None, None]
+    assert all(layer.hessian is None for layer in found.values())
+    assert [layer.hessian for layer in ds.layers(problem, hessian=False).values()] == [None, None]
     assert "‖R‖/‖G‖" in str(found)
 
 
@@ -436,8 +436,8 @@ def test_text_dtype_and_errors() -> None:
     assert "NC1" in text
     assert len(text.splitlines()) == 10
     assert text.count("that of G") == 3
-    assert ds.layers(problem, dtype=torch.float64).layers[0].gradients.provenance.dtype == "float64"
-    assert ds.layers(problem, effects="four-way").layers[0].gradients.part_names == (
+    assert ds.layers(problem, dtype=torch.float64)["0"].gradients.provenance.dtype == "float64"
+    assert ds.layers(problem, effects="four-way")["0"].gradients.part_names == (
         "class",
         "cross",
         "within",

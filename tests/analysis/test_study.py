@@ -43,10 +43,10 @@ def found():
 
 def test_measures_are_those_of_the_functions_they_come_from(found) -> None:
     assert found.variants == ("plain", "batch norm")
-    assert found.layers == ("1", "3", "all layers")
-    assert found.values.shape == (2, 3, len(MEASURES), 3)
+    assert list(found) == ["1", "3", "all layers"]
+    assert {table.shape for table in found.values()} == {(2, len(MEASURES), 3)}
     dissected = [ds.dissect(problem(j), num=3) for j in (0, 1)]
-    for layer in found.layers[:-1]:
+    for layer in list(found)[:-1]:
         assert found.of("plain", layer, "input_ratio").tolist() == pytest.approx(
             [some[layer].input_ratio for some in dissected]
         )
@@ -85,7 +85,7 @@ def test_measures_are_those_of_the_functions_they_come_from(found) -> None:
 def test_it_says_what_falls_and_what_rises(found) -> None:
     said = sentences(found)
     ratios = [
-        torch.stack([found.of(v, layer, "input_ratio").mean() for layer in found.layers[:-1]]).mean()
+        torch.stack([found.of(v, layer, "input_ratio").mean() for layer in list(found)[:-1]]).mean()
         for v in found.variants
     ]
     assert said[0].startswith("Outliers of G → left without class means → ")

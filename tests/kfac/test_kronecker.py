@@ -577,15 +577,14 @@ def test_curvlinops_agrees_without_class_weights(name: str, loss: nn.Module, sha
 @pytest.mark.parametrize("small", [3000, 0])
 def test_quality_is_that_of_dense_blocks(name: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deepspectra.analysis.kronecker_quality.SMALL", small)
-    monkeypatch.setattr("deepspectra.analysis.kronecker_quality.PAIRED_ROWS", 20)
+    monkeypatch.setattr("deepspectra.analysis.layer_blocks.SMALL", small)
+    monkeypatch.setattr("deepspectra.analysis.layer_blocks.PAIRED_ROWS", 20)
     case, ref = case_and_reference(name)
     kinds = ("kfac", "ekfac", "optimal") if name in ("token_classes", "mse_module") else KINDS
     found = ds.kronecker_quality(case.problem(), kinds, ks=(1, 3), rtol=1e-8)
     operators = {kind: ds.kronecker(case.problem(), kind) for kind in kinds}
-    assert {layer.name for layer in found} == {
-        name for name, place in operators["kfac"].places.items() if place.is_matrix
-    }
-    for layer in found:
+    assert set(found) == {name for name, place in operators["kfac"].places.items() if place.is_matrix}
+    for layer in found.values():
         truth = block_of(operators["kfac"], ref.gauss_newton, layer.name)
         values, vectors = torch.linalg.eigh(truth)
         assert layer.num_parameters == len(truth)

@@ -25,7 +25,7 @@ from deepspectra.report.captions import FIGURES
 from deepspectra.report.drawing import PART_COLOURS, number
 from deepspectra.report.page import _citation
 from deepspectra.report.tables import tables_section
-from deepspectra.report.text import counted, escaped, percent
+from deepspectra.report.text import escaped, percent, quantity
 
 OPERATORS = ["hessian", "gauss_newton", "residual"]
 PARTS = ["class", "logit", "interaction", "within", "true", "residual"]
@@ -571,7 +571,7 @@ def test_a_number_stands_with_as_many_digits_as_its_error_allows(value, error, t
 def test_shares_have_no_negative_zero_and_counts_agree_with_their_nouns():
     assert [percent(value) for value in (-1e-9, 0.0, -0.031, 0.9996)] == ["0.0%", "0.0%", "−3.1%", "100.0%"]
     assert percent(-0.001, 0) == "0%"
-    assert [counted(number, "class", "classes") for number in (1, 2, 1200)] == [
+    assert [quantity(number, "class", "classes") for number in (1, 2, 1200)] == [
         "1 class",
         "2 classes",
         "1,200 classes",

@@ -21,7 +21,7 @@ from torch.overrides import _get_current_function_mode
 import deepspectra as ds
 from deepspectra.errors import CurvatureError, MemoryBudgetError
 from deepspectra.problem.samples import small_problem
-from deepspectra.rows import tracing
+from deepspectra.rows import planning, tracing
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held import HeldRows
 from reference import error, projections
@@ -409,7 +409,7 @@ def test_the_exact_spectrum_is_that_of_the_dense_matrix(name: str) -> None:
 
 def pieces(problem: ds.Problem, weights: Tensor, *, joint: bool) -> Iterator[tracing.Piece]:
     """The only batch, with scalars of these weights."""
-    plan = tracing.plan(small_problem(problem, 3, torch.float64))
+    plan = planning.learned(small_problem(problem, 3, torch.float64))
     while True:
         try:
             yield from tracing.capture(problem, *problem.batches, plan, lambda *_: weights, joint=joint)
@@ -458,7 +458,7 @@ def test_rows_held_are_rows_through_the_network(name: str) -> None:
     assert (rows.order is not None) == (name == "time first, flat")
     block, carried = random(problem.num_parameters, 2), random(*rows.weights.shape, 2)
     products = rows.apply(block), rows.transpose(carried)
-    assert rows.hold()
+    assert rows.captures.hold()
     assert error(rows.apply(block), products[0]) < 1e-12
     assert error(rows.transpose(carried), products[1]) < 1e-12
     assert error(products[0][order.argsort()], through.apply(block)) < 1e-12
@@ -476,7 +476,10 @@ def test_time_first_is_batch_first_in_every_exact_way(name: str) -> None:
 
     first = ds.Problem(net, batches)
     second = ds.Problem(net, [(x.T.contiguous(), y.T.contiguous()) for x, y in batches], forward=turned)
-    for one, two in zip(ds.layers(first, hessian=False), ds.layers(second, hessian=False), strict=True):
+    one_by_one = zip(
+        *(ds.layers(problem, hessian=False).values() for problem in (first, second)), strict=True
+    )
+    for one, two in one_by_one:
         assert one.name == two.name
         assert error(one.gradients.traces, two.gradients.traces) < 1e-10
         assert (one.features is None) == (two.features is None)
@@ -500,7 +503,8 @@ def test_a_network_that_sorts_is_the_one_that_does_not(name: str, plain: nn.Modu
     net = net.double().eval()
     twin = ds.Problem(nn.Sequential(net.a, nn.Tanh(), net.o, plain), batches)
     problem = ds.Problem(net, batches)
-    for one, two in zip(ds.layers(problem, hessian=False), ds.layers(twin, hessian=False), strict=True):
+    one_by_one = zip(*(ds.layers(each, hessian=False).values() for each in (problem, twin)), strict=True)
+    for one, two in one_by_one:
         for what in ("features", "errors", "gradients"):
             mine, other = getattr(one, what), getattr(two, what)
             assert error(mine.values, other.values) < 1e-10
@@ -514,7 +518,7 @@ def test_features_of_rows_that_belong_to_no_example_are_not_made_up() -> None:
     """A graph may have as many edges as nodes; then edges are no rows."""
     problem, _ = made("as many messages as nodes")
     layers = ds.layers(problem, hessian=False)
-    assert all(layer.features is None and layer.collapse is None for layer in layers)
+    assert all(layer.features is None and layer.collapse is None for layer in layers.values())
     with pytest.raises(CurvatureError, match="one row of features for each output row"):
         ds.collapse(problem)
     problem, _ = made("listed")
@@ -581,12 +585,12 @@ def test_batches_that_do_not_fit_together_are_right_or_refused() -> None:
     problem, true = made("if any")
     kron = ds.kronecker(problem)  # streams what does not fit
     small = HeldRows(problem)
-    small.limit = 0
-    assert not small.hold()
+    small.captures.limit = 0
+    assert not small.captures.hold()
     with pytest.raises(CurvatureError, match="'scale' otherwise on one batch than on another"):
-        list(small.batches())
-    assert small.plan.alone == {"scale"}
-    small.limit = max(small.bytes_by_layer.values())
+        list(small.captures.batches())
+    assert small.captures.plan.alone == {"scale"}
+    small.captures.limit = max(small.captures.bytes_by_layer.values())
     assert same_values(torch.linalg.eigvalsh(small.gram()).flip(0), true.dense)
     assert kron.trace > 0
 
@@ -596,8 +600,8 @@ def test_what_all_examples_share_is_no_single_example() -> None:
     batch = {"where": torch.arange(4)[None], "tokens": classes(5, 4, num=5), "y": classes(5)}
     problem = ds.Problem(net, [batch], forward=named("tokens", "where"))
     rows = HeldRows(problem)
-    assert rows.hold()
-    (piece,) = rows.held
+    assert rows.captures.hold()
+    (piece,) = rows.captures.held
     assert {use.num_examples for use in piece.uses} == {5}
     assert same_values(ds.gram_spectrum(problem).values, truth(net, [batch], named("tokens", "where")).dense)
 
@@ -611,8 +615,8 @@ def test_plain_networks_are_not_watched_twice(monkeypatch: pytest.MonkeyPatch) -
     rows = HeldRows(ds.Problem(net.double().eval(), (x, y)))
     plain, passes = torch.autograd.grad, []
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: passes.append(k) or plain(*a, **k))
-    assert rows.hold()
-    assert not rows.plan.by_value
+    assert rows.captures.hold()
+    assert not rows.captures.plan.by_value
     assert len([k for k in passes if not k.get("allow_unused")]) == 2
 
 
@@ -623,7 +627,7 @@ def test_rows_that_do_not_count_take_no_backward_pass(monkeypatch: pytest.Monkey
     rows = HeldRows(problem)
     plain, passes = torch.autograd.grad, []
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: passes.append(k) or plain(*a, **k))
-    assert rows.hold()
+    assert rows.captures.hold()
     assert len([k for k in passes if not k.get("allow_unused")]) == 3 * 2
     monkeypatch.undo()
     assert same_values(ds.gram_spectrum(problem).values, truth(net, [graph], named("x")).dense)
@@ -659,7 +663,7 @@ def test_masks_choose_no_places() -> None:
     tokens[:, 0] = 1
     net, data = Masked().double().eval(), [(tokens, classes(5))]
     problem = ds.Problem(net, data)
-    assert not HeldRows(problem).plan.by_value
+    assert not HeldRows(problem).captures.plan.by_value
     assert same_values(ds.gram_spectrum(problem).values, truth(net, data, pair).dense)
 
 
@@ -711,5 +715,5 @@ def test_a_parameter_used_under_no_grad_has_no_use_there() -> None:
 
     net, data = Teacher().double(), [xy(7)]
     problem = ds.Problem(net, data)
-    assert not HeldRows(problem).plan.alone
+    assert not HeldRows(problem).captures.plan.alone
     assert same_values(ds.gram_spectrum(problem).values, truth(net, data, pair).dense)

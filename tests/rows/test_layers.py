@@ -167,7 +167,7 @@ def test_batches_do_not_matter_to_means() -> None:
 def test_collapse_is_that_of_layers() -> None:
     problem = CASES["conv_pool"]().problem()
     alone, found = ds.collapse(problem), ds.layers(problem)
-    assert list(alone) == [layer.name for layer in found.layers if layer.collapse]
+    assert list(alone) == [name for name, layer in found.items() if layer.collapse]
     for name, measures in alone.items():
         other = found[name].collapse
         assert other is not None

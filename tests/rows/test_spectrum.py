@@ -84,7 +84,7 @@ def test_layers_errors_and_features_mean_the_same_by_a_name(name: str) -> None:
     member = functional.one_hot(ref.labels, ref.num_classes).double()
     centre = onto(torch.ones(len(member), 1).double())
     about = {"mean": centre, "class": onto(member) - centre}
-    for layer in ds.layers(case.problem(), hessian=False):
+    for layer in ds.layers(case.problem(), hessian=False).values():
         names = [n for n in ref.parameters if n.rpartition(".")[0] == layer.name]
         kinds = {"gradients": Reference(case, names).rows}
         if layer.errors is not None and name != "every_option":  # of which hooks see ignored rows too

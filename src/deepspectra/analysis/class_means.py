@@ -189,7 +189,7 @@ def _of_features(parts: Decomposition) -> _Factors:
     sizes, weight = membership(rows, groups).sum(0), counted(rows)
     basis = feature_averages(rows, groups).every * (weight / weight.sum()).sqrt()[:, None]
     sums: dict[str, Tensor] = {}
-    for batch, share in _shared(rows.features(), basis, 1):
+    for batch, share in _shared(rows.captures.features(), basis, 1):
         _add(sums, layer_inputs(batch.uses), share, rows.problem.memory)
     means, layers = _joined(sums)
     return _Factors(means.T, None, sizes / sizes.sum(), None, layers)
@@ -200,7 +200,7 @@ def _of_errors(parts: Decomposition, level: str) -> _Factors:
     assert isinstance(rows, HeldRows)
     basis = error_averages(rows, projections, ()).every  # (R, C²)
     sums: dict[str, Tensor] = {}
-    for batch, share in _shared(rows.batches(), basis, rows.weights.shape[1] - 1):
+    for batch, share in _shared(rows.captures.batches(), basis, rows.weights.shape[1] - 1):
         _add(sums, layer_errors(batch.uses), share, rows.problem.memory)
     means, layers = _joined(sums)
     found = _of_cells(means.T, projections, layers)

@@ -13,8 +13,9 @@ from deepspectra.arguments import check_count, seeded
 from deepspectra.problem.problem import Problem
 from deepspectra.problem.samples import drawn_problem
 from deepspectra.results import Provenance
+from deepspectra.rows.captures import Captures
 from deepspectra.rows.gradients import GradientRows
-from deepspectra.rows.held import HeldRows
+from deepspectra.rows.held import HeldRows, gram_of, refuse_beyond_memory
 from deepspectra.rows.importance import systematic
 from deepspectra.rows.layers import counted
 
@@ -54,19 +55,6 @@ class Clustering:
         return "\n".join(rows)
 
 
-class LogitRows(HeldRows):
-    """Rows ∇z_k(x_i), all C of them an example, held as `HeldRows` are; known by their inner products alone."""
-
-    @property
-    def num_reduced(self) -> int:
-        """N C."""
-        return self.weights.numel()
-
-    def weigh(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cotangents (n, C, C): the unit vectors."""
-        return torch.eye(outputs.shape[1]).to(outputs).expand(len(outputs), -1, -1)
-
-
 def clustering(problem: Problem, *, num_examples: int = 200, seed: int = 0) -> Clustering:
     """Whether gradients of single examples cluster by logit, by class or by both.
 
@@ -94,9 +82,9 @@ def clustering(problem: Problem, *, num_examples: int = 200, seed: int = 0) -> C
     check_count("num_examples", num_examples, smallest=2)
     if problem.num_examples > num_examples:
         problem = _drawn(problem, num_examples, seed)
-    rows = LogitRows(problem)
+    rows = HeldRows(problem)
     size = rows.weights.shape[1]
-    gram = rows.gram()
+    gram = _gram_of_logits(problem, rows.weights.numel())
     live = (counted(rows) > 0).nonzero()[:, 0].to(gram.device)
     num = len(rows.labels)
     inner = gram.view(num, size, num, size)[live][:, :, live]
@@ -116,6 +104,16 @@ def clustering(problem: Problem, *, num_examples: int = 200, seed: int = 0) -> C
         seconds=time.perf_counter() - began,
         provenance=Provenance.of_matrix("Gauss-Newton", problem, seed=seed),
     )
+
+
+def _gram_of_logits(problem: Problem, num_rows: int) -> Tensor:
+    """Inner products (N C, N C) of the gradients ∇z_k(x_i)."""
+
+    def weigh(outputs: Tensor, _: Tensor) -> Tensor:
+        return torch.eye(outputs.shape[1]).to(outputs).expand(len(outputs), -1, -1)
+
+    refuse_beyond_memory(num_rows, problem)
+    return gram_of(uses for _, uses in Captures(problem, weigh).by_layer())
 
 
 def _drawn(problem: Problem, num_examples: int, seed: int) -> Problem:

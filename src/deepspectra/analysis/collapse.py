@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepspectra.analysis.by_layer import ByLayer
 from deepspectra.problem.problem import Problem
-from deepspectra.results import ByLayer, Provenance
+from deepspectra.results import Provenance
 from deepspectra.rows.captures import parameters_of
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held import HeldRows

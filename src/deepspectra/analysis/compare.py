@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.overlap import overlap_curve
+from deepspectra.analysis.by_layer import ByLayer
 from deepspectra.analysis.layer_blocks import RTOL, Blocks, top_pairs
 from deepspectra.arguments import check_count
-from deepspectra.errors import MissingNameError, ShapeError
+from deepspectra.errors import ShapeError
 from deepspectra.kfac.exact import ExactBlock
 from deepspectra.kfac.operators import Block, Rotated
 from deepspectra.operators.curvature import GaussNewton
@@ -74,38 +75,20 @@ class LayerComparison:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Eigenspaces of two networks of the same architecture.
+class Comparison(ByLayer[LayerComparison]):
+    """Eigenspaces of two networks of the same architecture, without layers whose block of G is zero in either.
 
     Attributes:
-        layers: one entry a layer that multiplies features, from input to output; without those whose block of G is
-            zero in either network.
         whole: (K,) overlap of the top-k eigenspaces of G over all parameters, k from 1 to K.
-        seconds: wall-clock time spent.
         provenance: of the first network.
     """
 
-    layers: tuple[LayerComparison, ...]
     whole: Tensor
-    seconds: float
-    provenance: Provenance
-
-    def __iter__(self) -> Iterator[LayerComparison]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def __getitem__(self, name: str) -> LayerComparison:
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise MissingNameError("layer", name, (layer.name for layer in self.layers))
 
     def __str__(self) -> str:
         head = ("m", "peak at", "height", "at k = m", "predicted", "height", "(t·t′)²", "case", "random at m")
         rows = [f"{'layer':<26} " + " ".join(f"{name:>{max(8, len(name))}}" for name in head)]
-        for layer in self.layers:
+        for layer in self.values():
             (place, height), (foreseen, foreseen_height) = layer.peak, layer.predicted_peak
             at = min(layer.outputs, len(layer.ks)) - 1
             rows.append(
@@ -165,27 +148,22 @@ def compare(
         if value is not None:
             check_count(name, value, smallest)
     sides = [Blocks(problem) for problem in (first, second)]
-    layers = []
-    for name, exact in sides[0]:
+    layers = {}
+    for name, *pair in sides[0].beside(sides[1]):
         if progress is not None:
             progress(name)
-        pair = (exact, sides[1][name])
         if not all(block.trace for block in pair):
             continue
-        groups, outputs, _ = exact.place.shape
+        groups, outputs, _ = pair[0].place.shape
         wanted = num or max(2 * groups * outputs, FEWEST)
         spaces = [top_pairs(block, wanted, seed)[1] for block in pair]
         blocks = [side.factors.blocks[name] for side in sides]
-        layers.append(
-            _layer(exact, spaces, blocks, shared=outputs == first.num_classes and name == sides[0].names[-1])
-        )
+        shared = outputs == first.num_classes and name == sides[0].names[-1]
+        layers[name] = _layer(pair[0], spaces, blocks, shared=shared)
     wanted = 2 * first.num_classes if num_whole is None else num_whole
-    return Comparison(
-        tuple(layers),
-        _whole(first, second, wanted, seed),
-        time.perf_counter() - began,
-        Provenance.of_matrix("Gauss-Newton", first, seed=seed),
-    )
+    whole = _whole(first, second, wanted, seed)
+    provenance = Provenance.of_matrix("Gauss-Newton", first, seed=seed)
+    return Comparison(layers, time.perf_counter() - began, provenance, whole)
 
 
 def _whole(first: Problem, second: Problem, num: int, seed: int) -> Tensor:

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.overlap import overlap
-from deepspectra.analysis.dissect_whole import Stack, WholeDissection
-from deepspectra.analysis.layer_blocks import Blocks, top_pairs
+from deepspectra.algorithms.eigenpairs import eigenpairs
+from deepspectra.algorithms.overlap import overlap, overlap_curve
+from deepspectra.analysis.by_layer import ByLayer
+from deepspectra.analysis.layer_blocks import RTOL, Blocks, top_pairs
 from deepspectra.arguments import check_count
 from deepspectra.kfac.exact import ExactBlock
 from deepspectra.kfac.operators import KroneckerSum
+from deepspectra.operators.curvature import GaussNewton
 from deepspectra.problem.problem import Problem
-from deepspectra.results import ByLayer, Provenance
+from deepspectra.results import Provenance
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,38 @@ class LayerDissection:
     output_values: Tensor
     closed_form: float
     closed_range: float
+
+
+@dataclass(frozen=True)
+class WholeDissection:
+    """The top K eigenvectors of G over all parameters, against u ⊗ E[x] stacked over layers.
+
+    If the inputs x of every layer were their means x̄, gradients would be e ⊗ x̄, layer by layer, and G's
+    eigenvectors would follow from the second moment of the errors of all layers at once, the full output Hessian M.
+
+    Attributes:
+        values: (K,) eigenvalues of G.
+        approximated: (K,) of D M D, D the lengths of the mean inputs: what G would be with x = x̄.
+        published: (K,) σ_i ‖w_i‖² with the eigenpairs σ_i, u_i of M and w_i = D u_i, which are not orthogonal.
+        overlaps: (K,) of the top k eigenvectors of D M D, each u ⊗ x̄/‖x̄‖ stacked, with those of G, k from 1 to K.
+        published_overlaps: (K,) the same for the w_i, orthonormalised in turn.
+        reach: (K,) ‖·‖² of each eigenvector of G within all u ⊗ x̄, the most that any errors could explain.
+    """
+
+    values: Tensor
+    approximated: Tensor
+    published: Tensor
+    overlaps: Tensor
+    published_overlaps: Tensor
+    reach: Tensor
+
+    def __str__(self) -> str:
+        last = len(self.values)
+        return (
+            f"all parameters: λ₁ {float(self.values[0]):.3g}, with x = E[x] {float(self.approximated[0]):.3g}; "
+            f"overlap of u ⊗ E[x] with the top {last} eigenvectors of G {float(self.overlaps[-1]):.3f} "
+            f"(as published {float(self.published_overlaps[-1]):.3f}, at most {float(self.reach.mean()):.3f})"
+        )
 
 
 @dataclass(frozen=True)
@@ -125,59 +159,40 @@ def dissect(
     num = 2 * problem.num_classes if num is None else num
     check_count("num", num)
     check_count("num_directions", num_directions)
-    blocks = Blocks(problem)
-    weights = _weights(problem, blocks)
     num_whole = num if num_whole is None else num_whole
-    layers, stack = {}, Stack()
+    blocks = Blocks(problem)
+    layers, reduced = {}, {}
     for name, exact in blocks:
         if not exact.trace:
             continue
         if num_whole:
-            stack.add(exact)
-        if exact.place.groups > 1:
-            continue
-        if progress is not None:
-            progress(name)
-        factors = blocks.factors.blocks[name]
-        assert isinstance(factors, KroneckerSum)
-        later = weights[blocks.names.index(name) + 1 :]
-        layers[name] = _dissected(exact, factors, later, problem.num_classes, (num, num_directions, seed))
-    whole = stack.against(problem, blocks, num_whole, seed) if stack.errors else None
+            reduced[name] = _with_mean_inputs(exact)
+        if exact.place.groups == 1:
+            if progress is not None:
+                progress(name)
+            layers[name] = dissected(blocks, exact, top_pairs(exact, num, seed), num_directions)
+    whole = _dissected_whole(blocks, reduced, num_whole, seed) if reduced else None
     provenance = Provenance.of_matrix("Gauss-Newton", problem, seed=seed)
     return Dissection(layers, time.perf_counter() - began, provenance, whole)
 
 
-def _weights(problem: Problem, blocks: Blocks) -> list[Tensor | None]:
-    """Each layer's matrix (outputs, inputs) in float64, None for kernels and tables."""
-    found: list[Tensor | None] = []
-    for name in blocks.names:
-        place = blocks.factors.places[name]
-        value = problem.parameters[place.weight.name]
-        whole = value.numel() == place.weight.numel and value.ndim == 2
-        found.append(place.join(value.detach(), None)[0].double() if whole else None)
-    return found
-
-
-def _dissected(
-    exact: ExactBlock,
-    factors: KroneckerSum,
-    later: list[Tensor | None],
-    num_classes: int,
-    sizes: tuple[int, int, int],
+def dissected(
+    blocks: Blocks, exact: ExactBlock, pairs: tuple[Tensor, Tensor], num_directions: int = 20
 ) -> LayerDissection:
-    num, num_directions, seed = sizes
-    _, outputs, inputs = exact.place.shape
-    values, vectors = top_pairs(exact, num, seed)
+    """One layer's block, given its top eigenvalues and their eigenvectors."""
+    name, (_, outputs, inputs) = exact.place.name, exact.place.shape
+    factors, inner = blocks.factors.blocks[name], blocks.captures.problem.num_classes - 1
+    assert isinstance(factors, KroneckerSum)
+    values, vectors = pairs
     reshaped = vectors.double().T.view(-1, outputs, inputs)
     kron = factors.decomposed
-    left = kron.left[0].double().flip(1)[:, :num_directions]
+    every = kron.left[0].double().flip(1)
+    left = every[:, :num_directions]
     right = torch.eye(inputs).to(left) if kron.right is None else kron.right[0].double().flip(1)
-    output_values = torch.linalg.eigvalsh(factors.left[0, 0].double()).flip(0)
     ratio, alignment = _inputs(exact, factors)
-    space = kron.left[0].double().flip(1)[:, : num_classes - 1]
-    published, whole_range = _closed_forms(later, outputs, num_classes)
+    published, whole_range = _closed_forms(_later_weights(blocks, name), outputs, inner + 1)
     return LayerDissection(
-        name=exact.place.name,
+        name=name,
         shape=(outputs, inputs),
         values=values.double().cpu(),
         rank_one=torch.linalg.matrix_norm(reshaped, 2).cpu() / torch.linalg.matrix_norm(reshaped).cpu(),
@@ -186,10 +201,21 @@ def _dissected(
         output_correspondence=(reshaped.mT @ left).square().sum(1).T.cpu(),
         input_ratio=ratio,
         input_alignment=alignment,
-        output_values=output_values[:num_directions].cpu(),
-        closed_form=_agreement(space, published),
-        closed_range=_agreement(space, whole_range),
+        output_values=torch.linalg.eigvalsh(factors.left[0, 0].double()).flip(0)[:num_directions].cpu(),
+        closed_form=_agreement(every[:, :inner], published),
+        closed_range=_agreement(every[:, :inner], whole_range),
     )
+
+
+def _later_weights(blocks: Blocks, name: str) -> list[Tensor | None]:
+    """The matrices (outputs, inputs) of the layers after this one in float64, None for kernels and tables."""
+    problem, found = blocks.captures.problem, list[Tensor | None]()
+    for later in blocks.names[blocks.names.index(name) + 1 :]:
+        place = blocks.factors.places[later]
+        value = problem.parameters[place.weight.name]
+        whole = value.numel() == place.weight.numel and value.ndim == 2
+        found.append(place.join(value.detach(), None)[0].double() if whole else None)
+    return found
 
 
 def _inputs(exact: ExactBlock, factors: KroneckerSum) -> tuple[float, float]:
@@ -233,3 +259,47 @@ def _closed_forms(
 
 def _agreement(space: Tensor, closed: Tensor | None) -> float:
     return float("nan") if closed is None else overlap(space, closed.to(space))
+
+
+def _with_mean_inputs(exact: ExactBlock) -> tuple[Tensor, Tensor]:
+    """Errors (R, groups · outputs), summed over positions, and the mean inputs x̄ (groups, inputs)."""
+    groups, _, inputs = exact.place.shape
+    rows, total = [], torch.zeros(groups, inputs, dtype=torch.float64, device=exact.device)
+    count = 0.0
+    for found in exact.positions():
+        features, errors = exact.factors(found)
+        counts = found.counts.to(features)
+        total += torch.einsum("bt,bgtd->gd", counts, features).double()
+        count += float(found.counts.sum())
+        rows.append(errors.sum(4).transpose(1, 2).flatten(2).flatten(0, 1))
+    return torch.cat(rows), total / count
+
+
+def _dissected_whole(
+    blocks: Blocks, reduced: dict[str, tuple[Tensor, Tensor]], num: int, seed: int
+) -> WholeDissection:
+    """What u ⊗ x̄, stacked over layers of these errors and mean inputs, say of the top eigenvectors of G."""
+    problem, factors = blocks.captures.problem, blocks.factors
+    pairs = eigenpairs(GaussNewton(problem), min(num, problem.num_parameters), rtol=RTOL, seed=seed)
+    lengths, coordinates = [], []  # of x̄, output by output, and of G's eigenvectors along u ⊗ x̄/‖x̄‖
+    for name, (errors, mean) in reduced.items():
+        length = mean.norm(dim=1)
+        lengths.append(length.repeat_interleave(errors.shape[1] // len(length)))
+        unit = mean / length.clamp_min(torch.finfo(mean.dtype).tiny)[:, None]
+        own = pairs.vectors[factors.index[name]].double().view(*factors.places[name].shape, -1)
+        coordinates.append(torch.einsum("goik,gi->gok", own, unit).flatten(0, 1))
+    scale, exact = torch.cat(lengths)[:, None], torch.cat(coordinates)
+    stacked = torch.cat([errors for errors, _ in reduced.values()], 1)
+    moment = (stacked.T @ stacked).double()
+    num = min(exact.shape[1], len(moment))
+    values, vectors = (found.flip(-1) for found in torch.linalg.eigh(scale * moment * scale.T))
+    sigma, outputs = (found.flip(-1) for found in torch.linalg.eigh(moment))
+    tilted = scale * outputs[:, :num]
+    return WholeDissection(
+        values=pairs.values[:num].cpu(),
+        approximated=values[:num].cpu(),
+        published=(sigma[:num] * tilted.square().sum(0)).cpu(),
+        overlaps=overlap_curve(vectors[:, :num], exact[:, :num]),
+        published_overlaps=overlap_curve(torch.linalg.qr(tilted).Q, exact[:, :num]),
+        reach=exact[:, :num].square().sum(0).cpu(),
+    )

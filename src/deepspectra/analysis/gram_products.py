@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -9,14 +10,15 @@ from torch import Tensor
 
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.probes import Progress
-from deepspectra.arguments import seeded
+from deepspectra.confidence import standard_error
 from deepspectra.operators.base import Operator
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
 from deepspectra.results import Eigenpairs, Provenance
-from deepspectra.rows.captures import Captures, Complement
+from deepspectra.rows.captures import Complement, captures_of
+from deepspectra.rows.draws import DrawnCaptures
 from deepspectra.rows.gradients import GradientRows
-from deepspectra.rows.uses import Convolution, Lookup, Matrix, Use
+from deepspectra.rows.uses import Convolution, Lookup, Matrix, Use, by_stretch
 
 MOST_SCALARS = 16  # gradients of an example that are squared; of more classes, as many random sums
 INDEPENDENT = 0.5  # least eigenvalue of the inner products of unit vectors that are taken to be eigenvectors
@@ -105,28 +107,11 @@ def _num_independent(vectors: Tensor) -> int:
     return num
 
 
-class _Sums(Captures):
-    """Features and errors of random sums of an example's C − 1 scalars, in place of these."""
-
-    def __init__(self, problem: Problem, num: int, seed: int) -> None:
-        self.num, self.generator = 0, seeded(seed)
-        super().__init__(problem)  # whose plan is made of the scalars themselves, which stay the same
-        self.num = num
-
-    def weigh(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        root = super().weigh(outputs, targets)
-        if not self.num:
-            return root
-        shape = (len(root), root.shape[2], self.num)
-        signs = torch.randint(0, 2, shape, generator=self.generator).to(root) * 2 - 1
-        return root @ signs
-
-
 def gradient_trace(problem: Problem, seed: int = 0) -> tuple[float, float]:
     """Tr G and its standard error, 0 for up to 17 classes: the sum of all squared gradients of single examples.
 
     tr G = Σ_i tr(J_iᵀ F_i F_iᵀ J_i) = Σ_i Σ_j |J_iᵀ f_ij|², F_i F_iᵀ the curvature of the loss of example i; of more
-    classes, 16 random sums F_i s estimate it, each example's independently.
+    classes, 16 random sums F_i s estimate it, each example's independently (`DrawnCaptures`).
 
     Raises:
         CurvatureError: features and errors cannot be told apart by example.
@@ -135,23 +120,15 @@ def gradient_trace(problem: Problem, seed: int = 0) -> tuple[float, float]:
     Cost: a forward pass and 16 backward passes at most.
     """
     num = problem.num_classes - 1
-    rows = Captures(problem) if num <= MOST_SCALARS else _Sums(problem, MOST_SCALARS, seed)
-    total = torch.zeros(min(num, MOST_SCALARS), dtype=torch.float64)
-    for batch in rows.captured():
-        for uses in _by_stretch(batch.uses):
+    is_drawn = num > MOST_SCALARS
+    captures = DrawnCaptures(problem, MOST_SCALARS, seed) if is_drawn else captures_of(problem)
+    total = torch.zeros(min(num, MOST_SCALARS), dtype=torch.float64)  # of each scalar of all examples
+    for batch in captures.batches():
+        for uses in by_stretch(batch.uses).values():
             squares = _squares(uses)
             total += squares.view(len(squares), -1, len(total)).sum((0, 1), dtype=torch.float64).cpu()
-    if num <= MOST_SCALARS:
-        return float(total.sum()), 0.0
-    return float(total.mean()), float(total.std()) / MOST_SCALARS**0.5
-
-
-def _by_stretch(uses: list[Use]) -> list[list[Use]]:
-    """Uses of each stretch of a parameter, whose gradients add up."""
-    found: dict[tuple[str, int, tuple[int, ...]], list[Use]] = {}
-    for use in uses:
-        found.setdefault((use.slice.name, use.slice.start, use.slice.shape), []).append(use)
-    return list(found.values())
+    error = standard_error(MOST_SCALARS * total) if is_drawn else 0.0
+    return float(total.sum()), float(error)
 
 
 def _squares(uses: list[Use]) -> Tensor:
@@ -174,9 +151,7 @@ def _squares(uses: list[Use]) -> Tensor:
     total = use.errors.new_zeros(use.errors.shape[:2])
     for start in range(0, num_rows, width):
         chunk = slice(start, min(start + width, num_rows))
-        total += (
-            sum((one.formed(chunk) for one in uses), torch.zeros((), device=total.device)).square().sum(2)
-        )
+        total += functools.reduce(torch.add, (one.formed(chunk) for one in uses)).square().sum(2)
     return total
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,21 +13,25 @@ from torch import Tensor
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.overlap import overlap_curve
-from deepspectra.analysis.layer_blocks import SMALL, Blocks, dense_spectrum
-from deepspectra.errors import LossError, MemoryBudgetError, MissingNameError, OptionError
-from deepspectra.kfac.blocks import with_ones
+from deepspectra.analysis.by_layer import ByLayer
+from deepspectra.analysis.layer_blocks import (
+    SMALL,
+    Blocks,
+    dense_spectrum,
+    inner_product,
+    norm_of,
+    squared_distance,
+)
+from deepspectra.errors import LossError, OptionError
 from deepspectra.kfac.exact import ExactBlock
 from deepspectra.kfac.kronecker import KINDS
-from deepspectra.kfac.operators import Block, KroneckerSum, Rotated
+from deepspectra.kfac.operators import Block, KroneckerSum
 from deepspectra.operators.base import Operator
 from deepspectra.problem.problem import Problem
 from deepspectra.results import Provenance
 from deepspectra.rows.captures import rows_an_example
 from deepspectra.rows.gradients import check_labelled
-from deepspectra.rows.held import gram_of
-from deepspectra.rows.uses import Matrix
 
-PAIRED_ROWS = 1024  # whose inner products with as many others are computed together
 NUM_PROBES, NUM_STEPS = 2, 64  # of spectra that are not found densely
 RESOLVED = 100  # times the dtype's rounding, from which ‖G − K‖²/‖G‖² is more than rounding
 SPECTRAL_RTOL = 1e-2  # of the norm of the difference
@@ -87,42 +91,24 @@ class LayerFits:
 
 
 @dataclass(frozen=True)
-class KroneckerQuality:
-    """The approximations of every layer, from input to output.
+class KroneckerQuality(ByLayer[LayerFits]):
+    """The approximations of every block that is a matrix and not zero; vectors have exact blocks.
 
     Attributes:
-        layers: one entry a block that is a matrix and not zero; vectors have exact blocks.
         kinds: the approximations.
         floor: eigenvalues below this times ‖G‖₂ of a layer count as equal to it, in `Fit.decades`.
-        seconds: wall-clock time spent.
-        provenance: where it came from.
     """
 
-    layers: tuple[LayerFits, ...]
     kinds: tuple[str, ...]
     floor: float
-    seconds: float
-    provenance: Provenance
-
-    def __iter__(self) -> Iterator[LayerFits]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def __getitem__(self, name: str) -> LayerFits:
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise MissingNameError("layer", name, (layer.name for layer in self.layers))
 
     def __str__(self) -> str:
-        ks = max((layer.ks for layer in self.layers), key=len, default=())
+        ks = max((layer.ks for layer in self.values()), key=len, default=())
         rows = [
             f"{'layer':<22} {'':<6} {'‖G−K‖_F':>8} {'cosine':>7} {'‖G−K‖₂':>8} {'tr K/tr G':>9} {'decades':>8} │ "
             + " ".join(f"{f'top {k}':>7}" for k in ks)
         ]
-        for layer in self.layers:
+        for layer in self.values():
             for kind, fit in layer.fits.items():
                 name = f"{layer.name[-22:]:<22}" if kind == self.kinds[0] else " " * 22
                 rows.append(
@@ -188,7 +174,7 @@ def kronecker_quality(
     sizes = _checked(kinds, ks)
     blocks = Blocks(problem if dtype is None else problem.to(dtype), kinds, sharing)
     memory = blocks.captures.problem.memory
-    found = []
+    found = {}
     for name, exact in blocks:
         if progress is not None:
             progress(name)
@@ -196,10 +182,9 @@ def kronecker_quality(
             continue
         comparison = _Comparison(exact, memory, max(sizes), rtol, seed)
         approximations = {kind: operator.blocks[name] for kind, operator in blocks.approximations.items()}
-        found.append(comparison.fits(approximations, sizes, floor))
-    return KroneckerQuality(
-        tuple(found), tuple(kinds), floor, time.perf_counter() - began, Provenance.of(blocks.factors, seed)
-    )
+        found[name] = comparison.fits(approximations, sizes, floor)
+    provenance = Provenance.of(blocks.factors, seed)
+    return KroneckerQuality(found, time.perf_counter() - began, provenance, tuple(kinds), floor)
 
 
 @dataclass(frozen=True)
@@ -240,15 +225,16 @@ class _Comparison:
     def __init__(self, exact: ExactBlock, memory: int, num: int, rtol: float, seed: int) -> None:
         self.exact, self.rtol, self.seed = exact, rtol, seed
         size = exact.shape[0]
+        self.norm = norm_of(exact, memory)
         found = dense_spectrum(exact, num)
         if found is not None:
             values, self.values, self.vectors = found
-            self.norm, self.spectrum = float(values.norm()), _Spectrum.of(values, size)
+            self.spectrum = _Spectrum.of(values, size)
         else:
             pairs = eigenpairs(exact, min(num, size, exact.num_rows), rtol=rtol, seed=seed)
             live = pairs.values > float(pairs.values[0]) * torch.finfo(exact.dtype).eps * size
             self.values, self.vectors = pairs.values[live], pairs.vectors[:, live.to(exact.device)]
-            self.norm, self.spectrum = norm_of(exact, memory), _Spectrum.probed(exact, seed)
+            self.spectrum = _Spectrum.probed(exact, seed)
 
     def fits(self, blocks: Mapping[str, Block], sizes: tuple[int, ...], floor: float) -> LayerFits:
         """Of all kinds."""
@@ -267,7 +253,7 @@ class _Comparison:
 
     def _fit(self, block: Block, ks: tuple[int, ...], floor: float) -> Fit:
         largest = float(self.values[0])
-        product = _inner(self.exact, block)
+        product = inner_product(self.exact, block)
         squared = squared_distance(self.norm, block, product)
         furthest = squared**0.5  # a bound, where the difference is rounding
         if squared > RESOLVED * torch.finfo(self.exact.dtype).eps * self.norm**2:
@@ -294,73 +280,6 @@ class _Comparison:
         else:
             _, others = block.decomposed.top(ks[-1])
         return overlap_curve(self.vectors, others)[torch.tensor(ks) - 1]
-
-
-def relative_error(exact: ExactBlock, norm: float, block: Block) -> float:
-    """‖G − K‖_F / ‖G‖_F of one approximation of a block with this Frobenius norm."""
-    return float(squared_distance(norm, block, _inner(exact, block)) ** 0.5 / norm)
-
-
-def squared_distance(norm: float, block: Block, product: float) -> float:
-    """‖G − K‖²_F from ‖G‖_F, K and ⟨G, K⟩."""
-    return max(0.0, norm**2 - 2 * product + block.norm**2)
-
-
-def norm_of(exact: ExactBlock, memory: int) -> float:
-    """‖G‖_F of many rows, from their inner products."""
-    rows = exact.num_rows
-    if _is_plain(exact):
-        return _paired_norm(exact)
-    if 16 * rows**2 > memory:
-        raise MemoryBudgetError(
-            f"{exact.place.name} has {exact.shape[0]:,} parameters of shared weights and the data {rows:,} rows, "
-            f"whose inner products take {16 * rows**2 / 2**30:.1f} GiB; memory is {memory / 2**30:.1f} GiB. "
-            "Take fewer examples, or raise memory."
-        )
-    return float(gram_of([exact.batches]).norm())
-
-
-def _is_plain(exact: ExactBlock) -> bool:
-    """A matrix used at one position."""
-    return exact.num_positions == exact.place.groups == 1 and issubclass(exact.place.kind, Matrix)
-
-
-def _paired_norm(exact: ExactBlock) -> float:
-    """‖Σ M ⊗ hhᵀ‖_F from (Σ over scalars (eᵀe')²) (hᵀh')² of pairs of examples, at one position."""
-    some = []
-    for found in exact.positions():
-        scalars = found.errors.shape[1]
-        for chosen in torch.split(torch.arange(len(found.errors)), max(1, PAIRED_ROWS // scalars)):
-            features = with_ones(exact.place, found.features[chosen])
-            some.append((features[:, 0, 0], found.errors[chosen, :, :, 0].flatten(0, 1)))
-    total = 0.0
-    for index, (features, errors) in enumerate(some):
-        for other, (others, their_errors) in enumerate(some[: index + 1]):
-            products = (errors @ their_errors.T).square_().view(len(features), -1, len(others), scalars)
-            pairs = products.sum((1, 3)) * (features @ others.T).square_()
-            total += (1 if other == index else 2) * float(pairs.double().sum())
-    return float(total**0.5)
-
-
-def _inner(exact: ExactBlock, block: Block) -> float:
-    """⟨G, K⟩."""
-    if isinstance(block, Rotated):  # the projection of G on the diagonals in its basis
-        return block.norm**2
-    if block.right.ndim == 3:
-        return _inner_of_rows(exact, block)
-    return sum(exact.inner(left, right) for left, right in zip(block.left, block.right, strict=True))
-
-
-def _inner_of_rows(exact: ExactBlock, block: KroneckerSum) -> float:
-    """For rows of a table, of which A is diagonal."""
-    total = 0.0
-    for found in exact.positions(exact.num_positions**2):
-        index, errors = found.features, found.errors
-        same = index[:, :, None] == index[:, None]
-        for left, right in zip(block.left[:, 0], block.right[:, 0], strict=True):
-            alike = ((left @ errors).mT @ errors).sum(1)
-            total += float((alike * same * right[index][:, None]).double().sum())
-    return total
 
 
 def _default_kinds(problem: Problem) -> tuple[str, ...]:

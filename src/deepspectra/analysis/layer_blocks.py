@@ -8,14 +8,19 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
+from deepspectra.errors import MemoryBudgetError
+from deepspectra.kfac.blocks import with_ones
 from deepspectra.kfac.exact import ExactBlock
-from deepspectra.kfac.kronecker import Kronecker, made_from
+from deepspectra.kfac.kronecker import Kronecker, all_from
+from deepspectra.kfac.operators import Block, KroneckerSum, Rotated
 from deepspectra.problem.problem import Problem, per_problem
-from deepspectra.rows.captures import Captures
+from deepspectra.rows.captures import captures_of
 from deepspectra.rows.held import gram_of
+from deepspectra.rows.uses import Matrix
 
 SMALL = 3000  # rows of the largest Gram matrix that gives eigenvectors at once
 RTOL = 1e-2  # of eigenpairs found by products
+PAIRED_ROWS = 1024  # whose inner products with as many others are computed together
 REMEMBERED = 256  # leading eigenvectors of small matrices that stay with the problem
 
 
@@ -30,9 +35,9 @@ class Blocks:
     """
 
     def __init__(self, problem: Problem, kinds: Sequence[str] = ("kfac",), sharing: str = "expand") -> None:
-        self.captures = Captures(problem)
+        self.captures = captures_of(problem)
         self.captures.hold()
-        self.approximations = {kind: made_from(self.captures, kind, sharing) for kind in kinds}
+        self.approximations = all_from(self.captures, kinds, sharing)
         self.factors: Kronecker = self.approximations[kinds[0]]
         self.names = [name for name, place in self.factors.places.items() if place.is_matrix]
         self._spectra = _spectra_of(problem)
@@ -45,11 +50,18 @@ class Blocks:
                 if place.weight in used:
                     block = ExactBlock(place, batches, self.factors.dtype)
                     block.memory = self.captures.problem.memory // 4
-                    block.kept = self._spectra.setdefault(name, {})
+                    block.remembered = self._spectra.setdefault(name, {})
                     yield name, block
 
-    def __getitem__(self, name: str) -> ExactBlock:
-        return next(block for found, block in self if found == name)
+    def beside(self, other: Blocks) -> Iterator[tuple[str, ExactBlock, ExactBlock]]:
+        """Layers that both have, and their blocks in both; the data of each are gone through once."""
+        theirs: dict[str, ExactBlock] = {}
+        rest = iter(other)
+        for name, block in self:
+            while name not in theirs and (following := next(rest, None)):
+                theirs[following[0]] = following[1]
+            if name in theirs:
+                yield name, block, theirs.pop(name)
 
 
 @per_problem
@@ -59,25 +71,38 @@ def _spectra_of(problem: Problem) -> dict[str, dict[str, Tensor]]:
 
 
 def dense_spectrum(exact: ExactBlock, num: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """All non-zero eigenvalues of a block, its K ≤ num largest and their eigenvectors (n, K); None if it is large.
+    """All non-zero eigenvalues of a block, its K ≤ num largest and their eigenvectors (n, K); None if it is large."""
+    known = _small_spectrum(exact, num)
+    if known is None:
+        return None
+    values, vectors = known
+    live = values > torch.finfo(exact.dtype).eps * len(values) * values[0]
+    num = min(num, int(live.sum()))
+    vectors = vectors[:, :num].to(exact.dtype)
+    if not _is_narrow(exact):
+        vectors = _combined(exact, vectors / values[:num].sqrt().to(exact.dtype))
+    return values.clamp_min(0), values[:num], vectors
 
-    From the smaller side of its rows, of at most 3,000; that side's eigenvectors are remembered.
+
+def _small_spectrum(exact: ExactBlock, num: int) -> tuple[Tensor, Tensor] | None:
+    """Eigenvalues, descending, of the smaller side of a block's rows, and leading eigenvectors; None beyond 3,000.
+
+    They are remembered.
     """
     size, num_rows = exact.shape[0], exact.num_rows
     if min(size, num_rows) > SMALL:
         return None
-    narrow = size <= num_rows
-    if "values" not in exact.kept or exact.kept["vectors"].shape[1] < min(num, size, num_rows):
-        values, vectors = torch.linalg.eigh(_moment(exact) if narrow else gram_of([exact.batches]))
+    if "values" not in exact.remembered or exact.remembered["vectors"].shape[1] < min(num, size, num_rows):
+        matrix = _moment(exact) if _is_narrow(exact) else gram_of([exact.batches])
+        values, vectors = torch.linalg.eigh(matrix)
         leading = vectors.flip(1)[:, : max(num, REMEMBERED)].clone()
-        exact.kept |= {"values": values.flip(0), "vectors": leading}
-    values, vectors = exact.kept["values"], exact.kept["vectors"]
-    live = values > torch.finfo(exact.dtype).eps * len(values) * values[0]
-    num = min(num, int(live.sum()))
-    vectors = vectors[:, :num].to(exact.dtype)
-    if not narrow:
-        vectors = _combined(exact, vectors / values[:num].sqrt().to(exact.dtype))
-    return values.clamp_min(0), values[:num], vectors
+        exact.remembered |= {"values": values.flip(0), "vectors": leading}
+    return exact.remembered["values"], exact.remembered["vectors"]
+
+
+def _is_narrow(exact: ExactBlock) -> bool:
+    """Whether there are no more parameters than rows."""
+    return exact.shape[0] <= exact.num_rows
 
 
 def _moment(exact: ExactBlock) -> Tensor:
@@ -107,3 +132,73 @@ def top_pairs(exact: ExactBlock, num: int, seed: int) -> tuple[Tensor, Tensor]:
         return found[1], found[2]
     pairs = eigenpairs(exact, min(num, exact.shape[0], exact.num_rows), rtol=RTOL, seed=seed)
     return pairs.values, pairs.vectors
+
+
+def relative_error(exact: ExactBlock, norm: float, block: Block) -> float:
+    """‖G − K‖_F / ‖G‖_F of one approximation of a block with this Frobenius norm."""
+    return float(squared_distance(norm, block, inner_product(exact, block)) ** 0.5 / norm)
+
+
+def squared_distance(norm: float, block: Block, product: float) -> float:
+    """‖G − K‖²_F from ‖G‖_F, K and ⟨G, K⟩."""
+    return max(0.0, norm**2 - 2 * product + block.norm**2)
+
+
+def norm_of(exact: ExactBlock, memory: int) -> float:
+    """‖G‖_F: of at most 3,000 rows or parameters from eigenvalues, of more from inner products of rows."""
+    known = _small_spectrum(exact, 1)
+    if known is not None:
+        return float(known[0].clamp_min(0).norm())
+    rows = exact.num_rows
+    if _is_plain(exact):
+        return _paired_norm(exact)
+    if 16 * rows**2 > memory:
+        raise MemoryBudgetError(
+            f"{exact.place.name} has {exact.shape[0]:,} parameters of shared weights and the data {rows:,} rows, "
+            f"whose inner products take {16 * rows**2 / 2**30:.1f} GiB; memory is {memory / 2**30:.1f} GiB. "
+            "Take fewer examples, or raise memory."
+        )
+    return float(gram_of([exact.batches]).norm())
+
+
+def _is_plain(exact: ExactBlock) -> bool:
+    """A matrix used at one position."""
+    return exact.num_positions == exact.place.groups == 1 and issubclass(exact.place.kind, Matrix)
+
+
+def _paired_norm(exact: ExactBlock) -> float:
+    """‖Σ M ⊗ hhᵀ‖_F from (Σ over scalars (eᵀe')²) (hᵀh')² of pairs of examples, at one position."""
+    some = []
+    for found in exact.positions():
+        scalars = found.errors.shape[1]
+        for chosen in torch.split(torch.arange(len(found.errors)), max(1, PAIRED_ROWS // scalars)):
+            features = with_ones(exact.place, found.features[chosen])
+            some.append((features[:, 0, 0], found.errors[chosen, :, :, 0].flatten(0, 1)))
+    total = 0.0
+    for index, (features, errors) in enumerate(some):
+        for other, (others, their_errors) in enumerate(some[: index + 1]):
+            products = (errors @ their_errors.T).square_().view(len(features), -1, len(others), scalars)
+            pairs = products.sum((1, 3)) * (features @ others.T).square_()
+            total += (1 if other == index else 2) * float(pairs.double().sum())
+    return float(total**0.5)
+
+
+def inner_product(exact: ExactBlock, block: Block) -> float:
+    """⟨G, K⟩."""
+    if isinstance(block, Rotated):  # the projection of G on the diagonals in its basis
+        return block.norm**2
+    if block.right.ndim == 3:
+        return _inner_of_rows(exact, block)
+    return sum(exact.inner(left, right) for left, right in zip(block.left, block.right, strict=True))
+
+
+def _inner_of_rows(exact: ExactBlock, block: KroneckerSum) -> float:
+    """For rows of a table, of which A is diagonal."""
+    total = 0.0
+    for found in exact.positions(exact.num_positions**2):
+        index, errors = found.features, found.errors
+        same = index[:, :, None] == index[:, None]
+        for left, right in zip(block.left[:, 0], block.right[:, 0], strict=True):
+            alike = ((left @ errors).mT @ errors).sum(1)
+            total += float((alike * same * right[index][:, None]).double().sum())
+    return total

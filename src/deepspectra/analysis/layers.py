@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from deepspectra.analysis.by_layer import ByLayer
 from deepspectra.analysis.collapse import Collapse, collapse_of
 from deepspectra.analysis.gram_spectrum import GramSpectrum, spectrum_of
 from deepspectra.analysis.khatri_rao import KhatriRao, centred_spectrum, khatri_rao
@@ -17,7 +18,7 @@ from deepspectra.analysis.kronecker_quality import KroneckerQuality, kronecker_q
 from deepspectra.analysis.layer_blocks import SMALL
 from deepspectra.analysis.layer_hessians import LayerHessian, layer_hessians
 from deepspectra.arguments import check_count
-from deepspectra.errors import CurvatureError, FallbackWarning, MemoryBudgetError, MissingNameError
+from deepspectra.errors import CurvatureError, FallbackWarning, MemoryBudgetError
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem.problem import Problem
 from deepspectra.results import Provenance
@@ -69,37 +70,21 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Layers:
-    """One entry a layer, from input to output, in the order of the parameters.
+class Layers(ByLayer[Layer]):
+    """Every layer, in the order of the parameters.
 
     Attributes:
-        layers: the layers.
-        seconds: wall-clock time spent.
         kronecker: how well Kronecker-factored approximations stand for each block of G, if asked for.
     """
 
-    layers: tuple[Layer, ...]
-    seconds: float
     kronecker: KroneckerQuality | None = None
 
-    def __iter__(self) -> Iterator[Layer]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def __getitem__(self, name: str) -> Layer:
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise MissingNameError("layer", name, (layer.name for layer in self.layers))
-
     def __str__(self) -> str:
-        tables = [*_structure(self.layers), *_curvature(self.layers)]
+        tables = [*_structure(self.values()), *_curvature(self.values())]
         return "\n".join([*tables, *([str(self.kronecker)] if self.kronecker else [])])
 
 
-def _structure(layers: tuple[Layer, ...]) -> list[str]:
+def _structure(layers: Iterable[Layer]) -> list[str]:
     """What each layer's spectra are made of, as a table."""
     rows = [
         f"{'layer':<26} {'λ₁ of G':>10} {'class':>6} {'logit':>6} {'within':>6} │ {'features':>8} {'mean':>6} "
@@ -123,7 +108,7 @@ def _structure(layers: tuple[Layer, ...]) -> list[str]:
     return rows
 
 
-def _curvature(layers: tuple[Layer, ...]) -> list[str]:
+def _curvature(layers: Iterable[Layer]) -> list[str]:
     """Each layer's blocks of G and H, as a table."""
     head = ("parameters", "λ₁ of G", "tr G", "stable rank", "‖R‖/‖G‖", "λ₁ of H", "tr H", "lowest of H")
     rows = [f"{'layer':<26} " + " ".join(f"{name:>11}" for name in head)]
@@ -196,23 +181,24 @@ def layers(
     rows = parts.rows
     assert isinstance(rows, HeldRows)
     averages = error_averages(rows, parts.projections, tuple(parts))
-    found = []
-    for name, uses in rows.by_layer():
+    found = {}
+    for name, uses in rows.captures.by_layer():
         if progress is not None:
             progress(name)
-        found.append(_layer(name, uses, parts, averages))
-    rows.release()
+        found[name] = _layer(name, uses, parts, averages)
+    rows.captures.release()
     if hessian:
         found = _with_hessian(parts.problem, found, num, progress)
     quality = kronecker_quality(problem, kronecker, dtype=dtype, progress=progress) if kronecker else None
-    return Layers(tuple(found), time.perf_counter() - began, quality)
+    provenance = Provenance.of_matrix("Gauss-Newton", parts.problem)
+    return Layers(found, time.perf_counter() - began, provenance, quality)
 
 
 def _with_hessian(
-    problem: Problem, found: list[Layer], num: int, progress: Callable[[str], object] | None
-) -> list[Layer]:
+    problem: Problem, found: dict[str, Layer], num: int, progress: Callable[[str], object] | None
+) -> dict[str, Layer]:
     """The layers with the spectra of their blocks of H, if the network has second derivatives."""
-    spectra = {layer.name: layer.gradients for layer in found}
+    spectra = {name: layer.gradients for name, layer in found.items()}
     try:
         blocks = layer_hessians(problem, spectra, num, progress=progress)
     except CurvatureError as error:
@@ -222,7 +208,7 @@ def _with_hessian(
             stacklevel=3,
         )
         return found
-    return [replace(layer, hessian=blocks[layer.name]) for layer in found]
+    return {name: replace(layer, hessian=blocks[name]) for name, layer in found.items()}
 
 
 def _layer(name: str, uses: list[list[Use]], parts: Decomposition, averages: Averages) -> Layer:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepspectra.analysis.by_layer import ByLayer
 from deepspectra.analysis.gram_spectrum import gradient_spectrum
 from deepspectra.arguments import check_count, seeded
 from deepspectra.derivatives.products import products_of
@@ -20,7 +21,7 @@ from deepspectra.operators.curvature import Hessian
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem.problem import Problem
 from deepspectra.problem.samples import drawn_problem
-from deepspectra.results import ByLayer, Provenance
+from deepspectra.results import Provenance
 from deepspectra.rows.averages import METHODS, WIDE, Averages
 from deepspectra.rows.captures import Complement
 from deepspectra.rows.held import HeldRows, gram_of
@@ -215,7 +216,7 @@ def _grams(parts: Decomposition, of: str) -> Iterator[tuple[str, Tensor]]:
     rows = parts.rows
     assert isinstance(rows, HeldRows)
     if of == "gradients":
-        for name, uses in rows.by_layer():
+        for name, uses in rows.captures.by_layer():
             yield name, gram_of([uses])
         return
     split = feature_rows(rows) if of == "features" else error_rows(rows)

@@ -5,22 +5,24 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from deepspectra.algorithms.overlap import overlap
+from deepspectra.analysis.by_layer import ByLayer
 from deepspectra.analysis.compare import compare
-from deepspectra.analysis.dissect import dissect
+from deepspectra.analysis.dissect import dissected
 from deepspectra.analysis.gram_spectrum import MARGIN, GramSpectrum, gram_spectrum
-from deepspectra.analysis.kronecker_quality import norm_of, relative_error
-from deepspectra.analysis.layer_blocks import Blocks, dense_spectrum, top_pairs
+from deepspectra.analysis.layer_blocks import Blocks, norm_of, relative_error, top_pairs
 from deepspectra.analysis.layers import layers
 from deepspectra.errors import OptionError
+from deepspectra.kfac.exact import ExactBlock
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.problem import Problem
+from deepspectra.results import Provenance
 from deepspectra.rows.spectrum import significant
 
 MEASURES = {
@@ -56,38 +58,34 @@ MOST_ROWS = 3000  # N (C − 1) for which the parts of a layer's eigenvalues are
 
 
 @dataclass(frozen=True)
-class Study:
-    """Measures of every layer in every variant of a network.
+class Study(ByLayer[Tensor]):
+    """Measures of every layer that multiplies features, and of "all layers" together, in variants of a network.
+
+    Entries are (variants, measures, samples) float64: of each network, or for "shared" and "shared_peak" of each pair
+    of networks; NaN where a measure does not apply.
 
     Attributes:
+        provenance: of the first network.
         variants: their names.
-        layers: layers that multiply features, from input to output, and "all layers" together.
         measures: key → what is measured.
-        values: (variants, layers, measures, samples) float64: of each network, or for "shared" and "shared_peak" of
-            each pair of networks; NaN where a measure does not apply.
         losses: (variants, networks).
         accuracies: (variants, networks); NaN without class labels.
-        seconds: wall-clock time spent.
     """
 
     variants: tuple[str, ...]
-    layers: tuple[str, ...]
     measures: Mapping[str, str]
-    values: Tensor
     losses: Tensor
     accuracies: Tensor
-    seconds: float
 
     def of(self, variant: str, layer: str, measure: str) -> Tensor:
         """The samples (n,) of one measure that there are."""
-        index = self.variants.index(variant), self.layers.index(layer), list(self.measures).index(measure)
-        found = self.values[index]
+        found = self[layer][self.variants.index(variant), list(self.measures).index(measure)]
         return found[~found.isnan()]
 
     def __str__(self) -> str:
         width = max(10, *(len(name) for name in self.variants))
         rows = [f"{'layer':<22} {'variant':<{width}} " + " ".join(f"{key:>11}" for key in SHOWN)]
-        for layer in self.layers:
+        for layer in self:
             for j, variant in enumerate(self.variants):
                 cells = [self.of(variant, layer, key) for key in SHOWN]
                 text = " ".join(f"{float(c.mean()):>11.3g}" if len(c) else f"{'–':>11}" for c in cells)
@@ -149,23 +147,23 @@ def study(
             _say(progress, f"{variant}, eigenspaces of two networks")
             samples.append(_of_pair(one, other, seed))
         found[variant] = samples
-    places = dict.fromkeys(layer for samples in found.values() for one in samples for layer in one)
-    names = [name for name in places if name != WHOLE] + [WHOLE] * (WHOLE in places)
+    measured = dict.fromkeys(layer for samples in found.values() for one in samples for layer in one)
+    names = sorted(measured, key=lambda name: name == WHOLE)  # which comes last
     most = max(len(samples) for samples in found.values())
-    values = torch.full((len(found), len(names), len(MEASURES), most), torch.nan, dtype=torch.float64)
+    shape = (len(found), len(MEASURES), most)
+    tables = {name: torch.full(shape, torch.nan, dtype=torch.float64) for name in names}
     for v, samples in enumerate(found.values()):
         for s, sample in enumerate(samples):
-            for layer, measured in sample.items():
-                for key, value in measured.items():
-                    values[v, names.index(layer), list(MEASURES).index(key), s] = value
+            for layer, measures in sample.items():
+                for key, value in measures.items():
+                    tables[layer][v, list(MEASURES).index(key), s] = value
     widest = max(len(networks) for networks in variants.values())
     losses, accuracies = (torch.full((len(found), widest), torch.nan, dtype=torch.float64) for _ in range(2))
     for v, networks in enumerate(variants.values()):
         for n, problem in enumerate(networks):
             losses[v, n], accuracies[v, n] = problem.loss(), problem.accuracy()
-    return Study(
-        tuple(found), tuple(names), MEASURES, values, losses, accuracies, time.perf_counter() - began
-    )
+    provenance = Provenance.of_matrix("Gauss-Newton", next(iter(variants.values()))[0], seed=seed)
+    return Study(tables, time.perf_counter() - began, provenance, tuple(found), MEASURES, losses, accuracies)
 
 
 def _say(progress: Callable[[str], object] | None, text: str) -> None:
@@ -176,9 +174,36 @@ def _say(progress: Callable[[str], object] | None, text: str) -> None:
 def _of_network(problem: Problem, seed: int) -> dict[str, dict[str, float]]:
     """Layer → measures of one network."""
     inner = max(1, problem.num_classes - 1)
-    found: dict[str, dict[str, float]] = {}
-    for name, layer in dissect(problem, num=inner + 1, num_whole=0, seed=seed).items():
-        found[name] = {
+    is_classifier = isinstance(problem.loss_function, CrossEntropy)
+    blocks = Blocks(problem, ("kfac", "ekfac", "cfac") if is_classifier else ("kfac", "ekfac"))
+    found = {name: _of_block(blocks, exact, inner, seed) for name, exact in blocks if exact.trace}
+    if is_classifier and problem.num_examples * inner <= MOST_ROWS:
+        for name, entry in layers(problem, hessian=False).items():
+            if name not in found:
+                continue
+            found[name] |= _part_shares(entry.gradients, inner) | _outliers(entry.gradients)
+            if entry.centred is not None and entry.khatri_rao is not None:
+                shares = _part_shares(entry.centred, inner)
+                found[name] |= {f"centred_{key}": value for key, value in shares.items()}
+                found[name]["logit_product"] = float(entry.khatri_rao.logit_cosine.nanmean())
+        whole = gram_spectrum(problem, effects="two-way", dtype=problem.dtype)
+        found[WHOLE] = _part_shares(whole, inner) | _outliers(whole)
+    return found
+
+
+def _of_block(blocks: Blocks, exact: ExactBlock, inner: int, seed: int) -> dict[str, float]:
+    """What a layer's block of G is made of, and how far Kronecker-factored approximations are from it."""
+    name, pairs = exact.place.name, top_pairs(exact, inner + 1, seed)
+    norm, space = norm_of(exact, blocks.captures.problem.memory), pairs[1][:, :inner]
+    measured = {
+        f"{kind}_error": relative_error(exact, norm, operator.blocks[name])
+        for kind, operator in blocks.approximations.items()
+    }
+    if space.shape[1] == inner:
+        measured["kfac_overlap"] = overlap(space, blocks.factors.blocks[name].decomposed.top(inner)[1])
+    if exact.place.groups == 1:
+        layer = dissected(blocks, exact, pairs)
+        measured |= {
             "input_ratio": layer.input_ratio,
             "input_alignment": layer.input_alignment,
             "gap": _ratio(layer.values, inner),
@@ -186,42 +211,7 @@ def _of_network(problem: Problem, seed: int) -> dict[str, dict[str, float]]:
             "rank_one": float(layer.rank_one[:inner].mean()),
             "closed_form": layer.closed_form,
         }
-    is_classifier = isinstance(problem.loss_function, CrossEntropy)
-    kinds = ("kfac", "ekfac", "cfac") if is_classifier else ("kfac", "ekfac")
-    for name, measured in _of_factors(problem, kinds, inner, seed):
-        found.setdefault(name, {}).update(measured)
-    if is_classifier and problem.num_examples * inner <= MOST_ROWS:
-        for entry in layers(problem, hessian=False):
-            if entry.name not in found:
-                continue
-            found[entry.name] |= _part_shares(entry.gradients, inner) | _outliers(entry.gradients)
-            if entry.centred is not None and entry.khatri_rao is not None:
-                shares = _part_shares(entry.centred, inner)
-                found[entry.name] |= {f"centred_{key}": value for key, value in shares.items()}
-                found[entry.name]["logit_product"] = float(entry.khatri_rao.logit_cosine.nanmean())
-        whole = gram_spectrum(problem, effects="two-way", dtype=problem.dtype)
-        found[WHOLE] = _part_shares(whole, inner) | _outliers(whole)
-    return found
-
-
-def _of_factors(
-    problem: Problem, kinds: tuple[str, ...], inner: int, seed: int
-) -> Iterator[tuple[str, dict[str, float]]]:
-    """How far Kronecker-factored approximations are from each layer's block of G."""
-    blocks = Blocks(problem, kinds)
-    for name, exact in blocks:
-        dense = dense_spectrum(exact, inner)
-        norm = norm_of(exact, problem.memory) if dense is None else float(dense[0].norm())
-        if not norm:
-            continue
-        space = top_pairs(exact, inner, seed)[1] if dense is None else dense[2]
-        measured = {
-            f"{kind}_error": relative_error(exact, norm, operator.blocks[name])
-            for kind, operator in blocks.approximations.items()
-        }
-        if space.shape[1] == inner:
-            measured["kfac_overlap"] = overlap(space, blocks.factors.blocks[name].decomposed.top(inner)[1])
-        yield name, measured
+    return measured
 
 
 def _ratio(values: Tensor, inner: int) -> float:
@@ -243,7 +233,7 @@ def _outliers(spectrum: GramSpectrum) -> dict[str, float]:
 def _of_pair(one: Problem, other: Problem, seed: int) -> dict[str, dict[str, float]]:
     """Layer → overlaps of the eigenspaces of two networks."""
     found = {}
-    for layer in compare(one, other, num_whole=0, seed=seed):
+    for layer in compare(one, other, num_whole=0, seed=seed).values():
         at = min(layer.outputs, len(layer.ks)) - 1
         found[layer.name] = {"shared": float(layer.measured[at]), "shared_peak": layer.peak[1]}
     return found

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepspectra.analysis.by_layer import ByLayer
 from deepspectra.errors import LossError
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.problem import Problem
-from deepspectra.results import ByLayer, Provenance
+from deepspectra.results import Provenance
 from deepspectra.rows.averages import positive
 from deepspectra.rows.captures import Captures, layer_of
 from deepspectra.rows.spectrum import range_of
@@ -99,21 +100,17 @@ def weights(problem: Problem) -> Weights:
     return Weights(found, time.perf_counter() - began, Provenance.of_matrix("Gauss-Newton", problem))
 
 
-class TrueRows(Captures):
-    """Features, and the errors of the loss itself: one scalar an example."""
-
-    def weigh(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The gradient of the loss (n, C, 1)."""
-        return self.problem.loss_function.gradient(outputs, targets)[:, :, None] / self.problem.total_weight
-
-
 def _class_sums(problem: Problem) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Weight → Σ_{i∈c} h_i (C, inputs), Σ_{i∈c} e_i (C, outputs) and N_c (C, 1), of fully connected layers."""
     loss = problem.loss_function
     if not isinstance(loss, CrossEntropy):
         raise LossError(f"class means need the cross-entropy of class labels; the loss is {loss.name}.")
+
+    def weigh(outputs: Tensor, targets: Tensor) -> Tensor:
+        return loss.gradient(outputs, targets)[:, :, None] / problem.total_weight
+
     found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-    for batch in TrueRows(problem).batches():
+    for batch in Captures(problem, weigh).batches():  # the loss itself: one scalar an example
         member = torch.nn.functional.one_hot(loss.labels(batch.targets), problem.num_classes).double()
         member = member * (batch.weights > 0)[:, None]
         uses = Counter(use.slice.name for use in batch.uses)

@@ -20,6 +20,8 @@ class Allowance:
     size: int
     reserved: int = 0
     holders: weakref.WeakSet[Graphs] = field(default_factory=weakref.WeakSet)
+    spare: Any = None  # what stays for later until its room is needed,
+    spare_bytes: int = 0
 
     def room(self) -> int:
         """Bytes that are neither reserved nor kept."""
@@ -33,7 +35,18 @@ class Allowance:
         if self.room() < 0:
             for holder in self.holders:
                 holder.release()
+        self.make_room()
         return True
+
+    def leave(self, spare: Any, size: int) -> None:
+        """Have something stay for later, until graphs or what is reserved need its room."""
+        self.spare, self.spare_bytes = spare, size
+        self.make_room()
+
+    def make_room(self) -> None:
+        """Let go of what stays for later if its room was taken."""
+        if self.room() < self.spare_bytes:
+            self.spare, self.spare_bytes = None, 0
 
     def give_back(self, size: int) -> None:
         """Return reserved bytes to the graphs."""
@@ -93,6 +106,7 @@ class Graphs:
             if size <= room:
                 store.graphs[index] = graph
                 store.num_bytes += size
+                self.allowance.make_room()
             yield index, graph
 
     def once(self, kind: str, build: Callable[[Any], Any], batch: Any) -> Any:

@@ -24,19 +24,19 @@ def comparison_dataset(
         data: its name, for the report.
         seed: of random vectors, for the report.
     """
-    most = max(len(layer.ks) for layer in found)
+    most = max(len(layer.ks) for layer in found.values())
     curves = np.full((len(found), len(CURVES), most), np.nan)
-    for j, layer in enumerate(found):
+    for j, layer in enumerate(found.values()):
         for i, name in enumerate(CURVES):
             curves[j, i, : len(layer.ks)] = getattr(layer, name)
     variables = {
         "overlap_curve": (("layer", "curve", "dimension"), curves),
         "overlap_whole": (("whole_dimension",), found.whole.numpy()),
-        "layer_outputs": (("layer",), np.array([layer.outputs for layer in found])),
-        "layer_alignment": (("layer",), np.array([layer.alignment for layer in found])),
+        "layer_outputs": (("layer",), np.array([layer.outputs for layer in found.values()])),
+        "layer_alignment": (("layer",), np.array([layer.alignment for layer in found.values()])),
     }
     coords = {
-        "layer": [layer.name or "(model)" for layer in found],
+        "layer": [layer.name or "(model)" for layer in found.values()],
         "curve": list(CURVES),
         "dimension": np.arange(1, most + 1),
         "whole_dimension": np.arange(1, len(found.whole) + 1),
@@ -55,11 +55,11 @@ def comparison_dataset(
 
 def sentences(found: Comparison) -> list[str]:
     """The verdict: the highest overlap, against chance and against the prediction."""
-    best = max(found, key=lambda layer: layer.peak[1])
+    best = max(found.values(), key=lambda layer: layer.peak[1])
     place, height = best.peak
     chance = height / float(best.baseline[place - 1])
     foreseen, foreseen_height = best.predicted_peak
-    off = [abs(layer.peak[1] - layer.predicted_peak[1]) for layer in found]
+    off = [abs(layer.peak[1] - layer.predicted_peak[1]) for layer in found.values()]
     lines = [
         f"The two networks share most in {best.name or 'the model'}: their top {place} eigenvectors overlap by "
         f"{height:.2f}, {chance:.0f} times what random subspaces do.",

@@ -50,7 +50,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return found
 
 
-def counted(problem: Problem, forward: Callable[[], float]) -> tuple[float, float]:
+def with_operations(problem: Problem, forward: Callable[[], float]) -> tuple[float, float]:
     """What a pass `forward` over all the data returns, and the operations of a gradient, three times its own.
 
     They are two a parameter and example in the forward pass at least: of recurrent cells PyTorch counts none.

@@ -47,7 +47,7 @@ def layer_dataset(
     traces, largest = (np.full((*shape, len(PARTS)), np.nan) for _ in range(2))
     products = np.full((len(found), len(STATISTICS), 2), np.nan)
     collapse = np.full((len(found), len(MEASURES)), np.nan)
-    for j, layer in enumerate(found.layers):
+    for j, layer in enumerate(found.values()):
         for i, spectrum in enumerate(_spectra(layer)):
             if spectrum is None:
                 continue
@@ -74,13 +74,13 @@ def layer_dataset(
         "layer_largest": (("layer", "kind", "layer_part"), largest),
         "khatri_rao": (("layer", "statistic", "moment"), products),
         "collapse": (("layer", "measure"), collapse),
-        "layer_parameters": (("layer",), np.array([layer.num_parameters for layer in found.layers])),
+        "layer_parameters": (("layer",), np.array([layer.num_parameters for layer in found.values()])),
     }
     kronecker, kinds = _kronecker(found)
     blocks, measures = _blocks(found)
     coords = (
         {
-            "layer": [layer.name or "(model)" for layer in found.layers],
+            "layer": [layer.name or "(model)" for layer in found.values()],
             "kind": list(KINDS),
             "layer_part": list(PARTS),
             "statistic": list(STATISTICS),
@@ -104,12 +104,12 @@ def layer_dataset(
 
 def _blocks(found: Layers) -> tuple[dict[str, Any], dict[str, Any]]:
     """Variables and coordinates of the layers' blocks of G and H: sizes, largest eigenvalues, densities."""
-    hessians = [layer.hessian for layer in found.layers]
+    hessians = [layer.hessian for layer in found.values()]
     num = max((len(h.values) for h in hessians if h is not None), default=1)
     ranks = np.full((len(found), len(KINDS)), np.nan)
     values, measures = np.full((len(found), num), np.nan), np.full((len(found), len(BLOCK_MEASURES)), np.nan)
     grids, curves = (np.full((len(found), len(SERIES), POINTS), np.nan) for _ in range(2))
-    for j, (layer, h) in enumerate(zip(found.layers, hessians, strict=True)):
+    for j, (layer, h) in enumerate(zip(found.values(), hessians, strict=True)):
         ranks[j] = [math.nan if one is None else one.stable_rank for one in _spectra(layer)]
         drawn = [(layer.gradients.density, 1)]
         if h is not None:
@@ -135,17 +135,20 @@ def _kronecker(found: Layers) -> tuple[dict[str, Any], dict[str, Any]]:
     if found.kronecker is None:
         return {}, {}
     quality = found.kronecker
-    ks = max((layer.ks for layer in quality), key=len, default=())
+    ks = max((layer.ks for layer in quality.values()), key=len, default=())
     shape = (len(quality), len(quality.kinds))
     errors, overlaps = np.full((*shape, len(FITS)), np.nan), np.full((*shape, len(ks)), np.nan)
-    for j, layer in enumerate(quality):
+    for j, layer in enumerate(quality.values()):
         for i, kind in enumerate(quality.kinds):
             fit = layer.fits[kind]
             errors[j, i] = [getattr(fit, name) for name in FITS]
             overlaps[j, i, : len(fit.overlaps)] = fit.overlaps
     dims = ("block", "approximation")
     variables = {"kronecker_fit": ((*dims, "fit"), errors), "kronecker_overlap": ((*dims, "size"), overlaps)}
-    names = {"block": [layer.name or "(model)" for layer in quality], "approximation": list(quality.kinds)}
+    names = {
+        "block": [layer.name or "(model)" for layer in quality.values()],
+        "approximation": list(quality.kinds),
+    }
     return variables, names | {"fit": list(FITS), "size": list(ks)}
 
 
@@ -156,9 +159,9 @@ def _spectra(layer: Layer) -> tuple[GramSpectrum | None, ...]:
 def sentences(found: Layers) -> list[str]:
     """The verdict: what the largest eigenvalues are made of, whether structure grows with depth, what ⊗ explains."""
     lines = []
-    live = [layer for layer in found.layers if float(layer.gradients.values[0]) > 0]
+    live = [layer for layer in found.values() if float(layer.gradients.values[0]) > 0]
     if len(live) < len(found):
-        zero = ", ".join(layer.name or "(model)" for layer in found.layers if layer not in live)
+        zero = ", ".join(layer.name or "(model)" for layer in found.values() if layer not in live)
         lines.append(f"G is zero in {zero}: no output depends on it.")
     gradients = [layer for layer in live if layer.features is not None]
     if gradients:
@@ -176,7 +179,7 @@ def sentences(found: Layers) -> list[str]:
             f"Class means make {between[0]:.0%} of the features' scatter about their mean at the input and "
             f"{between[-1]:.0%} at the last layer (rank correlation with depth {_trend(between):.2f})."
         )
-    products = [layer for layer in found.layers if layer.khatri_rao is not None]
+    products = [layer for layer in found.values() if layer.khatri_rao is not None]
     if products:
         cosines = [float(layer.khatri_rao.class_cosine.nanmean()) for layer in products if layer.khatri_rao]
         good = sum(cosine >= EXPLAINED for cosine in cosines)
@@ -194,7 +197,7 @@ def _centred_sentence(found: Layers) -> list[str]:
     """What the mean feature does: whether it makes the logit means, and what class means carry without it."""
     layers = [
         layer
-        for layer in found.layers
+        for layer in found.values()
         if layer.centred is not None
         and layer.khatri_rao is not None
         and min(float(one.values[0]) for one in (layer.gradients, layer.centred)) > 0
@@ -224,7 +227,7 @@ def _top_share(spectrum: GramSpectrum, part: str) -> float:
 
 def _hessian_sentence(found: Layers) -> list[str]:
     """In how many layers the Hessian's block is that of G."""
-    blocks = [(layer, layer.hessian) for layer in found.layers if layer.hessian is not None]
+    blocks = [(layer, layer.hessian) for layer in found.values() if layer.hessian is not None]
     if not blocks:
         return []
     apart = [(layer, h) for layer, h in blocks if not h.is_gauss_newton]
@@ -240,11 +243,11 @@ def _hessian_sentence(found: Layers) -> list[str]:
 
 def _best_fit(quality: KroneckerQuality) -> str:
     """Which approximation is nearest to G in how many layers."""
-    nearest = [min(layer.fits, key=lambda kind: layer.fits[kind].frobenius) for layer in quality]
+    nearest = [min(layer.fits, key=lambda kind: layer.fits[kind].frobenius) for layer in quality.values()]
     counts = ", ".join(
         f"{kind.upper()} in {nearest.count(kind)}" for kind in quality.kinds if kind in nearest
     )
-    errors = {kind: [layer.fits[kind].frobenius for layer in quality] for kind in quality.kinds}
+    errors = {kind: [layer.fits[kind].frobenius for layer in quality.values()] for kind in quality.kinds}
     ranges = ", ".join(f"{kind.upper()} {min(some):.0%} to {max(some):.0%}" for kind, some in errors.items())
     return f"Nearest to G's block: {counts} of {len(quality)} layers; relative Frobenius errors {ranges}."
 

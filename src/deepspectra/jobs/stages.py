@@ -41,7 +41,7 @@ from deepspectra.confidence import standard_error
 from deepspectra.derivatives.products import Products, products_of
 from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetError
 from deepspectra.jobs.checkpoint import Kept, Label
-from deepspectra.jobs.effort import counted, effort_for
+from deepspectra.jobs.effort import effort_for, with_operations
 from deepspectra.jobs.ledger import Ledger, Report
 from deepspectra.operators.base import Operator
 from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
@@ -168,7 +168,7 @@ def _parts(problem: Problem, products: Products, groups: Tensor | None) -> tuple
         try:
             parts = decompose(problem, effects="two-way", hold=True, groups=groups)
             assert isinstance(parts.rows, HeldRows)
-            return parts, parts.rows.gram_bytes <= problem.memory and parts.rows.hold()
+            return parts, parts.rows.gram_bytes <= problem.memory and parts.rows.captures.hold()
         except CurvatureError as error:  # a network that does not tell its examples apart
             products.notes["exact spectrum of G"] = f"not computed: {error}"
     return decompose(problem, effects="two-way", groups=groups), False
@@ -195,7 +195,7 @@ def _find_exact(found: Findings, num: int) -> None:
     found.shares["hessian"] = found.ledger.run(
         "shares of H", lambda _: pair_shares(parts, found.pairs["hessian"])
     )
-    found.parts.rows.release()
+    found.parts.rows.captures.release()
 
 
 def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, max_products: int | None) -> None:
@@ -306,7 +306,7 @@ def _measure_gradient(found: Findings) -> None:
     if problem.device.type != "cpu":
         ledger.clock = time.perf_counter
     with ledger.stage("loss and gradient"):
-        found.loss, found.operations = counted(problem, problem.loss)
+        found.loss, found.operations = with_operations(problem, problem.loss)
         found.accuracy = problem.accuracy()
         gradient()
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 import xarray as xr
 
 from deepspectra.analysis.study import LEFT, MOST_ROWS, WHOLE, Study
@@ -79,13 +80,13 @@ def study_dataset(
         seed: of the first training, for the report.
     """
     variables = {
-        "study": (("variant", "layer", "measured", "sample"), found.values.numpy()),
+        "study": (("variant", "layer", "measured", "sample"), torch.stack([*found.values()], 1).numpy()),
         "study_loss": (("variant", "network"), found.losses.numpy()),
         "study_accuracy": (("variant", "network"), found.accuracies.numpy()),
     }
     coords = {
         "variant": list(found.variants),
-        "layer": [layer or "(model)" for layer in found.layers],
+        "layer": [layer or "(model)" for layer in found],
         "measured": list(found.measures),
     }
     attributes = page_attributes(
@@ -106,7 +107,7 @@ def study_dataset(
 def sentences(found: Study) -> list[str]:
     """The verdict: how the last variant differs from the first, in the mean over layers and in how many layers."""
     first, last = found.variants[0], found.variants[-1]
-    layers = [name for name in found.layers if name != WHOLE]
+    layers = [name for name in found if name != WHOLE]
     whole = _explained(found)
     if first == last:
         return [f"{len(layers)} layers of {first}.", *whole]
@@ -134,7 +135,7 @@ def sentences(found: Study) -> list[str]:
 
 def _explained(found: Study) -> list[str]:
     """How many outliers of G there are, and how many the means leave, variant by variant."""
-    if WHOLE not in found.layers:
+    if WHOLE not in found:
         return []
     counts = [
         f"{variant} " + " → ".join(f"{float(found.of(variant, WHOLE, key).mean()):.3g}" for key in LEFT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -20,7 +20,7 @@ from deepspectra.operators.base import Operator
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.rows.captures import Captured, Captures
-from deepspectra.rows.draws import DrawnCaptures, captures_of
+from deepspectra.rows.draws import DrawnCaptures, all_or_drawn
 
 KINDS = ("kfac", "ekfac", "cfac", "optimal")
 SHARINGS = ("expand", "reduce")
@@ -54,21 +54,19 @@ class Kronecker(Operator):
         size: int,
         kind: str,
         sharing: str,
+        name: str,
         beyond: float = 0.0,
-        name: str | None = None,
-        standard_errors: Mapping[str, float] | None = None,
-        samples: int = 0,
     ) -> None:
         first = next(iter(blocks.values()))
-        super().__init__(size, dtype=first.dtype, device=first.device, name=name or kind.upper())
+        super().__init__(size, dtype=first.dtype, device=first.device, name=name)
         self.blocks = MappingProxyType(dict(blocks))
         self.index = MappingProxyType(dict(index))
         self.places = MappingProxyType(dict(places))
         self.kind = kind
         self.sharing = sharing
-        self.standard_errors = MappingProxyType(dict(standard_errors or {}))
-        self.samples = samples
         self.beyond = beyond  # what multiplies parameters of no block
+        self.samples = 0  # and what they leave open, where blocks come from draws
+        self.standard_errors: Mapping[str, float] = MappingProxyType({})
 
     def _apply(self, block: Tensor) -> Tensor:
         total = block * self.beyond
@@ -94,7 +92,7 @@ class Kronecker(Operator):
         Raises:
             MemoryBudgetError: "cfac" with a block of more than 4,096 rows.
 
-        Cost: eigenvalues of each factor, kept.
+        Cost: eigenvalues of each factor, once.
         """
         found = [block.eigenvalues() for block in self.blocks.values()]
         rest = torch.full((self._num_beyond,), self.beyond, dtype=torch.float64, device=self.device)
@@ -117,8 +115,8 @@ class Kronecker(Operator):
             size=self.shape[0],
             kind=self.kind,
             sharing=self.sharing,
-            beyond=1 / (self.beyond + check_damping(damping)),
             name=f"({self.name} + {damping:g} I)⁻¹",
+            beyond=1 / (self.beyond + check_damping(damping)),
         )
 
     @property
@@ -197,70 +195,103 @@ def kronecker(
             raise OptionError(
                 "samples= draws for 'kfac', 'ekfac' and 'cfac'; 'optimal' would fit the draws. Use 0."
             )
-    return made_from(captures_of(problem, 0 if kind == "optimal" else samples, seed), kind, sharing, rank)
+    return made_from(all_or_drawn(problem, 0 if kind == "optimal" else samples, seed), kind, sharing, rank)
 
 
 def made_from(captures: Captures, kind: str, sharing: str = "expand", rank: int = 1) -> Kronecker:
     """`kronecker` from features and errors that may be held already."""
+    return all_from(captures, (kind,), sharing, rank)[kind]
+
+
+def all_from(
+    captures: Captures, kinds: Sequence[str], sharing: str = "expand", rank: int = 1
+) -> dict[str, Kronecker]:
+    """Several kinds from the same second moments: the data are gone through once, and once more for "ekfac"."""
     problem = captures.problem
-    if kind not in KINDS:
-        raise OptionError(f"kind={kind!r}; it is one of {', '.join(map(repr, KINDS))}.")
-    if sharing not in SHARINGS:
-        raise OptionError(f"sharing={sharing!r}; it is 'expand' or 'reduce'.")
-    if not isinstance(rank, int) or rank < 1 or (rank > 1 and kind != "optimal"):
-        raise OptionError(
-            f"rank={rank!r}: an integer, at least 1, and more than 1 product for kind='optimal' only."
-        )
-    if kind == "cfac" and not isinstance(problem.loss_function, CrossEntropy):
-        raise LossError(
-            f"cfac needs the cross-entropy of class labels; the loss is {problem.loss_function.name}."
-        )
+    _check(problem, kinds, sharing, rank)
     samples = captures.samples if isinstance(captures, DrawnCaptures) else 0
     if (
-        kind == "ekfac" and not samples
-    ):  # a diagonal of the draws that gave the eigenvectors would be too large
+        "ekfac" in kinds and not samples
+    ):  # which goes through them twice; draws it needs anew, see `_corrected`
         captures.hold()
+    by_class = "cfac" in kinds
+    moments = _moments(captures, sharing, samples, by_class=by_class)
+    made = {}
+    if by_class:
+        made["cfac"] = _made(captures, "cfac", moments, _products(problem, moments, "CFAC"), rank)
+        moments = {name: moment.together() for name, moment in moments.items()}
+    if others := [kind for kind in kinds if kind != "cfac"]:
+        products = _products(problem, moments, "KFAC")  # and their eigenvectors, found once
+        made |= {kind: _made(captures, kind, moments, products, rank) for kind in others}
+    return {kind: made[kind] for kind in kinds}
+
+
+def _products(problem: Problem, moments: Mapping[str, Moments], label: str) -> dict[str, Block]:
+    """S ⊗ A, or the sum over classes, of every place."""
     dtype = torch.promote_types(problem.dtype, torch.float32)
-    moments = _moments(
-        captures, problem.num_classes if kind == "cfac" else 1, sharing, samples, by_class=kind == "cfac"
-    )
-    blocks: dict[str, Block] = {}
-    for name, moment in moments.items():
-        blocks[name] = KroneckerSum(*moment.factors(), dtype, f"{kind.upper()} of {name}")
+    return {
+        name: KroneckerSum(*moment.factors(), dtype, f"{label} of {name}") for name, moment in moments.items()
+    }
+
+
+def _made(
+    captures: Captures, kind: str, moments: Mapping[str, Moments], products: dict[str, Block], rank: int
+) -> Kronecker:
+    """One kind, from second moments and their products."""
+    problem = captures.problem
+    samples = captures.samples if isinstance(captures, DrawnCaptures) else 0
     found = {name: moment.place for name, moment in moments.items()}
     variances = {name: moment.variance() for name, moment in moments.items()}
+    blocks = dict(products)
     if kind == "ekfac":
-        corrected, of_diagonals = _corrected(captures, found, blocks, samples)
+        corrected, of_diagonals = _corrected(captures, found, products, samples)
         blocks |= corrected
         variances |= of_diagonals
     if kind == "optimal":
-        blocks |= _nearest(captures, found, blocks, rank)
+        blocks |= _nearest(captures, found, products, rank)
     ends = itertools.accumulate((value.numel() for value in problem.parameters.values()), initial=0)
     starts = dict(zip(problem.parameters, ends, strict=False))
-    index = {name: place.index(starts).to(problem.device) for name, place in found.items()}
     operator = Kronecker(
         blocks,
-        index,
+        {name: place.index(starts).to(problem.device) for name, place in found.items()},
         found,
         size=problem.num_parameters,
         kind=kind,
-        sharing=sharing,
-        name=f"{kind.upper()} of {samples} draws" if samples else None,
-        standard_errors={name: _relative(variances[name], block.norm) for name, block in blocks.items()},
-        samples=samples,
+        sharing=next(iter(moments.values())).sharing,
+        name=f"{kind.upper()} of {samples} draws" if samples else kind.upper(),
     )
     operator.memory = problem.memory // 4
+    operator.samples = samples
+    operator.standard_errors = MappingProxyType(
+        {name: _relative(variances[name], block.norm) for name, block in blocks.items()}
+    )
     return operator
+
+
+def _check(problem: Problem, kinds: Sequence[str], sharing: str, rank: int) -> None:
+    """Raise for what `kronecker` cannot make of a problem."""
+    for kind in kinds:
+        if kind not in KINDS:
+            raise OptionError(f"kind={kind!r}; it is one of {', '.join(map(repr, KINDS))}.")
+    if sharing not in SHARINGS:
+        raise OptionError(f"sharing={sharing!r}; it is 'expand' or 'reduce'.")
+    if not isinstance(rank, int) or rank < 1 or (rank > 1 and "optimal" not in kinds):
+        raise OptionError(
+            f"rank={rank!r}: an integer, at least 1, and more than 1 product for kind='optimal' only."
+        )
+    if "cfac" in kinds and not isinstance(problem.loss_function, CrossEntropy):
+        raise LossError(
+            f"cfac needs the cross-entropy of class labels; the loss is {problem.loss_function.name}."
+        )
 
 
 def _relative(variance: float, norm: float) -> float:
     return variance**0.5 / norm if norm else 0.0
 
 
-def _moments(
-    captures: Captures, num_sets: int, sharing: str, samples: int, *, by_class: bool
-) -> dict[str, Moments]:
+def _moments(captures: Captures, sharing: str, samples: int, *, by_class: bool) -> dict[str, Moments]:
     problem = captures.problem
+    num_sets = problem.num_classes if by_class else 1
     found: dict[str, Moments] = {}
     for batch in captures.batches():
         if not bool((batch.weights > 0).any()):
@@ -285,6 +316,8 @@ def _corrected(
     captures: Captures, found: dict[str, Place], blocks: dict[str, Block], samples: int
 ) -> tuple[dict[str, Block], dict[str, float]]:
     """The blocks of matrices, with G's own diagonal for their eigenvectors, and what draws leave open of it."""
+    # draws differ from those of the eigenvectors, in which they would have too large a diagonal: their own
+    # largest directions are where they happen to be large
     bases = {name: blocks[name].decomposed for name, place in found.items() if place.is_matrix}
     squares = {name: Squares(found[name], basis.left, basis.right, samples) for name, basis in bases.items()}
     for batch in captures.batches():
@@ -292,7 +325,7 @@ def _corrected(
         for total in squares.values():
             total.add(total.place.mine(batch.uses), weights)
     corrected: dict[str, Block] = {
-        name: Rotated(basis.left, basis.right, squares[name].sums.total, basis.dtype, basis.name)
+        name: Rotated(basis.left, basis.right, squares[name].sums.total, basis.dtype, f"EKFAC of {name}")
         for name, basis in bases.items()
     }
     drawn = squares if samples else {}
@@ -308,16 +341,13 @@ def _nearest(
         names = {use.slice.name for use in batches[0]}
         for name, place in found.items():
             start = blocks[name]
-            if (
-                place.is_matrix
-                and place.weight.name in names
-                and isinstance(start, KroneckerSum)
-                and start.norm
-            ):
-                right = start.right[0].double()
-                right = torch.diag_embed(right) if right.ndim == 2 else right
-                factors = nearest_sum(ExactBlock(place, batches, start.dtype), right, rank)
-                result[name] = KroneckerSum(*factors, start.dtype, start.name)
+            if not place.is_matrix or place.weight.name not in names or not start.norm:
+                continue
+            assert isinstance(start, KroneckerSum)
+            right = start.right[0].double()
+            right = torch.diag_embed(right) if right.ndim == 2 else right
+            factors = nearest_sum(ExactBlock(place, batches, start.dtype), right, rank)
+            result[name] = KroneckerSum(*factors, start.dtype, f"OPTIMAL of {name}")
     return result
 
 

@@ -18,11 +18,11 @@ from deepspectra.report.findings import (
 )
 from deepspectra.report.text import (
     attribute,
-    counted,
     escaped,
     finite,
     joined,
     number_html,
+    quantity,
     share_html,
     symbol,
 )
@@ -82,7 +82,7 @@ def _outlier_sentences(dataset: xr.Dataset) -> str:
     for operator, threshold in thresholds.items():
         top = [row["eigenvalue"] for row in found if row["operator"] == operator]
         name = symbol(operator)
-        text += f" {name} has {counted(len(top), 'outlier')} above {number_html(threshold)}"
+        text += f" {name} has {quantity(len(top), 'outlier')} above {number_html(threshold)}"
         if top and edges.get(operator):
             ratio, edge = number(max(top) / edges[operator], 2), number_html(edges[operator])
             text += f"; the largest, {number_html(max(top))}, is {ratio} times its bulk edge {edge}"

@@ -7,7 +7,7 @@ import math
 import xarray as xr
 
 from deepspectra.report.drawing import OPERATOR_NAMES, Row, holds, rows
-from deepspectra.report.text import counted
+from deepspectra.report.text import quantity
 
 
 def outliers_left(row: Row) -> str:
@@ -16,7 +16,7 @@ def outliers_left(row: Row) -> str:
     if count is None or not math.isfinite(count):
         return "not counted"
     if row["knockout"] == "nothing":
-        return counted(count, "outlier")
+        return quantity(count, "outlier")
     if upper is None or not math.isfinite(upper):
         return f"at least {count:.0f}" if count else "none found"
     if upper > count:

@@ -30,12 +30,12 @@ from deepspectra.report.findings import mean_shares, outliers
 from deepspectra.report.tables import Cell, about, table_html, tables_section
 from deepspectra.report.text import (
     attribute,
-    counted,
     escaped,
     joined,
     json_attribute,
     number_html,
     percent,
+    quantity,
     symbol,
 )
 
@@ -214,7 +214,7 @@ def _size_cards(dataset: xr.Dataset) -> list[tuple[str, str, str]]:
     cards = [("Parameters", f"{parameters:,}", "")] if parameters is not None else []
     if examples is not None:
         cards.append(
-            ("Examples", f"{examples:,}", f"in {counted(classes, 'class', 'classes')}" if classes else "")
+            ("Examples", f"{examples:,}", f"in {quantity(classes, 'class', 'classes')}" if classes else "")
         )
     if accuracy is not None:
         cards.append(

@@ -51,7 +51,7 @@ def percent(value: float, digits: int = 1) -> str:
     return f"{round(value, digits + 2) + 0.0:.{digits}%}".replace("-", "−")
 
 
-def counted(number: float, noun: str, plural: str = "") -> str:
+def quantity(number: float, noun: str, plural: str = "") -> str:
     """1 outlier, 2 outliers."""
     return f"{number:,.0f} {noun if number == 1 else plural or noun + 's'}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -11,19 +12,22 @@ import torch
 from torch import Tensor
 
 from deepspectra.derivatives.choice import FAILURES
+from deepspectra.derivatives.products import products_of
 from deepspectra.errors import CurvatureError, DeepSpectraError, LossError, MemoryBudgetError, first_line
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.evaluation import differentiable
 from deepspectra.problem.losses import Loss
 from deepspectra.problem.problem import Problem, per_problem
 from deepspectra.problem.samples import small_problem
-from deepspectra.rows import tracing
+from deepspectra.rows import planning, tracing
 from deepspectra.rows.gradients import refuse_one_output
 from deepspectra.rows.tracing import IrregularError
 from deepspectra.rows.uses import Use
 
 SAMPLE_ROWS = 3  # examples on which the uses of parameters are understood
 ROUNDING = 1e-10  # of the largest curvature of a row, below zero
+
+Weigh = Callable[[Tensor, Tensor], Tensor]  # of outputs and targets, cotangents (n, C, m)
 
 
 class Complement:
@@ -104,58 +108,98 @@ class Captured:
         return len(self.weights)
 
 
+class Held(list[Captured]):
+    """All batches of a problem in memory, the plan by which they were captured, and about how many bytes they are."""
+
+    def __init__(self, batches: Iterable[Captured], plan: tracing.Plan, num_bytes: int) -> None:
+        super().__init__(batches)
+        self.plan = plan
+        self.num_bytes = num_bytes
+
+
 class Captures:
-    """Features and errors of every use of a parameter in a problem.
+    """Features and errors of every use of a parameter in a problem, batch by batch, for scalars of its outputs.
 
-    The scalars of a row are the columns of a root of its loss curvature, so the squares of their gradients sum
-    to G. C − 1 scalars a row for cross-entropy, C for other losses.
-
-    Examples may lie in the first or second dimension of a batch. Where values may choose their places (indices,
-    batches that are not pairs (x, y)) these are checked on every batch; a batch in which they lie otherwise is taken
+    Examples may lie in the first or second dimension of a batch. Where values may choose how they lie (indices,
+    batches that are not pairs (x, y)) this is checked on every batch; a batch in which they lie otherwise is taken
     example by example. Where rows belong to no single examples, as the nodes of a graph, a batch is one example.
 
+    Args:
+        problem: whose parameters and data.
+        weigh: of outputs and targets, the scalars of each row as cotangents (n, C, m).
+        joint: scalars belong to examples, and not to each of their rows.
+        shared: what is held is that of `captures_of`.
+
+    Attributes:
+        plan: how uses and examples lie.
+        held: all batches, if they were brought into memory.
+        limit: bytes that may be held, a third of memory.
+        bytes_by_layer: of features and errors of all the data, estimated when they are to be held.
+
     Raises:
-        LossError: the loss is not convex in the outputs, or the cross-entropy of one output, or rows interact in it.
+        LossError: the cross-entropy of one output, or rows interact in the loss.
         CurvatureError: rows that belong to no single examples and are too many, or parameters used otherwise on
             one batch than on another in more data than fit memory.
         MemoryBudgetError: the errors of such rows do not fit memory.
 
-    Cost: a forward and C − 1 backward passes without weight gradients each time that the data are gone through, and
-    two more where places are checked; a row that belongs to no example takes C − 1 passes over its batch by itself.
+    Cost: a forward and m backward passes without weight gradients each time that the data are gone through, and
+    two more where that is checked; a row that belongs to no example takes m passes over its batch by itself.
     """
 
-    joint = False  # whether scalars belong to examples, and not to each of their rows
-
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, weigh: Weigh, *, joint: bool = False, shared: bool = False) -> None:
         refuse_one_output(problem)
         self.problem = problem
+        self.weigh = weigh
+        self.joint = joint
+        self.shared = shared
         self.plan = plan_of(problem)
         self.held: list[Captured] = []
         self.limit = problem.memory // 3
-        self.bytes_by_layer: dict[str, int] = {}  # of features and errors of all the data, estimated
+        self.bytes_by_layer: dict[str, int] = {}
 
     def hold(self) -> bool:
-        """Bring features and errors into memory; False if they do not fit."""
+        """Bring features and errors into memory, or take those that are there; False if they do not fit."""
         if not self.held:
-            captured = self.captured()
-            first = next(captured)
-            self._estimate(first)
-            if sum(self.bytes_by_layer.values()) <= self.limit:
-                try:
-                    self.held = [first, *captured]
-                except IrregularError:
-                    self.held = _again(self.captured)
+            self.held = self._found() or self._brought()
         return bool(self.held)
 
     def release(self) -> None:
-        """Drop them; they are captured again when they are needed."""
+        """Hold them no longer; those that are shared stay for as long as another holds them or there is room."""
         self.held = []
+
+    def _found(self) -> list[Captured]:
+        """What is there of the same problem; nothing if it is more than may be held."""
+        self.problem.fixed_batches()  # of which nothing was edited since
+        found = next((known() for known in _held_of(self.problem) if self.shared), None)
+        if found is None or found.num_bytes > self.limit:
+            return []
+        self.plan = found.plan
+        return found
+
+    def _brought(self) -> list[Captured]:
+        """Captured and shared; nothing if they do not fit."""
+        captured, first = self.captured(), []
+        if not self.bytes_by_layer:
+            first = [next(captured)]
+            self._estimate(*first)
+        num_bytes = sum(self.bytes_by_layer.values())
+        if num_bytes > self.limit:
+            return []
+        try:
+            batches = [*first, *captured]
+        except IrregularError:
+            batches = _again(self.captured)
+        held = Held(batches, self.plan, num_bytes)
+        if self.shared:
+            _held_of(self.problem)[:] = [weakref.ref(held)]
+            products_of(self.problem).allowance.leave(held, num_bytes)
+        return held
 
     def batches(self) -> Iterator[Captured]:
         """Each batch: held, or captured one at a time."""
         if self.plan.by_value:
             self.hold()  # what was taken can be taken again
-        yield from self.held or self.captured()
+        yield from self.held or self._found() or self.captured()
 
     def by_layer(self) -> Iterator[tuple[str, list[list[Use]]]]:
         """Each layer's uses, one list a batch: held, or captured for as many layers at a time as fit memory.
@@ -187,7 +231,10 @@ class Captures:
         return self._captured(self.weigh, names)
 
     def features(self) -> Iterable[Captured]:
-        """Batches with uses of all parameters but those alone, with features alone. Cost: a forward pass."""
+        """Batches of which features count, and may be all there is. Cost: a forward pass unless they are there."""
+        found = self.held or self._found()
+        if found:
+            return found
 
         def every() -> Iterator[Captured]:
             return self._captured(_no_scalars, frozenset(self.problem.parameters) - self.plan.alone)
@@ -218,11 +265,6 @@ class Captures:
                 rows = piece.rows.to(weights.device)
                 yield Captured(piece.uses, weights[rows], targets[rows])
 
-    def weigh(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cotangents (n, C, m) of the scalars."""
-        problem = self.problem
-        return curvature_root(problem.loss_function, outputs, targets, problem.total_weight).to(outputs)
-
     def _groups(self) -> list[list[str]]:
         """Layers whose features and errors fit memory together, in order."""
         if self.held:
@@ -243,6 +285,30 @@ class Captures:
         return groups
 
 
+def captures_of(problem: Problem) -> Captures:
+    """Features and errors of scalars whose squared gradients sum to G: C − 1 a row for cross-entropy, else C.
+
+    The scalars of a row are the columns of a root of its loss curvature. What one of them holds serves all others of
+    the same problem, and stays after the last for as long as graphs leave room in half of the problem's memory.
+
+    Raises:
+        LossError: as `Captures`, or when used, the loss is not convex in the outputs.
+        CurvatureError, MemoryBudgetError: as `Captures`.
+    """
+    return Captures(problem, functools.partial(_root, problem), shared=True)
+
+
+def _root(problem: Problem, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cotangents (n, C, m) of the scalars that make G."""
+    return curvature_root(problem.loss_function, outputs, targets, problem.total_weight).to(outputs)
+
+
+@per_problem
+def _held_of(problem: Problem) -> list[weakref.ref[Held]]:
+    """What is held of a problem, if anything is, known weakly."""
+    return []
+
+
 @per_problem
 def plan_of(problem: Problem) -> tracing.Plan:
     """How to capture a problem's gradients, learned once and kept with it.
@@ -256,11 +322,11 @@ def plan_of(problem: Problem) -> tracing.Plan:
     problem.refuse_interacting_rows()
     with refusing():
         try:
-            return tracing.plan(small_problem(problem, SAMPLE_ROWS, torch.float64))
+            return planning.learned(small_problem(problem, SAMPLE_ROWS, torch.float64))
         except FAILURES:
             if problem.dtype == torch.float64:
                 raise
-            return tracing.plan(small_problem(problem, SAMPLE_ROWS, problem.dtype))
+            return planning.learned(small_problem(problem, SAMPLE_ROWS, problem.dtype))
 
 
 def rows_an_example(problem: Problem) -> int:
@@ -291,9 +357,6 @@ def refusing() -> Iterator[None]:
         raise CurvatureError(
             f"features and errors of this network cannot be told apart by example ({reason})."
         ) from failure
-
-
-Weigh = Callable[[Tensor, Tensor], Tensor]  # of outputs and targets, cotangents (n, C, m)
 
 
 def _no_scalars(outputs: Tensor, _: Tensor) -> Tensor:

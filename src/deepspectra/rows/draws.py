@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 
@@ -12,7 +13,7 @@ from deepspectra.errors import FallbackWarning
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.losses import ElementwiseLoss, Loss, SquaredError
 from deepspectra.problem.problem import Problem
-from deepspectra.rows.captures import Captured, Captures, curvature_root, rows_an_example
+from deepspectra.rows.captures import Captured, Captures, captures_of, curvature_root, rows_an_example
 
 MOST_PASSES = 512  # backward passes up to which every scalar is backpropagated, unless told otherwise,
 SAMPLES = 16  # and combinations that are drawn beyond
@@ -28,25 +29,25 @@ class DrawnCaptures(Captures):
     Cost: a forward and `samples` backward passes without weight gradients each time that the data are gone through.
     """
 
-    joint = True
-
     def __init__(self, problem: Problem, samples: int, seed: int) -> None:
         self.samples = samples
-        self.generator = torch.Generator().manual_seed(seed)
-        super().__init__(problem)
+        generator = torch.Generator().manual_seed(seed)
+        super().__init__(problem, functools.partial(_drawn, problem, samples, generator), joint=True)
 
     def batches(self) -> Iterator[Captured]:
         """Each batch, of new draws."""
         self.release()
         return super().batches()
 
-    def weigh(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cotangents (n, C, samples) of the scalars."""
-        shape = (len(outputs), outputs[:1].numel(), self.samples)
-        signs = torch.randint(2, shape, generator=self.generator).to(outputs.device, torch.float64) * 2 - 1
-        problem = self.problem
-        drawn = combined(problem.loss_function, outputs, targets, problem.total_weight, signs)
-        return drawn.div(self.samples**0.5).to(outputs)
+
+def _drawn(
+    problem: Problem, samples: int, generator: torch.Generator, outputs: Tensor, targets: Tensor
+) -> Tensor:
+    """Cotangents (n, C, samples) of new draws."""
+    shape = (len(outputs), outputs[:1].numel(), samples)
+    signs = torch.randint(2, shape, generator=generator).to(outputs.device, torch.float64) * 2 - 1
+    drawn = combined(problem.loss_function, outputs, targets, problem.total_weight, signs)
+    return drawn.div(samples**0.5).to(outputs)
 
 
 def combined(loss: Loss, outputs: Tensor, targets: Tensor, total_weight: float, mixing: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ def combined(loss: Loss, outputs: Tensor, targets: Tensor, total_weight: float, 
     return curvature_root(loss, outputs, targets, total_weight) @ mixing
 
 
-def captures_of(problem: Problem, samples: int | None, seed: int) -> Captures:
+def all_or_drawn(problem: Problem, samples: int | None, seed: int) -> Captures:
     """With errors of all scalars, or of fewer combinations of them; None takes all up to 512 an example."""
     num = 0 if samples == 0 else num_scalars(problem)
     if num > MOST_PASSES and samples is None:
@@ -80,7 +81,7 @@ def captures_of(problem: Problem, samples: int | None, seed: int) -> Captures:
             FallbackWarning,
             stacklevel=3,
         )
-    return DrawnCaptures(problem, samples, seed) if samples and samples < num else Captures(problem)
+    return DrawnCaptures(problem, samples, seed) if samples and samples < num else captures_of(problem)
 
 
 def num_scalars(problem: Problem) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ from torch import Tensor
 from deepspectra.errors import MemoryBudgetError
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.averages import Averages
-from deepspectra.rows.captures import Captures, Complement
+from deepspectra.rows.captures import Complement, captures_of
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.projections import Projections
-from deepspectra.rows.uses import Lookup, Matrix, Slice, Use
+from deepspectra.rows.uses import Lookup, Matrix, Slice, Use, by_stretch
 
 BLOCK_BYTES = 2**28  # of gradients that are formed at a time
 EXAMPLES = 16  # whose inner products with as many others are computed together
@@ -24,11 +24,15 @@ BLOCK_ROWS = 256  # of a Gram matrix, of which the lower half is computed block 
 FORMED_OVERHEAD = 1.15  # of multiplying formed gradients, for forming them
 
 
-class HeldRows(GradientRows, Captures):
-    """The rows A of `GradientRows`, held as the features and errors of every use of a parameter.
+class HeldRows(GradientRows):
+    """The rows A of `GradientRows`, example by example, with their features and errors.
 
     C − 1 scalars an example stand for its C rows. Memory: about C − 1 times the activations of a forward pass
-    over all the data; if a third of the problem's memory does not hold them, products go through the network.
+    over all the data. While the captures hold them products are theirs, and else go through the network.
+
+    Attributes:
+        captures: of the same problem.
+        complement: the C − 1 coordinates of each example.
 
     Raises:
         LossError: not the cross-entropy of class labels.
@@ -38,8 +42,8 @@ class HeldRows(GradientRows, Captures):
     """
 
     def __init__(self, problem: Problem) -> None:
-        GradientRows.__init__(self, problem)
-        Captures.__init__(self, problem)
+        super().__init__(problem)
+        self.captures = captures_of(problem)
         self._put_in_order()
         self.complement = Complement(self.probabilities)
         ends = itertools.accumulate(self.products.sizes, initial=0)
@@ -47,11 +51,12 @@ class HeldRows(GradientRows, Captures):
 
     def _put_in_order(self) -> None:
         """Rows example by example, as they are captured."""
-        if self.plan.examples is None or not self.plan.examples.interleaved:
+        plan = self.captures.plan
+        if plan.examples is None or not plan.examples.interleaved:
             return
         pieces, start = [], 0
         for batch, size in zip(self.problem.fixed_batches(), self.sizes, strict=True):
-            pieces.append(start + self.plan.order(batch, size))
+            pieces.append(start + plan.order(batch, size))
             start += size
         self.order = torch.cat(pieces).to(self.weights.device)
         for name in ("probabilities", "labels", "curvature", "weights"):
@@ -65,18 +70,19 @@ class HeldRows(GradientRows, Captures):
     @property
     def gram_bytes(self) -> int:
         """Bytes of the Gram matrix, its eigenvectors and one more like it."""
-        return 3 * 8 * self.num_reduced**2
+        return gram_bytes(self.num_reduced)
 
     def apply(self, block: Tensor) -> Tensor:
         """A V: (N, C, K). Cost: a third of a gradient a column."""
-        if not self.held:
+        held = self.captures.held
+        if not held:
             return super().apply(block)
-        return self.complement.expand(torch.cat([self._push(batch.uses, block) for batch in self.held]))
+        return self.complement.expand(torch.cat([self._push(batch.uses, block) for batch in held]))
 
     @property
     def splits_by_class(self) -> bool:
         """Whether the means of one class cost less than those of all: not where all rows are at hand."""
-        return not self.held and super().splits_by_class
+        return not self.captures.held and super().splits_by_class
 
     def apply_reduced(self, block: Tensor) -> Tensor:
         """A V over the R reduced rows: (R, K)."""
@@ -97,12 +103,13 @@ class HeldRows(GradientRows, Captures):
 
     def transpose(self, rows: Tensor) -> Tensor:
         """Aᵀ α for α (N, C, K): (P, K). Cost: a third of a gradient a column, of the examples where α is not 0."""
-        if not self.held:
+        held = self.captures.held
+        if not held:
             return super().transpose(rows)
         total = self.products.zeros(rows.shape[-1])
         reduced = self.complement.reduce(rows)
-        sizes = [batch.num_rows for batch in self.held]
-        for batch, part in zip(self.held, torch.split(reduced, sizes), strict=True):
+        sizes = [batch.num_rows for batch in held]
+        for batch, part in zip(held, torch.split(reduced, sizes), strict=True):
             uses = batch.uses
             num_examples = uses[0].num_examples
             mixed = part.reshape(num_examples, -1, part.shape[-1])
@@ -123,19 +130,22 @@ class HeldRows(GradientRows, Captures):
             piece = use.pull(mixed.to(use.errors), some).reshape(len(columns), -1)
             total[columns, start : start + use.slice.numel] += piece.to(total)
 
-    def factor(self, projections: Projections, basis: Tensor) -> Tensor:
-        """Aᵀ B for a basis B given in cell coordinates (C, C, r): (P, r)."""
-        if not self.held:
-            return super().factor(projections, basis)
-        return self.transpose(projections.expand(basis))
-
-    def _other_cells(self, projections: Projections, heaviest: Tensor, among: Sequence[int]) -> Tensor:
-        """√w_ck g_ck for all cells but the heaviest of each class, which are zero."""
-        if not self.held or len(among) < projections.num_classes:
-            return super()._other_cells(projections, heaviest, among)
-        basis = projections.basis("means")
-        basis[range(len(heaviest)), heaviest] = 0
-        return self.factor(projections, basis)
+    def _means(
+        self,
+        projections: Projections,
+        columns: Callable[[Tensor], tuple[Tensor, Tensor]],
+        num: int,
+        among: Collection[int] | None = None,
+    ) -> Tensor:
+        """Σ_i Σ_k w_{i,k} s_{c(i),k} g_{i,k} for columns s of cells: (P, num)."""
+        if not self.captures.held:
+            return super()._means(projections, columns, num, among)
+        groups = projections.groups
+        mixed, live = columns(self.labels if groups is None else groups[self.labels])
+        mixed = mixed if groups is None else mixed[:, groups]
+        total = self.products.zeros(num).T
+        total[:, live] = self.transpose(self.weights.sqrt()[:, :, None] * mixed)
+        return total
 
     # inner products of rows
 
@@ -148,27 +158,39 @@ class HeldRows(GradientRows, Captures):
         Raises:
             MemoryBudgetError: one parameter's features and errors, or the matrix, do not fit memory.
         """
-        if self.gram_bytes > self.problem.memory:
-            raise MemoryBudgetError(
-                f"the Gram matrix of {self.num_reduced:,} rows and its eigenvectors take "
-                f"{self.gram_bytes / 2**30:.1f} GiB; "
-                f"memory is {self.problem.memory / 2**30:.1f} GiB. Take fewer examples, or raise memory."
-            )
-        return gram_of(uses for _, uses in self.by_layer())
+        refuse_beyond_memory(self.num_reduced, self.problem)
+        return gram_of(uses for _, uses in self.captures.by_layer())
+
+
+def gram_bytes(num_rows: int) -> int:
+    """Bytes of a Gram matrix, its eigenvectors and one more like it."""
+    return 3 * 8 * num_rows**2
+
+
+def refuse_beyond_memory(num_rows: int, problem: Problem) -> None:
+    """Raise MemoryBudgetError if the Gram matrix of so many rows does not fit memory."""
+    size = gram_bytes(num_rows)
+    if size > problem.memory:
+        raise MemoryBudgetError(
+            f"the Gram matrix of {num_rows:,} rows and its eigenvectors take {size / 2**30:.1f} GiB; "
+            f"memory is {problem.memory / 2**30:.1f} GiB. Take fewer examples, or raise memory."
+        )
 
 
 def gram_of(layers: Iterable[list[list[Use]]]) -> Tensor:
     """Inner products (R, R) of gradients to the parameters of some layers, each of one list of uses a batch."""
     total = torch.zeros(0)
-    for held in layers:
-        sizes = [uses[0].num_examples * uses[0].errors.shape[1] for uses in held]
+    for batches in layers:
+        sizes = [uses[0].num_examples * uses[0].errors.shape[1] for uses in batches]
         if not len(total):
-            total = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64, device=held[0][0].errors.device)
-        _add_lower(total, held, sizes)
+            total = torch.zeros(
+                sum(sizes), sum(sizes), dtype=torch.float64, device=batches[0][0].errors.device
+            )
+        _add_lower(total, batches, sizes)
     return total.tril_() + total.tril(-1).T
 
 
-def moment_of(held: list[list[Use]], averages: Averages) -> tuple[Tensor, Averages]:
+def moment_of(batches: list[list[Use]], averages: Averages) -> tuple[Tensor, Averages]:
     """AᵀA (P, P) and the factors AᵀB of averages, float64, of the gradients A (R, P) to one layer's parameters.
 
     The other side of `gram_of`, for layers of fewer parameters than there are rows; the order of the parameters is
@@ -176,16 +198,14 @@ def moment_of(held: list[list[Use]], averages: Averages) -> tuple[Tensor, Averag
 
     Cost: R P² multiplications; a batch's gradients are formed at a time.
     """
-    stretches = _stretches(held)
+    stretches = list(by_stretch(batches[0]))  # in whose order columns stand
     moment, start = torch.zeros(()), 0
     bases = torch.cat([*averages.values(), averages.every], 1)
     factors = bases[:0]
-    for uses in held:
-        pieces = []
-        for stretch in stretches:
-            mine = [use.formed(slice(None)) for use in uses if _stretch(use) == stretch]
-            pieces.append(functools.reduce(torch.add, mine).flatten(0, 1))
-        rows = torch.cat(pieces, 1)
+    for uses in batches:
+        mine = by_stretch(uses)
+        formed = ([use.formed(slice(None)) for use in mine[stretch]] for stretch in stretches)
+        rows = torch.cat([functools.reduce(torch.add, each).flatten(0, 1) for each in formed], 1)
         moment = moment + (rows.T @ rows).double()
         added = (rows.T @ bases[start : start + len(rows)].to(rows)).double()
         factors = added if start == 0 else factors + added
@@ -194,19 +214,11 @@ def moment_of(held: list[list[Use]], averages: Averages) -> tuple[Tensor, Averag
     return moment, averages.map(lambda _: next(each))
 
 
-def _stretch(use: Use) -> tuple[str, int, tuple[int, ...]]:
-    return use.slice.name, use.slice.start, use.slice.shape
-
-
-def _stretches(held: list[list[Use]]) -> dict[tuple[str, int, tuple[int, ...]], None]:
-    """Which stretches of parameters are used, in order."""
-    return dict.fromkeys(_stretch(use) for uses in held for use in uses)
-
-
-def _add_lower(total: Tensor, held: list[list[Use]], sizes: list[int]) -> None:
+def _add_lower(total: Tensor, batches: list[list[Use]], sizes: list[int]) -> None:
     """Each stretch of a parameter, to the lower half at least."""
-    for stretch in _stretches(held):
-        mine = [[use for use in uses if _stretch(use) == stretch] for uses in held]
+    grouped = [by_stretch(uses) for uses in batches]
+    for stretch in grouped[0]:
+        mine = [group[stretch] for group in grouped]
         factored = [[use for use in batch if isinstance(use, (Matrix, Lookup))] for batch in mine]
         if [len(batch) for batch in factored] == [len(batch) for batch in mine] and _prefers_inner(factored):
             _add_inner(total, factored, sizes)

@@ -62,7 +62,7 @@ def features_of(rows: HeldRows) -> dict[str, Tensor]:
     Cost: a forward pass.
     """
     pieces: dict[str, list[Tensor]] = {}
-    for batch in rows.features():
+    for batch in rows.captures.features():
         _collect(pieces, layer_inputs(batch.uses), rows, len(rows.labels))
     return _joined(pieces)
 
@@ -81,10 +81,10 @@ def error_rows(rows: HeldRows) -> LayerRows:
         CurvatureError: no such layer, or examples have unequal numbers of positions.
         MemoryBudgetError: they do not fit.
 
-    Cost: that of `HeldRows.hold`.
+    Cost: that of `Captures.hold`.
     """
     pieces: dict[str, list[Tensor]] = {}
-    for batch in rows.batches():
+    for batch in rows.captures.batches():
         _collect(pieces, layer_errors(batch.uses), rows, rows.num_reduced)
     return LayerRows(_joined(pieces))
 
@@ -143,10 +143,11 @@ def _collect(
     """Add a batch; the first one tells whether all of them fit."""
     if not pieces:
         size = num_rows * sum(tensor.shape[1] * tensor.element_size() for tensor in found.values())
-        if size > rows.limit:
+        limit = rows.captures.limit
+        if size > limit:
             raise MemoryBudgetError(
                 f"{num_rows:,} rows of all layers take {size / 2**30:.2f} GiB; a third of memory is "
-                f"{rows.limit / 2**30:.2f} GiB. Raise memory, take fewer examples, or restrict the parameters."
+                f"{limit / 2**30:.2f} GiB. Raise memory, take fewer examples, or restrict the parameters."
             )
     refuse_missing(pieces, found)
     for name, tensor in found.items():

@@ -288,9 +288,10 @@ def test_layers_that_do_not_fit_together_are_captured_in_groups() -> None:
     whole = ds.layers(case.problem())
     problem = case.problem()
     problem.memory = 3 * 8 * 60**2 + 1  # the Gram matrix just fits; not all layers at once
-    seen: list[str] = []
-    parts = ds.layers(problem, progress=seen.append)
-    assert seen == list(whole) == ["0", "2", "4"]
+    seen: list[tuple[int, int | None, str]] = []
+    parts = ds.layers(problem, progress=lambda *now: seen.append(now))
+    assert list(whole) == ["0", "2", "4"]
+    assert seen == [(0, 3, "0"), (1, 3, "2"), (2, 3, "4")]
     for one, other in zip(whole.values(), parts.values(), strict=True):
         assert error(one.gradients.values, other.gradients.values) < 1e-12
     problem.memory = 2000

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from deepspectra.errors import MissingNameError
 from deepspectra.results import Provenance
 
 Entry = TypeVar("Entry")
+Item = TypeVar("Item", bound=tuple[Any, ...])
+Progress = Callable[[int, int | None, str], object]  # of what is done, of how many, and what comes next
 
 
 @dataclass(frozen=True)
@@ -45,3 +47,11 @@ class ByLayer(Mapping[str, Entry]):
             cells = ("–" if math.isnan(number) else f"{number:.3g}" for number in numbers(entry))
             rows.append(f"{name[-26:]:<26} " + " ".join(f"{cell:>11}" for cell in cells))
         return rows
+
+
+def announced(layers: Iterable[Item], progress: Progress | None, total: int) -> Iterator[Item]:
+    """The same layers, each named before it is looked at."""
+    for done, layer in enumerate(layers):
+        if progress is not None:
+            progress(done, total, layer[0])
+        yield layer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.krylov import check_count
 from deepspectra.algorithms.overlap import overlap_curve
-from deepspectra.analysis.by_layer import ByLayer
+from deepspectra.analysis.by_layer import ByLayer, Progress, announced
 from deepspectra.analysis.layer_blocks import RTOL, Blocks, top_pairs
 from deepspectra.errors import ShapeError
 from deepspectra.kfac.exact import ExactBlock
@@ -112,7 +111,7 @@ def compare(
     num: int | None = None,
     num_whole: int | None = None,
     seed: int = 0,
-    progress: Callable[[str], object] | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Overlap of the top eigenspaces of two networks of the same architecture, each with its own data.
 
@@ -130,7 +129,7 @@ def compare(
         num_whole: dimensions of the curve over all parameters, by default twice the number of classes; 0 leaves the
             whole out.
         seed: of random vectors.
-        progress: called with the name of each layer before it is compared.
+        progress: called with (layers done, layers in all, name of the next).
 
     Raises:
         ShapeError: the two have different parameters.
@@ -149,9 +148,7 @@ def compare(
             check_count(name, value, smallest)
     sides = [Blocks(problem) for problem in (first, second)]
     layers = {}
-    for name, *pair in sides[0].beside(sides[1]):
-        if progress is not None:
-            progress(name)
+    for name, *pair in announced(sides[0].beside(sides[1]), progress, len(sides[0].names)):
         if not all(block.trace for block in pair):
             continue
         groups, outputs, _ = pair[0].place.shape

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from deepspectra.algorithms.krylov import check_count
-from deepspectra.analysis.by_layer import ByLayer
+from deepspectra.analysis.by_layer import ByLayer, Progress, announced
 from deepspectra.analysis.collapse import Collapse, collapse_of
 from deepspectra.analysis.gram_spectrum import EigenBasis, GramSpectrum, spectrum_of
 from deepspectra.analysis.khatri_rao import KhatriRao, centred_spectrum, khatri_rao
@@ -143,7 +143,7 @@ def layers(
     hessian: bool = True,
     num: int | None = None,
     dtype: torch.dtype | None = None,
-    progress: Callable[[str], object] | None = None,
+    progress: Progress | None = None,
 ) -> Layers:
     """Class structure of every layer: exact spectra of features, errors and gradients with their parts.
 
@@ -159,7 +159,7 @@ def layers(
             gets a FallbackWarning.
         num: eigenvalues of each block of the Hessian; by default the number of classes.
         dtype: to compute in; the problem's own by default.
-        progress: called with the name of each layer before it is analysed.
+        progress: called with (layers done, layers in all, name of the next).
 
     Raises:
         OptionError: num below 1.
@@ -181,9 +181,7 @@ def layers(
     assert isinstance(rows, HeldRows)
     bases = error_averages(rows, parts.projections, tuple(parts))
     found = {}
-    for name, uses in rows.captures.by_layer():
-        if progress is not None:
-            progress(name)
+    for name, uses in announced(rows.captures.by_layer(), progress, len(parts.problem.layers)):
         found[name] = _layer(name, uses, parts, bases)
     rows.captures.release()
     if hessian:
@@ -194,7 +192,7 @@ def layers(
 
 
 def _with_hessian(
-    problem: Problem, found: dict[str, Layer], num: int, progress: Callable[[str], object] | None
+    problem: Problem, found: dict[str, Layer], num: int, progress: Progress | None
 ) -> dict[str, Layer]:
     """The layers with the spectra of their blocks of H, if the network has second derivatives."""
     spectra = {name: layer.gradients for name, layer in found.items()}

@@ -398,6 +398,8 @@ def test_without_second_derivatives_there_are_no_blocks_of_h() -> None:
         found = ds.layers(problem)
     assert all(layer.hessian is None for layer in found.values())
     assert [layer.hessian for layer in ds.layers(problem, hessian=False).values()] == [None, None]
+    with pytest.warns(FallbackWarning, match="num=3 is not used"):
+        ds.layers(problem, hessian=False, num=3)
     assert "‖R‖/‖G‖" in str(found)
 
 

@@ -86,15 +86,7 @@ class Comparison(ByLayer[LayerComparison]):
 
     def __str__(self) -> str:
         head = ("m", "peak at", "height", "at k = m", "predicted", "height", "(t·t′)²", "case", "random at m")
-        rows = [f"{'layer':<26} " + " ".join(f"{name:>{max(8, len(name))}}" for name in head)]
-        for layer in self.values():
-            (place, height), (foreseen, foreseen_height) = layer.peak, layer.predicted_peak
-            at = min(layer.outputs, len(layer.ks)) - 1
-            rows.append(
-                f"{layer.name[-26:]:<26} {layer.outputs:>8} {place:>8} {height:>8.3f} "
-                f"{float(layer.measured[at]):>8.3f} {foreseen:>9} {foreseen_height:>8.3f} {layer.alignment:>8.3f} "
-                f"{layer.case:>8} {float(layer.baseline[at]):>11.2g}"
-            )
+        rows = self._table(head, _told)
         whole = (
             f"; of all parameters {float(self.whole[-1]):.3f} at k = {len(self.whole)}"
             if len(self.whole)
@@ -102,6 +94,15 @@ class Comparison(ByLayer[LayerComparison]):
         )
         rows.append(f"overlap of top-k eigenspaces of G{whole}; {self.seconds:.3g} s")
         return "\n".join(rows)
+
+
+def _told(layer: LayerComparison) -> list[float | str]:
+    """What the table says of a layer."""
+    (place, height), (foreseen, foreseen_height) = layer.peak, layer.predicted_peak
+    at = min(layer.outputs, len(layer.ks)) - 1
+    heights = f"{height:.3f}", f"{float(layer.measured[at]):.3f}"
+    predicted = str(foreseen), f"{foreseen_height:.3f}", f"{layer.alignment:.3f}"
+    return [str(layer.outputs), str(place), *heights, *predicted, layer.case, float(layer.baseline[at])]
 
 
 def compare(

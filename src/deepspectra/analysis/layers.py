@@ -79,8 +79,10 @@ class Layers(ByLayer[Layer]):
     kronecker: KroneckerQuality | None = None
 
     def __str__(self) -> str:
-        tables = [*_structure(self.values()), *_curvature(self.values())]
-        return "\n".join([*tables, *([str(self.kronecker)] if self.kronecker else [])])
+        head = ("parameters", "λ₁ of G", "tr G", "stable rank", "‖R‖/‖G‖", "λ₁ of H", "tr H", "lowest of H")
+        rows = [*_structure(self.values()), *self._table(head, _curvature)]
+        rows.append("blocks of each layer: stable rank ‖G‖_F²/‖G‖₂²; R = H − G, relative Frobenius norm")
+        return "\n".join([*rows, *([str(self.kronecker)] if self.kronecker else [])])
 
 
 def _structure(layers: Iterable[Layer]) -> list[str]:
@@ -107,23 +109,15 @@ def _structure(layers: Iterable[Layer]) -> list[str]:
     return rows
 
 
-def _curvature(layers: Iterable[Layer]) -> list[str]:
-    """Each layer's blocks of G and H, as a table."""
-    head = ("parameters", "λ₁ of G", "tr G", "stable rank", "‖R‖/‖G‖", "λ₁ of H", "tr H", "lowest of H")
-    rows = [f"{'layer':<26} " + " ".join(f"{name:>11}" for name in head)]
-    for layer in layers:
-        values = layer.gradients.values
-        cells = [f"{layer.num_parameters:>11,}"]
-        numbers = [float(values[0]), float(values.sum()), layer.gradients.stable_rank]
-        h = layer.hessian
-        if h is not None:
-            numbers.append(h.residual)
-            numbers += [] if h.is_gauss_newton else [float(h.values[0]), h.trace, h.smallest]
-        cells += [f"{some:>11.3g}" for some in numbers]
-        cells += [f"{'that of G':>11}"] if h is not None and h.is_gauss_newton else []
-        rows.append(f"{layer.name[-26:]:<26} " + " ".join(cells))
-    rows.append("blocks of each layer: stable rank ‖G‖_F²/‖G‖₂²; R = H − G, relative Frobenius norm")
-    return rows
+def _curvature(layer: Layer) -> list[float | str]:
+    """Numbers of a layer's blocks of G and H."""
+    values, h = layer.gradients.values, layer.hessian
+    cells: list[float | str] = [f"{layer.num_parameters:,}", float(values[0]), float(values.sum())]
+    cells.append(layer.gradients.stable_rank)
+    if h is not None:
+        cells.append(h.residual)
+        cells += ["that of G"] if h.is_gauss_newton else [float(h.values[0]), h.trace, h.smallest]
+    return cells
 
 
 def _first(spectrum: GramSpectrum | None, parts: tuple[str, ...]) -> str:
@@ -174,6 +168,8 @@ def layers(
     Source: Papyan 2020, JMLR 21:252, sections 4–6.
     """
     began = time.perf_counter()
+    if num is not None and not hessian:
+        warnings.warn(f"num={num} is not used: hessian=False.", FallbackWarning, stacklevel=2)
     num = problem.num_classes if num is None else num
     check_count("num", num)
     parts = decompose(problem if dtype is None else problem.to(dtype), effects=effects, hold=True)

@@ -29,7 +29,7 @@ from deepspectra.jobs.study import STUDIES, study_dataset
 from deepspectra.jobs.targets import CONSOLE, Choice, chosen_problem, moments
 from deepspectra.problem.problem import Problem
 from deepspectra.report.page import write, write_series
-from deepspectra.rows.projections import METHODS
+from deepspectra.rows.averages import METHODS
 
 app = typer.Typer(
     add_completion=False,

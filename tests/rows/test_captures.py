@@ -81,6 +81,28 @@ def test_a_study_captures_each_network_once(passes: list[int]) -> None:
     assert len(passes) == sum(problem.batches.num_batches for problem in networks)
 
 
+def test_networks_whose_layers_do_not_fit_together_are_compared_in_passes_over_groups(
+    passes: list[int],
+) -> None:
+    one, other = (CASES["relu_mlp"]().problem() for _ in range(2))
+    whole = ds.compare(one, other, num_whole=0)
+    for problem in (one, other):
+        found = captures_of(problem)
+        found.limit = 0
+        assert not found.hold()
+        problem.kept.clear()
+        problem.memory = 3 * max(found.bytes_by_layer.values())
+        assert not captures_of(problem).hold()
+    passes.clear()
+    apart = ds.compare(one, other, num_whole=0)
+    assert (
+        len(passes) <= (2 + len(apart.layers)) * 2 * one.batches.num_batches
+    )  # the factors, and each layer once
+    assert all(
+        error(a.measured, b.measured) < 1e-10 for a, b in zip(apart.values(), whole.values(), strict=True)
+    )
+
+
 def test_features_and_errors_make_room_for_graphs_and_are_freed_with_the_problem() -> None:
     problem = CASES["relu_mlp"]().problem()
     allowance = products_of(problem).allowance

@@ -20,7 +20,7 @@ from torch.overrides import _get_current_function_mode
 
 import deepspectra as ds
 from deepspectra.errors import CurvatureError, MemoryBudgetError
-from deepspectra.rows import tracing
+from deepspectra.rows import planning, tracing
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held import HeldRows
 from reference import error, projections
@@ -408,7 +408,7 @@ def test_the_exact_spectrum_is_that_of_the_dense_matrix(name: str) -> None:
 
 def pieces(problem: ds.Problem, weights: Tensor, *, joint: bool) -> Iterator[tracing.Piece]:
     """The only batch, with scalars of these weights."""
-    plan = tracing.plan(problem.sample(3, torch.float64))
+    plan = planning.learned(problem.sample(3, torch.float64))
     while True:
         try:
             yield from tracing.capture(problem, *problem.batches, plan, lambda *_: weights, joint=joint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ from deepspectra.results import Density, Eigenpairs, Provenance, standard_error
 from deepspectra.rows.captures import Complement, captures_of
 from deepspectra.rows.draws import DrawnCaptures
 from deepspectra.rows.gradients import GradientRows
-from deepspectra.rows.uses import Convolution, Lookup, Matrix, Use
+from deepspectra.rows.uses import Convolution, Lookup, Matrix, Use, by_stretch
 
 MOST_SCALARS = 16  # gradients of an example that are squared; of more classes, as many random sums
 INDEPENDENT = 0.5  # least eigenvalue of the inner products of unit vectors that are taken to be eigenvectors
@@ -121,19 +122,11 @@ def gradient_trace(problem: Problem, seed: int = 0) -> tuple[float, float]:
     captures = DrawnCaptures(problem, MOST_SCALARS, seed) if is_drawn else captures_of(problem)
     total = torch.zeros(min(num, MOST_SCALARS), dtype=torch.float64)  # of each scalar of all examples
     for batch in captures.batches():
-        for uses in _by_stretch(batch.uses):
+        for uses in by_stretch(batch.uses).values():
             squares = _squares(uses)
             total += squares.view(len(squares), -1, len(total)).sum((0, 1), dtype=torch.float64).cpu()
     error = standard_error(MOST_SCALARS * total) if is_drawn else 0.0
     return float(total.sum()), float(error)
-
-
-def _by_stretch(uses: list[Use]) -> list[list[Use]]:
-    """Uses of each stretch of a parameter, whose gradients add up."""
-    found: dict[tuple[str, int, tuple[int, ...]], list[Use]] = {}
-    for use in uses:
-        found.setdefault((use.slice.name, use.slice.start, use.slice.shape), []).append(use)
-    return list(found.values())
 
 
 def _squares(uses: list[Use]) -> Tensor:
@@ -156,9 +149,7 @@ def _squares(uses: list[Use]) -> Tensor:
     total = use.errors.new_zeros(use.errors.shape[:2])
     for start in range(0, num_rows, width):
         chunk = slice(start, min(start + width, num_rows))
-        total += (
-            sum((one.formed(chunk) for one in uses), torch.zeros((), device=total.device)).square().sum(2)
-        )
+        total += functools.reduce(torch.add, (one.formed(chunk) for one in uses)).square().sum(2)
     return total
 
 

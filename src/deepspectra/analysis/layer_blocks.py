@@ -50,7 +50,7 @@ class Blocks:
                 if place.weight in used:
                     block = ExactBlock(place, batches, self.factors.dtype)
                     block.memory = self.captures.problem.memory // 4
-                    block.kept = self._spectra.setdefault(name, {})
+                    block.remembered = self._spectra.setdefault(name, {})
                     yield name, block
 
     def beside(self, other: Blocks) -> Iterator[tuple[str, ExactBlock, ExactBlock]]:
@@ -86,12 +86,12 @@ def _small_spectrum(exact: ExactBlock, num: int) -> tuple[Tensor, Tensor] | None
     size, num_rows = exact.shape[0], exact.num_rows
     if min(size, num_rows) > SMALL:
         return None
-    if "values" not in exact.kept or exact.kept["vectors"].shape[1] < min(num, size, num_rows):
+    if "values" not in exact.remembered or exact.remembered["vectors"].shape[1] < min(num, size, num_rows):
         matrix = _moment(exact) if _is_narrow(exact) else gram_of([exact.batches])
         values, vectors = torch.linalg.eigh(matrix)
         leading = vectors.flip(1)[:, : max(num, REMEMBERED)].clone()
-        exact.kept |= {"values": values.flip(0), "vectors": leading}
-    return exact.kept["values"], exact.kept["vectors"]
+        exact.remembered |= {"values": values.flip(0), "vectors": leading}
+    return exact.remembered["values"], exact.remembered["vectors"]
 
 
 def _is_narrow(exact: ExactBlock) -> bool:

@@ -32,7 +32,7 @@ class ExactBlock(Operator):
         dtype: of products.
 
     Attributes:
-        kept: what is remembered of the block from one question to the next.
+        remembered: what is known of the block from one question to the next.
 
     Cost: of a product, two products of the features with a matrix of the weight's shape.
     """
@@ -42,7 +42,7 @@ class ExactBlock(Operator):
         device = batches[0][0].errors.device
         super().__init__(groups * outputs * inputs, dtype=dtype, device=device, name=f"G of {place.name}")
         self.place = place
-        self.kept: dict[str, Tensor] = {}
+        self.remembered: dict[str, Tensor] = {}
         self.batches = [
             [widened(use) for use in batch if use.slice in (place.weight, place.bias)] for batch in batches
         ]
@@ -79,6 +79,7 @@ class ExactBlock(Operator):
         groups, outputs, inputs = self.place.shape
         scalars = self.batches[0][0].errors.shape[1]
         num = self.num_positions
+        # with g = Σ_t e_t h_tᵀ, tr(S g A gᵀ) = Σ_{t,s} (e_tᵀ S e_s)(h_tᵀ A h_s): multiplications an example
         of_similarities = num * (inputs**2 + scalars * outputs**2 + num * (inputs + scalars * outputs))
         of_gradients = scalars * outputs * inputs * (outputs + inputs + num)
         by_similarities = of_similarities < of_gradients

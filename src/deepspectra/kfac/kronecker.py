@@ -53,21 +53,19 @@ class Kronecker(Operator):
         size: int,
         kind: str,
         sharing: str,
+        name: str,
         beyond: float = 0.0,
-        name: str | None = None,
-        standard_errors: Mapping[str, float] | None = None,
-        samples: int = 0,
     ) -> None:
         first = next(iter(blocks.values()))
-        super().__init__(size, dtype=first.dtype, device=first.device, name=name or kind.upper())
+        super().__init__(size, dtype=first.dtype, device=first.device, name=name)
         self.blocks = MappingProxyType(dict(blocks))
         self.index = MappingProxyType(dict(index))
         self.places = MappingProxyType(dict(places))
         self.kind = kind
         self.sharing = sharing
-        self.standard_errors = MappingProxyType(dict(standard_errors or {}))
-        self.samples = samples
         self.beyond = beyond  # what multiplies parameters of no block
+        self.samples = 0  # and what they leave open, where blocks come from draws
+        self.standard_errors: Mapping[str, float] = MappingProxyType({})
 
     def _apply(self, block: Tensor) -> Tensor:
         total = block * self.beyond
@@ -93,7 +91,7 @@ class Kronecker(Operator):
         Raises:
             MemoryBudgetError: "cfac" with a block of more than 4,096 rows.
 
-        Cost: eigenvalues of each factor, kept.
+        Cost: eigenvalues of each factor, once.
         """
         found = [block.eigenvalues() for block in self.blocks.values()]
         rest = torch.full((self._num_beyond,), self.beyond, dtype=torch.float64, device=self.device)
@@ -116,8 +114,8 @@ class Kronecker(Operator):
             size=self.shape[0],
             kind=self.kind,
             sharing=self.sharing,
-            beyond=1 / (self.beyond + check_damping(damping)),
             name=f"({self.name} + {damping:g} I)⁻¹",
+            beyond=1 / (self.beyond + check_damping(damping)),
         )
 
     @property
@@ -210,26 +208,14 @@ def all_from(
 ) -> dict[str, Kronecker]:
     """Several kinds from the same second moments: the data are gone through once, and once more for "ekfac"."""
     problem = captures.problem
-    for kind in kinds:
-        if kind not in KINDS:
-            raise OptionError(f"kind={kind!r}; it is one of {', '.join(map(repr, KINDS))}.")
-    if sharing not in SHARINGS:
-        raise OptionError(f"sharing={sharing!r}; it is 'expand' or 'reduce'.")
-    if not isinstance(rank, int) or rank < 1 or (rank > 1 and "optimal" not in kinds):
-        raise OptionError(
-            f"rank={rank!r}: an integer, at least 1, and more than 1 product for kind='optimal' only."
-        )
-    by_class = "cfac" in kinds
-    if by_class and not isinstance(problem.loss_function, CrossEntropy):
-        raise LossError(
-            f"cfac needs the cross-entropy of class labels; the loss is {problem.loss_function.name}."
-        )
+    _check(problem, kinds, sharing, rank)
     samples = captures.samples if isinstance(captures, DrawnCaptures) else 0
     if (
         "ekfac" in kinds and not samples
-    ):  # else from new draws: those that gave the eigenvectors fit them too well
+    ):  # which goes through them twice; draws it needs anew, see `_corrected`
         captures.hold()
-    moments = _moments(captures, problem.num_classes if by_class else 1, sharing, samples, by_class=by_class)
+    by_class = "cfac" in kinds
+    moments = _moments(captures, sharing, samples, by_class=by_class)
     made = {}
     if by_class:
         made["cfac"] = _made(captures, "cfac", moments, _products(problem, moments, "CFAC"), rank)
@@ -265,30 +251,47 @@ def _made(
         blocks |= _nearest(captures, found, products, rank)
     ends = itertools.accumulate((value.numel() for value in problem.parameters.values()), initial=0)
     starts = dict(zip(problem.parameters, ends, strict=False))
-    index = {name: place.index(starts).to(problem.device) for name, place in found.items()}
     operator = Kronecker(
         blocks,
-        index,
+        {name: place.index(starts).to(problem.device) for name, place in found.items()},
         found,
         size=problem.num_parameters,
         kind=kind,
         sharing=next(iter(moments.values())).sharing,
-        name=f"{kind.upper()} of {samples} draws" if samples else None,
-        standard_errors={name: _relative(variances[name], block.norm) for name, block in blocks.items()},
-        samples=samples,
+        name=f"{kind.upper()} of {samples} draws" if samples else kind.upper(),
     )
     operator.memory = problem.memory // 4
+    operator.samples = samples
+    operator.standard_errors = MappingProxyType(
+        {name: _relative(variances[name], block.norm) for name, block in blocks.items()}
+    )
     return operator
+
+
+def _check(problem: Problem, kinds: Sequence[str], sharing: str, rank: int) -> None:
+    """Raise for what `kronecker` cannot make of a problem."""
+    for kind in kinds:
+        if kind not in KINDS:
+            raise OptionError(f"kind={kind!r}; it is one of {', '.join(map(repr, KINDS))}.")
+    if sharing not in SHARINGS:
+        raise OptionError(f"sharing={sharing!r}; it is 'expand' or 'reduce'.")
+    if not isinstance(rank, int) or rank < 1 or (rank > 1 and "optimal" not in kinds):
+        raise OptionError(
+            f"rank={rank!r}: an integer, at least 1, and more than 1 product for kind='optimal' only."
+        )
+    if "cfac" in kinds and not isinstance(problem.loss_function, CrossEntropy):
+        raise LossError(
+            f"cfac needs the cross-entropy of class labels; the loss is {problem.loss_function.name}."
+        )
 
 
 def _relative(variance: float, norm: float) -> float:
     return variance**0.5 / norm if norm else 0.0
 
 
-def _moments(
-    captures: Captures, num_sets: int, sharing: str, samples: int, *, by_class: bool
-) -> dict[str, Moments]:
+def _moments(captures: Captures, sharing: str, samples: int, *, by_class: bool) -> dict[str, Moments]:
     problem = captures.problem
+    num_sets = problem.num_classes if by_class else 1
     found: dict[str, Moments] = {}
     for batch in captures.batches():
         if not bool((batch.weights > 0).any()):
@@ -313,6 +316,8 @@ def _corrected(
     captures: Captures, found: dict[str, Place], blocks: dict[str, Block], samples: int
 ) -> tuple[dict[str, Block], dict[str, float]]:
     """The blocks of matrices, with G's own diagonal for their eigenvectors, and what draws leave open of it."""
+    # draws differ from those of the eigenvectors, in which they would have too large a diagonal: their own
+    # largest directions are where they happen to be large
     bases = {name: blocks[name].decomposed for name, place in found.items() if place.is_matrix}
     squares = {name: Squares(found[name], basis.left, basis.right, samples) for name, basis in bases.items()}
     for batch in captures.batches():
@@ -336,16 +341,13 @@ def _nearest(
         names = {use.slice.name for use in batches[0]}
         for name, place in found.items():
             start = blocks[name]
-            if (
-                place.is_matrix
-                and place.weight.name in names
-                and isinstance(start, KroneckerSum)
-                and start.norm
-            ):
-                right = start.right[0].double()
-                right = torch.diag_embed(right) if right.ndim == 2 else right
-                factors = nearest_sum(ExactBlock(place, batches, start.dtype), right, rank)
-                result[name] = KroneckerSum(*factors, start.dtype, f"OPTIMAL of {name}")
+            if not place.is_matrix or place.weight.name not in names or not start.norm:
+                continue
+            assert isinstance(start, KroneckerSum)
+            right = start.right[0].double()
+            right = torch.diag_embed(right) if right.ndim == 2 else right
+            factors = nearest_sum(ExactBlock(place, batches, start.dtype), right, rank)
+            result[name] = KroneckerSum(*factors, start.dtype, f"OPTIMAL of {name}")
     return result
 
 

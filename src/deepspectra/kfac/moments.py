@@ -24,6 +24,7 @@ def second_moment(rows: Tensor) -> Tensor:
     if rows.shape[1] > 1:
         turned = rows.transpose(0, 1)
         return turned.mT @ turned
+    # panel by panel up to the diagonal: half the multiplications of a full product, in calls that are still large
     flat = rows[:, 0]
     size = flat.shape[1]
     lower = flat.new_zeros(size, size)
@@ -59,6 +60,8 @@ class Replicates:
     @property
     def variance(self) -> Tensor:
         """Of each number of a sum of draws; NaN of a single draw."""
+        # sets of unequal numbers of draws: each set's sum over its share estimates the total, the more draws it
+        # has the better, and Σ share (estimate − total)² / (sets − 1) is right whatever the shares
         num = len(self.sums)
         draws = self.sums.new_tensor([len(range(j, self.num_draws, num)) for j in range(num)])
         shares = draws.view(-1, *[1] * (self.sums.ndim - 1)) / self.num_draws
@@ -131,6 +134,8 @@ class Moments:
     def _second_moment(self, errors: Tensor) -> Tensor:
         """Σ e eᵀ of errors (b, J, o, T): (groups, o, o)."""
         groups, outputs, _ = self.place.shape
+        # of many positions e eᵀ example by example, where positions are next to each other in memory; of few it
+        # pays to bring them together into one product
         if groups == 1 and errors.shape[3] >= LONG:
             flat = errors.flatten(0, 1)
             return torch.addbmm(flat.new_zeros(outputs, outputs), flat, flat.mT)[None]
@@ -209,6 +214,7 @@ class Squares:
     def _add_single(self, total: Tensor, features: Tensor, errors: Tensor) -> None:
         """Of features (b, groups, d) and errors (b, J, groups, o) at one position: (Σ_j (uᵀe)²) (hᵀv)²."""
         assert self.right is not None
+        # uᵀ g v = (uᵀe)(hᵀv): squares factor, so no gradient is formed and the scalars of an example add up first
         num, scalars = errors.shape[:2]
         rotated = errors.flatten(0, 1).transpose(0, 1) @ self.left  # (groups, b·J, o)
         squares = rotated.square_().view(len(rotated), num, scalars, -1).sum(2)
@@ -219,6 +225,7 @@ class Squares:
         assert self.right is not None
         groups, outputs, inputs = self.place.shape
         scalars, num_positions = errors.shape[2], errors.shape[4]
+        # Uᵀ(Σ_t e_t h_tᵀ)V: rotating factors is a product a position, rotating the gradient one whatever T is
         of_factors = num_positions * (inputs**2 + scalars * outputs**2)
         first = of_factors < scalars * outputs * inputs * (outputs + inputs)
         left = self.left[:, None]  # (groups, 1, o, o)
@@ -228,11 +235,13 @@ class Squares:
         if not first:
             gradients = gradients @ self.right
             gradients = left.mT @ gradients.view(*gradients.shape[:2], scalars, outputs, inputs)
+        # the sum over examples in the working precision is short, a chunk; over chunks it is in double
         squares = gradients.square_().sum(0).view(groups, scalars, outputs, inputs)
         total += squares.sum(1).double()
 
     def _add_rows(self, total: Tensor, index: Tensor, rotated: Tensor) -> None:
         """For rows of a table: positions of an example that take the same row add up first."""
+        # each of the n positions that share a row sees the whole sum of theirs, so its square is counted n times
         same = (index[:, :, None] == index[:, None]).to(rotated)  # (b, T, T)
         gathered = (rotated @ same[:, None]).square().sum(1) / same.sum(1)[:, None]  # (b, o, T)
         total[0].index_add_(1, index.flatten(), gathered.transpose(0, 1).flatten(1).double())

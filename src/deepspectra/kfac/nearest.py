@@ -28,6 +28,8 @@ def nearest_sum(exact: ExactBlock, start: Tensor, rank: int) -> tuple[Tensor, Te
     groups, outputs, inputs = exact.place.shape
     rank = min(rank, outputs * (outputs + 1) // 2, inputs * (inputs + 1) // 2)
     generator = torch.Generator().manual_seed(0)
+    # the first product starts at KFAC's A, already near; the others anywhere, of its size so that none is lost to
+    # rounding
     drawn = torch.randn(rank - 1, groups, inputs, inputs, generator=generator, dtype=torch.float64)
     right = torch.cat([start[None], (drawn + drawn.mT).to(start) * start.abs().mean()])
     previous = 0.0
@@ -54,6 +56,7 @@ def _orthonormal(matrices: Tensor) -> Tensor:
     rank, groups, size, _ = matrices.shape
     columns: Tensor = torch.linalg.qr(matrices.reshape(rank, groups, -1).permute(1, 2, 0)).Q
     basis = columns.permute(2, 0, 1).reshape(rank, groups, size, size)
+    # signs are free; with positive traces the first product, of positive matrices, comes out positive
     trace = basis.diagonal(dim1=2, dim2=3).sum(2)
     return basis.where(trace[:, :, None, None] >= 0, -basis)
 

@@ -16,7 +16,7 @@ from deepspectra.errors import CurvatureError, DeepSpectraError, LossError, Memo
 from deepspectra.problem.evaluation import differentiable
 from deepspectra.problem.losses import CrossEntropy, Loss
 from deepspectra.problem.problem import Problem
-from deepspectra.rows import tracing
+from deepspectra.rows import planning, tracing
 from deepspectra.rows.gradients import refuse_one_output
 from deepspectra.rows.tracing import IrregularError
 from deepspectra.rows.uses import Use
@@ -118,8 +118,8 @@ class Held(list[Captured]):
 class Captures:
     """Features and errors of every use of a parameter in a problem, batch by batch, for scalars of its outputs.
 
-    Examples may lie in the first or second dimension of a batch. Where values may choose their places (indices,
-    batches that are not pairs (x, y)) these are checked on every batch; a batch in which they lie otherwise is taken
+    Examples may lie in the first or second dimension of a batch. Where values may choose how they lie (indices,
+    batches that are not pairs (x, y)) this is checked on every batch; a batch in which they lie otherwise is taken
     example by example. Where rows belong to no single examples, as the nodes of a graph, a batch is one example.
 
     Args:
@@ -141,7 +141,7 @@ class Captures:
         MemoryBudgetError: the errors of such rows do not fit memory.
 
     Cost: a forward and m backward passes without weight gradients each time that the data are gone through, and
-    two more where places are checked; a row that belongs to no example takes m passes over its batch by itself.
+    two more where that is checked; a row that belongs to no example takes m passes over its batch by itself.
     """
 
     def __init__(self, problem: Problem, weigh: Weigh, *, joint: bool = False, shared: bool = False) -> None:
@@ -177,17 +177,16 @@ class Captures:
         return found
 
     def _brought(self) -> list[Captured]:
-        """Captured and shared; nothing if they do not fit, as may be known from before."""
-        if sum(self.bytes_by_layer.values()) > self.limit:
-            return []
-        captured = self.captured()
-        first = next(captured)
-        self._estimate(first)
+        """Captured and shared; nothing if they do not fit."""
+        captured, first = self.captured(), []
+        if not self.bytes_by_layer:
+            first = [next(captured)]
+            self._estimate(*first)
         num_bytes = sum(self.bytes_by_layer.values())
         if num_bytes > self.limit:
             return []
         try:
-            batches = [first, *captured]
+            batches = [*first, *captured]
         except IrregularError:
             batches = _again(self.captured)
         held = Held(batches, self.plan, num_bytes)
@@ -317,11 +316,11 @@ def plan_of(problem: Problem) -> tracing.Plan:
         problem.refuse_interacting_rows()
         with refusing():
             try:
-                problem.kept["plan"] = tracing.plan(problem.sample(SAMPLE_ROWS, torch.float64))
+                problem.kept["plan"] = planning.learned(problem.sample(SAMPLE_ROWS, torch.float64))
             except FAILURES:
                 if problem.dtype == torch.float64:
                     raise
-                problem.kept["plan"] = tracing.plan(problem.sample(SAMPLE_ROWS, problem.dtype))
+                problem.kept["plan"] = planning.learned(problem.sample(SAMPLE_ROWS, problem.dtype))
     found: tracing.Plan = problem.kept["plan"]
     return found
 

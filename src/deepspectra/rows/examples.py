@@ -54,9 +54,9 @@ class Examples:
 
     def one(self, batch: Any, index: int) -> Any:
         """A batch of one example."""
-        places = itertools.count()
+        numbers = itertools.count()
         return map_tensors(
-            lambda leaf: leaf.narrow(self.dim, index, 1) if next(places) in self.cut else leaf, batch
+            lambda leaf: leaf.narrow(self.dim, index, 1) if next(numbers) in self.cut else leaf, batch
         )
 
 

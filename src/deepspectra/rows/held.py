@@ -5,17 +5,18 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor
 
 from deepspectra.errors import MemoryBudgetError
 from deepspectra.problem.problem import Problem
+from deepspectra.rows.averages import Averages
 from deepspectra.rows.captures import Complement, captures_of
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.projections import Projections
-from deepspectra.rows.uses import Lookup, Matrix, Slice, Use
+from deepspectra.rows.uses import Lookup, Matrix, Slice, Use, by_stretch
 
 BLOCK_BYTES = 2**28  # of gradients that are formed at a time
 EXAMPLES = 16  # whose inner products with as many others are computed together
@@ -179,50 +180,45 @@ def refuse_beyond_memory(num_rows: int, problem: Problem) -> None:
 def gram_of(layers: Iterable[list[list[Use]]]) -> Tensor:
     """Inner products (R, R) of gradients to the parameters of some layers, each of one list of uses a batch."""
     total = torch.zeros(0)
-    for held in layers:
-        sizes = [uses[0].num_examples * uses[0].errors.shape[1] for uses in held]
+    for batches in layers:
+        sizes = [uses[0].num_examples * uses[0].errors.shape[1] for uses in batches]
         if not len(total):
-            total = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64, device=held[0][0].errors.device)
-        _add_lower(total, held, sizes)
+            total = torch.zeros(
+                sum(sizes), sum(sizes), dtype=torch.float64, device=batches[0][0].errors.device
+            )
+        _add_lower(total, batches, sizes)
     return total.tril_() + total.tril(-1).T
 
 
-def moment_of(held: list[list[Use]], bases: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """AᵀA (P, P) and AᵀB for bases B (R, r), float64, of the gradients A (R, P) to one layer's parameters.
+def moment_of(batches: list[list[Use]], averages: Averages) -> tuple[Tensor, Averages]:
+    """AᵀA (P, P) and the factors AᵀB of averages, float64, of the gradients A (R, P) to one layer's parameters.
 
     The other side of `gram_of`, for layers of fewer parameters than there are rows; the order of the parameters is
     that of the uses.
 
     Cost: R P² multiplications; a batch's gradients are formed at a time.
     """
-    stretches = _stretches(held)
-    moment, sums, start = torch.zeros(()), dict.fromkeys(bases, torch.zeros(())), 0
-    for uses in held:
-        pieces = []
-        for stretch in stretches:
-            mine = [use.formed(slice(None)) for use in uses if _stretch(use) == stretch]
-            pieces.append(functools.reduce(torch.add, mine).flatten(0, 1))
-        rows = torch.cat(pieces, 1)
+    stretches = list(by_stretch(batches[0]))  # in whose order columns stand
+    moment, start = torch.zeros(()), 0
+    bases = torch.cat([*averages.values(), averages.every], 1)
+    factors = bases[:0]
+    for uses in batches:
+        mine = by_stretch(uses)
+        formed = ([use.formed(slice(None)) for use in mine[stretch]] for stretch in stretches)
+        rows = torch.cat([functools.reduce(torch.add, each).flatten(0, 1) for each in formed], 1)
         moment = moment + (rows.T @ rows).double()
-        for name, basis in bases.items():
-            sums[name] = sums[name] + (rows.T @ basis[start : start + len(rows)].to(rows)).double()
+        added = (rows.T @ bases[start : start + len(rows)].to(rows)).double()
+        factors = added if start == 0 else factors + added
         start += len(rows)
-    return moment, sums
+    each = iter(torch.split(factors, [basis.shape[1] for basis in (*averages.values(), averages.every)], 1))
+    return moment, averages.map(lambda _: next(each))
 
 
-def _stretch(use: Use) -> tuple[str, int, tuple[int, ...]]:
-    return use.slice.name, use.slice.start, use.slice.shape
-
-
-def _stretches(held: list[list[Use]]) -> dict[tuple[str, int, tuple[int, ...]], None]:
-    """Which stretches of parameters are used, in order."""
-    return dict.fromkeys(_stretch(use) for uses in held for use in uses)
-
-
-def _add_lower(total: Tensor, held: list[list[Use]], sizes: list[int]) -> None:
+def _add_lower(total: Tensor, batches: list[list[Use]], sizes: list[int]) -> None:
     """Each stretch of a parameter, to the lower half at least."""
-    for stretch in _stretches(held):
-        mine = [[use for use in uses if _stretch(use) == stretch] for uses in held]
+    grouped = [by_stretch(uses) for uses in batches]
+    for stretch in grouped[0]:
+        mine = [group[stretch] for group in grouped]
         factored = [[use for use in batch if isinstance(use, (Matrix, Lookup))] for batch in mine]
         if [len(batch) for batch in factored] == [len(batch) for batch in mine] and _prefers_inner(factored):
             _add_inner(total, factored, sizes)

@@ -9,7 +9,6 @@ if none can pass the network alone. A parameter whose uses are not understood is
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,18 +20,14 @@ from deepspectra.errors import CurvatureError, MemoryBudgetError
 from deepspectra.problem.batches import is_pair
 from deepspectra.problem.evaluation import differentiable
 from deepspectra.problem.problem import Problem
-from deepspectra.rows.examples import Examples, agree, find_examples
-from deepspectra.rows.uses import BLOCKS, LAYOUTS, Alone, Layout, Slice, Use, joined
+from deepspectra.rows.examples import Examples, agree
+from deepspectra.rows.uses import BLOCKS, Alone, Layout, Slice, Use, joined
 from deepspectra.rows.watch import Watch
 
-TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}  # relative, of products by features and errors
-TOLERANCE_HALF = 0.1  # against those by backpropagation
-PLANNED_ROWS = 3  # on which uses are checked where a whole batch is one example
 CODED = {torch.float64: 1e-5, torch.float32: 1e-3}  # relative, of errors of examples that are weighted
 CODED_HALF = 0.1
 CHEAP = 40  # backward passes beside which the two of a check are few
 MOST_PASSES = 50_000  # over whole batches taken as one example
-ROUNDING = 500  # times eps, of the largest gradient of a parameter, for parameters without effect
 
 
 class IrregularError(CurvatureError):
@@ -67,7 +62,7 @@ class Plan:
         calls: the uses of parameters, in the order of the network's calls.
         alone: parameters to be differentiated row by row.
         checked: on every batch it is seen anew that examples lie as here.
-        by_value: values may choose the operations, and the places of examples in them.
+        by_value: values may choose the operations, and where examples lie in them.
     """
 
     examples: Examples | None
@@ -165,111 +160,6 @@ class Graph:
         return list(zip(*both, strict=True)), codes.to(self.outputs)
 
 
-def plan(sample: Problem) -> Plan:
-    """How to capture a problem's gradients, learned on a sample of it, in float64 where that can be had.
-
-    Args:
-        sample: the same network on a few examples, at least two if a batch of the problem has as many.
-    """
-    (batch,) = list(sample.batches)[:1]
-    graph = Graph(sample, batch)
-    outputs = graph.outputs.detach()
-    alone = set(graph.reached(graph.leaves))
-    alone |= {
-        name for name in graph.leaves if _overlapping({u.slice for u in graph.uses if u.slice.name == name})
-    }
-    examples = find_examples(sample, batch, outputs)
-    rows = None if examples is None else examples.rows(batch, len(outputs))
-    fitting = _fitting(graph, rows)
-    names = [use.slice.name for use in graph.uses]
-    if examples is not None and not examples.apart:
-        lost = any(
-            name not in alone and fits in ([], [None]) for name, fits in zip(names, fitting, strict=True)
-        )
-        if lost:  # the rows of an example reach others, as in graphs
-            examples, fitting = None, [[BLOCKS]] * len(fitting)
-    astray = {name for name, fits in zip(names, fitting, strict=True) if not fits}
-    calls = [
-        Call(use.slice, type(use), fits[0] if fits else None)
-        for use, fits in zip(graph.uses, fitting, strict=True)
-    ]
-    found = Plan(
-        examples,
-        tuple(calls),
-        frozenset(),
-        checked=any(len(fits) > 1 for fits in fitting),
-        by_value=graph.by_value,
-    ).without(alone | astray)
-    while True:
-        try:
-            return found.without(_wrong(sample, batch, found, outputs))
-        except IrregularError as some:  # examples alone go other ways than in their batch
-            found = found.without(some.names)
-
-
-def _fitting(graph: Graph, rows: Tensor | None) -> list[list[Layout | None]]:
-    """Of each use the layouts that agree with its errors; a single None if its examples are scattered."""
-    if rows is None or len(rows) == 1 or not graph.uses:
-        return [[BLOCKS]] * len(graph.uses)
-    pairs, codes = graph.coded(graph.ends, rows)
-    limit = CODED.get(graph.outputs.dtype, CODED_HALF)
-    found: list[list[Layout | None]] = []
-    for end, pair in zip(graph.ends, pairs, strict=True):
-        found.append(
-            [lay for lay in LAYOUTS if lay.differs(end, len(rows)) and lay.fits(*pair, codes, limit)]
-        )
-        if not found[-1] and _is_scattered(*pair, codes, limit):
-            found[-1] = [None]
-    return found
-
-
-def _is_scattered(errors: Tensor, coded: Tensor, codes: Tensor, limit: float) -> bool:
-    """Whether every error belongs to one example, in whatever order: it was multiplied by that example's code."""
-    ratios = coded / errors.where(errors != 0, torch.inf)
-    known = codes.sort().values
-    above = torch.searchsorted(known, ratios).clamp(1, len(known) - 1)
-    nearest = torch.minimum((ratios - known[above]).abs(), (ratios - known[above - 1]).abs())
-    tiny = errors.abs() <= limit * errors.abs().max()
-    return bool((tiny | (nearest <= 3 * limit)).all())
-
-
-def _wrong(sample: Problem, batch: Any, found: Plan, outputs: Tensor) -> set[str]:
-    """Parameters whose gradient of a random scalar is not what features and errors make of it."""
-    generator = torch.Generator().manual_seed(1)
-    mixed = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-    if found.examples is None:
-        mixed[PLANNED_ROWS:] = 0
-    leaves = {name: value.detach().requires_grad_() for name, value in sample.parameters.items()}
-    with torch.enable_grad(), differentiable():
-        scalar = (sample.evaluate(leaves, batch)[0] * mixed).sum()
-    if not scalar.requires_grad:
-        return set()
-    truth = torch.autograd.grad(scalar, list(leaves.values()), materialize_grads=True)
-    totals = {name: torch.zeros_like(value).flatten() for name, value in leaves.items()}
-    kept = frozenset(leaves) - found.alone
-    for piece in capture(sample, batch, found, lambda *_: mixed.reshape(len(mixed), -1)[:, :, None], kept):
-        for use in piece.uses:
-            ones = use.errors.new_ones(*use.errors.shape[:2], 1)
-            start = use.slice.start
-            totals[use.slice.name][start : start + use.slice.numel] += use.pull(ones, slice(None)).flatten()
-    limit = TOLERANCE.get(outputs.dtype, TOLERANCE_HALF)
-    rounding = (
-        ROUNDING * torch.finfo(outputs.dtype).eps * torch.stack([gradient.norm() for gradient in truth]).max()
-    )
-    return {
-        name
-        for name, gradient in zip(leaves, truth, strict=True)
-        if name in kept
-        and not (totals[name] - gradient.flatten()).norm() <= limit * gradient.norm() + rounding
-    }
-
-
-def _overlapping(slices: set[Slice]) -> bool:
-    """Whether different stretches of a parameter share numbers."""
-    places = sorted({(s.start, s.start + s.numel, s.shape) for s in slices})
-    return any(second[0] < first[1] for first, second in itertools.pairwise(places))
-
-
 def capture(
     problem: Problem,
     batch: Any,
@@ -291,7 +181,7 @@ def capture(
         MemoryBudgetError: they do not fit memory.
 
     Cost: a forward pass and J backward passes that stop at the outputs of layers, about a third of a gradient
-    each, and two more where values could choose the places of examples; for parameters that the plan sets alone,
+    each, and two more where values could choose where examples lie; for parameters that the plan sets alone,
     J backward passes of every example by itself. A batch whose examples lie otherwise than in the plan is taken
     example by example, or, if these cannot pass alone, by a backward pass over the batch for each of its scalars.
     """
@@ -497,32 +387,37 @@ def _alone_receivers(graph: Graph, names: set[str]) -> list[Receiver]:
     ]
 
 
-def _fill(graph: Graph, chosen: list[Receiver], rows: Tensor, weights: Tensor) -> None:
-    """Backpropagate every scalar to the outputs of the uses, and have them keep the errors.
+def _fill(graph: Graph, receivers: list[Receiver], rows: Tensor, weights: Tensor) -> None:
+    """Backpropagate every scalar to the outputs of the uses, and have them take the errors.
 
-    Rows (B, S, r) share scalars, as `Scalars.spread` gives them. A scalar that is zero for every example costs
-    nothing.
+    Rows (B, S, r) share scalars, as `Scalars.spread` gives them.
     """
-    num_examples, num_scalars = rows.shape[0], weights.shape[2]
-    ends = {id(end): end for _, end, _ in chosen}
-    rows = rows.to(weights.device)
-    for use, _, layout in chosen:
+    num_examples, num_scalars = rows.shape[0], rows.shape[1] * weights.shape[2]
+    for use, _, layout in receivers:
         use.arrange(layout, num_examples)
         use.num_rows = rows.numel()
-    if not chosen or not num_scalars:
-        return
-    shared = rows.shape[1] == 1  # by all rows there are
-    active = weights.any(1)[rows].any(2).any(0).flatten().tolist()
-    for index, is_active in enumerate(active):
-        row, scalar = divmod(index, num_scalars)
-        if is_active:
-            cotangent = weights[:, :, scalar]
-            if not shared:
-                cotangent = torch.zeros_like(cotangent)
-                cotangent[rows[:, row]] = weights[rows[:, row], :, scalar]
-            found = graph.errors(list(ends.values()), cotangent.reshape(graph.outputs.shape))
-        else:
+    ends = {id(end): end for _, end, _ in receivers}  # a fused operation has several uses and one output
+    cotangents = _cotangents(rows.to(weights.device), weights) if receivers else ()
+    for index, cotangent in enumerate(cotangents):
+        if cotangent is None:
             found = tuple(map(torch.zeros_like, ends.values()))
+        else:
+            found = graph.errors(list(ends.values()), cotangent.reshape(graph.outputs.shape))
         errors = dict(zip(ends, found, strict=True))
-        for use, end, layout in chosen:
-            use.put(index, len(active), layout.examples_first(errors[id(end)], num_examples))
+        for use, end, layout in receivers:
+            use.put(index, num_scalars, layout.examples_first(errors[id(end)], num_examples))
+
+
+def _cotangents(rows: Tensor, weights: Tensor) -> Iterator[Tensor | None]:
+    """Of each scalar (n, C), one row of all examples after the other; None of a scalar that is zero for every one."""
+    active = weights.any(1)[rows].any(2).any(0)  # (S, m)
+    for here, scalars in zip(rows.unbind(1), active.tolist(), strict=True):
+        for scalar, is_active in enumerate(scalars):
+            if not is_active:
+                yield None
+            elif rows.shape[1] == 1:  # shared by all rows there are
+                yield weights[:, :, scalar]
+            else:
+                cotangent = torch.zeros_like(weights[:, :, scalar])
+                cotangent[here] = weights[here, :, scalar]
+                yield cotangent

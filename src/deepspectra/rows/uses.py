@@ -66,17 +66,17 @@ class Use(ABC):
             self.given = layout.examples_first(self.given, num_examples)
 
     def put(self, scalar: int, num_scalars: int, errors: Tensor) -> None:
-        """Keep errors (B, s, *output shape without its batch dimension) of a scalar."""
-        kept = self.reduce(errors)
+        """Take errors (B, s, *output shape without its batch dimension) of a scalar."""
+        reduced = self.reduce(errors)
         if not scalar:
-            self.errors = kept.new_empty(len(kept), num_scalars, *kept.shape[1:])
-        self.errors[:, scalar] = kept
+            self.errors = reduced.new_empty(len(reduced), num_scalars, *reduced.shape[1:])
+        self.errors[:, scalar] = reduced
         if scalar == num_scalars - 1 and not self.needs_given:
             self.given = None
 
     @abstractmethod
     def reduce(self, errors: Tensor) -> Tensor:
-        """What is kept of a scalar's errors, (B, ...)."""
+        """What gradients need of a scalar's errors, (B, ...)."""
 
     @property
     def inputs(self) -> Tensor:
@@ -122,8 +122,8 @@ class Vectors(Use):
         """Summed over positions: (B, numbers)."""
         if self.given is not None:
             errors = errors * self.given
-        kept = {2 + axis for axis in self.axes}
-        summed = [axis for axis in range(1, errors.ndim) if axis not in kept]
+        own = {2 + axis for axis in self.axes}
+        summed = [axis for axis in range(1, errors.ndim) if axis not in own]
         return (errors.sum(summed) if summed else errors).flatten(1)
 
     def push(self, tangents: Tensor) -> Tensor:
@@ -371,6 +371,17 @@ class Alone(Vectors):
     def reduce(self, errors: Tensor) -> Tensor:
         """(B, numbers)."""
         return errors.flatten(1)
+
+
+Stretch = tuple[str, int, tuple[int, ...]]  # of which parameter, from where, of which shape
+
+
+def by_stretch(uses: list[Use]) -> dict[Stretch, list[Use]]:
+    """Uses of each stretch of a parameter, transposed or not, whose gradients add up."""
+    found: dict[Stretch, list[Use]] = {}
+    for use in uses:
+        found.setdefault((use.slice.name, use.slice.start, use.slice.shape), []).append(use)
+    return found
 
 
 def joined(lists: list[list[Use]]) -> list[Use] | None:

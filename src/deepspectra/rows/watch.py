@@ -28,7 +28,7 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         uses: with the output of the operation, in the graph.
-        by_value: whether values may choose the places that examples take.
+        by_value: whether values may choose where examples lie.
     """
 
     def __init__(self, leaves: dict[str, Tensor]) -> None:
@@ -98,10 +98,10 @@ IN_PLACE = (
 
 
 def _chooses(func: Any, args: Any, output: Any) -> bool:
-    """Whether an operation can bring values to places chosen by values.
+    """Whether an operation can bring values to where other values say.
 
-    Values choose places as indices or masks, or once they are numbers of Python; but not where every value stays in
-    its place.
+    Values choose as indices or masks, or once they are numbers of Python; but not where every value stays where it
+    was.
     """
     name = getattr(func, "__name__", "")
     if name == "__get__":  # of an attribute

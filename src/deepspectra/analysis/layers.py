@@ -152,7 +152,7 @@ def layers(
         kronecker: approximations to be judged as by `kronecker_quality`, such as ("kfac", "cfac").
         hessian: whether to look at the Hessian's blocks too; a network without second derivatives has none, and
             gets a FallbackWarning.
-        num: eigenvalues of each block of the Hessian; by default the number of classes. An OptionWarning without them.
+        num: eigenvalues of each block of the Hessian; by default the number of classes. Warned of without them.
         dtype: to compute in; the problem's own by default.
         progress: called with (layers done, layers in all, name of the next).
 

@@ -202,7 +202,7 @@ def _layers_of(problem: Problem, *, kronecker: bool) -> Layers:
         return layers(
             problem,
             kronecker=JUDGED if kronecker else (),
-            progress=lambda name: status.update(f"layer {name}"),
+            progress=lambda *now: status.update(f"layer {now[2]}"),
         )
 
 
@@ -254,8 +254,8 @@ def regions_command(
         with CONSOLE.status("regions") as status:
             for kind in kinds:
 
-                def show(name: str, kind: str = kind) -> None:
-                    status.update(f"{kind}: {name}")
+                def show(done: int, total: int | None, name: str, kind: str = kind) -> None:
+                    status.update(f"{kind}: {name} ({done} of {total} done)")
 
                 found.append(
                     regions(
@@ -292,7 +292,7 @@ def compare_command(
         problem, _, name, source = chosen_problem(target, chosen, out / f"seed-{seed + j}", draw=seed)
         problems.append(problem)
     with CONSOLE.status("comparing") as status:
-        found = compare(*problems, seed=seed, progress=lambda name: status.update(f"layer {name}"))
+        found = compare(*problems, seed=seed, progress=lambda *now: status.update(f"layer {now[2]}"))
     dataset = comparison_dataset(found, problems[0], model=name, data=source, seed=seed)
     _finish_page(found, dataset, out, "compare")
 
@@ -323,7 +323,7 @@ def study_command(
             problem, _, network, source = chosen_problem(None, chosen, place, draw=seed, variant=variant)
             variants.setdefault(variant.name, []).append(problem)
     with CONSOLE.status("measuring") as status:
-        found = study(variants, seed=seed, progress=status.update)
+        found = study(variants, seed=seed, progress=lambda *now: status.update(now[2]))
     dataset = study_dataset(found, problem, name=name, model=network, data=source, seed=seed)
     _finish_page(found, dataset, out, "study")
 

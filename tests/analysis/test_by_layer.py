@@ -36,3 +36,29 @@ def test_results_are_mappings_from_layers_in_their_order(name: str) -> None:
         found["nothing"]
     assert found.seconds > 0
     assert found.provenance.versions
+
+
+TOLD = {
+    "compare": lambda p, show: ds.compare(p, p, num=3, num_whole=0, progress=show),
+    "dissect": lambda p, show: ds.dissect(p, num_whole=0, progress=show),
+    "eigenpairs": lambda p, show: ds.eigenpairs(ds.GaussNewton(p), 1, progress=show),
+    "kronecker_quality": lambda p, show: ds.kronecker_quality(p, ("kfac",), ks=(1,), progress=show),
+    "layers": lambda p, show: ds.layers(p, progress=show),
+    "regions": lambda p, show: ds.regions(p, num_groups=0, progress=show),
+    "regions of the Hessian": lambda p, show: ds.regions(p, "hessian", num_groups=0, progress=show),
+    "study": lambda p, show: ds.study({"alone": [p, p]}, progress=show),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_progress_is_what_is_done_of_how_much_and_what_comes_next(name: str) -> None:
+    """One function can be told of all: layers, networks or products."""
+    seen: list[tuple[int, int | None, str]] = []
+
+    def show(done: int, total: int | None, what: str = "products") -> None:
+        seen.append((done, total, what))
+
+    TOLD[name](CASES["relu_mlp"]().problem(), show)
+    assert seen
+    assert [done for done, *_ in seen] == sorted(done for done, *_ in seen)
+    assert all(0 <= done <= total and what for done, total, what in seen)

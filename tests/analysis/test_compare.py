@@ -106,9 +106,9 @@ def test_a_network_shares_every_eigenspace_with_itself() -> None:
 
 def test_text_and_errors() -> None:
     first, second, _, _ = pair("relu_mlp")
-    seen: list[str] = []
-    found = ds.compare(first, second, num=3, progress=seen.append)
-    assert seen == list(found)
+    seen: list[tuple[int, int | None, str]] = []
+    found = ds.compare(first, second, num=3, progress=lambda *now: seen.append(now))
+    assert seen == [(j, len(found), name) for j, name in enumerate(found)]
     assert len(str(found).splitlines()) == len(found) + 2
     assert {layer.case for layer in found.values()} <= {"at m", "early", "delayed"}
     with pytest.raises(KeyError, match="no layer 'nothing'"):

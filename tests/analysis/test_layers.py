@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import deepspectra as ds
-from deepspectra.errors import FallbackWarning, LossError, MemoryBudgetError
+from deepspectra.errors import FallbackWarning, LossError, MemoryBudgetError, OptionWarning
 from deepspectra.operators.curvature import HessianBlock
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.spectrum import Spectrum
@@ -289,9 +289,10 @@ def test_layers_that_do_not_fit_together_are_captured_in_groups() -> None:
     whole = ds.layers(case.problem())
     problem = case.problem()
     problem.memory = 3 * 8 * 60**2 + 1  # the Gram matrix just fits; not all layers at once
-    seen: list[str] = []
-    parts = ds.layers(problem, progress=seen.append)
-    assert seen == list(whole) == ["0", "2", "4"]
+    seen: list[tuple[int, int | None, str]] = []
+    parts = ds.layers(problem, progress=lambda *now: seen.append(now))
+    assert list(whole) == ["0", "2", "4"]
+    assert seen == [(0, 3, "0"), (1, 3, "2"), (2, 3, "4")]
     for one, other in zip(whole.values(), parts.values(), strict=True):
         assert error(one.gradients.values, other.gradients.values) < 1e-12
     problem.memory = 2000
@@ -398,6 +399,8 @@ def test_without_second_derivatives_there_are_no_blocks_of_h() -> None:
         found = ds.layers(problem)
     assert all(layer.hessian is None for layer in found.values())
     assert [layer.hessian for layer in ds.layers(problem, hessian=False).values()] == [None, None]
+    with pytest.warns(OptionWarning, match="num=3 is not used"):
+        ds.layers(problem, hessian=False, num=3)
     assert "‖R‖/‖G‖" in str(found)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from deepspectra.errors import MissingNameError
 from deepspectra.results import Provenance
 
 Entry = TypeVar("Entry")
+Item = TypeVar("Item", bound=tuple[Any, ...])
+Progress = Callable[[int, int | None, str], object]  # of what is done, of how many, and what comes next
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,23 @@ class ByLayer(Mapping[str, Entry]):
     def __len__(self) -> int:
         return len(self.layers)
 
-    def _table(self, head: Sequence[str], numbers: Callable[[Entry], Iterable[float]]) -> list[str]:
-        """A line for each layer; – for a number that is not defined."""
+    def _table(self, head: Sequence[str], cells: Callable[[Entry], Iterable[float | str]]) -> list[str]:
+        """A line for each layer, of words and of numbers; – for a number that is not defined."""
         rows = [f"{'layer':<26} " + " ".join(f"{name:>11}" for name in head)]
         for name, entry in self.layers.items():
-            cells = ("–" if math.isnan(number) else f"{number:.3g}" for number in numbers(entry))
-            rows.append(f"{name[-26:]:<26} " + " ".join(f"{cell:>11}" for cell in cells))
+            rows.append(f"{name[-26:]:<26} " + " ".join(f"{_written(cell):>11}" for cell in cells(entry)))
         return rows
+
+
+def _written(cell: float | str) -> str:
+    if isinstance(cell, str):
+        return cell
+    return "–" if math.isnan(cell) else f"{cell:.3g}"
+
+
+def announced(layers: Iterable[Item], progress: Progress | None, total: int) -> Iterator[Item]:
+    """The same layers, each named before it is looked at."""
+    for done, layer in enumerate(layers):
+        if progress is not None:
+            progress(done, total, layer[0])
+        yield layer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.overlap import overlap_curve
-from deepspectra.analysis.by_layer import ByLayer
+from deepspectra.analysis.by_layer import ByLayer, Progress, announced
 from deepspectra.analysis.layer_blocks import RTOL, Blocks, top_pairs
 from deepspectra.arguments import check_count
 from deepspectra.errors import ShapeError
@@ -87,15 +86,7 @@ class Comparison(ByLayer[LayerComparison]):
 
     def __str__(self) -> str:
         head = ("m", "peak at", "height", "at k = m", "predicted", "height", "(t·t′)²", "case", "random at m")
-        rows = [f"{'layer':<26} " + " ".join(f"{name:>{max(8, len(name))}}" for name in head)]
-        for layer in self.values():
-            (place, height), (foreseen, foreseen_height) = layer.peak, layer.predicted_peak
-            at = min(layer.outputs, len(layer.ks)) - 1
-            rows.append(
-                f"{layer.name[-26:]:<26} {layer.outputs:>8} {place:>8} {height:>8.3f} "
-                f"{float(layer.measured[at]):>8.3f} {foreseen:>9} {foreseen_height:>8.3f} {layer.alignment:>8.3f} "
-                f"{layer.case:>8} {float(layer.baseline[at]):>11.2g}"
-            )
+        rows = self._table(head, _told)
         whole = (
             f"; of all parameters {float(self.whole[-1]):.3f} at k = {len(self.whole)}"
             if len(self.whole)
@@ -105,6 +96,15 @@ class Comparison(ByLayer[LayerComparison]):
         return "\n".join(rows)
 
 
+def _told(layer: LayerComparison) -> list[float | str]:
+    """What the table says of a layer."""
+    (place, height), (foreseen, foreseen_height) = layer.peak, layer.predicted_peak
+    at = min(layer.outputs, len(layer.ks)) - 1
+    heights = f"{height:.3f}", f"{float(layer.measured[at]):.3f}"
+    predicted = str(foreseen), f"{foreseen_height:.3f}", f"{layer.alignment:.3f}"
+    return [str(layer.outputs), str(place), *heights, *predicted, layer.case, float(layer.baseline[at])]
+
+
 def compare(
     first: Problem,
     second: Problem,
@@ -112,7 +112,7 @@ def compare(
     num: int | None = None,
     num_whole: int | None = None,
     seed: int = 0,
-    progress: Callable[[str], object] | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Overlap of the top eigenspaces of two networks of the same architecture, each with its own data.
 
@@ -130,7 +130,7 @@ def compare(
         num_whole: dimensions of the curve over all parameters, by default twice the number of classes; 0 leaves the
             whole out.
         seed: of random vectors.
-        progress: called with the name of each layer before it is compared.
+        progress: called with (layers done, layers in all, name of the next).
 
     Raises:
         ShapeError: the two have different parameters.
@@ -149,9 +149,7 @@ def compare(
             check_count(name, value, smallest)
     sides = [Blocks(problem) for problem in (first, second)]
     layers = {}
-    for name, *pair in sides[0].beside(sides[1]):
-        if progress is not None:
-            progress(name)
+    for name, *pair in announced(sides[0].beside(sides[1]), progress, len(sides[0].names)):
         if not all(block.trace for block in pair):
             continue
         groups, outputs, _ = pair[0].place.shape

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.overlap import overlap, overlap_curve
-from deepspectra.analysis.by_layer import ByLayer
+from deepspectra.analysis.by_layer import ByLayer, Progress, announced
 from deepspectra.analysis.layer_blocks import RTOL, Blocks, top_pairs
 from deepspectra.arguments import check_count
 from deepspectra.kfac.exact import ExactBlock
@@ -129,7 +128,7 @@ def dissect(
     num_whole: int | None = None,
     num_directions: int = 20,
     seed: int = 0,
-    progress: Callable[[str], object] | None = None,
+    progress: Progress | None = None,
 ) -> Dissection:
     """How far each layer's block of G is E[M] ⊗ E[xxᵀ], eigenvector by eigenvector.
 
@@ -142,7 +141,7 @@ def dissect(
         num_whole: of G over all parameters, by default as many; 0 leaves the whole out.
         num_directions: rows of the correspondence matrices.
         seed: of random vectors.
-        progress: called with the name of each layer before it is dissected.
+        progress: called with (layers done, layers in all, name of the next).
 
     Raises:
         OptionError: num or num_directions below 1.
@@ -162,14 +161,12 @@ def dissect(
     num_whole = num if num_whole is None else num_whole
     blocks = Blocks(problem)
     layers, reduced = {}, {}
-    for name, exact in blocks:
+    for name, exact in announced(blocks, progress, len(blocks.names)):
         if not exact.trace:
             continue
         if num_whole:
             reduced[name] = _with_mean_inputs(exact)
         if exact.place.groups == 1:
-            if progress is not None:
-                progress(name)
             layers[name] = dissected(blocks, exact, top_pairs(exact, num, seed), num_directions)
     whole = _dissected_whole(blocks, reduced, num_whole, seed) if reduced else None
     provenance = Provenance.of_matrix("Gauss-Newton", problem, seed=seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.overlap import overlap_curve
-from deepspectra.analysis.by_layer import ByLayer
+from deepspectra.analysis.by_layer import ByLayer, Progress, announced
 from deepspectra.analysis.layer_blocks import (
     SMALL,
     Blocks,
@@ -137,7 +137,7 @@ def kronecker_quality(
     rtol: float = 1e-3,
     dtype: torch.dtype | None = None,
     seed: int = 0,
-    progress: Callable[[str], object] | None = None,
+    progress: Progress | None = None,
 ) -> KroneckerQuality:
     """How far Kronecker-factored approximations are from G, for every layer.
 
@@ -155,7 +155,7 @@ def kronecker_quality(
         rtol: of the compared eigenpairs.
         dtype: to compute in; the problem's own by default.
         seed: of random vectors.
-        progress: called with the name of each layer before it is compared.
+        progress: called with (layers done, layers in all, name of the next).
 
     Raises:
         OptionError: an unknown kind, or ks not ascending from 1 or more.
@@ -175,9 +175,7 @@ def kronecker_quality(
     blocks = Blocks(problem if dtype is None else problem.to(dtype), kinds, sharing)
     memory = blocks.captures.problem.memory
     found = {}
-    for name, exact in blocks:
-        if progress is not None:
-            progress(name)
+    for name, exact in announced(blocks, progress, len(blocks.names)):
         if not exact.trace:
             continue
         comparison = _Comparison(exact, memory, max(sizes), rtol, seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.estimates import trace
+from deepspectra.analysis.by_layer import Progress
 from deepspectra.analysis.gram_spectrum import GramSpectrum
 from deepspectra.arguments import seeded
 from deepspectra.operators.curvature import Hessian, HessianBlock, Residual
@@ -66,7 +67,7 @@ def layer_hessians(
     num: int,
     *,
     seed: int = 0,
-    progress: Callable[[str], object] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, LayerHessian]:
     """Spectra of every layer's block of H, given those of G's.
 
@@ -75,7 +76,7 @@ def layer_hessians(
         gradients: layer → the exact spectrum of G's block.
         num: eigenvalues of each block.
         seed: of random vectors.
-        progress: called with the name of each layer before its block is multiplied.
+        progress: called with (layers done, layers in all, name of the next with "of H").
 
     Raises:
         CurvatureError: the network cannot be differentiated twice.
@@ -91,12 +92,12 @@ def layer_hessians(
     hessian = Hessian(problem)
     hessian.products.release()  # R's graphs
     found = {}
-    for layer, spectrum in gradients.items():
+    for done, (layer, spectrum) in enumerate(gradients.items()):
         if sizes[layer] <= ROUNDING * eps:
             found[layer] = _same(spectrum, sizes[layer], num)
             continue
         if progress is not None:
-            progress(f"{layer} of H")
+            progress(done, len(gradients), f"{layer} of H")
         found[layer] = _measured(HessianBlock(hessian, owned[layer]), sizes[layer], num, seed)
     hessian.products.release()
     return found

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from deepspectra.analysis.by_layer import ByLayer
+from deepspectra.analysis.by_layer import ByLayer, Progress, announced
 from deepspectra.analysis.collapse import Collapse, collapse_of
 from deepspectra.analysis.gram_spectrum import GramSpectrum, spectrum_of
 from deepspectra.analysis.khatri_rao import KhatriRao, centred_spectrum, khatri_rao
@@ -18,7 +18,7 @@ from deepspectra.analysis.kronecker_quality import KroneckerQuality, kronecker_q
 from deepspectra.analysis.layer_blocks import SMALL
 from deepspectra.analysis.layer_hessians import LayerHessian, layer_hessians
 from deepspectra.arguments import check_count
-from deepspectra.errors import CurvatureError, FallbackWarning, MemoryBudgetError
+from deepspectra.errors import CurvatureError, FallbackWarning, MemoryBudgetError, OptionWarning
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem.problem import Problem
 from deepspectra.results import Provenance
@@ -80,8 +80,10 @@ class Layers(ByLayer[Layer]):
     kronecker: KroneckerQuality | None = None
 
     def __str__(self) -> str:
-        tables = [*_structure(self.values()), *_curvature(self.values())]
-        return "\n".join([*tables, *([str(self.kronecker)] if self.kronecker else [])])
+        head = ("parameters", "λ₁ of G", "tr G", "stable rank", "‖R‖/‖G‖", "λ₁ of H", "tr H", "lowest of H")
+        rows = [*_structure(self.values()), *self._table(head, _curvature)]
+        rows.append("blocks of each layer: stable rank ‖G‖_F²/‖G‖₂²; R = H − G, relative Frobenius norm")
+        return "\n".join([*rows, *([str(self.kronecker)] if self.kronecker else [])])
 
 
 def _structure(layers: Iterable[Layer]) -> list[str]:
@@ -108,23 +110,15 @@ def _structure(layers: Iterable[Layer]) -> list[str]:
     return rows
 
 
-def _curvature(layers: Iterable[Layer]) -> list[str]:
-    """Each layer's blocks of G and H, as a table."""
-    head = ("parameters", "λ₁ of G", "tr G", "stable rank", "‖R‖/‖G‖", "λ₁ of H", "tr H", "lowest of H")
-    rows = [f"{'layer':<26} " + " ".join(f"{name:>11}" for name in head)]
-    for layer in layers:
-        values = layer.gradients.values
-        cells = [f"{layer.num_parameters:>11,}"]
-        numbers = [float(values[0]), float(values.sum()), layer.gradients.stable_rank]
-        h = layer.hessian
-        if h is not None:
-            numbers.append(h.residual)
-            numbers += [] if h.is_gauss_newton else [float(h.values[0]), h.trace, h.smallest]
-        cells += [f"{some:>11.3g}" for some in numbers]
-        cells += [f"{'that of G':>11}"] if h is not None and h.is_gauss_newton else []
-        rows.append(f"{layer.name[-26:]:<26} " + " ".join(cells))
-    rows.append("blocks of each layer: stable rank ‖G‖_F²/‖G‖₂²; R = H − G, relative Frobenius norm")
-    return rows
+def _curvature(layer: Layer) -> list[float | str]:
+    """Numbers of a layer's blocks of G and H."""
+    values, h = layer.gradients.values, layer.hessian
+    cells: list[float | str] = [f"{layer.num_parameters:,}", float(values[0]), float(values.sum())]
+    cells.append(layer.gradients.stable_rank)
+    if h is not None:
+        cells.append(h.residual)
+        cells += ["that of G"] if h.is_gauss_newton else [float(h.values[0]), h.trace, h.smallest]
+    return cells
 
 
 def _first(spectrum: GramSpectrum | None, parts: tuple[str, ...]) -> str:
@@ -144,7 +138,7 @@ def layers(
     hessian: bool = True,
     num: int | None = None,
     dtype: torch.dtype | None = None,
-    progress: Callable[[str], object] | None = None,
+    progress: Progress | None = None,
 ) -> Layers:
     """Class structure of every layer: exact spectra of features, errors and gradients with their parts.
 
@@ -158,9 +152,9 @@ def layers(
         kronecker: approximations to be judged as by `kronecker_quality`, such as ("kfac", "cfac").
         hessian: whether to look at the Hessian's blocks too; a network without second derivatives has none, and
             gets a FallbackWarning.
-        num: eigenvalues of each block of the Hessian; by default the number of classes.
+        num: eigenvalues of each block of the Hessian; by default the number of classes. Warned of without them.
         dtype: to compute in; the problem's own by default.
-        progress: called with the name of each layer before it is analysed.
+        progress: called with (layers done, layers in all, name of the next).
 
     Raises:
         OptionError: num below 1.
@@ -175,6 +169,8 @@ def layers(
     Source: Papyan 2020, JMLR 21:252, sections 4–6.
     """
     began = time.perf_counter()
+    if num is not None and not hessian:
+        warnings.warn(f"num={num} is not used: hessian=False.", OptionWarning, stacklevel=2)
     num = problem.num_classes if num is None else num
     check_count("num", num)
     parts = decompose(problem if dtype is None else problem.to(dtype), effects=effects, hold=True)
@@ -182,9 +178,7 @@ def layers(
     assert isinstance(rows, HeldRows)
     averages = error_averages(rows, parts.projections, tuple(parts))
     found = {}
-    for name, uses in rows.captures.by_layer():
-        if progress is not None:
-            progress(name)
+    for name, uses in announced(rows.captures.by_layer(), progress, len(parts.problem.layers)):
         found[name] = _layer(name, uses, parts, averages)
     rows.captures.release()
     if hessian:
@@ -195,7 +189,7 @@ def layers(
 
 
 def _with_hessian(
-    problem: Problem, found: dict[str, Layer], num: int, progress: Callable[[str], object] | None
+    problem: Problem, found: dict[str, Layer], num: int, progress: Progress | None
 ) -> dict[str, Layer]:
     """The layers with the spectra of their blocks of H, if the network has second derivatives."""
     spectra = {name: layer.gradients for name, layer in found.items()}

@@ -6,13 +6,13 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from deepspectra.analysis.by_layer import ByLayer
+from deepspectra.analysis.by_layer import ByLayer, Progress, announced
 from deepspectra.analysis.gram_spectrum import gradient_spectrum
 from deepspectra.arguments import check_count, seeded
 from deepspectra.derivatives.products import products_of
@@ -138,7 +138,7 @@ def regions(
     by_layer: bool | None = None,
     num_groups: int | None = None,
     seed: int = 0,
-    progress: Callable[[str], object] | None = None,
+    progress: Progress | None = None,
 ) -> Regions:
     """How far knocking parts out moves outliers, bump and bulk: of G, H, features and errors, layer by layer.
 
@@ -159,7 +159,8 @@ def regions(
         num_groups: random groups of examples that are left out in turn, for standard errors; 0 for none. By default
             8, or as many as there are examples if that is less, and none for a single example.
         seed: of the groups.
-        progress: called with the name of each layer before it is analysed.
+        progress: called with (layers done, layers in all, name of the next), or for "hessian" (products done, how
+            many in all, "products").
 
     Raises:
         OptionError: an unknown `of` or method, or num_groups of 1 or more than there are examples.
@@ -201,9 +202,7 @@ def regions(
         return Regions({}, time.perf_counter() - began, provenance, of, whole, missed, method)
     provenance = Provenance.of_matrix("Gauss-Newton", problem, seed=seed)
     found, total = {}, torch.zeros(())
-    for name, gram in _grams(parts, of):
-        if progress is not None:
-            progress(name)
+    for name, gram in announced(_grams(parts, of), progress, len(problem.layers)):
         if by_layer is not False:
             found[name] = judge(gram)
         total = total + gram
@@ -298,7 +297,7 @@ class _Judge:
 
 
 def _of_hessian(
-    whole: Hessian, parts: Decomposition, judge: _Judge, progress: Callable[[str], object] | None
+    whole: Hessian, parts: Decomposition, judge: _Judge, progress: Progress | None
 ) -> tuple[Shifts, float]:
     """Shifts of the spectrum of H, and how far its first pairs in the space of gradients are from those of H."""
     rows = parts.rows
@@ -319,7 +318,7 @@ def _of_hessian(
     each = [torch.zeros(turn.shape[1], turn.shape[1], dtype=turn.dtype, device=turn.device) for _ in groups]
     for columns in torch.split(torch.arange(turn.shape[1]), BLOCK):
         if progress is not None:
-            progress(f"{int(columns[0]):,} of {turn.shape[1]:,} products")
+            progress(int(columns[0]), turn.shape[1], "products")
         vectors = rows.transpose_reduced(turn[:, columns])
         for matrix, hessian in zip(each, groups, strict=True):
             if hessian is None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from deepspectra.algorithms.overlap import overlap
-from deepspectra.analysis.by_layer import ByLayer
+from deepspectra.analysis.by_layer import ByLayer, Progress, announced
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.dissect import dissected
 from deepspectra.analysis.gram_spectrum import MARGIN, GramSpectrum, gram_spectrum
@@ -54,6 +54,7 @@ LEFT = {
     "left_without_class": ("class",),
     "left_without_class_logit": ("class", "logit"),
 }
+Sample = dict[str, dict[str, float]]  # layer → measure → value, of one network or of a pair
 MOST_ROWS = 3000  # N (C − 1) for which the parts of a layer's eigenvalues are computed
 
 
@@ -109,7 +110,7 @@ def study(
     variants: Mapping[str, Sequence[Problem]],
     *,
     seed: int = 0,
-    progress: Callable[[str], object] | None = None,
+    progress: Progress | None = None,
 ) -> Study:
     """The same measures of every layer in several variants of a network, such as with and without batch norm.
 
@@ -122,7 +123,7 @@ def study(
     Args:
         variants: name → independently trained networks, one or more each, layers of the same name being compared.
         seed: of random vectors.
-        progress: called with what is being measured.
+        progress: called with (networks and pairs of them done, how many in all, the next one).
 
     Raises:
         OptionError: no variants, or one without networks.
@@ -137,26 +138,15 @@ def study(
     began = time.perf_counter()
     if not variants or not all(len(networks) for networks in variants.values()):
         raise OptionError("study needs variants, each with at least one network.")
-    found: dict[str, list[dict[str, dict[str, float]]]] = {}
-    for variant, networks in variants.items():
-        samples = []
-        for number, problem in enumerate(networks):
-            _say(progress, f"{variant}, network {number + 1} of {len(networks)}")
-            samples.append(_of_network(problem, seed))
-        for one, other in itertools.combinations(networks, 2):
-            _say(progress, f"{variant}, eigenspaces of two networks")
-            samples.append(_of_pair(one, other, seed))
-        found[variant] = samples
-    measured = dict.fromkeys(layer for samples in found.values() for one in samples for layer in one)
-    names = sorted(measured, key=lambda name: name == WHOLE)  # which comes last
-    most = max(len(samples) for samples in found.values())
-    shape = (len(found), len(MEASURES), most)
-    tables = {name: torch.full(shape, torch.nan, dtype=torch.float64) for name in names}
-    for v, samples in enumerate(found.values()):
-        for s, sample in enumerate(samples):
-            for layer, measures in sample.items():
-                for key, value in measures.items():
-                    tables[layer][v, list(MEASURES).index(key), s] = value
+    asked = [
+        (f"{variant}, {'two networks' if len(some) > 1 else 'one network'}", variant, some)
+        for variant, networks in variants.items()
+        for some in [*((one,) for one in networks), *itertools.combinations(networks, 2)]
+    ]
+    found: dict[str, list[Sample]] = {variant: [] for variant in variants}
+    for _, variant, some in announced(asked, progress, len(asked)):
+        found[variant].append(_of_pair(*some, seed) if len(some) == 2 else _of_network(some[0], seed))
+    tables = _tables(found)
     widest = max(len(networks) for networks in variants.values())
     losses, accuracies = (torch.full((len(found), widest), torch.nan, dtype=torch.float64) for _ in range(2))
     for v, networks in enumerate(variants.values()):
@@ -166,12 +156,23 @@ def study(
     return Study(tables, time.perf_counter() - began, provenance, tuple(found), MEASURES, losses, accuracies)
 
 
-def _say(progress: Callable[[str], object] | None, text: str) -> None:
-    if progress is not None:
-        progress(text)
+def _tables(found: Mapping[str, Sequence[Sample]]) -> dict[str, Tensor]:
+    """Layer → (variants, measures, samples), all layers together last."""
+    layers = dict.fromkeys(layer for samples in found.values() for one in samples for layer in one)
+    shape = (len(found), len(MEASURES), max(len(samples) for samples in found.values()))
+    tables = {
+        layer: torch.full(shape, torch.nan, dtype=torch.float64)
+        for layer in sorted(layers, key=lambda name: name == WHOLE)
+    }
+    for v, samples in enumerate(found.values()):
+        for s, sample in enumerate(samples):
+            for layer, measured in sample.items():
+                for key, value in measured.items():
+                    tables[layer][v, list(MEASURES).index(key), s] = value
+    return tables
 
 
-def _of_network(problem: Problem, seed: int) -> dict[str, dict[str, float]]:
+def _of_network(problem: Problem, seed: int) -> Sample:
     """Layer → measures of one network."""
     inner = max(1, problem.num_classes - 1)
     is_classifier = isinstance(problem.loss_function, CrossEntropy)
@@ -230,7 +231,7 @@ def _outliers(spectrum: GramSpectrum) -> dict[str, float]:
     return {key: float(spectrum.num_outliers(*removed)) for key, removed in LEFT.items()}
 
 
-def _of_pair(one: Problem, other: Problem, seed: int) -> dict[str, dict[str, float]]:
+def _of_pair(one: Problem, other: Problem, seed: int) -> Sample:
     """Layer → overlaps of the eigenspaces of two networks."""
     found = {}
     for layer in compare(one, other, num_whole=0, seed=seed).values():

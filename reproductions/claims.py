@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import spearmanr
 
-from deepspectra.analysis.sampled_subspace import overlap_bound
+from deepspectra.analysis.principal_subspace import overlap_bound
 
 Record = dict[str, Any]
 Group = tuple[str, str, int]

@@ -14,8 +14,7 @@ from deepspectra import zoo
 from deepspectra.algorithms.eigenpairs import SPARE_VECTORS, explore
 from deepspectra.algorithms.krylov import seeded
 from deepspectra.analysis.attribute import pair_shares
-from deepspectra.analysis.class_means import subspace_of
-from deepspectra.analysis.sampled_subspace import residual_norm
+from deepspectra.analysis.principal_subspace import residual_norm, subspace_of
 
 SPARE_PAIRS = 3  # beyond the number of classes
 RTOL = 1e-2  # of eigenpairs; of

@@ -8,7 +8,7 @@ from deepspectra.algorithms.overlap import overlap
 from deepspectra.algorithms.trace import trace
 from deepspectra.analysis.attribute import attribute
 from deepspectra.analysis.class_groups import class_groups
-from deepspectra.analysis.class_means import class_means, principal_subspace
+from deepspectra.analysis.class_means import class_means
 from deepspectra.analysis.clustering import clustering
 from deepspectra.analysis.collapse import collapse
 from deepspectra.analysis.compare import compare
@@ -16,6 +16,7 @@ from deepspectra.analysis.dissect import dissect
 from deepspectra.analysis.gram_spectrum import gram_spectrum
 from deepspectra.analysis.kronecker_quality import kronecker_quality
 from deepspectra.analysis.layers import layers
+from deepspectra.analysis.principal_subspace import principal_subspace
 from deepspectra.analysis.regions import regions
 from deepspectra.analysis.study import study
 from deepspectra.analysis.three_level_map import three_level_map

@@ -29,7 +29,7 @@ from deepspectra.jobs.regions import regions_dataset
 from deepspectra.jobs.study import STUDIES, study_dataset
 from deepspectra.jobs.targets import CONSOLE, Choice, Moment, Out, Seed, chosen_problem, moments
 from deepspectra.problem.problem import Problem
-from deepspectra.rows.projections import METHODS
+from deepspectra.rows.averages import METHODS
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -74,6 +74,10 @@ class ConvergenceWarning(DeepSpectraWarning, RuntimeWarning):
     """A result did not reach its tolerance; its error is in the result."""
 
 
+class OptionWarning(DeepSpectraWarning):
+    """An option was given that changes nothing here."""
+
+
 class FallbackWarning(DeepSpectraWarning, RuntimeWarning):
     """Something given could not be used as it stands and a stated substitute was."""
 

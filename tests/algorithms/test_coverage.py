@@ -24,7 +24,7 @@ from scipy.stats import norm, t
 
 import deepspectra as ds
 from deepspectra.algorithms.probes import stream
-from deepspectra.analysis.sampled_subspace import overlap_bound
+from deepspectra.analysis.principal_subspace import overlap_bound
 from deepspectra.errors import ConvergenceWarning, OptionError
 from deepspectra.operators.base import Function, Matrix
 from deepspectra.results import christoffel, standard_error

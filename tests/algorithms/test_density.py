@@ -181,6 +181,20 @@ def test_a_value_of_more_copies_than_probes_keeps_its_mass():
     assert sum(abs(count - 6) <= 2 * own for count, own in counts) >= 36  # 95 % are stated: 38, up to chance
 
 
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("num_probes", "num_steps", "rows"), [(6, 16, 60), (4, 8, 0)])
+def test_rounding_leaks_no_probe_into_what_it_is_freed_of(num_probes, num_steps, rows, dtype, rtol):
+    """Where few values have many copies, the others' space is invariant before the steps are over."""
+    values = torch.cat([torch.linspace(50, 5, 10, dtype=torch.float64), torch.ones(190, dtype=torch.float64)])
+    matrix = Matrix(rotated(values, dtype=dtype))
+    if rows:
+        matrix.memory = dtype.itemsize * len(values) * rows
+    for seed in range(20):
+        found = density(matrix, num_probes, num_steps, seed=seed)
+        assert float(found.weights.sum()) == pytest.approx(1, abs=1e-12)
+        assert found.mean == pytest.approx(float(values.mean()), rel=rtol)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_identity_and_zero_and_a_single_row(dtype):
     for matrix, value in ((torch.eye(40, dtype=dtype), 1), (torch.zeros(40, 40, dtype=dtype), 0)):

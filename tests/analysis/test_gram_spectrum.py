@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import deepspectra as ds
-from deepspectra.analysis.gram_spectrum import gradient_basis, gradient_pairs
+from deepspectra.analysis.gram_spectrum import gradient_pairs, gradient_spectrum
 from deepspectra.errors import LossError, MemoryBudgetError, OptionError
 from deepspectra.operators.parts import decompose
 from deepspectra.rows.gradients import GradientRows
@@ -261,7 +261,7 @@ def test_shares_are_quadratic_forms_of_eigenvectors(name: str) -> None:
 def test_pairs_are_eigenpairs_with_true_residual_bounds(name: str) -> None:
     case, ref = case_and_reference(name)
     parts = decompose(case.problem(), effects="two-way", hold=True)
-    pairs = gradient_pairs(gradient_basis(parts), parts, 4, 0.0)
+    pairs = gradient_pairs(gradient_spectrum(parts), parts, 4, 0.0)
     missed = ref.gauss_newton @ pairs.vectors - pairs.vectors * pairs.values
     assert error(pairs.values, descending(ref.gauss_newton)[:4]) < 1e-12
     assert missed.norm(dim=0).max() < 1e-10
@@ -275,7 +275,7 @@ def test_a_wrong_gram_matrix_is_seen_in_the_residuals(monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         parts.rows, "gram", lambda: true + torch.diag(torch.linspace(0, 0.1, len(true))).to(true)
     )
-    pairs = gradient_pairs(gradient_basis(parts), parts, 3, 0.0)
+    pairs = gradient_pairs(gradient_spectrum(parts), parts, 3, 0.0)
     assert float(pairs.residual_norms.min()) > 1e-3
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import deepspectra as ds
-from deepspectra.analysis.gram_spectrum import EigenBasis
 from deepspectra.errors import FallbackWarning, LossError, MemoryBudgetError
 from deepspectra.operators.curvature import HessianBlock
+from deepspectra.rows.averages import Averages
+from deepspectra.rows.spectrum import Spectrum
 from nets import CASES, CLASSIFICATION, Case, chunks, labels
 from reference import Reference, case_and_reference, error, inputs_and_errors
 
@@ -404,9 +405,9 @@ def test_either_side_of_rows_gives_the_same_spectrum() -> None:
     torch.manual_seed(1)
     rows = torch.randn(40, 7).double()
     basis = torch.linalg.qr(torch.randn(40, 5).double()).Q
-    bases = {"class": basis[:, :2], "means": basis}
-    wide = EigenBasis.of_gram(rows @ rows.T, bases, 7, 1e-16)
-    narrow = EigenBasis.of_rows(rows, bases, 1e-16)
+    averages = Averages({"class": basis[:, :2]}, basis, ("class", "within"))
+    wide = Spectrum.of_gram(rows @ rows.T, averages, 7, 1e-16)
+    narrow = Spectrum.of_rows(rows, averages, 1e-16)
     assert narrow.vectors is None
     assert error(wide.values, narrow.values) < 1e-12
     for part in ("class", "within"):

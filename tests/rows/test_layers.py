@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import deepspectra as ds
-from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
+from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError, OptionWarning
 from nets import CASES, chunks
 from reference import case_and_reference, error, inputs_and_errors
 
@@ -196,3 +198,16 @@ def test_text_and_errors() -> None:
             ds.decompose(problem, of=of)
     with pytest.raises(MemoryBudgetError, match="means"):
         ds.class_means(problem, of="errors")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda problem: ds.decompose(problem, "features", effects="two-way"),
+        lambda problem: ds.class_means(problem, "features", level="cross_class"),
+        lambda problem: ds.regions(problem, "hessian", by_layer=True, num_groups=0),
+    ],
+)
+def test_options_that_change_nothing_are_warned_of(call: Callable[[ds.Problem], object]) -> None:
+    with pytest.warns(OptionWarning, match="change"):
+        call(CASES["relu_mlp"]().problem())

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.nn import functional
 
 import deepspectra as ds
-from deepspectra.analysis.attribute import Knockout
-from deepspectra.analysis.gram_spectrum import EigenBasis, gradient_basis
+from deepspectra.analysis.gram_spectrum import gradient_spectrum
+from deepspectra.analysis.knockouts import Knockout
 from deepspectra.errors import DeepSpectraError, OptionError
 from deepspectra.operators.base import Projected
 from deepspectra.operators.parts import decompose
-from deepspectra.rows.projections import FOUR_WAY, METHODS, TWO_WAY, taken
-from deepspectra.rows.spectrum import range_of, significant
+from deepspectra.rows.averages import METHODS, Averages, taken
+from deepspectra.rows.projections import FOUR_WAY, TWO_WAY
+from deepspectra.rows.spectrum import Spectrum, range_of, significant
 from nets import CASES
 from reference import (
     GONE,
@@ -114,7 +115,7 @@ def test_groups_of_classes_are_knocked_out_alike(name: str) -> None:
     case, ref = case_and_reference(name)
     on, g = projections_of(ref, GROUPS), ref.gauss_newton
     held = decompose(case.problem(), effects="two-way", hold=True, groups=GROUPS)
-    exact = gradient_basis(held)
+    exact = gradient_spectrum(held)
     for knockout, method in EVERY:
         left = without(g, ref.rows, gone(on, knockout), method)
         assert same(exact.without(names_of(knockout), method), left, top(g)), (knockout, method)
@@ -299,9 +300,8 @@ def test_one_rule_says_which_ranks_are_rounding() -> None:
     columns = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1e-7, 0.0], [0.0, 0.0, 1e-3]], dtype=torch.float64)
     assert range_of(columns).shape == (3, 2)
     assert range_of(torch.zeros(4, 0)).shape == (4, 0)
-    nothing = EigenBasis(
-        torch.ones(4).double(), {"class": torch.zeros(4, 0).double(), "means": torch.zeros(4, 0).double()}
-    )
+    none = torch.zeros(4, 0).double()
+    nothing = Spectrum(torch.ones(4).double(), Averages({"class": none}, none, ("class", "within")))
     for method in METHODS:
         torch.testing.assert_close(nothing.without(("class",), method), torch.ones(4).double())
 

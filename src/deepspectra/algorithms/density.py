@@ -28,6 +28,7 @@ FOLDS = 4  # of the probes of a group, at most: each is freed of what the others
 LOCK_RTOL = (
     1e-4  # relative residual at which a pair is locked: what it leaves behind, its square, is below rounding
 )
+LEAKED = 1e-9  # chance below which a vector that other probes found cannot be so near a probe
 ANONYMOUS = ("operator", "matrix", "function", "low rank")  # names that tell no operator from another
 
 Ends = tuple[
@@ -243,7 +244,7 @@ def _folds(krylov: Krylov, start: Tensor, locked: Ends, num_steps: int) -> list[
             others = torch.ones(count, dtype=torch.bool)
             others[mine] = False
             space = _krylov_space(matrix, start[:, others], num_steps)
-            ends, vectors = _converged(krylov, matrix, space, space.shape[1])
+            ends, vectors = _converged(krylov, matrix, space, space.shape[1], start[:, mine])
         rest = torch.linalg.qr(vectors, mode="complete")[0][:, vectors.shape[1] :]
         nodes, turn = torch.linalg.eigh(rest.T @ matrix @ rest)
         shares = (start[:, mine].T @ rest @ turn).square().clamp_min(torch.finfo(torch.float64).tiny)
@@ -268,14 +269,26 @@ def _krylov_space(matrix: Tensor, start: Tensor, num_steps: int) -> Tensor:
     return space
 
 
-def _converged(krylov: Krylov, matrix: Tensor, space: Tensor, limit: int) -> tuple[Ends, Tensor]:
-    """Ritz pairs of a part (m, k) of the basis, converged contiguously from either end; their coordinates (m, l)."""
+def _converged(
+    krylov: Krylov, matrix: Tensor, space: Tensor, limit: int, foreign: Tensor | None = None
+) -> tuple[Ends, Tensor]:
+    """Ritz pairs of a part (m, k) of the basis, converged contiguously from either end; their coordinates (m, l).
+
+    Vectors that hold more of a foreign probe (m, g) than chance would let them do not count.
+    """
     values, turn = torch.linalg.eigh(space.T @ matrix @ space)
     vectors = space @ turn
     errors = krylov.projected @ vectors
     errors[: len(matrix)] -= vectors * values
     residual_norms = (errors.square().sum(0) + krylov.lost_squares(vectors)).clamp_min(0).sqrt()
-    good = (residual_norms <= LOCK_RTOL * values.abs()).long()
+    good = residual_norms <= LOCK_RTOL * values.abs()
+    if foreign is not None:
+        # An invariant space goes on by directions of rounding alone, and in the common basis these are the others'.
+        # A Gaussian vector in d dimensions has more than s of its square along one direction with (1 − s)^((d−1)/2).
+        dimensions = krylov.operator.shape[0] - krylov.num_fixed
+        usual = 1 - LEAKED ** (2 / max(1, dimensions - 1))
+        good &= (vectors.T @ (foreign / foreign.norm(dim=0))).square().amax(1) <= usual
+    good = good.long()
     top = min(int(good.flip(0).cumprod(0).sum()), limit)
     bottom = min(int(good.cumprod(0).sum()), limit - top, len(values) - top)
     pairs = torch.stack([values, residual_norms])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,49 +12,23 @@ from torch import Tensor
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.krylov import Krylov, basis_capacity, seeded
 from deepspectra.analysis.gram_spectrum import MARGIN
+from deepspectra.analysis.knockouts import (
+    NEWEST,
+    Counter,
+    Knockout,
+    KnockoutSpace,
+    Progress,
+    knockouts,
+)
 from deepspectra.errors import MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
-from deepspectra.operators.parts import Decomposition, Means, Part
+from deepspectra.operators.parts import Decomposition, Means
 from deepspectra.results import Eigenpairs, Provenance
-from deepspectra.rows.projections import METHODS, TWO_WAY, positive, taken
-from deepspectra.rows.spectrum import range_of, significant
+from deepspectra.rows.averages import taken
 
-EDGE_RTOL = 5e-2  # its eigenvalue is then right to about its square
 EDGE_PRODUCTS = 30  # at most, from a basis that knows the operator
-NEWEST = 3  # directions of residuals, or vectors beside the pairs, that a restart keeps
-STILL = 2  # products over which the edge must not move
-KNOCKOUT_RTOL = 0.05  # residual, relative to the value, at which a knock-out's eigenvalue is settled
 MOSTLY = 0.75  # a knock-out that removes this share of the outliers explains most of them
 ROWS_BYTES = 2**28  # of N × C × K float64 that are projected at a time
-Progress = Callable[[int, int | None], object]
-
-
-@dataclass(frozen=True)
-class Knockout:
-    """The top of the spectrum after parts are taken away.
-
-    Attributes:
-        removed: what is taken away, by name; () for nothing, ("means",) for every mean.
-        method: "subtraction", A − B, or "projection", (I − QQᵀ) A (I − QQᵀ) with Q a basis of B.
-        values: eigenvalues of what is left, descending; lower bounds, by Rayleigh-Ritz.
-        residual_norms: an eigenvalue lies within so much of each value.
-        num_outliers: values above the threshold.
-        num_outliers_at_most: values that reach it when their residual norm is added.
-        parts: all that is gone then: with class also true, whose means are collinear with the class means.
-    """
-
-    removed: tuple[str, ...]
-    method: str
-    values: Tensor
-    residual_norms: Tensor
-    num_outliers: int
-    num_outliers_at_most: int
-    parts: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """For tables: "class + logit"."""
-        return " + ".join(self.removed) or "nothing"
 
 
 @dataclass(frozen=True)
@@ -132,11 +106,9 @@ class Attribution:
 
 def attribute(
     operator: Operator,
-    parts: Mapping[str, Part],
+    parts: Decomposition,
     *,
     pairs: Eigenpairs | None = None,
-    basis: Krylov | None = None,
-    shares: Tensor | None = None,
     margin: float = MARGIN,
     rtol: float = 1e-2,
     max_products: int | None = None,
@@ -160,9 +132,6 @@ def attribute(
         operator: the Hessian or Gauss-Newton matrix of a problem.
         parts: of `decompose(problem)`, with either kind of effects.
         pairs: its top eigenpairs; by default the largest C + 3 are computed.
-        basis: the Krylov basis that `explore` found them with; it goes on growing here, beyond its capacity if the
-            knock-outs need that. Without it the subspace starts from the pairs and a random vector.
-        shares: of `pair_shares(parts, pairs)`, if they are known.
         margin: see above.
         rtol: of the eigenpairs computed here.
         max_products: to spend on knock-outs; 2C−1 unless given.
@@ -189,16 +158,51 @@ def attribute(
     parts.check_operator(operator)
     if margin < 1:
         raise OptionError(f"margin={margin}: it is at least 1.")
-    products = _Counter(progress)
-    size = operator.shape[0]
-    most = 2 * parts.projections.num_classes - 1 if max_products is None else max_products
-    if pairs is None:
-        num = min(parts.projections.num_classes + 3, size)
-        pairs, basis = explore(
-            operator, num, rtol=rtol, start="random", seed=seed, progress=products.within()
+    products = Counter(progress)
+    if pairs is not None:
+        known = Known(pairs)
+    else:
+        num = min(parts.projections.num_classes + 3, operator.shape[0])
+        known = Known(
+            *explore(operator, num, rtol=rtol, start="random", seed=seed, progress=products.within())
         )
-    had_means = parts.has_means
-    factors = (2 if parts.projections.first == "class" else 3) * parts.projections.num_classes
+    found = attribute_known(
+        operator, parts, known, margin=margin, max_products=max_products, seed=seed, products=products
+    )
+    return replace(found, seconds=time.perf_counter() - began)
+
+
+class Known(NamedTuple):
+    """What is known of an operator before it is attributed.
+
+    Attributes:
+        pairs: its top eigenpairs.
+        basis: the Krylov basis that `explore` found them with; it goes on growing, beyond its capacity if the
+            knock-outs need that. Without it the subspace starts from the pairs and a random vector.
+        shares: of `pair_shares(parts, pairs)`.
+    """
+
+    pairs: Eigenpairs
+    basis: Krylov | None = None
+    shares: Tensor | None = None
+
+
+def attribute_known(
+    operator: Operator,
+    parts: Decomposition,
+    known: Known,
+    *,
+    margin: float = MARGIN,
+    max_products: int | None = None,
+    seed: int = 0,
+    products: Counter | None = None,
+) -> Attribution:
+    """`attribute` of arguments that are right, from what is known already."""
+    began, pairs = time.perf_counter(), known.pairs
+    products = products or Counter(None)
+    size, num_classes, had_means = operator.shape[0], parts.projections.num_classes, parts.has_means
+    most = 2 * num_classes - 1 if max_products is None else max_products
+    factors = (2 if parts.projections.first == "class" else 3) * num_classes
     num = len(pairs.values)
     least = num + NEWEST + factors
     capacity = _capacity(operator, parts, least, most)
@@ -206,49 +210,48 @@ def attribute(
     borrowed = parts.num_bytes(max(0, capacity - basis_capacity(operator)))
     with parts.rows.products.allowance.lent(borrowed):
         try:
-            if basis is None:
-                basis = Krylov.of_pairs(operator, pairs, capacity)
-                basis.append_random(seeded(seed))
-                basis.expand(1)
-                products.add(1)
-            elif len(basis.rows) < capacity:
-                basis.enlarge(capacity)
-            space = _Space(basis, num, products)
-            edge_values, edge_norms = space.bulk_edge(Means(parts), EDGE_PRODUCTS)
-            edge = float(edge_values[0])
-            threshold = margin * edge
+            basis = _grown(operator, known, capacity, seed, products)
+            space = KnockoutSpace(basis, num, products)
+            edges, edge_norms = space.bulk_edge(Means(parts), EDGE_PRODUCTS)
+            threshold = margin * float(edges[0])
             space.make_room(factors + most)
-            knockouts = [
-                _knockout((), "subtraction", pairs.values, pairs.residual_norms, threshold, ()),
-                *_knockouts(space, parts, pairs, threshold, most),
-                _knockout(
-                    ("means",),
-                    "subtraction",
-                    edge_values,
-                    edge_norms,
-                    threshold,
-                    taken(("means",), tuple(parts)),
-                ),
-            ]
+            every = taken(("means",), tuple(parts))
+            found = (
+                Knockout.of((), "subtraction", pairs.values, pairs.residual_norms, threshold, ()),
+                *knockouts(space, parts, pairs, threshold, most),
+                Knockout.of(("means",), "subtraction", edges, edge_norms, threshold, every),
+            )
         finally:
             if not had_means:
                 parts.forget_means()
-    shares = pair_shares(parts, pairs) if shares is None else shares
     return Attribution(
         values=pairs.values,
         residual_norms=pairs.residual_norms,
         part_names=(*parts, "residual"),
-        pair_shares=shares,
-        bulk_edge=edge,
+        pair_shares=pair_shares(parts, pairs) if known.shares is None else known.shares,
+        bulk_edge=float(edges[0]),
         threshold=threshold,
         margin=margin,
         num_outliers=int((pairs.values > threshold).sum()),
         complete=bool(pairs.values[-1] <= threshold),
-        knockouts=tuple(knockouts),
+        knockouts=found,
         num_products=products.total,
         seconds=time.perf_counter() - began,
         provenance=Provenance.of(operator, seed),
     )
+
+
+def _grown(operator: Operator, known: Known, capacity: int, seed: int, products: Counter) -> Krylov:
+    """The basis that the pairs were found with, of that capacity; or one of the pairs and a random vector."""
+    basis = known.basis
+    if basis is None:
+        basis = Krylov.of_pairs(operator, known.pairs, capacity)
+        basis.append_random(seeded(seed))
+        basis.expand(1)
+        products.add(1)
+    elif len(basis.rows) < capacity:
+        basis.enlarge(capacity)
+    return basis
 
 
 def _capacity(operator: Operator, parts: Decomposition, least: int, most: int) -> int:
@@ -269,28 +272,6 @@ def _capacity(operator: Operator, parts: Decomposition, least: int, most: int) -
     return min(wanted, room)
 
 
-class _Counter:
-    """Adds up the products of several computations for one progress report."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.total = 0
-        self._progress = progress
-
-    def within(self) -> Progress:
-        before = self.total
-
-        def report(done: int, _expected: int | None) -> None:
-            self.total = before + done
-            if self._progress is not None:
-                self._progress(self.total, None)
-
-        return report
-
-    def add(self, num_products: int) -> None:
-        """Products made outside an algorithm that reports its own."""
-        self.within()(num_products, None)
-
-
 def pair_shares(parts: Decomposition, pairs: Eigenpairs) -> Tensor:
     """u_jᵀ B u_j / λ_j for each pair, over the parts and the residual: (K, parts + 1), rows sum to 1."""
     norms = squared_norms(parts, pairs.vectors)
@@ -308,174 +289,6 @@ def squared_norms(parts: Decomposition, block: Tensor) -> Tensor:
             for columns in torch.split(block, width, 1)
         ],
         1,
-    )
-
-
-class _Space:
-    """A growing subspace Q of R^P with A Q, in which the operator is asked what it is without some means.
-
-    Everything asked is answered by small matrices: with rows E = [Q, W] of the Krylov basis, A Q = E T, and the
-    factors of class, logit and true means, appended to W, are E Φ. Rayleigh-Ritz values are lower bounds and
-    residual norms are measured; Q grows along the residuals of what is not settled yet.
-    """
-
-    def __init__(self, krylov: Krylov, num: int, products: _Counter) -> None:
-        self.krylov, self.num, self.products = krylov, num, products
-        self.columns: dict[str, slice] = {}
-
-    def make_room(self, rows: int, wanted: Tensor | None = None) -> Tensor | None:
-        """Restart if so many rows are not free, with the largest Ritz vectors and the wanted (m, k).
-
-        Returns the new basis in the old (m, l), if there is one.
-        """
-        krylov = self.krylov
-        if krylov.num_free >= min(rows, krylov.operator.shape[0] - krylov.num_rows):
-            return None
-        newest = min(NEWEST, krylov.num_pending)
-        ritz = krylov.ritz().coefficients.flip(1)
-        wanted = ritz[:, :0] if wanted is None else wanted
-        keep = max(self.num, len(krylov.rows) - krylov.num_fixed - rows - newest)
-        kept: Tensor = torch.linalg.qr(torch.cat([wanted, ritz[:, : keep - wanted.shape[1]]], 1))[0]
-        residuals = torch.linalg.svd(krylov.projected[krylov.num_basis :] @ kept)[0]
-        krylov.contract(kept, residuals[:, :newest])
-        return kept
-
-    def include(self, factors: dict[str, Tensor]) -> None:
-        """Append the ranges of the factors, named for `left`."""
-        for name, factor in factors.items():  # one by one: each takes as much again while it is added
-            before = self.krylov.tracked.shape[1]
-            self.krylov.append(factor.T, track=True)
-            self.columns[name] = slice(before, before + factor.shape[1])
-
-    def include_true(self, parts: Decomposition) -> None:
-        """The true means, collinear with the class means if class took what it shares with logit."""
-        projections = parts.projections
-        if projections.first == "logit":
-            self.include({"true": parts.factor("true")})
-            return
-        present = projections.class_weights > 0
-        ratio = (projections.class_weights / positive(projections.cell_weights.diagonal()))[present]
-        tracked = self.krylov.tracked
-        before = tracked.shape[1]
-        added = tracked[:, self.columns["class"]] * ratio.sqrt().cpu()
-        self.krylov.tracked = torch.cat([tracked, added], 1)
-        self.columns["true"] = slice(before, before + added.shape[1])
-
-    def left(self, gone: tuple[str, ...], method: str, num: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Without these parts: the largest Ritz values, their residual norms and directions in W."""
-        size = self.krylov.num_basis
-        image = self.krylov.projected  # of Q under A, in coordinates of E
-        start = torch.eye(len(image), size, dtype=image.dtype)
-        factor = torch.cat([self.krylov.tracked[:, self.columns[name]] for name in gone], 1)
-        if method == "subtraction":
-            image = image - factor @ factor[:size].T
-        else:
-            removed = range_of(factor)
-            start = start @ _null_space(removed[:size].T)
-            image = image @ start[:size]
-            image = image - removed @ (removed.T @ image)
-        projected = start.T @ image
-        values, s = torch.linalg.eigh((projected + projected.T) / 2)
-        values, s = values.flip(0)[:num], s.flip(1)[:, :num]
-        residuals = image @ s - start @ (s * values)
-        squares = residuals.square().sum(0) + self.krylov.lost_squares((start @ s)[:size])
-        return values, squares.clamp_min(0).sqrt(), residuals[size:]
-
-    def grow(self, directions: Tensor) -> None:
-        """One product, along the leading one of directions in W (columns)."""
-        self.krylov.turn(torch.linalg.svd(directions)[0][:, 0])
-        self.krylov.expand(1)
-        self.products.add(1)
-
-    def bulk_edge(self, means: Means, most: int) -> tuple[Tensor, Tensor]:
-        """The largest eigenvalue of A − M Mᵀ, for all the means M (P, C²), and its residual norm."""
-        krylov = self.krylov
-        overlaps = torch.zeros(0, means.num, dtype=torch.float64)
-        before: list[float] = []
-        while True:
-            fresh = krylov.rows[krylov.num_fixed + len(overlaps) : krylov.num_fixed + krylov.num_basis]
-            overlaps = torch.cat([overlaps, means.coordinates(fresh.T).T.cpu().double()])
-            top = krylov.projected[: krylov.num_basis] - overlaps @ overlaps.T
-            values, largest = torch.linalg.eigh((top + top.T) / 2)
-            value, s = values[-1], largest[:, -1:]
-            coordinates = krylov.projected @ s
-            coordinates[: krylov.num_basis] -= s * value
-            vector = krylov.combine(coordinates) - means.combine(overlaps.T @ s)
-            residual = (vector.norm().cpu().double() ** 2 + krylov.lost_squares(s)).sqrt()
-            before.append(float(value))
-            settled = len(before) > STILL and before[-1] - before[-1 - STILL] <= EDGE_RTOL**2 * abs(
-                before[-1]
-            )
-            if (settled and residual <= EDGE_RTOL * value.abs()) or len(before) > most:
-                return value[None], residual
-            if krylov.num_free < 2:
-                kept = self.make_room(len(krylov.rows) // 4, largest[:, -NEWEST:])
-                overlaps = overlaps if kept is None else kept.T @ overlaps
-            direction = krylov.append(vector.T)[krylov.num_basis :]
-            if not bool(direction.any()):  # nothing is left but rounding, or the basis spans R^P
-                return value[None], residual
-            self.grow(direction)
-
-
-def _matters(values: Tensor, norms: Tensor, threshold: float) -> Tensor:
-    """Which of the descending values may be outliers, and the first."""
-    return (values + 2 * norms > threshold) | (torch.arange(len(values)) == 0)
-
-
-def _null_space(rows: Tensor) -> Tensor:
-    """Orthonormal columns that these rows (r, m) map to zero."""
-    _, singular, right = torch.linalg.svd(rows, full_matrices=True)
-    kept: Tensor = right[int(significant(singular).sum()) :].T
-    return kept
-
-
-def _knockouts(
-    space: _Space, parts: Decomposition, pairs: Eigenpairs, threshold: float, most: int
-) -> list[Knockout]:
-    """Every knock-out of class, logit and both, in one subspace that grows until all are settled.
-
-    A Ritz value is settled when its residual is small, or keeps it below the threshold; the largest always matters.
-    """
-    space.include({name: parts.factor(name) for name in ("class", "logit")})
-    space.include_true(parts)
-    first = parts.projections.first
-    cases = [
-        (removed, method, taken(removed, TWO_WAY, first=first, method=method))
-        for removed in (("class",), ("logit",), ("class", "logit"))
-        for method in METHODS
-    ]
-    for step in range(most + 1):
-        found = [space.left(gone, method, len(pairs.values)) for _, method, gone in cases]
-        unsettled = [
-            directions[:, (norms > KNOCKOUT_RTOL * values.abs()) & _matters(values, norms, threshold)]
-            for values, norms, directions in found
-        ]
-        if step == most or not sum(directions.numel() for directions in unsettled):
-            break
-        space.grow(torch.cat(unsettled, 1))
-    return [
-        _knockout(removed, method, values, norms, threshold, gone)
-        for (removed, method, gone), (values, norms, _) in zip(cases, found, strict=True)
-    ]
-
-
-def _knockout(
-    removed: tuple[str, ...],
-    method: str,
-    values: Tensor,
-    residuals: Tensor,
-    threshold: float,
-    gone: tuple[str, ...],
-) -> Knockout:
-    values, residuals = values.cpu(), residuals.cpu().double()
-    return Knockout(
-        removed=removed,
-        method=method,
-        values=values,
-        residual_norms=residuals,
-        num_outliers=int((values > threshold).sum()),
-        num_outliers_at_most=int((values + residuals > threshold).sum()),
-        parts=gone,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,10 +14,10 @@ from deepspectra.algorithms.krylov import seeded
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem.problem import Problem
 from deepspectra.results import Density, Eigenpairs, Provenance
+from deepspectra.rows.averages import Averages
 from deepspectra.rows.held import HeldRows
 from deepspectra.rows.layers import error_averages
-from deepspectra.rows.projections import taken
-from deepspectra.rows.spectrum import without
+from deepspectra.rows.spectrum import Spectrum
 
 MARGIN = 1.25  # an outlier is at least so many times the bulk's edge
 DRAWN_STEPS = 64  # resolution at which an exact spectrum is drawn
@@ -35,7 +35,6 @@ class GramSpectrum:
         shares: (R, parts) u_jᵀ B u_j / λ_j, rows sum to 1; NaN where λ_j is zero up to rounding.
         seconds: wall-clock time spent.
         provenance: where it came from.
-        first: as in `decompose`, of the parts.
 
     Source: the Gram matrix has the spectrum of the second moment; Papyan 2019, arXiv 1901.08244, computes
     densities only.
@@ -47,18 +46,17 @@ class GramSpectrum:
     shares: Tensor
     seconds: float
     provenance: Provenance
-    _coordinates: Mapping[str, Tensor] = field(repr=False)
-    first: str = "class"
+    _averages: Averages = field(repr=False)
 
     @property
     def traces(self) -> Tensor:
         """(parts,) the traces of the parts; they sum to that of G.
 
-        Squared norms of the parts' coordinates, and what these leave for "within", so that small eigenvalues count
-        which `parts` cannot tell from rounding.
+        Squared norms of the averages, and what these leave for "within", so that small eigenvalues count which
+        `parts` cannot tell from rounding.
         """
-        total, squares = self.values.sum(), {n: phi.square().sum() for n, phi in self._coordinates.items()}
-        squares["within"] = (total - squares["means"]).clamp_min(0)
+        squares = {name: phi.square().sum() for name, phi in self._averages.items()}
+        squares["within"] = (self.values.sum() - self._averages.every.square().sum()).clamp_min(0)
         return torch.stack([squares[name] for name in self.part_names])
 
     @property
@@ -124,7 +122,7 @@ class GramSpectrum:
 
         Cost: the eigenvalues of a dense matrix (R, R).
         """
-        return EigenBasis(self.values, self._coordinates, first=self.first).without(removed, method)
+        return Spectrum(self.values, self._averages).without(removed, method)
 
     def __str__(self) -> str:
         total = float(self.values.sum())
@@ -170,118 +168,36 @@ def gram_spectrum(
     """
     began = time.perf_counter()
     parts = decompose(problem.to(dtype), effects=effects, first=first, hold=True)
-    return spectrum_of(
-        gradient_basis(parts), tuple(parts), Provenance.of_matrix("Gauss-Newton", parts.problem), began
-    )
+    return spectrum_of(gradient_spectrum(parts), Provenance.of_matrix("Gauss-Newton", parts.problem), began)
 
 
-class EigenBasis:
-    """Eigenvectors of a second moment AᵀA of rows A, and what its parts are in their coordinates.
-
-    There AᵀA is Λ and a part AᵀΠA with Π = BBᵀ is Φ Φᵀ, Φ = Uᵀ Aᵀ B, whatever the rows are. With A Aᵀ = V Λ Vᵀ,
-    Φ = Λ^½ Vᵀ B: either side will do, and the smaller is taken.
-
-    Attributes:
-        values: Λ, descending.
-        coordinates: part → Φ; "means" is all parts but "within" together, and "within" what they leave.
-        tiny: what is zero up to rounding.
-        vectors: V (R, ·), if it is known.
-        first: the effect that came first in the making of the parts.
-    """
-
-    def __init__(
-        self,
-        values: Tensor,
-        coordinates: Mapping[str, Tensor],
-        precision: float = 0.0,
-        vectors: Tensor | None = None,
-        first: str = "class",
-    ) -> None:
-        self.values = values
-        self.coordinates = coordinates
-        self.tiny = precision * len(values) * float(values[0])
-        self.vectors = vectors
-        self.first = first
-
-    @classmethod
-    def of_gram(
-        cls, gram: Tensor, bases: Mapping[str, Tensor], most: int, precision: float, first: str = "class"
-    ) -> EigenBasis:
-        """From A Aᵀ (R, R) and the bases B (R, r), of which at most so many eigenvalues differ from zero.
-
-        `precision` is the relative rounding of the rows.
-        """
-        values, vectors = torch.linalg.eigh(gram)
-        num = min(len(values), most)
-        values, vectors = values.flip(0)[:num].clamp_min(0), vectors.flip(1)[:, :num]
-        root = values.sqrt()[:, None]
-        coordinates = {name: root * (vectors.T @ basis.to(root)) for name, basis in bases.items()}
-        return cls(values, coordinates, precision, vectors, first)
-
-    @classmethod
-    def of_moment(cls, moment: Tensor, sums: Mapping[str, Tensor], precision: float) -> EigenBasis:
-        """From AᵀA (D, D) and AᵀB (D, r)."""
-        values, vectors = torch.linalg.eigh(moment)
-        coordinates = {name: vectors.flip(1).T @ some for name, some in sums.items()}
-        return cls(values.flip(0).clamp_min(0), coordinates, precision)
-
-    @classmethod
-    def of_rows(cls, rows: Tensor, bases: Mapping[str, Tensor], precision: float) -> EigenBasis:
-        """From the rows A (R, D) themselves, by their smaller side."""
-        if rows.shape[1] >= len(rows):
-            return cls.of_gram((rows @ rows.T).double(), bases, rows.shape[1], precision)
-        sums = {name: (rows.T @ basis.to(rows)).double() for name, basis in bases.items()}
-        return cls.of_moment((rows.T @ rows).double(), sums, precision)
-
-    def part(self, name: str) -> tuple[Tensor, Tensor]:
-        """The non-zero eigenvalues of a part, descending, and its quadratic form with each eigenvector (R,)."""
-        if name == "within":
-            forms = self.values - self.coordinates["means"].square().sum(1)
-            found = self.without(("means",))
-        else:
-            phi = self.coordinates[name]
-            gram = phi.T @ phi if phi.shape[1] <= len(phi) else phi @ phi.T
-            found, forms = torch.linalg.eigvalsh(gram).flip(0), phi.square().sum(1)
-        return found[found > self.tiny], forms
-
-    def without(self, removed: Sequence[str], method: str = "subtraction") -> Tensor:
-        """All eigenvalues, descending, after parts are subtracted or projected out, as in `GramSpectrum.knockout`."""
-        parts = (*(name for name in self.coordinates if name != "means"), "within")
-        gone = taken(removed, parts, first=self.first, method=method)
-        matrix = torch.diag(self.values)
-        return without(matrix, matrix, self.coordinates, gone, method).clamp_min(0)
-
-
-def spectrum_of(
-    basis: EigenBasis, names: tuple[str, ...], provenance: Provenance, began: float
-) -> GramSpectrum:
-    """What an eigenbasis says of the matrix and its parts of these names."""
-    found = {name: basis.part(name) for name in names}
-    values = basis.values.cpu()
+def spectrum_of(spectrum: Spectrum, provenance: Provenance, began: float) -> GramSpectrum:
+    """All of it as a result."""
+    names = spectrum.averages.parts
+    found = {name: spectrum.part(name) for name in names}
+    values = spectrum.values.cpu()
     forms = torch.stack([forms.cpu() for _, forms in found.values()], 1)
     return GramSpectrum(
         values=values,
-        parts={name: spectrum.cpu() for name, (spectrum, _) in found.items()},
+        parts={name: values.cpu() for name, (values, _) in found.items()},
         part_names=names,
-        shares=forms / values.where(values > basis.tiny, torch.nan)[:, None],
+        shares=forms / values.where(values > spectrum.tiny, torch.nan)[:, None],
         seconds=time.perf_counter() - began,
         provenance=provenance,
-        _coordinates={name: phi.cpu() for name, phi in basis.coordinates.items()},
-        first=basis.first,
+        _averages=spectrum.averages.map(Tensor.cpu),
     )
 
 
-def gradient_basis(parts: Decomposition) -> EigenBasis:
-    """The eigenbasis of G, of held rows."""
+def gradient_spectrum(parts: Decomposition) -> Spectrum:
+    """That of G, of held rows."""
     assert isinstance(parts.rows, HeldRows)
-    problem = parts.problem
     averages = error_averages(parts.rows, parts.projections, tuple(parts))
-    eps, first = torch.finfo(problem.dtype).eps, parts.projections.first
-    return EigenBasis.of_gram(parts.rows.gram(), averages, problem.num_parameters, eps, first)
+    eps, size = torch.finfo(parts.problem.dtype).eps, parts.problem.num_parameters
+    return Spectrum.of_gram(parts.rows.gram(), averages, size, eps)
 
 
 def gradient_pairs(
-    basis: EigenBasis, parts: Decomposition, num: int, began: float, seed: int = 0
+    spectrum: Spectrum, parts: Decomposition, num: int, began: float, seed: int = 0
 ) -> Eigenpairs:
     """The largest eigenpairs u = Aᵀv/√λ of G, as many as are not zero.
 
@@ -290,9 +206,9 @@ def gradient_pairs(
     Cost: a third of a gradient a pair.
     """
     assert isinstance(parts.rows, HeldRows)
-    assert basis.vectors is not None
-    num = min(num, int((basis.values > basis.tiny).sum()))
-    rows, values, v = parts.rows, basis.values[:num], basis.vectors[:, :num]
+    assert spectrum.vectors is not None
+    num = min(num, int((spectrum.values > spectrum.tiny).sum()))
+    rows, values, v = parts.rows, spectrum.values[:num], spectrum.vectors[:, :num]
     if not num:
         return _no_pairs(parts, began)
     vectors = rows.transpose_reduced(v / values.sqrt())

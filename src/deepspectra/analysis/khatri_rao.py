@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.analysis.gram_spectrum import EigenBasis, GramSpectrum, spectrum_of
+from deepspectra.analysis.gram_spectrum import GramSpectrum, spectrum_of
 from deepspectra.operators.parts import Decomposition
 from deepspectra.results import Provenance
+from deepspectra.rows.averages import Averages, positive
 from deepspectra.rows.held import gram_of
 from deepspectra.rows.layers import counted, membership
-from deepspectra.rows.projections import positive
+from deepspectra.rows.spectrum import Spectrum
 from deepspectra.rows.uses import Matrix
 
 
@@ -41,9 +42,7 @@ class KhatriRao:
     logit_cosine: Tensor
 
 
-def centred_spectrum(
-    uses: list[Matrix], parts: Decomposition, bases: dict[str, Tensor], name: str
-) -> GramSpectrum:
+def centred_spectrum(uses: list[Matrix], parts: Decomposition, averages: Averages, name: str) -> GramSpectrum:
     """Of Σ_t e_t (h_t − h̄)ᵀ, from inner products.
 
     With s = Σ_t e_t and q = Σ_t e_t (h_tᵀh̄) they are those of the gradients, less s qᵀ and its transpose, plus
@@ -57,9 +56,9 @@ def centred_spectrum(
     norms = mean.double().square().view(uses[0].groups, -1).sum(1)
     gram += (s * norms.repeat_interleave(s.shape[1] // len(norms))) @ s.T - s @ q.T - q @ s.T
     size = uses[0].slice.numel
-    basis = EigenBasis.of_gram(gram, bases, size, torch.finfo(parts.problem.dtype).eps)
+    spectrum = Spectrum.of_gram(gram, averages, size, torch.finfo(parts.problem.dtype).eps)
     provenance = Provenance.of_matrix(f"gradients of {name} with centred features", parts.problem, size=size)
-    return spectrum_of(basis, tuple(parts), provenance, began)
+    return spectrum_of(spectrum, provenance, began)
 
 
 def _summed(use: Matrix, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +69,7 @@ def _summed(use: Matrix, mean: Tensor) -> tuple[Tensor, Tensor]:
     return use.errors.sum(3).flatten(0, 1), weighted.flatten(0, 1)
 
 
-def khatri_rao(uses: list[Matrix], parts: Decomposition, bases: dict[str, Tensor]) -> KhatriRao:
+def khatri_rao(uses: list[Matrix], parts: Decomposition, averages: Averages) -> KhatriRao:
     """Means of gradients against products of means of features and errors."""
     member = membership(parts.rows)
     share = member / positive(member.sum(0))
@@ -87,13 +86,11 @@ def khatri_rao(uses: list[Matrix], parts: Decomposition, bases: dict[str, Tensor
         torch.full((num_classes,), torch.nan, dtype=torch.float64),
     )
     cells = tuple(torch.full((num_classes, num_classes), torch.nan, dtype=torch.float64) for _ in range(2))
-    cell_weights = parts.projections.cell_weights
-    scale = (cell_weights / positive(parts.projections.class_weights)[:, None]).sqrt()
-    means = bases["means"].view(-1, num_classes, num_classes)
+    by_class = parts.projections.by_class
+    means = averages.every.view(-1, num_classes, num_classes)
     for c in torch.nonzero(present).flatten().tolist():
         other = [k for k in range(num_classes) if k != c]
-        # the class mean is its cells' weighted sum: b_c = Σ_{k≠c} √(w_ck/w_c) b_ck
-        columns = torch.cat([means[:, c, other] @ scale[c, other, None], means[:, c, other]], 1)
+        columns = torch.cat([means[:, c] @ by_class[c, :, None], means[:, c, other]], 1)
         gradient, product = _pair(uses, sizes, columns, features[c])
         norms = gradient.norm(dim=1), product.norm(dim=1)
         cosines = (gradient * product).sum(1) / (norms[0] * norms[1]).clamp_min(
@@ -111,14 +108,10 @@ def khatri_rao(uses: list[Matrix], parts: Decomposition, bases: dict[str, Tensor
 def _logit_cosines(uses: list[Matrix], feature: Tensor, parts: Decomposition, means: Tensor) -> Tensor:
     """(C,) cosines between logit means and h̄ ⊗ e_k; `means` (R, C, C) are the columns of the cells' averages."""
     sizes = [use.num_examples for use in uses]
-    weights = parts.projections.cell_weights
-    num_classes = len(weights)
-    found = torch.full((num_classes,), torch.nan, dtype=torch.float64)
-    for k in range(num_classes):
-        others = [c for c in range(num_classes) if c != k and float(weights[c, k]) > 0]
-        if not others:
-            continue
-        column = means[:, others, k] @ weights[others, k].sqrt().to(means)[:, None]
+    by_logit = parts.projections.by_logit
+    found = torch.full((len(by_logit),), torch.nan, dtype=torch.float64)
+    for k in parts.projections.logit_weights.nonzero().flatten().tolist():
+        column = means[:, :, k] @ by_logit[:, k, None].to(means)
         gradient, product = _pair(uses, sizes, column, feature)
         scale = gradient.norm() * product.norm()
         found[k] = float((gradient * product).sum() / scale.clamp_min(torch.finfo(gradient.dtype).tiny))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.krylov import check_count
 from deepspectra.analysis.collapse import Collapse, collapse_of
-from deepspectra.analysis.gram_spectrum import EigenBasis, GramSpectrum, spectrum_of
+from deepspectra.analysis.gram_spectrum import GramSpectrum, spectrum_of
 from deepspectra.analysis.khatri_rao import KhatriRao, centred_spectrum, khatri_rao
 from deepspectra.analysis.kronecker_quality import KroneckerQuality, kronecker_quality
 from deepspectra.analysis.layer_blocks import SMALL
@@ -21,16 +21,17 @@ from deepspectra.errors import CurvatureError, FallbackWarning, MemoryBudgetErro
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem.problem import Problem
 from deepspectra.results import Provenance
+from deepspectra.rows.averages import Averages
 from deepspectra.rows.captures import parameters_of
 from deepspectra.rows.held import HeldRows, gram_of, moment_of
 from deepspectra.rows.layers import (
-    FEATURE_PARTS,
     counted,
     error_averages,
     feature_averages,
     layer_errors,
     layer_inputs,
 )
+from deepspectra.rows.spectrum import Spectrum
 from deepspectra.rows.uses import Lookup, Matrix, Use
 
 
@@ -194,12 +195,12 @@ def layers(
     parts = decompose(problem if dtype is None else problem.to(dtype), effects=effects, hold=True)
     rows = parts.rows
     assert isinstance(rows, HeldRows)
-    bases = error_averages(rows, parts.projections, tuple(parts))
+    averages = error_averages(rows, parts.projections, tuple(parts))
     found = []
     for name, uses in rows.by_layer():
         if progress is not None:
             progress(name)
-        found.append(_layer(name, uses, parts, bases))
+        found.append(_layer(name, uses, parts, averages))
     rows.release()
     if hessian:
         found = _with_hessian(parts.problem, found, num, progress)
@@ -224,7 +225,7 @@ def _with_hessian(
     return [replace(layer, hessian=blocks[layer.name]) for layer in found]
 
 
-def _layer(name: str, uses: list[list[Use]], parts: Decomposition, bases: dict[str, Tensor]) -> Layer:
+def _layer(name: str, uses: list[list[Use]], parts: Decomposition, averages: Averages) -> Layer:
     rows = parts.rows
     own = parameters_of(parts.problem, name)
     size = sum(value.numel() for value in own.values())
@@ -241,14 +242,12 @@ def _layer(name: str, uses: list[list[Use]], parts: Decomposition, bases: dict[s
         shape=tuple(first),
         num_parameters=size,
         features=None if features is None else _feature_spectrum(features, parts, name),
-        errors=None
-        if errors is None
-        else _row_spectrum(errors, bases, tuple(parts), parts, f"errors of {name}"),
-        gradients=_gradient_spectrum(uses, bases, size, parts, name),
-        khatri_rao=khatri_rao([batch[0] for batch in matrices], parts, bases) if single else None,
+        errors=None if errors is None else _row_spectrum(errors, averages, parts, f"errors of {name}"),
+        gradients=_gradient_spectrum(uses, averages, size, parts, name),
+        khatri_rao=khatri_rao([batch[0] for batch in matrices], parts, averages) if single else None,
         collapse=None if features is None else collapse_of(features, rows, name),
-        centred=centred_spectrum([batch[0] for batch in matrices], parts, bases, name)
-        if single and len(bases["means"]) <= SMALL
+        centred=centred_spectrum([batch[0] for batch in matrices], parts, averages, name)
+        if single and len(averages.every) <= SMALL
         else None,
     )
 
@@ -261,30 +260,28 @@ def _stacked(pieces: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(found) if one_width else None
 
 
-def _row_spectrum(
-    rows: Tensor, bases: dict[str, Tensor], names: tuple[str, ...], parts: Decomposition, what: str
-) -> GramSpectrum:
+def _row_spectrum(rows: Tensor, averages: Averages, parts: Decomposition, what: str) -> GramSpectrum:
     """Of rows that are held."""
     began = time.perf_counter()
-    basis = EigenBasis.of_rows(rows, bases, torch.finfo(parts.problem.dtype).eps)
-    return spectrum_of(basis, names, Provenance.of_rows(what, rows), began)
+    spectrum = Spectrum.of_rows(rows, averages, torch.finfo(parts.problem.dtype).eps)
+    return spectrum_of(spectrum, Provenance.of_rows(what, rows), began)
 
 
 def _gradient_spectrum(
-    uses: list[list[Use]], bases: dict[str, Tensor], size: int, parts: Decomposition, name: str
+    uses: list[list[Use]], averages: Averages, size: int, parts: Decomposition, name: str
 ) -> GramSpectrum:
     """Of a layer's gradients, from their inner products or from their second moment, whichever is smaller."""
     began = time.perf_counter()
-    num_rows = len(bases["means"])
+    num_rows = len(averages.every)
     _refuse_beyond_memory(parts.problem, min(num_rows, size), name)
     eps = torch.finfo(parts.problem.dtype).eps
-    basis = (
-        EigenBasis.of_moment(*moment_of(uses, bases), eps)
+    spectrum = (
+        Spectrum.of_moment(*moment_of(uses, averages), eps)
         if size < num_rows
-        else EigenBasis.of_gram(gram_of([uses]), bases, size, eps)
+        else Spectrum.of_gram(gram_of([uses]), averages, size, eps)
     )
     provenance = Provenance.of_matrix(f"gradients of {name}", parts.problem, size=size)
-    return spectrum_of(basis, tuple(parts), provenance, began)
+    return spectrum_of(spectrum, provenance, began)
 
 
 def _refuse_beyond_memory(problem: Problem, side: int, name: str) -> None:
@@ -301,5 +298,4 @@ def _feature_spectrum(features: Tensor, parts: Decomposition, name: str) -> Gram
     """Of (1/N) Σ h hᵀ: global mean, class means about it, scatter within classes."""
     weight = counted(parts.rows)
     scaled = features * (weight / weight.sum()).sqrt().to(features)[:, None]
-    averages = feature_averages(parts.rows)
-    return _row_spectrum(scaled, averages, FEATURE_PARTS, parts, f"features of {name}")
+    return _row_spectrum(scaled, feature_averages(parts.rows), parts, f"features of {name}")

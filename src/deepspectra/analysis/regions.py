@@ -5,31 +5,27 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from deepspectra.algorithms.krylov import check_count, seeded
-from deepspectra.analysis.gram_spectrum import EigenBasis, gradient_basis
+from deepspectra.analysis.gram_spectrum import gradient_spectrum
 from deepspectra.derivatives.products import products_of
-from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
+from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError, OptionWarning
 from deepspectra.operators.curvature import Hessian
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem.problem import Problem
 from deepspectra.results import ByLayer, Provenance
+from deepspectra.rows.averages import METHODS, WIDE, Averages
 from deepspectra.rows.captures import Complement
 from deepspectra.rows.held import HeldRows, gram_of
-from deepspectra.rows.layers import (
-    averages_of_members,
-    error_parts,
-    feature_parts,
-    membership,
-    reduced_averages,
-)
-from deepspectra.rows.projections import METHODS, TWO_WAY, WIDE, Projections, taken
-from deepspectra.rows.spectrum import without
+from deepspectra.rows.layers import error_rows, feature_rows, membership
+from deepspectra.rows.projections import TWO_WAY, Projections
+from deepspectra.rows.spectrum import Spectrum
 
 REGIONS = ("outliers", "bump", "bulk")
 REMOVED = (("class",), ("class", "logit"), ("interaction",), ("cross",), ("within",))
@@ -137,7 +133,7 @@ def regions(
     of: str = "gradients",
     *,
     method: str = "subtraction",
-    by_layer: bool = True,
+    by_layer: bool | None = None,
     num_groups: int | None = None,
     seed: int = 0,
     progress: Callable[[str], object] | None = None,
@@ -156,7 +152,8 @@ def regions(
             layers together.
         method: "subtraction", A − B, or "projection", (I − QQᵀ) A (I − QQᵀ) with Q a basis of B, which "within" and
             "residual" span too much for.
-        by_layer: whether to look at each layer, or at all together alone, which is as many times faster.
+        by_layer: whether to look at each layer, or at all together alone, which is as many times faster; by default
+            at each, where there are layers: not of the Hessian.
         num_groups: random groups of examples that are left out in turn, for standard errors; 0 for none. By default
             8, or as many as there are examples if that is less, and none for a single example.
         seed: of the groups.
@@ -186,6 +183,12 @@ def regions(
     check_count("num_groups", num_groups, 0, problem.num_examples)
     if num_groups == 1:
         raise OptionError("num_groups=1 leaves nothing when its group is left out; it is 0, or at least 2.")
+    if of == "hessian" and by_layer:
+        warnings.warn(
+            "regions: the Hessian is looked at as a whole; by_layer=True changes nothing.",
+            OptionWarning,
+            stacklevel=2,
+        )
     problem = problem.to(torch.float64) if of == "hessian" else problem  # rounding fills the gaps of its bulk
     parts = decompose(problem, effects="two-way", hold=True)
     judge = _Judge(parts, of, method, num_groups, seed)
@@ -199,7 +202,7 @@ def regions(
     for name, gram in _grams(parts, of):
         if progress is not None:
             progress(name)
-        if by_layer:
+        if by_layer is not False:
             found[name] = judge(gram)
         total = total + gram
     whole = next(iter(found.values())) if len(found) == 1 else judge(total)
@@ -214,7 +217,7 @@ def _grams(parts: Decomposition, of: str) -> Iterator[tuple[str, Tensor]]:
         for name, uses in rows.by_layer():
             yield name, gram_of([uses])
         return
-    split = feature_parts(rows) if of == "features" else error_parts(rows, parts.projections, TWO_WAY)
+    split = feature_rows(rows) if of == "features" else error_rows(rows)
     for name in split.matrices:
         yield name, split.layer(name).gram()
 
@@ -252,17 +255,17 @@ class _Judge:
     def __call__(self, gram: Tensor) -> Shifts:
         """Of the matrix whose inner products of rows these are."""
         return self.of_spectra(
-            EigenBasis.of_gram(gram[chosen][:, chosen], bases, len(gram), self.eps)
-            for chosen, bases in self.chosen(gram.device)
+            Spectrum.of_gram(gram[chosen][:, chosen], averages, len(gram), self.eps)
+            for chosen, averages in self.chosen(gram.device)
         )
 
-    def chosen(self, device: torch.device) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def chosen(self, device: torch.device) -> Iterator[tuple[Tensor, Averages]]:
         """Which rows are kept, and their averages: all, and all but each group."""
         for kept in self.subsets:
-            bases = self._averages(kept.to(self.rows.labels.device))
-            yield kept.repeat_interleave(self.each).to(device), bases
+            averages = self._averages(kept.to(self.rows.labels.device))
+            yield kept.repeat_interleave(self.each).to(device), averages
 
-    def of_spectra(self, spectra: Iterable[EigenBasis | _HessianBasis]) -> Shifts:
+    def of_spectra(self, spectra: Iterable[Spectrum]) -> Shifts:
         """Of a spectrum, given first, with errors from those without a group."""
         tables = [self._shifts(spectrum) for spectrum in spectra]
         errors = torch.full_like(tables[0], torch.nan)
@@ -272,45 +275,24 @@ class _Judge:
             errors = ((groups - 1) / groups * (left_out - left_out.mean(0)).square().sum(0)).sqrt()
         return Shifts(tuple(" + ".join(some) for some in self.removed), REGIONS, tables[0], errors)
 
-    def _averages(self, kept: Tensor) -> dict[str, Tensor]:
+    def _averages(self, kept: Tensor) -> Averages:
         """Averages of the examples that are kept."""
         rows = self.rows
         if self.of == "features":
-            return averages_of_members(membership(rows)[kept])
+            return Averages.of_members(membership(rows)[kept])
         projections = Projections(rows.weights[kept], rows.labels[kept])
-        return reduced_averages(Complement(rows.probabilities[kept]), projections, TWO_WAY)
+        return projections.averages(TWO_WAY, Complement(rows.probabilities[kept]).reduce)
 
-    def _shifts(self, basis: EigenBasis | _HessianBasis) -> Tensor:
-        rank = int((basis.values > basis.tiny).sum())  # what lies beyond is rounding
+    def _shifts(self, spectrum: Spectrum) -> Tensor:
+        rank = int((spectrum.values > spectrum.tiny).sum())  # what lies beyond is rounding
         first, last = (min(cut, rank) for cut in self.cuts)
         end = last + int(BULK_SHARE * (rank - last))
         cuts = (slice(0, first), slice(first, last), slice(last, end))
         found = []
         for removed in self.removed:
-            left = basis.without(removed, self.method)
-            found.append(torch.stack([_shift(basis.values[cut], left[cut]) for cut in cuts]))
+            left = spectrum.without(removed, self.method)
+            found.append(torch.stack([_shift(spectrum.values[cut], left[cut]) for cut in cuts]))
         return torch.stack(found).cpu()
-
-
-class _HessianBasis:
-    """H in the coordinates of an orthonormal basis of the space of gradients, and what parts are there.
-
-    Attributes:
-        values: eigenvalues, descending.
-        tiny: what is zero up to rounding.
-    """
-
-    def __init__(self, hessian: Tensor, rows: Tensor, bases: Mapping[str, Tensor], precision: float) -> None:
-        self.hessian = hessian
-        self.moment = rows.T @ rows  # G
-        self.coordinates = {name: rows.T @ basis.to(rows) for name, basis in bases.items()}
-        self.values = torch.linalg.eigvalsh(hessian).flip(0)
-        self.tiny = precision * len(hessian) * float(self.values[0])
-
-    def without(self, removed: Sequence[str], method: str = "subtraction") -> Tensor:
-        """All eigenvalues, descending, after parts are subtracted or projected out."""
-        gone = taken(removed, (*TWO_WAY, "residual"), method=method)
-        return without(self.hessian, self.moment, self.coordinates, gone, method)
 
 
 def _of_hessian(
@@ -320,17 +302,17 @@ def _of_hessian(
     rows = parts.rows
     assert isinstance(rows, HeldRows)
     groups = _hessians(rows, judge.groups) or [whole]
-    basis = gradient_basis(parts)
-    assert basis.vectors is not None
-    kept = basis.values > basis.tiny
+    spectrum = gradient_spectrum(parts)
+    assert spectrum.vectors is not None
+    kept = spectrum.values > spectrum.tiny
     if not bool(kept.any()):
         raise CurvatureError(
             "G is zero: gradients span no space in which the Hessian's regions could be looked at. Take another of "
             "'gradients', 'features' and 'errors', or a network whose outputs depend on these parameters."
         )
-    v, root = basis.vectors[:, kept], basis.values[kept].sqrt()
+    v, root = spectrum.vectors[:, kept], spectrum.values[kept].sqrt()
     turn, coordinates = v / root, v * root
-    del basis, v
+    del spectrum, v
     # The basis is Q = Aᵀ turn, and A Q = coordinates; Qᵀ H Q of each group of examples, column by column
     each = [torch.zeros(turn.shape[1], turn.shape[1], dtype=turn.dtype, device=turn.device) for _ in groups]
     for columns in torch.split(torch.arange(turn.shape[1]), BLOCK):
@@ -344,8 +326,8 @@ def _of_hessian(
     total = torch.stack(each).sum(0) if len(each) > 1 else each[0]
     left_out = (total - own for own in each) if judge.groups else ()
     shifts = judge.of_spectra(
-        _HessianBasis((matrix + matrix.T) / 2, coordinates[chosen], bases, judge.eps)
-        for matrix, (chosen, bases) in zip(
+        _in_gradients((matrix + matrix.T) / 2, coordinates[chosen], averages, judge.eps)
+        for matrix, (chosen, averages) in zip(
             itertools.chain([total], left_out), judge.chosen(total.device), strict=True
         )
     )
@@ -357,6 +339,12 @@ def _of_hessian(
         missed.append((whole @ vectors - vectors * theta).norm(dim=0) / theta)
     worst = float(torch.cat(missed).max()) if bool((values[-first:] > 0).all()) else math.nan
     return shifts, worst
+
+
+def _in_gradients(hessian: Tensor, rows: Tensor, averages: Averages, precision: float) -> Spectrum:
+    """H in coordinates of the space of gradients, whose rows there are given, with G as its moment."""
+    factors = averages.map(lambda basis: rows.T @ basis.to(rows))
+    return Spectrum(hessian, factors, moment=rows.T @ rows, precision=precision)
 
 
 def _hessians(rows: HeldRows, groups: list[Tensor]) -> list[Hessian | None]:

@@ -12,7 +12,7 @@ from deepspectra.algorithms.krylov import inner_products
 from deepspectra.analysis.class_means import ClassMeans
 from deepspectra.errors import OptionError
 from deepspectra.results import Provenance
-from deepspectra.rows.projections import positive
+from deepspectra.rows.averages import positive
 
 MOST_MEANS = 2500  # cross-class means that are placed
 FEWEST_MEANS = 4

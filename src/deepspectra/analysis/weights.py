@@ -13,8 +13,8 @@ from deepspectra.errors import LossError
 from deepspectra.problem.losses import CrossEntropy
 from deepspectra.problem.problem import Problem
 from deepspectra.results import ByLayer, Provenance
+from deepspectra.rows.averages import positive
 from deepspectra.rows.captures import Captures, layer_of
-from deepspectra.rows.projections import positive
 from deepspectra.rows.spectrum import range_of
 from deepspectra.rows.uses import Matrix, Use
 

@@ -76,7 +76,7 @@ def _view(found: Findings, name: str) -> _View | None:
     largest, zero = float(nodes.abs().max()), nodes == 0
     if name == "gauss_newton":
         eps = torch.finfo(torch.promote_types(found.problem.dtype, torch.float32)).eps
-        exact = eps * (len(nodes) if found.exact is not None else 1) * largest  # as in EigenBasis
+        exact = eps * (len(nodes) if found.exact is not None else 1) * largest  # as in Spectrum
         zero = nodes <= max(exact, -float(nodes.min()))
     if bool(zero.all()):
         return None

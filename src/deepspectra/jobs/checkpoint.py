@@ -16,14 +16,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from deepspectra.analysis.attribute import Attribution, Knockout
+from deepspectra.analysis.attribute import Attribution
 from deepspectra.analysis.gram_spectrum import GramSpectrum
+from deepspectra.analysis.knockouts import Knockout
 from deepspectra.errors import FileError, first_line
 from deepspectra.problem.batches import map_tensors
 from deepspectra.results import Cost, Density, Eigenpairs, Provenance, Separation
+from deepspectra.rows.averages import Averages
 
 RESULTS: list[Any] = [
-    *(Attribution, Cost, Density, Eigenpairs, GramSpectrum, Knockout, Provenance, Separation)
+    *(Attribution, Averages, Cost, Density, Eigenpairs, GramSpectrum, Knockout, Provenance, Separation)
 ]
 IDENTITY = "identity"
 SUFFIX = ".pt"

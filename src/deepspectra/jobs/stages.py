@@ -22,10 +22,23 @@ from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.krylov import Krylov, basis_capacity, inner_products, seeded
 from deepspectra.algorithms.overlap import overlap
-from deepspectra.analysis.attribute import ROWS_BYTES, Attribution, attribute, pair_shares, squared_norms
-from deepspectra.analysis.class_means import subspace_of
+from deepspectra.analysis.attribute import (
+    ROWS_BYTES,
+    Attribution,
+    Known,
+    attribute_known,
+    pair_shares,
+    squared_norms,
+)
 from deepspectra.analysis.gram_products import RowGram, gradient_trace, nonzero_density
-from deepspectra.analysis.gram_spectrum import GramSpectrum, gradient_basis, gradient_pairs, spectrum_of
+from deepspectra.analysis.gram_spectrum import (
+    GramSpectrum,
+    gradient_pairs,
+    gradient_spectrum,
+    spectrum_of,
+)
+from deepspectra.analysis.knockouts import Counter
+from deepspectra.analysis.principal_subspace import subspace_of
 from deepspectra.analysis.three_level_map import drawable, place
 from deepspectra.derivatives.products import Products, products_of
 from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetError
@@ -163,9 +176,9 @@ def _find_exact(found: Findings) -> None:
 
     def work(_: Report) -> tuple[GramSpectrum, Eigenpairs]:
         began = time.perf_counter()
-        basis = gradient_basis(parts)
-        exact = spectrum_of(basis, tuple(parts), Provenance.of_matrix("Gauss-Newton", parts.problem), began)
-        return exact, gradient_pairs(basis, parts, found.num, began)
+        spectrum = gradient_spectrum(parts)
+        exact = spectrum_of(spectrum, Provenance.of_matrix("Gauss-Newton", parts.problem), began)
+        return exact, gradient_pairs(spectrum, parts, found.num, began)
 
     exact, found.pairs["gauss_newton"] = found.ledger.run("exact spectrum of G", work)
     found.exact = exact
@@ -184,15 +197,13 @@ def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, max_prod
     """What the outliers of H owe to which part, in the basis that found them, which goes on growing."""
 
     def work(report: Report) -> Attribution:
-        return attribute(
-            hessian,
-            found.parts,
-            pairs=found.pairs["hessian"],
-            basis=_earlier_basis(found, hessian) if basis is None else basis,
-            shares=found.shares.get("hessian"),
-            max_products=max_products,
-            seed=found.seed,
-            progress=report,
+        known = Known(
+            found.pairs["hessian"],
+            _earlier_basis(found, hessian) if basis is None else basis,
+            found.shares.get("hessian"),
+        )
+        return attribute_known(
+            hessian, found.parts, known, max_products=max_products, seed=found.seed, products=Counter(report)
         )
 
     found.attribution = found.ledger.run("attribution of H", work)

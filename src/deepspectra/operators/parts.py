@@ -1,8 +1,9 @@
-"""The parts of the Gauss-Newton matrix: AᵀΠA for each projection Π."""
+"""The parts of a second moment AᵀA: AᵀΠA for each average Π of its rows, of G or of features and errors."""
 
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, overload
@@ -10,22 +11,87 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from deepspectra.errors import MissingNameError, OptionError
+from deepspectra.errors import MissingNameError, OptionError, OptionWarning
 from deepspectra.operators.base import LowRank, Operator, Projected, Sum
 from deepspectra.operators.curvature import Curvature
 from deepspectra.problem.losses import CrossEntropy, DrawnCrossEntropy
 from deepspectra.problem.problem import Problem
+from deepspectra.rows.averages import Averages
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held import HeldRows
-from deepspectra.rows.layers import RowParts, error_parts, feature_parts
-from deepspectra.rows.projections import FOUR_WAY, TWO_WAY, Projections, grouped
+from deepspectra.rows.layers import LayerRows, error_averages, error_rows, feature_averages, feature_rows
+from deepspectra.rows.projections import FOUR_WAY, TWO_WAY, Projections, collinear, grouped
 
 KINDS = ("gradients", "features", "errors")
 SMALL = ("class", "logit", "true")  # parts of rank at most C, held as factors
 
 
-class Decomposition(Mapping[str, "Part"]):
-    """The parts of G by name; they sum to G exactly, and each is positive semi-definite.
+class Parts(Mapping[str, Operator]):
+    """The parts of a second moment by name; they sum to it exactly, and each is positive semi-definite.
+
+    Attributes:
+        rows: A, of which it is AᵀA.
+        averages: of these rows.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names = names
+
+    def __getitem__(self, name: str) -> Operator:
+        if name not in self._names:
+            raise MissingNameError("part", name, self._names)
+        return self._part(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def _part(self, name: str) -> Operator:
+        raise NotImplementedError
+
+
+class LayerParts(Parts):
+    """The parts of the second moment of features or of errors.
+
+    Attributes:
+        of: "features" or "errors".
+        rows: those of every layer, one after the other.
+        matrices: layer → its rows (R, D).
+        averages: of these rows.
+    """
+
+    def __init__(self, of: str, rows: LayerRows, averages: Averages) -> None:
+        super().__init__(averages.parts)
+        self.of, self.rows, self.averages = of, rows, averages
+        self.matrices = rows.matrices
+
+    def layer(self, name: str) -> LayerParts:
+        """The same for one layer."""
+        return LayerParts(self.of, self.rows.layer(name), self.averages)
+
+    def _part(self, name: str) -> Operator:
+        return LayerPart(self, name)
+
+
+class LayerPart(Operator):
+    """XᵀΠX for one average. Cost: two products with X, 4 R D flops a column."""
+
+    def __init__(self, parts: LayerParts, part: str) -> None:
+        like = next(iter(parts.rows.matrices.values()))
+        name = f"{part} part of {parts.of}"
+        super().__init__(parts.rows.size, dtype=like.dtype, device=like.device, name=name)
+        self.parts = parts
+        self.part = part
+
+    def _apply(self, block: Tensor) -> Tensor:
+        rows, averages = self.parts.rows, self.parts.averages
+        return rows.transpose(averages.project(self.part, rows.apply(block)))
+
+
+class Decomposition(Parts):
+    """The parts of G.
 
     Attributes:
         rows: the gradients as rows.
@@ -46,25 +112,17 @@ class Decomposition(Mapping[str, "Part"]):
             raise OptionError(f"effects={effects!r}; it is 'four-way' or 'two-way'.")
         if effects == "four-way" and first != "class":
             raise OptionError("first= orders the two-way effects; the published four parts take no order.")
+        super().__init__(names[effects])
         self.problem = problem
         self.effects = effects
         self.rows = HeldRows(problem) if hold else GradientRows(problem)
         found = grouped(groups, problem.num_classes, self.rows.weights.device)
         self.projections = Projections(self.rows.weights, self.rows.labels, first=first, groups=found)
-        self._names = names[effects]
         self._factors: dict[str, Tensor] = {}
         self._reserved: weakref.finalize[..., Decomposition] | None = None  # memory set aside for the means
 
-    def __getitem__(self, name: str) -> Part:
-        if name not in self._names:
-            raise MissingNameError("part", name, self._names)
+    def _part(self, name: str) -> Part:
         return Part(self, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
     def factor(self, name: str) -> Tensor:
         """F (P, r) with F Fᵀ the part "class", "logit" or "true", or "means": all cells, r = C². Kept.
@@ -78,12 +136,10 @@ class Decomposition(Mapping[str, "Part"]):
     def _make_factor(self, name: str) -> Tensor:
         projections = self.projections
         if name == "class" and projections.first == "class":
-            # Σ_k p_{i,k} g_{i,k} = 0, so w_c g_c = −w_cc g_cc: no further gradient
-            own = projections.cell_weights.diagonal()
+            true, (classes, _) = self.factor("true"), collinear(projections.cell_weights)
+            scale = classes * projections.cell_weights.diagonal().sqrt()
             present = projections.class_weights > 0
-            ratio = (own / projections.class_weights)[present]
-            true = self.factor("true")
-            return -true[:, present] * ratio.sqrt().to(true)
+            return -true[:, present] * scale[present].to(true)
         if name == "means":
             return self.rows.cells(projections)
         basis = projections.basis(name)
@@ -219,7 +275,7 @@ def decompose(
     effects: str = "four-way",
     first: str = "class",
     groups: Tensor | Sequence[int] | None = None,
-) -> RowParts: ...
+) -> LayerParts: ...
 
 
 def decompose(
@@ -230,7 +286,7 @@ def decompose(
     first: str = "class",
     hold: bool = False,
     groups: Tensor | Sequence[int] | None = None,
-) -> Decomposition | RowParts:
+) -> Decomposition | LayerParts:
     """Split G, or the second moment of features or of errors, into parts made by averages over classes.
 
     Args:
@@ -269,8 +325,15 @@ def decompose(
         return parts
     assert isinstance(parts.rows, HeldRows)
     if of == "features":
-        return feature_parts(parts.rows, parts.projections.groups)
-    return error_parts(parts.rows, parts.projections, tuple(parts))
+        if effects != "four-way" or first != "class":
+            warnings.warn(
+                "decompose: features have no potential class; effects= and first= change nothing of them.",
+                OptionWarning,
+                stacklevel=2,
+            )
+        averages = feature_averages(parts.rows, parts.projections.groups)
+        return LayerParts(of, feature_rows(parts.rows), averages)
+    return LayerParts(of, error_rows(parts.rows), error_averages(parts.rows, parts.projections, tuple(parts)))
 
 
 def _problems_of(operator: Operator) -> Iterator[Problem]:

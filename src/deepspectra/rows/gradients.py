@@ -11,7 +11,8 @@ from deepspectra.derivatives.products import products_of
 from deepspectra.errors import LossError
 from deepspectra.problem.losses import CrossEntropy
 from deepspectra.problem.problem import Problem, check_problem
-from deepspectra.rows.projections import Projections, num_groups, positive
+from deepspectra.rows.averages import positive
+from deepspectra.rows.projections import Projections, num_groups
 
 
 class GradientRows:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from deepspectra.errors import MemoryBudgetError
 from deepspectra.problem.problem import Problem
+from deepspectra.rows.averages import Averages
 from deepspectra.rows.captures import Captures, Complement
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.projections import Projections
@@ -167,8 +168,8 @@ def gram_of(layers: Iterable[list[list[Use]]]) -> Tensor:
     return total.tril_() + total.tril(-1).T
 
 
-def moment_of(held: list[list[Use]], bases: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """AᵀA (P, P) and AᵀB for bases B (R, r), float64, of the gradients A (R, P) to one layer's parameters.
+def moment_of(held: list[list[Use]], averages: Averages) -> tuple[Tensor, Averages]:
+    """AᵀA (P, P) and the factors AᵀB of averages, float64, of the gradients A (R, P) to one layer's parameters.
 
     The other side of `gram_of`, for layers of fewer parameters than there are rows; the order of the parameters is
     that of the uses.
@@ -176,7 +177,9 @@ def moment_of(held: list[list[Use]], bases: Mapping[str, Tensor]) -> tuple[Tenso
     Cost: R P² multiplications; a batch's gradients are formed at a time.
     """
     stretches = _stretches(held)
-    moment, sums, start = torch.zeros(()), dict.fromkeys(bases, torch.zeros(())), 0
+    moment, start = torch.zeros(()), 0
+    bases = torch.cat([*averages.values(), averages.every], 1)
+    factors = bases[:0]
     for uses in held:
         pieces = []
         for stretch in stretches:
@@ -184,10 +187,11 @@ def moment_of(held: list[list[Use]], bases: Mapping[str, Tensor]) -> tuple[Tenso
             pieces.append(functools.reduce(torch.add, mine).flatten(0, 1))
         rows = torch.cat(pieces, 1)
         moment = moment + (rows.T @ rows).double()
-        for name, basis in bases.items():
-            sums[name] = sums[name] + (rows.T @ basis[start : start + len(rows)].to(rows)).double()
+        added = (rows.T @ bases[start : start + len(rows)].to(rows)).double()
+        factors = added if start == 0 else factors + added
         start += len(rows)
-    return moment, sums
+    each = iter(torch.split(factors, [basis.shape[1] for basis in (*averages.values(), averages.every)], 1))
+    return moment, averages.map(lambda _: next(each))
 
 
 def _stretch(use: Use) -> tuple[str, int, tuple[int, ...]]:

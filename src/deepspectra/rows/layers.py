@@ -1,63 +1,42 @@
 """Features and errors as rows: what enters each layer, and what backpropagation brings to its output.
 
-They are split as gradients are. The second moment of rows X is XᵀX, an average over classes is a projection
-Π = BBᵀ of sample space, and a part is XᵀΠX. Rows of features are h_i/√N, with the parts mean, class and within;
-rows of errors are √w_{i,k} e_{i,k}, with the parts of G.
+They are averaged as gradients are. Rows of features are h_i/√N, with the parts mean, class and within; rows of errors
+are √w_{i,k} e_{i,k}, with the parts of G.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from deepspectra.errors import CurvatureError, MemoryBudgetError, MissingNameError
-from deepspectra.operators.base import Operator
-from deepspectra.rows.captures import Complement, layer_of
+from deepspectra.rows.averages import Averages
+from deepspectra.rows.captures import layer_of
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held import HeldRows
-from deepspectra.rows.projections import Projections, num_groups, positive
+from deepspectra.rows.projections import Projections, num_groups
 from deepspectra.rows.uses import Convolution, Lookup, Matrix, Use
 
-FEATURE_PARTS = ("mean", "class", "within")
 
-
-class RowParts(Mapping[str, "RowPart"]):
-    """The parts of the second moment of features or errors by name; they sum to it exactly.
+class LayerRows:
+    """Rows X (R, D) of features or errors, the layers' one after the other.
 
     Attributes:
-        of: "features" or "errors".
-        matrices: layer → rows X (R, D); all layers one after the other are what the parts act on.
-        averages: part → B (R, r) with Π = BBᵀ; "means" is all of them together, and "within" what they leave.
+        matrices: layer → its columns of X.
         size: D of all layers.
     """
 
-    def __init__(
-        self, of: str, matrices: dict[str, Tensor], averages: dict[str, Tensor], names: tuple[str, ...]
-    ) -> None:
-        self.of = of
+    def __init__(self, matrices: Mapping[str, Tensor]) -> None:
         self.matrices = matrices
-        self.averages = averages
-        self.names = names
         self.size = sum(matrix.shape[1] for matrix in matrices.values())
 
-    def __getitem__(self, name: str) -> RowPart:
-        if name not in self.names:
-            raise MissingNameError("part", name, self.names)
-        return RowPart(self, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def layer(self, name: str) -> RowParts:
-        """The same for one layer."""
+    def layer(self, name: str) -> LayerRows:
+        """Those of one layer."""
         if name not in self.matrices:
             raise MissingNameError("layer", name, self.matrices)
-        return RowParts(self.of, {name: self.matrices[name]}, self.averages, self.names)
+        return LayerRows({name: self.matrices[name]})
 
     def gram(self) -> Tensor:
         """Inner products of the rows (R, R), float64."""
@@ -71,26 +50,6 @@ class RowParts(Mapping[str, "RowPart"]):
     def transpose(self, rows: Tensor) -> Tensor:
         """Xᵀ α for α (R, K): (D, K)."""
         return torch.cat([X.T @ rows for X in self.matrices.values()])
-
-    def project(self, part: str, rows: Tensor) -> Tensor:
-        """Π α for α (R, K)."""
-        basis = self.averages["means" if part == "within" else part].to(rows)
-        inside = basis @ (basis.T @ rows)
-        return rows - inside if part == "within" else inside
-
-
-class RowPart(Operator):
-    """XᵀΠX for one projection. Cost: two products with X, 4 R D flops a column."""
-
-    def __init__(self, parts: RowParts, part: str) -> None:
-        like = next(iter(parts.matrices.values()))
-        name = f"{part} part of {parts.of}"
-        super().__init__(parts.size, dtype=like.dtype, device=like.device, name=name)
-        self.parts = parts
-        self.part = part
-
-    def _apply(self, block: Tensor) -> Tensor:
-        return self.parts.transpose(self.parts.project(self.part, self.parts.apply(block)))
 
 
 def features_of(rows: HeldRows) -> dict[str, Tensor]:
@@ -108,16 +67,15 @@ def features_of(rows: HeldRows) -> dict[str, Tensor]:
     return _joined(pieces)
 
 
-def feature_parts(rows: HeldRows, groups: Tensor | None = None) -> RowParts:
-    """The parts of (1/N) Σ h hᵀ, by class or by groups of classes."""
+def feature_rows(rows: HeldRows) -> LayerRows:
+    """h_i/√N of every layer, 0 of rows that do not count. Raises and costs as `features_of`."""
     weight = counted(rows)
     root = (weight / weight.sum()).sqrt()[:, None]
-    scaled = {name: features * root.to(features) for name, features in features_of(rows).items()}
-    return RowParts("features", scaled, feature_averages(rows, groups), FEATURE_PARTS)
+    return LayerRows({name: features * root.to(features) for name, features in features_of(rows).items()})
 
 
-def error_parts(rows: HeldRows, projections: Projections, names: tuple[str, ...]) -> RowParts:
-    """The parts of Σ w e eᵀ, e the errors at the output of every layer that has a matrix, a kernel or a table.
+def error_rows(rows: HeldRows) -> LayerRows:
+    """√w_{i,k} e_{i,k} at the output of every layer that has a matrix, a kernel or a table, as N (C − 1) rows.
 
     Raises:
         CurvatureError: no such layer, or examples have unequal numbers of positions.
@@ -128,7 +86,7 @@ def error_parts(rows: HeldRows, projections: Projections, names: tuple[str, ...]
     pieces: dict[str, list[Tensor]] = {}
     for batch in rows.batches():
         _collect(pieces, layer_errors(batch.uses), rows, rows.num_reduced)
-    return RowParts("errors", _joined(pieces), error_averages(rows, projections, names), names)
+    return LayerRows(_joined(pieces))
 
 
 def layer_inputs(uses: list[Use]) -> dict[str, Tensor]:
@@ -169,31 +127,14 @@ def membership(rows: GradientRows, groups: Tensor | None = None) -> Tensor:
     return one_hot.double() * counted(rows)[:, None]
 
 
-def feature_averages(rows: GradientRows, groups: Tensor | None = None) -> dict[str, Tensor]:
-    """B (N, r) of "mean", the average of all rows, of "class", class averages about it, and of "means", both."""
-    return averages_of_members(membership(rows, groups))
+def feature_averages(rows: GradientRows, groups: Tensor | None = None) -> Averages:
+    """Of the N rows of features: "mean", and "class" about it."""
+    return Averages.of_members(membership(rows, groups))
 
 
-def averages_of_members(member: Tensor) -> dict[str, Tensor]:
-    """The same for rows of which class each is (n, C), zero where one does not count."""
-    by_class = (member / positive(member.sum(0)).sqrt())[:, member.any(0)]
-    mean = (member.sum(1) / member.sum().sqrt())[:, None]
-    return {"mean": mean, "class": by_class - mean @ (mean.T @ by_class), "means": by_class}
-
-
-def error_averages(rows: HeldRows, projections: Projections, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """B (R, r) of every part but "within", and of "means", for the reduced rows of errors and gradients."""
-    return reduced_averages(rows.complement, projections, names)
-
-
-def reduced_averages(
-    complement: Complement, projections: Projections, names: tuple[str, ...]
-) -> dict[str, Tensor]:
-    """The same for any examples, given their C − 1 coordinates."""
-    wanted = [*(name for name in names if name != "within"), "means"]
-    return {
-        name: complement.reduce(projections.expand(projections.basis(name))).flatten(0, 1) for name in wanted
-    }
+def error_averages(rows: HeldRows, projections: Projections, parts: tuple[str, ...]) -> Averages:
+    """Of the N (C − 1) rows of errors, and of held gradients."""
+    return projections.averages(parts, rows.complement.reduce)
 
 
 def _collect(

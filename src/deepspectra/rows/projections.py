@@ -20,23 +20,20 @@ exactly: `first` says whether class or logit keeps what both could explain.
 
 With many classes c and k may stand for groups of classes: then a cell is all of one group's examples and another
 group's potential classes, and all of the above holds as it is.
-
-What goes when a part is knocked out is said here too, once for all that knocks out: see `taken`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from deepspectra.errors import OptionError
+from deepspectra.rows.averages import Averages, positive
 
 FOUR_WAY = ("class", "cross", "within", "true")
 TWO_WAY = ("class", "logit", "interaction", "within", "true")
-WIDE = ("within", "residual")  # span too much to be projected out
-METHODS = ("subtraction", "projection")
 RANK_TOLERANCE = 1e-9
 
 
@@ -53,6 +50,8 @@ class Projections:
         num_classes: how many groups there are; below, C is that number.
         cell_weights: (C, C) w_{c,k} = Σ_{i∈c} w_{i,k}.
         class_weights: (C,) w_c = Σ_{k≠c} w_{c,k}.
+        logit_weights: (C,) Σ_{c≠k} w_{c,k}.
+        by_class, by_logit: (C, C) b_c and b'_k over cells: √w_c g_c = Σ_k by_class[c, k] √w_{c,k} g_{c,k}.
 
     Cost: arrays of N × C × K numbers; no parameter-sized vector is touched.
     """
@@ -73,9 +72,9 @@ class Projections:
         self._unit = (weights / self._by_row(positive(self.cell_weights))).sqrt()
         off = self.cell_weights.clone().fill_diagonal_(0)
         self.class_weights, self.logit_weights = off.sum(1), off.sum(0)
-        self._by_class = off.sqrt() / positive(self.class_weights).sqrt()[:, None]  # b_c over cells
-        self._by_logit = off.sqrt() / positive(self.logit_weights).sqrt()  # b'_k over cells
-        self._mixing = self._by_class * self._by_logit  # ⟨b_c, b'_k⟩
+        self.by_class = off.sqrt() / positive(self.class_weights).sqrt()[:, None]
+        self.by_logit = off.sqrt() / positive(self.logit_weights).sqrt()
+        self._mixing = self.by_class * self.by_logit  # ⟨b_c, b'_k⟩
         self._logit_mix = self._orthogonal_to(self._mixing if first == "class" else self._mixing.T)
 
     def _orthogonal_to(self, mixing: Tensor) -> Tensor:
@@ -143,6 +142,15 @@ class Projections:
                 norms.append(self.project_cells(part, cells).square().sum((0, 1)))
         return torch.stack(norms)
 
+    def averages(self, parts: tuple[str, ...], reduce: Callable[[Tensor], Tensor]) -> Averages:
+        """Bases (R, r) over rows in other coordinates, into which `reduce` takes each example's (N, C, r)."""
+
+        def rows(part: str) -> Tensor:
+            return reduce(self.expand(self.basis(part))).flatten(0, 1)
+
+        names = [part for part in parts if part != "within"]
+        return Averages({name: rows(name) for name in names}, rows("means"), parts, self.first)
+
     def basis(self, part: str) -> Tensor:
         """B (C, C, r) with Π = BBᵀ in cell coordinates: of orthonormal columns for "class", "logit" and "true".
 
@@ -153,8 +161,8 @@ class Projections:
             cells = cells.view(self.num_classes, self.num_classes, -1)
             return cells if part == "means" else self.project_cells(part, cells)
         eye = torch.eye(self.num_classes, dtype=self._root.dtype, device=self._root.device)
-        by_class = self._by_class[:, :, None] * eye[:, None, :]
-        by_logit = self._by_logit[:, :, None] * eye[None, :, :]
+        by_class = self.by_class[:, :, None] * eye[:, None, :]
+        by_logit = self.by_logit[:, :, None] * eye[None, :, :]
         if part == "true":
             return eye[:, :, None] * eye[:, None, :]
         if part == self.first:
@@ -167,48 +175,16 @@ class Projections:
         raise OptionError(f"{part!r} has no basis of cells.")
 
 
-def taken(
-    removed: Sequence[str], parts: Sequence[str], *, first: str = "class", method: str = "subtraction"
-) -> tuple[str, ...]:
-    """The parts that go when some are knocked out, by subtraction and by projection alike.
+def collinear(cell_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """1/√w_c and 1/√w_cc of every class (C,), 0 for an absent one: the class and the true mean from one sum.
 
-    * "class" takes "true" with it. Σ_k p_{i,k} g_{i,k} = 0 for each example, so w_{c,c} g_{c,c} = −w_c g_c: both are
-      made of the same vectors g_c, and G_class + G_true = Σ_c w_c (1 + w_c/w_{c,c}) g_c g_cᵀ. Without class alone
-      w_c/w_{c,c} times as much would stand where it stood: C − 1 times at initialisation. With first="logit" class
-      is only what the logit means leave of the g_c, and true goes when both go.
-    * "true" is true alone (to project it out is to project class out too: they span the same).
-    * "cross" is "logit" and "interaction" where it is split in two.
-    * "means" is all but "within" and "residual".
-
-    All of it holds for errors, for one layer's gradients and for groups of classes; features have no potential
-    class, and no true.
-
-    Args:
-        removed: names of parts, or of the two sums of parts above.
-        parts: the parts that there are.
-        first: the effect that came first in their making, as in `decompose`.
-        method: "subtraction" or "projection".
-
-    Returns:
-        Names of parts, each once, in the order of `parts`.
-
-    Raises:
-        OptionError: nothing is removed, a part that there is not, one that cannot be projected out, or an unknown
-            method.
+    Σ_k p_{i,k} g_{i,k} = 0 for each example, so w_c g_c = −w_cc g_cc = −Σ_{i∈c} w_{i,c} g_{i,c}. That sum times the
+    one is √w_c g_c, but for its sign, and times the other √w_cc g_cc.
     """
-    if method not in METHODS:
-        raise OptionError(f"method={method!r}; it is 'subtraction' or 'projection'.")
-    averages = [name for name in parts if name not in WIDE]
-    sums = {"means": averages}
-    if "interaction" in parts:
-        sums["cross"] = ["logit", "interaction"]
-    known = [*averages, *sums, *(name for name in parts if name in WIDE and method == "subtraction")]
-    if not removed or not set(removed) <= set(known):
-        raise OptionError(f"removed={tuple(removed)}: name some of {', '.join(known)}.")
-    gone = {part for name in removed for part in sums.get(name, [name])}
-    if gone >= ({"class"} if first == "class" else {"class", "logit"}):
-        gone.add("true")
-    return tuple(name for name in parts if name in gone)
+    own = cell_weights.diagonal()
+    classes = cell_weights.clone().fill_diagonal_(0).sum(1)
+    there = (own > 0) & (classes > 0)
+    return positive(classes).rsqrt() * there, positive(own).rsqrt() * (own > 0)
 
 
 def grouped(groups: Tensor | Sequence[int] | None, num_classes: int, device: torch.device) -> Tensor | None:
@@ -239,8 +215,3 @@ def grouped(groups: Tensor | Sequence[int] | None, num_classes: int, device: tor
 def num_groups(groups: Tensor | None, num_classes: int) -> int:
     """How many groups there are; without, each class is its own."""
     return num_classes if groups is None else int(groups.max()) + 1
-
-
-def positive(weights: Tensor) -> Tensor:
-    """Weights with zeros replaced by one: an absent class divides nothing by one."""
-    return weights.where(weights > 0, 1)

@@ -1,60 +1,147 @@
-"""A symmetric matrix without some of its parts, and which ranks are more than rounding."""
+"""The spectrum of a symmetric matrix and of its parts, in coordinates in which averages are small matrices.
+
+A part of AᵀA is Φ Φᵀ in any orthonormal coordinates U, Φ = UᵀAᵀB. Three matrices are looked at in this way: Λ in G's
+own eigenvectors (features and errors alike), the Hessian in the space of gradients, and either of them in a Krylov
+basis that it leads beyond, which asks `left` alone. With A Aᵀ = V Λ Vᵀ, Φ = Λ^½ Vᵀ B: the matrix of the smaller side
+will do.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from deepspectra.rows.averages import Averages, taken
+
 RANK_RTOL = 1e-6  # of the largest: a smaller singular value or eigenvalue is rounding
 
 
-def without(
-    matrix: Tensor,
-    moment: Tensor,
-    coordinates: Mapping[str, Tensor],
-    gone: Collection[str],
-    method: str = "subtraction",
-) -> Tensor:
-    """All eigenvalues, descending, of a matrix A without parts.
+class Spectrum:
+    """A symmetric matrix and the averages in it.
 
     Args:
-        matrix: A (R, R), in any orthonormal coordinates.
-        moment: (R, R), the sum of the parts there; A itself if it has no other.
-        coordinates: part → Φ (R, r), the part being Φ Φᵀ; "means" is all of them together.
-        gone: names of `coordinates`; "within", what the means leave of the moment; "residual", what A has beyond it.
-            What goes with what is for `taken` to say.
-        method: "subtraction", A − B, or "projection", (I − QQᵀ) A (I − QQᵀ) with Q a basis of B.
+        matrix: (R, R), or its eigenvalues (R,), descending, if the coordinates are those of its eigenvectors.
+        averages: Φ (R, r) by name, each part being Φ Φᵀ; "within" is what they leave of the moment.
+        moment: (R, R) what the parts sum to, if the matrix has a "residual" beyond.
+        precision: relative rounding of the rows.
+        vectors: V (N, R) of the Gram matrix of rows, if that was looked at.
+
+    Attributes:
+        values: eigenvalues, descending.
+        tiny: what is zero of them up to rounding.
     """
-    phi = _together(coordinates, gone)
-    if method == "projection":
-        q = range_of(phi)
-        half = matrix - q @ (q.T @ matrix)
-        left = half - (half @ q) @ q.T
-    else:
-        left = moment if "residual" in gone else matrix
+
+    def __init__(
+        self,
+        matrix: Tensor,
+        averages: Averages,
+        *,
+        moment: Tensor | None = None,
+        precision: float = 0.0,
+        vectors: Tensor | None = None,
+    ) -> None:
+        self.values = matrix if matrix.ndim == 1 else torch.linalg.eigvalsh(matrix).flip(0)
+        self.averages = averages
+        self.tiny = precision * len(self.values) * float(self.values[0])
+        self.vectors = vectors
+        self._matrix, self._moment = matrix, moment
+
+    @classmethod
+    def of_gram(cls, gram: Tensor, averages: Averages, most: int, precision: float) -> Spectrum:
+        """From A Aᵀ (N, N) and averages of the rows, of which at most so many eigenvalues differ from zero."""
+        values, vectors = torch.linalg.eigh(gram)
+        num = min(len(values), most)
+        values, vectors = values.flip(0)[:num].clamp_min(0), vectors.flip(1)[:, :num]
+        root = values.sqrt()[:, None]
+        seen = averages.map(lambda basis: root * (vectors.T @ basis.to(root)))
+        return cls(values, seen, precision=precision, vectors=vectors)
+
+    @classmethod
+    def of_moment(cls, moment: Tensor, factors: Averages, precision: float) -> Spectrum:
+        """From AᵀA (D, D) and AᵀB (D, r)."""
+        values, vectors = torch.linalg.eigh(moment)
+        seen = factors.map(lambda factor: vectors.flip(1).T @ factor)
+        return cls(values.flip(0).clamp_min(0), seen, precision=precision)
+
+    @classmethod
+    def of_rows(cls, rows: Tensor, averages: Averages, precision: float) -> Spectrum:
+        """From the rows A (N, D) themselves, by their smaller side."""
+        if rows.shape[1] >= len(rows):
+            return cls.of_gram((rows @ rows.T).double(), averages, rows.shape[1], precision)
+        factors = averages.map(lambda basis: (rows.T @ basis.to(rows)).double())
+        return cls.of_moment((rows.T @ rows).double(), factors, precision)
+
+    def part(self, name: str) -> tuple[Tensor, Tensor]:
+        """The non-zero eigenvalues of a part, descending, and its quadratic form with each eigenvector (R,).
+
+        In coordinates of eigenvectors.
+        """
+        if name == "within":
+            found, forms = self.without(("means",)), self.values - self.averages.every.square().sum(1)
+        else:
+            phi = self.averages[name]
+            gram = phi.T @ phi if phi.shape[1] <= len(phi) else phi @ phi.T
+            found, forms = torch.linalg.eigvalsh(gram).flip(0), phi.square().sum(1)
+        return found[found > self.tiny], forms
+
+    def without(self, removed: Sequence[str], method: str = "subtraction") -> Tensor:
+        """All eigenvalues, descending, after parts are taken away.
+
+        Args:
+            removed: names of averages, "within", "residual", or a sum of parts; what goes with what, `taken` says.
+            method: "subtraction", A − B, or "projection", (I − QQᵀ) A (I − QQᵀ) with Q a basis of B.
+        """
+        averages = self.averages
+        parts = averages.parts if self._moment is None else (*averages.parts, "residual")
+        gone = taken(removed, parts, first=averages.first, method=method)
+        matrix = torch.diag(self.values) if self._matrix.ndim == 1 else self._matrix
+        moment = matrix if self._moment is None else self._moment
+        rest = moment if "residual" in gone else matrix
         if "within" in gone:
-            means = coordinates["means"]
-            left = left - moment + means @ means.T
-        left = left - phi @ phi.T
-    found: Tensor = torch.linalg.eigvalsh(left).flip(0)
-    return found
+            rest = rest - moment + averages.every @ averages.every.T
+        _, rest = left(rest, averages.together(gone), method)
+        found: Tensor = torch.linalg.eigvalsh(rest).flip(0)
+        return found if self._moment is not None else found.clamp_min(0)
 
 
-def _together(coordinates: Mapping[str, Tensor], gone: Collection[str]) -> Tensor:
-    """Φ (R, ·) of all that is gone."""
-    averages = [name for name in coordinates if name != "means"]
-    if set(averages) <= set(gone):
-        return coordinates["means"]
-    means = coordinates["means"]
-    return torch.cat([means[:, :0], *(coordinates[name] for name in averages if name in gone)], 1)
+def left(image: Tensor, phi: Tensor, method: str) -> tuple[Tensor, Tensor]:
+    """What is left of a matrix without a part, on the first l of m orthonormal coordinates.
+
+    Args:
+        image: (m, l) what the matrix makes of those l.
+        phi: (m, r), the part being Φ Φᵀ.
+        method: "subtraction" or "projection".
+
+    Returns:
+        S (m, k), orthonormal columns that stay within the l, and what the matrix without the part makes of them.
+    """
+    rows, columns = image.shape
+    start = torch.eye(rows, columns, dtype=image.dtype, device=image.device)
+    if method == "subtraction":
+        return start, image - phi @ phi[:columns].T
+    q = range_of(phi)
+    if rows == columns:
+        image = image - (image @ q) @ q.T  # all of the space: no need for a basis of what is orthogonal to Q
+    else:
+        # Q reaches beyond the l coordinates; what of them is orthogonal to it is where (I − QQᵀ) changes nothing
+        start = start @ _null_space(q[:columns].T)
+        image = image @ start[:columns]
+    return start, image - q @ (q.T @ image)
 
 
 def range_of(columns: Tensor) -> Tensor:
     """Orthonormal columns that span the given ones, up to rounding."""
     inner, singular, _ = torch.linalg.svd(columns, full_matrices=False)
     basis: Tensor = inner[:, significant(singular)]
+    return basis
+
+
+def _null_space(rows: Tensor) -> Tensor:
+    """Orthonormal columns that these rows (r, m) map to zero."""
+    _, singular, right = torch.linalg.svd(rows, full_matrices=True)
+    basis: Tensor = right[int(significant(singular).sum()) :].T
     return basis
 
 

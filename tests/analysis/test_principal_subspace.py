@@ -9,7 +9,7 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra import errors, zoo
-from deepspectra.analysis.sampled_subspace import residual_norm
+from deepspectra.analysis.principal_subspace import residual_norm
 from deepspectra.operators.base import Operator
 from deepspectra.rows.importance import importance, inclusion, num_enough, systematic
 

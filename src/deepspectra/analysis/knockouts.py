@@ -1,0 +1,228 @@
+"""Knock-outs of means from the top of a spectrum, in one subspace that grows until they are settled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepspectra.algorithms.krylov import Krylov
+from deepspectra.operators.parts import Decomposition, Means
+from deepspectra.results import Eigenpairs
+from deepspectra.rows.averages import METHODS, taken
+from deepspectra.rows.projections import TWO_WAY, collinear
+from deepspectra.rows.spectrum import left
+
+EDGE_RTOL = 5e-2  # its eigenvalue is then right to about its square
+NEWEST = 3  # directions of residuals, or vectors beside the pairs, that a restart keeps
+STILL = 2  # products over which the edge must not move
+KNOCKOUT_RTOL = 0.05  # residual, relative to the value, at which a knock-out's eigenvalue is settled
+Progress = Callable[[int, int | None], object]
+
+
+@dataclass(frozen=True)
+class Knockout:
+    """The top of the spectrum after parts are taken away.
+
+    Attributes:
+        removed: what is taken away, by name; () for nothing, ("means",) for every mean.
+        method: "subtraction", A − B, or "projection", (I − QQᵀ) A (I − QQᵀ) with Q a basis of B.
+        values: eigenvalues of what is left, descending; lower bounds, by Rayleigh-Ritz.
+        residual_norms: an eigenvalue lies within so much of each value.
+        num_outliers: values above the threshold.
+        num_outliers_at_most: values that reach it when their residual norm is added.
+        parts: all that is gone then: with class also true, whose means are collinear with the class means.
+    """
+
+    removed: tuple[str, ...]
+    method: str
+    values: Tensor
+    residual_norms: Tensor
+    num_outliers: int
+    num_outliers_at_most: int
+    parts: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        removed: tuple[str, ...],
+        method: str,
+        values: Tensor,
+        residuals: Tensor,
+        threshold: float,
+        gone: tuple[str, ...],
+    ) -> Knockout:
+        """Counted: these values (K,) and their residual norms are left."""
+        values, residuals = values.cpu(), residuals.cpu().double()
+        return cls(
+            removed=removed,
+            method=method,
+            values=values,
+            residual_norms=residuals,
+            num_outliers=int((values > threshold).sum()),
+            num_outliers_at_most=int((values + residuals > threshold).sum()),
+            parts=gone,
+        )
+
+    @property
+    def name(self) -> str:
+        """For tables: "class + logit"."""
+        return " + ".join(self.removed) or "nothing"
+
+
+class Counter:
+    """Adds up the products of several computations for one progress report."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.total = 0
+        self._progress = progress
+
+    def within(self) -> Progress:
+        """A report for an algorithm that counts its own products."""
+        before = self.total
+
+        def report(done: int, _expected: int | None) -> None:
+            self.total = before + done
+            if self._progress is not None:
+                self._progress(self.total, None)
+
+        return report
+
+    def add(self, num_products: int) -> None:
+        """Products made outside an algorithm that reports its own."""
+        self.within()(num_products, None)
+
+
+class KnockoutSpace:
+    """A growing subspace Q of R^P with A Q, in which the operator is asked what it is without some means.
+
+    Everything asked is answered by small matrices: with rows E = [Q, W] of the Krylov basis, A Q = E T, and the
+    factors of class, logit and true means, appended to W, are E Φ. Rayleigh-Ritz values are lower bounds and
+    residual norms are measured; Q grows along the residuals of what is not settled yet.
+    """
+
+    def __init__(self, krylov: Krylov, num: int, products: Counter) -> None:
+        self.krylov, self.num, self.products = krylov, num, products
+        self.columns: dict[str, slice] = {}
+
+    def make_room(self, rows: int, wanted: Tensor | None = None) -> Tensor | None:
+        """Restart if so many rows are not free, with the largest Ritz vectors and the wanted (m, k).
+
+        Returns the new basis in the old (m, l), if there is one.
+        """
+        krylov = self.krylov
+        if krylov.num_free >= min(rows, krylov.operator.shape[0] - krylov.num_rows):
+            return None
+        newest = min(NEWEST, krylov.num_pending)
+        ritz = krylov.ritz().coefficients.flip(1)
+        wanted = ritz[:, :0] if wanted is None else wanted
+        keep = max(self.num, len(krylov.rows) - krylov.num_fixed - rows - newest)
+        kept: Tensor = torch.linalg.qr(torch.cat([wanted, ritz[:, : keep - wanted.shape[1]]], 1))[0]
+        residuals = torch.linalg.svd(krylov.projected[krylov.num_basis :] @ kept)[0]
+        krylov.contract(kept, residuals[:, :newest])
+        return kept
+
+    def include(self, factors: dict[str, Tensor]) -> None:
+        """Append the ranges of the factors, named for `left`."""
+        for name, factor in factors.items():  # one by one: each takes as much again while it is added
+            before = self.krylov.tracked.shape[1]
+            self.krylov.append(factor.T, track=True)
+            self.columns[name] = slice(before, before + factor.shape[1])
+
+    def include_true(self, parts: Decomposition) -> None:
+        """The true means, collinear with the class means if class took what it shares with logit."""
+        projections = parts.projections
+        if projections.first == "logit":
+            self.include({"true": parts.factor("true")})
+            return
+        present = projections.class_weights > 0
+        scale = collinear(projections.cell_weights)[1] * projections.class_weights.sqrt()
+        tracked = self.krylov.tracked
+        before = tracked.shape[1]
+        added = tracked[:, self.columns["class"]] * scale[present].cpu()
+        self.krylov.tracked = torch.cat([tracked, added], 1)
+        self.columns["true"] = slice(before, before + added.shape[1])
+
+    def left(self, gone: tuple[str, ...], method: str, num: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Without these parts: the largest Ritz values, their residual norms and directions in W."""
+        size = self.krylov.num_basis
+        factor = torch.cat([self.krylov.tracked[:, self.columns[name]] for name in gone], 1)
+        start, image = left(self.krylov.projected, factor, method)  # of Q under A, in coordinates of E
+        projected = start.T @ image
+        values, s = torch.linalg.eigh((projected + projected.T) / 2)
+        values, s = values.flip(0)[:num], s.flip(1)[:, :num]
+        residuals = image @ s - start @ (s * values)
+        squares = residuals.square().sum(0) + self.krylov.lost_squares((start @ s)[:size])
+        return values, squares.clamp_min(0).sqrt(), residuals[size:]
+
+    def grow(self, directions: Tensor) -> None:
+        """One product, along the leading one of directions in W (columns)."""
+        self.krylov.turn(torch.linalg.svd(directions)[0][:, 0])
+        self.krylov.expand(1)
+        self.products.add(1)
+
+    def bulk_edge(self, means: Means, most: int) -> tuple[Tensor, Tensor]:
+        """The largest eigenvalue of A − M Mᵀ, for all the means M (P, C²), and its residual norm."""
+        krylov = self.krylov
+        overlaps = torch.zeros(0, means.num, dtype=torch.float64)
+        before: list[float] = []
+        while True:
+            fresh = krylov.rows[krylov.num_fixed + len(overlaps) : krylov.num_fixed + krylov.num_basis]
+            overlaps = torch.cat([overlaps, means.coordinates(fresh.T).T.cpu().double()])
+            top = krylov.projected[: krylov.num_basis] - overlaps @ overlaps.T
+            values, largest = torch.linalg.eigh((top + top.T) / 2)
+            value, s = values[-1], largest[:, -1:]
+            coordinates = krylov.projected @ s
+            coordinates[: krylov.num_basis] -= s * value
+            vector = krylov.combine(coordinates) - means.combine(overlaps.T @ s)
+            residual = (vector.norm().cpu().double() ** 2 + krylov.lost_squares(s)).sqrt()
+            before.append(float(value))
+            settled = len(before) > STILL and before[-1] - before[-1 - STILL] <= EDGE_RTOL**2 * abs(
+                before[-1]
+            )
+            if (settled and residual <= EDGE_RTOL * value.abs()) or len(before) > most:
+                return value[None], residual
+            if krylov.num_free < 2:
+                kept = self.make_room(len(krylov.rows) // 4, largest[:, -NEWEST:])
+                overlaps = overlaps if kept is None else kept.T @ overlaps
+            direction = krylov.append(vector.T)[krylov.num_basis :]
+            if not bool(direction.any()):  # nothing is left but rounding, or the basis spans R^P
+                return value[None], residual
+            self.grow(direction)
+
+
+def _matters(values: Tensor, norms: Tensor, threshold: float) -> Tensor:
+    """Which of the descending values may be outliers, and the first."""
+    return (values + 2 * norms > threshold) | (torch.arange(len(values)) == 0)
+
+
+def knockouts(
+    space: KnockoutSpace, parts: Decomposition, pairs: Eigenpairs, threshold: float, most: int
+) -> list[Knockout]:
+    """Every knock-out of class, logit and both, in one subspace that grows until all are settled.
+
+    A Ritz value is settled when its residual is small, or keeps it below the threshold; the largest always matters.
+    """
+    space.include({name: parts.factor(name) for name in ("class", "logit")})
+    space.include_true(parts)
+    first = parts.projections.first
+    cases = [
+        (removed, method, taken(removed, TWO_WAY, first=first, method=method))
+        for removed in (("class",), ("logit",), ("class", "logit"))
+        for method in METHODS
+    ]
+    for step in range(most + 1):
+        found = [space.left(gone, method, len(pairs.values)) for _, method, gone in cases]
+        unsettled = [
+            directions[:, (norms > KNOCKOUT_RTOL * values.abs()) & _matters(values, norms, threshold)]
+            for values, norms, directions in found
+        ]
+        if step == most or not sum(directions.numel() for directions in unsettled):
+            break
+        space.grow(torch.cat(unsettled, 1))
+    return [
+        Knockout.of(removed, method, values, norms, threshold, gone)
+        for (removed, method, gone), (values, norms, _) in zip(cases, found, strict=True)
+    ]

@@ -223,6 +223,17 @@ def test_the_commands_and_their_options_are_these(folder):
         assert option in words
 
 
+def test_every_command_that_makes_a_problem_spells_the_same_options(folder):
+    words = {command: run(command, "--help", cwd=folder).stdout for command in COMMANDS if command != "demo"}
+    common = ("model", "data", "data-root", "per-class", "epochs", "out", "memory", "device", "seed")
+    for command, text in words.items():
+        assert [option for option in common if f"--{option} " not in text] == [], command
+        assert ("--at " in text, "--checkpoint " in text) == ((command not in ("compare", "study"),) * 2), (
+            command
+        )
+        assert ("--resume " in text) == (command == "analyze")
+
+
 def test_the_demo_ends_with_its_verdict_and_its_report(tmp_path):
     done = run("demo", "--out", "here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

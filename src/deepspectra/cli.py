@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import typer
-import xarray as xr
 
-from deepspectra import zoo
 from deepspectra.analysis.class_groups import class_groups
 from deepspectra.analysis.compare import compare
-from deepspectra.analysis.layers import Layers, layers
-from deepspectra.analysis.regions import NUM_GROUPS, regions
+from deepspectra.analysis.layers import layers
+from deepspectra.analysis.regions import NUM_GROUPS, Regions, regions
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
 from deepspectra.analysis.study import study
 from deepspectra.errors import DeepSpectraError, OptionError
@@ -23,13 +24,15 @@ from deepspectra.jobs.analyze import Analysis, analyze, save_series
 from deepspectra.jobs.checkpoint import forget
 from deepspectra.jobs.compare import comparison_dataset
 from deepspectra.jobs.layers import layer_dataset
-from deepspectra.jobs.pages import check_writable, load_page, save_page
+from deepspectra.jobs.pages import check_writable, load_page, save_page, write_page, write_pages
 from deepspectra.jobs.regions import regions_dataset
 from deepspectra.jobs.study import STUDIES, study_dataset
-from deepspectra.jobs.targets import CONSOLE, Choice, chosen_problem, moments
+from deepspectra.jobs.targets import CONSOLE, Choice, Moment, Out, Seed, chosen_problem, moments
 from deepspectra.problem.problem import Problem
-from deepspectra.report.page import write, write_series
 from deepspectra.rows.averages import METHODS
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 app = typer.Typer(
     add_completion=False,
@@ -41,27 +44,8 @@ app = typer.Typer(
 Target = Annotated[
     str | None, typer.Argument(help="file.py:function or package.module:function that returns a Problem.")
 ]
-ModelName = Annotated[
-    str | None, typer.Option(help=f"Zoo model, by default mlp: {', '.join(zoo.MODEL_NAMES)}.")
-]
-DataName = Annotated[
-    str | None, typer.Option(help=f"Zoo data set, by default digits: {', '.join(zoo.DATA_NAMES)}.")
-]
-DataRoot = Annotated[
-    Path | None, typer.Option(envvar="DEEPSPECTRA_DATA", help="Folder of the data set's files.")
-]
-Checkpoint = Annotated[
-    Path | None, typer.Option(help="Trained weights (safetensors, or a PyTorch state dict).")
-]
-PerClass = Annotated[int | None, typer.Option(help="Examples a class; all by default.")]
-Epochs = Annotated[int | None, typer.Option(help="Epochs of training, if no checkpoint.")]
-Memory = Annotated[str | None, typer.Option(help='Memory budget, such as "8GiB".')]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda.")]
-Out = Annotated[Path, typer.Option(help="Directory of the results and the report.")]
-Seed = Annotated[int, typer.Option(help="Seed of the training and of every random vector.")]
-At = Annotated[
-    str | None, typer.Option(help="Also after these epochs of training, such as 0,1,5; one report of all.")
-]
+Command = Callable[..., None]
+LAST = ("at", "resume", "seed")  # of a command's options
 MALLOC_OPTIONS = {
     -3: 2**31 - 1,
     -1: 2**31 - 1,
@@ -92,26 +76,50 @@ def _keep_freed_memory() -> None:
             library.mallopt(option, value)
 
 
+def _command(name: str, *, out: str, without: tuple[str, ...] = ()) -> Callable[[Command], Command]:
+    """Register a command, whose parameter `chosen` is spelled as the options of `Choice`, but for some."""
+    kinds = get_type_hints(Choice, include_extras=True)
+    defaults = Choice._field_defaults | {"out": Path(out)}
+    spelled = {
+        field: inspect.Parameter(
+            field, inspect.Parameter.KEYWORD_ONLY, default=defaults[field], annotation=kinds[field]
+        )
+        for field in Choice._fields
+        if field not in without
+    }
+
+    def register(function: Command) -> Command:
+        @functools.wraps(function)
+        def command(**options: object) -> None:
+            chosen = {field: options.pop(field) for field in spelled}
+            function(**options, chosen=Choice(**chosen))  # type: ignore[arg-type]  # Typer has checked them
+
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(function, eval_str=True).parameters.values():
+            if parameter.name == "chosen":
+                parameters += [option for field, option in spelled.items() if field not in LAST]
+            else:
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+        parameters += [spelled[field] for field in LAST if field in spelled]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return app.command(name)(command)
+
+    return register
+
+
 @app.command()
 def demo(out: Out = Path("deepspectra-demo"), seed: Seed = 0) -> None:
     """Train a small network on the embedded digits, analyse it and write the report."""
     check_writable(out)
-    problem, names, model, data = chosen_problem(None, Choice(seed=seed), out)
-    _finish(analyze(problem, seed=seed, model=model, data=data, class_names=names), out)
+    problem, names, (model, data, _) = chosen_problem(None, Choice(out=out, seed=seed))
+    _finish(analyze(problem, seed=seed).labelled(model=model, data=data, class_names=names), out)
 
 
-@app.command("analyze")
+@_command("analyze", out="deepspectra-run")
 def analyze_command(
     target: Target = None,
-    model: ModelName = None,
-    data: DataName = None,
-    data_root: DataRoot = None,
-    checkpoint: Checkpoint = None,
-    per_class: PerClass = None,
-    epochs: Epochs = None,
-    out: Out = Path("deepspectra-run"),
-    memory: Memory = None,
-    device: Device = None,
+    *,
+    chosen: Choice,
     num: Annotated[int | None, typer.Option(help="Top eigenpairs of H and of G.")] = None,
     num_probes: Annotated[int | None, typer.Option(help="Probes of each density.")] = None,
     num_steps: Annotated[int | None, typer.Option(help="Krylov steps of each probe.")] = None,
@@ -119,43 +127,36 @@ def analyze_command(
     groups: Annotated[
         int | None, typer.Option(help="Average over so many groups of classes, by their logits.")
     ] = None,
-    at: At = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Keep finished stages in OUT; go on from those of a stopped run."),
-    ] = False,
-    seed: Seed = 0,
 ) -> None:
     """Analyse your own problem (TARGET), or a model of the zoo on one of its data sets.
 
     What --num, --num-probes, --num-steps and --rtol are by default follows from the size of the problem.
     """
-    check_writable(out)
-    chosen = Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed, resume)
-    series, kept = {}, []
-    for moment in moments(target, chosen, out, at):
-        stages = moment.place / STAGES if resume else None
-        owner = None if groups is None else class_groups(moment.problem, groups, seed=seed)
+    check_writable(chosen.out)
+    series, folders = {}, []
+    for moment in moments(target, chosen):
+        stages = moment.out / STAGES if chosen.resume else None
+        owner = None if groups is None else class_groups(moment.problem, groups, seed=chosen.seed)
         names = moment.class_names if owner is None else _group_names(moment.class_names, owner.tolist())
-        series[moment.label] = analyze(
+        found = analyze(
             moment.problem,
             num=num,
             num_probes=num_probes,
             num_steps=num_steps,
             rtol=rtol,
-            seed=seed,
-            title=f"Spectrum of {target}" if target else "",
-            model=moment.model,
-            data=moment.data,
-            class_names=names,
+            seed=chosen.seed,
             groups=owner,
             resume=stages,
         )
-        _finish(series[moment.label], moment.place)
-        kept += [] if stages is None else [stages]
+        model, data, _ = moment.labels
+        title = f"Spectrum of {target}" if target else ""
+        found = found.labelled(title=title, model=model, data=data, class_names=names)
+        series[moment.label] = found
+        _finish(found, moment.out)
+        folders += [] if stages is None else [stages]
     if len(series) > 1:
-        typer.echo(f"All: {save_series(series, out / 'report.html')}")
-    for folder in kept:
+        typer.echo(f"All: {save_series(series, chosen.out / 'report.html')}")
+    for folder in folders:
         forget(folder)
 
 
@@ -166,44 +167,84 @@ def _group_names(names: list[str] | None, owner: list[int]) -> list[str]:
     return [", ".join(some[:2]) + (f" +{len(some) - 2}" if len(some) > 2 else "") for some in members]
 
 
-@app.command("layers")
+@_command("layers", out="deepspectra-run", without=("resume",))
 def layers_command(
     target: Target = None,
-    model: ModelName = None,
-    data: DataName = None,
-    data_root: DataRoot = None,
-    checkpoint: Checkpoint = None,
-    per_class: PerClass = None,
-    epochs: Epochs = None,
-    out: Out = Path("deepspectra-run"),
-    memory: Memory = None,
-    device: Device = None,
+    *,
+    chosen: Choice,
     kronecker: Annotated[
         bool, typer.Option(help="Judge KFAC, EKFAC and CFAC too, which takes longer.")
     ] = False,
-    at: At = None,
-    seed: Seed = 0,
 ) -> None:
     """Features, errors and gradients of every layer, exactly: for up to about 12,000 examples × (classes − 1)."""
-    check_writable(out)
-    chosen = Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed)
+
+    def look(moment: Moment) -> tuple[str, xr.Dataset]:
+        _warn_of_long_spectra(moment.problem)
+        with CONSOLE.status("layers") as status:
+            found = layers(
+                moment.problem,
+                kronecker=JUDGED if kronecker else (),
+                progress=lambda *now: status.update(f"layer {now[2]}"),
+            )
+        return str(found), layer_dataset(found, moment.problem, moment.labels)
+
+    _look_at_moments(target, chosen, "layers", look)
+
+
+@_command("regions", out="deepspectra-run", without=("resume",))
+def regions_command(
+    target: Target = None,
+    *,
+    chosen: Choice,
+    of: Annotated[str, typer.Option(help="Whose spectra, in any order.")] = ",".join(KINDS_OF_REGIONS),
+    method: Annotated[str, typer.Option(help=f"{' or '.join(METHODS)}.")] = METHODS[0],
+    num_groups: Annotated[
+        int | None,
+        typer.Option(
+            help="Groups of examples left out in turn, for standard errors; 0 for none; by default 8."
+        ),
+    ] = None,
+) -> None:
+    """Which part makes outliers, bump and bulk: exact knock-outs in decades, for up to some hundred examples."""
+    kinds = list(dict.fromkeys(kind.strip() for kind in of.split(",")))
+    if not set(kinds) <= set(KINDS_OF_REGIONS):
+        raise OptionError(f"--of {of}: expected some of {', '.join(KINDS_OF_REGIONS)}.")
+
+    def look(moment: Moment) -> tuple[str, xr.Dataset]:
+        groups = NUM_GROUPS if num_groups is None else num_groups
+        _warn_of_long_spectra(moment.problem, spectra=(groups + 1) * SPECTRA_OF_REGIONS)
+        with CONSOLE.status("regions") as status:
+
+            def of_kind(kind: str) -> Regions:
+                def show(done: int, total: int | None, name: str) -> None:
+                    status.update(f"{kind}: {name} ({done} of {total} done)")
+
+                return regions(
+                    moment.problem,
+                    kind,
+                    method=method,
+                    num_groups=num_groups,
+                    seed=chosen.seed,
+                    progress=show,
+                )
+
+            found = [of_kind(kind) for kind in kinds]
+        return "\n\n".join(map(str, found)), regions_dataset(found, moment.problem, moment.labels)
+
+    _look_at_moments(target, chosen, "regions", look)
+
+
+def _look_at_moments(
+    target: str | None, chosen: Choice, stem: str, look: Callable[[Moment], tuple[str, xr.Dataset]]
+) -> None:
+    """A page of each moment, and one of all if there are several; `look` gives what is said and saved of each."""
+    check_writable(chosen.out)
     series = {}
-    for moment in moments(target, chosen, out, at):
-        found = _layers_of(moment.problem, kronecker=kronecker)
-        dataset = layer_dataset(found, moment.problem, model=moment.model, data=moment.data, seed=seed)
-        _finish_page(found, dataset, moment.place, "layers")
-        series[moment.label] = dataset
-    _finish_series(series, out, "layers")
-
-
-def _layers_of(problem: Problem, *, kronecker: bool) -> Layers:
-    _warn_of_long_spectra(problem)
-    with CONSOLE.status("layers") as status:
-        return layers(
-            problem,
-            kronecker=JUDGED if kronecker else (),
-            progress=lambda *now: status.update(f"layer {now[2]}"),
-        )
+    for moment in moments(target, chosen):
+        said, series[moment.label] = look(moment)
+        _finish_page(said, series[moment.label], moment.out, stem)
+    if len(series) > 1:
+        typer.echo(f"All: {write_pages(series, chosen.out / f'{stem}.html')}")
 
 
 def _warn_of_long_spectra(problem: Problem, spectra: int = 1) -> None:
@@ -217,115 +258,49 @@ def _warn_of_long_spectra(problem: Problem, spectra: int = 1) -> None:
         )
 
 
-@app.command("regions")
-def regions_command(
-    target: Target = None,
-    model: ModelName = None,
-    data: DataName = None,
-    data_root: DataRoot = None,
-    checkpoint: Checkpoint = None,
-    per_class: PerClass = None,
-    epochs: Epochs = None,
-    out: Out = Path("deepspectra-run"),
-    memory: Memory = None,
-    device: Device = None,
-    of: Annotated[str, typer.Option(help="Whose spectra, in any order.")] = ",".join(KINDS_OF_REGIONS),
-    method: Annotated[str, typer.Option(help=f"{' or '.join(METHODS)}.")] = METHODS[0],
-    num_groups: Annotated[
-        int | None,
-        typer.Option(
-            help="Groups of examples left out in turn, for standard errors; 0 for none; by default 8."
-        ),
-    ] = None,
-    at: At = None,
-    seed: Seed = 0,
-) -> None:
-    """Which part makes outliers, bump and bulk: exact knock-outs in decades, for up to some hundred examples."""
-    check_writable(out)
-    chosen = Choice(model, data, data_root, checkpoint, per_class, epochs, memory, device, seed)
-    kinds = list(dict.fromkeys(kind.strip() for kind in of.split(",")))
-    if not set(kinds) <= set(KINDS_OF_REGIONS):
-        raise OptionError(f"--of {of}: expected some of {', '.join(KINDS_OF_REGIONS)}.")
-    series = {}
-    for moment in moments(target, chosen, out, at):
-        groups = NUM_GROUPS if num_groups is None else num_groups
-        _warn_of_long_spectra(moment.problem, spectra=(groups + 1) * SPECTRA_OF_REGIONS)
-        found = []
-        with CONSOLE.status("regions") as status:
-            for kind in kinds:
-
-                def show(done: int, total: int | None, name: str, kind: str = kind) -> None:
-                    status.update(f"{kind}: {name} ({done} of {total} done)")
-
-                found.append(
-                    regions(
-                        moment.problem, kind, method=method, num_groups=num_groups, seed=seed, progress=show
-                    )
-                )
-        dataset = regions_dataset(found, moment.problem, model=moment.model, data=moment.data, seed=seed)
-        _finish_page("\n\n".join(map(str, found)), dataset, moment.place, "regions")
-        series[moment.label] = dataset
-    _finish_series(series, out, "regions")
-
-
-@app.command("compare")
-def compare_command(
-    first: Target = None,
-    second: Target = None,
-    model: ModelName = None,
-    data: DataName = None,
-    data_root: DataRoot = None,
-    per_class: PerClass = None,
-    epochs: Epochs = None,
-    out: Out = Path("deepspectra-compare"),
-    memory: Memory = None,
-    device: Device = None,
-    seed: Seed = 0,
-) -> None:
+@_command("compare", out="deepspectra-compare", without=("checkpoint", "at", "resume"))
+def compare_command(first: Target = None, second: Target = None, *, chosen: Choice) -> None:
     """Do two networks share eigenspaces? Your own two problems (FIRST and SECOND), or two trainings of the zoo."""
     if (first is None) != (second is None):
         raise OptionError("compare takes two targets, or none and a model of the zoo, trained twice.")
-    check_writable(out)
+    check_writable(chosen.out)
+    seed = chosen.seed
     problems = []
-    for j, target in enumerate((first, second)):
-        chosen = Choice(model, data, data_root, None, per_class, epochs, memory, device, seed + j)
-        problem, _, name, source = chosen_problem(target, chosen, out / f"seed-{seed + j}", draw=seed)
+    for target, one in zip((first, second), _seeds(chosen, chosen.out, 2), strict=True):
+        problem, _, labels = chosen_problem(target, one, draw=seed)
         problems.append(problem)
     with CONSOLE.status("comparing") as status:
         found = compare(*problems, seed=seed, progress=lambda *now: status.update(f"layer {now[2]}"))
-    dataset = comparison_dataset(found, problems[0], model=name, data=source, seed=seed)
-    _finish_page(found, dataset, out, "compare")
+    dataset = comparison_dataset(found, problems[0], labels._replace(seed=seed))
+    _finish_page(str(found), dataset, chosen.out, "compare")
 
 
-@app.command("study")
+def _seeds(chosen: Choice, out: Path, num: int) -> list[Choice]:
+    """The same network, to be trained from several seeds."""
+    seeds = range(chosen.seed, chosen.seed + num)
+    return [chosen._replace(out=out / f"seed-{seed}", seed=seed) for seed in seeds]
+
+
+@_command("study", out="deepspectra-study", without=("checkpoint", "at", "resume"))
 def study_command(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(STUDIES)}.")],
-    model: ModelName = None,
-    data: DataName = None,
-    data_root: DataRoot = None,
-    per_class: PerClass = None,
-    epochs: Epochs = None,
+    *,
+    chosen: Choice,
     networks: Annotated[int, typer.Option(min=1, help="Trainings of each variant.")] = 2,
-    out: Out = Path("deepspectra-study"),
-    memory: Memory = None,
-    device: Device = None,
-    seed: Seed = 0,
 ) -> None:
     """Train a network of the zoo in several variants, and measure every layer of each."""
     if name not in STUDIES:
         raise OptionError(f"there is no study {name!r}; there are {', '.join(STUDIES)}.")
-    check_writable(out)
+    check_writable(chosen.out)
     variants: dict[str, list[Problem]] = {}
     for variant in STUDIES[name]:
-        for j in range(networks):
-            chosen = Choice(model, data, data_root, None, per_class, epochs, memory, device, seed + j)
-            place = out / variant.name.replace(" ", "-") / f"seed-{seed + j}"
-            problem, _, network, source = chosen_problem(None, chosen, place, draw=seed, variant=variant)
+        for one in _seeds(chosen, chosen.out / variant.name.replace(" ", "-"), networks):
+            problem, _, labels = chosen_problem(None, one, draw=chosen.seed, variant=variant)
             variants.setdefault(variant.name, []).append(problem)
     with CONSOLE.status("measuring") as status:
-        found = study(variants, seed=seed, progress=lambda *now: status.update(now[2]))
-    dataset = study_dataset(found, problem, name=name, model=network, data=source, seed=seed)
-    _finish_page(found, dataset, out, "study")
+        found = study(variants, seed=chosen.seed, progress=lambda *now: status.update(now[2]))
+    dataset = study_dataset(found, problem, labels._replace(seed=chosen.seed), name=name)
+    _finish_page(str(found), dataset, chosen.out, "study")
 
 
 @app.command()
@@ -341,9 +316,9 @@ def report(
     path = out or directories[-1] / "report.html"
     check_writable(path.parent)
     if len(series) > 1:
-        write_series(series, path)
+        write_pages(series, path)
     else:
-        write(next(iter(series.values())), path)
+        write_page(next(iter(series.values())), path)
     typer.echo(f"Report: {path}")
 
 
@@ -357,19 +332,11 @@ def _finish(result: Analysis, out: Path) -> None:
         typer.echo(f"Report: {result.to_html(out / 'report.html')}")
 
 
-def _finish_page(found: object, dataset: xr.Dataset, out: Path, stem: str) -> None:
-    typer.echo(f"\n{found}\n\n{dataset.attrs['verdict']}\n")
+def _finish_page(said: str, dataset: xr.Dataset, out: Path, stem: str) -> None:
+    typer.echo(f"\n{said}\n\n{dataset.attrs['verdict']}\n")
     path = save_page(dataset, out, stem)
     typer.echo(f"Results: {path.parent}")
     typer.echo(f"Report: {path}")
-
-
-def _finish_series(series: dict[str, xr.Dataset], out: Path, stem: str) -> None:
-    """One page of all, if there are several."""
-    if len(series) > 1:
-        path = out / f"{stem}.html"
-        write_series(series, path)
-        typer.echo(f"All: {path}")
 
 
 if __name__ == "__main__":

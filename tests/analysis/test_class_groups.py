@@ -241,8 +241,8 @@ def test_an_analysis_by_groups(tmp_path) -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
     y = labels(40, 5)
     problem = ds.Problem(model, (torch.randn(40, 6), y))
-    options = {"num_probes": 2, "num_steps": 8, "progress": False}
-    found = ds.analyze(problem, groups=[0, 0, 1, 2, 2], class_names=["a", "b", "c"], **options)
+    found = ds.analyze(problem, groups=[0, 0, 1, 2, 2], num_probes=2, num_steps=8, progress=False)
+    found = found.labelled(class_names=["a", "b", "c"])
     assert found.dataset["class"].values.tolist() == ["a", "b", "c"]
     counts = torch.bincount(torch.tensor([0, 0, 1, 2, 2])[y]).tolist()
     assert found.dataset["class_count"].values.tolist() == counts
@@ -252,4 +252,4 @@ def test_an_analysis_by_groups(tmp_path) -> None:
     page = found.to_html(tmp_path / "report.html").read_text()
     assert "3 groups of 5 classes" in page
     with pytest.raises(OptionError, match="2 class names for 3"):
-        ds.analyze(problem, groups=[0, 0, 1, 2, 2], class_names=["a", "b"], **options)
+        found.labelled(class_names=["a", "b"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import deepspectra as ds
 from deepspectra.analysis.regions import OF, Shifts
 from deepspectra.errors import DataError, LossError, MemoryBudgetError, OptionError
-from deepspectra.jobs.pages import save_page
+from deepspectra.jobs.pages import Labels, save_page
 from deepspectra.jobs.regions import CLAIMS, regions_dataset, sentences
 from deepspectra.report.drawing import save_chart
 from deepspectra.report.region_charts import region_shifts
@@ -304,7 +304,7 @@ def test_the_dataset_and_the_verdict_are_the_shifts() -> None:
     case, _ = case_and_reference("relu_mlp")
     problem = case.problem()
     found = [ds.regions(problem, of, num_groups=3) for of in ("gradients", "hessian", "features")]
-    dataset = regions_dataset(found, problem, model="small", data="noise", seed=1)
+    dataset = regions_dataset(found, problem, Labels("small", "noise", seed=1))
     layers = list(found[0])
     assert list(dataset["place"].values) == ["all layers", *layers]
     gradients, hessian, features = found

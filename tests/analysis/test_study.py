@@ -14,6 +14,7 @@ from deepspectra import zoo
 from deepspectra.analysis import layer_blocks
 from deepspectra.analysis.study import LEFT, MEASURES
 from deepspectra.errors import OptionError, ShapeError
+from deepspectra.jobs.pages import Labels
 from deepspectra.jobs.study import STUDIES, sentences, study_dataset
 from nets import labels
 
@@ -94,7 +95,7 @@ def test_it_says_what_falls_and_what_rises(found) -> None:
     assert said[1].startswith("From plain to batch norm")
     assert f"{float(ratios[0]):.3g}, then {float(ratios[1]):.3g}" in said[2]
     assert str(found).count("batch norm") >= 3
-    dataset = study_dataset(found, problem(0), name="batch-norm", model="small", data="noise")
+    dataset = study_dataset(found, problem(0), Labels("small", "noise"), name="batch-norm")
     assert dataset["study"].dims == ("variant", "layer", "measured", "sample")
     assert dataset.attrs["title"] == "Study of batch-norm: small on noise"
     assert "accuracy" not in dataset.attrs

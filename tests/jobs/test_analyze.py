@@ -36,8 +36,8 @@ def analysed(route, problem=None):
     with pytest.MonkeyPatch.context() as patch:
         if route == "products":
             patch.setattr(stages, "EXACT_ROWS", 0)
-        options = {"num_probes": 2, "num_steps": 24, "progress": False, "model": "mlp", "data": "digits"}
-        return ds.analyze(problem or trained(), **options)
+        found = ds.analyze(problem or trained(), num_probes=2, num_steps=24, progress=False)
+        return found.labelled(model="mlp", data="digits")
 
 
 @pytest.fixture(scope="module", params=["exact", "products"])
@@ -334,9 +334,21 @@ def test_a_foreign_netcdf_file_is_refused(analysis, tmp_path):
         ds.load(tmp_path)
 
 
-def test_class_names_must_be_one_a_class():
-    with pytest.raises(errors.OptionError, match="class names"):
-        ds.analyze(trained(), class_names=["a", "b"], progress=False)
+def test_class_names_must_be_one_a_class(analysis):
+    with pytest.raises(errors.OptionError, match="2 class names for 10"):
+        analysis.labelled(class_names=["a", "b"])
+
+
+def test_labels_change_names_and_no_number(analysis):
+    names = [f"digit {c}" for c in range(10)]
+    named = analysis.labelled(model="net", class_names=names)
+    assert named.dataset.attrs["title"] == "Spectrum of net on digits"
+    assert named.labelled(title="Mine").dataset.attrs["title"] == "Mine"
+    for axis in ("class", "cross_class", "class_other"):
+        assert named.dataset[axis].values.tolist() == names
+    assert analysis.dataset["class"].values.tolist() == [str(c) for c in range(10)]
+    for name, values in analysis.dataset.data_vars.items():
+        np.testing.assert_array_equal(named.dataset[name].values, values.values)
 
 
 def test_another_loss_has_no_class_structure():

@@ -17,7 +17,7 @@ from deepspectra import errors, zoo
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.krylov import Krylov
 from deepspectra.jobs import stages
-from deepspectra.jobs.checkpoint import Kept, forget
+from deepspectra.jobs.checkpoint import FinishedStages, forget
 from deepspectra.jobs.ledger import Ledger
 from deepspectra.jobs.targets import Choice, chosen_problem, moments
 
@@ -111,14 +111,14 @@ def test_stages_of_another_computation_are_refused(tmp_path, monkeypatch):
     with pytest.raises(errors.FileError, match="data was"):
         analysed(tmp_path, ds.Problem(network, (data.inputs, labels)))
     order = torch.randperm(len(data))
-    assert Kept(tmp_path, {})  # nothing asked, nothing refused
+    assert FinishedStages(tmp_path, {})  # nothing asked, nothing refused
     shuffled = ds.Problem(network, (data.inputs[order], data.targets[order]))
     with stopped_in(monkeypatch, "top eigenpairs of H"), pytest.raises(KeyboardInterrupt):
         analysed(tmp_path, shuffled)  # the same examples
     smoothed = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
     with pytest.raises(errors.FileError, match="loss was"):
         analysed(tmp_path, ds.Problem(network, (data.inputs, data.targets), loss=smoothed))
-    Kept(tmp_path, {}).write("a result", torch.ones(1))
+    FinishedStages(tmp_path, {}).write("a result", torch.ones(1))
     (tmp_path / "identity.pt").unlink()
     with pytest.raises(errors.FileError, match="does not say of what"):
         analysed(tmp_path, first)
@@ -143,7 +143,7 @@ def test_what_is_kept_runs_no_code(tmp_path):
         def __reduce__(self):
             return (print, ("code ran",))
 
-    kept = Kept(tmp_path, {"seed": 0})
+    kept = FinishedStages(tmp_path, {"seed": 0})
     torch.save(Trap(), tmp_path / "trap.pt")
     with pytest.raises(errors.FileError):
         kept.read("trap")
@@ -153,7 +153,7 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     file = tmp_path / "file"
     file.write_text("in the way")
     with pytest.raises(errors.FileError, match="cannot be written"):
-        Kept(file, {"seed": 0})
+        FinishedStages(file, {"seed": 0})
 
 
 def test_a_basis_goes_on_from_its_state():
@@ -202,7 +202,7 @@ def test_what_is_the_users_is_left_alone(tmp_path):
     (mine / "weights.pt").write_text("mine too")
     forget(mine)
     assert len(list(mine.iterdir())) == 2
-    kept = Kept(tmp_path / "own", {"seed": 0})
+    kept = FinishedStages(tmp_path / "own", {"seed": 0})
     kept.write("result", torch.ones(3))
     (tmp_path / "own" / "notes.txt").write_text("mine")
     forget(tmp_path / "own")
@@ -210,19 +210,20 @@ def test_what_is_the_users_is_left_alone(tmp_path):
 
 
 def test_training_is_skipped_only_if_all_that_it_leaves_is_there(tmp_path):
-    chosen = Choice(per_class=3, epochs=2, resume=True)
+    chosen = Choice(per_class=3, epochs=2, out=tmp_path, resume=True)
     trained = tmp_path / "model.safetensors"
-    chosen_problem(None, chosen, tmp_path)
+    chosen_problem(None, chosen)
     first = trained.stat().st_mtime_ns
-    chosen_problem(None, chosen, tmp_path)
+    chosen_problem(None, chosen)
     assert trained.stat().st_mtime_ns == first
-    moments(None, chosen, tmp_path, "0,1")  # snapshots were not asked for before
+    chosen = chosen._replace(at="0,1")
+    moments(None, chosen)  # snapshots were not asked for before
     assert trained.stat().st_mtime_ns > first
     again = trained.stat().st_mtime_ns
-    assert [m.label for m in moments(None, chosen, tmp_path, "0,1")] == ["epoch 0", "epoch 1", "end"]
+    assert [m.label for m in moments(None, chosen)] == ["epoch 0", "epoch 1", "end"]
     assert trained.stat().st_mtime_ns == again
     other = tmp_path / "other"
-    moments(None, chosen._replace(seed=1), other, "1")
+    moments(None, chosen._replace(seed=1, out=other, at="1"))
     (other / "epoch-1" / "model.safetensors").replace(tmp_path / "epoch-1" / "model.safetensors")
     with pytest.raises(errors.FileError, match=r"epoch-1.* was trained otherwise"):
-        moments(None, chosen, tmp_path, "0,1")
+        moments(None, chosen)

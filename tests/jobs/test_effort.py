@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import deepspectra as ds
-from deepspectra.jobs.effort import EFFORTS, effort_for, with_operations
+from deepspectra.jobs.effort import EFFORTS, count_operations, effort_for
 from deepspectra.jobs.ledger import Ledger
 
 
@@ -32,7 +32,7 @@ def test_a_gradient_takes_three_forward_passes_of_two_operations_a_multiplicatio
     net, shape, multiplications
 ):
     problem = problem_of(net(), torch.randn(10, *shape))
-    value, operations = with_operations(problem, problem.loss)
+    value, operations = count_operations(problem, problem.loss)
     assert value == problem.loss()
     least = 6 * 10 * problem.num_parameters
     assert operations == max(6 * 10 * multiplications, least)
@@ -48,7 +48,7 @@ def test_what_pytorch_does_not_count_takes_two_operations_a_parameter():
             return self.out(self.cell(x)[0][:, -1])
 
     problem = problem_of(Recurrent(), torch.randn(8, 4, 3))
-    assert with_operations(problem, problem.loss)[1] >= 6 * 8 * problem.num_parameters
+    assert count_operations(problem, problem.loss)[1] >= 6 * 8 * problem.num_parameters
 
 
 def test_effort_follows_size_and_falls():
@@ -66,7 +66,7 @@ def test_a_slow_machine_does_the_same(monkeypatch):
         ledger.gradient_seconds = 100.0
         return 100.0
 
-    monkeypatch.setattr(Ledger, "_timed", minutes)
+    monkeypatch.setattr(Ledger, "_time_gradient", minutes)
     slow = ds.analyze(problem, progress=False).dataset
     timed = [name for name in quick if name.startswith("cost_") or name == "subspace_gradients"]
     assert slow.attrs["gradient_seconds"] == 100

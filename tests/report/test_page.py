@@ -17,14 +17,13 @@ from deepspectra import report
 from deepspectra.errors import DataError, FileError, OptionError
 from deepspectra.jobs.compare import comparison_dataset
 from deepspectra.jobs.layers import layer_dataset
-from deepspectra.jobs.pages import load_dataset, measured, save_dataset
+from deepspectra.jobs.pages import Labels, load_dataset, measured, save_dataset
 from deepspectra.jobs.regions import regions_dataset
 from deepspectra.jobs.study import study_dataset
 from deepspectra.report import render
-from deepspectra.report.captions import FIGURES
 from deepspectra.report.drawing import PART_COLOURS, number
-from deepspectra.report.page import _citation
-from deepspectra.report.tables import tables_section
+from deepspectra.report.figures import FIGURES
+from deepspectra.report.page import _citation, tables_section
 from deepspectra.report.text import escaped, percent, quantity
 
 OPERATORS = ["hessian", "gauss_newton", "residual"]
@@ -519,7 +518,7 @@ def test_the_caption_says_what_the_curves_do_not_show(dataset):
         "unresolved_share": [0.8, 0.0, 0.7],
     }.items():
         told[name] = ("operator", values)
-    text = re.sub(r"<[^>]+>", "", FIGURES["spectrum"][2](told))
+    text = re.sub(r"<[^>]+>", "", FIGURES["spectrum"].captioned(told))
     assert "95.7% of the eigenvalues of G are zero" in text
     assert "the estimate's own: of H up to |λ| = 0.003, with 80.0% of all eigenvalues and R up to" in text
     assert "R up to |λ| = 0.002, with 70.0% of all eigenvalues." in text
@@ -635,7 +634,7 @@ def layers_page():
         torch.nn.Linear(48, 3),
     ).eval()
     problem = ds.Problem(model, (torch.randn(30, 1, 6, 6), torch.arange(30) % 3))
-    return render(layer_dataset(ds.layers(problem), problem, data="<noise>"))
+    return render(layer_dataset(ds.layers(problem), problem, Labels(data="<noise>")))
 
 
 LAYER_CHARTS = ("layer_spectra", "layer_densities", "layer_traces", "layer_products", "layer_collapse")
@@ -680,7 +679,7 @@ def small_analysis(seed, name):
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
     problem = ds.Problem(model, (torch.randn(18, 4), torch.arange(18) % 3))
-    return ds.analyze(problem, num_probes=1, num_steps=4, progress=False, model=name)
+    return ds.analyze(problem, num_probes=1, num_steps=4, progress=False).labelled(model=name)
 
 
 def test_a_series_is_one_page_with_names_of_its_own_for_each(tmp_path):

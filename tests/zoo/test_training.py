@@ -43,6 +43,19 @@ def same_state(a, b):
 # --- training
 
 
+def test_settings_by_name_are_those_of_a_recipe(digits):
+    how = dataclasses.replace(recipe("mlp-bn", "digits", len(digits)), epochs=2)
+    nets = [small() for _ in range(3)]
+    histories = [
+        train(nets[0], digits, how),
+        train(nets[1], digits, **dataclasses.asdict(how)),
+        train(nets[2], digits, dataclasses.replace(how, epochs=9), epochs=2),
+    ]
+    assert histories[0] == histories[1] == histories[2]
+    assert same_state(nets[0], nets[1])
+    assert same_state(nets[0], nets[2])
+
+
 def test_the_steps_are_those_of_sgd_with_momentum_and_weight_decay():
     # Softmax regression on one full batch, by hand in double precision.
     rng = np.random.default_rng(0)

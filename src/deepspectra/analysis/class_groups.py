@@ -5,8 +5,6 @@ from __future__ import annotations
 import warnings
 
 import torch
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from deepspectra.arguments import check_count
@@ -37,6 +35,9 @@ def class_groups(problem: Problem, num: int, *, num_rows: int = NUM_ROWS, seed: 
 
     Cost: a forward pass; k-means of C points in num_rows dimensions.
     """
+    from sklearn.cluster import KMeans  # noqa: PLC0415  (scikit-learn's import takes a while)
+    from sklearn.exceptions import ConvergenceWarning  # noqa: PLC0415
+
     loss = labelled_loss(problem)
     check_count("num", num, largest=problem.num_classes)
     check_count("num_rows", num_rows)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 from deepspectra.algorithms.density import density
@@ -211,6 +210,8 @@ class _Spectrum:
 
     def decades_to(self, other: _Spectrum, floor: float) -> float:
         """Wasserstein-1 distance of log10 λ, per eigenvalue above the floor."""
+        from scipy.stats import wasserstein_distance  # noqa: PLC0415  (SciPy's import takes a while)
+
         above = max(float(one.weights[one.nodes > floor].sum()) for one in (self, other))
         logs = [one.nodes.clamp_min(floor).log10().numpy() for one in (self, other)]
         distance = wasserstein_distance(*logs, self.weights.numpy(), other.weights.numpy())

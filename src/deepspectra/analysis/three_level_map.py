@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-from sklearn.manifold import TSNE
 from torch import Tensor
 
 from deepspectra.algorithms.long_vectors import inner_products
@@ -84,6 +83,8 @@ def place(gram: Tensor, cells: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     Raises:
         OptionError: fewer than 4 means, or more than 2,500.
     """
+    from sklearn.manifold import TSNE  # noqa: PLC0415  (scikit-learn's import takes a while)
+
     size, cells = len(cells), cells.cpu()
     present = cells > 0
     if not drawable(cells):

@@ -7,32 +7,33 @@ import math
 import resource
 import sys
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-import xarray as xr
 from torch import Tensor
 
 from deepspectra.algorithms.long_vectors import inner_products
 from deepspectra.derivatives.products import products_of
-from deepspectra.jobs.pages import measured, problem_attributes, provenance
+from deepspectra.jobs.pages import Variables, dataset_of, measured, problem_attributes, provenance, stacked
 from deepspectra.jobs.stages import LETTERS, Findings
 from deepspectra.quadrature import Curve, Density
 
+if TYPE_CHECKING:
+    import xarray as xr
+
 OPERATORS = ("hessian", "gauss_newton", "residual")
 SIDES = (-1, 1)
+CLASS_AXES = ("class", "cross_class", "class_other")
 POINTS, LOG_POINTS = 801, 301
 SMALLEST = 1e-6  # of an operator's largest |λ|: what is drawn on logarithmic axes
 COARSE = 0.05  # share of the eigenvalues in a single node from which on it resolves nothing,
 APART = 2.0  # or ratio of neighbouring nodes
 EPSILON = 1e-12  # added to |λ| by `Density.smooth`, relative to the largest: nothing
-Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]
 
 
-def build(found: Findings, class_names: list[str] | None = None) -> xr.Dataset:
-    """The dataset of an analysis; `docs/file-format.md` describes it."""
-    num_classes = found.num_classes
+def analysis_dataset(found: Findings) -> xr.Dataset:
+    """Every number of an analysis."""
     variables: Variables = {}
     for group in (_curves, _nodes, _pairs, _shares, _knockouts, _averages, _traces, _classes, _costs):
         variables |= group(found)
@@ -44,10 +45,9 @@ def build(found: Findings, class_names: list[str] | None = None) -> xr.Dataset:
         "knockout": _knockout_names(found),
         "method": ["subtraction", "projection"],
         "stage": list(found.ledger.costs),
-        "class": class_names or [str(c) for c in range(num_classes)],
+        **{axis: [str(c) for c in range(found.num_classes)] for axis in CLASS_AXES},
     }
-    coords["cross_class"] = coords["class_other"] = coords["class"]
-    return xr.Dataset(variables, coords=coords, attrs=_attributes(found))
+    return dataset_of(variables, coords, _attributes(found))
 
 
 class _View(NamedTuple):
@@ -129,13 +129,7 @@ def _curves(found: Findings) -> Variables:
                 )
                 log[:, o, s] = np.where(curve.grid >= view.smallest, _rows(curve), np.nan)
     names = ("grid", "density", "standard_error")
-    numbers = (
-        "zero_share",
-        "small_share",
-        "smallest_drawn",
-        "resolved_above",
-        "unresolved_share",
-    )
+    numbers = ("zero_share", "small_share", "smallest_drawn", "resolved_above", "unresolved_share")
     return (
         {f"curve_{n}": (("operator", "point"), linear[j]) for j, n in enumerate(names)}
         | {f"log_{n}": (("operator", "side", "log_point"), log[j]) for j, n in enumerate(names)}
@@ -158,30 +152,19 @@ def _folded(curve: Curve) -> np.ndarray:
 
 
 def _nodes(found: Findings) -> Variables:
-    most = max(len(found.densities[name].nodes) for name in OPERATORS)
-    nodes = np.full((len(OPERATORS), most), np.nan)
-    weights, probes = nodes.copy(), np.full(nodes.shape, -2)
-    for o, name in enumerate(OPERATORS):
-        density: Density = found.densities[name]
-        size = len(density.nodes)
-        nodes[o, :size], weights[o, :size], probes[o, :size] = density.nodes, density.weights, density.probes
-    dims = ("operator", "node")
-    return {"density_node": (dims, nodes), "density_weight": (dims, weights), "density_probe": (dims, probes)}
-
-
-def _per_pair(found: Findings, values: dict[str, torch.Tensor]) -> np.ndarray:
-    """(operator, pair) with NaN where an operator has none."""
-    most = max(len(pairs.values) for pairs in found.pairs.values())
-    table = np.full((len(OPERATORS), most), np.nan)
-    for name, row in values.items():
-        table[OPERATORS.index(name), : len(row)] = row.cpu().numpy()
-    return table
+    densities, dims = [found.densities[name] for name in OPERATORS], ("operator", "node")
+    return {
+        "density_node": (dims, stacked([one.nodes for one in densities])),
+        "density_weight": (dims, stacked([one.weights for one in densities])),
+        "density_probe": (dims, stacked([one.probes for one in densities], fill=-2).astype(np.int64)),
+    }
 
 
 def _pairs(found: Findings) -> Variables:
     thresholds = np.array([_threshold(found, name) for name in OPERATORS[:2]] + [math.nan])
-    values = _per_pair(found, {name: pairs.values for name, pairs in found.pairs.items()})
-    residuals = _per_pair(found, {name: pairs.residual_norms for name, pairs in found.pairs.items()})
+    pairs = [found.pairs.get(name) for name in OPERATORS]
+    values = stacked([None if one is None else one.values for one in pairs])
+    residuals = stacked([None if one is None else one.residual_norms for one in pairs])
     outliers = values > thresholds[:, None]
     dims = ("operator", "pair")
     return {
@@ -193,7 +176,7 @@ def _pairs(found: Findings) -> Variables:
         "outlier_threshold": (("operator",), thresholds),
         "converged": (
             ("operator",),
-            np.array([float(found.pairs[n].converged) if n in found.pairs else np.nan for n in OPERATORS]),
+            np.array([math.nan if one is None else float(one.converged) for one in pairs]),
         ),
     }
 
@@ -214,17 +197,13 @@ def _threshold(found: Findings, name: str) -> float:
 
 def _shares(found: Findings) -> Variables:
     parts = found.attribution.part_names
-    most = max(len(pairs.values) for pairs in found.pairs.values())
-    shares = np.full((len(OPERATORS), most, len(parts)), np.nan)
     means = np.full((len(OPERATORS), len(parts)), np.nan)
     for name, table in found.shares.items():
-        o = OPERATORS.index(name)
-        shares[o, : len(table)] = table
         above = (found.pairs[name].values.cpu() > _threshold(found, name)).numpy()
         if above.any():
-            means[o] = table.numpy()[above].mean(0)
+            means[OPERATORS.index(name)] = table.numpy()[above].mean(0)
     return {
-        "share": (("operator", "pair", "part"), shares),
+        "share": (("operator", "pair", "part"), stacked([found.shares.get(name) for name in OPERATORS])),
         "mean_share": (("operator", "part"), means),
     }
 
@@ -354,7 +333,7 @@ def _attributes(found: Findings) -> dict[str, object]:
         "rtol of eigenpairs": found.rtol,
         "probes × steps of densities": f"{found.num_probes} × {found.num_steps}",
         **products.notes,
-        **({"finished before a stop": ", ".join(found.ledger.taken)} if found.ledger.taken else {}),
+        **({"finished before a stop": ", ".join(found.ledger.resumed)} if found.ledger.resumed else {}),
         "doubts": "; ".join(found.ledger.doubts) or "none: every eigenpair converged",
     }
     thresholds = {
@@ -367,7 +346,10 @@ def _attributes(found: Findings) -> dict[str, object]:
     }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
+        "title": "",
         "verdict": " ".join(sentences(found)),
+        "model": type(problem.model).__name__,
+        "data": "",
         **problem_attributes(problem),
         "seed": found.seed,
         "loss_value": found.loss,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import xarray as xr
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -15,13 +15,15 @@ from torch import Tensor
 from deepspectra.arguments import check_count, check_rtol
 from deepspectra.errors import FileError, OptionError
 from deepspectra.jobs import stages
-from deepspectra.jobs.analysis_dataset import build
+from deepspectra.jobs.analysis_dataset import CLASS_AXES, analysis_dataset
 from deepspectra.jobs.ledger import Ledger
-from deepspectra.jobs.pages import load_dataset, save_dataset, save_whole
+from deepspectra.jobs.pages import load_dataset, save_dataset, save_whole, titled, write_page, write_pages
 from deepspectra.problem.problem import Problem
-from deepspectra.report.page import write, write_series
 from deepspectra.rows.gradients import check_labelled
-from deepspectra.rows.projections import grouped, num_groups
+from deepspectra.rows.projections import grouped
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 DATASET_FILE, VECTORS_FILE = "analysis.nc", "vectors.safetensors"
 
@@ -47,6 +49,32 @@ class Analysis:
     def __str__(self) -> str:
         return self.verdict
 
+    def labelled(
+        self, *, title: str = "", model: str = "", data: str = "", class_names: Sequence[str] | None = None
+    ) -> Analysis:
+        """The same numbers under other names, which files and reports show.
+
+        Args:
+            title: of the report; by default the spectrum of the model on the data.
+            model: name of the network; by default what it is called already, at first its class.
+            data: name of the data.
+            class_names: one a class, or one a group of classes.
+
+        Raises:
+            OptionError: the class names are not one a class.
+        """
+        model = model or str(self.dataset.attrs["model"])
+        data = data or str(self.dataset.attrs["data"])
+        dataset = self.dataset.assign_attrs(
+            title=title or titled("Spectrum of", model, data), model=model, data=data
+        )
+        if class_names is not None:
+            num_classes = dataset.sizes["class"]
+            if len(class_names) != num_classes:
+                raise OptionError(f"{len(class_names)} class names for {num_classes} classes.")
+            dataset = dataset.assign_coords({axis: list(class_names) for axis in CLASS_AXES})
+        return replace(self, dataset=dataset)
+
     def save(self, directory: str | Path) -> Path:
         """Write analysis.nc (NetCDF-4) and vectors.safetensors into a directory, made if need be.
 
@@ -68,8 +96,7 @@ class Analysis:
 
     def to_html(self, path: str | Path) -> Path:
         """Write the report, one self-contained HTML file."""
-        write(self.dataset, path)
-        return Path(path)
+        return write_page(self.dataset, Path(path))
 
 
 def save_series(analyses: Mapping[str, Analysis], path: str | Path) -> Path:
@@ -81,8 +108,7 @@ def save_series(analyses: Mapping[str, Analysis], path: str | Path) -> Path:
         DataError: there are no analyses.
         FileError: the file cannot be written.
     """
-    write_series({label: analysis.dataset for label, analysis in analyses.items()}, path)
-    return Path(path)
+    return write_pages({label: analysis.dataset for label, analysis in analyses.items()}, Path(path))
 
 
 def load(directory: str | Path) -> Analysis:
@@ -121,10 +147,6 @@ def analyze(
     rtol: float | None = None,
     seed: int = 0,
     progress: bool = True,
-    title: str = "",
-    model: str = "",
-    data: str = "",
-    class_names: list[str] | None = None,
     groups: Tensor | Sequence[int] | None = None,
     resume: str | Path | None = None,
 ) -> Analysis:
@@ -141,10 +163,6 @@ def analyze(
         rtol: of the eigenpairs' residuals; by default 1e-2, or 3e-2 for large problems.
         seed: of every random vector.
         progress: draw progress with cost on standard error.
-        title: of the report.
-        model: its name, for the report.
-        data: its name, for the report.
-        class_names: one a class, or one a group, for the report.
         groups: (C,) the group of each class, as in `decompose`, for problems of very many classes; C is then the
             number of groups wherever averages are meant.
         resume: a folder where finished stages are kept; called again with it after a stop, the analysis goes on
@@ -152,13 +170,13 @@ def analyze(
             and the Krylov basis of H, and can be removed once the result is saved.
 
     Returns:
-        The analysis; `str()` is the verdict, `.save(dir)` and `.to_html(path)` write it.
+        The analysis; `str()` is the verdict, `.save(dir)` and `.to_html(path)` write it, under the names that
+        `.labelled(model=..., data=...)` gives.
 
     Raises:
         LossError: the loss is not the cross-entropy of class labels.
         CurvatureError: the network has no right second derivative.
-        OptionError: counts below 1, rtol not between 0 and 1, class names that are not one a class, or groups that
-            are not one number a class.
+        OptionError: counts below 1, rtol not between 0 and 1, or groups that are not one number a class.
         FileError: the folder to resume from is of another problem or of other options, or damaged.
 
     Cost: itemised in the result.
@@ -170,29 +188,15 @@ def analyze(
         check_rtol(rtol)
     check_labelled(problem)
     owner = grouped(groups, problem.num_classes, problem.device)
-    num_classes = num_groups(owner, problem.num_classes)
-    if class_names is not None and len(class_names) != num_classes:
-        raise OptionError(f"{len(class_names)} class names for {num_classes} classes.")
-    found = stages.run(
-        problem,
-        Ledger(progress),
-        num=num,
-        num_probes=num_probes,
-        num_steps=num_steps,
-        rtol=rtol,
-        groups=owner,
-        seed=seed,
-        resume=None if resume is None else Path(resume),
-    )
-    dataset = build(found, class_names)
+    options = stages.Options(num, num_probes, num_steps, rtol, owner, seed)
+    found = stages.run(problem, Ledger(progress), options, None if resume is None else Path(resume))
+    vectors = {
+        name: _named(problem, pairs.vectors) for name, pairs in found.pairs.items() if len(pairs.values)
+    }
+    dataset = analysis_dataset(found)
     if owner is not None:
-        dataset.attrs["averages"] = f"{num_classes} groups of {problem.num_classes:,} classes"
-    model = model or type(problem.model).__name__
-    dataset.attrs.update(
-        title=title or f"Spectrum of {model}" + (f" on {data}" if data else ""), model=model, data=data
-    )
-    found_vectors = {name: pairs.vectors for name, pairs in found.pairs.items() if len(pairs.values)}
-    return Analysis(dataset, {name: _named(problem, vectors) for name, vectors in found_vectors.items()})
+        dataset.attrs["averages"] = f"{found.num_classes} groups of {problem.num_classes:,} classes"
+    return Analysis(dataset, vectors).labelled()
 
 
 def _named(problem: Problem, vectors: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,8 @@
-"""Finished stages of a long computation, kept in a folder so that a stopped one goes on where it was."""
+"""Finished stages of a long computation, in a folder, so that a stopped one goes on behind the last of them.
+
+Of an analysis the folder holds, each as NAME.pt: the identity of the computation; of every finished stage its result,
+its cost and its warnings; the Krylov basis of H, in which attribution goes on; and whether G is computed exactly.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ Label = str | int | float | None
 Value = TypeVar("Value")
 
 
-class Kept:
+class FinishedStages:
     """A folder of results by name, all of one computation.
 
     Each file appears whole or not at all; none runs code when it is read.
@@ -82,7 +86,7 @@ class Kept:
             ) from error
 
     def write(self, name: str, value: object) -> None:
-        """Keep a result: tensors, numbers and this library's results, in dictionaries and tuples."""
+        """Write a result: tensors, numbers and this library's results, in dictionaries and tuples."""
         path = self._path(name)
         staged = path.with_suffix(f".{os.getpid()}.part")
         try:
@@ -97,7 +101,7 @@ class Kept:
             ) from error
 
     def once(self, name: str, value: Value) -> Value:
-        """The value that was kept first."""
+        """The value that was written first."""
         earlier: Value | None = self.read(name)
         if earlier is None:
             self.write(name, value)

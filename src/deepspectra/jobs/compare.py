@@ -1,34 +1,24 @@
-"""The comparison of two networks as a job: a labelled dataset of its curves, its verdict and its report."""
+"""The comparison of two networks as a job: a labelled dataset of its curves, and its verdict."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import xarray as xr
 
 from deepspectra.analysis.compare import Comparison
-from deepspectra.jobs.pages import page_attributes
+from deepspectra.jobs.pages import UNLABELLED, Labels, page_dataset, stacked
 from deepspectra.problem.problem import Problem
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 CURVES = ("measured", "kronecker", "predicted", "baseline")
 
 
-def comparison_dataset(
-    found: Comparison, problem: Problem, *, model: str = "", data: str = "", seed: int = 0
-) -> xr.Dataset:
-    """Every number of `compare` with its dimensions named; `docs/file-format.md` describes it.
-
-    Args:
-        found: of `compare`.
-        problem: the first of the two.
-        model: its name, for the report.
-        data: its name, for the report.
-        seed: of random vectors, for the report.
-    """
-    most = max(len(layer.ks) for layer in found.values())
-    curves = np.full((len(found), len(CURVES), most), np.nan)
-    for j, layer in enumerate(found.values()):
-        for i, name in enumerate(CURVES):
-            curves[j, i, : len(layer.ks)] = getattr(layer, name)
+def comparison_dataset(found: Comparison, problem: Problem, labels: Labels = UNLABELLED) -> xr.Dataset:
+    """Every number of `compare`; `problem` is the first of the two."""
+    curves = stacked([stacked([getattr(layer, name) for name in CURVES]) for layer in found.values()])
     variables = {
         "overlap_curve": (("layer", "curve", "dimension"), curves),
         "overlap_whole": (("whole_dimension",), found.whole.numpy()),
@@ -38,19 +28,13 @@ def comparison_dataset(
     coords = {
         "layer": [layer.name or "(model)" for layer in found.values()],
         "curve": list(CURVES),
-        "dimension": np.arange(1, most + 1),
+        "dimension": np.arange(1, curves.shape[-1] + 1),
         "whole_dimension": np.arange(1, len(found.whole) + 1),
     }
-    attributes = page_attributes(
-        problem,
-        verdict=" ".join(sentences(found)),
-        subject="Two trainings of",
-        model=model,
-        data=data,
-        seed=seed,
-        seconds=found.seconds,
+    subject, verdict = "Two trainings of", sentences(found)
+    return page_dataset(
+        variables, coords, problem, labels, subject=subject, verdict=verdict, seconds=found.seconds
     )
-    return xr.Dataset(variables, coords=coords, attrs=attributes)
 
 
 def sentences(found: Comparison) -> list[str]:

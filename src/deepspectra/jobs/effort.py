@@ -15,9 +15,9 @@ ACCELERATED = 50  # times as many operations take an accelerator the time that t
 
 
 class Effort(NamedTuple):
-    """What an analysis does for gradients of up to so many floating-point operations."""
+    """What an analysis does where a gradient takes up to so many floating-point operations."""
 
-    up_to: float
+    most_operations: float
     spare_pairs: int  # eigenpairs beyond the number of classes
     num_probes: int
     num_steps: int
@@ -32,10 +32,10 @@ EFFORTS = (Effort(5e9, 3, 4, 24), Effort(1e11, 3, 2, 16), Effort(float("inf"), 0
 def effort_for(problem: Problem, operations: float) -> Effort:
     """The effort for a problem whose gradient takes so many operations; its device counts, its speed does not."""
     speed = 1 if problem.device.type == "cpu" else ACCELERATED
-    return next(effort for effort in EFFORTS if operations <= speed * effort.up_to)
+    return next(effort for effort in EFFORTS if operations <= speed * effort.most_operations)
 
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the floating-point operations of matrix products, convolutions and attention."""
 
     total = 0.0
@@ -50,12 +50,12 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return found
 
 
-def with_operations(problem: Problem, forward: Callable[[], float]) -> tuple[float, float]:
+def count_operations(problem: Problem, forward: Callable[[], float]) -> tuple[float, float]:
     """What a pass `forward` over all the data returns, and the operations of a gradient, three times its own.
 
     They are two a parameter and example in the forward pass at least: of recurrent cells PyTorch counts none.
     """
-    with _Counter() as counter:  # type: ignore[no-untyped-call]
+    with _FlopCounter() as counter:  # type: ignore[no-untyped-call]
         value = forward()
     least = 2.0 * problem.num_parameters * problem.num_examples
     return value, BACKWARD * max(counter.total, least)

@@ -1,19 +1,21 @@
-"""The layer-by-layer job: a labelled dataset of every layer's class structure, its verdict and its report."""
+"""The layer-by-layer job: a labelled dataset of every layer's class structure, and its verdict."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import xarray as xr
 
 from deepspectra.analysis.gram_spectrum import GramSpectrum
 from deepspectra.analysis.kronecker_quality import KroneckerQuality
 from deepspectra.analysis.layers import Layer, Layers
-from deepspectra.jobs.pages import page_attributes
+from deepspectra.jobs.pages import UNLABELLED, Labels, Variables, page_dataset
 from deepspectra.problem.problem import Problem
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 KINDS = ("features", "errors", "gradients", "centred")
 PARTS = ("mean", "class", "logit", "interaction", "within", "true")
@@ -28,18 +30,8 @@ SMALLEST = 1e-8  # of a layer's largest eigenvalue: what is drawn as zero
 EXPLAINED = 0.9  # cosine from which products of means stand for means of products
 
 
-def layer_dataset(
-    found: Layers, problem: Problem, *, model: str = "", data: str = "", seed: int = 0
-) -> xr.Dataset:
-    """Every number of `layers` with its dimensions named; `docs/file-format.md` describes it.
-
-    Args:
-        found: of `layers(problem, effects="two-way")`.
-        problem: whose layers they are.
-        model: its name, for the report.
-        data: its name, for the report.
-        seed: of the training, for the report.
-    """
+def layer_dataset(found: Layers, problem: Problem, labels: Labels = UNLABELLED) -> xr.Dataset:
+    """Every number of `layers(problem, effects="two-way")`."""
     ranks = min(MOST_RANKS, max(3 * problem.num_classes, 10))
     shape = (len(found), len(KINDS))
     values = np.full((*shape, ranks), np.nan)
@@ -67,7 +59,7 @@ def layer_dataset(
                 products[j, i] = float(table.mean()), float(table.std(correction=0))
         if layer.collapse is not None:
             collapse[j] = [getattr(layer.collapse, name) for name in MEASURES]
-    variables = {
+    variables: Variables = {
         "layer_eigenvalue": (("layer", "kind", "rank"), values),
         "layer_share": (("layer", "kind", "rank", "layer_part"), shares),
         "layer_trace": (("layer", "kind", "layer_part"), traces),
@@ -78,31 +70,22 @@ def layer_dataset(
     }
     kronecker, kinds = _kronecker(found)
     blocks, measures = _blocks(found)
-    coords = (
-        {
-            "layer": [layer.name or "(model)" for layer in found.values()],
-            "kind": list(KINDS),
-            "layer_part": list(PARTS),
-            "statistic": list(STATISTICS),
-            "moment": ["mean", "deviation"],
-            "measure": list(MEASURES),
-        }
-        | kinds
-        | measures
+    coords = {
+        "layer": [layer.name or "(model)" for layer in found.values()],
+        "kind": list(KINDS),
+        "layer_part": list(PARTS),
+        "statistic": list(STATISTICS),
+        "moment": ["mean", "deviation"],
+        "measure": list(MEASURES),
+    }
+    variables, coords = variables | kronecker | blocks, coords | kinds | measures
+    subject, verdict = "Layers of", sentences(found)
+    return page_dataset(
+        variables, coords, problem, labels, subject=subject, verdict=verdict, seconds=found.seconds
     )
-    attributes = page_attributes(
-        problem,
-        verdict=" ".join(sentences(found)),
-        subject="Layers of",
-        model=model,
-        data=data,
-        seed=seed,
-        seconds=found.seconds,
-    )
-    return xr.Dataset(variables | kronecker | blocks, coords=coords, attrs=attributes)
 
 
-def _blocks(found: Layers) -> tuple[dict[str, Any], dict[str, Any]]:
+def _blocks(found: Layers) -> tuple[Variables, dict[str, Any]]:
     """Variables and coordinates of the layers' blocks of G and H: sizes, largest eigenvalues, densities."""
     hessians = [layer.hessian for layer in found.values()]
     num = max((len(h.values) for h in hessians if h is not None), default=1)
@@ -130,7 +113,7 @@ def _blocks(found: Layers) -> tuple[dict[str, Any], dict[str, Any]]:
     return variables, {"series": list(SERIES), "block_measure": list(BLOCK_MEASURES)}
 
 
-def _kronecker(found: Layers) -> tuple[dict[str, Any], dict[str, Any]]:
+def _kronecker(found: Layers) -> tuple[Variables, dict[str, Any]]:
     """Variables and coordinates of Kronecker-factored approximations, if they were judged."""
     if found.kronecker is None:
         return {}, {}
@@ -144,7 +127,10 @@ def _kronecker(found: Layers) -> tuple[dict[str, Any], dict[str, Any]]:
             errors[j, i] = [getattr(fit, name) for name in FITS]
             overlaps[j, i, : len(fit.overlaps)] = fit.overlaps
     dims = ("block", "approximation")
-    variables = {"kronecker_fit": ((*dims, "fit"), errors), "kronecker_overlap": ((*dims, "size"), overlaps)}
+    variables: Variables = {
+        "kronecker_fit": ((*dims, "fit"), errors),
+        "kronecker_overlap": ((*dims, "size"), overlaps),
+    }
     names = {
         "block": [layer.name or "(model)" for layer in quality.values()],
         "approximation": list(quality.kinds),

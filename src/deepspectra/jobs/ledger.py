@@ -9,14 +9,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from typing import TYPE_CHECKING, TypeVar
 
 from deepspectra.errors import ConvergenceWarning
-from deepspectra.jobs.checkpoint import Kept
+from deepspectra.jobs.checkpoint import FinishedStages
 from deepspectra.results import Cost
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 Report = Callable[[int, int | None], None]
 Result = TypeVar("Result")
@@ -41,8 +41,8 @@ class Ledger:
         costs: stage → products and wall-clock seconds, in the order they ran.
         gradients: stage → the same in gradients; NaN before one was timed.
         doubts: convergence warnings, word for word.
-        taken: stages that an earlier run had finished.
-        kept: where results of stages are kept, for a run that may be stopped.
+        resumed: names of the stages that an earlier run had finished.
+        finished: where results of stages are kept, for a run that may be stopped.
     """
 
     show: bool = True
@@ -52,26 +52,26 @@ class Ledger:
     costs: dict[str, Cost] = field(default_factory=dict)
     gradients: dict[str, float] = field(default_factory=dict)
     doubts: list[str] = field(default_factory=list)
-    taken: list[str] = field(default_factory=list)
-    kept: Kept | None = None
+    resumed: list[str] = field(default_factory=list)
+    finished: FinishedStages | None = None
     _unit: float = field(default=float("nan"), init=False)
     _unpaid: float = field(default=0.0, init=False)  # seconds of stages since the unit was timed
 
     def run(self, name: str, work: Callable[[Report], Result]) -> Result:
         """The result of a stage: what `work`, called as in `stage`, returns, or what it did in a stopped run."""
-        entry = None if self.kept is None else self.kept.read(name)
+        entry = None if self.finished is None else self.finished.read(name)
         if entry is None:
             doubts: list[str] = []
-            with self.stage(name) as report, _noting(doubts):
+            with self.stage(name) as report, _collecting(doubts):
                 result = work(report)
             self.doubts += doubts
-            if self.kept is not None:
-                self.kept.write(name, (result, self.costs[name], self.gradients[name], doubts))
+            if self.finished is not None:
+                self.finished.write(name, (result, self.costs[name], self.gradients[name], doubts))
             return result
         earlier: Result
         earlier, self.costs[name], self.gradients[name], doubts = entry
         self.doubts += doubts
-        self.taken.append(name)
+        self.resumed.append(name)
         return earlier
 
     @contextmanager
@@ -79,49 +79,42 @@ class Ledger:
         """Time a stage; the function it yields takes (products so far, products expected or None)."""
         began, began_unit, before = time.perf_counter(), self.clock(), self._unit
         done = 0
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description:<28}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.completed:>4} products  {task.fields[spent]:>13}"),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), disable=not self.show) as bars:
+        with _bars(self.show) as bars:
             task = bars.add_task(name, total=None, spent="")
 
             def report(products: int, expected: int | None) -> None:
                 nonlocal done
                 done = products
-                bars.update(task, completed=products, total=expected, spent=self._told(began_unit))
+                bars.update(task, completed=products, total=expected, spent=self._gradients_since(began_unit))
 
             yield report
             seconds, spent = time.perf_counter() - began, self.clock() - began_unit
-            bars.update(task, completed=done, total=max(done, 1), spent=self._told(began_unit))
-            self._measure(spent)
+            bars.update(task, completed=done, total=max(done, 1), spent=self._gradients_since(began_unit))
+            self._measure_unit(spent)
         self.costs[name] = Cost(done, seconds)
         unit = self._unit if math.isnan(before) else (before + self._unit) / 2
         self.gradients[name] = spent / unit if unit else math.nan
 
-    def _told(self, began: float) -> str:
+    def _gradients_since(self, began: float) -> str:
         """How many gradients have passed, if one has been timed."""
         return f"{(self.clock() - began) / self._unit:.0f} gradients" if self._unit > 0 else ""
 
-    def _measure(self, spent: float) -> None:
+    def _measure_unit(self, spent: float) -> None:
         """Time the unit again, for a twentieth of what was spent since it was timed last; the median of several."""
         if self.gradient is None:
             return
         self._unpaid += spent
         if math.isnan(self._unit):
-            taken = [self._timed()]
-            if taken[0] < WARM_UP:  # much of which happens only once
-                taken = [self._timed() for _ in range(3)]
+            seconds = [self._time_gradient()]
+            if seconds[0] < WARM_UP:  # much of which happens only once
+                seconds = [self._time_gradient() for _ in range(3)]
         else:
             num = int(MEASURING * self._unpaid / max(self._unit, 1e-9))
-            taken = [self._timed() for _ in range(min(num, MOST_MEASURED))]
-        if taken:
-            self._unit, self._unpaid = statistics.median(taken), 0.0
+            seconds = [self._time_gradient() for _ in range(min(num, MOST_MEASURED))]
+        if seconds:
+            self._unit, self._unpaid = statistics.median(seconds), 0.0
 
-    def _timed(self) -> float:
+    def _time_gradient(self) -> float:
         """One gradient by the ledger's clock."""
         assert self.gradient is not None
         began, began_unit = time.perf_counter(), self.clock()
@@ -135,8 +128,23 @@ class Ledger:
         return sum(self.costs.values(), Cost(0, 0.0))
 
 
+def _bars(show: bool) -> Progress:
+    """Progress on standard error, or none of it."""
+    from rich import progress  # noqa: PLC0415  (its import takes a while)
+    from rich.console import Console  # noqa: PLC0415
+
+    columns = (
+        progress.SpinnerColumn(),
+        progress.TextColumn("{task.description:<28}"),
+        progress.BarColumn(bar_width=20),
+        progress.TextColumn("{task.completed:>4} products  {task.fields[spent]:>13}"),
+        progress.TimeElapsedColumn(),
+    )
+    return progress.Progress(*columns, console=Console(stderr=True), disable=not show)
+
+
 @contextmanager
-def _noting(doubts: list[str]) -> Iterator[None]:
+def _collecting(doubts: list[str]) -> Iterator[None]:
     """Collect convergence warnings for the report, and still give them."""
     caught: list[warnings.WarningMessage] = []
     try:

@@ -1,4 +1,4 @@
-"""A job's dataset and page, written side by side."""
+"""What every job ends in: a labelled dataset and a page, made, written side by side and read again."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import contextlib
 import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import xarray as xr
+import numpy as np
+import torch
 from safetensors import SafetensorError
 
 from deepspectra.errors import FileError, first_line
 from deepspectra.problem.problem import Problem
-from deepspectra.report.page import write
 from deepspectra.results import versions
 
+if TYPE_CHECKING:
+    import xarray as xr
+
 ADVICE = "Choose another directory, or make room."
+Variables = dict[str, tuple[tuple[str, ...], Any]]  # name → dimensions and values
 STEMS = ("analysis", "layers", "regions", "compare", "study")  # of what the commands save
 
 
@@ -50,22 +55,66 @@ def measured(value: float, error: float) -> str:
     return f"{value:.{digits}f} ± {error:.{digits}f}" if digits <= 5 else f"{value:.2g} ± {error:.2g}"
 
 
-def page_attributes(
-    problem: Problem, *, verdict: str, subject: str, model: str, data: str, seed: int, seconds: float
-) -> dict[str, object]:
-    """What the page says of the problem, the job's subject ("Layers of") and its verdict."""
-    model = model or type(problem.model).__name__
-    return {
-        "verdict": verdict,
-        "title": f"{subject} {model}" + (f" on {data}" if data else ""),
+class Labels(NamedTuple):
+    """What a page calls a network and its data, and the seed that it names; a network is its class by default."""
+
+    model: str = ""
+    data: str = ""
+    seed: int = 0
+
+
+UNLABELLED = Labels()
+
+
+def stacked(arrays: Iterable[Any], fill: float = math.nan) -> np.ndarray:
+    """Arrays or tensors along a new first axis, filled up to the largest; None is filling alone."""
+    known = [None if one is None else torch.as_tensor(one).cpu().numpy() for one in arrays]
+    shape = tuple(map(max, zip(*(one.shape for one in known if one is not None), strict=True)))
+    table = np.full((len(known), *shape), fill)
+    for row, one in zip(table, known, strict=True):
+        if one is not None:
+            row[tuple(map(slice, one.shape))] = one
+    return table
+
+
+def dataset_of(
+    variables: Variables, coords: Mapping[str, Any], attributes: Mapping[str, object]
+) -> xr.Dataset:
+    """Numbers with their dimensions named; `docs/file-format.md` describes those of each job."""
+    import xarray as xr  # noqa: PLC0415  (its import takes a while)
+
+    return xr.Dataset(variables, coords=coords, attrs=attributes)
+
+
+def page_dataset(
+    variables: Variables,
+    coords: Mapping[str, Any],
+    problem: Problem,
+    labels: Labels,
+    *,
+    subject: str,
+    verdict: Iterable[str],
+    seconds: float,
+) -> xr.Dataset:
+    """A job's dataset with what its page says of the problem, its subject ("Layers of") and its verdict."""
+    model = labels.model or type(problem.model).__name__
+    attributes = {
+        "verdict": " ".join(verdict),
+        "title": titled(subject, model, labels.data),
         "model": model,
-        "data": data,
+        "data": labels.data,
         **problem_attributes(problem),
-        "seed": seed,
+        "seed": labels.seed,
         "loss_value": problem.loss(),
         "accuracy": problem.accuracy(),
         "provenance": provenance(seconds=round(seconds, 1)),
     }
+    return dataset_of(variables, coords, attributes)
+
+
+def titled(subject: str, model: str, data: str) -> str:
+    """A page's title."""
+    return f"{subject} {model}" + (f" on {data}" if data else "")
 
 
 def load_page(directory: str | Path) -> xr.Dataset:
@@ -89,6 +138,8 @@ def load_dataset(path: Path, advice: str) -> xr.Dataset:
     Raises:
         FileError: it is truncated, damaged or of another kind.
     """
+    import xarray as xr  # noqa: PLC0415  (its import takes a while)
+
     try:
         with xr.open_dataset(path, engine="h5netcdf") as file:
             return file.load()
@@ -155,9 +206,33 @@ def save_page(dataset: xr.Dataset, directory: str | Path, stem: str) -> Path:
         FileError: one cannot be written; the other is, if it can be.
     """
     folder = Path(directory)
-    page = folder / f"{stem}.html"
     try:
         save_dataset(dataset, folder / f"{stem}.nc")
     finally:
-        write(dataset, page)
+        page = write_page(dataset, folder / f"{stem}.html")
     return page
+
+
+def write_page(dataset: xr.Dataset, path: Path) -> Path:
+    """Write a dataset's page; returns its path.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    from deepspectra.report.page import write  # noqa: PLC0415  (Altair's import takes a while)
+
+    write(dataset, path)
+    return path
+
+
+def write_pages(series: Mapping[str, xr.Dataset], path: Path) -> Path:
+    """Write one page of several datasets by label, among which the reader chooses; returns its path.
+
+    Raises:
+        FileError: it cannot be written.
+        DataError: there are no datasets.
+    """
+    from deepspectra.report.page import write_series  # noqa: PLC0415  (Altair's import takes a while)
+
+    write_series(series, path)
+    return path

@@ -1,17 +1,20 @@
-"""Which part makes which region of a spectrum, as a job: a labelled dataset, a verdict on the claims, a report."""
+"""Which part makes which region of a spectrum, as a job: a labelled dataset and a verdict on the claims."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import xarray as xr
 
 from deepspectra.analysis.regions import REGIONS, Regions, Shifts
 from deepspectra.analysis.study import WHOLE
-from deepspectra.jobs.pages import page_attributes
+from deepspectra.jobs.pages import UNLABELLED, Labels, Variables, page_dataset
 from deepspectra.problem.problem import Problem
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 CLAIMS = {  # knock-out → the region that it is said to make
     "class": "outliers",
@@ -25,18 +28,8 @@ TOLD = ("gradients", "hessian")  # of which the verdict gives numbers
 NAMES = {"gradients": "G", "hessian": "H", "features": "features", "errors": "backpropagated errors"}
 
 
-def regions_dataset(
-    found: Sequence[Regions], problem: Problem, *, model: str = "", data: str = "", seed: int = 0
-) -> xr.Dataset:
-    """Every number of `regions`, for one kind of rows or several; `docs/file-format.md` describes it.
-
-    Args:
-        found: of `regions`, of different kinds by one method.
-        problem: whose spectra they are.
-        model: its name, for the report.
-        data: its name, for the report.
-        seed: of the groups of examples, for the report.
-    """
+def regions_dataset(found: Sequence[Regions], problem: Problem, labels: Labels = UNLABELLED) -> xr.Dataset:
+    """Every number of `regions`, for one kind of rows or several, by one method."""
     places = [WHOLE, *dict.fromkeys(name for one in found for name in one if len(one) > 1)]
     knockouts = list(dict.fromkeys(name for one in found for name in one.whole.knockouts))
     shape = (len(found), len(places), len(knockouts), len(REGIONS))
@@ -49,16 +42,7 @@ def regions_dataset(
                 values[at], errors[at] = shifts.values[row], shifts.standard_errors[row]
                 most = shifts.moved(name)
                 moved[at] = -1 if most is None else REGIONS.index(most)
-    attributes = page_attributes(
-        problem,
-        verdict=" ".join(sentences(found)),
-        subject="Regions of the spectra of",
-        model=model,
-        data=data,
-        seed=seed,
-        seconds=sum(one.seconds for one in found),
-    )
-    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+    variables: Variables = {
         "region_missed": (("spectrum",), np.array([one.missed for one in found])),
         "region_shift": (("spectrum", "place", "removed", "region"), values),
         "region_shift_error": (("spectrum", "place", "removed", "region"), errors),
@@ -70,8 +54,13 @@ def regions_dataset(
         "removed": knockouts,
         "region": list(REGIONS),
     }
-    attributes["method"] = found[0].method
-    return xr.Dataset(variables, coords=coords, attrs=attributes)
+    subject, verdict = "Regions of the spectra of", sentences(found)
+    seconds = sum(one.seconds for one in found)
+    dataset = page_dataset(
+        variables, coords, problem, labels, subject=subject, verdict=verdict, seconds=seconds
+    )
+    dataset.attrs["method"] = found[0].method
+    return dataset
 
 
 def _places(found: Regions) -> Iterator[tuple[str, Shifts]]:

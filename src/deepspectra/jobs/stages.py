@@ -1,4 +1,8 @@
-"""The stages of an analysis, in order, and what they find."""
+"""The stages of an analysis, and what they find: `run` has them in order, each a function that adds to `Findings`.
+
+G takes one of two routes. Where its N (C − 1) gradients are few and fit memory its whole spectrum is computed from
+their inner products; else its pairs, traces and density are found by products, as those of H and R always are.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +45,8 @@ from deepspectra.arguments import seeded
 from deepspectra.confidence import standard_error
 from deepspectra.derivatives.products import Products, products_of
 from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetError
-from deepspectra.jobs.checkpoint import Kept, Label
-from deepspectra.jobs.effort import effort_for, with_operations
+from deepspectra.jobs.checkpoint import FinishedStages, Label
+from deepspectra.jobs.effort import count_operations, effort_for
 from deepspectra.jobs.ledger import Ledger, Report
 from deepspectra.operators.base import Operator
 from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
@@ -56,9 +61,20 @@ LETTERS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
 TRACE_PROBES = 8  # of parts whose traces are not known exactly
 EXACT_ROWS = 3000  # up to which G's spectrum is computed exactly
 FEWEST_STEPS = 4  # of a density that is worth having
-BASIS, EXACT = "basis of H", "exact route"  # kept beside results of stages
+BASIS, EXACT = "basis of H", "exact route"  # names of what is kept beside results of stages
 ROUNDED = 1e-3  # relatively, by which a sum of squares may fall short of one of its parts
-KEPT_FORM = 2  # of what is kept of a stage
+FORM = 2  # of what is kept of a stage
+
+
+class Options(NamedTuple):
+    """What an analysis is asked for; what is None follows from the size of the problem."""
+
+    num: int | None = None
+    num_probes: int | None = None
+    num_steps: int | None = None
+    rtol: float | None = None
+    groups: Tensor | None = None
+    seed: int = 0
 
 
 @dataclass
@@ -73,7 +89,7 @@ class Findings:
         shares: operator → (pairs, parts).
         trace: of G, exact or an estimate, and its standard error; None where only its density tells.
         part_traces: (2, parts), traces of G's parts and their standard errors, 0 where they are exact.
-        num_probes, num_steps: of densities, as they were asked for or chosen.
+        num, rtol: of eigenpairs, and num_probes, num_steps of densities, as they were asked for or chosen.
         operations: floating-point operations of a gradient, by which they are chosen.
         exact: all eigenvalues of G and its parts, if the gradients are few enough.
         places: of class means and of cross-class means on the map, if these are held.
@@ -83,6 +99,7 @@ class Findings:
     ledger: Ledger
     seed: int
     num_classes: int  # or groups of classes, over which averages are taken
+    num: int = 0
     rtol: float = float("nan")
     num_probes: int = 0
     num_steps: int = 0
@@ -105,58 +122,40 @@ class Findings:
     part_traces: Tensor = field(init=False)
 
 
-def run(
-    problem: Problem,
-    ledger: Ledger,
-    *,
-    num: int | None,
-    num_probes: int | None,
-    num_steps: int | None,
-    rtol: float | None,
-    groups: Tensor | None,
-    seed: int,
-    resume: Path | None,
-) -> Findings:
+def run(problem: Problem, ledger: Ledger, options: Options, resume: Path | None = None) -> Findings:
     """Every stage; the kept graphs of one kind are dropped before another kind needs their memory."""
-    num_classes = num_groups(groups, problem.num_classes)
-    found = Findings(problem, ledger, seed, num_classes)
+    found = Findings(problem, ledger, options.seed, num_groups(options.groups, problem.num_classes))
     products = products_of(problem)
     _measure_gradient(found)
     if resume is not None:
-        options: dict[str, Label] = {
-            "num": num,
-            "num_probes": num_probes,
-            "num_steps": num_steps,
-            "rtol": rtol,
-            "groups": "" if groups is None else _digest([groups]),
-        }
-        _go_on(found, resume, options)
+        ledger.finished = FinishedStages(resume, _identity(found, options))
     effort = effort_for(problem, found.operations)
-    found.rtol = rtol or effort.rtol
-    num = num or num_classes + effort.spare_pairs
-    found.num_probes = probes = num_probes or effort.num_probes
-    found.num_steps = steps = min(num_steps or effort.num_steps, problem.num_parameters)
+    found.num = options.num or found.num_classes + effort.spare_pairs
+    found.rtol = options.rtol or effort.rtol
+    found.num_probes = options.num_probes or effort.num_probes
+    found.num_steps = min(options.num_steps or effort.num_steps, problem.num_parameters)
     with ledger.stage("checking derivatives"):
         hessian = Hessian(problem)
-    basis = _find_pairs(found, "hessian", hessian, num)
+    basis = _find_pairs(found, "hessian", hessian)
     with ledger.stage("class structure"):
-        found.parts, exact = _parts(problem, products, groups)
-        exact = exact if ledger.kept is None else ledger.kept.once(EXACT, exact)  # memory may differ by now
+        found.parts, exact = _parts(problem, products, options.groups)
+        if ledger.finished is not None:
+            exact = ledger.finished.once(EXACT, exact)  # memory may differ by now
     _average(found)
     if exact:
-        _find_exact(found, num)
+        _find_exact(found)
     _attribute(found, hessian, basis, effort.knockout_products)
     del basis
     if not exact:
         _find_traces(found)
     found.parts.forget_means()
-    _find_density(found, "hessian", hessian, probes, steps)
+    _find_density(found, "hessian", hessian)
     products.release()
-    _find_density(found, "residual", Residual(problem), probes, steps)
+    _find_density(found, "residual", Residual(problem))
     products.release()
     if not exact:
         found.shares["hessian"] = found.attribution.pair_shares
-        _find_by_products(found, num, probes, steps)
+        _find_by_products(found)
     _overlap(found)
     return found
 
@@ -174,7 +173,7 @@ def _parts(problem: Problem, products: Products, groups: Tensor | None) -> tuple
     return decompose(problem, effects="two-way", groups=groups), False
 
 
-def _find_exact(found: Findings, num: int) -> None:
+def _find_exact(found: Findings) -> None:
     """The whole spectrum of G, its pairs and its parts from inner products of gradients; shares of H's pairs."""
     assert isinstance(found.parts.rows, HeldRows)
     parts = found.parts
@@ -183,7 +182,7 @@ def _find_exact(found: Findings, num: int) -> None:
         began = time.perf_counter()
         spectrum = gradient_spectrum(parts)
         exact = spectrum_of(spectrum, Provenance.of_matrix("Gauss-Newton", parts.problem), began)
-        return exact, gradient_pairs(spectrum, parts, num, began)
+        return exact, gradient_pairs(spectrum, parts, found.num, began)
 
     exact, found.pairs["gauss_newton"] = found.ledger.run("exact spectrum of G", work)
     found.exact = exact
@@ -204,7 +203,7 @@ def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, max_prod
     def work(report: Report) -> Attribution:
         known = Known(
             found.pairs["hessian"],
-            _kept_basis(found, hessian) if basis is None else basis,
+            _earlier_basis(found, hessian) if basis is None else basis,
             found.shares.get("hessian"),
         )
         return attribute_known(
@@ -214,26 +213,24 @@ def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, max_prod
     found.attribution = found.ledger.run("attribution of H", work)
 
 
-def _find_by_products(found: Findings, num: int, probes: int, steps: int) -> None:
+def _find_by_products(found: Findings) -> None:
     """Pairs and density of G by products, and what its parts have of them."""
     gauss_newton = GaussNewton(found.problem)
-    _find_pairs(found, "gauss_newton", gauss_newton, num)
+    _find_pairs(found, "gauss_newton", gauss_newton)
     gram = RowGram(found.parts.rows)
     if gram.shape[0] >= found.problem.num_parameters:  # G need not have zeros
         found.shares["gauss_newton"] = found.ledger.run(
             "shares of G", lambda _: pair_shares(found.parts, found.pairs["gauss_newton"])
         )
-        _find_density(found, "gauss_newton", gauss_newton, probes, steps)
+        _find_density(found, "gauss_newton", gauss_newton)
     else:
         found.shares["gauss_newton"], vectors = found.ledger.run(
             "shares of G", lambda _: _shares_and_rows(found, gram)
         )
-        steps = min(steps, gram.shape[0])
+        pairs, counts = found.pairs["gauss_newton"], (found.num_probes, min(found.num_steps, gram.shape[0]))
         found.densities["gauss_newton"] = found.ledger.run(
             "density of G",
-            lambda report: nonzero_density(
-                gram, found.pairs["gauss_newton"], vectors, probes, steps, found.seed + 2, report
-            ),
+            lambda report: nonzero_density(gram, pairs, vectors, *counts, found.seed + 2, report),
         )
     gauss_newton.products.release()
 
@@ -306,17 +303,17 @@ def _measure_gradient(found: Findings) -> None:
     if problem.device.type != "cpu":
         ledger.clock = time.perf_counter
     with ledger.stage("loss and gradient"):
-        found.loss, found.operations = with_operations(problem, problem.loss)
+        found.loss, found.operations = count_operations(problem, problem.loss)
         found.accuracy = problem.accuracy()
         gradient()
 
 
-def _go_on(found: Findings, folder: Path, options: dict[str, Label]) -> None:
-    """Keep results of stages in a folder, and take those of a stopped run from it."""
-    problem, ledger = found.problem, found.ledger
+def _identity(found: Findings, options: Options) -> dict[str, Label]:
+    """What makes this computation the one whose finished stages may be taken: its problem and its options."""
+    problem, groups = found.problem, options.groups
     names = ",".join(problem.parameter_names)
     first, second = problem.batches.mark
-    own: dict[str, Label] = {
+    return {
         "examples": problem.num_examples,
         "classes": problem.num_classes,
         "parameters": problem.num_parameters,
@@ -328,10 +325,10 @@ def _go_on(found: Findings, folder: Path, options: dict[str, Label]) -> None:
         "loss": found.loss,
         "loss function": problem.loss_function.name,
         "version": versions()["deepspectra"],
-        "seed": found.seed,
-        "form": KEPT_FORM,
+        "form": FORM,
+        **options._asdict(),
+        "groups": "" if groups is None else _digest([groups]),
     }
-    ledger.kept = Kept(folder, own | options)
 
 
 def _digest(tensors: Iterable[Tensor], text: str = "") -> str:
@@ -342,10 +339,10 @@ def _digest(tensors: Iterable[Tensor], text: str = "") -> str:
     return digest.hexdigest()[:16]
 
 
-def _find_pairs(found: Findings, name: str, operator: Operator, num: int) -> Krylov | None:
-    """The basis that found them, if they were not found before."""
+def _find_pairs(found: Findings, name: str, operator: Operator) -> Krylov | None:
+    """The top pairs of H or G; returns the basis that found them, if they were not found before."""
     basis: Krylov | None = None
-    num = min(num, found.problem.num_parameters)
+    num = min(found.num, found.problem.num_parameters)
 
     def work(report: Report) -> Eigenpairs:
         nonlocal basis
@@ -355,24 +352,26 @@ def _find_pairs(found: Findings, name: str, operator: Operator, num: int) -> Kry
         return pairs
 
     found.pairs[name] = found.ledger.run(f"top eigenpairs of {LETTERS[name]}", work)
-    if found.ledger.kept is not None and basis is not None and name == "hessian":
-        found.ledger.kept.write(BASIS, basis.state())
+    if found.ledger.finished is not None and basis is not None and name == "hessian":
+        found.ledger.finished.write(BASIS, basis.state())
     return basis
 
 
-def _kept_basis(found: Findings, hessian: Hessian) -> Krylov | None:
+def _earlier_basis(found: Findings, hessian: Hessian) -> Krylov | None:
     """The basis that found the pairs of H in a run that was stopped."""
-    state = found.ledger.kept and found.ledger.kept.read(BASIS)
+    state = found.ledger.finished and found.ledger.finished.read(BASIS)
     return Krylov.of_state(hessian, state) if state else None
 
 
-def _find_density(found: Findings, name: str, operator: Operator, probes: int, steps: int) -> None:
+def _find_density(found: Findings, name: str, operator: Operator) -> None:
+    """By stochastic Lanczos quadrature, beside the pairs that are known, with fewer steps if memory asks for it."""
     known = len(found.pairs[name].values) if name in found.pairs else 0
     room = basis_capacity(operator) - known - 1
 
     def work(report: Report) -> Density:
-        fewer = FEWEST_STEPS <= room < steps
-        if fewer:
+        steps = found.num_steps
+        if FEWEST_STEPS <= room < steps:
+            steps = room
             warnings.warn(
                 f"the density of {LETTERS[name]} has {room} steps a probe; more do not fit memory",
                 ConvergenceWarning,
@@ -380,8 +379,8 @@ def _find_density(found: Findings, name: str, operator: Operator, probes: int, s
             )
         return density(
             operator,
-            num_probes=probes,
-            num_steps=room if fewer else steps,
+            num_probes=found.num_probes,
+            num_steps=steps,
             deflate=found.pairs.get(name),
             seed=found.seed + 2,
             progress=report,

@@ -1,30 +1,27 @@
-"""Ready studies of how networks differ, as jobs: their variants, a labelled dataset, a verdict and a report."""
+"""Ready studies of how networks differ, as jobs: their variants, a labelled dataset and a verdict."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import xarray as xr
 
 from deepspectra.analysis.study import LEFT, MOST_ROWS, WHOLE, Study
-from deepspectra.jobs.pages import page_attributes
+from deepspectra.jobs.pages import UNLABELLED, Labels, page_dataset
 from deepspectra.problem.problem import Problem
 from deepspectra.zoo import LabelledData
 
+if TYPE_CHECKING:
+    import xarray as xr
+
 RANDOM_LABELS_EPOCHS = 4  # times those of true labels, which take fewer to fit
-TOLD = (
-    "input_ratio",
-    "gap",
-    "kfac_error",
-    "kfac_overlap",
-    "class_share",
-    "logit_share",
-    "shared",
-)  # in the verdict
+TOLD = (  # in the verdict
+    *("input_ratio", "gap", "kfac_error", "kfac_overlap", "class_share", "logit_share", "shared"),
+)
 
 
 @dataclass(frozen=True)
@@ -67,18 +64,9 @@ STUDIES: Mapping[str, tuple[Variant, ...]] = {
 
 
 def study_dataset(
-    found: Study, problem: Problem, *, name: str = "", model: str = "", data: str = "", seed: int = 0
+    found: Study, problem: Problem, labels: Labels = UNLABELLED, *, name: str = ""
 ) -> xr.Dataset:
-    """Every number of `study` with its dimensions named; `docs/file-format.md` describes it.
-
-    Args:
-        found: of `study`.
-        problem: one of its networks.
-        name: of the study, for the report.
-        model: its name, for the report.
-        data: its name, for the report.
-        seed: of the first training, for the report.
-    """
+    """Every number of `study`, of some name; `problem` is one of its networks."""
     variables = {
         "study": (("variant", "layer", "measured", "sample"), torch.stack([*found.values()], 1).numpy()),
         "study_loss": (("variant", "network"), found.losses.numpy()),
@@ -89,19 +77,14 @@ def study_dataset(
         "layer": [layer or "(model)" for layer in found],
         "measured": list(found.measures),
     }
-    attributes = page_attributes(
-        problem,
-        verdict=" ".join(sentences(found)),
-        subject=f"Study of {name}:" if name else "Study of",
-        model=model,
-        data=data,
-        seed=seed,
-        seconds=found.seconds,
+    subject, verdict = f"Study of {name}:" if name else "Study of", sentences(found)
+    dataset = page_dataset(
+        variables, coords, problem, labels, subject=subject, verdict=verdict, seconds=found.seconds
     )
-    attributes["measures"] = json.dumps(dict(found.measures))
+    dataset.attrs["measures"] = json.dumps(dict(found.measures))
     for one in ("loss_value", "accuracy"):  # of one network: the table has all
-        del attributes[one]
-    return xr.Dataset(variables, coords=coords, attrs=attributes)
+        del dataset.attrs[one]
+    return dataset
 
 
 def sentences(found: Study) -> list[str]:

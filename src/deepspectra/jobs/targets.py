@@ -7,13 +7,15 @@ import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
+import typer
 from rich.console import Console
 from torch import nn
 
 from deepspectra import zoo
 from deepspectra.errors import FileError, OptionError, TargetError
+from deepspectra.jobs.pages import Labels
 from deepspectra.jobs.study import Variant
 from deepspectra.problem.problem import Problem
 
@@ -21,49 +23,66 @@ CONSOLE = Console(stderr=True)
 CONVOLUTIONAL = ("lenet", "vgg11-bn", "resnet18")
 WEIGHTS = "model.safetensors"  # of a trained network, beside its results
 PAPER_SIDE = 32  # side to which the papers pad images for convolutional networks
+Out = Annotated[Path, typer.Option(help="Directory of the results and the report.")]
+Seed = Annotated[int, typer.Option(help="Seed of the training and of every random vector.")]
 
 
 class Choice(NamedTuple):
-    """What the options say of the problem."""
+    """What the options of a command say of its problem, each with its words on the command line."""
 
-    model: str | None = None
-    data: str | None = None
-    root: Path | None = None
-    checkpoint: Path | None = None
-    per_class: int | None = None
-    epochs: int | None = None
-    memory: str | None = None
-    device: str | None = None
-    seed: int = 0
-    resume: bool = False
+    model: Annotated[
+        str | None, typer.Option(help=f"Zoo model, by default mlp: {', '.join(zoo.MODEL_NAMES)}.")
+    ] = None
+    data: Annotated[
+        str | None, typer.Option(help=f"Zoo data set, by default digits: {', '.join(zoo.DATA_NAMES)}.")
+    ] = None
+    data_root: Annotated[
+        Path | None, typer.Option(envvar="DEEPSPECTRA_DATA", help="Folder of the data set's files.")
+    ] = None
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Trained weights (safetensors, or a PyTorch state dict).")
+    ] = None
+    per_class: Annotated[int | None, typer.Option(help="Examples a class; all by default.")] = None
+    epochs: Annotated[int | None, typer.Option(help="Epochs of training, if no checkpoint.")] = None
+    out: Out = Path()
+    memory: Annotated[str | None, typer.Option(help='Memory budget, such as "8GiB".')] = None
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None
+    at: Annotated[
+        str | None,
+        typer.Option(help="Also after these epochs of training, such as 0,1,5; one report of all."),
+    ] = None
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Keep finished stages in OUT; go on from those of a stopped run."),
+    ] = False
+    seed: Seed = 0
 
 
 class Moment(NamedTuple):
     """A problem to be looked at, and where what is found of it goes."""
 
     label: str
-    place: Path
+    out: Path
     problem: Problem
     class_names: list[str] | None
-    model: str
-    data: str
+    labels: Labels
 
 
-def moments(target: str | None, chosen: Choice, out: Path, at: str | None) -> list[Moment]:
+def moments(target: str | None, chosen: Choice) -> list[Moment]:
     """The problem at each epoch that is asked for, and at the end of training."""
-    epochs = _epochs(at)
+    epochs, out = _epochs(chosen.at), chosen.out
     if epochs and (target is not None or chosen.checkpoint is not None):
         raise OptionError(
             "--at follows the training of a network of the zoo; there is none with a checkpoint or target."
         )
-    final = chosen_problem(target, chosen, out, snapshots=epochs)
+    final = chosen_problem(target, chosen, snapshots=epochs)
     found = []
     for epoch in epochs:
-        place = _snapshot(out, epoch)
-        if not place.is_file():
+        weights = _snapshot(out, epoch)
+        if not weights.is_file():
             raise OptionError(f"--at {epoch}: training ended before that epoch.")
-        earlier = chosen_problem(None, chosen._replace(checkpoint=place), out)
-        found.append(Moment(f"epoch {epoch}", place.parent, *earlier))
+        earlier = chosen_problem(None, chosen._replace(checkpoint=weights))
+        found.append(Moment(f"epoch {epoch}", weights.parent, *earlier))
     return [*found, Moment("end" if epochs else "", out / "end" if epochs else out, *final)]
 
 
@@ -86,91 +105,70 @@ def _snapshot(out: Path, epoch: int) -> Path:
 def chosen_problem(
     target: str | None,
     chosen: Choice,
-    out: Path,
+    *,
     draw: int | None = None,
     variant: Variant | None = None,
     snapshots: tuple[int, ...] = (),
-) -> tuple[Problem, list[str] | None, str, str]:
+) -> tuple[Problem, list[str] | None, Labels]:
     """The problem of a target or of the zoo, its class names, and names of model and data for the report.
 
     `draw` is the seed of the draw of examples, if that is another than the training's; `variant` says how a study
     changes the network, and `snapshots` after which epochs its weights are kept.
     """
     if target is None:
-        model, data = chosen.model or "mlp", chosen.data or "digits"
-        options = chosen._asdict() | {"model": model, "data": data}
-        problem, names = _zoo_problem(**options, out=out, draw=draw, variant=variant, snapshots=snapshots)
-        return (
-            problem,
-            names,
-            model,
-            f"{data}, {chosen.per_class} images a class" if chosen.per_class else data,
-        )
-    given = {"--model": chosen.model, "--data": chosen.data, "--checkpoint": chosen.checkpoint,
-             "--per-class": chosen.per_class, "--epochs": chosen.epochs, "--memory": chosen.memory,
-             "--device": chosen.device}  # fmt: skip
-    unused = [option for option, value in given.items() if value is not None]
+        return _zoo_problem(chosen, chosen.seed if draw is None else draw, variant or Variant(""), snapshots)
+    options = ("model", "data", "checkpoint", "per_class", "epochs", "memory", "device")
+    unused = [f"--{name.replace('_', '-')}" for name in options if getattr(chosen, name) is not None]
     if unused:
         raise OptionError(
             f"{', '.join(unused)} belong to the zoo; with a target, the function {target} decides. "
             "Leave them out, and set them where the Problem is made."
         )
-    return _load_target(target), None, "", ""
+    return _load_target(target), None, Labels(seed=chosen.seed)
 
 
 def _zoo_problem(
-    model: str,
-    data: str,
-    *,
-    out: Path,
-    root: Path | None = None,
-    checkpoint: Path | None = None,
-    per_class: int | None = None,
-    epochs: int | None = None,
-    memory: str | None = None,
-    device: str | None = None,
-    seed: int = 0,
-    resume: bool = False,
-    draw: int | None = None,
-    variant: Variant | None = None,
-    snapshots: tuple[int, ...] = (),
-) -> tuple[Problem, list[str]]:
+    chosen: Choice, draw: int, variant: Variant, snapshots: tuple[int, ...]
+) -> tuple[Problem, list[str], Labels]:
     """Data, and a network from a checkpoint or trained here and saved beside the results."""
-    variant = variant or Variant("")
+    model, data = chosen.model or "mlp", chosen.data or "digits"
     size = PAPER_SIDE if model in CONVOLUTIONAL and data in ("mnist", "fashion") else None
-    drawn = seed if draw is None else draw
-    examples = variant.of(zoo.load(data, root=root, per_class=per_class, size=size, seed=drawn), drawn)
+    loaded = zoo.load(data, root=chosen.data_root, per_class=chosen.per_class, size=size, seed=draw)
+    examples = variant.of(loaded, draw)
     names = [str(name) for name in examples.class_names]
     shape = tuple(examples.inputs.shape[1:])
-    network = zoo.build(model, input_shape=shape, num_classes=len(names), seed=seed)
+    network = zoo.build(model, input_shape=shape, num_classes=len(names), seed=chosen.seed)
     if variant.batch_norm:
         network = zoo.normalised(network, shape)
     recipe = zoo.recipe(model, data, len(examples))
-    epochs = recipe.epochs if epochs is None else epochs
+    epochs = recipe.epochs if chosen.epochs is None else chosen.epochs
     epochs = min(1, epochs) if variant.epochs is None else epochs * variant.epochs
-    about: dict[str, str | int] = {"model": model, "data": data, "seed": seed}
+    about: dict[str, str | int] = {"model": model, "data": data, "seed": chosen.seed}
     about |= {"examples": len(examples), "epochs": epochs}
-    trained = out / WEIGHTS
-    if checkpoint is not None:
-        zoo.load_checkpoint(checkpoint, network)
-    elif resume and _was_trained(network, trained, about, out, snapshots):
+    trained = chosen.out / WEIGHTS
+    if chosen.checkpoint is not None:
+        zoo.load_checkpoint(chosen.checkpoint, network)
+    elif chosen.resume and _was_trained(network, about, chosen.out, snapshots):
         CONSOLE.print(f"{model} was trained before: {trained}")
     else:
-        _train(network, examples, replace(recipe, epochs=epochs), out, about, snapshots, device)
+        _train(network, examples, replace(recipe, epochs=epochs), about, chosen, snapshots)
     network.eval()
-    data_pair = (examples.inputs, examples.targets)
-    return Problem(network, data_pair, device=device, memory=memory), names
+    pair = (examples.inputs, examples.targets)
+    problem = Problem(network, pair, device=chosen.device, memory=chosen.memory)
+    drawn = f"{data}, {chosen.per_class} images a class" if chosen.per_class else data
+    return problem, names, Labels(model, drawn, chosen.seed)
 
 
 def _was_trained(
-    network: nn.Module, trained: Path, about: dict[str, str | int], out: Path, snapshots: tuple[int, ...]
+    network: nn.Module, about: dict[str, str | int], out: Path, snapshots: tuple[int, ...]
 ) -> bool:
     """Load the end of a training that was done before; False unless all that it should leave is there.
 
     Raises:
         FileError: it was another training.
     """
-    expected = {_snapshot(out, epoch): about | {"epochs": epoch} for epoch in snapshots} | {trained: about}
+    expected = {_snapshot(out, epoch): about | {"epochs": epoch} for epoch in snapshots}
+    expected[out / WEIGHTS] = about
     if not all(path.is_file() for path in expected):
         return False
     for path, meta in expected.items():  # the end comes last and stays
@@ -184,16 +182,15 @@ def _train(
     network: nn.Module,
     examples: zoo.LabelledData,
     recipe: zoo.Recipe,
-    out: Path,
     about: dict[str, str | int],
+    chosen: Choice,
     snapshots: tuple[int, ...],
-    device: str | None,
 ) -> None:
     """Train a network and save it beside the results, also after the epochs in `snapshots`."""
 
     def keep(epoch: int) -> None:
         if epoch in snapshots:
-            zoo.save_checkpoint(_snapshot(out, epoch), network, about | {"epochs": epoch})
+            zoo.save_checkpoint(_snapshot(chosen.out, epoch), network, about | {"epochs": epoch})
 
     keep(0)
     with CONSOLE.status("training") as status:
@@ -205,18 +202,8 @@ def _train(
                 f"loss {history.losses[-1]:.4f}, accuracy {history.accuracies[-1]:.1%}"
             )
 
-        history = zoo.train(
-            network,
-            examples,
-            epochs=recipe.epochs,
-            learning_rate=recipe.learning_rate,
-            batch_size=recipe.batch_size,
-            milestones=recipe.milestones,
-            seed=int(about["seed"]),
-            device=device,
-            progress=show,
-        )
-    path = out / WEIGHTS
+        history = zoo.train(network, examples, recipe, seed=chosen.seed, device=chosen.device, progress=show)
+    path = chosen.out / WEIGHTS
     zoo.save_checkpoint(path, network, about)
     last = f"accuracy {history.accuracies[-1]:.1%} while training" if len(history) else "untrained"
     CONSOLE.print(

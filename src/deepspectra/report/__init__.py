@@ -1,14 +1,9 @@
 """The report: a saved analysis as charts for papers and notebooks, and as one self-contained HTML page."""
 
-from deepspectra.report.charts import (
-    averaging,
-    charts,
-    cost,
-    knockouts,
-    shares,
-)
+from deepspectra.report.attribution_charts import averaging, cost, knockouts, shares
 from deepspectra.report.class_charts import class_cosines, cross_class_weights, three_level_map
 from deepspectra.report.drawing import save_chart
+from deepspectra.report.figures import charts
 from deepspectra.report.page import render, render_series, write, write_series
 from deepspectra.report.spectrum_charts import log_spectrum, spectrum
 

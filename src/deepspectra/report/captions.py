@@ -1,15 +1,14 @@
-"""What the page says under each figure: how to read it, and what the numbers of this analysis are."""
+"""Captions that quote the analysis: how to read a figure, and what its numbers are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from deepspectra.report.class_charts import class_names, cosines
-from deepspectra.report.drawing import LEVEL_NAMES, Row, holds, number, rows
+from deepspectra.report.drawing import LEVEL_NAMES, Row, by_operator, holds, number, rows
 from deepspectra.report.findings import (
     knockout_summary,
     mean_shares,
@@ -28,7 +27,8 @@ from deepspectra.report.text import (
 )
 
 
-def _spectrum_caption(dataset: xr.Dataset) -> str:
+def spectrum(dataset: xr.Dataset) -> str:
+    """Of the densities: what they do not show, and how many outliers stand above the thresholds."""
     read = (
         "How the eigenvalues of the Hessian H, of its Gauss-Newton part G and of the residual R = H − G are"
         " spread. Curves show the fraction of all eigenvalues per decade of |λ|, or per unit of λ, on a "
@@ -43,7 +43,7 @@ def _spectrum_caption(dataset: xr.Dataset) -> str:
 def _resolution_sentences(dataset: xr.Dataset) -> str:
     """What of each operator's spectrum the curves do not show, or show without knowing it well."""
     zero, small, smallest, resolved, unresolved = (
-        _by_operator(dataset, name)
+        by_operator(dataset, name)
         for name in ("zero_share", "small_share", "smallest_drawn", "resolved_above", "unresolved_share")
     )
     text = ""
@@ -76,8 +76,8 @@ def _resolution_sentences(dataset: xr.Dataset) -> str:
 
 def _outlier_sentences(dataset: xr.Dataset) -> str:
     found = outliers(dataset)
-    edges = _by_operator(dataset, "bulk_edge")
-    thresholds = _by_operator(dataset, "outlier_threshold")
+    edges = by_operator(dataset, "bulk_edge")
+    thresholds = by_operator(dataset, "outlier_threshold")
     text = ""
     for operator, threshold in thresholds.items():
         top = [row["eigenvalue"] for row in found if row["operator"] == operator]
@@ -90,13 +90,8 @@ def _outlier_sentences(dataset: xr.Dataset) -> str:
     return text
 
 
-def _by_operator(dataset: xr.Dataset, name: str) -> dict[str, float]:
-    if not holds(dataset, name):
-        return {}
-    return {row["operator"]: row[name] for row in rows(dataset, name)}
-
-
-def _shares_caption(dataset: xr.Dataset) -> str:
+def shares(dataset: xr.Dataset) -> str:
+    """With each operator's mean shares."""
     text = (
         "What each outlier is made of. A bar is one outlier eigenvalue of the chosen operator; its segments"
         " are the shares of the class means, the logit means, their interaction, the scatter within "
@@ -112,7 +107,8 @@ def _shares_caption(dataset: xr.Dataset) -> str:
     return text
 
 
-def _knockouts_caption(dataset: xr.Dataset) -> str:
+def knockouts(dataset: xr.Dataset) -> str:
+    """With the outliers that each knock-out leaves of the first operator."""
     text = (
         "Which eigenvalues stay when parts are removed. A dot is an eigenvalue left, dark when it is above "
         "the outlier threshold (dashed). A part is the cause of the outliers when they go with it. To the "
@@ -131,7 +127,8 @@ def _removal(row: Row) -> str:
     return f"without {escaped(row['knockout'])} by {escaped(row['method'])}"
 
 
-def _averaging_caption(dataset: xr.Dataset) -> str:
+def averaging(dataset: xr.Dataset) -> str:
+    """With the overlaps and the price of each level of averages."""
     text = (
         "How much of the top of the spectrum averaging finds, without any eigenvalue iteration. Filled dots"
         " are the true eigenvalues, by rank; open symbols are the eigenvalues found by averaging gradients "
@@ -167,7 +164,8 @@ def _dimension(row: Row) -> str:
     return f"{size:.0f} eigenvectors of " if finite(size) else "eigenvectors of "
 
 
-def _classes_caption(dataset: xr.Dataset) -> str:
+def classes(dataset: xr.Dataset) -> str:
+    """With the closest and the most confused pair of classes."""
     text = ""
     if holds(dataset, "mean_gram"):
         text += (
@@ -210,65 +208,8 @@ def _confusion_sentence(dataset: xr.Dataset) -> str:
     return f"The largest is {pair} ({number_html(weights[true, label])})."
 
 
-HIERARCHY_CAPTION = (
-    "Class means δ_c (large) and cross-class means δ_{c,k} (small: the mean gradient of examples of class c, "
-    "had they been of class k; open where k = c), placed by t-SNE of their distances. Small circles gather "
-    "around their class c in a trained network, and by k early in training: choose the colouring, and point at "
-    "a circle for its pair. Only who is near whom has a meaning."
-)
-KRONECKER_CAPTION = (
-    "How far Kronecker-factored approximations K are from each layer's block of G: relative errors in the Frobenius "
-    "and the spectral norm, the Wasserstein-1 distance of their spectra in log₁₀ λ, and the cosine ⟨G, K⟩ / ‖G‖‖K‖. "
-    "KFAC is S ⊗ A; EKFAC has its eigenvectors and G's own diagonal there; CFAC sums S_c ⊗ A_c over classes."
-)
-KRONECKER_SPACES_CAPTION = (
-    "Overlap of an approximation's top k eigenvectors with those of the block of G, for the chosen layer."
-)
-OVERLAPS_CAPTION = (
-    "Overlap of the top k eigenvectors of a layer's block of G in the two networks, against k. Hidden units of the "
-    "two are in no common order, so what overlaps is the input side: where the second moment A of the features has "
-    "one dominant direction t, the overlap rises to (t·t′)² at k = m, the number of outputs (dashed), then falls. "
-    "“Predicted” knows the spectra of the factors and the eigenvectors of A only; “of the Kronecker factors” also "
-    "the eigenvectors of S."
-)
-WHOLE_CAPTION = "Overlap of the top k eigenvectors of G over all parameters of the two networks."
-STUDY_CAPTION = (
-    "A measure of every layer in each variant of the network: points are networks trained from different seeds (or "
-    "pairs of them, for overlaps between networks), lines their means. Choose the measure; the table has the means "
-    "of all."
-)
-LAYERS_CAPTION = (
-    "The largest eigenvalues of every layer: of the second moment of its features (what enters), of its "
-    "backpropagated errors (what comes back to its output), and of its block of G. Each dash is one "
-    "eigenvalue in the colour of the part that has most of it; all are exact. Outliers stand apart from "
-    "the dashes below them. “Without the mean feature” is what the gradients of a layer would be if the "
-    "features that enter it had mean zero."
-)
-LAYER_DENSITIES_CAPTION = (
-    "The density of the eigenvalues of each layer's diagonal block of G, exact, per decade of λ and without its "
-    "zeros; each row has a scale of its own, and its largest eigenvalues are marked. Where the outputs are linear "
-    "in the layer's own parameters the Hessian's block is the same matrix. Elsewhere its density is drawn beside "
-    "it, eigenvalues below zero by their size."
-)
-LAYER_TRACES_CAPTION = (
-    "How much of each layer's trace the parts make: of features, the global mean, the class means about "
-    "it and the scatter within classes; of errors and gradients, the parts of G."
-)
-
-PRODUCTS_CAPTION = (
-    "Whether means of gradients are products of means: the cosine between g_c and h_c ⊗ e_c (class means) "
-    "and between g_{c,k} and h_c ⊗ e_{c,k} (cross-class means), averaged over classes or pairs; bars are "
-    "one standard deviation. At 1 the two agree up to length. Logit means are compared with h̄ ⊗ e_k: where these "
-    "agree, it is the mean feature that makes them."
-)
-
-COLLAPSE_CAPTION = (
-    "How far the features that enter each layer have collapsed onto their class means: every measure is 0 "
-    "for complete collapse. Zeros cannot be drawn here; the table has them."
-)
-
-
-def _regions_caption(dataset: xr.Dataset) -> str:
+def regions(dataset: xr.Dataset) -> str:
+    """With the method of the knock-outs."""
     gone = "projected out" if attribute(dataset, "method") == "projection" else "subtracted"
     return (
         f"How far the eigenvalues of each region move when a part is {gone}: the mean of |log₁₀ λ/λ′| over its "
@@ -279,7 +220,8 @@ def _regions_caption(dataset: xr.Dataset) -> str:
     )
 
 
-def _cost_caption(dataset: xr.Dataset) -> str:
+def cost(dataset: xr.Dataset) -> str:
+    """With the total and the dearest stage."""
     table = rows(dataset, "cost_gradients", "cost_seconds")
     total = sum(row["cost_gradients"] for row in table)
     most = max(table, key=lambda row: row["cost_gradients"])
@@ -290,42 +232,3 @@ def _cost_caption(dataset: xr.Dataset) -> str:
     )
     seconds = attribute(dataset, "gradient_seconds")
     return text + (f" One gradient took {number_html(seconds)} s." if seconds is not None else "")
-
-
-Caption = Callable[[xr.Dataset], str]
-FIGURES: dict[str, tuple[str, dict[str, str], Caption]] = {
-    "spectrum": (
-        "The spectrum",
-        {"log_spectrum": "Density per decade", "spectrum": "Density per unit of λ"},
-        _spectrum_caption,
-    ),
-    "shares": ("What the outliers are made of", {"shares": ""}, _shares_caption),
-    "knockouts": ("What is left when parts are removed", {"knockouts": ""}, _knockouts_caption),
-    "averaging": ("What averaging alone finds", {"averaging": ""}, _averaging_caption),
-    "classes": (
-        "The classes",
-        {"class_cosines": "Cosines of class means", "cross_class_weights": "Cross-class weights"},
-        _classes_caption,
-    ),
-    "hierarchy": ("The map of the means", {"three_level_map": ""}, lambda _: HIERARCHY_CAPTION),
-    "layers": ("Layer by layer", {"layer_spectra": ""}, lambda _: LAYERS_CAPTION),
-    "layer-densities": (
-        "Spectra of the layers' blocks",
-        {"layer_densities": ""},
-        lambda _: LAYER_DENSITIES_CAPTION,
-    ),
-    "layer-traces": ("What the layers are made of", {"layer_traces": ""}, lambda _: LAYER_TRACES_CAPTION),
-    "products": ("Products of means", {"layer_products": ""}, lambda _: PRODUCTS_CAPTION),
-    "collapse": ("Neural collapse", {"layer_collapse": ""}, lambda _: COLLAPSE_CAPTION),
-    "kronecker": ("Kronecker factors", {"kronecker_fits": ""}, lambda _: KRONECKER_CAPTION),
-    "kronecker-spaces": (
-        "Eigenspaces of Kronecker factors",
-        {"kronecker_overlaps": ""},
-        lambda _: KRONECKER_SPACES_CAPTION,
-    ),
-    "regions": ("Which part makes which region", {"region_shifts": ""}, _regions_caption),
-    "study": ("What changes", {"study_measures": ""}, lambda _: STUDY_CAPTION),
-    "overlaps": ("Shared eigenspaces", {"overlap_curves": ""}, lambda _: OVERLAPS_CAPTION),
-    "whole": ("All parameters together", {"overlap_whole": ""}, lambda _: WHOLE_CAPTION),
-    "cost": ("What it cost", {"cost": ""}, _cost_caption),
-}

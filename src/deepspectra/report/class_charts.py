@@ -8,19 +8,21 @@ import altair as alt
 import numpy as np
 import xarray as xr
 
-from deepspectra.errors import DataError
 from deepspectra.report.drawing import (
     INK,
     MOST_ROWS,
     Array,
     Row,
     blank,
+    choice,
     decades,
     finished,
     holds,
+    needs,
     plain,
-    require,
     rows,
+    tip,
+    word,
 )
 
 COLOURINGS = {"true": "true class c", "potential": "potential class k"}
@@ -37,23 +39,31 @@ def cosines(dataset: xr.Dataset) -> Array:
     return cosine
 
 
+@needs("mean_gram")
 def class_cosines(dataset: xr.Dataset) -> alt.LayerChart:
     """Cosines between the mean gradients of classes."""
-    require(dataset, "mean_gram")
     scale = alt.Scale(scheme="purpleorange", domain=[-1, 1], reverse=True)
     return _heat_map(dataset, cosines(dataset), scale, ("class", "class", "cosine"))
 
 
-def cross_class_weights(dataset: xr.Dataset) -> alt.LayerChart:
-    """Weight of examples of one class under the label of another: how much each confusion counts."""
-    require(dataset, "cross_class_weight")
+def _confusions(dataset: xr.Dataset) -> Array:
+    """(C, C) weights of wrong labels; NaN on the diagonal and for none."""
     weights = np.array(dataset["cross_class_weight"].values, dtype=np.float64)
     np.fill_diagonal(weights, np.nan)
-    weights[weights <= 0] = np.nan
-    if not np.isfinite(weights).any():
-        raise DataError("every cross-class weight is zero: no example puts any probability on a wrong class")
+    return np.where(weights > 0, weights, np.nan)
+
+
+def _no_confusion(dataset: xr.Dataset) -> str:
+    if np.isfinite(_confusions(dataset)).any():
+        return ""
+    return "every cross-class weight is zero: no example puts any probability on a wrong class"
+
+
+@needs("cross_class_weight", unless=_no_confusion)
+def cross_class_weights(dataset: xr.Dataset) -> alt.LayerChart:
+    """Weight of examples of one class under the label of another: how much each confusion counts."""
     scale = alt.Scale(scheme="blues", type="log")
-    return _heat_map(dataset, weights, scale, ("true class", "potential class", "weight"))
+    return _heat_map(dataset, _confusions(dataset), scale, ("true class", "potential class", "weight"))
 
 
 def _chosen_classes(dataset: xr.Dataset) -> list[int]:
@@ -90,9 +100,9 @@ def _heat_map(
             "value:Q", scale=scale, legend=_gradient(scale, titles[2], [cell["value"] for cell in cells])
         ),
         tooltip=[
-            alt.Tooltip("row:N", title=titles[0]),
+            word("row", titles[0]),
             alt.Tooltip("column:N", title=titles[1] if titles[1] != titles[0] else "and"),
-            alt.Tooltip("value:Q", title=titles[2], format=".3~g"),
+            tip("value", titles[2]),
         ],
     )
     note = f"{len(chosen)} of {len(names)} classes: those of largest weight"
@@ -113,9 +123,9 @@ def class_names(dataset: xr.Dataset) -> list[str]:
     return [str(name) for name in named]
 
 
+@needs("map_x", "map_y", "map_class_x", "map_class_y")
 def three_level_map(dataset: xr.Dataset) -> alt.LayerChart:
     """Class means (large) and cross-class means (small), near each other where they point the same way."""
-    require(dataset, "map_x", "map_y", "map_class_x", "map_class_y")
     names = class_names(dataset)
     table: list[Row] = []
     for by in COLOURINGS:
@@ -132,11 +142,6 @@ def three_level_map(dataset: xr.Dataset) -> alt.LayerChart:
             table.append(
                 {"by": by, "label": label, "size": size, "name": text, "x": row["map_x"], "y": row["map_y"]}
             )
-    choice = alt.param(
-        name="by",
-        value="true",
-        bind=alt.binding_radio(options=list(COLOURINGS), labels=list(COLOURINGS.values()), name=" "),
-    )
     few = len(names) <= FEW_CLASSES
     scale = alt.Scale(domain=names, scheme="tableau10") if few else alt.Scale(domain=names, scheme="turbo")
     plane: dict[str, Any] = {"scale": alt.Scale(zero=False, padding=12), "axis": None}
@@ -149,7 +154,7 @@ def three_level_map(dataset: xr.Dataset) -> alt.LayerChart:
             scale=scale,
             legend=alt.Legend(columns=FEW_CLASSES) if few else None,
         ),
-        tooltip=[alt.Tooltip("name:N", title="mean of")],
+        tooltip=[word("name", "mean of")],
     )
     shown = "datum.by === by && datum.size === "
     means = base.transform_filter(shown + "'class'").mark_circle(size=420, opacity=0.45)
@@ -157,6 +162,5 @@ def three_level_map(dataset: xr.Dataset) -> alt.LayerChart:
     true = base.transform_filter(shown + "'true'").mark_point(size=55, filled=False, strokeWidth=1.6)
     captions = base.transform_filter(shown + "'class'").mark_text(fontSize=11, fontWeight=600, color=INK)
     captions = captions.encode(text="label:N", color=alt.value(INK))
-    return finished(
-        alt.layer(means, crossed, true, captions).add_params(choice), width=MAP_SIZE, height=MAP_SIZE
-    )
+    chart = alt.layer(means, crossed, true, captions).add_params(choice("by", COLOURINGS))
+    return finished(chart, width=MAP_SIZE, height=MAP_SIZE)

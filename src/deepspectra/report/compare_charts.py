@@ -5,7 +5,21 @@ from __future__ import annotations
 import altair as alt
 import xarray as xr
 
-from deepspectra.report.drawing import INK, MUTED, WIDTH, Row, blank, colour, finished, require, rows
+from deepspectra.report.drawing import (
+    INK,
+    MUTED,
+    WIDTH,
+    Row,
+    blank,
+    choice,
+    colour,
+    finished,
+    needs,
+    pivot,
+    rows,
+    tip,
+    word,
+)
 
 CURVE_LABELS = {
     "measured": "measured",
@@ -16,12 +30,11 @@ CURVE_LABELS = {
 CURVE_COLOURS = {"measured": INK, "kronecker": "#0072B2", "predicted": "#D55E00", "baseline": MUTED}
 
 
+@needs("overlap_curve")
 def overlap_curves(dataset: xr.Dataset) -> alt.LayerChart:
     """Overlap of the top-k eigenspaces of two networks against k, one layer at a time."""
-    require(dataset, "overlap_curve")
     table = [row | {"label": CURVE_LABELS[row["curve"]]} for row in rows(dataset, "overlap_curve")]
     layers = [str(name) for name in dataset["layer"].values]
-    choice = alt.param(name="chosen", value=layers[0], bind=alt.binding_select(options=layers, name="layer "))
     y = alt.Y("overlap_curve:Q", title="overlap ‖UᵀV‖² / k", scale=alt.Scale(domainMin=0))
     lines = (
         blank(table)
@@ -31,9 +44,9 @@ def overlap_curves(dataset: xr.Dataset) -> alt.LayerChart:
             y=y,
             color=colour(list(CURVE_LABELS), CURVE_LABELS, CURVE_COLOURS, columns=4),
             tooltip=[
-                alt.Tooltip("label:N", title="curve"),
+                word("label", "curve"),
                 alt.Tooltip("dimension:Q", title="k"),
-                alt.Tooltip("overlap_curve:Q", title="overlap", format=".3f"),
+                tip("overlap_curve", "overlap", ".3f"),
             ],
         )
         .transform_filter("datum.layer === chosen")
@@ -45,32 +58,29 @@ def overlap_curves(dataset: xr.Dataset) -> alt.LayerChart:
     rule = base.mark_rule(color=MUTED, strokeDash=[4, 4])
     text = base.mark_text(align="left", dx=5, dy=-6, baseline="top", color=MUTED)
     text = text.encode(y=alt.value(0), text="text:N")
-    return finished(alt.layer(rule, lines, text).add_params(choice), width=WIDTH, height=300)
+    chosen = choice("chosen", layers, menu="layer ")
+    return finished(alt.layer(rule, lines, text).add_params(chosen), width=WIDTH, height=300)
 
 
 def peaks(dataset: xr.Dataset) -> list[Row]:
     """Of each layer: where measured and predicted curves are highest, and how high."""
     found: dict[str, Row] = {row["layer"]: row for row in rows(dataset, "layer_outputs", "layer_alignment")}
-    for row in rows(dataset, "overlap_curve"):
-        layer, curve = found[row["layer"]], row["curve"]
-        if row["overlap_curve"] > layer.get(f"{curve}_height", -1.0):
-            layer[f"{curve}_height"], layer[f"{curve}_at"] = row["overlap_curve"], int(row["dimension"])
+    for (layer, curve), heights in pivot(dataset, "overlap_curve", "dimension", "layer", "curve").items():
+        at = max(heights, key=lambda k: heights[k])
+        found[layer] |= {f"{curve}_height": heights[at], f"{curve}_at": int(at)}
     return list(found.values())
 
 
+@needs("overlap_whole")
 def overlap_whole(dataset: xr.Dataset) -> alt.LayerChart:
     """The same over all parameters."""
-    require(dataset, "overlap_whole")
     table = rows(dataset, "overlap_whole")
     base = blank(table).encode(
         x=alt.X("whole_dimension:Q", title="dimension k", axis=alt.Axis(tickMinStep=1)),
         y=alt.Y("overlap_whole:Q", title="overlap ‖UᵀV‖² / k", scale=alt.Scale(domainMin=0)),
         tooltip=[
             alt.Tooltip("whole_dimension:Q", title="k"),
-            alt.Tooltip("overlap_whole:Q", title="overlap", format=".3f"),
+            tip("overlap_whole", "overlap", ".3f"),
         ],
     )
     return finished(alt.layer(base.mark_line(color=INK, point=True)), width=WIDTH, height=220)
-
-
-COMPARE_CHARTS = {"overlap_curves": overlap_curves, "overlap_whole": overlap_whole}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from deepspectra.errors import DataError, OptionError
 Row = dict[str, Any]
 Mark = Any  # a chart under construction: Altair's annotations lose its type when calls are chained
 Array = NDArray[np.float64]
+Reason = Callable[[xr.Dataset], str]
 
 # Okabe and Ito's palette, safe for colour-vision deficiencies. One colour per part, everywhere.
 PART_COLOURS = {
@@ -94,6 +96,19 @@ def rows(dataset: xr.Dataset, *names: str, need: Iterable[str] | None = None) ->
     return [{key: plain(value) for key, value in row.items()} for row in frame.to_dict("records")]
 
 
+def pivot(dataset: xr.Dataset, name: str, column: str, *keys: str) -> dict[tuple[Any, ...], dict[Any, Any]]:
+    """A variable as a table: what `keys` say of a row → what `column` says → value, where there is one."""
+    table: dict[tuple[Any, ...], dict[Any, Any]] = {}
+    for row in rows(dataset, name):
+        table.setdefault(tuple(row[key] for key in keys), {})[row[column]] = row[name]
+    return table
+
+
+def by_operator(dataset: xr.Dataset, name: str) -> dict[str, float]:
+    """A number of each operator, where there is one."""
+    return {row["operator"]: row[name] for row in rows(dataset, name)} if holds(dataset, name) else {}
+
+
 def plain(value: Any) -> Any:
     """A value JSON can hold, floats to nine digits."""
     if isinstance(value, (float, np.floating)):
@@ -101,14 +116,40 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def require(dataset: xr.Dataset, *names: str) -> None:
-    """Raise DataError unless the analysis holds every named variable."""
-    missing = [name for name in names if not holds(dataset, name)]
-    if missing:
-        raise DataError(
-            f"this chart draws {', '.join(names)}; the analysis has no values of {', '.join(missing)}. "
-            "Run the step that computes them, or leave the chart out."
-        )
+class Chart:
+    """A function that draws an analysis, and what the analysis must hold for it.
+
+    Called on an analysis that lacks something, it raises DataError with the reason, which `lacks` tells beforehand.
+    """
+
+    def __init__(
+        self, draw: Callable[[xr.Dataset], alt.LayerChart], needed: Sequence[str], unless: Reason
+    ) -> None:
+        functools.update_wrapper(self, draw)
+        self.name, self.draw, self.needed, self.unless = draw.__name__, draw, needed, unless
+
+    def __call__(self, dataset: xr.Dataset) -> alt.LayerChart:
+        """The chart."""
+        if reason := self.lacks(dataset):
+            raise DataError(reason)
+        return self.draw(dataset)
+
+    def lacks(self, dataset: xr.Dataset) -> str:
+        """Why it cannot be drawn; empty if it can."""
+        missing = [name for name in self.needed if not holds(dataset, name)]
+        if missing:
+            return (
+                f"this chart draws {', '.join(self.needed)}; the analysis has no values of {', '.join(missing)}. "
+                "Run the step that computes them, or leave the chart out."
+            )
+        return self.unless(dataset)
+
+
+def needs(
+    *needed: str, unless: Reason = lambda _: ""
+) -> Callable[[Callable[[xr.Dataset], alt.LayerChart]], Chart]:
+    """Make a chart of a function that draws these variables, unless there is a reason not to."""
+    return lambda draw: Chart(draw, needed, unless)
 
 
 # ---------------------------------------------------------------------------------------- shared ingredients
@@ -151,13 +192,10 @@ def colour(
 
 def operator_selector(operators: Sequence[str], *, everything: bool) -> alt.Parameter:
     """A choice of operator: a row of buttons on the page, the first choice in a still picture."""
-    options = (["all"] if everything else []) + list(operators)
-    labels = [OPERATOR_NAMES.get(name, name) for name in options]
     if len(operators) == 1:
-        return alt.param(name="shown", value=options[-1])
-    return alt.param(
-        name="shown", value=options[0], bind=alt.binding_radio(options=options, labels=labels, name=" ")
-    )
+        return alt.param(name="shown", value=operators[0])
+    options = (["all"] if everything else []) + list(operators)
+    return choice("shown", {name: OPERATOR_NAMES.get(name, name) for name in options})
 
 
 def operators_of(table: Iterable[Row]) -> list[str]:
@@ -204,6 +242,25 @@ def log_axis(low: float, high: float, most: int = 6, **options: Any) -> alt.Axis
 def tip(field: str, title: str, form: str = ".3~g") -> alt.Tooltip:
     """A number in a tooltip."""
     return alt.Tooltip(field=field, type="quantitative", title=title, format=form)
+
+
+def word(field: str, title: str) -> alt.Tooltip:
+    """A name in a tooltip."""
+    return alt.Tooltip(field=field, type="nominal", title=title)
+
+
+def choice(
+    name: str, options: Iterable[str] | Mapping[str, str], *, first: str = "", menu: str = ""
+) -> alt.Parameter:
+    """A choice on the page among options, with labels if need be, and the first of them in a still picture.
+
+    By buttons, or by a menu with these words before it.
+    """
+    values = list(options)
+    labels = list(options.values()) if isinstance(options, Mapping) else alt.Undefined
+    binding = alt.binding_select if menu else alt.binding_radio
+    bind = binding(options=values, labels=labels, name=menu or " ")
+    return alt.param(name=name, value=first or values[0], bind=bind)
 
 
 def save_chart(chart: alt.TopLevelMixin, path: str | Path) -> None:

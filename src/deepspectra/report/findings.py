@@ -6,7 +6,7 @@ import math
 
 import xarray as xr
 
-from deepspectra.report.drawing import OPERATOR_NAMES, Row, holds, rows
+from deepspectra.report.drawing import OPERATOR_NAMES, Row, holds, pivot, rows
 from deepspectra.report.text import quantity
 
 
@@ -31,35 +31,23 @@ def outliers(dataset: xr.Dataset) -> list[Row]:
     found = [
         row for row in rows(dataset, "eigenvalue", "is_outlier", "residual_norm") if row["is_outlier"] == 1
     ]
-    shares = {(row["operator"], row["pair"]): row for row in _shares_by_pair(dataset)}
+    shares = pivot(dataset, "share", "part", "operator", "pair") if holds(dataset, "share") else {}
     found.sort(key=lambda row: (list(OPERATOR_NAMES).index(row["operator"]), -row["eigenvalue"]))
     rank: dict[str, int] = {}
     for row in found:
         row["rank"] = rank[row["operator"]] = rank.get(row["operator"], 0) + 1
-        row.update(shares.get((row["operator"], row["pair"]), {}))
+        own = shares.get((row["operator"], row["pair"]), {})
+        row.update({f"share {part}": share for part, share in own.items()})
     return found
-
-
-def _shares_by_pair(dataset: xr.Dataset) -> list[Row]:
-    if not holds(dataset, "share"):
-        return []
-    table: dict[tuple[str, int], Row] = {}
-    for row in rows(dataset, "share"):
-        pair = table.setdefault(
-            (row["operator"], row["pair"]), {"operator": row["operator"], "pair": row["pair"]}
-        )
-        pair[f"share {row['part']}"] = row["share"]
-    return list(table.values())
 
 
 def mean_shares(dataset: xr.Dataset) -> dict[str, dict[str, float]]:
     """Mean share of each part over the outliers, by operator."""
     if not holds(dataset, "mean_share"):
         return {}
-    out: dict[str, dict[str, float]] = {}
-    for row in rows(dataset, "mean_share"):
-        out.setdefault(row["operator"], {})[row["part"]] = row["mean_share"]
-    return out
+    return {
+        operator: means for (operator,), means in pivot(dataset, "mean_share", "part", "operator").items()
+    }
 
 
 def knockout_summary(dataset: xr.Dataset) -> list[Row]:
@@ -77,8 +65,3 @@ def knockout_summary(dataset: xr.Dataset) -> list[Row]:
         for row in table.values()
         if row["knockout"] != "nothing" or first.setdefault((row["operator"], 0.0), row) is row
     ]
-
-
-def outlier_thresholds(dataset: xr.Dataset) -> list[Row]:
-    """Of outliers, by operator."""
-    return rows(dataset, "outlier_threshold") if holds(dataset, "outlier_threshold") else []

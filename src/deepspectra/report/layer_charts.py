@@ -16,12 +16,16 @@ from deepspectra.report.drawing import (
     Mark,
     Row,
     blank,
+    choice,
     colour,
     finished,
     log_axis,
-    require,
+    needs,
+    pivot,
     rows,
     ticks_axis,
+    tip,
+    word,
 )
 
 LAYER_COLOURS = {**PART_COLOURS, "mean": "#7a7a7a"}
@@ -75,11 +79,8 @@ def _chosen_kind(marks: Mark, table: list[Row], height: int) -> alt.LayerChart:
     """Marks with a choice of features, errors or gradients: buttons on the page, gradients in a still picture."""
     present = [kind for kind in KIND_LABELS if any(row["kind"] == kind for row in table)]
     first = "gradients" if "gradients" in present else present[0]
-    labels = [KIND_LABELS[kind] for kind in present]
-    choice = alt.param(
-        name="kind", value=first, bind=alt.binding_radio(options=present, labels=labels, name=" ")
-    )
-    drawn = alt.layer(marks).transform_filter("datum.kind === kind").add_params(choice)
+    chosen = choice("kind", {kind: KIND_LABELS[kind] for kind in present}, first=first)
+    drawn = alt.layer(marks).transform_filter("datum.kind === kind").add_params(chosen)
     return finished(drawn, width=WIDTH, height=height)
 
 
@@ -96,13 +97,10 @@ def depth_axis(dataset: xr.Dataset, dimension: str = "layer") -> alt.X:
     return alt.X(f"{dimension}:N", sort=names, title="layer, from input to output", axis=axis)
 
 
+@needs("layer_eigenvalue", "layer_share")
 def layer_spectra(dataset: xr.Dataset) -> alt.LayerChart:
     """The largest eigenvalues of every layer, each in the colour of the part that has most of it."""
-    require(dataset, "layer_eigenvalue", "layer_share")
-    shares: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row in rows(dataset, "layer_share"):
-        key = (row["layer"], row["kind"], row["rank"])
-        shares.setdefault(key, {})[row["layer_part"]] = row["layer_share"]
+    shares = pivot(dataset, "layer_share", "layer_part", "layer", "kind", "rank")
     tops: dict[tuple[Any, ...], float] = {}
     table: list[Row] = []
     for row in rows(dataset, "layer_eigenvalue"):
@@ -128,20 +126,20 @@ def layer_spectra(dataset: xr.Dataset) -> alt.LayerChart:
             y=y,
             color=_part_colour(table),
             tooltip=[
-                alt.Tooltip("layer:N", title="layer"),
+                word("layer", "layer"),
                 alt.Tooltip("rank:Q", title="rank, from 0"),
-                alt.Tooltip("layer_eigenvalue:Q", title="λ", format=".3~g"),
-                alt.Tooltip("label:N", title="most of it"),
-                alt.Tooltip("share:Q", title="its share", format=".0%"),
+                tip("layer_eigenvalue", "λ"),
+                word("label", "most of it"),
+                tip("share", "its share", ".0%"),
             ],
         )
     )
     return _chosen_kind(dots, table, height=340)
 
 
+@needs("layer_trace")
 def layer_traces(dataset: xr.Dataset) -> alt.LayerChart:
     """How the trace of every layer splits into the parts."""
-    require(dataset, "layer_trace")
     table = rows(dataset, "layer_trace")
     totals: dict[tuple[Any, ...], float] = {}
     for row in table:
@@ -170,34 +168,22 @@ def layer_traces(dataset: xr.Dataset) -> alt.LayerChart:
             ),
             color=_part_colour(table),
             order=alt.Order("order:Q"),
-            tooltip=[
-                alt.Tooltip("layer:N", title="layer"),
-                alt.Tooltip("label:N", title="part"),
-                alt.Tooltip("share:Q", title="share", format=".1%"),
-            ],
+            tooltip=[word("layer", "layer"), word("label", "part"), tip("share", "share", ".1%")],
         )
     )
     return _chosen_kind(bars, table, height=260)
 
 
+@needs("khatri_rao")
 def layer_products(dataset: xr.Dataset) -> alt.LayerChart:
     """Cosines between means of gradients and products of means of features and errors."""
-    require(dataset, "khatri_rao")
-    found: dict[tuple[Any, ...], Row] = {}
-    for row in rows(dataset, "khatri_rao"):
-        if row["statistic"] in STATISTIC_LABELS:
-            entry = found.setdefault(
-                (row["layer"], row["statistic"]), {"layer": row["layer"], "statistic": row["statistic"]}
-            )
-            entry[row["moment"]] = row["khatri_rao"]
+    found = pivot(dataset, "khatri_rao", "moment", "layer", "statistic")
     table = [
         row
-        | {
-            "label": STATISTIC_LABELS[row["statistic"]],
-            "low": row["mean"] - row["deviation"],
-            "high": min(1.0, row["mean"] + row["deviation"]),
-        }
-        for row in found.values()
+        | {"layer": layer, "statistic": name, "label": STATISTIC_LABELS[name]}
+        | {"low": row["mean"] - row["deviation"], "high": min(1.0, row["mean"] + row["deviation"])}
+        for (layer, name), row in found.items()
+        if name in STATISTIC_LABELS
     ]
     shade = colour(list(STATISTIC_LABELS), STATISTIC_LABELS, STATISTIC_COLOURS)
     base = blank(table).encode(x=depth_axis(dataset), color=shade)
@@ -207,18 +193,18 @@ def layer_products(dataset: xr.Dataset) -> alt.LayerChart:
     dots = base.mark_point(filled=True, size=55).encode(
         y="mean:Q",
         tooltip=[
-            alt.Tooltip("layer:N", title="layer"),
-            alt.Tooltip("label:N", title="of"),
-            alt.Tooltip("mean:Q", title="mean cosine", format=".3f"),
-            alt.Tooltip("deviation:Q", title="standard deviation", format=".3f"),
+            word("layer", "layer"),
+            word("label", "of"),
+            tip("mean", "mean cosine", ".3f"),
+            tip("deviation", "standard deviation", ".3f"),
         ],
     )
     return finished(alt.layer(bars, dots), width=WIDTH, height=240)
 
 
+@needs("collapse")
 def layer_collapse(dataset: xr.Dataset) -> alt.LayerChart:
     """Neural collapse with depth."""
-    require(dataset, "collapse")
     table = [
         row | {"label": MEASURE_LABELS[row["measure"]]}
         for row in rows(dataset, "collapse")
@@ -238,27 +224,18 @@ def layer_collapse(dataset: xr.Dataset) -> alt.LayerChart:
                 axis=log_axis(low / 1.5, high * 1.5, title="measure"),
             ),
             color=colour(shown, MEASURE_LABELS, MEASURE_COLOURS, columns=2),
-            tooltip=[
-                alt.Tooltip("layer:N", title="layer"),
-                alt.Tooltip("label:N", title="measure"),
-                alt.Tooltip("collapse:Q", title="value", format=".3~g"),
-            ],
+            tooltip=[word("layer", "layer"), word("label", "measure"), tip("collapse", "value")],
         )
     )
     rule = blank([{"one": 1}]).mark_rule(color=MUTED, strokeDash=[4, 4]).encode(y="one:Q")
     return finished(alt.layer(*([rule] if low < 1 < high else []), lines), width=WIDTH, height=260)
 
 
+@needs("kronecker_fit")
 def kronecker_fits(dataset: xr.Dataset) -> alt.LayerChart:
     """How far Kronecker-factored approximations are from each layer's block of G, in a measure to choose."""
-    require(dataset, "kronecker_fit")
     table, shade = _approximations(dataset, "kronecker_fit")
     table = [row for row in table if row["fit"] in FIT_LABELS]
-    choice = alt.param(
-        name="fit",
-        value="frobenius",
-        bind=alt.binding_radio(options=list(FIT_LABELS), labels=list(FIT_LABELS.values()), name=" "),
-    )
     lines = (
         blank(table)
         .mark_line(point=True, strokeWidth=1.6)
@@ -266,23 +243,19 @@ def kronecker_fits(dataset: xr.Dataset) -> alt.LayerChart:
             x=depth_axis(dataset, "block"),
             y=alt.Y("kronecker_fit:Q", title="chosen measure", scale=alt.Scale(domainMin=0)),
             color=shade,
-            tooltip=[
-                alt.Tooltip("block:N", title="layer"),
-                alt.Tooltip("label:N", title="approximation"),
-                alt.Tooltip("kronecker_fit:Q", title="value", format=".3~g"),
-            ],
+            tooltip=[word("block", "layer"), word("label", "approximation"), tip("kronecker_fit", "value")],
         )
         .transform_filter("datum.fit === fit")
     )
-    return finished(alt.layer(lines).add_params(choice), width=WIDTH, height=260)
+    return finished(alt.layer(lines).add_params(choice("fit", FIT_LABELS)), width=WIDTH, height=260)
 
 
+@needs("kronecker_overlap")
 def kronecker_overlaps(dataset: xr.Dataset) -> alt.LayerChart:
     """Overlap of the top eigenspaces of approximations with those of G's blocks."""
-    require(dataset, "kronecker_overlap")
     table, shade = _approximations(dataset, "kronecker_overlap")
     names = [str(name) for name in dataset["block"].values]
-    choice = alt.param(name="block", value=names[-1], bind=alt.binding_select(options=names, name="layer "))
+    block = choice("block", names, first=names[-1], menu="layer ")
     lines = (
         blank(table)
         .mark_line(point=True, strokeWidth=1.6)
@@ -293,14 +266,14 @@ def kronecker_overlaps(dataset: xr.Dataset) -> alt.LayerChart:
             y=alt.Y("kronecker_overlap:Q", title="overlap ‖UᵀV‖² / k", scale=alt.Scale(domain=[0, 1])),
             color=shade,
             tooltip=[
-                alt.Tooltip("label:N", title="approximation"),
+                word("label", "approximation"),
                 alt.Tooltip("size:Q", title="k"),
-                alt.Tooltip("kronecker_overlap:Q", title="overlap", format=".3f"),
+                tip("kronecker_overlap", "overlap", ".3f"),
             ],
         )
         .transform_filter("datum.block === block")
     )
-    return finished(alt.layer(lines).add_params(choice), width=WIDTH, height=220)
+    return finished(alt.layer(lines).add_params(block), width=WIDTH, height=220)
 
 
 def _approximations(dataset: xr.Dataset, name: str) -> tuple[list[Row], alt.Color]:
@@ -314,9 +287,9 @@ def _sizes(dataset: xr.Dataset) -> alt.Axis:
     return alt.Axis(values=[int(k) for k in dataset["size"].values], format="d")
 
 
+@needs("layer_density", "layer_density_grid")
 def layer_densities(dataset: xr.Dataset) -> alt.LayerChart:
     """Densities of each layer's blocks of G and H, one row a layer."""
-    require(dataset, "layer_density", "layer_density_grid")
     names = [str(name) for name in dataset["layer"].values]
     table = rows(dataset, "layer_density", "layer_density_grid")
     base = {name: float(len(names) - 1 - j) for j, name in enumerate(names)}
@@ -353,10 +326,10 @@ def layer_densities(dataset: xr.Dataset) -> alt.LayerChart:
             color=shade,
             detail="layer:N",
             tooltip=[
-                alt.Tooltip("layer:N", title="layer"),
-                alt.Tooltip("label:N", title="block of"),
-                alt.Tooltip("layer_density_grid:Q", title="|λ|", format=".3~g"),
-                alt.Tooltip("layer_density:Q", title="mass per decade", format=".3~g"),
+                word("layer", "layer"),
+                word("label", "block of"),
+                tip("layer_density_grid", "|λ|"),
+                tip("layer_density", "mass per decade"),
             ],
         )
     )
@@ -379,21 +352,7 @@ def layer_densities(dataset: xr.Dataset) -> alt.LayerChart:
             x="value:Q",
             y="base:Q",
             y2="top:Q",
-            tooltip=[
-                alt.Tooltip("layer:N", title="layer"),
-                alt.Tooltip("value:Q", title="λ of G", format=".3~g"),
-            ],
+            tooltip=[word("layer", "layer"), tip("value", "λ of G")],
         )
     )
     return finished(alt.layer(areas, lines, ticks), width=WIDTH, height=30 + 44 * len(names))
-
-
-LAYER_CHARTS = {
-    "layer_spectra": layer_spectra,
-    "layer_densities": layer_densities,
-    "layer_traces": layer_traces,
-    "layer_products": layer_products,
-    "layer_collapse": layer_collapse,
-    "kronecker_fits": kronecker_fits,
-    "kronecker_overlaps": kronecker_overlaps,
-}

@@ -23,11 +23,10 @@ import vl_convert
 import xarray as xr
 
 from deepspectra.errors import DataError, FileError
-from deepspectra.report.captions import FIGURES
-from deepspectra.report.charts import charts
-from deepspectra.report.drawing import holds, number, rows
+from deepspectra.report.drawing import Chart, by_operator, holds, number, rows
+from deepspectra.report.figures import FIGURES, Figure
 from deepspectra.report.findings import mean_shares, outliers
-from deepspectra.report.tables import Cell, about, table_html, tables_section
+from deepspectra.report.tables import Cell, about, table_html
 from deepspectra.report.text import (
     attribute,
     escaped,
@@ -109,7 +108,7 @@ def _numbered(body: str, number: int) -> str:
 
 def _body(dataset: xr.Dataset) -> tuple[str, list[str], dict[str, Any]]:
     """Figures, tables and how it was measured; the names of these sections; the specifications of the charts."""
-    figures, specs = _figures(dataset, charts(dataset))
+    figures, specs = _figures(dataset)
     tables = tables_section(dataset)
     names = [*figures, *(["tables"] if tables else []), "measured"]
     return "\n".join([*figures.values(), tables, _measured(dataset)]), names, specs
@@ -132,25 +131,7 @@ def _filled(
     )
 
 
-LINKS = {
-    "spectrum": "Spectrum",
-    "shares": "Shares",
-    "knockouts": "Knock-outs",
-    "averaging": "Averaging",
-    "classes": "Classes",
-    "hierarchy": "Map",
-    "layers": "Layers",
-    "layer-densities": "Blocks",
-    "layer-traces": "Shares by layer",
-    "products": "Products of means",
-    "collapse": "Neural collapse",
-    "kronecker": "Kronecker factors",
-    "kronecker-spaces": "Their eigenspaces",
-    "regions": "Regions",
-    "study": "What changes",
-    "overlaps": "Shared eigenspaces",
-    "whole": "All parameters",
-    "cost": "Cost",
+LINKS = {name: figure.link for name, figure in FIGURES.items()} | {
     "tables": "Tables",
     "measured": "How it was measured",
     "glossary": "Glossary",
@@ -226,7 +207,7 @@ def _size_cards(dataset: xr.Dataset) -> list[tuple[str, str, str]]:
 def _outlier_cards(dataset: xr.Dataset) -> list[tuple[str, str, str]]:
     if not holds(dataset, "num_outliers"):
         return []
-    counts = {row["operator"]: row["num_outliers"] for row in rows(dataset, "num_outliers")}
+    counts = by_operator(dataset, "num_outliers")
     first, *rest = (f"of {symbol(name)}" for name in counts)
     others = [f"{count:.0f} {name}" for name, count in zip(rest, list(counts.values())[1:], strict=True)]
     return [
@@ -261,17 +242,19 @@ def _duration(seconds: float) -> str:
 # --------------------------------------------------------------------------------------------------- figures
 
 
-def _figures(
-    dataset: xr.Dataset, drawn: Mapping[str, alt.TopLevelMixin]
-) -> tuple[dict[str, str], dict[str, Any]]:
+def _figures(dataset: xr.Dataset) -> tuple[dict[str, str], dict[str, Any]]:
     """Sections by name, and the specifications of their charts."""
     sections: dict[str, str] = {}
-    for name, (heading, labels, caption) in FIGURES.items():
-        present = {chart: label for chart, label in labels.items() if chart in drawn}
-        if present:
-            count = len(sections) + 1
-            sections[name] = _section(name, heading, count, present, caption(dataset))
-    return sections, {name: _responsive(chart) for name, chart in drawn.items()}
+    specs: dict[str, Any] = {}
+    for name, figure in FIGURES.items():
+        if drawn := figure.drawn(dataset):
+            caption = f"<b>Figure {len(sections) + 1}.</b> {figure.captioned(dataset)}"
+            sections[name] = (
+                f'<section id="{name}">\n<h2>{figure.heading}</h2>\n<figure>{_boxes(figure, drawn)}'
+                f"<figcaption>{caption}</figcaption></figure>\n</section>"
+            )
+            specs |= {chart.name: _responsive(chart(dataset)) for chart in drawn}
+    return sections, specs
 
 
 def _responsive(chart: alt.TopLevelMixin) -> dict[str, Any]:
@@ -279,27 +262,29 @@ def _responsive(chart: alt.TopLevelMixin) -> dict[str, Any]:
     return {**chart.to_dict(), "width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
 
 
-def _section(name: str, heading: str, count: int, labels: dict[str, str], caption: str) -> str:
-    boxes = {chart: f'<div class="chart" id="chart-{chart}"></div>' for chart in labels}
-    if name == "spectrum" and len(boxes) > 1:
-        body = _tabs(boxes, labels)
-    elif len(boxes) > 1:
-        body = "".join(f"<div><h3>{labels[chart]}</h3>{box}</div>" for chart, box in boxes.items())
-        body = f'<div class="pair">{body}</div>'
-    else:
-        body = "".join(boxes.values())
-    text = f"<figcaption><b>Figure {count}.</b> {caption}</figcaption>"
-    return f'<section id="{name}">\n<h2>{heading}</h2>\n<figure>{body}{text}</figure>\n</section>'
-
-
-def _tabs(boxes: dict[str, str], labels: dict[str, str]) -> str:
+def _boxes(figure: Figure, drawn: dict[Chart, str]) -> str:
+    """Places for charts: of several side by side, or one at a time."""
+    boxes = {chart.name: f'<div class="chart" id="chart-{chart.name}"></div>' for chart in drawn}
+    labels = dict(zip(boxes, drawn.values(), strict=True))
+    if len(boxes) == 1:
+        return "".join(boxes.values())
+    if not figure.tabs:
+        pair = "".join(f"<div><h3>{labels[name]}</h3>{box}</div>" for name, box in boxes.items())
+        return f'<div class="pair">{pair}</div>'
     buttons = [
-        f'<input type="radio" name="view" id="view-{chart}"{" checked" if index == 0 else ""}>'
-        f'<label for="view-{chart}">{labels[chart]}</label>'
-        for index, chart in enumerate(boxes)
+        f'<input type="radio" name="view" id="view-{name}"{" checked" if index == 0 else ""}>'
+        f'<label for="view-{name}">{label}</label>'
+        for index, (name, label) in enumerate(labels.items())
     ]
     panels = [f'<div class="panel">{box}</div>' for box in boxes.values()]
     return f'<div class="tabs">{"".join(buttons)}{"".join(panels)}</div>'
+
+
+def tables_section(dataset: xr.Dataset) -> str:
+    """Every table whose numbers the analysis holds."""
+    tables = [table(dataset) for figure in FIGURES.values() for table in figure.tables]
+    body = "\n".join(filter(None, tables))
+    return f'<section id="tables">\n<h2>Tables</h2>\n{body}\n</section>' if body else ""
 
 
 # --------------------------------------------------------------------------------------- how it was measured

@@ -5,7 +5,19 @@ from __future__ import annotations
 import altair as alt
 import xarray as xr
 
-from deepspectra.report.drawing import INK, WIDTH, Row, blank, colour, finished, require, rows, tip
+from deepspectra.report.drawing import (
+    INK,
+    WIDTH,
+    Row,
+    blank,
+    choice,
+    colour,
+    finished,
+    needs,
+    rows,
+    tip,
+    word,
+)
 
 SPECTRUM_LABELS = {
     "gradients": "Gradients (G)",
@@ -17,23 +29,15 @@ REGION_COLOURS = {"outliers": "#0072B2", "bump": "#CC79A7", "bulk": "#009E73"}
 LANE = 22  # pixels of a knock-out's region
 
 
+@needs("region_shift")
 def region_shifts(dataset: xr.Dataset) -> alt.LayerChart:
     """How far each knock-out moves outliers, bump and bulk, with standard errors."""
-    require(dataset, "region_shift")
     table = [row | _reach(row) for row in rows(dataset, "region_shift", "region_shift_error")]
     spectra = list(dict.fromkeys(row["spectrum"] for row in table))
     places = [str(place) for place in dataset["place"].values]
     regions = [str(region) for region in dataset["region"].values]
-    shown = alt.param(
-        name="spectrum_shown",
-        value=spectra[0],
-        bind=alt.binding_radio(
-            options=spectra, labels=[SPECTRUM_LABELS.get(name, name) for name in spectra], name=" "
-        ),
-    )
-    place = alt.param(
-        name="place_shown", value=places[0], bind=alt.binding_select(options=places, name="of ")
-    )
+    shown = choice("spectrum_shown", {name: SPECTRUM_LABELS.get(name, name) for name in spectra})
+    place = choice("place_shown", places, menu="of ")
     by_layer = {row["spectrum"] for row in table if row["place"] != places[0]}
     together = [name for name in spectra if name not in by_layer]
     base = (
@@ -55,8 +59,8 @@ def region_shifts(dataset: xr.Dataset) -> alt.LayerChart:
     axis = alt.Axis(title="moved by, decades of λ", tickCount=7)
     x = alt.X("region_shift:Q", axis=axis, scale=alt.Scale(domainMin=0))
     tooltip = [
-        alt.Tooltip("removed:N", title="without"),
-        alt.Tooltip("label:N", title="region"),
+        word("removed", "without"),
+        word("label", "region"),
         tip("region_shift", "moved by, decades"),
         tip("region_shift_error", "± standard error"),
     ]
@@ -75,6 +79,3 @@ def _reach(row: Row) -> Row:
         "low": max(0.0, row["region_shift"] - error),
         "high": row["region_shift"] + error,
     }
-
-
-REGION_CHARTS = {"region_shifts": region_shifts}

@@ -22,22 +22,23 @@ from deepspectra.report.drawing import (
     Row,
     blank,
     both_sides,
+    by_operator,
     colour,
     finished,
-    holds,
     labelled,
     log_axis,
+    needs,
     number,
     operator_selector,
     operators_of,
     plain,
-    require,
     rows,
     tick,
     ticks_axis,
     tip,
+    word,
 )
-from deepspectra.report.findings import outlier_thresholds, outliers
+from deepspectra.report.findings import outliers
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ class _Line:
     x: alt.X
 
 
+@needs("curve_grid", "curve_density")
 def spectrum(dataset: xr.Dataset) -> alt.LayerChart:
     """Densities of H, G and R over a symmetric-log eigenvalue axis, outliers as lollipops."""
-    require(dataset, "curve_grid", "curve_density")
     table = rows(
         dataset, "curve_grid", "curve_density", "curve_standard_error", need=("curve_grid", "curve_density")
     )
@@ -63,9 +64,9 @@ def spectrum(dataset: xr.Dataset) -> alt.LayerChart:
     return _spectrum(dataset, table, line, "density (fraction of eigenvalues per unit of λ)")
 
 
+@needs("log_grid", "log_density")
 def log_spectrum(dataset: xr.Dataset) -> alt.LayerChart:
     """Densities per decade of |λ|, negative eigenvalues mirrored to the left."""
-    require(dataset, "log_grid", "log_density")
     table = rows(dataset, "log_grid", "log_density", "log_standard_error", need=("log_grid", "log_density"))
     for row in table:
         sign = -1.0 if row["side"] == "negative" else 1.0
@@ -80,9 +81,7 @@ def log_spectrum(dataset: xr.Dataset) -> alt.LayerChart:
 
 def _spectrum(dataset: xr.Dataset, table: list[Row], line: _Line, title: str) -> alt.LayerChart:
     operators = operators_of(table)
-    limits = {row["operator"]: row["outlier_threshold"] for row in outlier_thresholds(dataset)}
-    name = "resolved_above"
-    coarse = {row["operator"]: row[name] for row in rows(dataset, name)} if holds(dataset, name) else {}
+    limits, coarse = (by_operator(dataset, name) for name in ("outlier_threshold", "resolved_above"))
     for row in table:
         size, name = abs(row["eigenvalue"]), row["operator"]
         row["faint"] = ""
@@ -156,7 +155,7 @@ def _lollipops(dataset: xr.Dataset, line: _Line) -> list[Mark]:
             y=alt.Y("lane:Q", scale=alt.Scale(domain=[0, 1]), axis=None),
             color=alt.Color("label:N", sort=None),
             tooltip=[
-                alt.Tooltip("label:N", title="outlier of"),
+                word("label", "outlier of"),
                 tip("rank", "rank"),
                 tip("eigenvalue", "λ", ".4~g"),
                 tip("residual_norm", "‖Av − λv‖", ".2~g"),
@@ -177,11 +176,10 @@ def _edges(dataset: xr.Dataset, operators: list[str], line: _Line) -> list[Mark]
     names = {"bulk_edge": "bulk edge", "outlier_threshold": "outlier threshold"}
     table = []
     for name, text in names.items():
-        known = rows(dataset, name) if holds(dataset, name) else []
-        for row in known:
-            late = line.along(row[name]) > 0.62  # no room for a label to its right
-            edge = {"operator": row["operator"], "x": plain(line.place(row[name])), "kind": name}
-            edge |= {"text": f"{text} {number(row[name])}", "left": late or name == "bulk_edge"}
+        for operator, value in by_operator(dataset, name).items():
+            late = line.along(value) > 0.62  # no room for a label to its right
+            edge = {"operator": operator, "x": plain(line.place(value)), "kind": name}
+            edge |= {"text": f"{text} {number(value)}", "left": late or name == "bulk_edge"}
             table.append(edge | {"height": 22 if late and name == "bulk_edge" else 8})
     base = (
         blank([row for row in table if row["operator"] in operators])

@@ -5,7 +5,19 @@ from __future__ import annotations
 import altair as alt
 import xarray as xr
 
-from deepspectra.report.drawing import WIDTH, Row, blank, colour, finished, holds, require, rows
+from deepspectra.report.drawing import (
+    WIDTH,
+    Row,
+    blank,
+    choice,
+    colour,
+    finished,
+    holds,
+    needs,
+    rows,
+    tip,
+    word,
+)
 from deepspectra.report.layer_charts import depth_axis
 from deepspectra.report.text import json_attribute
 
@@ -14,18 +26,15 @@ WHOLE = "all layers"
 FIRST = "input_ratio"  # the measure that is shown before another is chosen
 
 
+@needs("study")
 def study_measures(dataset: xr.Dataset) -> alt.LayerChart:
     """A measure of every layer, to choose: means over networks as lines, networks as points."""
-    require(dataset, "study")
     labels = json_attribute(dataset, "measures")
     variants = [str(name) for name in dataset["variant"].values]
     table = [row | {"label": row["variant"]} for row in rows(dataset, "study")]
     present = [key for key in labels if any(row["measured"] == key for row in table)]
-    choice = alt.param(
-        name="measured_shown",
-        value=FIRST if FIRST in present else present[0],
-        bind=alt.binding_select(options=present, labels=[labels[key] for key in present], name="measure "),
-    )
+    first = FIRST if FIRST in present else present[0]
+    measure = choice("measured_shown", {key: labels[key] for key in present}, first=first, menu="measure ")
     colours = {name: VARIANT_COLOURS[j % len(VARIANT_COLOURS)] for j, name in enumerate(variants)}
     base = (
         blank(table)
@@ -37,13 +46,9 @@ def study_measures(dataset: xr.Dataset) -> alt.LayerChart:
     lines = in_order.mark_line(strokeWidth=1.6).encode(y=y.aggregate("mean"))
     points = base.mark_point(filled=True, size=45, opacity=0.75).encode(
         y=y,
-        tooltip=[
-            alt.Tooltip("layer:N", title="layer"),
-            alt.Tooltip("variant:N", title="variant"),
-            alt.Tooltip("study:Q", title="value", format=".3~g"),
-        ],
+        tooltip=[word("layer", "layer"), word("variant", "variant"), tip("study", "value")],
     )
-    return finished(alt.layer(lines, points).add_params(choice), width=WIDTH, height=300)
+    return finished(alt.layer(lines, points).add_params(measure), width=WIDTH, height=300)
 
 
 def means(dataset: xr.Dataset) -> dict[tuple[str, str], Row]:
@@ -58,6 +63,3 @@ def means(dataset: xr.Dataset) -> dict[tuple[str, str], Row]:
         place: {key: sum(values) / len(values) for key, values in entry.items()}
         for place, entry in sums.items()
     }
-
-
-STUDY_CHARTS = {"study_measures": study_measures}

@@ -8,32 +8,12 @@ from collections.abc import Callable, Iterable
 import xarray as xr
 
 from deepspectra.report.compare_charts import peaks
-from deepspectra.report.drawing import LEVEL_NAMES, Row, holds, number, rows
+from deepspectra.report.drawing import LEVEL_NAMES, Row, holds, number, pivot, rows
 from deepspectra.report.findings import knockout_summary, outliers
 from deepspectra.report.study_charts import means as study_means
 from deepspectra.report.text import escaped, finite, json_attribute, operator_name, percent, symbol
 
 Cell = str | int | float | tuple[str, float] | None  # a pair: the text shown and the value behind it
-
-
-def tables_section(dataset: xr.Dataset) -> str:
-    """Every table whose numbers the analysis holds."""
-    tables = [
-        _eigenvalue_table(dataset),
-        _knockout_table(dataset),
-        _averaging_table(dataset),
-        _trace_table(dataset),
-        _layer_table(dataset),
-        _block_table(dataset),
-        _collapse_table(dataset),
-        _kronecker_table(dataset),
-        _overlap_table(dataset),
-        _region_table(dataset),
-        _study_table(dataset),
-        _training_table(dataset),
-    ]
-    body = "\n".join(table for table in tables if table)
-    return f'<section id="tables">\n<h2>Tables</h2>\n{body}\n</section>' if body else ""
 
 
 def table_html(
@@ -68,7 +48,7 @@ def _cell_html(value: Cell) -> str:
     return f'<td class=n data-value="{value!r}">{shown}</td>'
 
 
-def _eigenvalue_table(dataset: xr.Dataset) -> str:
+def eigenvalue(dataset: xr.Dataset) -> str:
     """Every eigenvalue with its residual; outliers also with their shares."""
     if not holds(dataset, "eigenvalue"):
         return ""
@@ -103,7 +83,7 @@ def _residual(row: Row, name: str) -> Cell:
     return (number(row[name], 2), row[name]) if finite(row.get(name)) else None
 
 
-def _knockout_table(dataset: xr.Dataset) -> str:
+def knockout(dataset: xr.Dataset) -> str:
     """What each knock-out leaves."""
     if not holds(dataset, "knockout_value"):
         return ""
@@ -123,77 +103,59 @@ def _knockout_table(dataset: xr.Dataset) -> str:
     return table_html("knockout-table", "Knock-outs", head, body)
 
 
-def _layer_table(dataset: xr.Dataset) -> str:
+def layer(dataset: xr.Dataset) -> str:
     """The largest eigenvalue of each layer and kind, and its shares."""
     if not holds(dataset, "layer_largest"):
         return ""
-    tops = {
-        (row["layer"], row["kind"]): row["layer_eigenvalue"]
-        for row in rows(dataset, "layer_eigenvalue")
-        if row["rank"] == 0
-    }
+    top = dataset.isel(rank=0)
     parts = [str(part) for part in dataset["layer_part"].values]
-    shares: dict[tuple[str, str], dict[str, float]] = {}
-    for row in rows(dataset, "layer_share"):
-        if row["rank"] == 0:
-            shares.setdefault((row["layer"], row["kind"]), {})[row["layer_part"]] = row["layer_share"]
-    body: list[list[Cell]] = [
-        [layer, kind, value, *(_percentage(shares.get((layer, kind), {}).get(part)) for part in parts)]
-        for (layer, kind), value in tops.items()
-    ]
+    shares = pivot(top, "layer_share", "layer_part", "layer", "kind")
+    body: list[list[Cell]] = []
+    for row in rows(top, "layer_eigenvalue"):
+        own = shares.get((row["layer"], row["kind"]), {})
+        largest = row["layer_eigenvalue"]
+        body.append([row["layer"], row["kind"], largest, *(_percentage(own.get(part)) for part in parts)])
     head = ["layer", "of", "largest λ", *parts]
     return table_html("layer-table", "Layers: the largest eigenvalue and its shares", head, body)
 
 
-def _block_table(dataset: xr.Dataset) -> str:
+def block(dataset: xr.Dataset) -> str:
     """Each layer's blocks of G and H: traces, stable ranks, and how far the two are apart."""
     if not holds(dataset, "stable_rank"):
         return ""
-    found: dict[str, dict[str, float]] = {}
-    for row in rows(dataset, "layer_parameters"):
-        found[row["layer"]] = {"parameters": row["layer_parameters"], "trace of G": 0.0}
-    for row in rows(dataset, "layer_trace"):
-        if row["kind"] == "gradients":
-            found[row["layer"]]["trace of G"] += row["layer_trace"]
-    for row in rows(dataset, "stable_rank"):
-        if row["kind"] == "gradients":
-            found[row["layer"]]["stable rank of G"] = row["stable_rank"]
-    for row in rows(dataset, "hessian_eigenvalue"):
-        if row["hessian_rank"] == 0:
-            found[row["layer"]]["largest λ of H"] = row["hessian_eigenvalue"]
+    of_gradients = dataset[["layer_trace", "stable_rank"]].sel(kind="gradients")
+    traces = pivot(of_gradients, "layer_trace", "layer_part", "layer")
+    ranks = {row["layer"]: row["stable_rank"] for row in rows(of_gradients, "stable_rank")}
+    largest = pivot(dataset, "hessian_eigenvalue", "hessian_rank", "layer")
+    measures = pivot(dataset, "hessian_block", "block_measure", "layer")
     names = {
         "residual": "‖R‖/‖G‖",
+        "largest": "largest λ of H",
         "trace": "trace of H",
         "trace_standard_error": "its standard error",
         "smallest": "lowest of H",
     }
-    for row in rows(dataset, "hessian_block"):
-        found[row["layer"]][names[row["block_measure"]]] = row["hessian_block"]
-    head = [
-        "parameters",
-        "trace of G",
-        "stable rank of G",
-        "‖R‖/‖G‖",
-        "largest λ of H",
-        *list(names.values())[1:],
-    ]
-    body: list[list[Cell]] = [
-        [layer, *(values.get(name) for name in head)] for layer, values in found.items()
-    ]
-    return table_html("block-table", "Layers: their blocks of G and H", ["layer", *head], body)
+    body: list[list[Cell]] = []
+    for row in rows(dataset, "layer_parameters"):
+        layer = row["layer"]
+        own = {"largest": largest.get((layer,), {}).get(0)} | measures.get((layer,), {})
+        trace = sum(traces.get((layer,), {}).values(), 0.0)
+        body.append(
+            [layer, row["layer_parameters"], trace, ranks.get(layer), *(own.get(name) for name in names)]
+        )
+    head = ["layer", "parameters", "trace of G", "stable rank of G", *names.values()]
+    return table_html("block-table", "Layers: their blocks of G and H", head, body)
 
 
-def _collapse_table(dataset: xr.Dataset) -> str:
+def collapse(dataset: xr.Dataset) -> str:
     """Neural collapse of each layer, and how well products of means give mean gradients."""
     if not holds(dataset, "collapse"):
         return ""
     measures = [str(name) for name in dataset["measure"].values]
-    found: dict[str, dict[str, float]] = {}
-    for row in rows(dataset, "collapse"):
-        found.setdefault(row["layer"], {})[row["measure"]] = row["collapse"]
-    for row in rows(dataset, "khatri_rao") if holds(dataset, "khatri_rao") else []:
-        if row["moment"] == "mean":
-            found.setdefault(row["layer"], {})[row["statistic"]] = row["khatri_rao"]
+    found = pivot(dataset, "collapse", "measure", "layer")
+    if holds(dataset, "khatri_rao"):
+        for layer, cosines in pivot(dataset.sel(moment="mean"), "khatri_rao", "statistic", "layer").items():
+            found.setdefault(layer, {}).update(cosines)
     products = {
         "class_cosine": "cos g_c, h⊗e",
         "class_error": "its error",
@@ -202,19 +164,17 @@ def _collapse_table(dataset: xr.Dataset) -> str:
         "logit_cosine": "cos g_k, h̄⊗e",
     }
     body: list[list[Cell]] = [
-        [layer, *(values.get(name) for name in (*measures, *products))] for layer, values in found.items()
+        [layer, *(values.get(name) for name in (*measures, *products))] for (layer,), values in found.items()
     ]
     head = ["layer", *(name.replace("nc", "NC").replace("_", " ") for name in measures), *products.values()]
     return table_html("collapse-table", "Neural collapse, and products of means", head, body)
 
 
-def _kronecker_table(dataset: xr.Dataset) -> str:
+def kronecker(dataset: xr.Dataset) -> str:
     """How far each approximation is from each layer's block of G."""
     if not holds(dataset, "kronecker_fit"):
         return ""
-    found: dict[tuple[str, str], dict[str, float]] = {}
-    for row in rows(dataset, "kronecker_fit"):
-        found.setdefault((row["block"], row["approximation"]), {})[row["fit"]] = row["kronecker_fit"]
+    found = pivot(dataset, "kronecker_fit", "fit", "block", "approximation")
     names = {
         "frobenius": "‖G − K‖_F / ‖G‖_F",
         "spectral": "‖G − K‖₂ / ‖G‖₂",
@@ -229,7 +189,7 @@ def _kronecker_table(dataset: xr.Dataset) -> str:
     return table_html("kronecker-table", "Kronecker factors", ["layer", "K", *names.values()], body)
 
 
-def _overlap_table(dataset: xr.Dataset) -> str:
+def overlap(dataset: xr.Dataset) -> str:
     """The highest overlap of each layer's eigenspaces, measured and predicted."""
     if not holds(dataset, "overlap_curve"):
         return ""
@@ -245,30 +205,23 @@ def _overlap_table(dataset: xr.Dataset) -> str:
     return table_html("overlap-table", "Shared eigenspaces", ["layer", *names.values()], body)
 
 
-def _region_table(dataset: xr.Dataset) -> str:
+def region(dataset: xr.Dataset) -> str:
     """How far each knock-out moves each region, and which it moves most."""
     if not holds(dataset, "region_shift"):
         return ""
     regions = [str(name) for name in dataset["region"].values]
-    found: dict[tuple[str, str, str], Row] = {}
-    for row in rows(dataset, "region_shift", "region_shift_error"):
-        entry = found.setdefault((row["spectrum"], row["place"], row["removed"]), {})
-        entry[row["region"]], entry[row["region"] + " ±"] = row["region_shift"], row["region_shift_error"]
-    head = [column for name in regions for column in (name, name + " ±")]
-    moved = dataset["region_moved"]
-    body: list[list[Cell]] = [
-        [
-            *key,
-            *(entry.get(name) for name in head),
-            [*regions, "–"][int(moved.sel(spectrum=key[0], place=key[1], removed=key[2]))],  # −1: none
-        ]
-        for key, entry in found.items()
-    ]
-    head = ["rows", "of", "without", *head, "moves most"]
+    dims = ("spectrum", "place", "removed")
+    shifts, errors = (pivot(dataset, f"region_shift{end}", "region", *dims) for end in ("", "_error"))
+    body: list[list[Cell]] = []
+    for key, shift in shifts.items():
+        numbers = [one.get(name) for name in regions for one in (shift, errors.get(key, {}))]
+        moved = int(dataset["region_moved"].sel(dict(zip(dims, key, strict=True))))
+        body.append([*key, *numbers, [*regions, "–"][moved]])  # −1: none
+    head = ["rows", "of", "without", *(name + end for name in regions for end in ("", " ±")), "moves most"]
     return table_html("region-table", "Regions, in decades of λ", head, body)
 
 
-def _study_table(dataset: xr.Dataset) -> str:
+def study(dataset: xr.Dataset) -> str:
     """Means over networks of every measure, layer by layer and variant by variant."""
     found = study_means(dataset)
     if not found:
@@ -287,7 +240,7 @@ def _order(dataset: xr.Dataset) -> Callable[[tuple[tuple[str, str], Row]], tuple
     return lambda item: (layers.index(item[0][0]), variants.index(item[0][1]))
 
 
-def _training_table(dataset: xr.Dataset) -> str:
+def training(dataset: xr.Dataset) -> str:
     """Loss and accuracy of each network of a study."""
     if not holds(dataset, "study_loss"):
         return ""
@@ -298,7 +251,7 @@ def _training_table(dataset: xr.Dataset) -> str:
     return table_html("training-table", "Training", ["variant", "network", "loss", "accuracy"], body)
 
 
-def _averaging_table(dataset: xr.Dataset) -> str:
+def averaging(dataset: xr.Dataset) -> str:
     """Overlap of each averaged subspace with each eigenspace, and its cost."""
     if not holds(dataset, "subspace_overlap"):
         return ""
@@ -321,7 +274,7 @@ def about(value: float | None) -> Cell:
     return (number(value, 2), value) if value is not None and finite(value) else None
 
 
-def _trace_table(dataset: xr.Dataset) -> str:
+def trace(dataset: xr.Dataset) -> str:
     """Traces of the operators and of the parts of G, each with its standard error."""
     body: list[list[Cell]] = []
     if holds(dataset, "trace"):

@@ -1,17 +1,8 @@
 """The papers' networks and data sets, and the training that joins them: for the demo, sweeps and tests."""
 
+from deepspectra.zoo.convolutional import lenet, resnet18, vgg11, vgg11_bn
 from deepspectra.zoo.data import CIFAR100_SAMPLE_SIZES, DATA_NAMES, SAMPLE_SIZES, LabelledData, load
-from deepspectra.zoo.models import (
-    MODEL_NAMES,
-    build,
-    lenet,
-    mlp,
-    normalised,
-    resnet18,
-    transformer,
-    vgg11,
-    vgg11_bn,
-)
+from deepspectra.zoo.models import MODEL_NAMES, build, mlp, normalised
 from deepspectra.zoo.training import (
     History,
     Recipe,
@@ -21,6 +12,7 @@ from deepspectra.zoo.training import (
     save_checkpoint,
     train,
 )
+from deepspectra.zoo.transformer import transformer
 
 __all__ = [
     "CIFAR100_SAMPLE_SIZES",

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -272,6 +271,8 @@ def _read(name: str, split: str, root: str | Path | None) -> tuple[Images, Label
 
 
 def _read_digits(split: str) -> tuple[Images, Labels]:
+    from sklearn.datasets import load_digits  # noqa: PLC0415  (scikit-learn's import takes a while)
+
     pixels, targets = load_digits(return_X_y=True)  # (1797, 64) in 0 … 16
     labels = targets.astype(np.int64)
     rank = np.zeros_like(labels)  # position among the examples of the same class

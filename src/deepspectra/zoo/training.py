@@ -15,7 +15,7 @@ import os
 import pickle
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,40 @@ class History:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train a network on a data set."""
+    """How to train a network on a data set.
+
+    Attributes:
+        epochs: passes over the data.
+        learning_rate: of the first epoch.
+        batch_size: examples a step.
+        milestones: fractions of the epochs after which the learning rate is multiplied by `factor`.
+        factor: see `milestones`.
+        momentum: of SGD.
+        weight_decay: coefficient of ‖θ‖² / 2, over all parameters.
+
+    Raises:
+        OptionError: a setting is outside its range.
+    """
 
     epochs: int
     learning_rate: float
-    batch_size: int
-    milestones: tuple[float, float] = (1 / 3, 2 / 3)
+    batch_size: int = 128
+    milestones: tuple[float, ...] = (1 / 3, 2 / 3)
+    factor: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or self.batch_size < 1:
+            raise OptionError(
+                f"epochs={self.epochs} and batch_size={self.batch_size}; expected at least 0 and 1."
+            )
+        if not self.learning_rate > 0:
+            raise OptionError(f"learning_rate is {self.learning_rate}; it must be positive.")
+
+    def rate(self, epoch: int) -> float:
+        """The learning rate of an epoch, counted from 0."""
+        return self.learning_rate * self.factor ** sum(epoch >= m * self.epochs for m in self.milestones)
 
 
 # At batches of 64; in proportion for smaller ones.
@@ -125,17 +153,12 @@ def recipe(model: str, data: str, num_examples: int | None = None) -> Recipe:
 def train(
     model: nn.Module,
     data: LabelledData,
+    recipe: Recipe | None = None,
     *,
-    epochs: int,
-    learning_rate: float,
-    momentum: float = 0.9,
-    weight_decay: float = 5e-4,
-    batch_size: int = 128,
-    milestones: tuple[float, ...] = (1 / 3, 2 / 3),
-    factor: float = 0.1,
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: Callable[[History], object] | None = None,
+    **settings: Any,
 ) -> History:
     """Train a classifier in place by SGD on the cross-entropy, and leave it in eval mode.
 
@@ -146,33 +169,26 @@ def train(
     Args:
         model: the network, from images (B, C, H, W) to logits (B, number of classes).
         data: what to train on.
-        epochs: passes over the data.
-        learning_rate: of the first epoch.
-        momentum: of SGD.
-        weight_decay: coefficient of ‖θ‖² / 2, over all parameters.
-        batch_size: examples a step.
-        milestones: fractions of the epochs after which the learning rate is multiplied by `factor`.
-        factor: see `milestones`.
+        recipe: how, such as `recipe("mlp", "digits")`.
         seed: seed of the order of the examples.
         device: where to train; the model moves there. By default where it is.
         progress: called after each epoch with the history so far.
+        settings: those of `Recipe` by name, in its place or other than it says; without a recipe `epochs` and
+            `learning_rate` at least.
 
     Returns:
         The loss, accuracy and learning rate of each epoch.
 
     Raises:
-        OptionError: an argument is outside its range.
+        OptionError: a setting is outside its range.
         DataError: there are no examples.
         NonFiniteError: the loss became NaN or infinite.
 
-    Cost: `epochs` gradients over all the data.
+    Cost: a gradient over all the data an epoch.
 
     Source: see the module.
     """
-    if epochs < 0 or batch_size < 1:
-        raise OptionError(f"epochs={epochs} and batch_size={batch_size}; expected at least 0 and 1.")
-    if not learning_rate > 0:
-        raise OptionError(f"learning_rate is {learning_rate}; it must be positive.")
+    recipe = Recipe(**settings) if recipe is None else replace(recipe, **settings)
     if not len(data):
         raise DataError(f"There are no examples in {data.name} ({data.split}) to train on.")
     device = _device(model) if device is None else torch.device(device)
@@ -180,18 +196,21 @@ def train(
     inputs, targets = data.inputs.to(device), data.targets.to(device)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay
+        model.parameters(),
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
     )
     history = History()
     try:
-        for epoch in range(epochs):
-            rate = learning_rate * factor ** sum(epoch >= m * epochs for m in milestones)
+        for epoch in range(recipe.epochs):
+            rate = recipe.rate(epoch)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             model.train()
             order = torch.randperm(len(targets), generator=generator).to(device)
             total_loss, num_correct = 0.0, 0
-            for index in _batches(order, batch_size):
+            for index in _batches(order, recipe.batch_size):
                 logits = model(inputs[index])
                 loss = nn.functional.cross_entropy(logits, targets[index])
                 if not math.isfinite(loss.item()):

@@ -1,21 +1,12 @@
-"""One function per chart: a saved analysis in, a Vega-Lite chart out.
-
-No mathematics lives here beyond what drawing needs: placing eigenvalues on an axis, cosines from inner
-products, sums for captions. Every chart names the variables it draws and raises `DataError` when the analysis
-does not hold them, so a page can leave a figure out.
-"""
+"""Charts of an attribution: shares, knock-outs, what averaging finds, and what it all cost."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import altair as alt
 import xarray as xr
 
-from deepspectra.errors import DataError
-from deepspectra.report.class_charts import class_cosines, cross_class_weights, three_level_map
-from deepspectra.report.compare_charts import COMPARE_CHARTS
 from deepspectra.report.drawing import (
     INK,
     LABEL_INKS,
@@ -31,39 +22,45 @@ from deepspectra.report.drawing import (
     Mark,
     Row,
     blank,
+    by_operator,
     colour,
     finished,
     holds,
     log_axis,
+    needs,
     number,
     operator_selector,
     operators_of,
-    require,
     rows,
     tip,
+    word,
 )
 from deepspectra.report.findings import (
     knockout_summary,
     mean_shares,
-    outlier_thresholds,
     outliers,
     outliers_left,
 )
-from deepspectra.report.layer_charts import LAYER_CHARTS
-from deepspectra.report.region_charts import REGION_CHARTS
-from deepspectra.report.spectrum_charts import log_spectrum, spectrum
-from deepspectra.report.study_charts import STUDY_CHARTS
 from deepspectra.report.text import percent
 
 # ---------------------------------------------------------------------------------------------------- shares
 
 
+def _attributed(dataset: xr.Dataset) -> list[Row]:
+    """The outliers that have shares."""
+    return [row for row in outliers(dataset) if any(key.startswith("share ") for key in row)]
+
+
+def _none_attributed(dataset: xr.Dataset) -> str:
+    if _attributed(dataset):
+        return ""
+    return "the analysis attributes no outlier: none was found, or none has shares"
+
+
+@needs("share", "eigenvalue", "is_outlier", unless=_none_attributed)
 def shares(dataset: xr.Dataset) -> alt.LayerChart:
     """What each outlier is made of: one stacked bar per outlier, and their mean."""
-    require(dataset, "share", "eigenvalue", "is_outlier")
-    table = [row for row in outliers(dataset) if any(key.startswith("share ") for key in row)]
-    if not table:
-        raise DataError("the analysis attributes no outlier: none was found, or none has shares")
+    table = _attributed(dataset)
     parts = [str(part) for part in dataset["part"].values]
     seen = [row for row in table if row["rank"] <= MOST_ROWS]
     bars = [bar for row in seen for bar in _bars(row, parts)] + _mean_bars(dataset)
@@ -87,11 +84,7 @@ def shares(dataset: xr.Dataset) -> alt.LayerChart:
         ),
         x2="to:Q",
         color=colour(parts, {}, PART_COLOURS),
-        tooltip=[
-            alt.Tooltip("row:N", title="outlier"),
-            alt.Tooltip("label:N", title="part"),
-            tip("share", "share", ".1~%"),
-        ],
+        tooltip=[word("row", "outlier"), word("label", "part"), tip("share", "share", ".1~%")],
     )
     text = (
         base.transform_filter("datum.text")
@@ -140,26 +133,30 @@ def _stack(operator: str, name: str, parts: dict[str, float]) -> list[Row]:
 # ------------------------------------------------------------------------------------------------ knock-outs
 
 
+def _none_positive(dataset: xr.Dataset) -> str:
+    if bool((dataset["knockout_value"] > 0).any()):
+        return ""
+    return "no eigenvalue is positive, with or without knock-outs"
+
+
+@needs("knockout_value", unless=_none_positive)
 def knockouts(dataset: xr.Dataset) -> alt.LayerChart:
     """Eigenvalues that stay when parts are removed, against the outlier threshold."""
-    require(dataset, "knockout_value")
     summary = knockout_summary(dataset)
     names = {(row["operator"], row["knockout"], row["method"]): _knockout_name(row) for row in summary}
-    thresholds = {row["operator"]: row for row in outlier_thresholds(dataset)}
+    thresholds = by_operator(dataset, "outlier_threshold")
     table = [
         row
         for row in rows(dataset, "knockout_value")
         if (row["operator"], row["knockout"], row["method"]) in names
     ]
     for row in table:
-        limit = thresholds.get(row["operator"], {}).get("outlier_threshold", math.inf)
+        limit = thresholds.get(row["operator"], math.inf)
         row |= {"row": names[row["operator"], row["knockout"], row["method"]]}
         row |= {"label": "above the threshold" if row["knockout_value"] > limit else "below"}
     table = [row for row in table if row["knockout_value"] > 0]
-    if not table:
-        raise DataError("no eigenvalue is positive, with or without knock-outs")
     values = [row["knockout_value"] for row in table]
-    values += [row["outlier_threshold"] for row in thresholds.values() if row["outlier_threshold"] > 0]
+    values += [value for value in thresholds.values() if value > 0]
     low, high = max(min(values), max(values) * 1e-5) / 1.5, max(values) * 1.5
     x = alt.X(
         "knockout_value:Q",
@@ -176,7 +173,7 @@ def knockouts(dataset: xr.Dataset) -> alt.LayerChart:
         labelOffset=-7,
     )
     y = alt.Y("row:N", sort=order, title=None, axis=split)
-    layers = [_knockout_dots(table, x, y), *_knockout_rules(list(thresholds.values()))]
+    layers = [_knockout_dots(table, x, y), *_knockout_rules(thresholds)]
     layers.append(_knockout_counts(summary, names, y))
     chart = alt.layer(*layers).add_params(operator_selector(operators_of(table), everything=False))
     return finished(chart, width=WIDTH, height=40 * len(order))
@@ -195,12 +192,15 @@ def _knockout_dots(table: list[Row], x: alt.X, y: alt.Y) -> Mark:
         x=x,
         y=y,
         color=alt.Color("label:N", scale=colours, sort=None),
-        tooltip=[alt.Tooltip("row:N", title="removed"), tip("knockout_value", "λ left", ".4~g")],
+        tooltip=[word("row", "removed"), tip("knockout_value", "λ left", ".4~g")],
     )
 
 
-def _knockout_rules(thresholds: list[Row]) -> list[Mark]:
-    table = [row | {"text": f"outlier threshold {number(row['outlier_threshold'])}"} for row in thresholds]
+def _knockout_rules(thresholds: dict[str, float]) -> list[Mark]:
+    table = [
+        {"operator": name, "outlier_threshold": value, "text": f"outlier threshold {number(value)}"}
+        for name, value in thresholds.items()
+    ]
     base = blank(table).transform_filter("datum.operator == shown").encode(x="outlier_threshold:Q")
     rule = base.mark_rule(color=MUTED, strokeDash=[5, 3])
     text = base.mark_text(color=MUTED, fontSize=11, align="center").encode(y=alt.value(-8), text="text:N")
@@ -224,21 +224,29 @@ def _knockout_counts(summary: list[Row], names: dict[tuple[str, str, str], str],
 # ------------------------------------------------------------------------------------------------- averaging
 
 
+def _ranked(dataset: xr.Dataset) -> list[Row]:
+    """Positive eigenvalues by rank, the true ones first, then those by averaging."""
+    table = _scree(rows(dataset, "subspace_value"), "level", "subspace_value", LEVEL_NAMES)
+    if not holds(dataset, "eigenvalue"):
+        return table
+    known = [row for row in rows(dataset, "eigenvalue") if row["operator"] in ("hessian", "gauss_newton")]
+    return _scree(known, "operator", "eigenvalue", OPERATOR_NAMES) + table
+
+
+def _none_ranked(dataset: xr.Dataset) -> str:
+    return "" if _ranked(dataset) else "no eigenvalue is positive, by averaging or otherwise"
+
+
+@needs("subspace_value", unless=_none_ranked)
 def averaging(dataset: xr.Dataset) -> alt.LayerChart:
     """Eigenvalues found by averaging alone, over the true ones, by rank."""
-    require(dataset, "subspace_value")
-    table = _scree(rows(dataset, "subspace_value"), "level", "subspace_value", LEVEL_NAMES)
-    if holds(dataset, "eigenvalue"):
-        known = [row for row in rows(dataset, "eigenvalue") if row["operator"] in ("hessian", "gauss_newton")]
-        table = _scree(known, "operator", "eigenvalue", OPERATOR_NAMES) + table
+    table = _ranked(dataset)
     overlaps = _overlaps(dataset)
     for row in table:
         row["overlap"] = overlaps.get(row["name"], "")
     names = list(dict.fromkeys(row["name"] for row in table))
     labels = {row["name"]: row["label"] for row in table}
-    values = [row["value"] for row in table if row["value"] > 0]
-    if not values:
-        raise DataError("no eigenvalue is positive, by averaging or otherwise")
+    values = [row["value"] for row in table]
     low, high = max(min(values), max(values) * 1e-8) / 1.3, max(values) * 1.3
     last = max(row["rank"] for row in table)
     ranks = alt.Scale(type="log" if last > 30 else "linear", domain=[0.8, last * 1.1], nice=False)
@@ -260,7 +268,7 @@ def averaging(dataset: xr.Dataset) -> alt.LayerChart:
             "label:N",
             tip("rank", "rank"),
             tip("value", "λ", ".4~g"),
-            alt.Tooltip("overlap:N", title="overlap"),
+            word("overlap", "overlap"),
         ],
     )
     true = base.transform_filter("indexof(['hessian', 'gauss_newton'], datum.name) >= 0")
@@ -296,9 +304,9 @@ def _overlaps(dataset: xr.Dataset) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------ cost
 
 
+@needs("cost_gradients")
 def cost(dataset: xr.Dataset) -> alt.LayerChart:
     """What each stage cost, in full-data gradients."""
-    require(dataset, "cost_gradients")
     table = rows(dataset, "cost_gradients", "cost_products", "cost_seconds")
     order = [row["stage"] for row in table]
     for row in table:
@@ -321,33 +329,3 @@ def cost(dataset: xr.Dataset) -> alt.LayerChart:
     bar = base.mark_bar(color="#7b8794", height={"band": 0.7})
     text = base.mark_text(align="left", dx=5, color=INK).encode(text="text:N")
     return finished(alt.layer(bar, text), width=WIDTH, height=26 * len(order))
-
-
-# ------------------------------------------------------------------------------------------------ everything
-
-CHARTS: dict[str, Callable[[xr.Dataset], alt.TopLevelMixin]] = {
-    "spectrum": spectrum,
-    "log_spectrum": log_spectrum,
-    "shares": shares,
-    "knockouts": knockouts,
-    "averaging": averaging,
-    "class_cosines": class_cosines,
-    "cross_class_weights": cross_class_weights,
-    "three_level_map": three_level_map,
-    **LAYER_CHARTS,
-    **REGION_CHARTS,
-    **STUDY_CHARTS,
-    **COMPARE_CHARTS,
-    "cost": cost,
-}
-
-
-def charts(dataset: xr.Dataset) -> dict[str, alt.TopLevelMixin]:
-    """Every chart whose variables the analysis holds, by name."""
-    drawn = {}
-    for name, draw in CHARTS.items():
-        try:
-            drawn[name] = draw(dataset)
-        except DataError:  # the analysis did not compute what this chart draws
-            continue
-    return drawn

@@ -25,6 +25,7 @@ from deepspectra.jobs.analyze import Analysis, analyze, load, save_series
 from deepspectra.jobs.executors import RayExecutor
 from deepspectra.jobs.sweep import sweep
 from deepspectra.jobs.sweep_store import gather
+from deepspectra.jobs.sweep_zoo import ZooCell
 from deepspectra.kfac.kronecker import Kronecker, kronecker
 from deepspectra.operators.base import Identity
 from deepspectra.operators.curvature import EmpiricalFisher, GaussNewton, Hessian, Residual
@@ -41,6 +42,7 @@ __all__ = [
     "Problem",
     "RayExecutor",
     "Residual",
+    "ZooCell",
     "analyze",
     "attribute",
     "class_groups",

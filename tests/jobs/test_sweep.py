@@ -22,6 +22,8 @@ import xarray as xr
 import deepspectra as ds
 import sweep_cells
 from deepspectra import errors
+from deepspectra.jobs.sweep_cell import Record
+from deepspectra.jobs.sweep_schedule import Experience
 from sweep_cells import Large, broken_training, draws, dying, failing, short_training, training
 
 GRID = {"name": ["b", "a"], "size": [1, 3], "seed": range(2)}
@@ -32,16 +34,17 @@ class Immediate:
     """Another library's executor: `submit`, and jobs with `done` and `result`, but no future."""
 
     def __init__(self):
-        self.jobs = []
+        self.jobs, self.at_once = [], []
 
     def submit(self, function, /, *args):
         self.jobs.append(Job(pickle.loads(pickle.dumps((function, args)))))
+        self.at_once.append(sum(not job.ended for job in self.jobs))
         return self.jobs[-1]
 
 
 class Job:
     def __init__(self, call):
-        self.call, self.asked = call, 0
+        self.call, self.asked, self.ended = call, 0, False
 
     def done(self):
         self.asked += 1
@@ -49,6 +52,7 @@ class Job:
 
     def result(self):
         function, args = self.call
+        self.ended = True
         return function(*args)
 
 
@@ -293,6 +297,7 @@ def test_a_function_is_known_by_its_source_and_its_fixed_arguments(tmp_path):
         ({"x": [(1, 2)]}, {}, "has the value"),
         ({"seconds": [1]}, {}, "none of status"),
         ({"x y": [1]}, {}, "a Python name"),
+        ({"y": [1]}, {}, "the cell takes x; the axes are y"),
         ({"x": [1]}, {"looks": "y"}, "looks='y' is not an axis"),
         ({"x": [1]}, {"executor": -1}, "at least one process"),
         ({"x": [1]}, {"memory": "much"}, "not a size"),
@@ -374,12 +379,56 @@ def test_no_more_cells_run_at_once_than_fit_the_memory(tmp_path):
     assert (found.status == "done").all()
 
 
-def test_cells_are_expected_to_need_what_those_most_like_them_did(tmp_path):
+def test_a_memory_function_that_fails_fails_its_cell(tmp_path):
     with pytest.warns(errors.SweepWarning, match="missing"):
         swept(Unsure(), {"x": [1]}, tmp_path / "unsure")
-    found = swept(sweep_cells.block, {"megabytes": [1, 400]}, tmp_path, Immediate())
-    small, large = found.peak_memory.values.tolist()
+
+
+def test_cells_are_expected_to_take_what_those_most_like_them_did():
+    experience = Experience(["model", "size"])
+    assert math.isnan(experience.seconds([{"model": "a", "size": 1}]))
+    for model, size, seconds, peak in (("a", 1, 1, 10), ("a", 2, 3, 20), ("b", 2, 50, 70)):
+        experience.add(Record({"model": model, "size": size}, "done", "", seconds, peak))
+    assert experience.seconds([{"model": "a", "size": 1}, {"model": "a", "size": 9}]) == 1 + 2
+    assert experience.memory([{"model": "a", "size": 9}]) == 20
+    assert experience.memory([{"model": "a", "size": 9}, {"model": "b", "size": 9}]) == 70
+
+
+def test_the_peak_of_memory_is_that_of_the_cell_alone(tmp_path):
+    found = swept(sweep_cells.block, {"megabytes": [400, 1]}, tmp_path, Immediate())
+    large, small = found.peak_memory.values.tolist()
     assert large - small == pytest.approx(400 * 2**20, rel=0.2)
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_measured_cells_run_at_once_as_far_as_they_fit(enough, tmp_path):
+    """The first alone, then all others, or each alone."""
+    executor = Immediate()
+    swept(
+        sweep_cells.block, {"megabytes": range(1, 6)}, tmp_path, executor, memory=2**50 if enough else 2**20
+    )
+    assert executor.at_once == ([1, 1, 2, 3, 4] if enough else [1] * 5)
+
+
+def test_names_and_texts_that_files_do_not_hold_do_no_harm(tmp_path):
+    def odd(x):
+        if x:
+            raise ValueError("a\0b\udcff")
+        return {"v": [1, 2], "v_0": 3, "x_0": [4], "top-1 %": 5, "text": "c\0d\udcff"}
+
+    with pytest.warns(errors.SweepWarning):
+        found = swept(odd, {"x": [0, 1]}, tmp_path)
+    again = xr.load_dataset(tmp_path / "sweep.nc")
+    same(found, again)
+    assert again.v.sel(x=0).values.tolist() == [1, 2]
+    assert again.text.sel(x=0).item() == "cd?"
+    assert "ValueError: ab?" in again.error.sel(x=1).item()
+
+
+def test_progress_says_how_many_are_done_and_how_long_the_rest_takes(tmp_path, capsys):
+    ds.sweep(functools.partial(sweep_cells.slow, 0.4), {"x": range(6)}, tmp_path, executor=threads())
+    said = capsys.readouterr().err
+    assert "6 of 6 cells" in said
 
 
 class Unsure(Counted):

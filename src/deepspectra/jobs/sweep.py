@@ -12,11 +12,10 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import xarray as xr
 
 from deepspectra.errors import MemoryBudgetError, OptionError, SweepWarning, first_line
 from deepspectra.jobs.executors import LocalProcesses
@@ -34,6 +33,9 @@ from deepspectra.jobs.sweep_cell import (
 from deepspectra.jobs.sweep_schedule import Experience, Schedule, Submits, Task
 from deepspectra.jobs.sweep_store import Store, chosen, gather, locked, ordered
 from deepspectra.problem.memory import free_memory, parse_bytes
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 SHARE_OF_FREE = 0.8  # memory for the cells by default
 
@@ -71,8 +73,9 @@ def sweep(
         looks: the axis along which one task makes several cells.
         executor: a number of local processes, of a thread each, by default as many as there are CPUs; or any
             `concurrent.futures.Executor`, or what has a `submit` like one.
-        memory: for all cells that run at once, bytes or text such as "8GiB"; by default four fifths of what is free
-            for local processes, and no limit for another executor.
+        memory: for all cells that run at once, bytes or text such as "8GiB"; if it is given and nothing is known of
+            what they need, the first runs alone. By default four fifths of what is free for local processes, and no
+            limit for another executor.
         retry: do failed cells again.
         progress: show it on standard error, with the time to go.
 
@@ -89,6 +92,7 @@ def sweep(
     Cost: about 10 ms a cell, and with local processes the seconds that importing PyTorch takes, once.
     """
     grid = _checked(axes, looks)
+    _check_takes(cell, grid, looks)
     _check_parent()
     place = Path(folder)
     name, version = _identity(cell)
@@ -100,9 +104,9 @@ def sweep(
             experience.add(record)
         tasks = list(_missing(cell, grid, looks, store, known, budget, retry))
         if tasks:
-            _run(
-                cell, tasks, store, executor, budget, experience, progress, math.prod(map(len, grid.values()))
-            )
+            unknown = budget if memory is not None else 0.0
+            schedule = Schedule(cell, store, budget, unknown, experience, progress)
+            _run(schedule, tasks, executor, math.prod(map(len, grid.values())))
         whole = gather(place)
     found = chosen(whole, grid)
     _warn_of_failures(found, place)
@@ -137,6 +141,20 @@ def _plain(name: str, value: Any) -> Value:
         )
     plain: Value = value
     return plain
+
+
+def _check_takes(cell: Cell, grid: Mapping[str, list[Value]], looks: str | None) -> None:
+    """Refuse axes that are not the cell's before any work is done."""
+    try:
+        signature = inspect.signature(cell)
+    except (TypeError, ValueError):  # not of Python
+        return
+    try:
+        signature.bind(**{name: values if name == looks else values[0] for name, values in grid.items()})
+    except TypeError as error:
+        raise OptionError(
+            f"the cell takes {', '.join(signature.parameters)}; the axes are {', '.join(grid)}: {error}."
+        ) from error
 
 
 def _check_parent() -> None:
@@ -230,36 +248,25 @@ def _refuse(store: Store, points: Iterable[Point], status: str, text: str) -> No
         store.keep(f"{digest(point)}{SUFFIX}", Record(point, status, text).pack())
 
 
-def _run(
-    cell: Cell,
-    tasks: Sequence[Task],
-    store: Store,
-    executor: Submits | int | None,
-    budget: float,
-    experience: Experience,
-    progress: bool,
-    total: int,
-) -> None:
+def _run(schedule: Schedule, tasks: Sequence[Task], executor: Submits | int | None, total: int) -> None:
     """Run tasks in an executor that was given, or in processes that end with it."""
     done = total - sum(len(task.points) for task in tasks)
-    own = None
-    if executor is None or isinstance(executor, int):
-        most = os.cpu_count() or 1 if executor is None else executor
-        if most < 1:
-            raise OptionError(f"executor={executor}: expected at least one process.")
-        own = LocalProcesses(min(most, len(tasks)))
-    runs: Submits = own if own is not None else cast(Submits, executor)
-    most_at_once = getattr(runs, "_max_workers", None) or math.inf  # of the standard library's
+    if executor is not None and not isinstance(executor, int):
+        most = getattr(executor, "_max_workers", None) or math.inf  # of the standard library's
+        schedule.run(executor, most, tasks, done, total)
+        return
+    num = os.cpu_count() or 1 if executor is None else executor
+    if num < 1:
+        raise OptionError(f"executor={executor}: expected at least one process.")
+    num = min(num, len(tasks))
+    own = LocalProcesses(num)
     try:
-        if own is not None:
-            own.check(cell)
-        Schedule(cell, store, runs, most_at_once, budget, experience, progress).run(tasks, done, total)
+        own.check(schedule.cell)
+        schedule.run(own, num, tasks, done, total)
     except BaseException:
-        if own is not None:
-            own.shutdown(cancel_futures=True)
+        own.shutdown(cancel_futures=True)
         raise
-    if own is not None:
-        own.shutdown()
+    own.shutdown()
 
 
 def _warn_of_failures(found: xr.Dataset, folder: Path) -> None:

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deepspectra.errors import OptionError, WorkerError, first_line
 from deepspectra.jobs.sweep_cell import FAILED, SUFFIX, Cell, Point, Record, Value, digest, run_task
@@ -91,9 +89,9 @@ class Experience:
         return float((nearest @ seconds / nearest.sum(1)).sum()) if len(seconds) else math.nan
 
     def memory(self, points: Sequence[Point]) -> float:
-        """At most, in bytes; 0 if nothing is known."""
+        """At most, in bytes; NaN if nothing is known, 0 if it was not measured."""
         nearest, _, peaks = self._nearest(points)
-        return float((nearest * np.nan_to_num(peaks)).max(initial=0.0))
+        return float((nearest * np.nan_to_num(peaks)).max()) if len(peaks) else math.nan
 
     def _nearest(self, points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which of those seen are nearest to each point (n, seen), and what these took."""
@@ -115,18 +113,16 @@ class Schedule:
     Attributes:
         cell: the function.
         store: where results go.
-        executor: what runs it.
-        most: tasks at once.
         budget: bytes for all that run; infinite for no limit.
+        unknown: bytes that a cell is taken to need before any was measured.
         experience: what earlier cells took.
         show: whether to draw progress on standard error.
     """
 
     cell: Cell
     store: Store
-    executor: Submits
-    most: float
     budget: float
+    unknown: float
     experience: Experience
     show: bool = True
     waiting: deque[Task] = field(default_factory=deque)
@@ -134,14 +130,18 @@ class Schedule:
     num_failed: int = 0
     _count: int = 0
 
-    def run(self, tasks: Iterable[Task], done: int, total: int) -> None:
-        """Run them all.
+    def run(self, executor: Submits, most: float, tasks: Iterable[Task], done: int, total: int) -> None:
+        """Run them all, so many at once at most; some of the cells are done before.
 
         Raises:
             OptionError: the cell cannot be sent to where it should run.
             WorkerError: the executor takes no more.
             FileError: a result cannot be written.
         """
+        # its import takes a while
+        from rich.console import Console  # noqa: PLC0415
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+
         self.waiting.extend(tasks)
         columns = (
             TextColumn("sweep"),
@@ -156,7 +156,7 @@ class Schedule:
             bar = bars.add_task("", total=total, completed=done, said="")
             pause, told = SHORTEST, -math.inf
             while self.waiting or self.running:
-                self._start()
+                self._start(executor, most)
                 ended = [number for number, (job, _, _) in self.running.items() if job.done()]
                 for number in ended:
                     bars.advance(bar, self._end(number))
@@ -179,9 +179,9 @@ class Schedule:
                     job.cancel()  # type: ignore[attr-defined]
             raise
 
-    def _start(self) -> None:
+    def _start(self, executor: Submits, most: float) -> None:
         """Start tasks in their order, until one does not fit beside those that run."""
-        while self.waiting and len(self.running) < self.most:
+        while self.waiting and len(self.running) < most:
             task = self.waiting[0]
             need = self._need(task)
             used = sum(need for _, _, need in self.running.values())
@@ -191,7 +191,7 @@ class Schedule:
             self.waiting.popleft()
             task.began = time.monotonic()
             try:
-                job = self.executor.submit(
+                job = executor.submit(
                     run_task, self.cell, task.point, task.looks, task.values, str(self.store.cells)
                 )
             except (BrokenExecutor, RuntimeError) as error:  # RuntimeError: after shutdown
@@ -205,7 +205,10 @@ class Schedule:
     def _need(self, task: Task) -> float:
         if task.need is not None:
             return task.need
-        return self.experience.memory(task.points) if math.isfinite(self.budget) else 0.0
+        if not math.isfinite(self.budget):
+            return 0.0
+        expected = self.experience.memory(task.points)
+        return self.unknown if math.isnan(expected) else expected
 
     def _end(self, number: int) -> int:
         """Keep what came of a task that has ended; returns how many cells these are."""

@@ -12,10 +12,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 
 from deepspectra.errors import FallbackWarning, FileError, first_line
 from deepspectra.jobs.pages import ADVICE, check_writable, save_dataset, save_whole
@@ -28,6 +27,9 @@ from deepspectra.jobs.sweep_cell import (
     digest,
     write_once,
 )
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 STORE, MANIFEST, LOCK, CELLS = "sweep.nc", "sweep.json", "lock", "cells"
 FORMAT = 1
@@ -224,6 +226,8 @@ def verdict(status: np.ndarray) -> str:
 
 
 def _dataset(manifest: Mapping[str, Any], records: list[Record]) -> xr.Dataset:
+    import xarray as xr  # noqa: PLC0415  (its import takes a while)
+
     axes: dict[str, list[Value]] = manifest["axes"]
     shape = tuple(map(len, axes.values()))
     index = {name: {value: j for j, value in enumerate(values)} for name, values in axes.items()}
@@ -231,16 +235,20 @@ def _dataset(manifest: Mapping[str, Any], records: list[Record]) -> xr.Dataset:
     status, error = np.full(shape, MISSING, dtype=object), np.full(shape, "", dtype=object)
     numbers = {name: np.full(shape, np.nan) for name in UNITS}
     for at, record in cells:
-        status[at], error[at] = record.status, record.error
+        status[at], error[at] = record.status, _clean(record.error)
         for name, values in numbers.items():
             values[at] = getattr(record, name)
     dims = tuple(axes)
     variables: dict[str, Any] = {"status": (dims, status), "error": (dims, error)}
     variables |= {name: (dims, values, {"units": UNITS[name]}) for name, values in numbers.items()}
-    for name in dict.fromkeys(name for _, record in cells for name in record.measures):
+    names = dict.fromkeys(name for _, record in cells for name in record.measures)
+    for name in names:
         found = {at: record.measures[name] for at, record in cells if name in record.measures}
         values = _padded(found, shape)
-        variables[name] = ((*dims, *(f"{name}_{j}" for j in range(values.ndim - len(dims)))), values)
+        more = tuple(f"{name}_{j}" for j in range(values.ndim - len(dims)))
+        while set(more) & {*names, *dims}:
+            more = tuple(f"{dim}_" for dim in more)
+        variables[name] = ((*dims, *more), values)
     coords = {name: vs if _are_numbers(vs) else [str(v) for v in vs] for name, vs in axes.items()}
     attributes = {
         "title": f"Sweep of {manifest['cell']}",
@@ -268,5 +276,13 @@ def _padded(found: Mapping[tuple[int, ...], np.ndarray], shape: tuple[int, ...])
     for at, value in values.items():
         # "...", or else NumPy would put an array of one text into a place of its own kind
         index: tuple[Any, ...] = (*at, *map(slice, value.shape), ...)
-        table[index] = value.astype(str).astype(object) if text else value
+        table[index] = _clean_all(value.astype(str)) if text else value
     return table
+
+
+def _clean(text: str) -> str:
+    """Without characters that no file of texts can hold."""
+    return text.replace("\0", "").encode(errors="replace").decode()
+
+
+_clean_all = np.vectorize(_clean, otypes=[object])

@@ -15,7 +15,6 @@ from deepspectra import zoo
 from deepspectra.algorithms.trace import trace
 from deepspectra.analysis.gram_spectrum import gram_spectrum
 from deepspectra.errors import NonFiniteError, OptionError
-from deepspectra.jobs.targets import CONVOLUTIONAL, PAPER_SIDE
 from deepspectra.operators.curvature import Residual
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.averages import METHODS
@@ -176,6 +175,8 @@ class ZooCell:
 
 def _size(model: str, data: str) -> int | None:
     """Side that images are padded to."""
+    from deepspectra.jobs.targets import CONVOLUTIONAL, PAPER_SIDE  # noqa: PLC0415  (its imports take a while)
+
     return PAPER_SIDE if model in CONVOLUTIONAL and data in ("mnist", "fashion") else None
 
 

@@ -97,11 +97,6 @@ class Large:
         return {"at_once": sum(at_once)}
 
 
-def slow(pause, x):
-    time.sleep(pause)
-    return {"y": x}
-
-
 def block(megabytes):
     """Fills so much memory."""
     return {"sum": float(np.ones(megabytes * 2**17).sum())}

@@ -23,7 +23,7 @@ import deepspectra as ds
 import sweep_cells
 from deepspectra import errors
 from deepspectra.jobs.sweep_cell import Record
-from deepspectra.jobs.sweep_schedule import Experience
+from deepspectra.jobs.sweep_schedule import Experience, Schedule, Task
 from sweep_cells import Large, broken_training, draws, dying, failing, short_training, training
 
 GRID = {"name": ["b", "a"], "size": [1, 3], "seed": range(2)}
@@ -426,9 +426,16 @@ def test_names_and_texts_that_files_do_not_hold_do_no_harm(tmp_path):
 
 
 def test_progress_says_how_many_are_done_and_how_long_the_rest_takes(tmp_path, capsys):
-    ds.sweep(functools.partial(sweep_cells.slow, 0.4), {"x": range(6)}, tmp_path, executor=threads())
-    said = capsys.readouterr().err
-    assert "6 of 6 cells" in said
+    experience = Experience(["x"])
+    experience.add(Record({"x": 0}, "done", "", 50.0))
+    schedule = Schedule(None, None, math.inf, 0.0, experience, num_failed=2)
+    schedule.waiting.extend(Task({"x": x}, None, (), None) for x in range(1, 5))
+    schedule.spent, schedule.began = 100.0, time.monotonic() - 50.0  # two at once
+    assert schedule._told() == ", 2 failed, about 2 min to go"
+    schedule.waiting.clear()
+    assert schedule._told() == ", 2 failed"
+    ds.sweep(Counted(), {"x": range(6)}, tmp_path, executor=threads())
+    assert "6 of 6 cells" in capsys.readouterr().err
 
 
 class Unsure(Counted):

@@ -30,7 +30,7 @@ from deepspectra.jobs.sweep_cell import (
     Value,
     digest,
 )
-from deepspectra.jobs.sweep_schedule import Experience, Schedule, Submits, Task
+from deepspectra.jobs.sweep_schedule import MOST_AT_ONCE, Experience, Schedule, Submits, Task
 from deepspectra.jobs.sweep_store import Store, chosen, gather, locked, ordered
 from deepspectra.problem.memory import free_memory, parse_bytes
 
@@ -89,7 +89,7 @@ def sweep(
             or it cannot be written.
         WorkerError: the executor takes no more tasks; what was finished is kept.
 
-    Cost: about 10 ms a cell, and with local processes the seconds that importing PyTorch takes, once.
+    Cost: some 5 ms a cell, and with local processes the seconds that importing PyTorch takes, once.
     """
     grid = _checked(axes, looks)
     _check_takes(cell, grid, looks)
@@ -252,7 +252,7 @@ def _run(schedule: Schedule, tasks: Sequence[Task], executor: Submits | int | No
     """Run tasks in an executor that was given, or in processes that end with it."""
     done = total - sum(len(task.points) for task in tasks)
     if executor is not None and not isinstance(executor, int):
-        most = getattr(executor, "_max_workers", None) or math.inf  # of the standard library's
+        most = getattr(executor, "_max_workers", MOST_AT_ONCE)  # of the standard library's
         schedule.run(executor, most, tasks, done, total)
         return
     num = os.cpu_count() or 1 if executor is None else executor

@@ -20,6 +20,7 @@ from deepspectra.jobs.sweep_store import Store
 
 ATTEMPTS = 3  # of a task whose process dies; after the first it is alone
 REMEMBERED = 256  # latest cells, from which others are expected
+MOST_AT_ONCE = 1000  # tasks in an executor that does not say how many it runs
 MOST_EXPECTED = 1000  # tasks whose seconds are added up; of more, a sample
 SHORTEST, LONGEST = 1e-3, 0.1  # seconds between two looks at what runs
 
@@ -54,7 +55,6 @@ class Task:
         values: those of its values that are still missing.
         need: bytes, if the cell says so.
         attempts: how many processes it ended in.
-        began: when.
     """
 
     point: Point
@@ -62,7 +62,6 @@ class Task:
     values: tuple[Value, ...]
     need: float | None
     attempts: int = 0
-    began: float = 0.0
 
     @property
     def points(self) -> list[Point]:
@@ -117,6 +116,7 @@ class Schedule:
         unknown: bytes that a cell is taken to need before any was measured.
         experience: what earlier cells took.
         show: whether to draw progress on standard error.
+        spent: seconds that cells took since it began.
     """
 
     cell: Cell
@@ -128,9 +128,11 @@ class Schedule:
     waiting: deque[Task] = field(default_factory=deque)
     running: dict[int, tuple[Job, Task, float]] = field(default_factory=dict)
     num_failed: int = 0
+    spent: float = 0.0
+    began: float = field(default_factory=time.monotonic)
     _count: int = 0
 
-    def run(self, executor: Submits, most: float, tasks: Iterable[Task], done: int, total: int) -> None:
+    def run(self, executor: Submits, most: int, tasks: Iterable[Task], done: int, total: int) -> None:
         """Run them all, so many at once at most; some of the cells are done before.
 
         Raises:
@@ -179,7 +181,7 @@ class Schedule:
                     job.cancel()  # type: ignore[attr-defined]
             raise
 
-    def _start(self, executor: Submits, most: float) -> None:
+    def _start(self, executor: Submits, most: int) -> None:
         """Start tasks in their order, until one does not fit beside those that run."""
         while self.waiting and len(self.running) < most:
             task = self.waiting[0]
@@ -189,7 +191,6 @@ class Schedule:
             if self.running and (alone or used + need > self.budget):
                 return
             self.waiting.popleft()
-            task.began = time.monotonic()
             try:
                 job = executor.submit(
                     run_task, self.cell, task.point, task.looks, task.values, str(self.store.cells)
@@ -240,6 +241,7 @@ class Schedule:
                 self.num_failed += 1
             else:
                 self.experience.add(record)
+                self.spent += record.seconds
         return len(task.points)
 
     def _again(self, task: Task, error: BaseException) -> int:
@@ -263,17 +265,16 @@ class Schedule:
         return before + self._learn(task)
 
     def _told(self) -> str:
-        """How many failed, and how long the rest takes."""
+        """How many failed, and how long the rest takes if as much runs at once as until now."""
         failed = f", {self.num_failed} failed" if self.num_failed else ""
-        now = time.monotonic()
-        every = max(1, len(self.waiting) // MOST_EXPECTED)
-        some = [point for j in range(0, len(self.waiting), every) for point in self.waiting[j].points]
-        left = self.experience.seconds(some) * every
-        for _, task, _ in self.running.values():
-            left = np.nansum([left, max(0.0, self.experience.seconds(task.points) - (now - task.began))])
-        if not (self.waiting or self.running) or not left > 0:
+        unfinished = [*self.waiting, *(task for _, task, _ in self.running.values())]
+        every = max(1, len(unfinished) // MOST_EXPECTED)
+        left = (
+            self.experience.seconds([point for task in unfinished[::every] for point in task.points]) * every
+        )
+        if not (left > 0 and self.spent > 0):
             return failed
-        return f"{failed}, about {_duration(left / max(1, len(self.running)))} to go"
+        return f"{failed}, about {_duration(left * (time.monotonic() - self.began) / self.spent)} to go"
 
 
 def _values(task: Task, points: Iterable[Point]) -> tuple[Value, ...]:

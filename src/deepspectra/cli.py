@@ -339,7 +339,9 @@ def sweep_command(
             "of yours; none to gather what OUT has so far.",
         ),
     ] = None,
-    data_root: DataRoot = None,
+    data_root: Annotated[
+        Path | None, typer.Option(envvar="DEEPSPECTRA_DATA", help="Folder of the zoo's data sets.")
+    ] = None,
     training_epochs: Annotated[
         int | None,
         typer.Option(help="Epochs of each training, whatever is looked at; the recipe's by default."),
@@ -348,8 +350,8 @@ def sweep_command(
         str | None, typer.Option(help="Axis along which one call of TARGET makes all cells.")
     ] = None,
     processes: Annotated[int | None, typer.Option(help="At once; one a CPU by default.")] = None,
-    out: Out = Path("deepspectra-sweep"),
-    memory: Memory = None,
+    memory: Annotated[str | None, typer.Option(help='For all processes together, such as "8GiB".')] = None,
+    out: Annotated[Path, typer.Option(help="Directory of the results.")] = Path("deepspectra-sweep"),
     retry: Annotated[bool, typer.Option("--retry", help="Do failed cells again.")] = False,
 ) -> None:
     """Measure a grid of networks, a process each; goes on where an earlier sweep in OUT was stopped or killed."""

@@ -87,6 +87,14 @@ def test_epochs_beyond_the_training_are_refused():
         next(ZooCell(training_epochs=3)(per_class=5, epochs=(0, 4)))
 
 
+def test_a_sweep_is_of_one_length_of_training(folder, tmp_path):
+    with pytest.raises(
+        errors.FileError, match=r"version 1 ZooCell\(training_epochs=6.* now 1 ZooCell\(training_epochs=7"
+    ):
+        ds.sweep(ZooCell(training_epochs=7), AXES, folder, looks="epochs", progress=False)
+    assert ZooCell(tmp_path).version == ZooCell().version
+
+
 def test_the_trace_of_the_residual_is_measured_when_asked_for():
     found = ZooCell(training_epochs=1, residual_products=4)(per_class=5)
     assert found["trace_residual_error"] > 0

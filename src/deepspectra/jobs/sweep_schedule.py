@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from deepspectra.errors import OptionError, WorkerError, first_line
-from deepspectra.jobs.sweep_cell import FAILED, SUFFIX, Cell, Point, Record, Value, digest, run_task
+from deepspectra.jobs.sweep_cell import DONE, FAILED, SUFFIX, Cell, Point, Record, Value, digest, run_task
 from deepspectra.jobs.sweep_store import Store
 
 ATTEMPTS = 3  # of a task whose process dies; after the first it is alone
@@ -79,7 +79,7 @@ class Experience:
 
     def add(self, record: Record) -> None:
         """A cell that is done; others tell nothing."""
-        if math.isfinite(record.seconds):
+        if record.status == DONE:
             self._seen.append((self._coded(record.point), record.seconds, record.peak_memory))
 
     def seconds(self, points: Sequence[Point]) -> float:

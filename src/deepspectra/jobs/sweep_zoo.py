@@ -58,6 +58,11 @@ class ZooCell:
     training_epochs: int | None = None
     residual_products: int = 0
 
+    @property
+    def version(self) -> str:
+        """What tells its sweeps from others': to be raised when its numbers change."""
+        return f"1 {self!r}"
+
     def __call__(
         self,
         *,

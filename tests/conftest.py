@@ -31,6 +31,7 @@ LONGEST = {  # files that run for a minute or more
     "test_devices.py",
     "test_docs.py",
     "jobs/test_checkpoint.py",
+    "jobs/test_sweep.py",
     "report/test_page.py",
 }
 HERE = Path(__file__).parent

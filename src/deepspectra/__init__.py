@@ -20,6 +20,10 @@ from deepspectra.analysis.study import study
 from deepspectra.analysis.three_level_map import three_level_map
 from deepspectra.analysis.weights import weights
 from deepspectra.jobs.analyze import Analysis, analyze, load, save_series
+from deepspectra.jobs.executors import RayExecutor
+from deepspectra.jobs.sweep import sweep
+from deepspectra.jobs.sweep_store import gather
+from deepspectra.jobs.sweep_zoo import ZooCell
 from deepspectra.kfac.kronecker import Kronecker, kronecker
 from deepspectra.operators.base import Identity
 from deepspectra.operators.curvature import EmpiricalFisher, GaussNewton, Hessian, Residual
@@ -34,7 +38,9 @@ __all__ = [
     "Identity",
     "Kronecker",
     "Problem",
+    "RayExecutor",
     "Residual",
+    "ZooCell",
     "analyze",
     "attribute",
     "class_groups",
@@ -48,6 +54,7 @@ __all__ = [
     "dissect",
     "eigenpairs",
     "frobenius_norm",
+    "gather",
     "gram_spectrum",
     "kronecker",
     "kronecker_quality",
@@ -58,6 +65,7 @@ __all__ = [
     "regions",
     "save_series",
     "study",
+    "sweep",
     "three_level_map",
     "trace",
     "weights",

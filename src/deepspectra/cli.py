@@ -27,6 +27,7 @@ from deepspectra.jobs.layers import layer_dataset
 from deepspectra.jobs.pages import check_writable, load_page, save_page, write_page, write_pages
 from deepspectra.jobs.regions import regions_dataset
 from deepspectra.jobs.study import STUDIES, study_dataset
+from deepspectra.jobs.sweep_command import sweep_of
 from deepspectra.jobs.targets import CONSOLE, Choice, Moment, Out, Seed, chosen_problem, moments
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.averages import METHODS
@@ -301,6 +302,46 @@ def study_command(
         found = study(variants, seed=chosen.seed, progress=lambda *now: status.update(now[2]))
     dataset = study_dataset(found, problem, labels._replace(seed=chosen.seed), name=name)
     _finish_page(str(found), dataset, chosen.out, "study")
+
+
+@app.command("sweep")
+def sweep_command(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TARGET] AXIS=VALUES...",
+            help="Axes such as model=mlp,lenet per_class=13,51 epochs=0,40 seed=0,1,2, of the zoo or of a function "
+            "of yours; none to gather what OUT has so far.",
+        ),
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(envvar="DEEPSPECTRA_DATA", help="Folder of the zoo's data sets.")
+    ] = None,
+    training_epochs: Annotated[
+        int | None,
+        typer.Option(help="Epochs of each training, whatever is looked at; the recipe's by default."),
+    ] = None,
+    looks: Annotated[
+        str | None, typer.Option(help="Axis along which one call of TARGET makes all cells.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="At once; one a CPU by default.")] = None,
+    memory: Annotated[str | None, typer.Option(help='For all processes together, such as "8GiB".')] = None,
+    out: Annotated[Path, typer.Option(help="Directory of the results.")] = Path("deepspectra-sweep"),
+    retry: Annotated[bool, typer.Option("--retry", help="Do failed cells again.")] = False,
+) -> None:
+    """Measure a grid of networks, a process each; goes on where an earlier sweep in OUT was stopped or killed."""
+    typer.echo(
+        sweep_of(
+            words or (),
+            out,
+            looks=looks,
+            data_root=data_root,
+            training_epochs=training_epochs,
+            processes=processes,
+            memory=memory,
+            retry=retry,
+        )
+    )
 
 
 @app.command()

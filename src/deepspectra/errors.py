@@ -62,6 +62,10 @@ class FileError(DeepSpectraError, OSError):
     """A result file, checkpoint or data file is missing, truncated or of another format."""
 
 
+class WorkerError(DeepSpectraError, RuntimeError):
+    """What runs the cells of a sweep has stopped taking them."""
+
+
 class TargetError(DeepSpectraError, ImportError):
     """A command-line target cannot be imported or does not return a `Problem`."""
 
@@ -80,6 +84,10 @@ class OptionWarning(DeepSpectraWarning):
 
 class FallbackWarning(DeepSpectraWarning, RuntimeWarning):
     """Something given could not be used as it stands and a stated substitute was."""
+
+
+class SweepWarning(DeepSpectraWarning):
+    """Cells of a sweep failed; their errors are in the result."""
 
 
 def first_line(error: BaseException) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -213,11 +214,24 @@ def _train(
 
 def _load_target(target: str) -> Problem:
     """The problem that file.py:function or package.module:function returns."""
+    problem = load_function(target, "that takes nothing and returns a deepspectra.Problem")()
+    if not isinstance(problem, Problem):
+        raise TargetError(
+            f"target {target!r} returned {type(problem).__name__}; expected a deepspectra.Problem."
+        )
+    return problem
+
+
+def load_function(target: str, purpose: str) -> Callable[..., Any]:
+    """file.py:function or package.module:function; `purpose` says which function is expected.
+
+    Raises:
+        TargetError: there is none, or it cannot be imported.
+    """
     place, separator, function = target.rpartition(":")
     if not separator or not place or not function:
         raise TargetError(
-            f"target {target!r}: expected file.py:function or package.module:function, a function that takes "
-            "nothing and returns a deepspectra.Problem."
+            f"target {target!r}: expected file.py:function or package.module:function, a function {purpose}."
         )
     try:
         if place.endswith(".py"):
@@ -238,9 +252,5 @@ def _load_target(target: str) -> Problem:
         raise TargetError(f"target {target!r} cannot be imported: {error}") from error
     if not callable(getattr(module, function, None)):
         raise TargetError(f"target {target!r}: {place} has no function {function!r}.")
-    problem = getattr(module, function)()
-    if not isinstance(problem, Problem):
-        raise TargetError(
-            f"target {target!r} returned {type(problem).__name__}; expected a deepspectra.Problem."
-        )
-    return problem
+    found: Callable[..., Any] = getattr(module, function)
+    return found

@@ -1,0 +1,85 @@
+"""`deepspectra sweep`: axes as words of the command line, and the cell that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from deepspectra.errors import OptionError
+from deepspectra.jobs.sweep import sweep
+from deepspectra.jobs.sweep_cell import Cell, Value
+from deepspectra.jobs.sweep_store import STORE, gather
+from deepspectra.jobs.sweep_zoo import ZooCell
+from deepspectra.jobs.targets import load_function
+
+LOOKS = "epochs"  # of the zoo's cell
+WORDS: dict[str, Value] = {"true": True, "false": False, "none": None}
+
+
+def sweep_of(
+    words: Sequence[str],
+    folder: Path,
+    *,
+    looks: str | None = None,
+    data_root: Path | None = None,
+    training_epochs: int | None = None,
+    processes: int | None = None,
+    memory: str | None = None,
+    retry: bool = False,
+) -> str:
+    """Sweep as the words say, and tell what came of it; without any, only gather what the folder has so far.
+
+    Args:
+        words: axes such as "seed=0,1,2"; perhaps first a function of the user's, file.py:function or
+            package.module:function. Without one the axes are those of `ZooCell`, with looks at epochs.
+        folder: of the results.
+        looks: as in `sweep`.
+        data_root: as in `ZooCell`.
+        training_epochs: as in `ZooCell`.
+        processes: how many.
+        memory: as in `sweep`.
+        retry: as in `sweep`.
+
+    Raises:
+        OptionError: words that are neither, or options that belong to the zoo.
+        DeepSpectraError: whatever `sweep` raises.
+    """
+    if not words:
+        return _told(str(gather(folder).attrs["verdict"]), folder)
+    targets = [word for word in words if "=" not in word]
+    if targets and targets != [words[0]]:
+        raise OptionError(
+            f"{targets[-1]!r}: expected an axis such as seed=0,1,2, after file.py:function or alone."
+        )
+    axes = dict(map(_axis, words[len(targets) :]))
+    if len(axes) + len(targets) < len(words):
+        raise OptionError("an axis is named twice; give all of its values at once, such as seed=0,1,2.")
+    cell: Cell
+    if targets:
+        if training_epochs is not None:
+            raise OptionError(f"--training-epochs belongs to the zoo; with a target, {targets[0]} decides.")
+        cell = load_function(targets[0], "that takes a point and returns a mapping of names to numbers")
+    else:
+        cell = ZooCell(data_root, training_epochs)
+        looks = LOOKS if looks is None and LOOKS in axes else looks
+    found = sweep(cell, axes, folder, looks=looks, executor=processes, memory=memory, retry=retry)
+    return _told(str(found.attrs["verdict"]), folder)
+
+
+def _told(verdict: str, folder: Path) -> str:
+    return f"{verdict}\nResults: {folder / STORE}"
+
+
+def _axis(word: str) -> tuple[str, list[Value]]:
+    """From "seed=0,1,2"."""
+    name, _, values = word.partition("=")
+    return name, [_value(text) for text in values.split(",")]
+
+
+def _value(text: str) -> Value:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return WORDS.get(text.lower(), text)

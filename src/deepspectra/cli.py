@@ -112,7 +112,7 @@ def _command(name: str, *, out: str, without: tuple[str, ...] = ()) -> Callable[
 def demo(out: Out = Path("deepspectra-demo"), seed: Seed = 0) -> None:
     """Train a small network on the embedded digits, analyse it and write the report."""
     check_writable(out)
-    problem, names, (model, data, _) = chosen_problem(None, Choice(out=out, seed=seed))
+    problem, names, (model, data, _) = chosen_problem(None, Choice(model="mlp-small", out=out, seed=seed))
     _finish(analyze(problem, seed=seed).labelled(model=model, data=data, class_names=names), out)
 
 
@@ -125,6 +125,9 @@ def analyze_command(
     num_probes: Annotated[int | None, typer.Option(help="Probes of each density.")] = None,
     num_steps: Annotated[int | None, typer.Option(help="Krylov steps of each probe.")] = None,
     rtol: Annotated[float | None, typer.Option(help="Relative residual of the eigenpairs.")] = None,
+    effort: Annotated[
+        str, typer.Option(help="How well spectra are resolved: quick, standard or paper.")
+    ] = "standard",
     groups: Annotated[
         int | None, typer.Option(help="Average over so many groups of classes, by their logits.")
     ] = None,
@@ -145,6 +148,7 @@ def analyze_command(
             num_probes=num_probes,
             num_steps=num_steps,
             rtol=rtol,
+            effort=effort,
             seed=chosen.seed,
             groups=owner,
             resume=stages,

@@ -14,6 +14,7 @@ import xarray as xr
 import deepspectra as ds
 from deepspectra import errors, report, zoo
 from deepspectra.jobs import stages
+from deepspectra.jobs.effort import effort_for
 
 
 @functools.cache
@@ -35,7 +36,7 @@ def analysed(route, problem=None):
     """Of a small problem G is known exactly; "products" has it analysed as a large one."""
     with pytest.MonkeyPatch.context() as patch:
         if route == "products":
-            patch.setattr(stages, "EXACT_ROWS", 0)
+            patch.setattr(stages, "effort_for", lambda *size: effort_for(*size)._replace(exact_rows=0))
         found = ds.analyze(problem or trained(), num_probes=2, num_steps=24, progress=False)
         return found.labelled(model="mlp", data="digits")
 

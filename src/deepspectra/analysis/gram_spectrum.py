@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from deepspectra.algorithms.exact import of_all
 from deepspectra.arguments import seeded
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem.problem import Problem
@@ -21,7 +22,6 @@ from deepspectra.rows.layers import error_averages
 from deepspectra.rows.spectrum import Spectrum
 
 MARGIN = 1.25  # an outlier is at least so many times the bulk's edge
-DRAWN_STEPS = 64  # resolution at which an exact spectrum is drawn
 NUM_CHECKS = 2  # random sums by which pairs are checked
 
 
@@ -93,7 +93,7 @@ class GramSpectrum:
     @property
     def density(self) -> Density:
         """The spectral density of G, every node an eigenvalue and one node for all the zeros."""
-        return _density(self.values, self.provenance, self.seconds)
+        return of_all(self.values, self.provenance, self.seconds)
 
     def num_outliers(self, *removed: str, margin: float = MARGIN) -> int:
         """How many eigenvalues are over `margin` times the largest of "within", after parts are subtracted.
@@ -243,24 +243,4 @@ def _no_pairs(parts: Decomposition, began: float) -> Eigenpairs:
         which="largest",
         rtol=0.0,
         provenance=Provenance.of_matrix("Gauss-Newton", parts.problem),
-    )
-
-
-def _density(values: Tensor, provenance: Provenance, seconds: float) -> Density:
-    """Each eigenvalue with weight 1/P, and one node for all the zeros."""
-    zeros = provenance.size - len(values)
-    nodes, weights = values, torch.full_like(values, 1 / provenance.size)
-    if zeros:
-        nodes = torch.cat([nodes, nodes.new_zeros(1)])
-        weights = torch.cat([weights, weights.new_tensor([zeros / provenance.size])])
-    return Density(
-        nodes=nodes,
-        weights=weights,
-        probes=torch.full((len(nodes),), -1),
-        num_probes=0,
-        num_steps=DRAWN_STEPS,
-        deflation_residual=0.0,
-        num_products=0,
-        seconds=seconds,
-        provenance=provenance,
     )

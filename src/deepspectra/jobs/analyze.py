@@ -16,6 +16,7 @@ from deepspectra.arguments import check_count, check_rtol
 from deepspectra.errors import FileError, OptionError
 from deepspectra.jobs import stages
 from deepspectra.jobs.analysis_dataset import CLASS_AXES, analysis_dataset
+from deepspectra.jobs.effort import check_effort
 from deepspectra.jobs.ledger import Ledger
 from deepspectra.jobs.pages import load_dataset, save_dataset, save_whole, titled, write_page, write_pages
 from deepspectra.problem.problem import Problem
@@ -147,6 +148,7 @@ def analyze(
     rtol: float | None = None,
     seed: int = 0,
     progress: bool = True,
+    effort: str = "standard",
     groups: Tensor | Sequence[int] | None = None,
     resume: str | Path | None = None,
 ) -> Analysis:
@@ -154,15 +156,20 @@ def analyze(
 
     Args:
         problem: one with cross-entropy and class labels.
-        num: top eigenpairs of H and of G; by default C + 3, or C for large problems. Problems are "medium" when a
-            gradient takes over 5e9 floating-point operations and "large" over 1e11 (on an accelerator 50 times
-            as many), three times what PyTorch counts in a forward pass, or 6 P N if that is more: about a quarter
-            of a second and three seconds of one core. The report says what was chosen.
-        num_probes: random probes of each density; by default 4, or 2 for medium and large problems.
-        num_steps: Krylov steps of each probe; by default 24, 16 for medium problems or 5 for large ones.
+        num: top eigenpairs of H and of G; by default C + 3, or C for large problems, whose gradient takes over 1e11
+            floating-point operations (on an accelerator 50 times as many), three times what PyTorch counts in a
+            forward pass, or 6 P N if that is more: about three seconds of one core.
+        num_probes: random probes of each density; by default as `effort` says, as are
+        num_steps: Krylov steps of each probe.
         rtol: of the eigenpairs' residuals; by default 1e-2, or 3e-2 for large problems.
         seed: of every random vector.
         progress: draw progress with cost on standard error.
+        effort: how well spectra are resolved, told with its cost before the work. All eigenvalues of H and R are
+            computed where P is up to about 3,000 ("quick": seconds), 7,000 ("standard": a minute each) or 18,000
+            ("paper": a quarter of an hour), if products are cheap; all of G where it has up to 3,000, 4,500 or 20,000
+            gradients N (C − 1). Else densities are drawn from up to 4 × 24, 2 × 256 or 4 × 512 products, fewer for
+            "quick" and "standard" where those take more than half a minute or five minutes of one core; what they
+            leave unresolved is faint in the figures.
         groups: (C,) the group of each class, as in `decompose`, for problems of very many classes; C is then the
             number of groups wherever averages are meant.
         resume: a folder where finished stages are kept; called again with it after a stop, the analysis goes on
@@ -176,7 +183,8 @@ def analyze(
     Raises:
         LossError: the loss is not the cross-entropy of class labels.
         CurvatureError: the network has no right second derivative.
-        OptionError: counts below 1, rtol not between 0 and 1, or groups that are not one number a class.
+        OptionError: an unknown effort, counts below 1, rtol not between 0 and 1, or groups that are not one number a
+            class.
         FileError: the folder to resume from is of another problem or of other options, or damaged.
 
     Cost: itemised in the result.
@@ -186,9 +194,10 @@ def analyze(
             check_count(name, value)
     if rtol is not None:
         check_rtol(rtol)
+    check_effort(effort)
     check_labelled(problem)
     owner = grouped(groups, problem.num_classes, problem.device)
-    options = stages.Options(num, num_probes, num_steps, rtol, owner, seed)
+    options = stages.Options(num, num_probes, num_steps, rtol, owner, seed, effort)
     found = stages.run(problem, Ledger(progress), options, None if resume is None else Path(resume))
     vectors = {
         name: _named(problem, pairs.vectors) for name, pairs in found.pairs.items() if len(pairs.values)

@@ -1,4 +1,4 @@
-"""How much an analysis does unless told otherwise: by the size of the problem, so not by the machine's load."""
+"""How much an analysis does: what was asked for and the size of the problem decide, not the machine's load."""
 
 from __future__ import annotations
 
@@ -8,31 +8,90 @@ from typing import Any, NamedTuple
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from deepspectra.errors import OptionError
 from deepspectra.problem.problem import Problem
 
 BACKWARD = 3  # a gradient's operations, in units of a forward pass's
+PRODUCT = 2  # a product's with H or R, in gradients, or somewhat less or more
 ACCELERATED = 50  # times as many operations take an accelerator the time that they take a CPU
+DENSE = 3  # P³ operations, as fast as those of products, that all eigenvalues of a dense matrix take
+LARGE = 1e11  # operations of a gradient, about three seconds of one core, from which on pairs are fewer and rougher
+FEWEST_STEPS = 5
+
+
+class Level(NamedTuple):
+    """What an effort is willing to do.
+
+    Attributes:
+        num_probes: of each density, if it is not exact,
+        num_steps: of each probe, at most.
+        operations: floating-point operations of a density, at most.
+        dense: operations up to which all eigenvalues of H, or of R, are computed.
+        exact_rows: gradients up to which all eigenvalues of G are computed.
+        large: whether pairs are found as well where a gradient is large as where it is not.
+    """
+
+    num_probes: int
+    num_steps: int
+    operations: float
+    dense: float
+    exact_rows: int
+    large: bool = False
+
+
+# a core makes some 2e10 operations a second: half a minute, five minutes, or as long as it takes; a few seconds of
+# dense matrices, a minute, a quarter of an hour
+EFFORTS = {
+    "quick": Level(4, 24, 6e11, 1e11, 3000),
+    "standard": Level(2, 256, 1e13, 1.2e12, 4500),
+    "paper": Level(4, 512, float("inf"), 2e13, 20_000, large=True),
+}
 
 
 class Effort(NamedTuple):
-    """What an analysis does where a gradient takes up to so many floating-point operations."""
+    """What an analysis does.
 
-    most_operations: float
-    spare_pairs: int  # eigenpairs beyond the number of classes
+    Attributes:
+        spare_pairs: eigenpairs beyond the number of classes.
+        rtol: of eigenpairs.
+        knockout_products: at most; None for what attribution takes.
+        num_probes, num_steps: of densities that are not exact.
+        dense: whether all eigenvalues of H and R are computed.
+        exact_rows: gradients up to which all of G's are.
+    """
+
+    spare_pairs: int
+    rtol: float
+    knockout_products: int | None
     num_probes: int
     num_steps: int
-    rtol: float = 1e-2  # of eigenpairs
-    knockout_products: int | None = None  # at most; by default what attribution takes
+    dense: bool
+    exact_rows: int
 
 
-# a quarter of a second, and about three, of one core
-EFFORTS = (Effort(5e9, 3, 4, 24), Effort(1e11, 3, 2, 16), Effort(float("inf"), 0, 2, 5, 3e-2, 8))
+def check_effort(effort: str) -> None:
+    """Raise OptionError unless an effort has this name."""
+    if effort not in EFFORTS:
+        raise OptionError(f"effort={effort!r}; it is one of {', '.join(map(repr, EFFORTS))}.")
 
 
-def effort_for(problem: Problem, operations: float) -> Effort:
-    """The effort for a problem whose gradient takes so many operations; its device counts, its speed does not."""
+def effort_for(problem: Problem, operations: float, effort: str = "standard") -> Effort:
+    """What to do for a problem whose gradient takes so many operations; its device counts, its speed does not."""
+    level = EFFORTS[effort]
     speed = 1 if problem.device.type == "cpu" else ACCELERATED
-    return next(effort for effort in EFFORTS if operations <= speed * effort.most_operations)
+    small = level.large or operations <= speed * LARGE
+    size = problem.num_parameters
+    products = speed * level.operations / (PRODUCT * operations)
+    fitting = 3 * 8 * size**2 <= problem.memory // 3  # a matrix, and what its eigenvalues take beside
+    return Effort(
+        spare_pairs=3 if small else 0,
+        rtol=1e-2 if small else 3e-2,
+        knockout_products=None if small else 8,
+        num_probes=level.num_probes,
+        num_steps=int(max(FEWEST_STEPS, min(level.num_steps, products / level.num_probes))),
+        dense=fitting and PRODUCT * size * operations + DENSE * size**3 <= speed * level.dense,
+        exact_rows=level.exact_rows,
+    )
 
 
 class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]

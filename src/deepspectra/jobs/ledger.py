@@ -122,6 +122,13 @@ class Ledger:
         self.gradient_seconds = min(self.gradient_seconds, time.perf_counter() - began)
         return self.clock() - began_unit
 
+    def tell(self, text: str) -> None:
+        """Say something on standard error, if progress is shown."""
+        if self.show:
+            from rich.console import Console  # noqa: PLC0415  (its import takes a while)
+
+            Console(stderr=True).print(text, highlight=False)
+
     @property
     def total(self) -> Cost:
         """All stages together."""

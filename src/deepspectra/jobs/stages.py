@@ -20,6 +20,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import explore
+from deepspectra.algorithms.exact import exact_density
 from deepspectra.algorithms.krylov import Krylov, basis_capacity
 from deepspectra.algorithms.long_vectors import inner_products
 from deepspectra.algorithms.overlap import overlap
@@ -46,7 +47,7 @@ from deepspectra.confidence import standard_error
 from deepspectra.derivatives.products import Products, products_of
 from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetError
 from deepspectra.jobs.checkpoint import FinishedStages, Label
-from deepspectra.jobs.effort import count_operations, effort_for
+from deepspectra.jobs.effort import FEWEST_STEPS, PRODUCT, Effort, count_operations, effort_for
 from deepspectra.jobs.ledger import Ledger, Report
 from deepspectra.operators.base import Operator
 from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
@@ -59,9 +60,11 @@ from deepspectra.rows.projections import num_groups
 
 LETTERS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
 TRACE_PROBES = 8  # of parts whose traces are not known exactly
-EXACT_ROWS = 3000  # up to which G's spectrum is computed exactly
-FEWEST_STEPS = 4  # of a density that is worth having
 BASIS, EXACT = "basis of H", "exact route"  # names of what is kept beside results of stages
+RESOLVES = {
+    True: "Spectra are exact.",
+    False: "Where neighbouring nodes are a factor of two apart the figure is faint, and resolves nothing.",
+}
 ROUNDED = 1e-3  # relatively, by which a sum of squares may fall short of one of its parts
 FORM = 2  # of what is kept of a stage
 
@@ -75,6 +78,7 @@ class Options(NamedTuple):
     rtol: float | None = None
     groups: Tensor | None = None
     seed: int = 0
+    effort: str = "standard"
 
 
 @dataclass
@@ -90,7 +94,8 @@ class Findings:
         trace: of G, exact or an estimate, and its standard error; None where only its density tells.
         part_traces: (2, parts), traces of G's parts and their standard errors, 0 where they are exact.
         num, rtol: of eigenpairs, and num_probes, num_steps of densities, as they were asked for or chosen.
-        operations: floating-point operations of a gradient, by which they are chosen.
+        dense: whether all eigenvalues of H and R are computed.
+        operations: floating-point operations of a gradient, by which all of this is chosen.
         exact: all eigenvalues of G and its parts, if the gradients are few enough.
         places: of class means and of cross-class means on the map, if these are held.
     """
@@ -103,6 +108,8 @@ class Findings:
     rtol: float = float("nan")
     num_probes: int = 0
     num_steps: int = 0
+    dense: bool = False
+    effort: str = ""
     operations: float = float("nan")
     loss: float = float("nan")
     accuracy: float = float("nan")
@@ -129,16 +136,19 @@ def run(problem: Problem, ledger: Ledger, options: Options, resume: Path | None 
     _measure_gradient(found)
     if resume is not None:
         ledger.finished = FinishedStages(resume, _identity(found, options))
-    effort = effort_for(problem, found.operations)
+    effort = effort_for(problem, found.operations, options.effort)
     found.num = options.num or found.num_classes + effort.spare_pairs
     found.rtol = options.rtol or effort.rtol
     found.num_probes = options.num_probes or effort.num_probes
     found.num_steps = min(options.num_steps or effort.num_steps, problem.num_parameters)
+    found.dense = effort.dense and options.num_probes is None and options.num_steps is None
+    found.effort = options.effort
+    ledger.tell(_plan(found, effort))
     with ledger.stage("checking derivatives"):
         hessian = Hessian(problem)
     basis = _find_pairs(found, "hessian", hessian)
     with ledger.stage("class structure"):
-        found.parts, exact = _parts(problem, products, options.groups)
+        found.parts, exact = _parts(problem, products, options.groups, effort.exact_rows)
         if ledger.finished is not None:
             exact = ledger.finished.once(EXACT, exact)  # memory may differ by now
     _average(found)
@@ -146,6 +156,8 @@ def run(problem: Problem, ledger: Ledger, options: Options, resume: Path | None 
         _find_exact(found)
     _attribute(found, hessian, basis, effort.knockout_products)
     del basis
+    if found.dense and not exact:
+        _find_density(found, "gauss_newton", GaussNewton(problem))
     if not exact:
         _find_traces(found)
     found.parts.forget_means()
@@ -160,9 +172,28 @@ def run(problem: Problem, ledger: Ledger, options: Options, resume: Path | None 
     return found
 
 
-def _parts(problem: Problem, products: Products, groups: Tensor | None) -> tuple[Decomposition, bool]:
+def _plan(found: Findings, effort: Effort) -> str:
+    """What is about to be done, what it takes, and what its figures will resolve."""
+    problem, rows = found.problem, found.problem.num_examples * (found.problem.num_classes - 1)
+    exact, each = rows <= effort.exact_rows, found.num_probes * found.num_steps
+    drawn = f"{found.num_probes} × {found.num_steps} products"
+    if found.dense:
+        each, drawn = problem.num_parameters, "all eigenvalues"
+    of_g = f"all eigenvalues of {rows:,} gradients" if exact else drawn
+    products = (2 if exact else 3) * each
+    minutes = products * PRODUCT * found.ledger.gradient_seconds / 60
+    took = "under a minute" if minutes < 1 else f"about {minutes:.0f} minutes"
+    return (
+        f"{found.effort}: density of H and of R by {drawn}, of G by {of_g}. {products:,} products, {took} at the "
+        f"pace of the first gradient. {RESOLVES[found.dense]}"
+    )
+
+
+def _parts(
+    problem: Problem, products: Products, groups: Tensor | None, exact_rows: int
+) -> tuple[Decomposition, bool]:
     """The parts of G, and whether features and errors of every layer are held, for which the graphs make room."""
-    if problem.num_examples * (problem.num_classes - 1) <= EXACT_ROWS:
+    if problem.num_examples * (problem.num_classes - 1) <= exact_rows:
         products.release()
         try:
             parts = decompose(problem, effects="two-way", hold=True, groups=groups)
@@ -218,11 +249,12 @@ def _find_by_products(found: Findings) -> None:
     gauss_newton = GaussNewton(found.problem)
     _find_pairs(found, "gauss_newton", gauss_newton)
     gram = RowGram(found.parts.rows)
-    if gram.shape[0] >= found.problem.num_parameters:  # G need not have zeros
+    if found.dense or gram.shape[0] >= found.problem.num_parameters:  # G need not have zeros
         found.shares["gauss_newton"] = found.ledger.run(
             "shares of G", lambda _: pair_shares(found.parts, found.pairs["gauss_newton"])
         )
-        _find_density(found, "gauss_newton", gauss_newton)
+        if not found.dense:
+            _find_density(found, "gauss_newton", gauss_newton)
     else:
         found.shares["gauss_newton"], vectors = found.ledger.run(
             "shares of G", lambda _: _shares_and_rows(found, gram)
@@ -263,7 +295,9 @@ def _traces(found: Findings) -> tuple[tuple[float, float] | None, Tensor]:
     """
     parts, problem = found.parts, found.problem
     total: tuple[float, float] | None = None
-    if problem.splits_by_class:  # else each position of an example takes passes of its own
+    if found.dense:
+        total = problem.num_parameters * found.densities["gauss_newton"].mean, 0.0
+    elif problem.splits_by_class:  # else each position of an example takes passes of its own
         try:
             total = gradient_trace(problem, found.seed + 3)
         except (CurvatureError, MemoryBudgetError) as refusal:
@@ -364,11 +398,13 @@ def _earlier_basis(found: Findings, hessian: Hessian) -> Krylov | None:
 
 
 def _find_density(found: Findings, name: str, operator: Operator) -> None:
-    """By stochastic Lanczos quadrature, beside the pairs that are known, with fewer steps if memory asks for it."""
+    """All of it; or by Lanczos quadrature beside the known pairs, with fewer steps if memory asks for it."""
     known = len(found.pairs[name].values) if name in found.pairs else 0
     room = basis_capacity(operator) - known - 1
 
     def work(report: Report) -> Density:
+        if found.dense:
+            return exact_density(operator, report)
         steps = found.num_steps
         if FEWEST_STEPS <= room < steps:
             steps = room

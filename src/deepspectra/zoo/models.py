@@ -65,6 +65,7 @@ def mlp(
 
 _BUILDERS: Mapping[str, Callable[[tuple[int, ...], int], nn.Module]] = {
     "mlp": mlp,
+    "mlp-small": partial(mlp, widths=(32, 32)),
     "mlp-bn": partial(mlp, batch_norm=True),
     "lenet": lenet,
     "vgg11-bn": vgg11_bn,

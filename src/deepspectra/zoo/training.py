@@ -94,6 +94,7 @@ class Recipe:
 # At batches of 64; in proportion for smaller ones.
 _LEARNING_RATES = {
     "mlp": 0.05,
+    "mlp-small": 0.05,
     "mlp-bn": 0.05,
     "lenet": 0.05,
     "vgg11-bn": 0.01,

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import json
 import math
@@ -457,7 +458,8 @@ def run_killed(folder, log, rng, kill):
 
     wait_for(rng.randrange(1, 3))
     if process.poll() is None:
-        os.kill(int(lines()[-1].split()[3]), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it may just have ended with its work
+            os.kill(int(lines()[-1].split()[3]), signal.SIGKILL)
     if kill:
         wait_for(rng.randrange(1, 3))
         process.kill()
@@ -472,7 +474,7 @@ def test_no_cell_is_lost_or_done_twice_when_processes_are_killed(kills, tmp_path
     for _ in range(kills):
         run_killed(folder, log, rng, True)
         deaths += 3  # of a worker, and of two with the sweep
-        time.sleep(0.5)
+        time.sleep(2)  # on a busy machine workers take a while to see that nobody waits for them
         stopped = log.read_text()
         time.sleep(0.3)
         assert log.read_text() == stopped, "workers outlive the sweep"

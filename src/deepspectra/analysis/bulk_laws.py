@@ -18,6 +18,7 @@ CLOSE = 0.02  # a law that is nowhere further off than this describes the bulk
 MOST_OUTSIDE = 0.05  # share of the eigenvalues that may lie outside a law's support, as outliers
 EDGE = 4.0  # half-widths times n^(−2/3) by which the edge of n eigenvalues fluctuates, at most
 LEVEL = 0.01  # at which a law is rejected
+FEWEST_INSIDE = 50  # eigenvalues that tell one law of a bulk from another
 COARSEST = 0.1  # error of the distribution function above which no law of a bulk is judged
 ANGLES = np.linspace(math.pi, 0, 2049)
 RATIOS = np.geomspace(1e-4, 1, 129)
@@ -93,10 +94,10 @@ class BulkLaw:
 
     @property
     def accepted(self) -> bool:
-        """No more than 5 % outside, and a distance of no more than .02, what is resolved, or chance at 1 %."""
+        """No more than 5 % outside, 50 inside, and a distance within .02, what is resolved, or chance at 1 %."""
         near = self.distance <= max(CLOSE, self.resolved) or self.p_value >= LEVEL
         few = self.num_outside <= MOST_OUTSIDE * (self.num_inside + self.num_outside)
-        return few and near and self.resolved <= COARSEST
+        return few and near and self.num_inside >= FEWEST_INSIDE and self.resolved <= COARSEST
 
 
 def fit_bulk_law(name: Name, sample: Sample) -> BulkLaw:

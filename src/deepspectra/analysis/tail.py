@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -138,8 +139,8 @@ def tail(
     """Which law the bulk of a spectrum follows: Marchenko-Pastur's, the semicircle, a power law, or a lighter tail.
 
     A bulk law is fitted by its first two moments to what lies inside its support, and is accepted if no more than 5 %
-    of the eigenvalues lie outside and it is nowhere further off than .02, or than chance makes it at 1 %: eigenvalues
-    of a random matrix repel each other, so that chance is (.13 + .42 log n)/n, not 1/√n.
+    of the eigenvalues lie outside, 50 or more inside, and it is nowhere further off than .02, or than chance makes it
+    at 1 %: eigenvalues of a random matrix repel each other, so that chance is (.13 + .42 log n)/n, not 1/√n.
 
     Otherwise the tail is judged. The power law is fitted by maximum likelihood above the x_min where it is nearest,
     and rejected if fewer than .5 % of the spectra drawn from it are as far from their own fits. Each law has a reach:
@@ -164,12 +165,12 @@ def tail(
         OptionError: an option out of range.
         DataError: no eigenvalues on that side, not finite ones, or only the largest (`Eigenpairs`).
 
-    Cost: num_draws + 3 times 128 n exponentials: a second for 2,000 eigenvalues.
+    Cost: num_draws + 3 times 128 n exponentials: a second for 2,000 eigenvalues. No products.
 
     Source: Clauset, Shalizi and Newman 2009, SIAM Review 51(4): x_min, fit, goodness of fit, likelihood ratios.
     Departures: (1) the interval spans those of the fits to the tail, its upper half and quarter, since that of
-    the tail alone covers too seldom, x_min being chosen; (2) reach, since above the power law's own x_min log-normal draws
-    pass for power laws more often than not; (3) weights; (4) the log-normals have the power law as their limit and
+    the tail alone covers too seldom, x_min being chosen; (2) reach, since above the x_min of a power law log-normals
+    pass for one more often than not; (3) weights; (4) the log-normals have the power law as their limit and
     are compared as such (Malevergne, Pisarenko and Sornette 2011).
     """
     began = time.perf_counter()
@@ -230,7 +231,7 @@ def _read(spectrum: Tensor | Density | Exact) -> tuple[Sample, Provenance]:
     if isinstance(spectrum, Density):
         nodes, order = spectrum.nodes.sort()
         counts = spectrum.weights[order] * spectrum.size
-        blurred = spectrum if spectrum.num_probes else None
+        blurred = spectrum if bool((spectrum.probes >= 0).any()) else None
         return Sample(
             nodes.numpy(), counts.numpy(), _error_above(blurred) if blurred else None
         ), spectrum.provenance
@@ -253,7 +254,7 @@ def _rounding(signed: Sample, provenance: Provenance) -> float:
 
 
 def _error_above(density: Density) -> Callable[[float], float]:
-    return lambda x: density.count_above(x)[1]
+    return cache(lambda x: density.count_above(x)[1])  # dear, and each law asks for it
 
 
 def _seen_from(signed: Sample, side: Side) -> Sample:

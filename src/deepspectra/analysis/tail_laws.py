@@ -18,9 +18,9 @@ Other = Literal["exponential", "log-normal"]
 FEWEST = 25  # effective eigenvalues to which a tail is fitted
 NUM_THRESHOLDS = 128  # at most, spread evenly over the logarithm of the number above
 NUM_BLURRED = 32  # of quadrature nodes: what is known of a count takes a while
-CRITICAL = {  # of √n D with fitted parameters: 1 % for the power law, 5 % for the others (Stephens 1974)
+CRITICAL = {  # of √n D with fitted parameters: 1 %, but 5 % for the log-normal that has one more (Stephens 1974)
     "power law": 1.308,
-    "exponential": 1.094,
+    "exponential": 1.308,
     "log-normal": 0.895,
 }
 PARTS = (1, 2, 4)  # the tail, its upper half and quarter: a wrong x_min moves them apart
@@ -93,7 +93,7 @@ class Alternative:
             law. 0 if the best log-normal is the power law, its limit.
         p_value: of so large a ratio of either sign if the two are equally far from the truth (Vuong 1989). The
             log-normal has the power law among its limits: of so large a ratio if the power law holds.
-        reach: eigenvalues above the lowest x_min from which on it is not rejected at 5 % and, as fitted there, no
+        reach: eigenvalues above the lowest x_min from which on it is not rejected and, as fitted there, no
             less likely than the power law for those that this reaches.
     """
 

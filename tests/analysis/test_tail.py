@@ -281,12 +281,18 @@ def test_a_density_is_judged_as_far_as_it_resolves() -> None:
 def test_nodes_of_a_heavy_tail_give_its_exponent() -> None:
     A = operator_of(pareto(1500, 2))
     exact = ds.tail(A.diag(), num_draws=5).power_law
-    found = ds.tail(ds.density(A, num_probes=4, num_steps=48), num_draws=20)
+    found = ds.tail(ds.density(A, num_probes=8, num_steps=56), num_draws=5)
     law = found.power_law
     assert found.verdict == "power law"
     assert law.effective < law.num_tail
     assert law.low <= exact.exponent <= law.high
     assert law.low <= 2 <= law.high
+
+
+def test_nodes_of_log_normal_eigenvalues_are_called_no_power_law() -> None:
+    for seed in range(3):
+        nodes = ds.density(operator_of(log_normal(800, 2), seed), num_probes=3, num_steps=40)
+        assert ds.tail(nodes, num_draws=5).verdict in ("log-normal", "undecided", "not resolved")
 
 
 def test_results_are_read() -> None:

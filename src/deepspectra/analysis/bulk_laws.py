@@ -19,7 +19,7 @@ MOST_OUTSIDE = 0.05  # share of the eigenvalues that may lie outside a law's sup
 EDGE = 4.0  # half-widths times n^(−2/3) by which the edge of n eigenvalues fluctuates, at most
 LEVEL = 0.01  # at which a law is rejected
 FEWEST_INSIDE = 50  # eigenvalues that tell one law of a bulk from another
-COARSEST = 0.1  # error of the distribution function above which no law of a bulk is judged
+COARSEST = 0.04  # error of the distribution function above which no law of a bulk is accepted
 ANGLES = np.linspace(math.pi, 0, 2049)
 RATIOS = np.geomspace(1e-4, 1, 129)
 GROWTH, GUMBEL = (0.13, 0.42), 0.25  # of n times the distance of n eigenvalues that repel each other
@@ -94,10 +94,17 @@ class BulkLaw:
 
     @property
     def accepted(self) -> bool:
-        """No more than 5 % outside, 50 inside, and a distance within .02, what is resolved, or chance at 1 %."""
-        near = self.distance <= max(CLOSE, self.resolved) or self.p_value >= LEVEL
+        """At most 5 % outside, at least 50 inside, and a distance within .02, known to .04, or by chance at 1 %."""
         few = self.num_outside <= MOST_OUTSIDE * (self.num_inside + self.num_outside)
+        near = self.distance <= CLOSE or self.p_value >= LEVEL
         return few and near and self.num_inside >= FEWEST_INSIDE and self.resolved <= COARSEST
+
+    @property
+    def possible(self) -> bool:
+        """Whether it may hold for all that is known of quadrature nodes."""
+        outside = self.num_outside - self.resolved * self.num_inside
+        total = self.num_inside + self.num_outside
+        return self.distance <= self.resolved and outside <= MOST_OUTSIDE * total
 
 
 def fit_bulk_law(name: Name, sample: Sample) -> BulkLaw:

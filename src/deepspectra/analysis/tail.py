@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.krylov import check_count
-from deepspectra.analysis.bulk_laws import MOST_OUTSIDE, BulkLaw, Sample, fit_bulk_law
+from deepspectra.analysis.bulk_laws import BulkLaw, Sample, fit_bulk_law
 from deepspectra.analysis.tail_laws import (
     NO_POWER_LAW,
     Alternative,
@@ -47,6 +47,7 @@ FURTHER = 2  # times the power law's reach at which another law holds and the po
 FEW, AS_FAR = 400, 1.5  # of so few eigenvalues, laws that reach so much further are not told from it
 ALIKE = 0.9  # times the log-normal's reach at which the exponential, the simpler law, is taken
 ENOUGH = 50  # effective eigenvalues that a power law is called on
+ENOUGH_BLURRED = 100  # of quadrature nodes, above whose x_min a log-normal's curvature may hide
 LEVEL = 0.005  # of the goodness of fit below which a power law is rejected
 OTHERS: tuple[Other, ...] = ("exponential", "log-normal")
 SIDES = {"magnitude": "x = |λ|", "positive": "x = λ > 0", "negative": "x = −λ > 0"}
@@ -151,14 +152,15 @@ def tail(
 
     Quadrature nodes enter with their weights, at an effective number of eigenvalues: 1/(1/n + e²) with e the relative
     error of the count above x_min, from probes and resolution (`Density.count_above`). Where that is below 25 nothing
-    is fitted, below 50 nothing judged, and none while a law of the bulk that may hold is not known to .1.
+    is fitted, below 50 nothing judged, below 100 no power law called, and nothing while a law of the bulk may hold
+    for all that is known of the distribution; it is taken to hold only if that is known to .04.
 
     Args:
         spectrum: all eigenvalues (n,), a result that holds them as `values`, or a `Density`.
         side: judge |λ|, or the positive or the negative eigenvalues. The semicircle is always fitted to both signs.
         above: leave out what is larger, as outliers. It should lie in a gap: a power law cut off is none.
         confidence: of the interval of α, each of the three that it spans.
-        num_draws: spectra drawn for the goodness of fit.
+        num_draws: spectra drawn for the goodness of fit; fewer than 200 reject nothing.
         seed: of the draws.
 
     Raises:
@@ -279,8 +281,7 @@ def _judge(
         return _bulk_verdict(min(accepted, key=lambda bulk: bulk.distance))
     more = "Spend more steps or probes, or take all eigenvalues."
     for bulk in bulk_laws.values():
-        apart = bulk.high < law.x_min and law.num_tail > MOST_OUTSIDE * total
-        if bulk.distance <= bulk.resolved and not apart:
+        if bulk.possible:
             known = f"off by {bulk.distance:.2g}, and known to {bulk.resolved:.2g} only"
             return "not resolved", f"it may be the law {bulk.name}, {known}. {more}"
     if not others or law.effective < ENOUGH > law.effective * law.reach / law.num_tail:
@@ -314,4 +315,7 @@ def _tail_verdict(total: float, law: PowerLaw, others: Mapping[str, Alternative]
         return "none of these", f"{power}; {beside}; no law of a bulk is near."
     if exponential.reach >= law.reach or (total < FEW and rival.reach >= AS_FAR * law.reach):
         return "undecided", f"{power}; {beside}: they are not told apart."
+    if law.effective < min(law.num_tail, ENOUGH_BLURRED):
+        few = f"what is known of its tail says no more than {law.effective:,.0f} eigenvalues would"
+        return "undecided", f"{power}; {beside}; {few}."
     return "power law", f"{power}; {beside}."

@@ -18,9 +18,9 @@ Other = Literal["exponential", "log-normal"]
 FEWEST = 25  # effective eigenvalues to which a tail is fitted
 NUM_THRESHOLDS = 128  # at most, spread evenly over the logarithm of the number above
 NUM_BLURRED = 32  # of quadrature nodes: what is known of a count takes a while
-CRITICAL = {  # of √n D with fitted parameters: 1 %, but 5 % for the log-normal that has one more (Stephens 1974)
+CRITICAL = {  # of √n D with fitted parameters: 1 % for the power law, 5 % for the others (Stephens 1974)
     "power law": 1.308,
-    "exponential": 1.308,
+    "exponential": 1.094,
     "log-normal": 0.895,
 }
 PARTS = (1, 2, 4)  # the tail, its upper half and quarter: a wrong x_min moves them apart
@@ -167,7 +167,7 @@ def power_law(sample: Sample, fit: Scan, confidence: float, num_draws: int, seed
         num_tail=float(fit.counts[best]),
         effective=float(fit.effective[best]),
         distance=distance,
-        p_value=float(np.mean([draw.distances[draw.best] >= distance for draw in draws])),
+        p_value=(1 + sum(bool(draw.distances[draw.best] >= distance) for draw in draws)) / (1 + num_draws),
         reach=fit.reach(fit.held("power law")),
     )
 

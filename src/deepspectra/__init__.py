@@ -17,6 +17,7 @@ from deepspectra.analysis.layers import layers
 from deepspectra.analysis.principal_subspace import principal_subspace
 from deepspectra.analysis.regions import regions
 from deepspectra.analysis.study import study
+from deepspectra.analysis.tail import tail
 from deepspectra.analysis.three_level_map import three_level_map
 from deepspectra.analysis.weights import weights
 from deepspectra.jobs.analyze import Analysis, analyze, load, save_series
@@ -66,6 +67,7 @@ __all__ = [
     "save_series",
     "study",
     "sweep",
+    "tail",
     "three_level_map",
     "trace",
     "weights",

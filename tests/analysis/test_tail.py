@@ -1,0 +1,326 @@
+"""The law of a spectrum's bulk and tail, on spectra whose law is known."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad
+from scipy.linalg import eigvalsh_tridiagonal
+
+import deepspectra as ds
+from deepspectra.analysis.bulk_laws import Sample, fit_bulk_law
+from deepspectra.analysis.tail_laws import scan, thresholds_of
+from deepspectra.errors import DataError, OptionError
+from nets import CASES
+
+Draw = Callable[[np.random.Generator], np.ndarray]
+
+
+def covariance(size: int, samples: int) -> Draw:
+    """ZZᵀ/samples of a normal Z (size, samples)."""
+
+    def draw(rng: np.random.Generator) -> np.ndarray:
+        z = rng.normal(size=(size, samples))
+        return np.linalg.eigvalsh(z @ z.T / samples)
+
+    return draw
+
+
+def orthogonal(size: int) -> Draw:
+    """The Gaussian orthogonal ensemble."""
+
+    def draw(rng: np.random.Generator) -> np.ndarray:
+        z = rng.normal(size=(size, size))
+        return np.linalg.eigvalsh(z + z.T)
+
+    return draw
+
+
+def spiked(size: int) -> Draw:
+    """Diag(5, 4, 3, 0, …) + ZZᵀ/size: figure 15 of Papyan, JMLR 21 (2020)."""
+
+    def draw(rng: np.random.Generator) -> np.ndarray:
+        z = rng.normal(size=(size, size)) / math.sqrt(size)
+        return np.linalg.eigvalsh(np.diag([5.0, 4.0, 3.0] + [0.0] * (size - 3)) + z @ z.T)
+
+    return draw
+
+
+def heavy(size: int, samples: int, offset: float = 0.0, index: float = 1.0) -> Draw:
+    """ZZᵀ/samples with entries of a Pareto law: density ∝ λ^−(1 + index/2); the same figure for 500 × 1000."""
+
+    def draw(rng: np.random.Generator) -> np.ndarray:
+        z = (1 - rng.random((size, samples))) ** (-1 / index) - offset
+        return np.linalg.eigvalsh(z @ z.T / samples)
+
+    return draw
+
+
+def pareto(size: int, exponent: float, share: float = 0.5, body: str = "uniform") -> Draw:
+    """A share of Pareto's law from 1 on, above a uniform body, or Clauset's, with a continuous density."""
+
+    def draw(rng: np.random.Generator) -> np.ndarray:
+        num = rng.binomial(size, share)
+        u = rng.random(size - num)
+        below = u if body == "uniform" else 1 - np.log(1 + u * math.expm1(exponent)) / exponent
+        return np.concatenate([(1 - rng.random(num)) ** (-1 / (exponent - 1)), below])
+
+    return draw
+
+
+def exponential(size: int) -> Draw:
+    return lambda rng: rng.exponential(size=size)
+
+
+def log_normal(size: int, sigma: float) -> Draw:
+    return lambda rng: np.exp(sigma * rng.normal(size=size))
+
+
+# name → a draw, its law, and the exponent
+QUICK: dict[str, tuple[Draw, str, float]] = {
+    "covariance 100 × 400": (covariance(100, 400), "Marchenko-Pastur", math.nan),
+    "covariance 200 × 200": (covariance(200, 200), "Marchenko-Pastur", math.nan),
+    "covariance 300 × 100, zeros": (covariance(300, 100), "Marchenko-Pastur", math.nan),
+    "orthogonal 150": (orthogonal(150), "semicircle", math.nan),
+    "spiked 200": (spiked(200), "Marchenko-Pastur", math.nan),
+    "heavy 500 × 1000": (heavy(500, 1000), "power law", 1.5),
+    "Pareto 1.5": (pareto(500, 1.5), "power law", 1.5),
+    "Pareto 2.5, smooth body": (pareto(800, 2.5, body="smooth"), "power law", 2.5),
+    "exponential": (exponential(500), "exponential", math.nan),
+    "log-normal": (log_normal(1000, 1), "log-normal", math.nan),
+}
+FULL: dict[str, tuple[Draw, str, float]] = {
+    **QUICK,
+    "covariance 200 × 2000": (covariance(200, 2000), "Marchenko-Pastur", math.nan),
+    "covariance 300 × 600": (covariance(300, 600), "Marchenko-Pastur", math.nan),
+    "covariance 500 × 500": (covariance(500, 500), "Marchenko-Pastur", math.nan),
+    "orthogonal 500": (orthogonal(500), "semicircle", math.nan),
+    "spiked 600": (spiked(600), "Marchenko-Pastur", math.nan),
+    "heavy 500 × 1000 from 0": (heavy(500, 1000, 1), "power law", 1.5),
+    "Pareto 2": (pareto(500, 2), "power law", 2),
+    "Pareto 2.5": (pareto(1000, 2.5), "power law", 2.5),
+    "Pareto 2.5, a fifth": (pareto(2000, 2.5, 0.2), "power law", 2.5),
+    "Pareto 3": (pareto(1000, 3), "power law", 3),
+    "Pareto 4": (pareto(2000, 4), "power law", 4),
+    "exponential 1000": (exponential(1000), "exponential", math.nan),
+    "log-normal 2": (log_normal(1000, 2), "log-normal", math.nan),
+    "log-normal 3": (log_normal(2000, 3), "log-normal", math.nan),
+}
+
+
+def tails(draw: Draw, num: int, num_draws: int) -> list[ds.analysis.tail.Tail]:
+    return [
+        ds.tail(torch.from_numpy(draw(np.random.default_rng(1000 + k))), num_draws=num_draws)
+        for k in range(num)
+    ]
+
+
+def verdicts(draw: Draw, num: int, num_draws: int) -> Counter[str]:
+    return Counter(found.verdict for found in tails(draw, num, num_draws))
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_known_laws_are_told(name: str) -> None:
+    draw, law, _ = QUICK[name]
+    assert verdicts(draw, 4, 20)[law] >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
+def test_known_laws_are_told_in_95_of_100_draws(name: str) -> None:
+    draw, law, _ = FULL[name]
+    found = verdicts(draw, 100, 200)
+    assert found[law] >= 95, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, (_, law, _) in FULL.items() if law == "power law"])
+def test_intervals_of_the_exponent_cover(name: str) -> None:
+    draw, _, exponent = FULL[name]
+    laws = [found.power_law for found in tails(draw, 200, 1)]
+    assert sum(law.low <= exponent <= law.high for law in laws) >= 0.92 * 200
+
+
+def test_few_log_normal_draws_are_called_a_power_law() -> None:
+    found = verdicts(log_normal(300, 1), 10, 20)
+    assert found["power law"] <= 1
+    assert found["undecided"]  # of so few
+
+
+def test_the_bulk_laws_are_the_textbook_densities() -> None:
+    """Quantiles of the densities are nowhere further off than their spacing."""
+    share = (np.arange(400) + 0.5) / 400
+    for ratio in (0.1, 0.5, 1.0):
+        low, high = 3 * (1 - math.sqrt(ratio)) ** 2, 3 * (1 + math.sqrt(ratio)) ** 2
+
+        def angle(t: float, low: float = low, high: float = high, ratio: float = ratio) -> float:
+            x = (low + high) / 2 - (high - low) / 2 * math.cos(t)
+            density = math.sqrt((high - x) * (x - low)) / (2 * math.pi * 3 * ratio * x)
+            return density * (high - low) / 2 * math.sin(t)
+
+        angles = np.linspace(1e-9, math.pi - 1e-9, 401)
+        mass = np.concatenate([[0], np.cumsum([quad(angle, a, b)[0] for a, b in pairwise(angles)])])
+        assert mass[-1] == pytest.approx(1, abs=1e-6)
+        values = (low + high) / 2 - (high - low) / 2 * np.cos(np.interp(share, mass, angles))
+        law = fit_bulk_law("Marchenko-Pastur", Sample(values, np.ones(400)))
+        assert law.distance < 1 / 400
+        assert law.ratio == pytest.approx(ratio, abs=0.005)
+        assert law.centre == pytest.approx(3, rel=0.01)
+        assert (law.low, law.high) == pytest.approx((low, high), abs=0.05)
+    angles = np.linspace(0, math.pi, 5001)
+    mass = (angles - np.sin(angles) * np.cos(angles)) / math.pi
+    law = fit_bulk_law("semicircle", Sample(5 - 2 * np.cos(np.interp(share, mass, angles)), np.ones(400)))
+    assert law.distance < 1 / 400
+    assert (law.low, law.high) == pytest.approx((3, 7), abs=0.01)
+
+
+def test_p_of_a_bulk_law_is_that_of_eigenvalues_that_repel() -> None:
+    """Of tridiagonal models (Dumitriu and Edelman 2002): as many below a level as it says."""
+    rng, found = np.random.default_rng(0), []
+    for size in (80, 400):
+        for k in range(150):
+            below = rng.chisquare(np.arange(size - 1, 0, -1))
+            if k % 2:
+                values = eigvalsh_tridiagonal(rng.normal(0, math.sqrt(2), size), np.sqrt(below))
+                law = fit_bulk_law("semicircle", Sample(values, np.ones(size)))
+            else:
+                squares = rng.chisquare(2 * size - np.arange(size))
+                diagonal = squares + np.concatenate([[0], below])
+                values = eigvalsh_tridiagonal(diagonal, np.sqrt(squares[:-1] * below))
+                law = fit_bulk_law("Marchenko-Pastur", Sample(values, np.ones(size)))
+            found.append(law.p_value)
+    shares = [float(np.mean(np.array(found) < level)) for level in (0.05, 0.2, 0.5, 0.8)]
+    assert shares == pytest.approx([0.05, 0.2, 0.5, 0.8], abs=0.09)
+
+
+def test_outliers_and_zeros_are_counted_and_units_do_not_matter() -> None:
+    values = torch.from_numpy(spiked(150)(np.random.default_rng(0)))
+    values = torch.cat([values, torch.full((50,), 1e-17)])
+    found = ds.tail(values, num_draws=5)
+    assert (found.num, found.num_zero, found.num_above) == (150, 50, 0)
+    assert found.bulk_laws["Marchenko-Pastur"].num_outside == 3
+    small = ds.tail(values * 1e-9, num_draws=5)
+    assert small.power_law.exponent == pytest.approx(found.power_law.exponent)
+    assert small.bulk_laws["Marchenko-Pastur"].distance == pytest.approx(
+        found.bulk_laws["Marchenko-Pastur"].distance
+    )
+    without = ds.tail(values, above=4.2, num_draws=5)
+    assert (without.num, without.num_above) == (147, 3)
+    assert without.bulk_laws["Marchenko-Pastur"].num_outside == 0
+    mirrored = ds.tail(-values, side="negative", num_draws=5)
+    assert mirrored.power_law == found.power_law
+    assert mirrored.verdict == found.verdict == "Marchenko-Pastur"
+
+
+def test_fits_agree_with_the_powerlaw_package() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        powerlaw = pytest.importorskip("powerlaw")
+    for values in (pareto(400, 2.5)(np.random.default_rng(0)), log_normal(400, 1)(np.random.default_rng(1))):
+        found = ds.tail(torch.from_numpy(values), num_draws=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit = powerlaw.Fit(values, xmin=found.power_law.x_min, verbose=0)
+            assert fit.power_law.alpha == pytest.approx(found.power_law.exponent, rel=1e-9)
+            assert (
+                pytest.approx(found.power_law.distance, abs=1.01 / found.power_law.num_tail)
+                == fit.power_law.D
+            )
+            ratio, p_value = fit.distribution_compare("power_law", "exponential")
+            assert found.alternatives["exponential"].ratio == pytest.approx(ratio, rel=1e-4)
+            assert found.alternatives["exponential"].p_value == pytest.approx(p_value, rel=1e-3)
+            ratio, _ = fit.distribution_compare("power_law", "lognormal")
+            assert found.alternatives["log-normal"].ratio == pytest.approx(ratio, abs=0.02)
+
+
+def test_weights_count_as_copies_do() -> None:
+    rng = np.random.default_rng(0)
+    values = np.sort(pareto(200, 2)(rng))
+    copies = rng.integers(1, 4, 200)
+    one, other = (
+        Sample(values, copies.astype(float)),
+        Sample(np.repeat(values, copies), np.ones(copies.sum())),
+    )
+    places = thresholds_of(one)[:20]
+    for name in ("power law", "exponential", "log-normal"):
+        weighted, repeated = scan(name, one, places), scan(name, other, places)
+        for field in ("counts", "effective", "rates", "heights"):
+            assert getattr(weighted, field) == pytest.approx(getattr(repeated, field))
+
+
+def operator_of(draw: Draw, seed: int = 0) -> torch.Tensor:
+    return torch.diag(torch.from_numpy(draw(np.random.default_rng(seed))))
+
+
+def test_an_exact_density_is_judged_as_its_eigenvalues_are() -> None:
+    A = operator_of(pareto(120, 2))
+    exact = ds.tail(ds.density(A, num_probes=2, num_steps=120), num_draws=5)
+    assert exact.power_law.exponent == pytest.approx(ds.tail(A.diag(), num_draws=5).power_law.exponent)
+    problem = CASES["relu_mlp"]().problem()
+    spectrum = ds.gram_spectrum(problem)
+    assert ds.tail(spectrum, num_draws=5).power_law == ds.tail(spectrum.density, num_draws=5).power_law
+
+
+def test_a_density_is_judged_as_far_as_it_resolves() -> None:
+    for draw in (covariance(400, 800), orthogonal(400), exponential(400), pareto(400, 2.5)):
+        few = ds.tail(ds.density(operator_of(draw), num_probes=3, num_steps=12), num_draws=5)
+        assert few.verdict in ("not resolved", "undecided")
+    one = ds.tail(ds.density(operator_of(pareto(400, 2.5)), num_probes=1, num_steps=20), num_draws=5)
+    assert one.verdict == "not resolved"  # a single probe has no error
+    assert math.isnan(one.power_law.exponent)
+    assert math.isinf(one.resolved_from)
+
+
+def test_nodes_of_a_heavy_tail_give_its_exponent() -> None:
+    A = operator_of(pareto(1500, 2))
+    exact = ds.tail(A.diag(), num_draws=5).power_law
+    found = ds.tail(ds.density(A, num_probes=8, num_steps=56), num_draws=5)
+    law = found.power_law
+    assert found.verdict == "power law"
+    assert law.effective < law.num_tail
+    assert law.low <= exact.exponent <= law.high
+    assert law.low <= 2 <= law.high
+
+
+def test_nodes_of_log_normal_eigenvalues_are_called_no_power_law() -> None:
+    for seed in range(3):
+        nodes = ds.density(operator_of(log_normal(800, 2), seed), num_probes=3, num_steps=40)
+        assert ds.tail(nodes, num_draws=5).verdict in ("log-normal", "undecided", "not resolved")
+
+
+def test_results_are_read() -> None:
+    found = ds.tail(torch.from_numpy(pareto(300, 2)(np.random.default_rng(0))), num_draws=20)
+    text = str(found)
+    assert text.splitlines()[-1].startswith("power law: a power law of α = ")
+    assert "Marchenko-Pastur" in text
+    row = found.to_dataframe()
+    assert len(row) == 1
+    assert row.exponent[0] == found.power_law.exponent
+
+
+def test_what_cannot_be_judged_is_refused() -> None:
+    values = torch.linspace(1, 2, 50, dtype=torch.float64)
+    with pytest.raises(DataError, match="finite"):
+        ds.tail(values.log().log())
+    with pytest.raises(DataError, match="floating-point"):
+        ds.tail(torch.arange(5))
+    with pytest.raises(DataError, match="another side"):
+        ds.tail(values, side="negative")
+    with pytest.raises(DataError, match="another side"):
+        ds.tail(values, above=0.5)
+    with pytest.raises(DataError, match="ends of a spectrum"):
+        ds.tail(ds.eigenpairs(torch.diag(values), 3))
+    with pytest.raises(OptionError, match="side"):
+        ds.tail(values, side="both")
+    with pytest.raises(OptionError, match="confidence"):
+        ds.tail(values, confidence=95)
+    with pytest.raises(OptionError, match="num_draws"):
+        ds.tail(values, num_draws=0)
+    assert ds.tail(values[:20]).verdict == "not resolved"

@@ -28,28 +28,21 @@ PART_COLOURS = {
     "within": "#009E73",
     "true": "#56B4E9",
     "residual": "#D55E00",
+    "mean": "#7a7a7a",
 }
 OPERATOR_COLOURS = {"hessian": "#1f2933", "gauss_newton": "#6a3d9a", "residual": PART_COLOURS["residual"]}
 OPERATOR_NAMES = {"hessian": "Hessian H", "gauss_newton": "Gauss-Newton G", "residual": "residual R"}
 SYMBOLS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
-LABEL_INKS = {
-    "logit": "#1f2933",
-    "true": "#1f2933",
-    "interaction": "#1f2933",
-}  # on light colours; white elsewhere
+LIGHT_PARTS = ("logit", "true", "interaction")  # whose colours take dark text
 LEVEL_COLOURS = {"class": PART_COLOURS["class"], "cross_class": "#882255"}
 LEVEL_NAMES = {"class": "class means", "cross_class": "cross-class means"}
 
 INK, MUTED, GRID = "#1f2933", "#5f6c7b", "#e4e8ed"
 FONT = "-apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 WIDTH = 720
+OVERLAP = "overlap ‖UᵀV‖² / k"
 MOST_ROWS = 40  # more cannot be labelled legibly
 FORMATS = ("svg", "pdf", "png", "html", "json")
-LANES = {
-    "hessian": 0.34,
-    "gauss_newton": 0.25,
-    "residual": 0.16,
-}  # lollipop heights, so that operators do not hide one another
 
 
 # ------------------------------------------------------------------------------------------- numbers as text
@@ -177,17 +170,20 @@ def finished(chart: Mark, **properties: Any) -> alt.LayerChart:
     return finished
 
 
-def colour(
-    names: Sequence[str], labels: dict[str, str], colours: dict[str, str], **options: Any
-) -> alt.Color:
-    """The fixed colours of `names`, with their labels in the legend."""
-    shown = [labels.get(name, name) for name in names]
-    return alt.Color(
-        "label:N",
-        scale=alt.Scale(domain=shown, range=[colours.get(name, MUTED) for name in names]),
-        legend=alt.Legend(**options),
-        sort=None,
-    )
+def colour(colours: Mapping[str, str], **options: Any) -> alt.Color:
+    """Fixed colours, by the labels that the legend shows."""
+    scale = alt.Scale(domain=list(colours), range=list(colours.values()))
+    return alt.Color("label:N", scale=scale, legend=alt.Legend(**options), sort=None)
+
+
+def of_parts(parts: Iterable[str]) -> alt.Color:
+    """The colours of some parts."""
+    return colour({part: PART_COLOURS.get(part, MUTED) for part in parts})
+
+
+def joined_points(table: list[Row], **encodings: Any) -> Mark:
+    """Points, and lines that join those of a label."""
+    return blank(table).mark_line(point=True, strokeWidth=1.6).encode(**encodings)
 
 
 def operator_selector(operators: Sequence[str], *, everything: bool) -> alt.Parameter:

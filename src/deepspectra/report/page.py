@@ -23,10 +23,11 @@ import vl_convert
 import xarray as xr
 
 from deepspectra.errors import DataError, FileError
-from deepspectra.report.drawing import Chart, by_operator, holds, number, rows
+from deepspectra.report import tables
+from deepspectra.report.drawing import Chart, by_operator, holds, number
 from deepspectra.report.figures import FIGURES, Figure
 from deepspectra.report.findings import mean_shares, outliers
-from deepspectra.report.tables import Cell, about, table_html
+from deepspectra.report.tables import Cell, table_html
 from deepspectra.report.text import (
     attribute,
     escaped,
@@ -109,9 +110,9 @@ def _numbered(body: str, number: int) -> str:
 def _body(dataset: xr.Dataset) -> tuple[str, list[str], dict[str, Any]]:
     """Figures, tables and how it was measured; the names of these sections; the specifications of the charts."""
     figures, specs = _figures(dataset)
-    tables = tables_section(dataset)
-    names = [*figures, *(["tables"] if tables else []), "measured"]
-    return "\n".join([*figures.values(), tables, _measured(dataset)]), names, specs
+    numbers = tables_section(dataset)
+    names = [*figures, *(["tables"] if numbers else []), "measured"]
+    return "\n".join([*figures.values(), numbers, _measured(dataset)]), names, specs
 
 
 def _filled(
@@ -282,8 +283,7 @@ def _boxes(figure: Figure, drawn: dict[Chart, str]) -> str:
 
 def tables_section(dataset: xr.Dataset) -> str:
     """Every table whose numbers the analysis holds."""
-    tables = [table(dataset) for figure in FIGURES.values() for table in figure.tables]
-    body = "\n".join(filter(None, tables))
+    body = "\n".join(filter(None, (table(dataset) for one in FIGURES.values() for table in one.tables)))
     return f'<section id="tables">\n<h2>Tables</h2>\n{body}\n</section>' if body else ""
 
 
@@ -291,8 +291,8 @@ def tables_section(dataset: xr.Dataset) -> str:
 
 
 def _measured(dataset: xr.Dataset) -> str:
-    blocks = [_conditions(dataset), _convergence(dataset), _threshold_table(dataset), _cost_table(dataset)]
-    body = "\n".join(block for block in blocks if block)
+    blocks = [_conditions(dataset), _convergence(dataset), _threshold_table(dataset), tables.cost(dataset)]
+    body = "\n".join(filter(None, blocks))
     return f'<section id="measured">\n<h2>How it was measured</h2>\n{body}\n</section>'
 
 
@@ -369,14 +369,3 @@ def _threshold_table(dataset: xr.Dataset) -> str:
         value, explanation = entry if isinstance(entry, list) and len(entry) == 2 else (entry, "")
         body.append([name, value if isinstance(value, (int, float)) else str(value), str(explanation)])
     return table_html("thresholds", "Thresholds", ["threshold", "value", "meaning"], body) if body else ""
-
-
-def _cost_table(dataset: xr.Dataset) -> str:
-    if not holds(dataset, "cost_gradients"):
-        return ""
-    names = ("cost_gradients", "cost_products", "cost_seconds")
-    body: list[list[Cell]] = [
-        [row["stage"], about(row.get(names[0])), row.get(names[1]), about(row.get(names[2]))]
-        for row in rows(dataset, *names)
-    ]
-    return table_html("cost-table", "Cost", ["stage", "gradients, about", "products", "seconds"], body)

@@ -11,7 +11,6 @@ import numpy as np
 import xarray as xr
 
 from deepspectra.report.drawing import (
-    LANES,
     MOST_ROWS,
     MUTED,
     OPERATOR_COLOURS,
@@ -40,6 +39,9 @@ from deepspectra.report.drawing import (
 )
 from deepspectra.report.findings import outliers
 
+# Heights of lollipops, so that operators do not hide one another.
+LANES = {"hessian": 0.34, "gauss_newton": 0.25, "residual": 0.16}
+
 
 @dataclass(frozen=True)
 class _Line:
@@ -53,12 +55,7 @@ class _Line:
 @needs("curve_grid", "curve_density")
 def spectrum(dataset: xr.Dataset) -> alt.LayerChart:
     """Densities of H, G and R over a symmetric-log eigenvalue axis, outliers as lollipops."""
-    table = rows(
-        dataset, "curve_grid", "curve_density", "curve_standard_error", need=("curve_grid", "curve_density")
-    )
-    for row in table:
-        row |= {"eigenvalue": row["curve_grid"], "density": row["curve_density"]}
-        row["error"] = row.get("curve_standard_error") or 0.0
+    table = _points(dataset, "curve")
     found = [row["eigenvalue"] for row in outliers(dataset)]
     line = _symmetric_log(dataset, [*found, *(row["eigenvalue"] for row in table)])
     return _spectrum(dataset, table, line, "density (fraction of eigenvalues per unit of λ)")
@@ -67,16 +64,23 @@ def spectrum(dataset: xr.Dataset) -> alt.LayerChart:
 @needs("log_grid", "log_density")
 def log_spectrum(dataset: xr.Dataset) -> alt.LayerChart:
     """Densities per decade of |λ|, negative eigenvalues mirrored to the left."""
-    table = rows(dataset, "log_grid", "log_density", "log_standard_error", need=("log_grid", "log_density"))
+    table = _points(dataset, "log")
     for row in table:
-        sign = -1.0 if row["side"] == "negative" else 1.0
-        row |= {"eigenvalue": sign * abs(row["log_grid"]), "density": row["log_density"]}
-        row["error"] = row.get("log_standard_error") or 0.0
+        row["eigenvalue"] = (-1.0 if row["side"] == "negative" else 1.0) * abs(row["eigenvalue"])
     floor, _ = _density_range(dataset, table)
     seen = [row["eigenvalue"] for row in table if row["density"] > floor]
     smallest = min(abs(row["eigenvalue"]) for row in table)
     line = _mirrored_log([smallest, *seen, *(row["eigenvalue"] for row in outliers(dataset))])
     return _spectrum(dataset, table, line, "density (fraction of eigenvalues per decade of |λ|)")
+
+
+def _points(dataset: xr.Dataset, curve: str) -> list[Row]:
+    """Of the densities' curves of one kind."""
+    grid, density, error = (f"{curve}_{end}" for end in ("grid", "density", "standard_error"))
+    table = rows(dataset, grid, density, error, need=(grid, density))
+    for row in table:
+        row |= {"eigenvalue": row[grid], "density": row[density], "error": row.get(error) or 0.0}
+    return table
 
 
 def _spectrum(dataset: xr.Dataset, table: list[Row], line: _Line, title: str) -> alt.LayerChart:
@@ -128,7 +132,7 @@ def _curves(
         .transform_filter("shown == 'all' || datum.operator == shown")
         .encode(
             x=line.x,
-            color=colour(operators, OPERATOR_NAMES, OPERATOR_COLOURS),
+            color=colour({OPERATOR_NAMES[name]: OPERATOR_COLOURS[name] for name in operators}),
             detail=["side:N", "faint:N"],
         )
     )
@@ -146,7 +150,7 @@ def _lollipops(dataset: xr.Dataset, line: _Line) -> list[Mark]:
         return []
     parts = [part for part in PART_COLOURS if any(f"share {part}" in row for row in found)]
     for row in found:
-        row |= {"x": plain(line.place(row["eigenvalue"])), "lane": LANES.get(row["operator"], 0.16)}
+        row |= {"x": plain(line.place(row["eigenvalue"])), "lane": LANES[row["operator"]]}
     base = (
         blank(found)
         .transform_filter("shown == 'all' || datum.operator == shown")

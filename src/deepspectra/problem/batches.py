@@ -33,15 +33,15 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """Apply a function to every tensor of nested lists, tuples, mappings and dataclasses."""
     if isinstance(tree, Tensor):
         return function(tree)
-    if isinstance(tree, (dict, UserDict)):  # before dataclasses: a model's output may be both
-        return _of_class(tree, {key: map_tensors(function, value) for key, value in tree.items()})
+    plain = isinstance(tree, (dict, UserDict))  # a model's output may be a dataclass too
+    if plain or (isinstance(tree, Mapping) and not is_dataclass(tree)):
+        mapped = {key: map_tensors(function, value) for key, value in tree.items()}
+        return _of_class(tree, mapped) if plain else mapped
     if is_dataclass(tree) and not isinstance(tree, type):
         twin = copy.copy(tree)
         for name in _fields(tree):
             object.__setattr__(twin, name, map_tensors(function, getattr(tree, name)))
         return twin
-    if isinstance(tree, Mapping):
-        return {key: map_tensors(function, value) for key, value in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(map_tensors(function, value) for value in tree))
     if isinstance(tree, (list, tuple)):

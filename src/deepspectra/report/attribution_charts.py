@@ -16,6 +16,7 @@ from deepspectra.report.drawing import (
     MUTED,
     OPERATOR_COLOURS,
     OPERATOR_NAMES,
+    PART_COLOURS,
     SYMBOLS,
     WIDTH,
     Mark,
@@ -24,11 +25,9 @@ from deepspectra.report.drawing import (
     by_operator,
     colour,
     finished,
-    holds,
     log_axis,
     needs,
     number,
-    of_parts,
     operator_selector,
     operators_of,
     rows,
@@ -96,7 +95,7 @@ def shares(dataset: xr.Dataset) -> alt.LayerChart:
             axis=alt.Axis(format=".0%", tickCount=5),
         ),
         x2="to:Q",
-        color=of_parts(parts),
+        color=colour({part: PART_COLOURS[part] for part in parts}),
         tooltip=[word("row", "outlier"), word("label", "part"), tip("share", "share", ".1~%")],
     )
     text = (
@@ -227,8 +226,7 @@ def _knockout_counts(summary: list[Row], y: alt.Y) -> Mark:
 
 def _ranked(dataset: xr.Dataset) -> list[Row]:
     """Positive eigenvalues by rank, the true ones first, then those by averaging."""
-    known = rows(dataset, "eigenvalue") if holds(dataset, "eigenvalue") else []
-    known = [row for row in known if row["operator"] in RANKED]
+    known = [row for row in rows(dataset, "eigenvalue") if row["operator"] in RANKED]
     averages = _scree(rows(dataset, "subspace_value"), "level", "subspace_value")
     return _scree(known, "operator", "eigenvalue") + averages
 
@@ -282,8 +280,6 @@ def _scree(table: list[Row], group: str, value: str) -> list[Row]:
 
 
 def _overlaps(dataset: xr.Dataset) -> dict[str, str]:
-    if not holds(dataset, "subspace_overlap"):
-        return {}
     out: dict[str, list[str]] = {}
     for row in rows(dataset, "subspace_overlap", "subspace_dimension"):
         size = row.get("subspace_dimension")

@@ -28,7 +28,6 @@ PART_COLOURS = {
     "within": "#009E73",
     "true": "#56B4E9",
     "residual": "#D55E00",
-    "mean": "#7a7a7a",
 }
 OPERATOR_COLOURS = {"hessian": "#1f2933", "gauss_newton": "#6a3d9a", "residual": PART_COLOURS["residual"]}
 OPERATOR_NAMES = {"hessian": "Hessian H", "gauss_newton": "Gauss-Newton G", "residual": "residual R"}
@@ -83,9 +82,11 @@ def holds(dataset: xr.Dataset, *names: str) -> bool:
 
 
 def rows(dataset: xr.Dataset, *names: str, need: Iterable[str] | None = None) -> list[Row]:
-    """Variables as records, one per cell of their grid, without cells where a needed one is NaN."""
-    present = [name for name in names if name in dataset]
-    frame = dataset[present].to_dataframe().reset_index().dropna(subset=list(need or names[:1]))
+    """Variables as records, one per cell of their grid, without cells where a needed one is NaN or missing."""
+    needed, present = list(need or names[:1]), [name for name in names if name in dataset]
+    if not set(needed) <= set(present):
+        return []
+    frame = dataset[present].to_dataframe().reset_index().dropna(subset=needed)
     return [{key: plain(value) for key, value in row.items()} for row in frame.to_dict("records")]
 
 
@@ -99,7 +100,7 @@ def pivot(dataset: xr.Dataset, name: str, column: str, *keys: str) -> dict[tuple
 
 def by_operator(dataset: xr.Dataset, name: str) -> dict[str, float]:
     """A number of each operator, where there is one."""
-    return {row["operator"]: row[name] for row in rows(dataset, name)} if holds(dataset, name) else {}
+    return {row["operator"]: row[name] for row in rows(dataset, name)}
 
 
 def plain(value: Any) -> Any:
@@ -174,11 +175,6 @@ def colour(colours: Mapping[str, str], **options: Any) -> alt.Color:
     """Fixed colours, by the labels that the legend shows."""
     scale = alt.Scale(domain=list(colours), range=list(colours.values()))
     return alt.Color("label:N", scale=scale, legend=alt.Legend(**options), sort=None)
-
-
-def of_parts(parts: Iterable[str]) -> alt.Color:
-    """The colours of some parts."""
-    return colour({part: PART_COLOURS.get(part, MUTED) for part in parts})
 
 
 def joined_points(table: list[Row], **encodings: Any) -> Mark:

@@ -26,7 +26,6 @@ from deepspectra.report.drawing import (
     joined_points,
     log_axis,
     needs,
-    of_parts,
     pivot,
     rows,
     ticks_axis,
@@ -34,6 +33,7 @@ from deepspectra.report.drawing import (
     word,
 )
 
+LAYER_COLOURS = {**PART_COLOURS, "mean": "#7a7a7a"}
 KIND_LABELS = {
     "features": "Features",
     "errors": "Backpropagated errors",
@@ -84,6 +84,10 @@ def _present(table: list[Row], name: str, known: Iterable[str]) -> list[str]:
     return [one for one in known if one in there]
 
 
+def _part_colour(table: list[Row]) -> alt.Color:
+    return colour({part: LAYER_COLOURS[part] for part in _present(table, "label", LAYER_COLOURS)})
+
+
 def depth_axis(dataset: xr.Dataset, dimension: str = "layer") -> alt.X:
     """Layers from input to output."""
     names = [str(name) for name in dataset[dimension].values]
@@ -116,7 +120,7 @@ def layer_spectra(dataset: xr.Dataset) -> alt.LayerChart:
     dots = dots.encode(
         x=depth_axis(dataset),
         y=y,
-        color=of_parts(_present(table, "label", PART_COLOURS)),
+        color=_part_colour(table),
         tooltip=[
             word("layer", "layer"),
             alt.Tooltip("rank:Q", title="rank, from 0"),
@@ -131,7 +135,7 @@ def layer_spectra(dataset: xr.Dataset) -> alt.LayerChart:
 @needs("layer_trace")
 def layer_traces(dataset: xr.Dataset) -> alt.LayerChart:
     """How the trace of every layer splits into the parts."""
-    table, order = rows(dataset, "layer_trace"), [*PART_COLOURS]
+    table, order = rows(dataset, "layer_trace"), list(LAYER_COLOURS)
     traces = pivot(dataset, "layer_trace", "layer_part", "layer", "kind")
     for row in table:
         total = sum(traces[row["layer"], row["kind"]].values()) or 1.0
@@ -142,7 +146,7 @@ def layer_traces(dataset: xr.Dataset) -> alt.LayerChart:
     bars = bars.encode(
         x=depth_axis(dataset),
         y=alt.Y("share:Q", title="share of the trace", axis=axis, scale=scale),
-        color=of_parts(_present(table, "label", PART_COLOURS)),
+        color=_part_colour(table),
         order=alt.Order("order:Q"),
         tooltip=[word("layer", "layer"), word("label", "part"), tip("share", "share", ".1%")],
     )

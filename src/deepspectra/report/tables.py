@@ -258,7 +258,7 @@ def trace(dataset: xr.Dataset) -> str:
     """Traces of the operators and of the parts of G, each with its standard error."""
     body: list[list[Cell]] = []
     for name in ("trace", "part_trace"):
-        for row in rows(dataset, name, f"{name}_standard_error") if holds(dataset, name) else ():
+        for row in rows(dataset, name, f"{name}_standard_error"):
             of = f"part of G: {row['part']}" if "part" in row else operator_name(row["operator"])
             error = row.get(f"{name}_standard_error")
             body.append([of, row[name], ("exact", 0.0) if error == 0 else about(error)])

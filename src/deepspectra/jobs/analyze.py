@@ -14,10 +14,11 @@ from torch import Tensor
 
 from deepspectra.arguments import check_count, check_rtol
 from deepspectra.errors import FileError, OptionError
+from deepspectra.files import save_whole
 from deepspectra.jobs import stages
 from deepspectra.jobs.analysis_dataset import CLASS_AXES, analysis_dataset
 from deepspectra.jobs.ledger import Ledger
-from deepspectra.jobs.pages import load_dataset, save_dataset, save_whole, titled, write_page, write_pages
+from deepspectra.jobs.pages import load_dataset, save_dataset, titled, write_page
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.gradients import check_labelled
 from deepspectra.rows.projections import grouped
@@ -108,7 +109,7 @@ def save_series(analyses: Mapping[str, Analysis], path: str | Path) -> Path:
         DataError: there are no analyses.
         FileError: the file cannot be written.
     """
-    return write_pages({label: analysis.dataset for label, analysis in analyses.items()}, Path(path))
+    return write_page({label: analysis.dataset for label, analysis in analyses.items()}, Path(path))
 
 
 def load(directory: str | Path) -> Analysis:

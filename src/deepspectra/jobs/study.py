@@ -74,13 +74,11 @@ def study_dataset(
     }
     coords = {
         "variant": list(found.variants),
-        "layer": [layer or "(model)" for layer in found],
+        "layer": list(found),
         "measured": list(found.measures),
     }
-    subject, verdict = f"Study of {name}:" if name else "Study of", sentences(found)
-    dataset = page_dataset(
-        variables, coords, problem, labels, subject=subject, verdict=verdict, seconds=found.seconds
-    )
+    subject = f"Study of {name}:" if name else "Study of"
+    dataset = page_dataset(variables, coords, problem, labels, subject, sentences(found), found.seconds)
     dataset.attrs["measures"] = json.dumps(dict(found.measures))
     for one in ("loss_value", "accuracy"):  # of one network: the table has all
         del dataset.attrs[one]

@@ -9,7 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_type_hints
+from typing import Annotated, get_type_hints
 
 import typer
 
@@ -25,15 +25,12 @@ from deepspectra.jobs.analyze import Analysis, analyze, save_series
 from deepspectra.jobs.checkpoint import forget
 from deepspectra.jobs.compare import comparison_dataset
 from deepspectra.jobs.layers import layer_dataset
-from deepspectra.jobs.pages import check_writable, load_page, save_page, write_page
+from deepspectra.jobs.pages import Dataset, check_writable, load_page, save_page, write_page
 from deepspectra.jobs.regions import regions_dataset
 from deepspectra.jobs.study import STUDIES, study_dataset
 from deepspectra.jobs.targets import CONSOLE, Choice, Moment, Out, Seed, chosen_problem, moments
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.averages import METHODS
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 app = typer.Typer(
     add_completion=False,
@@ -175,7 +172,7 @@ def layers_command(
 ) -> None:
     """Features, errors and gradients of every layer, exactly: for up to about 12,000 examples × (classes − 1)."""
 
-    def look(moment: Moment) -> tuple[str, xr.Dataset]:
+    def look(moment: Moment) -> tuple[str, Dataset]:
         _warn_of_long_spectra(moment.problem)
         with _status("layers") as show:
             found = layers(moment.problem, kronecker=JUDGED if kronecker else (), progress=show)
@@ -203,7 +200,7 @@ def regions_command(
     if not set(kinds) <= set(KINDS_OF_REGIONS):
         raise OptionError(f"--of {of}: expected some of {', '.join(KINDS_OF_REGIONS)}.")
 
-    def look(moment: Moment) -> tuple[str, xr.Dataset]:
+    def look(moment: Moment) -> tuple[str, Dataset]:
         groups = NUM_GROUPS if num_groups is None else num_groups
         _warn_of_long_spectra(moment.problem, spectra=(groups + 1) * SPECTRA_OF_REGIONS)
         found = []
@@ -217,7 +214,7 @@ def regions_command(
 
 
 def _look_at_moments(
-    target: str | None, chosen: Choice, stem: str, look: Callable[[Moment], tuple[str, xr.Dataset]]
+    target: str | None, chosen: Choice, stem: str, look: Callable[[Moment], tuple[str, Dataset]]
 ) -> None:
     """A page of each moment, and one of all if there are several; `look` gives what is said and saved of each."""
     check_writable(chosen.out)
@@ -318,7 +315,7 @@ def _finish(result: Analysis, out: Path) -> None:
         typer.echo(f"Report: {result.to_html(out / 'report.html')}")
 
 
-def _finish_page(said: str, dataset: xr.Dataset, out: Path, stem: str) -> None:
+def _finish_page(said: str, dataset: Dataset, out: Path, stem: str) -> None:
     typer.echo(f"\n{said}\n\n{dataset.attrs['verdict']}\n")
     path = save_page(dataset, out, stem)
     typer.echo(f"Results: {path.parent}")

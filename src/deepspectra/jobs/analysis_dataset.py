@@ -8,7 +8,7 @@ import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from deepspectra.algorithms.long_vectors import inner_products
 from deepspectra.derivatives.products import products_of
-from deepspectra.jobs.pages import Variables, dataset_of, measured, problem_attributes, provenance
+from deepspectra.jobs.pages import Dataset, Variables, dataset_of, measured, problem_attributes, provenance
 from deepspectra.jobs.stages import LETTERS, Findings
 from deepspectra.quadrature import Curve, Density
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 OPERATORS = ("hessian", "gauss_newton", "residual")
 SIDES = {"negative": -1, "positive": 1}
@@ -35,7 +32,7 @@ APART = 2.0  # or ratio of neighbouring nodes
 EPSILON = 1e-12  # added to |λ| by `Density.smooth`, relative to the largest: nothing
 
 
-def analysis_dataset(found: Findings) -> xr.Dataset:
+def analysis_dataset(found: Findings) -> Dataset:
     """Every number of an analysis."""
     variables: Variables = {}
     for group in (_curves, _nodes, _pairs, _shares, _knockouts, _averages, _traces, _classes, _costs):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -18,13 +17,10 @@ from deepspectra.files import save_whole
 from deepspectra.jobs import stages
 from deepspectra.jobs.analysis_dataset import CLASS_AXES, analysis_dataset
 from deepspectra.jobs.ledger import Ledger
-from deepspectra.jobs.pages import load_dataset, save_dataset, titled, write_page
+from deepspectra.jobs.pages import Dataset, load_dataset, save_dataset, titled, write_page
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.gradients import check_labelled
 from deepspectra.rows.projections import grouped
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 DATASET_FILE, VECTORS_FILE = "analysis.nc", "vectors.safetensors"
 
@@ -39,7 +35,7 @@ class Analysis:
             a G that is zero.
     """
 
-    dataset: xr.Dataset
+    dataset: Dataset
     vectors: dict[str, dict[str, Tensor]]
 
     @property

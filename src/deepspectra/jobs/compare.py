@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from deepspectra.analysis.compare import Comparison
-from deepspectra.jobs.pages import UNLABELLED, Labels, page_dataset
+from deepspectra.jobs.pages import UNLABELLED, Dataset, Labels, page_dataset
 from deepspectra.problem.problem import Problem
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 CURVES = ("measured", "kronecker", "predicted", "baseline")
 
 
-def comparison_dataset(found: Comparison, problem: Problem, labels: Labels = UNLABELLED) -> xr.Dataset:
+def comparison_dataset(found: Comparison, problem: Problem, labels: Labels = UNLABELLED) -> Dataset:
     """Every number of `compare`; `problem` is the first of the two."""
     curves = {(name, curve): getattr(layer, curve) for name, layer in found.items() for curve in CURVES}
     variables = {

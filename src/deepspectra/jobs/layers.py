@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +13,8 @@ from torch import Tensor
 from deepspectra.analysis.gram_spectrum import GramSpectrum
 from deepspectra.analysis.kronecker_quality import KroneckerQuality
 from deepspectra.analysis.layers import Layers
-from deepspectra.jobs.pages import UNLABELLED, Labels, Variables, page_dataset
+from deepspectra.jobs.pages import UNLABELLED, Dataset, Labels, Variables, page_dataset
 from deepspectra.problem.problem import Problem
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 KINDS = ("features", "errors", "gradients", "centred")
 PARTS = ("mean", "class", "logit", "interaction", "within", "true")
@@ -32,7 +29,7 @@ SMALLEST = 1e-8  # of a layer's largest eigenvalue: what is drawn as zero
 EXPLAINED = 0.9  # cosine from which products of means stand for means of products
 
 
-def layer_dataset(found: Layers, problem: Problem, labels: Labels = UNLABELLED) -> xr.Dataset:
+def layer_dataset(found: Layers, problem: Problem, labels: Labels = UNLABELLED) -> Dataset:
     """Every number of `layers(problem, effects="two-way")`."""
     ranks, spectra = min(MOST_RANKS, max(3 * problem.num_classes, 10)), _spectra(found)
     parts = {

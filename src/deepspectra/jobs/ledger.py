@@ -122,11 +122,6 @@ class Ledger:
         self.gradient_seconds = min(self.gradient_seconds, time.perf_counter() - began)
         return self.clock() - began_unit
 
-    @property
-    def total(self) -> Cost:
-        """All stages together."""
-        return sum(self.costs.values(), Cost(0, 0.0))
-
 
 def _bars(show: bool) -> Progress:
     """Progress on standard error, or none of it."""

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from deepspectra.results import versions
 if TYPE_CHECKING:
     import xarray as xr
 
+Dataset: TypeAlias = "xr.Dataset"  # whose import takes a while
 Variables = dict[str, tuple[tuple[str, ...], Any]]
 """Name → dimensions, and values: an array, or by names, one for each of the first dimensions (see `dataset_of`)."""
 STEMS = ("analysis", "layers", "regions", "compare", "study")  # of what the commands save
@@ -67,7 +68,7 @@ UNLABELLED = Labels()
 
 def dataset_of(
     variables: Variables, coords: Mapping[str, Sequence[Any]], attributes: Mapping[str, object]
-) -> xr.Dataset:
+) -> Dataset:
     """Numbers with their dimensions named; `docs/file-format.md` describes those of each job.
 
     Values by name are put where the coordinates of their first dimensions have these names, and are NaN elsewhere; a
@@ -110,7 +111,7 @@ def page_dataset(
     subject: str,
     verdict: Iterable[str],
     seconds: float,
-) -> xr.Dataset:
+) -> Dataset:
     """A job's dataset with what its page says of the problem, its subject ("Layers of") and its verdict."""
     model = labels.model or type(problem.model).__name__
     attributes = {
@@ -132,12 +133,8 @@ def titled(subject: str, model: str, data: str) -> str:
     return f"{subject} {model}" + (f" on {data}" if data else "")
 
 
-def load_page(directory: str | Path) -> xr.Dataset:
-    """The dataset that a command saved in a directory: an analysis, or else that of another command.
-
-    Raises:
-        FileError: there is none, or it cannot be read.
-    """
+def load_page(directory: str | Path) -> Dataset:
+    """The dataset that a command saved in a directory, an analysis or else that of another; or FileError."""
     folder = Path(directory)
     path = next((folder / f"{stem}.nc" for stem in STEMS if (folder / f"{stem}.nc").is_file()), None)
     if path is None:
@@ -147,12 +144,8 @@ def load_page(directory: str | Path) -> xr.Dataset:
     return load_dataset(path, "Run the command again.")
 
 
-def load_dataset(path: Path, advice: str) -> xr.Dataset:
-    """Read a NetCDF file.
-
-    Raises:
-        FileError: it is truncated, damaged or of another kind.
-    """
+def load_dataset(path: Path, advice: str) -> Dataset:
+    """Read a NetCDF file; FileError with this advice if it is truncated, damaged or of another kind."""
     import xarray as xr  # noqa: PLC0415  (its import takes a while)
 
     try:
@@ -164,12 +157,8 @@ def load_dataset(path: Path, advice: str) -> xr.Dataset:
         raise FileError(f"{path} is truncated, damaged or foreign ({first_line(error)}). {advice}") from error
 
 
-def save_dataset(dataset: xr.Dataset, path: Path) -> None:
-    """Write a NetCDF file, with checksums of its numbers.
-
-    Raises:
-        FileError: it cannot be written.
-    """
+def save_dataset(dataset: Dataset, path: Path) -> None:
+    """Write a NetCDF file, with checksums of its numbers; FileError if it cannot be written."""
     encoding = {
         name: {"fletcher32": True, "chunksizes": one.shape}
         for name, one in dataset.variables.items()
@@ -179,11 +168,7 @@ def save_dataset(dataset: xr.Dataset, path: Path) -> None:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Make a folder if need be and write into it, before work is done that would be lost.
-
-    Raises:
-        FileError: it cannot be made or written.
-    """
+    """Make a folder if need be and write into it, before work is done that would be lost; or FileError."""
     place = Path(folder)
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -195,7 +180,7 @@ def check_writable(folder: str | Path) -> None:
         ) from error
 
 
-def save_page(dataset: xr.Dataset, directory: str | Path, stem: str) -> Path:
+def save_page(dataset: Dataset, directory: str | Path, stem: str) -> Path:
     """Write STEM.nc and STEM.html into a directory, made if need be; returns the page's path.
 
     Raises:
@@ -209,13 +194,8 @@ def save_page(dataset: xr.Dataset, directory: str | Path, stem: str) -> Path:
     return page
 
 
-def write_page(shown: xr.Dataset | dict[str, xr.Dataset], path: Path) -> Path:
-    """Write a dataset's page, or one of several by label among which the reader chooses; returns its path.
-
-    Raises:
-        FileError: it cannot be written.
-        DataError: there are no datasets.
-    """
+def write_page(shown: Dataset | dict[str, Dataset], path: Path) -> Path:
+    """Write a dataset's page, or one of several by label among which the reader chooses; returns its path."""
     from deepspectra.report import page  # noqa: PLC0415  (Altair's import takes a while)
 
     if isinstance(shown, dict):

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from deepspectra.analysis.regions import REGIONS, Regions, Shifts
 from deepspectra.analysis.study import WHOLE
-from deepspectra.jobs.pages import UNLABELLED, Labels, Variables, page_dataset
+from deepspectra.jobs.pages import UNLABELLED, Dataset, Labels, Variables, page_dataset
 from deepspectra.problem.problem import Problem
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 CLAIMS = {  # knock-out → the region that it is said to make
     "class": "outliers",
@@ -28,7 +24,7 @@ TOLD = ("gradients", "hessian")  # of which the verdict gives numbers
 NAMES = {"gradients": "G", "hessian": "H", "features": "features", "errors": "backpropagated errors"}
 
 
-def regions_dataset(found: Sequence[Regions], problem: Problem, labels: Labels = UNLABELLED) -> xr.Dataset:
+def regions_dataset(found: Sequence[Regions], problem: Problem, labels: Labels = UNLABELLED) -> Dataset:
     """Every number of `regions`, for one kind of rows or several, by one method."""
     places = [WHOLE, *dict.fromkeys(name for one in found for name in one if len(one) > 1)]
     knockouts = list(dict.fromkeys(name for one in found for name in one.whole.knockouts))

@@ -39,6 +39,7 @@ from deepspectra.report.drawing import (
 )
 from deepspectra.report.findings import outliers
 
+IS_SHOWN = "shown == 'all' || datum.operator == shown"
 # Heights of lollipops, so that operators do not hide one another.
 LANES = {"hessian": 0.34, "gauss_newton": 0.25, "residual": 0.16}
 
@@ -127,15 +128,8 @@ def _curves(
         row["density"] = plain(max(density, low / 10))
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
     y = alt.Y("density:Q", scale=scale, axis=log_axis(low, high, title=title))
-    base = (
-        alt.Chart()
-        .transform_filter("shown == 'all' || datum.operator == shown")
-        .encode(
-            x=line.x,
-            color=colour({OPERATOR_NAMES[name]: OPERATOR_COLOURS[name] for name in operators}),
-            detail=["side:N", "faint:N"],
-        )
-    )
+    shade = colour({OPERATOR_NAMES[name]: OPERATOR_COLOURS[name] for name in operators})
+    base = alt.Chart().transform_filter(IS_SHOWN).encode(x=line.x, color=shade, detail=["side:N", "faint:N"])
     faded = alt.condition("datum.faint != ''", alt.value(0.3), alt.value(1))
     band = base.mark_area(opacity=0.22, clip=True).encode(y=alt.Y("lower:Q", scale=scale), y2="upper:Q")
     curve = base.mark_line(strokeWidth=1.6, clip=True).encode(
@@ -151,21 +145,18 @@ def _lollipops(dataset: xr.Dataset, line: _Line) -> list[Mark]:
     parts = [part for part in PART_COLOURS if any(f"share {part}" in row for row in found)]
     for row in found:
         row |= {"x": plain(line.place(row["eigenvalue"])), "lane": LANES[row["operator"]]}
-    base = (
-        blank(found)
-        .transform_filter("shown == 'all' || datum.operator == shown")
-        .encode(
-            x=line.x,
-            y=alt.Y("lane:Q", scale=alt.Scale(domain=[0, 1]), axis=None),
-            color=alt.Color("label:N", sort=None),
-            tooltip=[
-                word("label", "outlier of"),
-                tip("rank", "rank"),
-                tip("eigenvalue", "λ", ".4~g"),
-                tip("residual_norm", "‖Av − λv‖", ".2~g"),
-                *(tip(f"share {part}", part, ".1~%") for part in parts),
-            ],
-        )
+    base = blank(found).transform_filter(IS_SHOWN)
+    base = base.encode(
+        x=line.x,
+        y=alt.Y("lane:Q", scale=alt.Scale(domain=[0, 1]), axis=None),
+        color=alt.Color("label:N", sort=None),
+        tooltip=[
+            word("label", "outlier of"),
+            tip("rank", "rank"),
+            tip("eigenvalue", "λ", ".4~g"),
+            tip("residual_norm", "‖Av − λv‖", ".2~g"),
+            *(tip(f"share {part}", part, ".1~%") for part in parts),
+        ],
     )
     crowded = len(found) > 2 * MOST_ROWS
     stem = base.mark_rule(strokeWidth=1.2, opacity=0.2 if crowded else 0.7).encode(y2=alt.datum(0))
@@ -185,11 +176,8 @@ def _edges(dataset: xr.Dataset, operators: list[str], line: _Line) -> list[Mark]
             edge = {"operator": operator, "x": plain(line.place(value)), "kind": name}
             edge |= {"text": f"{text} {number(value)}", "left": late or name == "bulk_edge"}
             table.append(edge | {"height": 22 if late and name == "bulk_edge" else 8})
-    base = (
-        blank([row for row in table if row["operator"] in operators])
-        .transform_filter(f"datum.operator == (shown == 'all' ? '{operators[0]}' : shown)")
-        .encode(x=line.x)
-    )
+    base = blank([row for row in table if row["operator"] in operators]).encode(x=line.x)
+    base = base.transform_filter(f"datum.operator == (shown == 'all' ? '{operators[0]}' : shown)")
     dash = alt.StrokeDash("kind:N", scale=alt.Scale(domain=list(names), range=[[2, 2], [6, 3]]), legend=None)
     marks = [base.mark_rule(color=MUTED).encode(strokeDash=dash)]
     for side, align, offset in ((True, "right", -5), (False, "left", 5)):

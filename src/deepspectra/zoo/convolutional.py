@@ -218,11 +218,7 @@ def resnet18(
 
 
 def image_shape(name: str, input_shape: tuple[int, ...], smallest: int) -> tuple[int, int, int]:
-    """(C, H, W), checked.
-
-    Raises:
-        ShapeError: it has no such form, or a side under `smallest` pixels.
-    """
+    """(C, H, W); ShapeError if it has no such form, or a side under `smallest` pixels."""
     if len(input_shape) != 3:
         raise ShapeError(f"{name} takes images (channels, height, width); input_shape is {input_shape}.")
     channels, height, width = input_shape

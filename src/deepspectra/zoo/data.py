@@ -343,7 +343,7 @@ def _read_cifar(root: Path, name: str, split: str) -> tuple[Images, Labels]:
         batches = [_read_batch(folder / batch, name) for batch in names]
         return np.concatenate([x for x, _ in batches]), np.concatenate([y for _, y in batches])
     if subset.is_file():
-        return _read_npz(subset, split)
+        return _read_npz(subset, name, split)
     raise FileError(
         f"{name} needs the folder {folder} or the file {subset}; put one there or pass another root."
     )
@@ -361,7 +361,7 @@ def _read_batch(path: Path, name: str) -> tuple[Images, Labels]:
         raise FileError(
             f"{path} is no batch of {name}: {error or type(error).__name__}; get the Python version again."
         ) from error
-    _check(path, pixels, labels, 3072)
+    _check(path, name, pixels, labels, 3072)
     return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
 
 
@@ -388,7 +388,7 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode(encoding)
 
 
-def _read_npz(path: Path, split: str) -> tuple[Images, Labels]:
+def _read_npz(path: Path, name: str, split: str) -> tuple[Images, Labels]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             images, labels = arrays[f"{split}_x"], arrays[f"{split}_y"]
@@ -397,14 +397,14 @@ def _read_npz(path: Path, split: str) -> tuple[Images, Labels]:
             f"{path} cannot be read ({error}); it must be an npz file with the arrays {split}_x "
             f"and {split}_y."
         ) from error
-    _check(path, images, labels, 32, 32, 3)
+    _check(path, name, images, labels, 32, 32, 3)
     return images, labels.astype(np.int64)
 
 
-def _check(path: Path, images: npt.NDArray[Any], labels: npt.NDArray[Any], *shape: int) -> None:
+def _check(path: Path, name: str, images: npt.NDArray[Any], labels: npt.NDArray[Any], *shape: int) -> None:
     """Raise FileError unless there is an image of bytes of this shape for every label."""
     if images.dtype != np.uint8 or images.shape != (*labels.shape, *shape) or labels.ndim != 1:
         raise FileError(
             f"{path} holds {images.dtype} pixels of shape {images.shape} for labels of shape {labels.shape}; "
-            f"expected uint8 of shape (number of labels, {', '.join(map(str, shape))})."
+            f"of {name} expected uint8 of shape (number of labels, {', '.join(map(str, shape))})."
         )

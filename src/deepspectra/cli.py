@@ -7,16 +7,17 @@ import ctypes
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_type_hints
+from typing import Annotated, get_type_hints
 
 import typer
 
+from deepspectra.analysis.by_layer import Progress
 from deepspectra.analysis.class_groups import class_groups
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.layers import layers
-from deepspectra.analysis.regions import NUM_GROUPS, Regions, regions
+from deepspectra.analysis.regions import NUM_GROUPS, regions
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
 from deepspectra.analysis.study import study
 from deepspectra.errors import DeepSpectraError, OptionError
@@ -24,16 +25,13 @@ from deepspectra.jobs.analyze import Analysis, analyze, save_series
 from deepspectra.jobs.checkpoint import forget
 from deepspectra.jobs.compare import comparison_dataset
 from deepspectra.jobs.layers import layer_dataset
-from deepspectra.jobs.pages import check_writable, load_page, save_page, write_page, write_pages
+from deepspectra.jobs.pages import Dataset, check_writable, load_page, save_page, write_page
 from deepspectra.jobs.regions import regions_dataset
 from deepspectra.jobs.study import STUDIES, study_dataset
 from deepspectra.jobs.sweep_command import sweep_of
 from deepspectra.jobs.targets import CONSOLE, Choice, Moment, Out, Seed, chosen_problem, moments
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.averages import METHODS
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 app = typer.Typer(
     add_completion=False,
@@ -47,11 +45,7 @@ Target = Annotated[
 ]
 Command = Callable[..., None]
 LAST = ("at", "resume", "seed")  # of a command's options
-MALLOC_OPTIONS = {
-    -3: 2**31 - 1,
-    -1: 2**31 - 1,
-    -2: 2**28,
-}  # of mallopt: mmap threshold, trim threshold, top pad
+MALLOC_OPTIONS = {-3: 2**31 - 1, -1: 2**31 - 1, -2: 2**28}  # mmap threshold, trim threshold, top pad
 JUDGED = ("kfac", "ekfac", "cfac")  # Kronecker-factored approximations
 SECONDS_OF_CUBE = 4e-10  # of eigenvalues and vectors of a dense matrix, times the cube of its rows, on a CPU
 FEW_ROWS = 3000  # whose eigenvalues take seconds
@@ -183,14 +177,10 @@ def layers_command(
 ) -> None:
     """Features, errors and gradients of every layer, exactly: for up to about 12,000 examples × (classes − 1)."""
 
-    def look(moment: Moment) -> tuple[str, xr.Dataset]:
+    def look(moment: Moment) -> tuple[str, Dataset]:
         _warn_of_long_spectra(moment.problem)
-        with CONSOLE.status("layers") as status:
-            found = layers(
-                moment.problem,
-                kronecker=JUDGED if kronecker else (),
-                progress=lambda *now: status.update(f"layer {now[2]}"),
-            )
+        with _status("layers") as show:
+            found = layers(moment.problem, kronecker=JUDGED if kronecker else (), progress=show)
         return str(found), layer_dataset(found, moment.problem, moment.labels)
 
     _look_at_moments(target, chosen, "layers", look)
@@ -215,32 +205,21 @@ def regions_command(
     if not set(kinds) <= set(KINDS_OF_REGIONS):
         raise OptionError(f"--of {of}: expected some of {', '.join(KINDS_OF_REGIONS)}.")
 
-    def look(moment: Moment) -> tuple[str, xr.Dataset]:
+    def look(moment: Moment) -> tuple[str, Dataset]:
         groups = NUM_GROUPS if num_groups is None else num_groups
         _warn_of_long_spectra(moment.problem, spectra=(groups + 1) * SPECTRA_OF_REGIONS)
-        with CONSOLE.status("regions") as status:
-
-            def of_kind(kind: str) -> Regions:
-                def show(done: int, total: int | None, name: str) -> None:
-                    status.update(f"{kind}: {name} ({done} of {total} done)")
-
-                return regions(
-                    moment.problem,
-                    kind,
-                    method=method,
-                    num_groups=num_groups,
-                    seed=chosen.seed,
-                    progress=show,
-                )
-
-            found = [of_kind(kind) for kind in kinds]
+        found = []
+        for kind in kinds:
+            with _status(kind) as show:
+                settings = functools.partial(regions, method=method, num_groups=num_groups, seed=chosen.seed)
+                found.append(settings(moment.problem, kind, progress=show))
         return "\n\n".join(map(str, found)), regions_dataset(found, moment.problem, moment.labels)
 
     _look_at_moments(target, chosen, "regions", look)
 
 
 def _look_at_moments(
-    target: str | None, chosen: Choice, stem: str, look: Callable[[Moment], tuple[str, xr.Dataset]]
+    target: str | None, chosen: Choice, stem: str, look: Callable[[Moment], tuple[str, Dataset]]
 ) -> None:
     """A page of each moment, and one of all if there are several; `look` gives what is said and saved of each."""
     check_writable(chosen.out)
@@ -249,7 +228,14 @@ def _look_at_moments(
         said, series[moment.label] = look(moment)
         _finish_page(said, series[moment.label], moment.out, stem)
     if len(series) > 1:
-        typer.echo(f"All: {write_pages(series, chosen.out / f'{stem}.html')}")
+        typer.echo(f"All: {write_page(series, chosen.out / f'{stem}.html')}")
+
+
+@contextlib.contextmanager
+def _status(what: str) -> Iterator[Progress]:
+    """Say what is being done, and yield what shows how far it is."""
+    with CONSOLE.status(what) as status:
+        yield lambda done, total, name: status.update(f"{what}: {name} ({done} of {total or 'some'} done)")
 
 
 def _warn_of_long_spectra(problem: Problem, spectra: int = 1) -> None:
@@ -274,8 +260,8 @@ def compare_command(first: Target = None, second: Target = None, *, chosen: Choi
     for target, one in zip((first, second), _seeds(chosen, chosen.out, 2), strict=True):
         problem, _, labels = chosen_problem(target, one, draw=seed)
         problems.append(problem)
-    with CONSOLE.status("comparing") as status:
-        found = compare(*problems, seed=seed, progress=lambda *now: status.update(f"layer {now[2]}"))
+    with _status("comparing") as show:
+        found = compare(*problems, seed=seed, progress=show)
     dataset = comparison_dataset(found, problems[0], labels._replace(seed=seed))
     _finish_page(str(found), dataset, chosen.out, "compare")
 
@@ -302,8 +288,8 @@ def study_command(
         for one in _seeds(chosen, chosen.out / variant.name.replace(" ", "-"), networks):
             problem, _, labels = chosen_problem(None, one, draw=chosen.seed, variant=variant)
             variants.setdefault(variant.name, []).append(problem)
-    with CONSOLE.status("measuring") as status:
-        found = study(variants, seed=chosen.seed, progress=lambda *now: status.update(now[2]))
+    with _status("measuring") as show:
+        found = study(variants, seed=chosen.seed, progress=show)
     dataset = study_dataset(found, problem, labels._replace(seed=chosen.seed), name=name)
     _finish_page(str(found), dataset, chosen.out, "study")
 
@@ -360,10 +346,7 @@ def report(
     series = {str(directory): load_page(directory) for directory in directories}
     path = out or directories[-1] / "report.html"
     check_writable(path.parent)
-    if len(series) > 1:
-        write_pages(series, path)
-    else:
-        write_page(next(iter(series.values())), path)
+    write_page(series if len(series) > 1 else next(iter(series.values())), path)
     typer.echo(f"Report: {path}")
 
 
@@ -377,7 +360,7 @@ def _finish(result: Analysis, out: Path) -> None:
         typer.echo(f"Report: {result.to_html(out / 'report.html')}")
 
 
-def _finish_page(said: str, dataset: xr.Dataset, out: Path, stem: str) -> None:
+def _finish_page(said: str, dataset: Dataset, out: Path, stem: str) -> None:
     typer.echo(f"\n{said}\n\n{dataset.attrs['verdict']}\n")
     path = save_page(dataset, out, stem)
     typer.echo(f"Results: {path.parent}")

@@ -6,24 +6,24 @@ import json
 import math
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from deepspectra.algorithms.long_vectors import inner_products
 from deepspectra.derivatives.products import products_of
-from deepspectra.jobs.pages import Variables, dataset_of, measured, problem_attributes, provenance, stacked
+from deepspectra.jobs.pages import Dataset, Variables, dataset_of, measured, problem_attributes, provenance
 from deepspectra.jobs.stages import LETTERS, Findings
 from deepspectra.quadrature import Curve, Density
 
-if TYPE_CHECKING:
-    import xarray as xr
-
 OPERATORS = ("hessian", "gauss_newton", "residual")
-SIDES = (-1, 1)
+SIDES = {"negative": -1, "positive": 1}
+LEVELS, METHODS = ("class", "cross_class"), ("subtraction", "projection")
 CLASS_AXES = ("class", "cross_class", "class_other")
 POINTS, LOG_POINTS = 801, 301
 SMALLEST = 1e-6  # of an operator's largest |λ|: what is drawn on logarithmic axes
@@ -32,18 +32,18 @@ APART = 2.0  # or ratio of neighbouring nodes
 EPSILON = 1e-12  # added to |λ| by `Density.smooth`, relative to the largest: nothing
 
 
-def analysis_dataset(found: Findings) -> xr.Dataset:
+def analysis_dataset(found: Findings) -> Dataset:
     """Every number of an analysis."""
     variables: Variables = {}
     for group in (_curves, _nodes, _pairs, _shares, _knockouts, _averages, _traces, _classes, _costs):
         variables |= group(found)
     coords = {
         "operator": list(OPERATORS),
-        "side": ["negative", "positive"],
+        "side": list(SIDES),
         "part": list(found.attribution.part_names),
-        "level": ["class", "cross_class"],
-        "knockout": _knockout_names(found),
-        "method": ["subtraction", "projection"],
+        "level": list(LEVELS),
+        "knockout": list(dict.fromkeys(knockout.name for knockout in found.attribution.knockouts)),
+        "method": list(METHODS),
         "stage": list(found.ledger.costs),
         **{axis: [str(c) for c in range(found.num_classes)] for axis in CLASS_AXES},
     }
@@ -86,7 +86,9 @@ def _view(found: Findings, name: str) -> _View | None:
     sizes, smallest = nodes.abs(), SMALLEST * largest
     drawn = rest & (density.probes >= 0)
     coarse = sizes[drawn & (weights * density.num_probes > COARSE * mass)]
-    resolved = max([*(_first_gap(sizes[drawn & (nodes * sign > 0)]) for sign in SIDES), *coarse.tolist()])
+    resolved = max(
+        [*(_first_gap(sizes[drawn & (nodes * sign > 0)]) for sign in SIDES.values()), *coarse.tolist()]
+    )
     return _View(
         drawn=replace(density, nodes=nodes[rest], weights=weights[rest], probes=density.probes[rest]),
         zero_share=float(weights[known].sum()) if bool(known.any()) else math.nan,
@@ -108,34 +110,34 @@ def _first_gap(sizes: Tensor) -> float:
 
 def _curves(found: Findings) -> Variables:
     """Smoothed densities without zeros, linear, and logarithmic on each side of zero; what they do not show."""
-    linear = np.full((3, len(OPERATORS), POINTS), np.nan)
-    log = np.full((3, len(OPERATORS), len(SIDES), LOG_POINTS), np.nan)
-    said = np.full((5, len(OPERATORS)), np.nan)
-    for o, name in enumerate(OPERATORS):
-        view = _view(found, name)
-        if view is None:
-            said[0, o] = (
-                1 if name == "gauss_newton" and not bool(found.densities[name].nodes.any()) else math.nan
-            )
-            continue
-        said[:, o] = view[1:]
+    views = {name: view for name in OPERATORS if (view := _view(found, name)) is not None}
+    linear, log = {}, {}
+    for name, view in views.items():
         curve = view.drawn.smooth("linear", num_points=POINTS)
-        linear[:, o] = _folded(curve) if name == "gauss_newton" else _rows(curve)
-        for s, sign in enumerate(SIDES):
+        linear[name] = _folded(curve) if name == "gauss_newton" else _rows(curve)
+        for side, sign in SIDES.items():
             shown = (view.drawn.nodes * sign > 0) & (view.drawn.nodes.abs() >= view.smallest)
             if bool(shown.any()):
                 parts = {key: getattr(view.drawn, key)[shown] for key in ("nodes", "weights", "probes")}
                 curve = replace(view.drawn, **parts).smooth(
                     "log", num_points=LOG_POINTS, sign=sign, epsilon=EPSILON
                 )
-                log[:, o, s] = np.where(curve.grid >= view.smallest, _rows(curve), np.nan)
+                log[name, side] = np.where(curve.grid >= view.smallest, _rows(curve), np.nan)
     names = ("grid", "density", "standard_error")
     numbers = ("zero_share", "small_share", "smallest_drawn", "resolved_above", "unresolved_share")
+    said = {n: {name: view[j] for name, view in views.items()} for j, n in enumerate(numbers, 1)}
+    if not bool(found.densities["gauss_newton"].nodes.any()):
+        said["zero_share"]["gauss_newton"] = 1.0
     return (
-        {f"curve_{n}": (("operator", "point"), linear[j]) for j, n in enumerate(names)}
-        | {f"log_{n}": (("operator", "side", "log_point"), log[j]) for j, n in enumerate(names)}
-        | {n: (("operator",), said[j]) for j, n in enumerate(numbers)}
+        {f"curve_{n}": (("operator", "point"), _row(linear, j)) for j, n in enumerate(names)}
+        | {f"log_{n}": (("operator", "side", "log_point"), _row(log, j)) for j, n in enumerate(names)}
+        | {n: (("operator",), shares) for n, shares in said.items()}
     )
+
+
+def _row(tables: Mapping[Any, Any], number: int) -> dict[Any, Any]:
+    """Entry `number` of each."""
+    return {key: table[number] for key, table in tables.items()}
 
 
 def _rows(curve: Curve) -> np.ndarray:
@@ -153,39 +155,32 @@ def _folded(curve: Curve) -> np.ndarray:
 
 
 def _nodes(found: Findings) -> Variables:
-    densities, dims = [found.densities[name] for name in OPERATORS], ("operator", "node")
+    densities, dims = found.densities.items(), ("operator", "node")
+    probes = [found.densities[name].probes for name in OPERATORS]
     return {
-        "density_node": (dims, stacked([one.nodes for one in densities])),
-        "density_weight": (dims, stacked([one.weights for one in densities])),
-        "density_probe": (dims, stacked([one.probes for one in densities], fill=-2).astype(np.int64)),
+        "density_node": (dims, {name: one.nodes for name, one in densities}),
+        "density_weight": (dims, {name: one.weights for name, one in densities}),
+        "density_probe": (dims, pad_sequence(probes, True, padding_value=-2).numpy()),
     }
 
 
 def _pairs(found: Findings) -> Variables:
-    thresholds = np.array([_threshold(found, name) for name in OPERATORS[:2]] + [math.nan])
-    pairs = [found.pairs.get(name) for name in OPERATORS]
-    values = stacked([None if one is None else one.values for one in pairs])
-    residuals = stacked([None if one is None else one.residual_norms for one in pairs])
-    outliers = values > thresholds[:, None]
-    dims = ("operator", "pair")
+    pairs = found.pairs.items()
+    thresholds = {name: _threshold(found, name) for name in OPERATORS[:2]}
+    above = {name: one.values.cpu() > thresholds[name] for name, one in pairs}
+    outliers = [above.get(name, torch.zeros(0, dtype=torch.bool)) for name in OPERATORS]
+    edges = {"hessian": found.attribution.bulk_edge}
+    if found.exact is not None:
+        edges["gauss_newton"] = found.exact.bulk_edge
     return {
-        "eigenvalue": (dims, values),
-        "residual_norm": (dims, residuals),
-        "is_outlier": (dims, outliers.astype(np.int8)),
-        "num_outliers": (("operator",), np.where(np.isnan(values).all(1), np.nan, outliers.sum(1))),
-        "bulk_edge": (("operator",), _edges(found)),
+        "eigenvalue": (("operator", "pair"), {name: one.values for name, one in pairs}),
+        "residual_norm": (("operator", "pair"), {name: one.residual_norms for name, one in pairs}),
+        "is_outlier": (("operator", "pair"), pad_sequence(outliers, True).to(torch.int8).numpy()),
+        "num_outliers": (("operator",), {name: some.sum() for name, some in above.items() if len(some)}),
+        "bulk_edge": (("operator",), edges),
         "outlier_threshold": (("operator",), thresholds),
-        "converged": (
-            ("operator",),
-            np.array([math.nan if one is None else float(one.converged) for one in pairs]),
-        ),
+        "converged": (("operator",), {name: float(one.converged) for name, one in pairs}),
     }
-
-
-def _edges(found: Findings) -> np.ndarray:
-    """The largest eigenvalue without any mean, of each operator; of G where its spectrum is exact."""
-    exact = math.nan if found.exact is None else found.exact.bulk_edge
-    return np.array([found.attribution.bulk_edge, exact, math.nan])
 
 
 def _threshold(found: Findings, name: str) -> float:
@@ -197,84 +192,61 @@ def _threshold(found: Findings, name: str) -> float:
 
 
 def _shares(found: Findings) -> Variables:
-    parts = found.attribution.part_names
-    means = np.full((len(OPERATORS), len(parts)), np.nan)
+    means = {}
     for name, table in found.shares.items():
-        above = (found.pairs[name].values.cpu() > _threshold(found, name)).numpy()
+        above = found.pairs[name].values.cpu() > _threshold(found, name)
         if above.any():
-            means[OPERATORS.index(name)] = table.numpy()[above].mean(0)
+            means[name] = table.numpy()[above.numpy()].mean(0)
     return {
-        "share": (("operator", "pair", "part"), stacked([found.shares.get(name) for name in OPERATORS])),
+        "share": (("operator", "pair", "part"), found.shares),
         "mean_share": (("operator", "part"), means),
     }
 
 
-def _knockout_names(found: Findings) -> list[str]:
-    return list(dict.fromkeys(knockout.name for knockout in found.attribution.knockouts))
-
-
 def _knockouts(found: Findings) -> Variables:
     """Of H, and of G where its spectrum is exact; NaN for the methods and operators not run."""
-    names, methods = _knockout_names(found), ("subtraction", "projection")
     most = max(len(pairs.values) for pairs in found.pairs.values())
-    values = np.full((len(OPERATORS), len(names), len(methods), most), np.nan)
-    residuals = values.copy()
-    counts = np.full(values.shape[:3], np.nan)
-    upper = counts.copy()
-    for knockout in found.attribution.knockouts:
-        at = (0, names.index(knockout.name), methods.index(knockout.method))
-        size = len(knockout.values)
-        values[at][:size], residuals[at][:size] = knockout.values, knockout.residual_norms
-        counts[at], upper[at] = knockout.num_outliers, knockout.num_outliers_at_most
-        if found.exact is None:
-            continue
-        left = found.exact.knockout(*knockout.removed, method=knockout.method) if knockout.removed else None
-        left = found.exact.values if left is None else left
-        at, size = (1, *at[1:]), min(most, len(left))
-        values[at][:size], residuals[at][:size] = left[:size], 0
-        counts[at] = upper[at] = int((left > _threshold(found, "gauss_newton")).sum())
+    left: dict[tuple[str, str, str], tuple[Tensor, Tensor, int, int]] = {}
+    for one in found.attribution.knockouts:
+        counts = one.num_outliers, one.num_outliers_at_most
+        left["hessian", one.name, one.method] = (one.values, one.residual_norms, *counts)
+        if found.exact is not None:
+            exact, removed = found.exact, one.removed
+            values = exact.knockout(*removed, method=one.method) if removed else exact.values
+            count, values = int((values > _threshold(found, "gauss_newton")).sum()), values[:most]
+            left["gauss_newton", one.name, one.method] = (values, torch.zeros_like(values), count, count)
     dims = ("operator", "knockout", "method")
     return {
-        "knockout_value": ((*dims, "pair"), values),
-        "knockout_residual_norm": ((*dims, "pair"), residuals),
-        "knockout_outliers": (dims, counts),
-        "knockout_upper": (dims, upper),
+        "knockout_value": ((*dims, "pair"), _row(left, 0)),
+        "knockout_residual_norm": ((*dims, "pair"), _row(left, 1)),
+        "knockout_outliers": (dims, _row(left, 2)),
+        "knockout_upper": (dims, _row(left, 3)),
     }
 
 
 def _averages(found: Findings) -> Variables:
-    levels = ("class", "cross_class")
-    most = max(len(pairs.values) for pairs in found.pairs.values())
-    values = np.full((len(levels), most), np.nan)
-    overlaps = np.full((len(levels), len(OPERATORS)), np.nan)
-    dimensions, gradients = overlaps.copy(), np.full(len(levels), np.nan)
-    for j, level in enumerate(levels):
-        if level not in found.subspaces:
-            continue
-        eigenvalues = found.subspaces[level][0][:most]
-        values[j, : len(eigenvalues)] = eigenvalues.cpu()
-        gradients[j] = found.subspace_gradients[level]
-        for o, name in enumerate(OPERATORS):
-            overlaps[j, o] = found.overlaps.get((level, name), math.nan)
-            dimensions[j, o] = found.dimensions[level] if name in found.pairs else math.nan
+    most, levels = max(len(pairs.values) for pairs in found.pairs.values()), found.subspaces
+    dimensions = {(level, name): found.dimensions[level] for level in levels for name in found.pairs}
     return {
-        "subspace_value": (("level", "pair"), values),
-        "subspace_overlap": (("level", "operator"), overlaps),
+        "subspace_value": (
+            ("level", "pair"),
+            {level: values[:most] for level, (values, _) in levels.items()},
+        ),
+        "subspace_overlap": (("level", "operator"), found.overlaps),
         "subspace_dimension": (("level", "operator"), dimensions),
-        "subspace_gradients": (("level",), gradients),
+        "subspace_gradients": (("level",), {level: found.subspace_gradients[level] for level in levels}),
     }
 
 
 def _traces(found: Findings) -> Variables:
     """Traces of H, G, R and of G's parts, with standard errors, 0 where they are exact."""
-    values, errors = zip(*(_trace(found, name) for name in OPERATORS), strict=True)
-    parts = np.full((2, len(found.attribution.part_names)), np.nan)
-    parts[:, :-1] = found.part_traces
+    traces = {name: _trace(found, name) for name in OPERATORS}
+    parts = dict(zip(found.attribution.part_names, found.part_traces.T.tolist(), strict=False))
     return {
-        "trace": (("operator",), np.array(values)),
-        "trace_standard_error": (("operator",), np.array(errors)),
-        "part_trace": (("part",), parts[0]),
-        "part_trace_standard_error": (("part",), parts[1]),
+        "trace": (("operator",), _row(traces, 0)),
+        "trace_standard_error": (("operator",), _row(traces, 1)),
+        "part_trace": (("part",), _row(parts, 0)),
+        "part_trace_standard_error": (("part",), _row(parts, 1)),
     }
 
 
@@ -314,12 +286,11 @@ def _places(found: Findings) -> Variables:
 
 
 def _costs(found: Findings) -> Variables:
-    ledger = found.ledger
-    costs = list(ledger.costs.values())
+    costs = found.ledger.costs.items()
     return {
-        "cost_products": (("stage",), np.array([cost.num_products for cost in costs])),
-        "cost_seconds": (("stage",), np.array([cost.seconds for cost in costs])),
-        "cost_gradients": (("stage",), np.array(list(ledger.gradients.values()))),
+        "cost_products": (("stage",), np.array([cost.num_products for _, cost in costs])),
+        "cost_seconds": (("stage",), {name: cost.seconds for name, cost in costs}),
+        "cost_gradients": (("stage",), found.ledger.gradients),
     }
 
 

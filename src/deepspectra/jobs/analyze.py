@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -14,17 +13,15 @@ from torch import Tensor
 
 from deepspectra.arguments import check_count, check_rtol
 from deepspectra.errors import FileError, OptionError
+from deepspectra.files import save_whole
 from deepspectra.jobs import stages
 from deepspectra.jobs.analysis_dataset import CLASS_AXES, analysis_dataset
 from deepspectra.jobs.effort import check_effort
 from deepspectra.jobs.ledger import Ledger
-from deepspectra.jobs.pages import load_dataset, save_dataset, save_whole, titled, write_page, write_pages
+from deepspectra.jobs.pages import Dataset, load_dataset, save_dataset, titled, write_page
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.gradients import check_labelled
 from deepspectra.rows.projections import grouped
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 DATASET_FILE, VECTORS_FILE = "analysis.nc", "vectors.safetensors"
 
@@ -39,7 +36,7 @@ class Analysis:
             a G that is zero.
     """
 
-    dataset: xr.Dataset
+    dataset: Dataset
     vectors: dict[str, dict[str, Tensor]]
 
     @property
@@ -109,7 +106,7 @@ def save_series(analyses: Mapping[str, Analysis], path: str | Path) -> Path:
         DataError: there are no analyses.
         FileError: the file cannot be written.
     """
-    return write_pages({label: analysis.dataset for label, analysis in analyses.items()}, Path(path))
+    return write_page({label: analysis.dataset for label, analysis in analyses.items()}, Path(path))
 
 
 def load(directory: str | Path) -> Analysis:

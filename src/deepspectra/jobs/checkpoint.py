@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +19,7 @@ from deepspectra.analysis.attribute import Attribution
 from deepspectra.analysis.gram_spectrum import GramSpectrum
 from deepspectra.analysis.knockouts import Knockout
 from deepspectra.errors import FileError, first_line
+from deepspectra.files import save_whole
 from deepspectra.problem.batches import map_tensors
 from deepspectra.quadrature import Density
 from deepspectra.results import Cost, Eigenpairs, Provenance, Separation
@@ -87,18 +87,7 @@ class FinishedStages:
 
     def write(self, name: str, value: object) -> None:
         """Write a result: tensors, numbers and this library's results, in dictionaries and tuples."""
-        path = self._path(name)
-        staged = path.with_suffix(f".{os.getpid()}.part")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            torch.save(map_tensors(_of_its_size, value), staged)
-            staged.replace(path)
-        except (OSError, RuntimeError) as error:
-            with contextlib.suppress(OSError):
-                staged.unlink(missing_ok=True)
-            raise FileError(
-                f"{path} cannot be written: {first_line(error)}. Choose another folder, or make room."
-            ) from error
+        save_whole(self._path(name), lambda staged: torch.save(map_tensors(_of_its_size, value), staged))
 
     def once(self, name: str, value: Value) -> Value:
         """The value that was written first."""

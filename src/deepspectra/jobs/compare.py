@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from deepspectra.analysis.compare import Comparison
-from deepspectra.jobs.pages import UNLABELLED, Labels, page_dataset, stacked
+from deepspectra.jobs.pages import UNLABELLED, Dataset, Labels, page_dataset
 from deepspectra.problem.problem import Problem
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 CURVES = ("measured", "kronecker", "predicted", "baseline")
 
 
-def comparison_dataset(found: Comparison, problem: Problem, labels: Labels = UNLABELLED) -> xr.Dataset:
+def comparison_dataset(found: Comparison, problem: Problem, labels: Labels = UNLABELLED) -> Dataset:
     """Every number of `compare`; `problem` is the first of the two."""
-    curves = stacked([stacked([getattr(layer, name) for name in CURVES]) for layer in found.values()])
+    curves = {(name, curve): getattr(layer, curve) for name, layer in found.items() for curve in CURVES}
     variables = {
         "overlap_curve": (("layer", "curve", "dimension"), curves),
         "overlap_whole": (("whole_dimension",), found.whole.numpy()),
         "layer_outputs": (("layer",), np.array([layer.outputs for layer in found.values()])),
-        "layer_alignment": (("layer",), np.array([layer.alignment for layer in found.values()])),
+        "layer_alignment": (("layer",), {name: layer.alignment for name, layer in found.items()}),
     }
     coords = {
-        "layer": [layer.name or "(model)" for layer in found.values()],
+        "layer": list(found),
         "curve": list(CURVES),
-        "dimension": np.arange(1, curves.shape[-1] + 1),
-        "whole_dimension": np.arange(1, len(found.whole) + 1),
+        "dimension": range(1, max(map(len, curves.values())) + 1),
+        "whole_dimension": range(1, len(found.whole) + 1),
     }
-    subject, verdict = "Two trainings of", sentences(found)
     return page_dataset(
-        variables, coords, problem, labels, subject=subject, verdict=verdict, seconds=found.seconds
+        variables, coords, problem, labels, "Two trainings of", sentences(found), found.seconds
     )
 
 

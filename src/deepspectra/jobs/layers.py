@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from deepspectra.analysis.gram_spectrum import GramSpectrum
 from deepspectra.analysis.kronecker_quality import KroneckerQuality
-from deepspectra.analysis.layers import Layer, Layers
-from deepspectra.jobs.pages import UNLABELLED, Labels, Variables, page_dataset
+from deepspectra.analysis.layers import Layers
+from deepspectra.jobs.pages import UNLABELLED, Dataset, Labels, Variables, page_dataset
 from deepspectra.problem.problem import Problem
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 KINDS = ("features", "errors", "gradients", "centred")
 PARTS = ("mean", "class", "logit", "interaction", "within", "true")
@@ -30,116 +29,113 @@ SMALLEST = 1e-8  # of a layer's largest eigenvalue: what is drawn as zero
 EXPLAINED = 0.9  # cosine from which products of means stand for means of products
 
 
-def layer_dataset(found: Layers, problem: Problem, labels: Labels = UNLABELLED) -> xr.Dataset:
+def layer_dataset(found: Layers, problem: Problem, labels: Labels = UNLABELLED) -> Dataset:
     """Every number of `layers(problem, effects="two-way")`."""
-    ranks = min(MOST_RANKS, max(3 * problem.num_classes, 10))
-    shape = (len(found), len(KINDS))
-    values = np.full((*shape, ranks), np.nan)
-    shares = np.full((*shape, ranks, len(PARTS)), np.nan)
-    traces, largest = (np.full((*shape, len(PARTS)), np.nan) for _ in range(2))
-    products = np.full((len(found), len(STATISTICS), 2), np.nan)
-    collapse = np.full((len(found), len(MEASURES)), np.nan)
-    for j, layer in enumerate(found.values()):
-        for i, spectrum in enumerate(_spectra(layer)):
-            if spectrum is None:
-                continue
-            size = min(ranks, len(spectrum.values))
-            values[j, i, :size] = spectrum.values[:size]
-            for part, column, trace in zip(
-                spectrum.part_names, spectrum.shares.T, spectrum.traces.tolist(), strict=True
-            ):
-                p = PARTS.index(part)
-                shares[j, i, :size, p] = column[:size]
-                traces[j, i, p] = trace
-                largest[j, i, p] = max(spectrum.parts[part].tolist(), default=0.0)
-        if layer.khatri_rao is not None:
-            for i, name in enumerate(STATISTICS):
-                table = getattr(layer.khatri_rao, name)
-                table = table[~table.isnan()]
-                products[j, i] = float(table.mean()), float(table.std(correction=0))
-        if layer.collapse is not None:
-            collapse[j] = [getattr(layer.collapse, name) for name in MEASURES]
+    ranks, spectra = min(MOST_RANKS, max(3 * problem.num_classes, 10)), _spectra(found)
+    parts = {
+        (*key, part): (max(spectrum.parts[part].tolist(), default=0.0), trace)
+        for key, spectrum in spectra.items()
+        for part, trace in zip(spectrum.part_names, spectrum.traces.tolist(), strict=True)
+    }
+    values = {key: one.values[:ranks] for key, one in spectra.items()}
+    shares = {key: _in_places(one.shares[:ranks], one.part_names) for key, one in spectra.items()}
+    collapses = {name: layer.collapse for name, layer in found.items()}
+    kronecker, kinds = _kronecker(found)
     variables: Variables = {
         "layer_eigenvalue": (("layer", "kind", "rank"), values),
         "layer_share": (("layer", "kind", "rank", "layer_part"), shares),
-        "layer_trace": (("layer", "kind", "layer_part"), traces),
-        "layer_largest": (("layer", "kind", "layer_part"), largest),
-        "khatri_rao": (("layer", "statistic", "moment"), products),
-        "collapse": (("layer", "measure"), collapse),
+        "layer_trace": (("layer", "kind", "layer_part"), {key: trace for key, (_, trace) in parts.items()}),
+        "layer_largest": (("layer", "kind", "layer_part"), {key: most for key, (most, _) in parts.items()}),
+        "khatri_rao": (("layer", "statistic", "moment"), _products(found)),
+        "collapse": (("layer", "measure"), _numbers(collapses, MEASURES)),
         "layer_parameters": (("layer",), np.array([layer.num_parameters for layer in found.values()])),
+        **_blocks(found),
+        **kronecker,
     }
-    kronecker, kinds = _kronecker(found)
-    blocks, measures = _blocks(found)
     coords = {
-        "layer": [layer.name or "(model)" for layer in found.values()],
+        "layer": list(found),
         "kind": list(KINDS),
         "layer_part": list(PARTS),
         "statistic": list(STATISTICS),
         "moment": ["mean", "deviation"],
         "measure": list(MEASURES),
+        "series": list(SERIES),
+        "block_measure": list(BLOCK_MEASURES),
+        **kinds,
     }
-    variables, coords = variables | kronecker | blocks, coords | kinds | measures
-    subject, verdict = "Layers of", sentences(found)
-    return page_dataset(
-        variables, coords, problem, labels, subject=subject, verdict=verdict, seconds=found.seconds
-    )
+    return page_dataset(variables, coords, problem, labels, "Layers of", sentences(found), found.seconds)
 
 
-def _blocks(found: Layers) -> tuple[Variables, dict[str, Any]]:
-    """Variables and coordinates of the layers' blocks of G and H: sizes, largest eigenvalues, densities."""
-    hessians = [layer.hessian for layer in found.values()]
-    num = max((len(h.values) for h in hessians if h is not None), default=1)
-    ranks = np.full((len(found), len(KINDS)), np.nan)
-    values, measures = np.full((len(found), num), np.nan), np.full((len(found), len(BLOCK_MEASURES)), np.nan)
-    grids, curves = (np.full((len(found), len(SERIES), POINTS), np.nan) for _ in range(2))
-    for j, (layer, h) in enumerate(zip(found.values(), hessians, strict=True)):
-        ranks[j] = [math.nan if one is None else one.stable_rank for one in _spectra(layer)]
-        drawn = [(layer.gradients.density, 1)]
-        if h is not None:
-            values[j, : len(h.values)] = h.values
-            measures[j] = [getattr(h, name) for name in BLOCK_MEASURES]
-            drawn += [] if h.is_gauss_newton else [(h.density, 1), (h.density, -1)]
-        for i, (density, sign) in enumerate(drawn):
-            if bool((density.nodes * sign > 0).any()):
-                curve = density.smooth("log", sign=sign, num_points=POINTS, epsilon=SMALLEST)
-                grids[j, i], curves[j, i] = curve.grid, curve.density
-    variables = {
-        "stable_rank": (("layer", "kind"), ranks),
-        "hessian_eigenvalue": (("layer", "hessian_rank"), values),
-        "hessian_block": (("layer", "block_measure"), measures),
-        "layer_density": (("layer", "series", "layer_point"), curves),
-        "layer_density_grid": (("layer", "series", "layer_point"), grids),
+def _spectra(found: Layers) -> dict[tuple[str, str], GramSpectrum]:
+    """(layer, kind) → spectrum, where there is one."""
+    return {
+        (name, kind): spectrum
+        for name, layer in found.items()
+        for kind in KINDS
+        if (spectrum := getattr(layer, kind)) is not None
     }
-    return variables, {"series": list(SERIES), "block_measure": list(BLOCK_MEASURES)}
+
+
+def _in_places(shares: Tensor, names: tuple[str, ...]) -> Tensor:
+    """Columns of these parts among those of all."""
+    table = shares.new_full((len(shares), len(PARTS)), math.nan)
+    table[:, [PARTS.index(name) for name in names]] = shares
+    return table
+
+
+def _numbers(found: Mapping[Any, Any], names: tuple[str, ...]) -> dict[Any, list[Any]]:
+    """Attributes of what was found, where something was."""
+    return {key: [getattr(one, name) for name in names] for key, one in found.items() if one is not None}
+
+
+def _products(found: Layers) -> dict[tuple[str, str], list[float]]:
+    """Mean and deviation of every statistic of products of means."""
+    known: dict[tuple[str, str], list[float]] = {}
+    for layer, tables in _numbers({name: one.khatri_rao for name, one in found.items()}, STATISTICS).items():
+        for statistic, cosines in zip(STATISTICS, tables, strict=True):
+            finite = cosines[~cosines.isnan()]
+            known[layer, statistic] = [float(finite.mean()), float(finite.std(correction=0))]
+    return known
+
+
+def _blocks(found: Layers) -> Variables:
+    """The layers' blocks of G and H: sizes, largest eigenvalues, densities."""
+    hessians = {name: layer.hessian for name, layer in found.items() if layer.hessian is not None}
+    densities = {(name, SERIES[0]): (layer.gradients.density, 1) for name, layer in found.items()}
+    for name, h in hessians.items():
+        if not h.is_gauss_newton:
+            densities |= {(name, SERIES[1]): (h.density, 1), (name, SERIES[2]): (h.density, -1)}
+    curves = {
+        key: density.smooth("log", sign=sign, num_points=POINTS, epsilon=SMALLEST)
+        for key, (density, sign) in densities.items()
+        if bool((density.nodes * sign > 0).any())
+    }
+    dims = ("layer", "series", "layer_point")
+    return {
+        "stable_rank": (("layer", "kind"), {key: one.stable_rank for key, one in _spectra(found).items()}),
+        "hessian_eigenvalue": (("layer", "hessian_rank"), {name: h.values for name, h in hessians.items()}),
+        "hessian_block": (("layer", "block_measure"), _numbers(hessians, BLOCK_MEASURES)),
+        "layer_density": (dims, {key: curve.density for key, curve in curves.items()}),
+        "layer_density_grid": (dims, {key: curve.grid for key, curve in curves.items()}),
+    }
 
 
 def _kronecker(found: Layers) -> tuple[Variables, dict[str, Any]]:
     """Variables and coordinates of Kronecker-factored approximations, if they were judged."""
     if found.kronecker is None:
         return {}, {}
-    quality = found.kronecker
-    ks = max((layer.ks for layer in quality.values()), key=len, default=())
-    shape = (len(quality), len(quality.kinds))
-    errors, overlaps = np.full((*shape, len(FITS)), np.nan), np.full((*shape, len(ks)), np.nan)
-    for j, layer in enumerate(quality.values()):
-        for i, kind in enumerate(quality.kinds):
-            fit = layer.fits[kind]
-            errors[j, i] = [getattr(fit, name) for name in FITS]
-            overlaps[j, i, : len(fit.overlaps)] = fit.overlaps
-    dims = ("block", "approximation")
+    quality, kinds = found.kronecker, found.kronecker.kinds
+    fits = {(name, kind): layer.fits[kind] for name, layer in quality.items() for kind in kinds}
     variables: Variables = {
-        "kronecker_fit": ((*dims, "fit"), errors),
-        "kronecker_overlap": ((*dims, "size"), overlaps),
+        "kronecker_fit": (("block", "approximation", "fit"), _numbers(fits, FITS)),
+        "kronecker_overlap": (
+            ("block", "approximation", "size"),
+            {key: fit.overlaps for key, fit in fits.items()},
+        ),
     }
-    names = {
-        "block": [layer.name or "(model)" for layer in quality.values()],
-        "approximation": list(quality.kinds),
-    }
-    return variables, names | {"fit": list(FITS), "size": list(ks)}
-
-
-def _spectra(layer: Layer) -> tuple[GramSpectrum | None, ...]:
-    return layer.features, layer.errors, layer.gradients, layer.centred
+    ks = max((layer.ks for layer in quality.values()), key=len, default=())
+    coords = {"block": list(quality), "approximation": list(kinds), "fit": list(FITS), "size": list(ks)}
+    return variables, coords
 
 
 def sentences(found: Layers) -> list[str]:

@@ -129,11 +129,6 @@ class Ledger:
 
             Console(stderr=True).print(text, highlight=False)
 
-    @property
-    def total(self) -> Cost:
-        """All stages together."""
-        return sum(self.costs.values(), Cost(0, 0.0))
-
 
 def _bars(show: bool) -> Progress:
     """Progress on standard error, or none of it."""

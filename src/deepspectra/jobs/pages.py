@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from deepspectra.errors import FileError, first_line
+from deepspectra.files import save_whole
 from deepspectra.problem.problem import Problem
 from deepspectra.results import versions
 
 if TYPE_CHECKING:
     import xarray as xr
 
-ADVICE = "Choose another directory, or make room."
-Variables = dict[str, tuple[tuple[str, ...], Any]]  # name → dimensions and values
+Dataset: TypeAlias = "xr.Dataset"  # whose import takes a while
+Variables = dict[str, tuple[tuple[str, ...], Any]]
+"""Name → dimensions, and values: an array, or by names, one for each of the first dimensions (see `dataset_of`)."""
 STEMS = ("analysis", "layers", "regions", "compare", "study")  # of what the commands save
 
 
@@ -66,36 +66,52 @@ class Labels(NamedTuple):
 UNLABELLED = Labels()
 
 
-def stacked(arrays: Iterable[Any], fill: float = math.nan) -> np.ndarray:
-    """Arrays or tensors along a new first axis, filled up to the largest; None is filling alone."""
-    known = [None if one is None else torch.as_tensor(one).cpu().numpy() for one in arrays]
-    shape = tuple(map(max, zip(*(one.shape for one in known if one is not None), strict=True)))
-    table = np.full((len(known), *shape), fill)
-    for row, one in zip(table, known, strict=True):
-        if one is not None:
-            row[tuple(map(slice, one.shape))] = one
-    return table
-
-
 def dataset_of(
-    variables: Variables, coords: Mapping[str, Any], attributes: Mapping[str, object]
-) -> xr.Dataset:
-    """Numbers with their dimensions named; `docs/file-format.md` describes those of each job."""
+    variables: Variables, coords: Mapping[str, Sequence[Any]], attributes: Mapping[str, object]
+) -> Dataset:
+    """Numbers with their dimensions named; `docs/file-format.md` describes those of each job.
+
+    Values by name are put where the coordinates of their first dimensions have these names, and are NaN elsewhere; a
+    dimension without coordinates is as long as the longest of them. A layer without a name is the model.
+    """
     import xarray as xr  # noqa: PLC0415  (its import takes a while)
 
-    return xr.Dataset(variables, coords=coords, attrs=attributes)
+    named = {name: _by_name(values) for name, (_, values) in variables.items() if isinstance(values, dict)}
+    sizes = {dim: len(names) for dim, names in coords.items()}
+    for name, entries in named.items():
+        for key, one in entries.items():
+            own = dict(zip(variables[name][0][len(key) :], one.shape, strict=True))
+            sizes |= {dim: max(size, sizes.get(dim, 0)) for dim, size in own.items()}
+    tables = {}
+    for name, entries in named.items():
+        dims, _ = variables[name]
+        table = np.full([sizes.get(dim, 1) for dim in dims], np.nan)
+        for key, one in entries.items():
+            at = tuple(coords[dim].index(label) for dim, label in zip(dims, key, strict=False))
+            table[at + tuple(slice(size) for size in one.shape)] = one
+        tables[name] = dims, table
+    shown = {dim: [label if label != "" else "(model)" for label in labels] for dim, labels in coords.items()}
+    return xr.Dataset(variables | tables, coords=shown, attrs=attributes)
+
+
+def _by_name(values: Mapping[Any, Any]) -> dict[tuple[Any, ...], np.ndarray]:
+    """Numbers, arrays or tensors as arrays, each by its names."""
+    keys = (key if isinstance(key, tuple) else (key,) for key in values)
+    return {
+        key: one.cpu().numpy() if isinstance(one, torch.Tensor) else np.asarray(one)
+        for key, one in zip(keys, values.values(), strict=True)
+    }
 
 
 def page_dataset(
     variables: Variables,
-    coords: Mapping[str, Any],
+    coords: Mapping[str, Sequence[Any]],
     problem: Problem,
     labels: Labels,
-    *,
     subject: str,
     verdict: Iterable[str],
     seconds: float,
-) -> xr.Dataset:
+) -> Dataset:
     """A job's dataset with what its page says of the problem, its subject ("Layers of") and its verdict."""
     model = labels.model or type(problem.model).__name__
     attributes = {
@@ -117,12 +133,8 @@ def titled(subject: str, model: str, data: str) -> str:
     return f"{subject} {model}" + (f" on {data}" if data else "")
 
 
-def load_page(directory: str | Path) -> xr.Dataset:
-    """The dataset that a command saved in a directory: an analysis, or else that of another command.
-
-    Raises:
-        FileError: there is none, or it cannot be read.
-    """
+def load_page(directory: str | Path) -> Dataset:
+    """The dataset that a command saved in a directory, an analysis or else that of another; or FileError."""
     folder = Path(directory)
     path = next((folder / f"{stem}.nc" for stem in STEMS if (folder / f"{stem}.nc").is_file()), None)
     if path is None:
@@ -132,12 +144,8 @@ def load_page(directory: str | Path) -> xr.Dataset:
     return load_dataset(path, "Run the command again.")
 
 
-def load_dataset(path: Path, advice: str) -> xr.Dataset:
-    """Read a NetCDF file.
-
-    Raises:
-        FileError: it is truncated, damaged or of another kind.
-    """
+def load_dataset(path: Path, advice: str) -> Dataset:
+    """Read a NetCDF file; FileError with this advice if it is truncated, damaged or of another kind."""
     import xarray as xr  # noqa: PLC0415  (its import takes a while)
 
     try:
@@ -149,12 +157,8 @@ def load_dataset(path: Path, advice: str) -> xr.Dataset:
         raise FileError(f"{path} is truncated, damaged or foreign ({first_line(error)}). {advice}") from error
 
 
-def save_dataset(dataset: xr.Dataset, path: Path) -> None:
-    """Write a NetCDF file, with checksums of its numbers.
-
-    Raises:
-        FileError: it cannot be written.
-    """
+def save_dataset(dataset: Dataset, path: Path) -> None:
+    """Write a NetCDF file, with checksums of its numbers; FileError if it cannot be written."""
     encoding = {
         name: {"fletcher32": True, "chunksizes": one.shape}
         for name, one in dataset.variables.items()
@@ -163,43 +167,20 @@ def save_dataset(dataset: xr.Dataset, path: Path) -> None:
     save_whole(path, lambda staged: dataset.to_netcdf(staged, engine="h5netcdf", encoding=encoding))
 
 
-def save_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have a file written beside its place and move it there, so that what fails or is killed leaves no half file.
-
-    Raises:
-        FileError: it cannot be written.
-    """
-    staged = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(staged)
-        staged.replace(path)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # RuntimeError is HDF5's, of a disk that is full
-        with contextlib.suppress(OSError):
-            staged.unlink(missing_ok=True)
-        raise FileError(f"{path} cannot be written ({first_line(error)}). {ADVICE}") from error
-
-
 def check_writable(folder: str | Path) -> None:
-    """Make a folder if need be and write into it, before work is done that would be lost.
-
-    Raises:
-        FileError: it cannot be made or written.
-    """
+    """Make a folder if need be and write into it, before work is done that would be lost; or FileError."""
     place = Path(folder)
     try:
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b"0")
     except OSError as error:
-        raise FileError(f"{place} cannot be written ({error.strerror or error}). {ADVICE}") from error
+        raise FileError(
+            f"{place} cannot be written ({error.strerror or error}). Choose another directory, or make room."
+        ) from error
 
 
-def save_page(dataset: xr.Dataset, directory: str | Path, stem: str) -> Path:
+def save_page(dataset: Dataset, directory: str | Path, stem: str) -> Path:
     """Write STEM.nc and STEM.html into a directory, made if need be; returns the page's path.
 
     Raises:
@@ -213,26 +194,12 @@ def save_page(dataset: xr.Dataset, directory: str | Path, stem: str) -> Path:
     return page
 
 
-def write_page(dataset: xr.Dataset, path: Path) -> Path:
-    """Write a dataset's page; returns its path.
+def write_page(shown: Dataset | dict[str, Dataset], path: Path) -> Path:
+    """Write a dataset's page, or one of several by label among which the reader chooses; returns its path."""
+    from deepspectra.report import page  # noqa: PLC0415  (Altair's import takes a while)
 
-    Raises:
-        FileError: it cannot be written.
-    """
-    from deepspectra.report.page import write  # noqa: PLC0415  (Altair's import takes a while)
-
-    write(dataset, path)
-    return path
-
-
-def write_pages(series: Mapping[str, xr.Dataset], path: Path) -> Path:
-    """Write one page of several datasets by label, among which the reader chooses; returns its path.
-
-    Raises:
-        FileError: it cannot be written.
-        DataError: there are no datasets.
-    """
-    from deepspectra.report.page import write_series  # noqa: PLC0415  (Altair's import takes a while)
-
-    write_series(series, path)
+    if isinstance(shown, dict):
+        page.write_series(shown, path)
+    else:
+        page.write(shown, path)
     return path

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from deepspectra.analysis.regions import REGIONS, Regions, Shifts
 from deepspectra.analysis.study import WHOLE
-from deepspectra.jobs.pages import UNLABELLED, Labels, Variables, page_dataset
+from deepspectra.jobs.pages import UNLABELLED, Dataset, Labels, Variables, page_dataset
 from deepspectra.problem.problem import Problem
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 CLAIMS = {  # knock-out → the region that it is said to make
     "class": "outliers",
@@ -28,36 +24,34 @@ TOLD = ("gradients", "hessian")  # of which the verdict gives numbers
 NAMES = {"gradients": "G", "hessian": "H", "features": "features", "errors": "backpropagated errors"}
 
 
-def regions_dataset(found: Sequence[Regions], problem: Problem, labels: Labels = UNLABELLED) -> xr.Dataset:
+def regions_dataset(found: Sequence[Regions], problem: Problem, labels: Labels = UNLABELLED) -> Dataset:
     """Every number of `regions`, for one kind of rows or several, by one method."""
     places = [WHOLE, *dict.fromkeys(name for one in found for name in one if len(one) > 1)]
     knockouts = list(dict.fromkeys(name for one in found for name in one.whole.knockouts))
-    shape = (len(found), len(places), len(knockouts), len(REGIONS))
-    values, errors = (np.full(shape, np.nan) for _ in range(2))
-    moved = np.full(shape[:3], -1, dtype=np.int8)
+    moved = np.full((len(found), len(places), len(knockouts)), -1, dtype=np.int8)
+    values, errors = {}, {}
     for s, one in enumerate(found):
         for place, shifts in _places(one):
             for row, name in enumerate(shifts.knockouts):
-                at = (s, places.index(place), knockouts.index(name))
+                at = (one.of, place, name)
                 values[at], errors[at] = shifts.values[row], shifts.standard_errors[row]
-                most = shifts.moved(name)
-                moved[at] = -1 if most is None else REGIONS.index(most)
+                if (most := shifts.moved(name)) is not None:
+                    moved[s, places.index(place), knockouts.index(name)] = REGIONS.index(most)
     variables: Variables = {
-        "region_missed": (("spectrum",), np.array([one.missed for one in found])),
+        "region_missed": (("spectrum",), {one.of: one.missed for one in found}),
         "region_shift": (("spectrum", "place", "removed", "region"), values),
         "region_shift_error": (("spectrum", "place", "removed", "region"), errors),
         "region_moved": (("spectrum", "place", "removed"), moved),
     }
     coords = {
         "spectrum": [one.of for one in found],
-        "place": [place or "(model)" for place in places],
+        "place": places,
         "removed": knockouts,
         "region": list(REGIONS),
     }
-    subject, verdict = "Regions of the spectra of", sentences(found)
     seconds = sum(one.seconds for one in found)
     dataset = page_dataset(
-        variables, coords, problem, labels, subject=subject, verdict=verdict, seconds=seconds
+        variables, coords, problem, labels, "Regions of the spectra of", sentences(found), seconds
     )
     dataset.attrs["method"] = found[0].method
     return dataset

@@ -159,7 +159,7 @@ def run(problem: Problem, ledger: Ledger, options: Options, resume: Path | None 
     if found.dense and not exact:
         _find_density(found, "gauss_newton", GaussNewton(problem))
     if not exact:
-        _find_traces(found)
+        found.trace, found.part_traces = ledger.run("traces of G", lambda _: _traces(found))
     found.parts.forget_means()
     _find_density(found, "hessian", hessian)
     products.release()
@@ -282,14 +282,10 @@ def _shares_and_rows(found: Findings, gram: RowGram) -> tuple[Tensor, Tensor]:
     return shares, found_rows / found_rows.norm(dim=0).clamp_min(torch.finfo(found_rows.dtype).tiny)
 
 
-def _find_traces(found: Findings) -> None:
-    """The traces of G and of its parts, while the means are at hand: exact but for what does not fit."""
-    found.trace, found.part_traces = found.ledger.run("traces of G", lambda _: _traces(found))
-
-
 def _traces(found: Findings) -> tuple[tuple[float, float] | None, Tensor]:
     """Of G with its standard error, if gradients of single examples are to be had, and of the parts (2, parts).
 
+    While the means are at hand they are exact but for what does not fit.
     Traces of means are sums of their squares, and within is what they leave of G. Where that is not known, and
     for the interaction if the C² means do not fit, by random signs on the complement of the top pairs of H.
     """

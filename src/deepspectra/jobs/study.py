@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from deepspectra.analysis.study import LEFT, MOST_ROWS, WHOLE, Study
-from deepspectra.jobs.pages import UNLABELLED, Labels, page_dataset
+from deepspectra.jobs.pages import UNLABELLED, Dataset, Labels, page_dataset
 from deepspectra.problem.problem import Problem
 from deepspectra.zoo import LabelledData
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 RANDOM_LABELS_EPOCHS = 4  # times those of true labels, which take fewer to fit
 TOLD = (  # in the verdict
@@ -63,9 +59,7 @@ STUDIES: Mapping[str, tuple[Variant, ...]] = {
 }
 
 
-def study_dataset(
-    found: Study, problem: Problem, labels: Labels = UNLABELLED, *, name: str = ""
-) -> xr.Dataset:
+def study_dataset(found: Study, problem: Problem, labels: Labels = UNLABELLED, *, name: str = "") -> Dataset:
     """Every number of `study`, of some name; `problem` is one of its networks."""
     variables = {
         "study": (("variant", "layer", "measured", "sample"), torch.stack([*found.values()], 1).numpy()),
@@ -74,13 +68,11 @@ def study_dataset(
     }
     coords = {
         "variant": list(found.variants),
-        "layer": [layer or "(model)" for layer in found],
+        "layer": list(found),
         "measured": list(found.measures),
     }
-    subject, verdict = f"Study of {name}:" if name else "Study of", sentences(found)
-    dataset = page_dataset(
-        variables, coords, problem, labels, subject=subject, verdict=verdict, seconds=found.seconds
-    )
+    subject = f"Study of {name}:" if name else "Study of"
+    dataset = page_dataset(variables, coords, problem, labels, subject, sentences(found), found.seconds)
     dataset.attrs["measures"] = json.dumps(dict(found.measures))
     for one in ("loss_value", "accuracy"):  # of one network: the table has all
         del dataset.attrs[one]

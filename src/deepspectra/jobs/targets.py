@@ -137,8 +137,8 @@ def _zoo_problem(
     loaded = zoo.load(data, root=chosen.data_root, per_class=chosen.per_class, size=size, seed=draw)
     examples = variant.of(loaded, draw)
     names = [str(name) for name in examples.class_names]
-    shape = tuple(examples.inputs.shape[1:])
-    network = zoo.build(model, input_shape=shape, num_classes=len(names), seed=chosen.seed)
+    shape = examples.input_shape
+    network = zoo.build(model, input_shape=shape, num_classes=examples.num_classes, seed=chosen.seed)
     if variant.batch_norm:
         network = zoo.normalised(network, shape)
     recipe = zoo.recipe(model, data, len(examples))

@@ -33,9 +33,10 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """Apply a function to every tensor of nested lists, tuples, mappings and dataclasses."""
     if isinstance(tree, Tensor):
         return function(tree)
-    if isinstance(tree, Mapping):
+    plain = isinstance(tree, (dict, UserDict))  # a model's output may be a dataclass too
+    if plain or (isinstance(tree, Mapping) and not is_dataclass(tree)):
         mapped = {key: map_tensors(function, value) for key, value in tree.items()}
-        return _of_class(tree, mapped) if isinstance(tree, (dict, UserDict)) else mapped
+        return _of_class(tree, mapped) if plain else mapped
     if is_dataclass(tree) and not isinstance(tree, type):
         twin = copy.copy(tree)
         for name in _fields(tree):

@@ -9,9 +9,9 @@ import xarray as xr
 
 from deepspectra.report.drawing import (
     INK,
-    LABEL_INKS,
     LEVEL_COLOURS,
     LEVEL_NAMES,
+    LIGHT_PARTS,
     MOST_ROWS,
     MUTED,
     OPERATOR_COLOURS,
@@ -25,7 +25,6 @@ from deepspectra.report.drawing import (
     by_operator,
     colour,
     finished,
-    holds,
     log_axis,
     needs,
     number,
@@ -42,6 +41,19 @@ from deepspectra.report.findings import (
     outliers_left,
 )
 from deepspectra.report.text import percent
+
+RANKED = {  # eigenvalues that are drawn by rank: labels, colours and symbols
+    "hessian": (OPERATOR_NAMES["hessian"], OPERATOR_COLOURS["hessian"], "circle"),
+    "gauss_newton": (OPERATOR_NAMES["gauss_newton"], OPERATOR_COLOURS["gauss_newton"], "circle"),
+    "class": (LEVEL_NAMES["class"], LEVEL_COLOURS["class"], "diamond"),
+    "cross_class": (LEVEL_NAMES["cross_class"], LEVEL_COLOURS["cross_class"], "triangle-up"),
+}
+
+
+def _of_shown(table: list[Row]) -> Mark:
+    """An empty chart of the rows of the operator that is chosen."""
+    return blank(table).transform_filter("datum.operator == shown")
+
 
 # ---------------------------------------------------------------------------------------------------- shares
 
@@ -64,8 +76,8 @@ def shares(dataset: xr.Dataset) -> alt.LayerChart:
     parts = [str(part) for part in dataset["part"].values]
     seen = [row for row in table if row["rank"] <= MOST_ROWS]
     bars = [bar for row in seen for bar in _bars(row, parts)] + _mean_bars(dataset)
-    reach = [math.floor(20 * min(bar["from"] for bar in bars) + 1e-6) / 20]
-    reach.append(math.ceil(20 * max(bar["to"] for bar in bars) - 1e-6) / 20)
+    low, high = min(bar["from"] for bar in bars), max(bar["to"] for bar in bars)
+    reach = [math.floor(20 * low + 1e-6) / 20, math.ceil(20 * high - 1e-6) / 20]
     order = [*dict.fromkeys(bar["row"] for bar in bars if bar["row"] not in (" ", "mean")), " ", "mean"]
     operators = operators_of(bars)
     longest = max(row["rank"] for row in seen) + 2
@@ -73,7 +85,7 @@ def shares(dataset: xr.Dataset) -> alt.LayerChart:
         f"the {MOST_ROWS} largest of up to {max(row['rank'] for row in table)} outliers; the mean is over all"
     )
     title = {"title": note} if len(seen) < len(table) else {}
-    base = blank(bars).transform_filter("datum.operator == shown")
+    base = _of_shown(bars)
     bar = base.mark_bar(stroke="white", strokeWidth=0.8, height={"band": 0.82}).encode(
         y=alt.Y("row:N", sort=order, title="outlier, by rank: λ", axis=alt.Axis(ticks=False, domain=False)),
         x=alt.X(
@@ -83,7 +95,7 @@ def shares(dataset: xr.Dataset) -> alt.LayerChart:
             axis=alt.Axis(format=".0%", tickCount=5),
         ),
         x2="to:Q",
-        color=colour(parts, {}, PART_COLOURS),
+        color=colour({part: PART_COLOURS[part] for part in parts}),
         tooltip=[word("row", "outlier"), word("label", "part"), tip("share", "share", ".1~%")],
     )
     text = (
@@ -101,10 +113,8 @@ def shares(dataset: xr.Dataset) -> alt.LayerChart:
 
 
 def _bars(row: Row, parts: list[str]) -> list[Row]:
-    name = f"{row['rank']}:  {number(row['eigenvalue'])}"
-    return _stack(
-        row["operator"], name, {part: row[f"share {part}"] for part in parts if f"share {part}" in row}
-    )
+    own = {part: row[f"share {part}"] for part in parts if f"share {part}" in row}
+    return _stack(row["operator"], f"{row['rank']}:  {number(row['eigenvalue'])}", own)
 
 
 def _mean_bars(dataset: xr.Dataset) -> list[Row]:
@@ -124,8 +134,8 @@ def _stack(operator: str, name: str, parts: dict[str, float]) -> list[Row]:
         low, high = sorted((start, start + share))
         bar: Row = {"operator": operator, "row": name, "label": part, "share": share, "from": low, "to": high}
         if high - low >= 0.1:
-            ink = LABEL_INKS.get(part, "white")
-            bar |= {"text": percent(share, 0), "middle": (low + high) / 2, "ink": ink}
+            bar |= {"text": percent(share, 0), "middle": (low + high) / 2}
+            bar["ink"] = INK if part in LIGHT_PARTS else "white"
         bars.append(bar)
     return bars
 
@@ -143,18 +153,15 @@ def _none_positive(dataset: xr.Dataset) -> str:
 def knockouts(dataset: xr.Dataset) -> alt.LayerChart:
     """Eigenvalues that stay when parts are removed, against the outlier threshold."""
     summary = knockout_summary(dataset)
-    names = {(row["operator"], row["knockout"], row["method"]): _knockout_name(row) for row in summary}
+    for row in summary:
+        row["row"] = _knockout_name(row)
+    order = list(dict.fromkeys(row["row"] for row in summary))
     thresholds = by_operator(dataset, "outlier_threshold")
-    table = [
-        row
-        for row in rows(dataset, "knockout_value")
-        if (row["operator"], row["knockout"], row["method"]) in names
-    ]
+    table = [row | {"row": _knockout_name(row)} for row in rows(dataset, "knockout_value")]
+    table = [row for row in table if row["row"] in order and row["knockout_value"] > 0]
     for row in table:
         limit = thresholds.get(row["operator"], math.inf)
-        row |= {"row": names[row["operator"], row["knockout"], row["method"]]}
-        row |= {"label": "above the threshold" if row["knockout_value"] > limit else "below"}
-    table = [row for row in table if row["knockout_value"] > 0]
+        row["label"] = "above the threshold" if row["knockout_value"] > limit else "below"
     values = [row["knockout_value"] for row in table]
     values += [value for value in thresholds.values() if value > 0]
     low, high = max(min(values), max(values) * 1e-5) / 1.5, max(values) * 1.5
@@ -163,7 +170,6 @@ def knockouts(dataset: xr.Dataset) -> alt.LayerChart:
         scale=alt.Scale(type="log", domain=[low, high], nice=False),
         axis=log_axis(low, high, title="eigenvalues left (logarithmic axis)"),
     )
-    order = list(dict.fromkeys(names.values()))
     split = alt.Axis(
         labelExpr="split(datum.label, ' | ')",
         ticks=False,
@@ -173,8 +179,7 @@ def knockouts(dataset: xr.Dataset) -> alt.LayerChart:
         labelOffset=-7,
     )
     y = alt.Y("row:N", sort=order, title=None, axis=split)
-    layers = [_knockout_dots(table, x, y), *_knockout_rules(thresholds)]
-    layers.append(_knockout_counts(summary, names, y))
+    layers = [_knockout_dots(table, x, y), *_knockout_rules(thresholds), _knockout_counts(summary, y)]
     chart = alt.layer(*layers).add_params(operator_selector(operators_of(table), everything=False))
     return finished(chart, width=WIDTH, height=40 * len(order))
 
@@ -187,12 +192,15 @@ def _knockout_name(row: Row) -> str:
 
 def _knockout_dots(table: list[Row], x: alt.X, y: alt.Y) -> Mark:
     colours = alt.Scale(domain=["above the threshold", "below"], range=[INK, "#b8c1cb"])
-    base = blank(table).transform_filter("datum.operator == shown")
-    return base.mark_circle(size=60, opacity=0.8, clip=True).encode(
-        x=x,
-        y=y,
-        color=alt.Color("label:N", scale=colours, sort=None),
-        tooltip=[word("row", "removed"), tip("knockout_value", "λ left", ".4~g")],
+    return (
+        _of_shown(table)
+        .mark_circle(size=60, opacity=0.8, clip=True)
+        .encode(
+            x=x,
+            y=y,
+            color=alt.Color("label:N", scale=colours, sort=None),
+            tooltip=[word("row", "removed"), tip("knockout_value", "λ left", ".4~g")],
+        )
     )
 
 
@@ -201,23 +209,15 @@ def _knockout_rules(thresholds: dict[str, float]) -> list[Mark]:
         {"operator": name, "outlier_threshold": value, "text": f"outlier threshold {number(value)}"}
         for name, value in thresholds.items()
     ]
-    base = blank(table).transform_filter("datum.operator == shown").encode(x="outlier_threshold:Q")
+    base = _of_shown(table).encode(x="outlier_threshold:Q")
     rule = base.mark_rule(color=MUTED, strokeDash=[5, 3])
     text = base.mark_text(color=MUTED, fontSize=11, align="center").encode(y=alt.value(-8), text="text:N")
     return [rule, text]
 
 
-def _knockout_counts(summary: list[Row], names: dict[tuple[str, str, str], str], y: alt.Y) -> Mark:
-    table = [
-        {
-            "operator": row["operator"],
-            "row": names[row["operator"], row["knockout"], row["method"]],
-            "text": outliers_left(row),
-        }
-        for row in summary
-    ]
-    base = blank(table).transform_filter("datum.operator == shown")
-    mark = base.mark_text(align="left", dx=10, fontSize=12, fontWeight=600, color=INK)
+def _knockout_counts(summary: list[Row], y: alt.Y) -> Mark:
+    table = [{"operator": row["operator"], "row": row["row"], "text": outliers_left(row)} for row in summary]
+    mark = _of_shown(table).mark_text(align="left", dx=10, fontSize=12, fontWeight=600, color=INK)
     return mark.encode(x=alt.value("width"), y=y, text="text:N")
 
 
@@ -226,11 +226,9 @@ def _knockout_counts(summary: list[Row], names: dict[tuple[str, str, str], str],
 
 def _ranked(dataset: xr.Dataset) -> list[Row]:
     """Positive eigenvalues by rank, the true ones first, then those by averaging."""
-    table = _scree(rows(dataset, "subspace_value"), "level", "subspace_value", LEVEL_NAMES)
-    if not holds(dataset, "eigenvalue"):
-        return table
-    known = [row for row in rows(dataset, "eigenvalue") if row["operator"] in ("hessian", "gauss_newton")]
-    return _scree(known, "operator", "eigenvalue", OPERATOR_NAMES) + table
+    known = [row for row in rows(dataset, "eigenvalue") if row["operator"] in RANKED]
+    averages = _scree(rows(dataset, "subspace_value"), "level", "subspace_value")
+    return _scree(known, "operator", "eigenvalue") + averages
 
 
 def _none_ranked(dataset: xr.Dataset) -> str:
@@ -245,7 +243,7 @@ def averaging(dataset: xr.Dataset) -> alt.LayerChart:
     for row in table:
         row["overlap"] = overlaps.get(row["name"], "")
     names = list(dict.fromkeys(row["name"] for row in table))
-    labels = {row["name"]: row["label"] for row in table}
+    labels, colours, symbols = zip(*(RANKED[name] for name in names), strict=True)
     values = [row["value"] for row in table]
     low, high = max(min(values), max(values) * 1e-8) / 1.3, max(values) * 1.3
     last = max(row["rank"] for row in table)
@@ -253,8 +251,7 @@ def averaging(dataset: xr.Dataset) -> alt.LayerChart:
     across = (
         log_axis(1, last, 7, grid=False) if last > 30 else alt.Axis(tickMinStep=1, format="d", grid=False)
     )
-    shapes = {"hessian": "circle", "gauss_newton": "circle", "class": "diamond", "cross_class": "triangle-up"}
-    shape_scale = alt.Scale(domain=[labels[name] for name in names], range=[shapes[name] for name in names])
+    shapes = alt.Scale(domain=labels, range=symbols)
     base = blank(table).encode(
         x=alt.X("rank:Q", scale=ranks, axis=across, title="rank"),
         y=alt.Y(
@@ -262,14 +259,9 @@ def averaging(dataset: xr.Dataset) -> alt.LayerChart:
             scale=alt.Scale(type="log", domain=[low, high], nice=False),
             axis=log_axis(low, high, title="eigenvalue (logarithmic axis)"),
         ),
-        color=colour(names, labels, {**OPERATOR_COLOURS, **LEVEL_COLOURS}, columns=2),
-        shape=alt.Shape("label:N", scale=shape_scale, legend=alt.Legend(columns=2), sort=None),
-        tooltip=[
-            "label:N",
-            tip("rank", "rank"),
-            tip("value", "λ", ".4~g"),
-            word("overlap", "overlap"),
-        ],
+        color=colour(dict(zip(labels, colours, strict=True)), columns=2),
+        shape=alt.Shape("label:N", scale=shapes, legend=alt.Legend(columns=2), sort=None),
+        tooltip=["label:N", tip("rank", "rank"), tip("value", "λ", ".4~g"), word("overlap", "overlap")],
     )
     true = base.transform_filter("indexof(['hessian', 'gauss_newton'], datum.name) >= 0")
     line = true.mark_line(strokeWidth=1, opacity=0.5, clip=True).encode(shape=alt.Undefined)
@@ -277,21 +269,17 @@ def averaging(dataset: xr.Dataset) -> alt.LayerChart:
     return finished(alt.layer(line, point), width=WIDTH, height=320)
 
 
-def _scree(table: list[Row], group: str, value: str, labels: dict[str, str]) -> list[Row]:
+def _scree(table: list[Row], group: str, value: str) -> list[Row]:
     """Positive values of each group by descending size."""
     out: list[Row] = []
     for name in dict.fromkeys(row[group] for row in table):
         values = sorted((row[value] for row in table if row[group] == name and row[value] > 0), reverse=True)
-        label = labels.get(name, name)
-        out += [
-            {"name": name, "label": label, "rank": rank, "value": item} for rank, item in enumerate(values, 1)
-        ]
+        known = {"name": name, "label": RANKED[name][0]}
+        out += [known | {"rank": rank, "value": item} for rank, item in enumerate(values, 1)]
     return out
 
 
 def _overlaps(dataset: xr.Dataset) -> dict[str, str]:
-    if not holds(dataset, "subspace_overlap"):
-        return {}
     out: dict[str, list[str]] = {}
     for row in rows(dataset, "subspace_overlap", "subspace_dimension"):
         size = row.get("subspace_dimension")

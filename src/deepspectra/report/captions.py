@@ -135,15 +135,14 @@ def averaging(dataset: xr.Dataset) -> str:
         "by class and by pair of classes. Symbols on the dots mean that the averages carry the whole "
         "eigenvalue."
     )
-    if holds(dataset, "subspace_overlap"):
-        for level in dict.fromkeys(row["level"] for row in rows(dataset, "subspace_overlap")):
-            text += _overlap_sentence(dataset, level)
+    table = rows(dataset, "subspace_overlap", "subspace_dimension", "subspace_gradients")
+    for level in dict.fromkeys(row["level"] for row in table):
+        text += _overlap_sentence([row for row in table if row["level"] == level])
     return text
 
 
-def _overlap_sentence(dataset: xr.Dataset, level: str) -> str:
-    table = rows(dataset, "subspace_overlap", "subspace_dimension", "subspace_gradients")
-    table = [row for row in table if row["level"] == level]
+def _overlap_sentence(table: list[Row]) -> str:
+    level = table[0]["level"]
     listed = joined(
         f"{share_html(row['subspace_overlap'])} of the top {_dimension(row)}{symbol(row['operator'])}"
         for row in table

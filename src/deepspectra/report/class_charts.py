@@ -81,28 +81,27 @@ def _heat_map(
 ) -> alt.LayerChart:
     """A square of classes by classes; `titles` name the rows, the columns and the value."""
     names, chosen = class_names(dataset), _chosen_classes(dataset)
+    down_title, across_title, what = titles
     cells = [
         {"row": names[i], "column": names[j], "value": plain(matrix[i, j])}
         for i in chosen
         for j in chosen
         if np.isfinite(matrix[i, j])
     ]
-    order = [names[i] for i in chosen]
+    order, values = [names[i] for i in chosen], [cell["value"] for cell in cells]
     upright = max(map(len, order)) <= 2 and len(order) <= 20
     axis: dict[str, Any] = {"labelLimit": 90, "ticks": False, "domain": False, "titlePadding": 8}
     axis |= {"labelFontSize": 9 if len(order) > 20 else 12, "labelOverlap": "greedy"}
     down, across = alt.Axis(**axis), alt.Axis(**axis, labelAngle=0 if upright else -90)
     chart = blank(cells).mark_rect(stroke="white", strokeWidth=0.5 if len(order) > 20 else 1)
     chart = chart.encode(
-        x=alt.X("column:N", sort=order, scale=alt.Scale(domain=order), title=titles[1], axis=across),
-        y=alt.Y("row:N", sort=order, scale=alt.Scale(domain=order), title=titles[0], axis=down),
-        color=alt.Color(
-            "value:Q", scale=scale, legend=_gradient(scale, titles[2], [cell["value"] for cell in cells])
-        ),
+        x=alt.X("column:N", sort=order, scale=alt.Scale(domain=order), title=across_title, axis=across),
+        y=alt.Y("row:N", sort=order, scale=alt.Scale(domain=order), title=down_title, axis=down),
+        color=alt.Color("value:Q", scale=scale, legend=_gradient(scale, what, values)),
         tooltip=[
-            word("row", titles[0]),
-            alt.Tooltip("column:N", title=titles[1] if titles[1] != titles[0] else "and"),
-            tip("value", titles[2]),
+            word("row", down_title),
+            alt.Tooltip("column:N", title=across_title if across_title != down_title else "and"),
+            tip("value", what),
         ],
     )
     note = f"{len(chosen)} of {len(names)} classes: those of largest weight"
@@ -130,30 +129,22 @@ def three_level_map(dataset: xr.Dataset) -> alt.LayerChart:
     table: list[Row] = []
     for by in COLOURINGS:
         for row in rows(dataset, "map_class_x", "map_class_y"):
-            place = {"x": row["map_class_x"], "y": row["map_class_y"]}
-            table.append(
-                {"by": by, "label": row["class"], "size": "class", "name": f"class {row['class']}", **place}
-            )
+            name, place = row["class"], {"x": row["map_class_x"], "y": row["map_class_y"]}
+            table.append({"by": by, "label": name, "size": "class", "name": f"class {name}", **place})
         for row in rows(dataset, "map_x", "map_y"):
-            true, potential = row["class"], row["cross_class"]
+            true, potential, place = row["class"], row["cross_class"], {"x": row["map_x"], "y": row["map_y"]}
             text = f"{true} as if {potential}" if true != potential else f"{true}, true label"
             size = "true" if true == potential else "cross-class"
             label = true if by == "true" else potential
-            table.append(
-                {"by": by, "label": label, "size": size, "name": text, "x": row["map_x"], "y": row["map_y"]}
-            )
+            table.append({"by": by, "label": label, "size": size, "name": text, **place})
     few = len(names) <= FEW_CLASSES
-    scale = alt.Scale(domain=names, scheme="tableau10") if few else alt.Scale(domain=names, scheme="turbo")
+    scale = alt.Scale(domain=names, scheme="tableau10" if few else "turbo")
+    legend = alt.Legend(columns=FEW_CLASSES) if few else None
     plane: dict[str, Any] = {"scale": alt.Scale(zero=False, padding=12), "axis": None}
     base = blank(table).encode(
         x=alt.X("x:Q", **plane),
         y=alt.Y("y:Q", **plane),
-        color=alt.Color(
-            "label:N",
-            sort=names,
-            scale=scale,
-            legend=alt.Legend(columns=FEW_CLASSES) if few else None,
-        ),
+        color=alt.Color("label:N", sort=names, scale=scale, legend=legend),
         tooltip=[word("name", "mean of")],
     )
     shown = "datum.by === by && datum.size === "

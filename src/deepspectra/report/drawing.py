@@ -32,24 +32,16 @@ PART_COLOURS = {
 OPERATOR_COLOURS = {"hessian": "#1f2933", "gauss_newton": "#6a3d9a", "residual": PART_COLOURS["residual"]}
 OPERATOR_NAMES = {"hessian": "Hessian H", "gauss_newton": "Gauss-Newton G", "residual": "residual R"}
 SYMBOLS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
-LABEL_INKS = {
-    "logit": "#1f2933",
-    "true": "#1f2933",
-    "interaction": "#1f2933",
-}  # on light colours; white elsewhere
+LIGHT_PARTS = ("logit", "true", "interaction")  # whose colours take dark text
 LEVEL_COLOURS = {"class": PART_COLOURS["class"], "cross_class": "#882255"}
 LEVEL_NAMES = {"class": "class means", "cross_class": "cross-class means"}
 
 INK, MUTED, GRID = "#1f2933", "#5f6c7b", "#e4e8ed"
 FONT = "-apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 WIDTH = 720
+OVERLAP = "overlap ‖UᵀV‖² / k"
 MOST_ROWS = 40  # more cannot be labelled legibly
 FORMATS = ("svg", "pdf", "png", "html", "json")
-LANES = {
-    "hessian": 0.34,
-    "gauss_newton": 0.25,
-    "residual": 0.16,
-}  # lollipop heights, so that operators do not hide one another
 
 
 # ------------------------------------------------------------------------------------------- numbers as text
@@ -90,9 +82,11 @@ def holds(dataset: xr.Dataset, *names: str) -> bool:
 
 
 def rows(dataset: xr.Dataset, *names: str, need: Iterable[str] | None = None) -> list[Row]:
-    """Variables as records, one per cell of their grid, without cells where a needed one is NaN."""
-    present = [name for name in names if name in dataset]
-    frame = dataset[present].to_dataframe().reset_index().dropna(subset=list(need or names[:1]))
+    """Variables as records, one per cell of their grid, without cells where a needed one is NaN or missing."""
+    needed, present = list(need or names[:1]), [name for name in names if name in dataset]
+    if not set(needed) <= set(present):
+        return []
+    frame = dataset[present].to_dataframe().reset_index().dropna(subset=needed)
     return [{key: plain(value) for key, value in row.items()} for row in frame.to_dict("records")]
 
 
@@ -106,7 +100,7 @@ def pivot(dataset: xr.Dataset, name: str, column: str, *keys: str) -> dict[tuple
 
 def by_operator(dataset: xr.Dataset, name: str) -> dict[str, float]:
     """A number of each operator, where there is one."""
-    return {row["operator"]: row[name] for row in rows(dataset, name)} if holds(dataset, name) else {}
+    return {row["operator"]: row[name] for row in rows(dataset, name)}
 
 
 def plain(value: Any) -> Any:
@@ -177,17 +171,15 @@ def finished(chart: Mark, **properties: Any) -> alt.LayerChart:
     return finished
 
 
-def colour(
-    names: Sequence[str], labels: dict[str, str], colours: dict[str, str], **options: Any
-) -> alt.Color:
-    """The fixed colours of `names`, with their labels in the legend."""
-    shown = [labels.get(name, name) for name in names]
-    return alt.Color(
-        "label:N",
-        scale=alt.Scale(domain=shown, range=[colours.get(name, MUTED) for name in names]),
-        legend=alt.Legend(**options),
-        sort=None,
-    )
+def colour(colours: Mapping[str, str], **options: Any) -> alt.Color:
+    """Fixed colours, by the labels that the legend shows."""
+    scale = alt.Scale(domain=list(colours), range=list(colours.values()))
+    return alt.Color("label:N", scale=scale, legend=alt.Legend(**options), sort=None)
+
+
+def joined_points(table: list[Row], **encodings: Any) -> Mark:
+    """Points, and lines that join those of a label."""
+    return blank(table).mark_line(point=True, strokeWidth=1.6).encode(**encodings)
 
 
 def operator_selector(operators: Sequence[str], *, everything: bool) -> alt.Parameter:

@@ -11,11 +11,10 @@ import xarray as xr
 from deepspectra.report import captions, layer_charts, tables
 from deepspectra.report.attribution_charts import averaging, cost, knockouts, shares
 from deepspectra.report.class_charts import class_cosines, cross_class_weights, three_level_map
-from deepspectra.report.compare_charts import overlap_curves, overlap_whole
 from deepspectra.report.drawing import Chart
+from deepspectra.report.network_charts import overlap_curves, overlap_whole, study_measures
 from deepspectra.report.region_charts import region_shifts
 from deepspectra.report.spectrum_charts import log_spectrum, spectrum
-from deepspectra.report.study_charts import study_measures
 
 
 @dataclass(frozen=True)
@@ -154,10 +153,7 @@ FIGURES = {
         "A measure of every layer in each variant of the network: points are networks trained from different seeds "
         "(or pairs of them, for overlaps between networks), lines their means. Choose the measure; the table has "
         "the means of all.",
-        (
-            tables.study,
-            tables.training,
-        ),
+        (tables.study, tables.training),
     ),
     "overlaps": Figure(
         "Shared eigenspaces",

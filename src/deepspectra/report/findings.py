@@ -6,7 +6,7 @@ import math
 
 import xarray as xr
 
-from deepspectra.report.drawing import OPERATOR_NAMES, Row, holds, pivot, rows
+from deepspectra.report.drawing import OPERATOR_NAMES, Row, pivot, rows
 from deepspectra.report.text import quantity
 
 
@@ -26,12 +26,9 @@ def outliers_left(row: Row) -> str:
 
 def outliers(dataset: xr.Dataset) -> list[Row]:
     """Outlier eigenpairs by operator and descending eigenvalue, each with its residual norm and shares."""
-    if not holds(dataset, "eigenvalue", "is_outlier"):
-        return []
-    found = [
-        row for row in rows(dataset, "eigenvalue", "is_outlier", "residual_norm") if row["is_outlier"] == 1
-    ]
-    shares = pivot(dataset, "share", "part", "operator", "pair") if holds(dataset, "share") else {}
+    names = ("eigenvalue", "is_outlier", "residual_norm")
+    found = [row for row in rows(dataset, *names, need=names[:2]) if row["is_outlier"] == 1]
+    shares = pivot(dataset, "share", "part", "operator", "pair")
     found.sort(key=lambda row: (list(OPERATOR_NAMES).index(row["operator"]), -row["eigenvalue"]))
     rank: dict[str, int] = {}
     for row in found:
@@ -43,11 +40,8 @@ def outliers(dataset: xr.Dataset) -> list[Row]:
 
 def mean_shares(dataset: xr.Dataset) -> dict[str, dict[str, float]]:
     """Mean share of each part over the outliers, by operator."""
-    if not holds(dataset, "mean_share"):
-        return {}
-    return {
-        operator: means for (operator,), means in pivot(dataset, "mean_share", "part", "operator").items()
-    }
+    shares = pivot(dataset, "mean_share", "part", "operator")
+    return {operator: means for (operator,), means in shares.items()}
 
 
 def knockout_summary(dataset: xr.Dataset) -> list[Row]:
@@ -59,9 +53,9 @@ def knockout_summary(dataset: xr.Dataset) -> list[Row]:
         best = table.get(key)
         if best is None or row["knockout_value"] > best["knockout_value"]:
             table[key] = row
-    first: dict[tuple[str, float], Row] = {}
+    first: dict[str, Row] = {}
     return [
         row
         for row in table.values()
-        if row["knockout"] != "nothing" or first.setdefault((row["operator"], 0.0), row) is row
+        if row["knockout"] != "nothing" or first.setdefault(row["operator"], row) is row
     ]

@@ -23,10 +23,11 @@ import vl_convert
 import xarray as xr
 
 from deepspectra.errors import DataError, FileError
-from deepspectra.report.drawing import Chart, by_operator, holds, number, rows
+from deepspectra.report import tables
+from deepspectra.report.drawing import Chart, by_operator, holds, number
 from deepspectra.report.figures import FIGURES, Figure
 from deepspectra.report.findings import mean_shares, outliers
-from deepspectra.report.tables import Cell, about, table_html
+from deepspectra.report.tables import Cell, table_html
 from deepspectra.report.text import (
     attribute,
     escaped,
@@ -68,8 +69,7 @@ def _save(page: str, path: str | os.PathLike[str]) -> None:
 def render(dataset: xr.Dataset) -> str:
     """The page as a string; sections whose variables the analysis does not hold are left out."""
     body, names, specs = _body(dataset)
-    head = _verdict(str(attribute(dataset, "verdict", "")))
-    return _filled(dataset, head, _cards(dataset), names, body, specs)
+    return _filled(dataset, _verdict(dataset), _cards(dataset), names, body, specs)
 
 
 def render_series(series: Mapping[str, xr.Dataset]) -> str:
@@ -86,8 +86,7 @@ def render_series(series: Mapping[str, xr.Dataset]) -> str:
     last = len(series) - 1
     for j, dataset in enumerate(series.values()):
         body, sections, drawn = _body(dataset)
-        summary = _verdict(str(attribute(dataset, "verdict", ""))) + _cards(dataset)
-        away = "" if j == last else " away"
+        away, summary = "" if j == last else " away", _verdict(dataset) + _cards(dataset)
         bodies.append(f'<div class="moment{away}">\n{summary}\n{_numbered(body, j)}\n</div>')
         names |= dict.fromkeys(sections)
         specs |= {f"{name}-m{j}": spec for name, spec in drawn.items()}
@@ -109,9 +108,9 @@ def _numbered(body: str, number: int) -> str:
 def _body(dataset: xr.Dataset) -> tuple[str, list[str], dict[str, Any]]:
     """Figures, tables and how it was measured; the names of these sections; the specifications of the charts."""
     figures, specs = _figures(dataset)
-    tables = tables_section(dataset)
-    names = [*figures, *(["tables"] if tables else []), "measured"]
-    return "\n".join([*figures.values(), tables, _measured(dataset)]), names, specs
+    numbers = tables_section(dataset)
+    names = [*figures, *(["tables"] if numbers else []), "measured"]
+    return "\n".join([*figures.values(), numbers, _measured(dataset)]), names, specs
 
 
 def _filled(
@@ -147,11 +146,12 @@ def _bundle() -> str:
     return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
-def _verdict(text: str) -> str:
+def _verdict(dataset: xr.Dataset) -> str:
     """The first sentence large, the rest below."""
-    if not text.strip():
+    text = str(attribute(dataset, "verdict", "")).strip()
+    if not text:
         return ""
-    first, *rest = re.split(r"(?<=[.!?])\s+(?=[A-Z0-9])", text.strip(), maxsplit=1)
+    first, *rest = re.split(r"(?<=[.!?])\s+(?=[A-Z0-9])", text, maxsplit=1)
     more = "".join(f'<p class="rest">{escaped(part)}</p>' for part in rest)
     return f'<div class="verdict"><p class="first">{escaped(first)}</p>{more}</div>'
 
@@ -189,30 +189,25 @@ def _cards(dataset: xr.Dataset) -> str:
 
 
 def _size_cards(dataset: xr.Dataset) -> list[tuple[str, str, str]]:
-    parameters, examples = (attribute(dataset, name) for name in ("num_parameters", "num_examples"))
-    classes, accuracy = (attribute(dataset, name) for name in ("num_classes", "accuracy"))
-    loss = attribute(dataset, "loss_value")
+    names = ("num_parameters", "num_examples", "num_classes", "accuracy", "loss_value")
+    parameters, examples, classes, accuracy, loss = (attribute(dataset, name) for name in names)
     cards = [("Parameters", f"{parameters:,}", "")] if parameters is not None else []
     if examples is not None:
-        cards.append(
-            ("Examples", f"{examples:,}", f"in {quantity(classes, 'class', 'classes')}" if classes else "")
-        )
+        note = f"in {quantity(classes, 'class', 'classes')}" if classes else ""
+        cards.append(("Examples", f"{examples:,}", note))
     if accuracy is not None:
-        cards.append(
-            ("Training accuracy", f"{accuracy:.2%}", f"loss {number(loss)}" if loss is not None else "")
-        )
+        note = f"loss {number(loss)}" if loss is not None else ""
+        cards.append(("Training accuracy", f"{accuracy:.2%}", note))
     return cards
 
 
 def _outlier_cards(dataset: xr.Dataset) -> list[tuple[str, str, str]]:
-    if not holds(dataset, "num_outliers"):
+    counts = [(f"{num:.0f}", symbol(name)) for name, num in by_operator(dataset, "num_outliers").items()]
+    if not counts:
         return []
-    counts = by_operator(dataset, "num_outliers")
-    first, *rest = (f"of {symbol(name)}" for name in counts)
-    others = [f"{count:.0f} {name}" for name, count in zip(rest, list(counts.values())[1:], strict=True)]
-    return [
-        ("Outliers", f"{next(iter(counts.values())):.0f}", "; ".join([first, ", ".join(others)]).strip("; "))
-    ]
+    (first, name), *others = counts
+    rest = "; " * bool(others) + ", ".join(f"{count} of {other}" for count, other in others)
+    return [("Outliers", first, f"of {name}{rest}")]
 
 
 def _share_cards(dataset: xr.Dataset) -> list[tuple[str, str, str]]:
@@ -282,8 +277,7 @@ def _boxes(figure: Figure, drawn: dict[Chart, str]) -> str:
 
 def tables_section(dataset: xr.Dataset) -> str:
     """Every table whose numbers the analysis holds."""
-    tables = [table(dataset) for figure in FIGURES.values() for table in figure.tables]
-    body = "\n".join(filter(None, tables))
+    body = "\n".join(filter(None, (table(dataset) for one in FIGURES.values() for table in one.tables)))
     return f'<section id="tables">\n<h2>Tables</h2>\n{body}\n</section>' if body else ""
 
 
@@ -291,8 +285,8 @@ def tables_section(dataset: xr.Dataset) -> str:
 
 
 def _measured(dataset: xr.Dataset) -> str:
-    blocks = [_conditions(dataset), _convergence(dataset), _threshold_table(dataset), _cost_table(dataset)]
-    body = "\n".join(block for block in blocks if block)
+    blocks = [_conditions(dataset), _convergence(dataset), _threshold_table(dataset), tables.cost(dataset)]
+    body = "\n".join(filter(None, blocks))
     return f'<section id="measured">\n<h2>How it was measured</h2>\n{body}\n</section>'
 
 
@@ -369,14 +363,3 @@ def _threshold_table(dataset: xr.Dataset) -> str:
         value, explanation = entry if isinstance(entry, list) and len(entry) == 2 else (entry, "")
         body.append([name, value if isinstance(value, (int, float)) else str(value), str(explanation)])
     return table_html("thresholds", "Thresholds", ["threshold", "value", "meaning"], body) if body else ""
-
-
-def _cost_table(dataset: xr.Dataset) -> str:
-    if not holds(dataset, "cost_gradients"):
-        return ""
-    names = ("cost_gradients", "cost_products", "cost_seconds")
-    body: list[list[Cell]] = [
-        [row["stage"], about(row.get(names[0])), row.get(names[1]), about(row.get(names[2]))]
-        for row in rows(dataset, *names)
-    ]
-    return table_html("cost-table", "Cost", ["stage", "gradients, about", "products", "seconds"], body)

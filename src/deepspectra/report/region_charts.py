@@ -8,7 +8,6 @@ import xarray as xr
 from deepspectra.report.drawing import (
     INK,
     WIDTH,
-    Row,
     blank,
     choice,
     colour,
@@ -32,7 +31,10 @@ LANE = 22  # pixels of a knock-out's region
 @needs("region_shift")
 def region_shifts(dataset: xr.Dataset) -> alt.LayerChart:
     """How far each knock-out moves outliers, bump and bulk, with standard errors."""
-    table = [row | _reach(row) for row in rows(dataset, "region_shift", "region_shift_error")]
+    table = rows(dataset, "region_shift", "region_shift_error")
+    for row in table:
+        shift, error = row["region_shift"], row.get("region_shift_error") or 0.0
+        row |= {"label": row["region"], "low": max(0.0, shift - error), "high": shift + error}
     spectra = list(dict.fromkeys(row["spectrum"] for row in table))
     places = [str(place) for place in dataset["place"].values]
     regions = [str(region) for region in dataset["region"].values]
@@ -40,21 +42,18 @@ def region_shifts(dataset: xr.Dataset) -> alt.LayerChart:
     place = choice("place_shown", places, menu="of ")
     by_layer = {row["spectrum"] for row in table if row["place"] != places[0]}
     together = [name for name in spectra if name not in by_layer]
-    base = (
-        blank(table)
-        .transform_filter("datum.spectrum === spectrum_shown")
-        .transform_filter(f"datum.place === place_shown || indexof({together}, datum.spectrum) >= 0")
-        .encode(
-            y=alt.Y(
-                "removed:N",
-                title="without",
-                sort=[str(name) for name in dataset["removed"].values],
-                axis=alt.Axis(ticks=False, domain=False, grid=True, labelLimit=160),
-                scale=alt.Scale(paddingInner=0.25),
-            ),
-            yOffset=alt.YOffset("label:N", sort=regions),
-            color=colour(regions, {}, REGION_COLOURS),
-        )
+    base = blank(table).transform_filter("datum.spectrum === spectrum_shown")
+    base = base.transform_filter(f"datum.place === place_shown || indexof({together}, datum.spectrum) >= 0")
+    base = base.encode(
+        y=alt.Y(
+            "removed:N",
+            title="without",
+            sort=[str(name) for name in dataset["removed"].values],
+            axis=alt.Axis(ticks=False, domain=False, grid=True, labelLimit=160),
+            scale=alt.Scale(paddingInner=0.25),
+        ),
+        yOffset=alt.YOffset("label:N", sort=regions),
+        color=colour({name: REGION_COLOURS[name] for name in regions}),
     )
     axis = alt.Axis(title="moved by, decades of λ", tickCount=7)
     x = alt.X("region_shift:Q", axis=axis, scale=alt.Scale(domainMin=0))
@@ -70,12 +69,3 @@ def region_shifts(dataset: xr.Dataset) -> alt.LayerChart:
     )
     height = LANE * len(regions) * len(dataset["removed"])
     return finished(alt.layer(bars, errors).add_params(shown, place), width=WIDTH, height=height)
-
-
-def _reach(row: Row) -> Row:
-    error = row.get("region_shift_error") or 0.0
-    return {
-        "label": row["region"],
-        "low": max(0.0, row["region_shift"] - error),
-        "high": row["region_shift"] + error,
-    }

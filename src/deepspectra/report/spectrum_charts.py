@@ -11,7 +11,6 @@ import numpy as np
 import xarray as xr
 
 from deepspectra.report.drawing import (
-    LANES,
     MOST_ROWS,
     MUTED,
     OPERATOR_COLOURS,
@@ -40,6 +39,10 @@ from deepspectra.report.drawing import (
 )
 from deepspectra.report.findings import outliers
 
+IS_SHOWN = "shown == 'all' || datum.operator == shown"
+# Heights of lollipops, so that operators do not hide one another.
+LANES = {"hessian": 0.34, "gauss_newton": 0.25, "residual": 0.16}
+
 
 @dataclass(frozen=True)
 class _Line:
@@ -53,12 +56,7 @@ class _Line:
 @needs("curve_grid", "curve_density")
 def spectrum(dataset: xr.Dataset) -> alt.LayerChart:
     """Densities of H, G and R over a symmetric-log eigenvalue axis, outliers as lollipops."""
-    table = rows(
-        dataset, "curve_grid", "curve_density", "curve_standard_error", need=("curve_grid", "curve_density")
-    )
-    for row in table:
-        row |= {"eigenvalue": row["curve_grid"], "density": row["curve_density"]}
-        row["error"] = row.get("curve_standard_error") or 0.0
+    table = _points(dataset, "curve")
     found = [row["eigenvalue"] for row in outliers(dataset)]
     line = _symmetric_log(dataset, [*found, *(row["eigenvalue"] for row in table)])
     return _spectrum(dataset, table, line, "density (fraction of eigenvalues per unit of λ)")
@@ -67,16 +65,23 @@ def spectrum(dataset: xr.Dataset) -> alt.LayerChart:
 @needs("log_grid", "log_density")
 def log_spectrum(dataset: xr.Dataset) -> alt.LayerChart:
     """Densities per decade of |λ|, negative eigenvalues mirrored to the left."""
-    table = rows(dataset, "log_grid", "log_density", "log_standard_error", need=("log_grid", "log_density"))
+    table = _points(dataset, "log")
     for row in table:
-        sign = -1.0 if row["side"] == "negative" else 1.0
-        row |= {"eigenvalue": sign * abs(row["log_grid"]), "density": row["log_density"]}
-        row["error"] = row.get("log_standard_error") or 0.0
+        row["eigenvalue"] = (-1.0 if row["side"] == "negative" else 1.0) * abs(row["eigenvalue"])
     floor, _ = _density_range(dataset, table)
     seen = [row["eigenvalue"] for row in table if row["density"] > floor]
     smallest = min(abs(row["eigenvalue"]) for row in table)
     line = _mirrored_log([smallest, *seen, *(row["eigenvalue"] for row in outliers(dataset))])
     return _spectrum(dataset, table, line, "density (fraction of eigenvalues per decade of |λ|)")
+
+
+def _points(dataset: xr.Dataset, curve: str) -> list[Row]:
+    """Of the densities' curves of one kind."""
+    grid, density, error = (f"{curve}_{end}" for end in ("grid", "density", "standard_error"))
+    table = rows(dataset, grid, density, error, need=(grid, density))
+    for row in table:
+        row |= {"eigenvalue": row[grid], "density": row[density], "error": row.get(error) or 0.0}
+    return table
 
 
 def _spectrum(dataset: xr.Dataset, table: list[Row], line: _Line, title: str) -> alt.LayerChart:
@@ -123,15 +128,8 @@ def _curves(
         row["density"] = plain(max(density, low / 10))
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
     y = alt.Y("density:Q", scale=scale, axis=log_axis(low, high, title=title))
-    base = (
-        alt.Chart()
-        .transform_filter("shown == 'all' || datum.operator == shown")
-        .encode(
-            x=line.x,
-            color=colour(operators, OPERATOR_NAMES, OPERATOR_COLOURS),
-            detail=["side:N", "faint:N"],
-        )
-    )
+    shade = colour({OPERATOR_NAMES[name]: OPERATOR_COLOURS[name] for name in operators})
+    base = alt.Chart().transform_filter(IS_SHOWN).encode(x=line.x, color=shade, detail=["side:N", "faint:N"])
     faded = alt.condition("datum.faint != ''", alt.value(0.3), alt.value(1))
     band = base.mark_area(opacity=0.22, clip=True).encode(y=alt.Y("lower:Q", scale=scale), y2="upper:Q")
     curve = base.mark_line(strokeWidth=1.6, clip=True).encode(
@@ -146,22 +144,19 @@ def _lollipops(dataset: xr.Dataset, line: _Line) -> list[Mark]:
         return []
     parts = [part for part in PART_COLOURS if any(f"share {part}" in row for row in found)]
     for row in found:
-        row |= {"x": plain(line.place(row["eigenvalue"])), "lane": LANES.get(row["operator"], 0.16)}
-    base = (
-        blank(found)
-        .transform_filter("shown == 'all' || datum.operator == shown")
-        .encode(
-            x=line.x,
-            y=alt.Y("lane:Q", scale=alt.Scale(domain=[0, 1]), axis=None),
-            color=alt.Color("label:N", sort=None),
-            tooltip=[
-                word("label", "outlier of"),
-                tip("rank", "rank"),
-                tip("eigenvalue", "λ", ".4~g"),
-                tip("residual_norm", "‖Av − λv‖", ".2~g"),
-                *(tip(f"share {part}", part, ".1~%") for part in parts),
-            ],
-        )
+        row |= {"x": plain(line.place(row["eigenvalue"])), "lane": LANES[row["operator"]]}
+    base = blank(found).transform_filter(IS_SHOWN)
+    base = base.encode(
+        x=line.x,
+        y=alt.Y("lane:Q", scale=alt.Scale(domain=[0, 1]), axis=None),
+        color=alt.Color("label:N", sort=None),
+        tooltip=[
+            word("label", "outlier of"),
+            tip("rank", "rank"),
+            tip("eigenvalue", "λ", ".4~g"),
+            tip("residual_norm", "‖Av − λv‖", ".2~g"),
+            *(tip(f"share {part}", part, ".1~%") for part in parts),
+        ],
     )
     crowded = len(found) > 2 * MOST_ROWS
     stem = base.mark_rule(strokeWidth=1.2, opacity=0.2 if crowded else 0.7).encode(y2=alt.datum(0))
@@ -181,11 +176,8 @@ def _edges(dataset: xr.Dataset, operators: list[str], line: _Line) -> list[Mark]
             edge = {"operator": operator, "x": plain(line.place(value)), "kind": name}
             edge |= {"text": f"{text} {number(value)}", "left": late or name == "bulk_edge"}
             table.append(edge | {"height": 22 if late and name == "bulk_edge" else 8})
-    base = (
-        blank([row for row in table if row["operator"] in operators])
-        .transform_filter(f"datum.operator == (shown == 'all' ? '{operators[0]}' : shown)")
-        .encode(x=line.x)
-    )
+    base = blank([row for row in table if row["operator"] in operators]).encode(x=line.x)
+    base = base.transform_filter(f"datum.operator == (shown == 'all' ? '{operators[0]}' : shown)")
     dash = alt.StrokeDash("kind:N", scale=alt.Scale(domain=list(names), range=[[2, 2], [6, 3]]), legend=None)
     marks = [base.mark_rule(color=MUTED).encode(strokeDash=dash)]
     for side, align, offset in ((True, "right", -5), (False, "left", 5)):

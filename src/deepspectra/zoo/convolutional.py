@@ -22,9 +22,6 @@ def lenet(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         input_shape: (C, H, W), sides of at least 4.
         num_classes: number of logits.
 
-    Returns:
-        The network.
-
     Raises:
         ShapeError: the image has no (C, H, W) shape or a side under 4 pixels.
 
@@ -61,12 +58,34 @@ def _padding(side: int, expected: int) -> int:
 
 
 class VGG(nn.Module):
-    """Convolutions `features`, flattened, and the fully connected `classifier`."""
+    """Eight 3 × 3 convolutions, with a pooling behind five of them, flattened, and three linear layers.
 
-    def __init__(self, features: nn.Module, classifier: nn.Module) -> None:
+    With batch norm it stands before every ReLU, and hidden linear layers have no bias.
+    """
+
+    def __init__(
+        self,
+        image: tuple[int, int, int],
+        num_classes: int,
+        *,
+        widths: tuple[int, ...],
+        hidden: int,
+        batch_norm: bool,
+    ) -> None:
         super().__init__()
-        self.features = features
-        self.classifier = classifier
+        channels, height, breadth = image
+        layers: list[nn.Module] = []
+        for width, pool in zip(widths, (1, 1, 0, 1, 0, 1, 0, 1), strict=True):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), *[nn.BatchNorm2d(width)] * batch_norm]
+            layers += [nn.ReLU(), *[nn.MaxPool2d(2)] * pool]
+            channels = width
+        self.features = nn.Sequential(*layers)
+        layers, size = [], channels * (height // 32) * (breadth // 32)
+        for fan_in in (size, hidden):
+            layers += [nn.Linear(fan_in, hidden, bias=not batch_norm)]
+            layers += [*[nn.BatchNorm1d(hidden)] * batch_norm, nn.ReLU()]
+        self.classifier = nn.Sequential(*layers, nn.Linear(hidden, num_classes))
+        _initialise_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, C, H, W)."""
@@ -83,28 +102,14 @@ def vgg11_bn(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         input_shape: (C, H, W), sides of at least 32 (five poolings).
         num_classes: number of logits.
 
-    Returns:
-        The network.
-
     Raises:
         ShapeError: the image has no (C, H, W) shape or a side under 32 pixels.
 
     Source: Papyan 2019 and JMLR 2020, with the code of the former.
     """
-    channels, height, width = image_shape("vgg11-bn", input_shape, smallest=32)
-    features = _vgg_features(channels, (64, 128, 256, 256, 512, 512, 512, 512), batch_norm=True)
-    classifier = nn.Sequential(
-        nn.Linear(512 * (height // 32) * (width // 32), 4096, bias=False),
-        nn.BatchNorm1d(4096),
-        nn.ReLU(),
-        nn.Linear(4096, 4096, bias=False),
-        nn.BatchNorm1d(4096),
-        nn.ReLU(),
-        nn.Linear(4096, num_classes),
-    )
-    model = VGG(features, classifier)
-    _initialise_convolutions(model)
-    for module in classifier:
+    image, widths = image_shape("vgg11-bn", input_shape, smallest=32), (64, 128, 256, 256, 512, 512, 512, 512)
+    model = VGG(image, num_classes, widths=widths, hidden=4096, batch_norm=True)
+    for module in model.classifier:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.01)
             if module.bias is not None:
@@ -122,36 +127,13 @@ def vgg11(input_shape: tuple[int, ...], num_classes: int, width: int = 64) -> nn
         num_classes: number of logits.
         width: channels of every convolution.
 
-    Returns:
-        The network.
-
     Raises:
         ShapeError: the image has no (C, H, W) shape or a side under 32 pixels.
 
     Source: Wu et al. 2020, whose VGG11-W32 to -W200 have these convolutions.
     """
-    channels, height, width_of_image = image_shape("vgg11", input_shape, smallest=32)
-    features = _vgg_features(channels, (width,) * 8, batch_norm=False)
-    classifier = nn.Sequential(
-        nn.Linear(width * (height // 32) * (width_of_image // 32), 512),
-        nn.ReLU(),
-        nn.Linear(512, 512),
-        nn.ReLU(),
-        nn.Linear(512, num_classes),
-    )
-    model = VGG(features, classifier)
-    _initialise_convolutions(model)
-    return model
-
-
-def _vgg_features(channels: int, widths: tuple[int, ...], *, batch_norm: bool) -> nn.Module:
-    """Eight 3 × 3 convolutions, with a pooling behind five of them."""
-    layers: list[nn.Module] = []
-    for width, pool in zip(widths, (1, 1, 0, 1, 0, 1, 0, 1), strict=True):
-        layers += [nn.Conv2d(channels, width, 3, padding=1), *[nn.BatchNorm2d(width)] * batch_norm, nn.ReLU()]
-        layers += [nn.MaxPool2d(2)] * pool
-        channels = width
-    return nn.Sequential(*layers)
+    image = image_shape("vgg11", input_shape, smallest=32)
+    return VGG(image, num_classes, widths=(width,) * 8, hidden=512, batch_norm=False)
 
 
 class BasicBlock(nn.Module):
@@ -223,9 +205,6 @@ def resnet18(
         widths: channels of the four stages.
         batch_norm: after every convolution; else the convolutions have biases.
 
-    Returns:
-        The network.
-
     Raises:
         ShapeError: the image has no (C, H, W) shape.
 
@@ -239,11 +218,7 @@ def resnet18(
 
 
 def image_shape(name: str, input_shape: tuple[int, ...], smallest: int) -> tuple[int, int, int]:
-    """(C, H, W), checked.
-
-    Raises:
-        ShapeError: it has no such form, or a side under `smallest` pixels.
-    """
+    """(C, H, W); ShapeError if it has no such form, or a side under `smallest` pixels."""
     if len(input_shape) != 3:
         raise ShapeError(f"{name} takes images (channels, height, width); input_shape is {input_shape}.")
     channels, height, width = input_shape

@@ -41,6 +41,10 @@ CIFAR100_SAMPLE_SIZES = (
 """Examples a class in the papers' sweeps of CIFAR-100: ⌊logspace(10, 500, 20)⌋."""
 
 ROOT_VARIABLE = "DEEPSPECTRA_DATA"
+DAMAGED = (  # how reading a damaged file may fail
+    *(OSError, EOFError, LookupError, TypeError, ValueError, AttributeError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
+)
 
 Images = npt.NDArray[np.uint8]  # (N, H, W, C)
 Labels = npt.NDArray[np.int64]  # (N,)
@@ -314,7 +318,7 @@ def _read_idx(path: Path, num_dims: int) -> Images:
         raw = path.read_bytes()
         if raw[:2] == b"\x1f\x8b":
             raw = gzip.decompress(raw)
-    except (OSError, EOFError, zlib.error) as error:
+    except DAMAGED as error:
         raise FileError(f"{path} cannot be read, it may be truncated ({error}); get it again.") from error
     header = 4 + 4 * num_dims
     if len(raw) < header or raw[:4] != bytes((0, 0, 8, num_dims)):
@@ -339,7 +343,7 @@ def _read_cifar(root: Path, name: str, split: str) -> tuple[Images, Labels]:
         batches = [_read_batch(folder / batch, name) for batch in names]
         return np.concatenate([x for x, _ in batches]), np.concatenate([y for _, y in batches])
     if subset.is_file():
-        return _read_npz(subset, split)
+        return _read_npz(subset, name, split)
     raise FileError(
         f"{name} needs the folder {folder} or the file {subset}; put one there or pass another root."
     )
@@ -353,24 +357,11 @@ def _read_batch(path: Path, name: str) -> tuple[Images, Labels]:
         labels = np.asarray(batch[b"labels" if name == "cifar10" else b"fine_labels"], dtype=np.int64)
     except FileNotFoundError as error:
         raise FileError(f"{name} needs {path}, which does not exist; put it there.") from error
-    # A damaged pickle can fail in any of these ways.
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        OSError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:
+    except DAMAGED as error:
         raise FileError(
             f"{path} is no batch of {name}: {error or type(error).__name__}; get the Python version again."
         ) from error
-    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3072) or labels.ndim != 1:
-        raise FileError(
-            f"{path} holds {pixels.dtype} pixels of shape {pixels.shape} for {len(labels)} labels; a batch "
-            f"of {name} has uint8 pixels of shape (number of labels, 3072)."
-        )
+    _check(path, name, pixels, labels, 3072)
     return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
 
 
@@ -397,18 +388,23 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode(encoding)
 
 
-def _read_npz(path: Path, split: str) -> tuple[Images, Labels]:
+def _read_npz(path: Path, name: str, split: str) -> tuple[Images, Labels]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             images, labels = arrays[f"{split}_x"], arrays[f"{split}_y"]
-    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGED as error:
         raise FileError(
             f"{path} cannot be read ({error}); it must be an npz file with the arrays {split}_x "
             f"and {split}_y."
         ) from error
-    if images.dtype != np.uint8 or images.shape != (len(labels), 32, 32, 3) or labels.ndim != 1:
-        raise FileError(
-            f"{path} holds {split}_x of {images.dtype} {images.shape} for {len(labels)} labels; expected "
-            "uint8 (number of labels, 32, 32, 3)."
-        )
+    _check(path, name, images, labels, 32, 32, 3)
     return images, labels.astype(np.int64)
+
+
+def _check(path: Path, name: str, images: npt.NDArray[Any], labels: npt.NDArray[Any], *shape: int) -> None:
+    """Raise FileError unless there is an image of bytes of this shape for every label."""
+    if images.dtype != np.uint8 or images.shape != (*labels.shape, *shape) or labels.ndim != 1:
+        raise FileError(
+            f"{path} holds {images.dtype} pixels of shape {images.shape} for labels of shape {labels.shape}; "
+            f"of {name} expected uint8 of shape (number of labels, {', '.join(map(str, shape))})."
+        )

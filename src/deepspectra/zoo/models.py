@@ -41,9 +41,6 @@ def mlp(
         widths: sizes of the hidden layers; ``()`` is softmax regression.
         batch_norm: normalise each hidden layer.
 
-    Returns:
-        The network.
-
     Raises:
         OptionError: a width is not positive.
 

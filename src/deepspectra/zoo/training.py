@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deepspectra.errors import DataError, FileError, NonFiniteError, OptionError, first_line
+from deepspectra.files import save_whole
 from deepspectra.zoo.data import DATA_NAMES, LabelledData
 from deepspectra.zoo.models import MODEL_NAMES
 
@@ -287,7 +286,6 @@ def save_checkpoint(path: str | Path, model: nn.Module, meta: Mapping[str, Any] 
         OptionError: `meta` is not JSON.
         FileError: the file cannot be written.
     """
-    path = Path(path)
     try:
         note = json.dumps(dict(meta or {}))
     except (TypeError, ValueError) as error:
@@ -299,16 +297,7 @@ def save_checkpoint(path: str | Path, model: nn.Module, meta: Mapping[str, Any] 
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict().items()
     }
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, partial, metadata={_META: note})
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise FileError(f"The checkpoint {path} cannot be written: {error}.") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+    save_whole(Path(path), lambda staged: save_file(state, staged, metadata={_META: note}))
 
 
 _META = "deepspectra"

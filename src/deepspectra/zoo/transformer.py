@@ -98,9 +98,6 @@ def transformer(
         depth: number of blocks.
         num_heads: attention heads, dividing `width`.
 
-    Returns:
-        The network.
-
     Raises:
         ShapeError: the image has no (C, H, W) shape, or the patch does not divide it.
         OptionError: the heads do not divide the width.

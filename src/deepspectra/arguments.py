@@ -1,10 +1,17 @@
-"""Checks of arguments that many functions take."""
+"""Arguments that many functions take, and checks of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
-from deepspectra.errors import OptionError
+from deepspectra.errors import MemoryBudgetError, OptionError
+
+Progress = Callable[[int, int | None], object]  # of products so far, and of those expected
+LayerProgress = Callable[
+    [int, int | None, str], object
+]  # of layers done, of all there are, and the next one's name
 
 
 def check_count(name: str, value: object, smallest: int = 1, largest: int | None = None) -> None:
@@ -12,6 +19,20 @@ def check_count(name: str, value: object, smallest: int = 1, largest: int | None
     if not isinstance(value, int) or isinstance(value, bool) or not smallest <= value <= (largest or value):
         limit = f"at least {smallest}" + ("" if largest is None else f" and at most {largest:,}")
         raise OptionError(f"{name} must be an integer, {limit}; got {value!r}.")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise OptionError unless `value` is one of the choices."""
+    if value not in choices:
+        raise OptionError(f"{name}={value!r}; it is one of {', '.join(map(repr, choices))}.")
+
+
+def check_memory(what: str, size: float, memory: int, advice: str) -> None:
+    """Raise MemoryBudgetError unless what takes so many bytes fits memory."""
+    if size > memory:
+        raise MemoryBudgetError(
+            f"{what} take {size / 2**30:.1f} GiB; memory is {memory / 2**30:.1f} GiB. {advice}, or raise memory."
+        )
 
 
 def check_rtol(rtol: float) -> None:

@@ -214,9 +214,8 @@ def told(values, shares, left):
     knockouts = []
     for removed, (rest, norms) in zip((("class",), ("class", "logit")), left, strict=True):
         at_least, errors_of = torch.tensor(rest).double(), torch.tensor(norms).double()
-        counts = int((at_least > 10).sum()), int((at_least + errors_of > 10).sum())
         for method in ("subtraction", "projection"):
-            knockouts.append(Knockout(removed, method, at_least, errors_of, *counts))
+            knockouts.append(Knockout(removed, method, at_least, errors_of, 10.0))
     values, shares = torch.tensor(values).double(), torch.tensor(shares).double()
     return Attribution(
         values=values,

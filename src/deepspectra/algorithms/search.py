@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.challenge import Challenge, Edge
 from deepspectra.algorithms.krylov import Krylov, Ritz, basis_capacity, basis_dtype
-from deepspectra.algorithms.probes import Progress
+from deepspectra.arguments import Progress
 from deepspectra.errors import DataError, MemoryBudgetError
 from deepspectra.operators.base import Operator
 

@@ -12,15 +12,8 @@ from torch import Tensor
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.krylov import Krylov, basis_capacity
 from deepspectra.analysis.gram_spectrum import MARGIN
-from deepspectra.analysis.knockouts import (
-    NEWEST,
-    Counter,
-    Knockout,
-    KnockoutSpace,
-    Progress,
-    knockouts,
-)
-from deepspectra.arguments import seeded
+from deepspectra.analysis.knockouts import NEWEST, Knockout, KnockoutSpace, knockouts
+from deepspectra.arguments import Progress, seeded
 from deepspectra.errors import MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.parts import Decomposition, Means
@@ -159,18 +152,27 @@ def attribute(
     parts.check_operator(operator)
     if margin < 1:
         raise OptionError(f"margin={margin}: it is at least 1.")
-    products = Counter(progress)
+
+    def report(done: int, _: int | None) -> None:
+        if progress is not None:
+            progress(done, None)
+
     if pairs is not None:
-        known = Known(pairs)
+        known, spent = Known(pairs), 0
     else:
         num = min(parts.projections.num_classes + 3, operator.shape[0])
-        known = Known(
-            *explore(operator, num, rtol=rtol, start="random", seed=seed, progress=products.within())
-        )
+        known = Known(*explore(operator, num, rtol=rtol, start="random", seed=seed, progress=report))
+        spent = known.pairs.num_products
     found = attribute_known(
-        operator, parts, known, margin=margin, max_products=max_products, seed=seed, products=products
+        operator,
+        parts,
+        known,
+        margin=margin,
+        max_products=max_products,
+        seed=seed,
+        progress=lambda done, _: report(spent + done, None),
     )
-    return replace(found, seconds=time.perf_counter() - began)
+    return replace(found, num_products=spent + found.num_products, seconds=time.perf_counter() - began)
 
 
 class Known(NamedTuple):
@@ -196,11 +198,11 @@ def attribute_known(
     margin: float = MARGIN,
     max_products: int | None = None,
     seed: int = 0,
-    products: Counter | None = None,
+    progress: Progress | None = None,
 ) -> Attribution:
     """`attribute` of arguments that are right, from what is known already."""
     began, pairs = time.perf_counter(), known.pairs
-    products = products or Counter(None)
+    before = 0 if known.basis is None else known.basis.num_products
     size, num_classes, had_means = operator.shape[0], parts.projections.num_classes, parts.has_means
     most = 2 * num_classes - 1 if max_products is None else max_products
     factors = (2 if parts.projections.first == "class" else 3) * num_classes
@@ -211,16 +213,18 @@ def attribute_known(
     borrowed = parts.num_bytes(max(0, capacity - basis_capacity(operator)))
     with parts.rows.products.allowance.lent(borrowed):
         try:
-            basis = _grown(operator, known, capacity, seed, products)
-            space = KnockoutSpace(basis, num, products)
+            basis = _grown(operator, known, capacity, seed)
+            space = KnockoutSpace(basis, num, lambda done: progress and progress(done - before, None))
             edges, edge_norms = space.bulk_edge(Means(parts), EDGE_PRODUCTS)
             threshold = margin * float(edges[0])
             space.make_room(factors + most)
             every = taken(("means",), tuple(parts))
             found = (
-                Knockout.of((), "subtraction", pairs.values, pairs.residual_norms, threshold, ()),
+                Knockout(
+                    (), "subtraction", pairs.values.cpu(), pairs.residual_norms.cpu().double(), threshold
+                ),
                 *knockouts(space, parts, pairs, threshold, most),
-                Knockout.of(("means",), "subtraction", edges, edge_norms, threshold, every),
+                Knockout(("means",), "subtraction", edges, edge_norms, threshold, every),
             )
         finally:
             if not had_means:
@@ -233,23 +237,22 @@ def attribute_known(
         bulk_edge=float(edges[0]),
         threshold=threshold,
         margin=margin,
-        num_outliers=int((pairs.values > threshold).sum()),
+        num_outliers=found[0].num_outliers,
         complete=bool(pairs.values[-1] <= threshold),
         knockouts=found,
-        num_products=products.total,
+        num_products=basis.num_products - before,
         seconds=time.perf_counter() - began,
         provenance=Provenance.of(operator, seed),
     )
 
 
-def _grown(operator: Operator, known: Known, capacity: int, seed: int, products: Counter) -> Krylov:
+def _grown(operator: Operator, known: Known, capacity: int, seed: int) -> Krylov:
     """The basis that the pairs were found with, of that capacity; or one of the pairs and a random vector."""
     basis = known.basis
     if basis is None:
         basis = Krylov.of_pairs(operator, known.pairs, capacity)
         basis.append_random(seeded(seed))
         basis.expand(1)
-        products.add(1)
     elif len(basis.rows) < capacity:
         basis.enlarge(capacity)
     return basis

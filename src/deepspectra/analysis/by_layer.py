@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from deepspectra.arguments import LayerProgress
 from deepspectra.errors import MissingNameError
 from deepspectra.results import Provenance
 
 Entry = TypeVar("Entry")
 Item = TypeVar("Item", bound=tuple[Any, ...])
-Progress = Callable[[int, int | None, str], object]  # of what is done, of how many, and what comes next
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _written(cell: float | str) -> str:
     return "–" if math.isnan(cell) else f"{cell:.3g}"
 
 
-def announced(layers: Iterable[Item], progress: Progress | None, total: int) -> Iterator[Item]:
+def announced(layers: Iterable[Item], progress: LayerProgress | None, total: int) -> Iterator[Item]:
     """The same layers, each named before it is looked at."""
     for done, layer in enumerate(layers):
         if progress is not None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.overlap import overlap_curve
-from deepspectra.analysis.by_layer import ByLayer, Progress, announced
+from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.layer_blocks import RTOL, Blocks, top_pairs
-from deepspectra.arguments import check_count
+from deepspectra.arguments import LayerProgress, check_count
 from deepspectra.errors import ShapeError
 from deepspectra.kfac.exact import ExactBlock
 from deepspectra.kfac.operators import Block, Rotated
@@ -112,7 +112,7 @@ def compare(
     num: int | None = None,
     num_whole: int | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> Comparison:
     """Overlap of the top eigenspaces of two networks of the same architecture, each with its own data.
 

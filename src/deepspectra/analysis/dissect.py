@@ -10,9 +10,9 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.overlap import overlap, overlap_curve
-from deepspectra.analysis.by_layer import ByLayer, Progress, announced
+from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.layer_blocks import RTOL, Blocks, top_pairs
-from deepspectra.arguments import check_count
+from deepspectra.arguments import LayerProgress, check_count
 from deepspectra.kfac.exact import ExactBlock
 from deepspectra.kfac.operators import KroneckerSum
 from deepspectra.operators.curvature import GaussNewton
@@ -128,7 +128,7 @@ def dissect(
     num_whole: int | None = None,
     num_directions: int = 20,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> Dissection:
     """How far each layer's block of G is E[M] ⊗ E[xxᵀ], eigenvector by eigenvector.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.density import density
-from deepspectra.algorithms.probes import Progress
+from deepspectra.arguments import Progress
 from deepspectra.confidence import standard_error
 from deepspectra.operators.base import Operator
 from deepspectra.problem.problem import Problem

@@ -12,7 +12,7 @@ from torch import Tensor
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.overlap import overlap_curve
-from deepspectra.analysis.by_layer import ByLayer, Progress, announced
+from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.layer_blocks import (
     SMALL,
     Blocks,
@@ -21,6 +21,7 @@ from deepspectra.analysis.layer_blocks import (
     norm_of,
     squared_distance,
 )
+from deepspectra.arguments import LayerProgress
 from deepspectra.errors import LossError, OptionError
 from deepspectra.kfac.exact import ExactBlock
 from deepspectra.kfac.kronecker import KINDS
@@ -136,7 +137,7 @@ def kronecker_quality(
     rtol: float = 1e-3,
     dtype: torch.dtype | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> KroneckerQuality:
     """How far Kronecker-factored approximations are from G, for every layer.
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.estimates import trace
-from deepspectra.analysis.by_layer import Progress
 from deepspectra.analysis.gram_spectrum import GramSpectrum
-from deepspectra.arguments import seeded
+from deepspectra.arguments import LayerProgress, seeded
 from deepspectra.operators.curvature import Hessian, HessianBlock, Residual
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
@@ -67,7 +66,7 @@ def layer_hessians(
     num: int,
     *,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> dict[str, LayerHessian]:
     """Spectra of every layer's block of H, given those of G's.
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deepspectra.analysis.by_layer import ByLayer, Progress, announced
+from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.collapse import Collapse, collapse_of
 from deepspectra.analysis.gram_spectrum import GramSpectrum, spectrum_of
 from deepspectra.analysis.khatri_rao import KhatriRao, centred_spectrum, khatri_rao
 from deepspectra.analysis.kronecker_quality import KroneckerQuality, kronecker_quality
 from deepspectra.analysis.layer_blocks import SMALL
 from deepspectra.analysis.layer_hessians import LayerHessian, layer_hessians
-from deepspectra.arguments import check_count
+from deepspectra.arguments import LayerProgress, check_count
 from deepspectra.errors import CurvatureError, FallbackWarning, MemoryBudgetError, OptionWarning
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem.problem import Problem
@@ -138,7 +138,7 @@ def layers(
     hessian: bool = True,
     num: int | None = None,
     dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> Layers:
     """Class structure of every layer: exact spectra of features, errors and gradients with their parts.
 
@@ -189,7 +189,7 @@ def layers(
 
 
 def _with_hessian(
-    problem: Problem, found: dict[str, Layer], num: int, progress: Progress | None
+    problem: Problem, found: dict[str, Layer], num: int, progress: LayerProgress | None
 ) -> dict[str, Layer]:
     """The layers with the spectra of their blocks of H, if the network has second derivatives."""
     spectra = {name: layer.gradients for name, layer in found.items()}

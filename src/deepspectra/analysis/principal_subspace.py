@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,20 +150,24 @@ def _sampled(
     check_count("num_checks", num_checks, smallest=0)
     if num_samples is not None:
         check_count("num_samples", num_samples, largest=problem.num_examples)
-    found = sampled_eigenspace(problem, num, num_samples, seed)
+    generator = seeded(seed)
+    wanted = num_samples or max(FEWEST, math.ceil(problem.num_examples / SHARE))
+    few = Hessian(problem).sampled(generator, wanted)
+    krylov = unchallenged(few, num, generator)
+    values, coefficients, _ = krylov.ritz()
+    values, vectors = values.flip(0), krylov.combine(coefficients.flip(1)[:, :num])
     norm = error = float("nan")
     if num_checks:
-        generator = seeded(seed + 1)
-        norm, error = residual_norm(problem, found.vectors, num_checks, generator)
-    gap = float(found.values[-1]) - found.following
+        norm, error = residual_norm(problem, vectors, num_checks, seeded(seed + 1))
+    gap = float(values[num - 1]) - (float(values[num]) if len(values) > num else 0.0)
     bound = overlap_bound(norm + 2 * error, gap, num)
     return Subspace(
-        values=found.values,
-        vectors=found.vectors,
+        values=values[:num],
+        vectors=vectors,
         level="sampled",
         seconds=time.perf_counter() - began,
-        provenance=Provenance.of_rows("Hessian of a sample", found.vectors.T, seed),
-        certificate=Certificate(found.num_samples, num_checks, norm, error, gap, bound),
+        provenance=Provenance.of_rows("Hessian of a sample", vectors.T, seed),
+        certificate=Certificate(few.problem.num_examples, num_checks, norm, error, gap, bound),
     )
 
 
@@ -203,30 +206,6 @@ def _gram(factor: Tensor) -> Tensor:
     for rows in torch.split(factor, ROWS_PER_CHUNK):
         gram += (rows.T @ rows).double()
     return gram
-
-
-class Sampled(NamedTuple):
-    """Top eigenpairs of the sampled Hessian, and the next eigenvalue."""
-
-    values: Tensor
-    vectors: Tensor
-    following: float
-    num_samples: int
-
-
-def sampled_eigenspace(problem: Problem, num: int, num_samples: int | None, seed: int) -> Sampled:
-    """The `num` largest eigenpairs of the Hessian of an importance sample, by Lanczos."""
-    generator = seeded(seed)
-    wanted = num_samples or max(FEWEST, math.ceil(problem.num_examples / SHARE))
-    few = Hessian(problem).sampled(generator, wanted)
-    krylov = unchallenged(few, num, "largest", generator)
-    values, coefficients, _ = krylov.ritz()
-    return Sampled(
-        values.flip(0)[:num],
-        krylov.combine(coefficients.flip(1)[:, :num]),
-        float(values.flip(0)[num]) if len(values) > num else 0.0,
-        few.problem.num_examples,
-    )
 
 
 def residual_norm(

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.analysis.by_layer import ByLayer, Progress, announced
+from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.gram_spectrum import gradient_spectrum
-from deepspectra.arguments import check_count, seeded
+from deepspectra.arguments import LayerProgress, check_count, seeded
 from deepspectra.derivatives.products import products_of
 from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError, OptionWarning
 from deepspectra.operators.curvature import Hessian
@@ -138,7 +138,7 @@ def regions(
     by_layer: bool | None = None,
     num_groups: int | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> Regions:
     """How far knocking parts out moves outliers, bump and bulk: of G, H, features and errors, layer by layer.
 
@@ -297,7 +297,7 @@ class _Judge:
 
 
 def _of_hessian(
-    whole: Hessian, parts: Decomposition, judge: _Judge, progress: Progress | None
+    whole: Hessian, parts: Decomposition, judge: _Judge, progress: LayerProgress | None
 ) -> tuple[Shifts, float]:
     """Shifts of the spectrum of H, and how far its first pairs in the space of gradients are from those of H."""
     rows = parts.rows

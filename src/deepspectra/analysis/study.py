@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.overlap import overlap
-from deepspectra.analysis.by_layer import ByLayer, Progress, announced
+from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.dissect import dissected
 from deepspectra.analysis.gram_spectrum import MARGIN, GramSpectrum, gram_spectrum
 from deepspectra.analysis.layer_blocks import Blocks, norm_of, relative_error, top_pairs
 from deepspectra.analysis.layers import layers
+from deepspectra.arguments import LayerProgress
 from deepspectra.errors import OptionError
 from deepspectra.kfac.exact import ExactBlock
 from deepspectra.problem.cross_entropy import CrossEntropy
@@ -110,7 +111,7 @@ def study(
     variants: Mapping[str, Sequence[Problem]],
     *,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> Study:
     """The same measures of every layer in several variants of a network, such as with and without batch norm.
 

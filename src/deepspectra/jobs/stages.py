@@ -38,7 +38,6 @@ from deepspectra.analysis.gram_spectrum import (
     gradient_spectrum,
     spectrum_of,
 )
-from deepspectra.analysis.knockouts import Counter
 from deepspectra.analysis.principal_subspace import subspace_of
 from deepspectra.analysis.three_level_map import drawable, place
 from deepspectra.arguments import seeded
@@ -63,7 +62,7 @@ EXACT_ROWS = 3000  # up to which G's spectrum is computed exactly
 FEWEST_STEPS = 4  # of a density that is worth having
 BASIS, EXACT = "basis of H", "exact route"  # names of what is kept beside results of stages
 ROUNDED = 1e-3  # relatively, by which a sum of squares may fall short of one of its parts
-FORM = 2  # of what is kept of a stage
+FORM = 3  # of what is kept of a stage
 
 
 class Options(NamedTuple):
@@ -207,7 +206,7 @@ def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, max_prod
             found.shares.get("hessian"),
         )
         return attribute_known(
-            hessian, found.parts, known, max_products=max_products, seed=found.seed, products=Counter(report)
+            hessian, found.parts, known, max_products=max_products, seed=found.seed, progress=report
         )
 
     found.attribution = found.ledger.run("attribution of H", work)

@@ -13,7 +13,7 @@ from torch import Tensor
 from deepspectra.confidence import interval
 from deepspectra.errors import OptionError
 from deepspectra.frames import Tabular
-from deepspectra.results import Cost, Provenance
+from deepspectra.results import Cost, Result
 
 TINY = 1e-300  # keeps the logarithm of a zero spectrum finite
 
@@ -40,7 +40,7 @@ class Curve(Tabular, columns=("grid", "density", "standard_error")):
 
 
 @dataclass(frozen=True)
-class Density(Tabular, columns=("nodes", "weights", "probes")):
+class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
     """A spectral density (1/P) Σ_i δ(λ − λ_i) as a quadrature: nodes and weights.
 
     Attributes:
@@ -53,8 +53,6 @@ class Density(Tabular, columns=("nodes", "weights", "probes")):
         num_steps: Krylov steps a probe was given; the resolution at which an exact spectrum is drawn.
         deflation_residual: the largest ‖A v − λ v‖/|λ| of the deflated pairs, 0 without.
         num_products: products spent.
-        seconds: wall-clock time spent.
-        provenance: where it came from.
     """
 
     nodes: Tensor
@@ -64,8 +62,6 @@ class Density(Tabular, columns=("nodes", "weights", "probes")):
     num_steps: int
     deflation_residual: float
     num_products: int
-    seconds: float
-    provenance: Provenance
 
     @property
     def size(self) -> int:

@@ -6,17 +6,13 @@ import math
 import platform
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepspectra.confidence import interval
 from deepspectra.frames import Tabular
-
-if TYPE_CHECKING:
-    from deepspectra.operators.base import Operator
-    from deepspectra.problem.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -45,26 +41,26 @@ class Provenance:
     versions: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def of(operator: Operator, seed: int | None = None) -> Provenance:
-        """The provenance of a computation on `operator`."""
-        return Provenance._of(operator.name, operator.shape[0], operator, seed)
+    def of(source: Any, name: str = "", *, size: int | None = None, seed: int | None = None) -> Provenance:
+        """Of a computation on an operator, on rows (..., D), or on a problem: on its matrix G, unless named."""
+        if size is None:
+            size = source.shape[-1] if hasattr(source, "shape") else source.num_parameters
+        name = name or getattr(source, "name", "Gauss-Newton")
+        dtype = str(source.dtype).removeprefix("torch.")
+        return Provenance(name, size, dtype, str(source.device), seed, versions())
 
-    @staticmethod
-    def of_matrix(
-        name: str, problem: Problem, *, size: int | None = None, seed: int | None = None
-    ) -> Provenance:
-        """The provenance of what is known of a problem's matrix without products with it."""
-        return Provenance._of(name, problem.num_parameters if size is None else size, problem, seed)
 
-    @staticmethod
-    def of_rows(name: str, rows: Tensor, seed: int | None = None) -> Provenance:
-        """The provenance of a computation on rows (..., D)."""
-        return Provenance._of(name, rows.shape[-1], rows, seed)
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What every result says beside its numbers.
 
-    @staticmethod
-    def _of(name: str, size: int, where: Operator | Problem | Tensor, seed: int | None) -> Provenance:
-        dtype = str(where.dtype).removeprefix("torch.")
-        return Provenance(name, size, dtype, str(where.device), seed, versions())
+    Attributes:
+        seconds: wall-clock time spent.
+        provenance: where it came from.
+    """
+
+    seconds: float
+    provenance: Provenance
 
 
 def versions() -> dict[str, str]:
@@ -98,7 +94,7 @@ class Separation:
 
 
 @dataclass(frozen=True)
-class Eigenpairs(Tabular, columns=("values", "residual_norms", "error_bounds", "angle_bounds")):
+class Eigenpairs(Result, Tabular, columns=("values", "residual_norms", "error_bounds", "angle_bounds")):
     """Eigenvalues and eigenvectors, with measured residuals.
 
     Attributes:
@@ -108,10 +104,8 @@ class Eigenpairs(Tabular, columns=("values", "residual_norms", "error_bounds", "
         residual_norms: (K,) ‖A v − λ v‖, measured.
         converged: every pair met its tolerance and none is thought missing.
         num_products: products spent.
-        seconds: wall-clock time spent.
         which: the end of the spectrum asked for.
         rtol: the relative tolerance asked for.
-        provenance: where it came from.
         separation: from the rest of the spectrum; None where it is not known.
         num_sample_products: products with the sample that the search started from, beside `num_products`.
     """
@@ -121,10 +115,8 @@ class Eigenpairs(Tabular, columns=("values", "residual_norms", "error_bounds", "
     residual_norms: Tensor
     converged: bool
     num_products: int
-    seconds: float
     which: str
     rtol: float
-    provenance: Provenance
     separation: Separation | None = None
     num_sample_products: int = 0
 
@@ -207,7 +199,7 @@ class Eigenpairs(Tabular, columns=("values", "residual_norms", "error_bounds", "
 
 
 @dataclass(frozen=True)
-class Estimate(Tabular, columns=("quantity", "value", "standard_error")):
+class Estimate(Result, Tabular, columns=("quantity", "value", "standard_error")):
     """A number that random vectors tell of an operator, with its standard error.
 
     Attributes:
@@ -216,9 +208,7 @@ class Estimate(Tabular, columns=("quantity", "value", "standard_error")):
         standard_error: of `value`: two of them are a 95 % band, also from few products (`interval`); 0 when exact,
             NaN when a single product allows none.
         num_products: products spent.
-        seconds: wall-clock time spent.
         method: "exact" | "leave-one-out" | "Hutchinson".
-        provenance: where it came from.
         degrees_of_freedom: of the scatter that the error is known by; ∞ where it is not known by that.
     """
 
@@ -226,9 +216,7 @@ class Estimate(Tabular, columns=("quantity", "value", "standard_error")):
     value: float
     standard_error: float
     num_products: int
-    seconds: float
     method: str
-    provenance: Provenance
     degrees_of_freedom: float = math.inf
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
@@ -248,7 +236,7 @@ class Estimate(Tabular, columns=("quantity", "value", "standard_error")):
 
 
 @dataclass(frozen=True)
-class Diagonal(Tabular, columns=("values", "standard_error")):
+class Diagonal(Result, Tabular, columns=("values", "standard_error")):
     """A diagonal with a standard error per entry.
 
     Attributes:
@@ -256,18 +244,14 @@ class Diagonal(Tabular, columns=("values", "standard_error")):
         standard_error: (P,) of `values`: two of them are a 95 % band, also from few products (`interval`); 0 when
             exact, NaN when a single product allows none.
         num_products: products spent.
-        seconds: wall-clock time spent.
         method: "exact" | "leave-one-out" | "Hutchinson".
-        provenance: where it came from.
         degrees_of_freedom: of the scatter that the errors are known by; ∞ when exact.
     """
 
     values: Tensor
     standard_error: Tensor
     num_products: int
-    seconds: float
     method: str
-    provenance: Provenance
     degrees_of_freedom: float = math.inf
 
     def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:

@@ -119,7 +119,7 @@ def density(
         deflation_residual=0.0 if deflate is None else deflate.worst,
         num_products=run.spent + (deflate is not None),
         seconds=time.perf_counter() - began,
-        provenance=Provenance.of(operator, seed),
+        provenance=Provenance.of(operator, seed=seed),
     )
 
 

@@ -118,7 +118,7 @@ def explore(
         seconds=time.perf_counter() - began,
         which=which,
         rtol=rtol,
-        provenance=Provenance.of(operator, seed),
+        provenance=Provenance.of(operator, seed=seed),
         separation=_separation(ritz, chosen, search.krylov.num_basis == operator.shape[0], search.limits),
         num_sample_products=num_sample_products,
     )

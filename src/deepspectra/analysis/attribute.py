@@ -17,7 +17,7 @@ from deepspectra.arguments import Progress, seeded
 from deepspectra.errors import MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.parts import Decomposition, Means
-from deepspectra.results import Eigenpairs, Provenance
+from deepspectra.results import Eigenpairs, Provenance, Result
 from deepspectra.rows.averages import taken
 
 EDGE_PRODUCTS = 30  # at most, from a basis that knows the operator
@@ -26,7 +26,7 @@ ROWS_BYTES = 2**28  # of N × C × K float64 that are projected at a time
 
 
 @dataclass(frozen=True)
-class Attribution:
+class Attribution(Result):
     """Shares of the outliers over the parts, and what knocking parts out leaves.
 
     Attributes:
@@ -40,8 +40,6 @@ class Attribution:
         complete: the last of `values` is below the threshold, so none is missed.
         knockouts: what is left after parts are taken away.
         num_products: products spent here, beyond the given pairs.
-        seconds: wall-clock time spent.
-        provenance: where it came from.
 
     Source: shares and counts are this library's; the two knock-outs are Papyan's (JMLR 21:252, definitions
     3.1–3.3), who judges by eye.
@@ -58,8 +56,6 @@ class Attribution:
     complete: bool
     knockouts: tuple[Knockout, ...]
     num_products: int
-    seconds: float
-    provenance: Provenance
 
     @property
     def shares(self) -> Tensor:
@@ -242,7 +238,7 @@ def attribute_known(
         knockouts=found,
         num_products=basis.num_products - before,
         seconds=time.perf_counter() - began,
-        provenance=Provenance.of(operator, seed),
+        provenance=Provenance.of(operator, seed=seed),
     )
 
 

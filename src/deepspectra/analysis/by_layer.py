@@ -9,25 +9,21 @@ from typing import Any, TypeVar
 
 from deepspectra.arguments import LayerProgress
 from deepspectra.errors import MissingNameError
-from deepspectra.results import Provenance
+from deepspectra.results import Result
 
 Entry = TypeVar("Entry")
 Item = TypeVar("Item", bound=tuple[Any, ...])
 
 
 @dataclass(frozen=True)
-class ByLayer(Mapping[str, Entry]):
+class ByLayer(Result, Mapping[str, Entry]):
     """Layer → its result, from input to output: what every analysis by layer returns.
 
     Attributes:
         layers: layer → its result.
-        seconds: wall-clock time spent.
-        provenance: where it came from.
     """
 
     layers: Mapping[str, Entry]
-    seconds: float
-    provenance: Provenance
 
     def __getitem__(self, name: str) -> Entry:
         if name not in self.layers:

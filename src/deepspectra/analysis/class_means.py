@@ -15,7 +15,7 @@ from torch import Tensor
 from deepspectra.errors import CurvatureError, MemoryBudgetError, MissingNameError, OptionError, OptionWarning
 from deepspectra.operators.parts import KINDS, Decomposition, decompose
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Provenance
+from deepspectra.results import Provenance, Result
 from deepspectra.rows.averages import means_of
 from deepspectra.rows.captures import Captured, layer_of
 from deepspectra.rows.gradients import class_sums, labelled_loss
@@ -34,7 +34,7 @@ from deepspectra.rows.projections import Projections, collinear, grouped, num_gr
 
 
 @dataclass(frozen=True)
-class ClassMeans:
+class ClassMeans(Result):
     """Weighted means of gradients or errors over classes and over (class, potential class) cells, or of features.
 
     Attributes:
@@ -45,8 +45,6 @@ class ClassMeans:
         cross_class_weights: (C, C) w_{c,k}, the diagonal belongs to the true class; None of features.
         of: "gradients", "features" or "errors".
         layers: layer → where it lies in the last dimension, as slices.
-        seconds: wall-clock time spent.
-        provenance: where it came from.
     """
 
     class_means: Tensor
@@ -55,8 +53,6 @@ class ClassMeans:
     cross_class_weights: Tensor | None
     of: str
     layers: Mapping[str, tuple[slice, ...]]
-    seconds: float
-    provenance: Provenance
 
     def layer(self, name: str) -> ClassMeans:
         """The means of one layer."""
@@ -151,7 +147,7 @@ def class_means(
         of=of,
         layers=factors.layers,
         seconds=time.perf_counter() - began,
-        provenance=Provenance.of_rows(of, means),
+        provenance=Provenance.of(means, of),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from deepspectra.arguments import check_count, seeded
 from deepspectra.problem.problem import Problem
 from deepspectra.problem.samples import drawn_problem
-from deepspectra.results import Provenance
+from deepspectra.results import Provenance, Result
 from deepspectra.rows.captures import Captures
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held import HeldRows, gram_of, refuse_beyond_memory
@@ -23,7 +23,7 @@ GROUPS = ("both", "logit", "class", "neither")
 
 
 @dataclass(frozen=True)
-class Clustering:
+class Clustering(Result):
     """Mean cosines between gradients of different examples, by what the two share.
 
     Attributes:
@@ -33,8 +33,6 @@ class Clustering:
         gradients: (4,) of g_{i,k} = J_iᵀ(p_i − y_k), k ≠ c(i).
         gradients_standard_error: (4,).
         num_examples: compared with each other.
-        seconds: wall-clock time spent.
-        provenance: where it came from.
     """
 
     logits: Tensor
@@ -42,8 +40,6 @@ class Clustering:
     gradients: Tensor
     gradients_standard_error: Tensor
     num_examples: int
-    seconds: float
-    provenance: Provenance
     groups: tuple[str, ...] = GROUPS
 
     def __str__(self) -> str:
@@ -102,7 +98,7 @@ def clustering(problem: Problem, *, num_examples: int = 200, seed: int = 0) -> C
         gradients_standard_error=gradients_error,
         num_examples=len(live),
         seconds=time.perf_counter() - began,
-        provenance=Provenance.of_matrix("Gauss-Newton", problem, seed=seed),
+        provenance=Provenance.of(problem, seed=seed),
     )
 
 

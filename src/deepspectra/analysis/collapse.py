@@ -79,7 +79,9 @@ def collapse(problem: Problem) -> CollapseByLayer:
     features = features_of(rows)
     found = {name: collapse_of(entering, rows, name) for name, entering in features.items()}
     *_, last = features.values()
-    return CollapseByLayer(found, time.perf_counter() - began, Provenance.of_rows("features", last))
+    return CollapseByLayer(
+        found, seconds=time.perf_counter() - began, provenance=Provenance.of(last, "features")
+    )
 
 
 def collapse_of(features: Tensor, rows: GradientRows, layer: str) -> Collapse:

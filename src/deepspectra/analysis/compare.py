@@ -160,8 +160,8 @@ def compare(
         layers[name] = _layer(pair[0], spaces, blocks, shared=shared)
     wanted = 2 * first.num_classes if num_whole is None else num_whole
     whole = _whole(first, second, wanted, seed)
-    provenance = Provenance.of_matrix("Gauss-Newton", first, seed=seed)
-    return Comparison(layers, time.perf_counter() - began, provenance, whole)
+    provenance = Provenance.of(first, seed=seed)
+    return Comparison(layers, whole, seconds=time.perf_counter() - began, provenance=provenance)
 
 
 def _whole(first: Problem, second: Problem, num: int, seed: int) -> Tensor:

@@ -169,8 +169,8 @@ def dissect(
         if exact.place.groups == 1:
             layers[name] = dissected(blocks, exact, top_pairs(exact, num, seed), num_directions)
     whole = _dissected_whole(blocks, reduced, num_whole, seed) if reduced else None
-    provenance = Provenance.of_matrix("Gauss-Newton", problem, seed=seed)
-    return Dissection(layers, time.perf_counter() - began, provenance, whole)
+    provenance = Provenance.of(problem, seed=seed)
+    return Dissection(layers, whole, seconds=time.perf_counter() - began, provenance=provenance)
 
 
 def dissected(

@@ -76,15 +76,14 @@ def nonzero_density(
     """
     size, num_rows = gram.rows.problem.num_parameters, gram.shape[0]
     num = _num_independent(vectors)
+    # ‖K v − λ v‖ = ‖A (G u − λ u)‖/√λ is at most √(λ₁/λ) times G's own.
     known = replace(
         pairs,
         values=pairs.values[:num],
         residual_norms=pairs.residual_norms[:num] * (pairs.values[0] / pairs.values[:num]).sqrt(),
         vectors=vectors[:, :num],
         separation=None,
-        provenance=Provenance.of(
-            gram, seed
-        ),  # ‖K v − λ v‖ = ‖A (G u − λ u)‖/√λ is at most √(λ₁/λ) times G's own
+        provenance=Provenance.of(gram, seed=seed),
     )
     found = density(gram, num_probes, num_steps, known if num else None, seed, progress)
     zero = found.nodes.new_zeros(1)
@@ -94,7 +93,7 @@ def nonzero_density(
         nodes=torch.cat([found.nodes, zero]),
         weights=torch.cat([found.weights * share, zero + (1 - share)]),
         probes=torch.cat([found.probes, found.probes.new_full((1,), -1)]),
-        provenance=Provenance.of_matrix("Gauss-Newton", gram.rows.problem, seed=seed),
+        provenance=Provenance.of(gram.rows.problem, seed=seed),
     )
 
 

@@ -14,7 +14,7 @@ from deepspectra.arguments import seeded
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
-from deepspectra.results import Eigenpairs, Provenance
+from deepspectra.results import Eigenpairs, Provenance, Result
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.held import HeldRows
 from deepspectra.rows.layers import error_averages
@@ -26,7 +26,7 @@ NUM_CHECKS = 2  # random sums by which pairs are checked
 
 
 @dataclass(frozen=True)
-class GramSpectrum:
+class GramSpectrum(Result):
     """All non-zero eigenvalues of G and of its parts, and what each eigenvector owes to which part.
 
     Attributes:
@@ -34,8 +34,6 @@ class GramSpectrum:
         parts: name → non-zero eigenvalues of the part, descending.
         part_names: the parts, in the order of `shares`.
         shares: (R, parts) u_jᵀ B u_j / λ_j, rows sum to 1; NaN where λ_j is zero up to rounding.
-        seconds: wall-clock time spent.
-        provenance: where it came from.
 
     Source: the Gram matrix has the spectrum of the second moment; Papyan 2019, arXiv 1901.08244, computes
     densities only.
@@ -45,8 +43,6 @@ class GramSpectrum:
     parts: Mapping[str, Tensor]
     part_names: tuple[str, ...]
     shares: Tensor
-    seconds: float
-    provenance: Provenance
     _averages: Averages = field(repr=False)
 
     @property
@@ -169,7 +165,7 @@ def gram_spectrum(
     """
     began = time.perf_counter()
     parts = decompose(problem.to(dtype), effects=effects, first=first, hold=True)
-    return spectrum_of(gradient_spectrum(parts), Provenance.of_matrix("Gauss-Newton", parts.problem), began)
+    return spectrum_of(gradient_spectrum(parts), Provenance.of(parts.problem), began)
 
 
 def spectrum_of(spectrum: Spectrum, provenance: Provenance, began: float) -> GramSpectrum:
@@ -226,7 +222,7 @@ def gradient_pairs(
         seconds=time.perf_counter() - began,
         which="largest",
         rtol=float(missed / values.min()),
-        provenance=Provenance.of_matrix("Gauss-Newton", parts.problem),
+        provenance=Provenance.of(parts.problem),
     )
 
 
@@ -242,7 +238,7 @@ def _no_pairs(parts: Decomposition, began: float) -> Eigenpairs:
         seconds=time.perf_counter() - began,
         which="largest",
         rtol=0.0,
-        provenance=Provenance.of_matrix("Gauss-Newton", parts.problem),
+        provenance=Provenance.of(parts.problem),
     )
 
 

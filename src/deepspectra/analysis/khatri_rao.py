@@ -57,7 +57,7 @@ def centred_spectrum(uses: list[Matrix], parts: Decomposition, averages: Average
     gram += (s * norms.repeat_interleave(s.shape[1] // len(norms))) @ s.T - s @ q.T - q @ s.T
     size = uses[0].slice.numel
     spectrum = Spectrum.of_gram(gram, averages, size, torch.finfo(parts.problem.dtype).eps)
-    provenance = Provenance.of_matrix(f"gradients of {name} with centred features", parts.problem, size=size)
+    provenance = Provenance.of(parts.problem, f"gradients of {name} with centred features", size=size)
     return spectrum_of(spectrum, provenance, began)
 
 

@@ -181,8 +181,10 @@ def kronecker_quality(
         comparison = _Comparison(exact, memory, max(sizes), rtol, seed)
         approximations = {kind: operator.blocks[name] for kind, operator in blocks.approximations.items()}
         found[name] = comparison.fits(approximations, sizes, floor)
-    provenance = Provenance.of(blocks.factors, seed)
-    return KroneckerQuality(found, time.perf_counter() - began, provenance, tuple(kinds), floor)
+    provenance = Provenance.of(blocks.factors, seed=seed)
+    return KroneckerQuality(
+        found, tuple(kinds), floor, seconds=time.perf_counter() - began, provenance=provenance
+    )
 
 
 @dataclass(frozen=True)

@@ -184,8 +184,8 @@ def layers(
     if hessian:
         found = _with_hessian(parts.problem, found, num, progress)
     quality = kronecker_quality(problem, kronecker, dtype=dtype, progress=progress) if kronecker else None
-    provenance = Provenance.of_matrix("Gauss-Newton", parts.problem)
-    return Layers(found, time.perf_counter() - began, provenance, quality)
+    provenance = Provenance.of(parts.problem)
+    return Layers(found, quality, seconds=time.perf_counter() - began, provenance=provenance)
 
 
 def _with_hessian(
@@ -244,7 +244,7 @@ def _row_spectrum(rows: Tensor, averages: Averages, parts: Decomposition, what: 
     """Of rows that are held."""
     began = time.perf_counter()
     spectrum = Spectrum.of_rows(rows, averages, torch.finfo(parts.problem.dtype).eps)
-    return spectrum_of(spectrum, Provenance.of_rows(what, rows), began)
+    return spectrum_of(spectrum, Provenance.of(rows, what), began)
 
 
 def _gradient_spectrum(
@@ -260,7 +260,7 @@ def _gradient_spectrum(
         if size < num_rows
         else Spectrum.of_gram(gram_of([uses]), averages, size, eps)
     )
-    provenance = Provenance.of_matrix(f"gradients of {name}", parts.problem, size=size)
+    provenance = Provenance.of(parts.problem, f"gradients of {name}", size=size)
     return spectrum_of(spectrum, provenance, began)
 
 

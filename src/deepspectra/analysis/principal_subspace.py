@@ -18,7 +18,7 @@ from deepspectra.errors import OptionError
 from deepspectra.operators.curvature import Hessian
 from deepspectra.operators.parts import Decomposition, decompose
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Provenance
+from deepspectra.results import Provenance, Result
 from deepspectra.rows.gradients import class_sums
 from deepspectra.rows.projections import collinear
 
@@ -28,7 +28,7 @@ FEWEST = 500  # but not fewer than these
 
 
 @dataclass(frozen=True)
-class Subspace:
+class Subspace(Result):
     """A principal subspace with its eigenvalues, by averaging alone.
 
     Attributes:
@@ -36,16 +36,12 @@ class Subspace:
             G's own, pair by pair; or of the Hessian of the sample.
         vectors: (P, K) orthonormal eigenvectors.
         level: "class", "cross_class" or "sampled".
-        seconds: wall-clock time spent.
-        provenance: where it came from.
         certificate: how far the span is from an eigenspace of H; for "sampled".
     """
 
     values: Tensor
     vectors: Tensor
     level: str
-    seconds: float
-    provenance: Provenance
     certificate: Certificate | None = None
 
     def __str__(self) -> str:
@@ -137,8 +133,13 @@ def principal_subspace(
         values, vectors = _principal(_class_and_true(sums, cells), num, level)
     else:
         values, vectors = subspace_of(decompose(problem, groups=found), level, num)
-    provenance = Provenance.of_rows("means of gradients", vectors.T)
-    return Subspace(values[: vectors.shape[1]], vectors, level, time.perf_counter() - began, provenance)
+    return Subspace(
+        values=values[: vectors.shape[1]],
+        vectors=vectors,
+        level=level,
+        seconds=time.perf_counter() - began,
+        provenance=Provenance.of(vectors.T, "means of gradients"),
+    )
 
 
 def _sampled(
@@ -166,7 +167,7 @@ def _sampled(
         vectors=vectors,
         level="sampled",
         seconds=time.perf_counter() - began,
-        provenance=Provenance.of_rows("Hessian of a sample", vectors.T, seed),
+        provenance=Provenance.of(vectors.T, "Hessian of a sample", seed=seed),
         certificate=Certificate(few.problem.num_examples, num_checks, norm, error, gap, bound),
     )
 

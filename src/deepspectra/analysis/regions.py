@@ -198,16 +198,20 @@ def regions(
     if of == "hessian":
         hessian = Hessian(problem)
         whole, missed = _of_hessian(hessian, parts, judge, progress)
-        provenance = Provenance.of(hessian, seed)
-        return Regions({}, time.perf_counter() - began, provenance, of, whole, missed, method)
-    provenance = Provenance.of_matrix("Gauss-Newton", problem, seed=seed)
+        provenance = Provenance.of(hessian, seed=seed)
+        return Regions(
+            {}, of, whole, missed, method, seconds=time.perf_counter() - began, provenance=provenance
+        )
+    provenance = Provenance.of(problem, seed=seed)
     found, total = {}, torch.zeros(())
     for name, gram in announced(_grams(parts, of), progress, len(problem.layers)):
         if by_layer is not False:
             found[name] = judge(gram)
         total = total + gram
     whole = next(iter(found.values())) if len(found) == 1 else judge(total)
-    return Regions(found, time.perf_counter() - began, provenance, of, whole, method=method)
+    return Regions(
+        found, of, whole, method=method, seconds=time.perf_counter() - began, provenance=provenance
+    )
 
 
 def _grams(parts: Decomposition, of: str) -> Iterator[tuple[str, Tensor]]:

@@ -153,8 +153,16 @@ def study(
     for v, networks in enumerate(variants.values()):
         for n, problem in enumerate(networks):
             losses[v, n], accuracies[v, n] = problem.loss(), problem.accuracy()
-    provenance = Provenance.of_matrix("Gauss-Newton", next(iter(variants.values()))[0], seed=seed)
-    return Study(tables, time.perf_counter() - began, provenance, tuple(found), MEASURES, losses, accuracies)
+    provenance = Provenance.of(next(iter(variants.values()))[0], seed=seed)
+    return Study(
+        tables,
+        tuple(found),
+        MEASURES,
+        losses,
+        accuracies,
+        seconds=time.perf_counter() - began,
+        provenance=provenance,
+    )
 
 
 def _tables(found: Mapping[str, Sequence[Sample]]) -> dict[str, Tensor]:

@@ -97,7 +97,7 @@ def weights(problem: Problem) -> Weights:
         found[layer_of(name)] = _explained(
             name, weight, gradient[name].double(), features / positive(sizes), errors
         )
-    return Weights(found, time.perf_counter() - began, Provenance.of_matrix("Gauss-Newton", problem))
+    return Weights(found, seconds=time.perf_counter() - began, provenance=Provenance.of(problem))
 
 
 def _class_sums(problem: Problem) -> dict[str, tuple[Tensor, Tensor, Tensor]]:

@@ -180,7 +180,7 @@ def _find_exact(found: Findings) -> None:
     def work(_: Report) -> tuple[GramSpectrum, Eigenpairs]:
         began = time.perf_counter()
         spectrum = gradient_spectrum(parts)
-        exact = spectrum_of(spectrum, Provenance.of_matrix("Gauss-Newton", parts.problem), began)
+        exact = spectrum_of(spectrum, Provenance.of(parts.problem), began)
         return exact, gradient_pairs(spectrum, parts, found.num, began)
 
     exact, found.pairs["gauss_newton"] = found.ledger.run("exact spectrum of G", work)

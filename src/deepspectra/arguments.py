@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
-from deepspectra.errors import MemoryBudgetError, OptionError
+from deepspectra.errors import DataError, MemoryBudgetError, OptionError, ShapeError
 
 Progress = Callable[[int, int | None], object]  # of products so far, and of those expected
 LayerProgress = Callable[
@@ -33,6 +34,25 @@ def check_memory(what: str, size: float, memory: int, advice: str) -> None:
         raise MemoryBudgetError(
             f"{what} take {size / 2**30:.1f} GiB; memory is {memory / 2**30:.1f} GiB. {advice}, or raise memory."
         )
+
+
+def check_columns(name: str, value: object, size: int | None = None) -> Tensor:
+    """Columns (P, k), real, dense and finite, or one (P,), as (P, k); P is `size` unless that is None.
+
+    Raises:
+        ShapeError: another shape, or no entries.
+        DataError: complex, sparse, or not finite.
+    """
+    rows = "P" if size is None else f"{size}"
+    is_shaped = isinstance(value, Tensor) and value.ndim in (1, 2) and value.numel() > 0
+    if not isinstance(value, Tensor) or not is_shaped or value.shape[0] != (size or value.shape[0]):
+        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ShapeError(f"{name} must be a tensor ({rows},) or ({rows}, k) with k ≥ 1; got {given}.")
+    if value.is_complex() or value.layout != torch.strided:
+        raise DataError(f"{name} must be real and dense; got {value.dtype}, {value.layout}.")
+    if not bool(torch.isfinite(value).all()):
+        raise DataError(f"{name} has NaN or infinite entries.")
+    return value.detach().reshape(len(value), -1)
 
 
 def check_rtol(rtol: float) -> None:

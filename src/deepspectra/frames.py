@@ -1,7 +1,10 @@
-"""Results as data frames: one column an array."""
+"""Results as tables: lines of text, and data frames with one column an array."""
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -32,3 +35,20 @@ def _column(value: Any) -> Any:
         return [value]
     value = value.detach().cpu()
     return (value.double() if value.is_floating_point() else value).numpy()
+
+
+def text_table(head: Sequence[str], rows: Iterable[Sequence[float | str]], *notes: str) -> str:
+    """Words to the left in the first column and to the right in others, numbers to three digits, – for NaN."""
+    cells = [list(head), *([_written(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in itertools.zip_longest(*cells, fillvalue="")]
+    lines = []
+    for first, *others in cells:
+        padded = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=False))
+        lines.append("  ".join([f"{first:<{widths[0]}}", *padded]))
+    return "\n".join([*lines, *notes])
+
+
+def _written(cell: float | str) -> str:
+    if isinstance(cell, str):
+        return cell
+    return "–" if math.isnan(cell) else f"{cell:.3g}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.confidence import interval
-from deepspectra.frames import Tabular
+from deepspectra.frames import Tabular, text_table
 
 
 @dataclass(frozen=True)
@@ -181,21 +181,20 @@ class Eigenpairs(Result, Tabular, columns=("values", "residual_norms", "error_bo
         return 100 * torch.finfo(self.vectors.dtype).eps * norm  # what restarts add up to
 
     def __str__(self) -> str:
-        rows = [f"{'':>4} {'λ':>12} {'‖Av − λv‖':>12} {'error of λ ≤':>14} {'sin ∠ ≤':>10}"]
         columns = (self.values, self.residual_norms, self.error_bounds, self.angle_bounds)
-        rows += [
-            f"{j:>4} {value:>12.5g} {residual:>12.2g} {error:>14.2g} {angle:>10.2g}"
-            for j, (value, residual, error, angle) in enumerate(
-                zip(*(column.tolist() for column in columns), strict=True), 1
-            )
+        numbers = zip(*(column.tolist() for column in columns), strict=True)
+        rows = [
+            (str(j), f"{value:.5g}", *(f"{n:.2g}" for n in rest))
+            for j, (value, *rest) in enumerate(numbers, 1)
         ]
         state = f"converged ({self.status})" if self.converged else "NOT converged"
         before = f", after {self.num_sample_products} with a sample" if self.num_sample_products else ""
-        rows.append(
+        return text_table(
+            ("", "λ", "‖Av − λv‖", "error of λ ≤", "sin ∠ ≤"),
+            rows,
             f"{self.which} {len(self.values)} of {self.provenance.operator}: {state}, worst residual/|λ| "
-            f"{self.worst:.1e} (rtol {self.rtol:.1e}), {Cost(self.num_products, self.seconds)}{before}"
+            f"{self.worst:.1e} (rtol {self.rtol:.1e}), {Cost(self.num_products, self.seconds)}{before}",
         )
-        return "\n".join(rows)
 
 
 @dataclass(frozen=True)

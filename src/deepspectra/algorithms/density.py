@@ -177,7 +177,11 @@ def _with_basis(
     operator = run.operator
     sizes = _group_sizes(operator, num_probes, num_steps, len(known))
     krylov = Krylov(operator, _capacity(operator, sizes, num_steps, len(known)))
-    _fix_known(krylov, known)
+    if len(known):
+        krylov.append(known)
+        if krylov.num_pending < len(known):
+            raise DataError("deflate.vectors are linearly dependent. Pass the result of eigenpairs as it is.")
+        krylov.fix()
     groups: list[_Group] = []
     locked = NO_ENDS
     for j, size in enumerate(sizes):
@@ -378,12 +382,3 @@ def _refuse_others(operator: InUnits, deflate: Eigenpairs, seed: int) -> None:
             f"differs from what they say by {gap * unit:.2g}, where their residuals allow {allowed * unit:.2g}. "
             "Pass eigenpairs of A itself, as it is now."
         )
-
-
-def _fix_known(krylov: Krylov, known: Tensor) -> None:
-    if len(known) == 0:
-        return
-    krylov.append(known)
-    if krylov.num_pending < len(known):
-        raise DataError("deflate.vectors are linearly dependent. Pass the result of eigenpairs as it is.")
-    krylov.fix()

@@ -78,11 +78,6 @@ class Krylov:
         """Rows not in use."""
         return len(self.rows) - self.num_rows
 
-    @property
-    def spans_all(self) -> bool:
-        """Whether the rows in use span R^P, so that nothing can be added."""
-        return self.num_rows == self.operator.shape[0]
-
     @classmethod
     def of_pairs(cls, operator: Operator, pairs: Eigenpairs, capacity: int) -> Krylov:
         """The basis of known eigenvectors, with their residuals as what is not represented."""

@@ -15,6 +15,7 @@ from deepspectra.analysis.gram_spectrum import MARGIN
 from deepspectra.analysis.knockouts import NEWEST, Knockout, KnockoutSpace, knockouts
 from deepspectra.arguments import Progress, seeded
 from deepspectra.errors import MemoryBudgetError, OptionError, ShapeError
+from deepspectra.frames import text_table
 from deepspectra.operators.base import Operator
 from deepspectra.operators.parts import Decomposition, Means
 from deepspectra.results import Eigenpairs, Provenance, Result
@@ -86,12 +87,9 @@ class Attribution(Result):
         return _verdicts(self)
 
     def __str__(self) -> str:
-        head = f"{'':>3} {'λ':>11} " + " ".join(f"{name:>11}" for name in self.part_names)
-        rows = [head]
-        for j in range(self.num_outliers):
-            shares = " ".join(f"{share:>11.1%}" for share in self.pair_shares[j].tolist())
-            rows.append(f"{j + 1:>3} {float(self.values[j]):>11.4g} {shares}")
-        return "\n".join([*rows, *self.verdicts])
+        outliers = enumerate(zip(self.values.tolist(), self.shares.tolist(), strict=False), 1)
+        rows = [(str(j), f"{value:.4g}", *(f"{s:.1%}" for s in shares)) for j, (value, shares) in outliers]
+        return text_table(("", "λ", *self.part_names), rows, *self.verdicts)
 
 
 def attribute(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from deepspectra.arguments import LayerProgress
 from deepspectra.errors import MissingNameError
+from deepspectra.frames import text_table
 from deepspectra.results import Result
 
 Entry = TypeVar("Entry")
@@ -36,18 +36,12 @@ class ByLayer(Result, Mapping[str, Entry]):
     def __len__(self) -> int:
         return len(self.layers)
 
-    def _table(self, head: Sequence[str], cells: Callable[[Entry], Iterable[float | str]]) -> list[str]:
-        """A line for each layer, of words and of numbers; – for a number that is not defined."""
-        rows = [f"{'layer':<26} " + " ".join(f"{name:>11}" for name in head)]
-        for name, entry in self.layers.items():
-            rows.append(f"{name[-26:]:<26} " + " ".join(f"{_written(cell):>11}" for cell in cells(entry)))
-        return rows
-
-
-def _written(cell: float | str) -> str:
-    if isinstance(cell, str):
-        return cell
-    return "–" if math.isnan(cell) else f"{cell:.3g}"
+    def _table(
+        self, head: Sequence[str], cells: Callable[[Entry], Iterable[float | str]], *notes: str
+    ) -> str:
+        """A line for each layer, as in `text_table`."""
+        rows = ((name[-26:], *cells(entry)) for name, entry in self.layers.items())
+        return text_table(("layer", *head), rows, *notes)
 
 
 def announced(layers: Iterable[Item], progress: LayerProgress | None, total: int) -> Iterator[Item]:

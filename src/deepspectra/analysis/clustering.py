@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.arguments import check_count, seeded
+from deepspectra.frames import text_table
 from deepspectra.problem.problem import Problem
 from deepspectra.problem.samples import drawn_problem
 from deepspectra.results import Provenance, Result
@@ -43,12 +44,10 @@ class Clustering(Result):
     groups: tuple[str, ...] = GROUPS
 
     def __str__(self) -> str:
-        rows = [f"{'the same':<10} {'∇z_k':>8} {'±':>7} {'g_{i,k}':>9} {'±':>7}"]
         columns = (self.logits, self.logits_standard_error, self.gradients, self.gradients_standard_error)
-        for name, a, b, c, d in zip(self.groups, *(column.tolist() for column in columns), strict=True):
-            rows.append(f"{name:<10} {a:>8.3f} {b:>7.3f} {c:>9.3f} {d:>7.3f}")
-        rows.append(f"mean cosines among {self.num_examples} examples, {self.seconds:.3g} s")
-        return "\n".join(rows)
+        rows = zip(self.groups, *(column.tolist() for column in columns), strict=True)
+        note = f"mean cosines among {self.num_examples} examples, {self.seconds:.3g} s"
+        return text_table(("the same", "∇z_k", "±", "g_{i,k}", "±"), rows, note)
 
 
 def clustering(problem: Problem, *, num_examples: int = 200, seed: int = 0) -> Clustering:

@@ -54,9 +54,8 @@ class CollapseByLayer(ByLayer[Collapse]):
     def __str__(self) -> str:
         names = ("nc1", "nc2_norms", "nc2_angles", "nc2_simplex", "nc3", "nc4")
         head = [name.upper().replace("_", " ") for name in names]
-        rows = self._table(head, lambda layer: [getattr(layer, name) for name in names])
-        rows.append(f"neural collapse of what enters each layer, {self.seconds:.3g} s")
-        return "\n".join(rows)
+        note = f"neural collapse of what enters each layer, {self.seconds:.3g} s"
+        return self._table(head, lambda layer: [getattr(layer, name) for name in names], note)
 
 
 def collapse(problem: Problem) -> CollapseByLayer:

@@ -86,14 +86,9 @@ class Comparison(ByLayer[LayerComparison]):
 
     def __str__(self) -> str:
         head = ("m", "peak at", "height", "at k = m", "predicted", "height", "(t·t′)²", "case", "random at m")
-        rows = self._table(head, _told)
-        whole = (
-            f"; of all parameters {float(self.whole[-1]):.3f} at k = {len(self.whole)}"
-            if len(self.whole)
-            else ""
-        )
-        rows.append(f"overlap of top-k eigenspaces of G{whole}; {self.seconds:.3g} s")
-        return "\n".join(rows)
+        num = len(self.whole)
+        whole = f"; of all parameters {float(self.whole[-1]):.3f} at k = {num}" if num else ""
+        return self._table(head, _told, f"overlap of top-k eigenspaces of G{whole}; {self.seconds:.3g} s")
 
 
 def _told(layer: LayerComparison) -> list[float | str]:

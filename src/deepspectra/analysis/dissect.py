@@ -101,7 +101,7 @@ class Dissection(ByLayer[LayerDissection]):
 
     def __str__(self) -> str:
         head = ("λ₁", "λ₁/τ₁γ₁", "rank one", "v₁ share", "λ₁/λ₂ xxᵀ", "v₁·E[x]", "closed form", "its range")
-        rows = self._table(
+        return self._table(
             head,
             lambda layer: (
                 float(layer.values[0]),
@@ -113,12 +113,10 @@ class Dissection(ByLayer[LayerDissection]):
                 layer.closed_form,
                 layer.closed_range,
             ),
-        )
-        rows.append(
             "of the top eigenvectors of each layer's block of G: mean σ₁/‖·‖ reshaped, mean share along the top "
-            f"eigenvector of E[xxᵀ]; overlaps of the closed forms of E[M]; {self.seconds:.3g} s"
+            f"eigenvector of E[xxᵀ]; overlaps of the closed forms of E[M]; {self.seconds:.3g} s",
+            *([str(self.whole)] if self.whole else []),
         )
-        return "\n".join([*rows, *([str(self.whole)] if self.whole else [])])
 
 
 def dissect(

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import unchallenged
-from deepspectra.analysis.class_means import check_means
-from deepspectra.arguments import check_count, seeded
+from deepspectra.analysis.class_means import LEVELS, check_means
+from deepspectra.arguments import check_choice, check_count, seeded
 from deepspectra.confidence import standard_error
 from deepspectra.errors import OptionError
 from deepspectra.operators.curvature import Hessian
-from deepspectra.operators.parts import Decomposition, decompose
+from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.results import Provenance, Result
 from deepspectra.rows.gradients import class_sums
@@ -127,12 +127,13 @@ def principal_subspace(
             raise OptionError("groups= belongs to averages; a sample has none.")
         return _sampled(problem, num, num_samples, num_checks=num_checks, seed=seed)
     began = time.perf_counter()
+    check_choice("level", level, (*LEVELS, "sampled"))
     found = check_means(problem, level, groups)
     if level == "class":
         sums, cells = class_sums(problem, found)
         values, vectors = _principal(_class_and_true(sums, cells), num, level)
     else:
-        values, vectors = subspace_of(decompose(problem, groups=found), level, num)
+        values, vectors = subspace_of(Decomposition(problem, groups=found), level, num)
     return Subspace(
         values=values[: vectors.shape[1]],
         vectors=vectors,

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.gram_spectrum import gradient_spectrum
-from deepspectra.arguments import LayerProgress, check_count, seeded
+from deepspectra.arguments import LayerProgress, check_choice, check_count, check_memory, seeded
 from deepspectra.derivatives.products import products_of
-from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError, OptionWarning
+from deepspectra.errors import CurvatureError, OptionError, OptionWarning
+from deepspectra.frames import text_table
 from deepspectra.operators.curvature import Hessian
-from deepspectra.operators.parts import Decomposition, decompose
+from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.problem.samples import drawn_problem
 from deepspectra.results import Provenance
@@ -90,20 +91,18 @@ class Shifts:
         return True if bool((leads[others] > sure[others]).all()) else None
 
     def __str__(self) -> str:
-        rows = [f"{'without':<14} " + " ".join(f"{region:>14}" for region in self.regions) + "  moves most"]
-        for j, name in enumerate(self.knockouts):
+        rows = []
+        for name, *row in zip(
+            self.knockouts, self.values.tolist(), self.standard_errors.tolist(), strict=True
+        ):
             cells = [
                 "–"
                 if math.isnan(value)
                 else f"{value:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
-                for value, error in zip(
-                    self.values[j].tolist(), self.standard_errors[j].tolist(), strict=True
-                )
+                for value, error in zip(*row, strict=True)
             ]
-            rows.append(
-                f"{name:<14} " + " ".join(f"{cell:>14}" for cell in cells) + f"  {self.moved(name) or '–'}"
-            )
-        return "\n".join(rows)
+            rows.append([name, *cells, self.moved(name) or "–"])
+        return text_table(("without", *self.regions, "moves most"), rows)
 
 
 @dataclass(frozen=True)
@@ -177,10 +176,8 @@ def regions(
     Source: Papyan 2020, JMLR 21:252, section 6, judges knock-outs by eye; the numbers are this library's.
     """
     began = time.perf_counter()
-    if of not in OF:
-        raise OptionError(f"of={of!r}; it is one of {', '.join(map(repr, OF))}.")
-    if method not in METHODS:
-        raise OptionError(f"method={method!r}; it is one of {', '.join(map(repr, METHODS))}.")
+    check_choice("of", of, OF)
+    check_choice("method", method, METHODS)
     if num_groups is None:
         num_groups = min(NUM_GROUPS, problem.num_examples) if problem.num_examples > 1 else 0
     check_count("num_groups", num_groups, 0, problem.num_examples)
@@ -193,7 +190,7 @@ def regions(
             stacklevel=2,
         )
     problem = problem.to(torch.float64) if of == "hessian" else problem  # rounding fills the gaps of its bulk
-    parts = decompose(problem, effects="two-way", hold=True)
+    parts = Decomposition(problem, effects="two-way", hold=True)
     judge = _Judge(parts, of, method, num_groups, seed)
     if of == "hessian":
         hessian = Hessian(problem)
@@ -241,12 +238,9 @@ class _Judge:
         self.each = 1 if of == "features" else size - 1  # rows an example
         self.cuts = (size, size) if of == "features" else (size - 1, size**2)
         matrices = 10 + 2 * num_groups if of == "hessian" else 4
-        needed = matrices * 8 * (num * self.each) ** 2
-        if needed > parts.problem.memory:
-            raise MemoryBudgetError(
-                f"spectra of {num * self.each:,} rows take about {needed / 2**30:.1f} GiB; memory is "
-                f"{parts.problem.memory / 2**30:.1f} GiB. Take fewer examples, or raise memory."
-            )
+        num_rows = num * self.each
+        what = f"spectra of {num_rows:,} rows"
+        check_memory(what, matrices * 8 * num_rows**2, parts.problem.memory, "Take fewer examples")
         every = torch.ones(num, dtype=torch.bool)
         order = torch.randperm(num, generator=seeded(seed))
         self.groups: list[Tensor] = []  # of examples, ascending

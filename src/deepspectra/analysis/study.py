@@ -20,6 +20,7 @@ from deepspectra.analysis.layer_blocks import Blocks, norm_of, relative_error, t
 from deepspectra.analysis.layers import layers
 from deepspectra.arguments import LayerProgress
 from deepspectra.errors import OptionError
+from deepspectra.frames import text_table
 from deepspectra.kfac.exact import ExactBlock
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.problem import Problem
@@ -85,22 +86,22 @@ class Study(ByLayer[Tensor]):
         return found[~found.isnan()]
 
     def __str__(self) -> str:
-        width = max(10, *(len(name) for name in self.variants))
-        rows = [f"{'layer':<22} {'variant':<{width}} " + " ".join(f"{key:>11}" for key in SHOWN)]
-        for layer in self:
-            for j, variant in enumerate(self.variants):
-                cells = [self.of(variant, layer, key) for key in SHOWN]
-                text = " ".join(f"{float(c.mean()):>11.3g}" if len(c) else f"{'–':>11}" for c in cells)
-                rows.append(f"{(layer if not j else '')[-22:]:<22} {variant:<{width}} {text}")
-        rows += [f"{key}: {self.measures[key]}" for key in SHOWN]
-        for variant, losses, accuracies in zip(
-            self.variants, self.losses.tolist(), self.accuracies.tolist(), strict=True
-        ):
-            rows.append(
-                f"{variant}: loss {_listed(losses, '.3g')}, training accuracy {_listed(accuracies, '.1%')}"
+        rows: list[tuple[float | str, ...]] = [
+            (
+                "" if j else layer[-22:],
+                variant,
+                *(float(self.of(variant, layer, key).mean()) for key in SHOWN),
             )
-        rows.append(f"means over networks, or over pairs of them; {self.seconds:.3g} s")
-        return "\n".join(rows)
+            for layer in self
+            for j, variant in enumerate(self.variants)
+        ]
+        notes = [f"{key}: {self.measures[key]}" for key in SHOWN]
+        numbers = zip(self.variants, self.losses.tolist(), self.accuracies.tolist(), strict=True)
+        for variant, losses, accuracies in numbers:
+            accuracy = _listed(accuracies, ".1%")
+            notes.append(f"{variant}: loss {_listed(losses, '.3g')}, training accuracy {accuracy}")
+        notes.append(f"means over networks, or over pairs of them; {self.seconds:.3g} s")
+        return text_table(("layer", "variant", *SHOWN), rows, *notes)
 
 
 def _listed(values: list[float], form: str) -> str:

@@ -49,7 +49,7 @@ from deepspectra.jobs.effort import count_operations, effort_for
 from deepspectra.jobs.ledger import Ledger, Report
 from deepspectra.operators.base import Operator
 from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
-from deepspectra.operators.parts import Decomposition, decompose
+from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
 from deepspectra.results import Eigenpairs, Provenance, versions
@@ -164,12 +164,12 @@ def _parts(problem: Problem, products: Products, groups: Tensor | None) -> tuple
     if problem.num_examples * (problem.num_classes - 1) <= EXACT_ROWS:
         products.release()
         try:
-            parts = decompose(problem, effects="two-way", hold=True, groups=groups)
+            parts = Decomposition(problem, effects="two-way", hold=True, groups=groups)
             assert isinstance(parts.rows, HeldRows)
             return parts, parts.rows.gram_bytes <= problem.memory and parts.rows.captures.hold()
         except CurvatureError as error:  # a network that does not tell its examples apart
             products.notes["exact spectrum of G"] = f"not computed: {error}"
-    return decompose(problem, effects="two-way", groups=groups), False
+    return Decomposition(problem, effects="two-way", groups=groups), False
 
 
 def _find_exact(found: Findings) -> None:

@@ -37,12 +37,7 @@ def check_memory(what: str, size: float, memory: int, advice: str) -> None:
 
 
 def check_columns(name: str, value: object, size: int | None = None) -> Tensor:
-    """Columns (P, k), real, dense and finite, or one (P,), as (P, k); P is `size` unless that is None.
-
-    Raises:
-        ShapeError: another shape, or no entries.
-        DataError: complex, sparse, or not finite.
-    """
+    """Columns (P, k), or one (P,), as (P, k): raises ShapeError, or DataError if complex, sparse or not finite."""
     rows = "P" if size is None else f"{size}"
     is_shaped = isinstance(value, Tensor) and value.ndim in (1, 2) and value.numel() > 0
     if not isinstance(value, Tensor) or not is_shaped or value.shape[0] != (size or value.shape[0]):

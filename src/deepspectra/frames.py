@@ -5,12 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    import pandas
 
 
 class Tabular:
@@ -22,7 +19,7 @@ class Tabular:
         super().__init_subclass__(**options)
         cls._columns = columns
 
-    def to_dataframe(self) -> pandas.DataFrame:
+    def to_dataframe(self) -> Any:
         """The arrays of the result, by name, as a `pandas.DataFrame`; single numbers make one row."""
         import pandas  # noqa: PLC0415  (its import takes a while)
 

@@ -61,8 +61,8 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
     probes: Tensor
     num_probes: int
     num_steps: int
-    deflation_residual: float
-    num_products: int
+    deflation_residual: float = 0.0
+    num_products: int = 0
 
     @property
     def size(self) -> int:

@@ -227,11 +227,10 @@ class Estimate(Result, Tabular, columns=("quantity", "value", "standard_error"))
         return interval(self.value, self.standard_error, self.degrees_of_freedom, confidence)
 
     def __str__(self) -> str:
-        return (
-            f"{self.quantity:<16} {self.value:>12.6g}\n{'standard error':<16} {self.standard_error:>12.2g}\n"
-            f"{self.quantity} of {self.provenance.operator} by {self.method}, "
-            f"{Cost(self.num_products, self.seconds)}"
-        )
+        cost = Cost(self.num_products, self.seconds)
+        note = f"{self.quantity} of {self.provenance.operator} by {self.method}, {cost}"
+        rows = [("standard error", f"{self.standard_error:.2g}")]
+        return text_table((self.quantity, f"{self.value:.6g}"), rows, note)
 
 
 @dataclass(frozen=True)
@@ -264,10 +263,10 @@ class Diagonal(Result, Tabular, columns=("values", "standard_error")):
     def __str__(self) -> str:
         low, high = self.values.aminmax()
         sizes = [tensor.double().square().mean().sqrt() for tensor in (self.values, self.standard_error)]
-        return (
-            f"{'smallest, largest entry':<26} {float(low):>12.5g} {float(high):>12.5g}\n"
-            f"{'root mean square':<26} {float(sizes[0]):>12.5g}\n"
-            f"{'of the standard errors':<26} {float(sizes[1]):>12.2g}\n"
-            f"diagonal of {self.provenance.operator} by {self.method}, "
-            f"{Cost(self.num_products, self.seconds)}"
-        )
+        rows = [
+            ("root mean square", f"{float(sizes[0]):.5g}"),
+            ("of the standard errors", f"{float(sizes[1]):.2g}"),
+        ]
+        note = f"{self.provenance.operator} by {self.method}, {Cost(self.num_products, self.seconds)}"
+        head = ("smallest, largest entry", f"{float(low):.5g}", f"{float(high):.5g}")
+        return text_table(head, rows, f"diagonal of {note}")

@@ -281,8 +281,7 @@ def _lock(krylov: Krylov, room: int) -> Ends:
     everything = torch.eye(len(square.T), dtype=torch.float64)
     limit = max(len(krylov.rows) - krylov.num_fixed - room, 0)
     ends, vectors = _converged(krylov, (square + square.T) / 2, everything, limit)
-    krylov.contract(vectors)
-    krylov.drop_pending()
+    krylov.contract(vectors, torch.zeros(krylov.num_pending, 0, dtype=torch.float64))
     krylov.fix()
     return ends
 

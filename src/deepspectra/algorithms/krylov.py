@@ -240,11 +240,6 @@ class Krylov:
         rows[: self.num_rows] = self.rows[: self.num_rows]
         self.rows = rows
 
-    def drop_pending(self) -> None:
-        """Forget the pending vectors."""
-        self.num_pending = 0
-        self.projected, self.tracked = self.projected[: self.num_basis], self.tracked[: self.num_basis]
-
     def fix(self) -> None:
         """Make every row in use a fixed one."""
         self.num_fixed = self.num_rows

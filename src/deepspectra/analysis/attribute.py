@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,7 +83,18 @@ class Attribution(Result):
     @property
     def verdicts(self) -> tuple[str, ...]:
         """One sentence a finding, thresholds stated."""
-        return _verdicts(self)
+        count = self.num_outliers
+        rule = f"above {self.threshold:.3g}, {self.margin:g} times the bulk's edge {self.bulk_edge:.3g}"
+        if not count:
+            return (f"No outlier: no eigenvalue lies {rule}.",)
+        shares = ", ".join(f"{_percent(share)} {name}" for name, share in self.mean_shares.items())
+        return (
+            f"{'' if self.complete else 'At least '}{count} outlier{'s' if count > 1 else ''} ({rule}): on average "
+            f"{shares}.",
+            f"Knocking out the class means {_leaves(self, 'class')}, class and logit means "
+            f"{_leaves(self, 'class', 'logit')}.",
+            _judgement(self),
+        )
 
     def __str__(self) -> str:
         outliers = enumerate(zip(self.values.tolist(), self.shares.tolist(), strict=False), 1)
@@ -151,16 +161,16 @@ def attribute(
         if progress is not None:
             progress(done, None)
 
-    if pairs is not None:
-        known, spent = Known(pairs), 0
-    else:
+    spent, basis = 0, None
+    if pairs is None:
         num = min(parts.projections.num_classes + 3, operator.shape[0])
-        known = Known(*explore(operator, num, rtol=rtol, start="random", seed=seed, progress=report))
-        spent = known.pairs.num_products
+        pairs, basis = explore(operator, num, rtol=rtol, start="random", seed=seed, progress=report)
+        spent = pairs.num_products
     found = attribute_known(
         operator,
         parts,
-        known,
+        pairs,
+        basis,
         margin=margin,
         max_products=max_products,
         seed=seed,
@@ -169,34 +179,25 @@ def attribute(
     return replace(found, num_products=spent + found.num_products, seconds=time.perf_counter() - began)
 
 
-class Known(NamedTuple):
-    """What is known of an operator before it is attributed.
-
-    Attributes:
-        pairs: its top eigenpairs.
-        basis: the Krylov basis that `explore` found them with; it goes on growing, beyond its capacity if the
-            knock-outs need that. Without it the subspace starts from the pairs and a random vector.
-        shares: of `pair_shares(parts, pairs)`.
-    """
-
-    pairs: Eigenpairs
-    basis: Krylov | None = None
-    shares: Tensor | None = None
-
-
 def attribute_known(
     operator: Operator,
     parts: Decomposition,
-    known: Known,
+    pairs: Eigenpairs,
+    basis: Krylov | None = None,
     *,
+    shares: Tensor | None = None,
     margin: float = MARGIN,
     max_products: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Attribution:
-    """`attribute` of arguments that are right, from what is known already."""
-    began, pairs = time.perf_counter(), known.pairs
-    before = 0 if known.basis is None else known.basis.num_products
+    """`attribute` of arguments that are right, from what is known already.
+
+    The basis that `explore` found the pairs with goes on growing, beyond its capacity if the knock-outs need that;
+    without it the subspace starts from the pairs and a random vector. `shares` are those of `pair_shares`.
+    """
+    began = time.perf_counter()
+    before = 0 if basis is None else basis.num_products
     size, num_classes, had_means = operator.shape[0], parts.projections.num_classes, parts.has_means
     most = 2 * num_classes - 1 if max_products is None else max_products
     factors = (2 if parts.projections.first == "class" else 3) * num_classes
@@ -207,7 +208,7 @@ def attribute_known(
     borrowed = parts.num_bytes(max(0, capacity - basis_capacity(operator)))
     with parts.rows.products.allowance.lent(borrowed):
         try:
-            basis = _grown(operator, known, capacity, seed)
+            basis = _grown(operator, pairs, basis, capacity, seed)
             space = KnockoutSpace(basis, num, lambda done: progress and progress(done - before, None))
             edges, edge_norms = space.bulk_edge(Means(parts), EDGE_PRODUCTS)
             threshold = margin * float(edges[0])
@@ -227,7 +228,7 @@ def attribute_known(
         values=pairs.values,
         residual_norms=pairs.residual_norms,
         part_names=(*parts, "residual"),
-        pair_shares=pair_shares(parts, pairs) if known.shares is None else known.shares,
+        pair_shares=pair_shares(parts, pairs) if shares is None else shares,
         bulk_edge=float(edges[0]),
         threshold=threshold,
         margin=margin,
@@ -240,11 +241,10 @@ def attribute_known(
     )
 
 
-def _grown(operator: Operator, known: Known, capacity: int, seed: int) -> Krylov:
+def _grown(operator: Operator, pairs: Eigenpairs, basis: Krylov | None, capacity: int, seed: int) -> Krylov:
     """The basis that the pairs were found with, of that capacity; or one of the pairs and a random vector."""
-    basis = known.basis
     if basis is None:
-        basis = Krylov.of_pairs(operator, known.pairs, capacity)
+        basis = Krylov.of_pairs(operator, pairs, capacity)
         basis.append_random(seeded(seed))
         basis.expand(1)
     elif len(basis.rows) < capacity:
@@ -287,22 +287,6 @@ def squared_norms(parts: Decomposition, block: Tensor) -> Tensor:
             for columns in torch.split(block, width, 1)
         ],
         1,
-    )
-
-
-def _verdicts(result: Attribution) -> tuple[str, ...]:
-    count = result.num_outliers
-    rule = f"above {result.threshold:.3g}, {result.margin:g} times the bulk's edge {result.bulk_edge:.3g}"
-    if not count:
-        return (f"No outlier: no eigenvalue lies {rule}.",)
-    means = result.mean_shares
-    shares = ", ".join(f"{_percent(share)} {name}" for name, share in means.items())
-    return (
-        f"{'' if result.complete else 'At least '}{count} outlier{'s' if count > 1 else ''} ({rule}): on average "
-        f"{shares}.",
-        f"Knocking out the class means {_leaves(result, 'class')}, class and logit means "
-        f"{_leaves(result, 'class', 'logit')}.",
-        _judgement(result),
     )
 
 

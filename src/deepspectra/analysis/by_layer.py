@@ -17,11 +17,7 @@ Item = TypeVar("Item", bound=tuple[Any, ...])
 
 @dataclass(frozen=True)
 class ByLayer(Result, Mapping[str, Entry]):
-    """Layer → its result, from input to output: what every analysis by layer returns.
-
-    Attributes:
-        layers: layer → its result.
-    """
+    """Layer → its result, from input to output: what every analysis by layer returns. They are in `layers`."""
 
     layers: Mapping[str, Entry]
 

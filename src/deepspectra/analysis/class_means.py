@@ -65,14 +65,10 @@ class ClassMeans(Result):
             raise MissingNameError("layer", name, self.layers)
         cut, crossed = self.layers[name], self.cross_class_means
         means = torch.cat([self.class_means[:, piece] for piece in cut], -1)
-        return replace(
-            self,
-            class_means=means,
-            cross_class_means=None
-            if crossed is None
-            else torch.cat([crossed[..., piece] for piece in cut], -1),
-            layers={name: (slice(0, means.shape[1]),)},
-        )
+        if crossed is not None:
+            crossed = torch.cat([crossed[..., piece] for piece in cut], -1)
+        layers = {name: (slice(0, means.shape[1]),)}
+        return replace(self, class_means=means, cross_class_means=crossed, layers=layers)
 
     @property
     def mean(self) -> Tensor:

@@ -131,24 +131,18 @@ def _mean_cosines(inner: Tensor, valid: Tensor, labels: Tensor) -> tuple[Tensor,
         valid: (n, C) which rows count.
         labels: (n,).
     """
-    num = len(labels)
     norms = torch.einsum("ikik->ik", inner).clamp_min(0).sqrt()
     scale = (1 / norms.where(norms > 0, math.inf)) * valid
     cosines = torch.einsum("ik,ikjl,jl->ijkl", scale, inner, scale)
     there = (scale > 0).to(inner)
-    counts = torch.einsum("ik,jl->ijkl", there, there)
-    pair = ~torch.eye(num, dtype=torch.bool, device=inner.device)
+    sums = torch.stack([cosines, torch.einsum("ik,jl->ijkl", there, there)])  # and how many
+    equal = torch.einsum("tijkk->tij", sums)
+    unequal = sums.sum((3, 4)) - equal
     same = labels[:, None] == labels
-    groups = []
-    for classes in (same & pair, ~same & pair):
-        for table in (cosines, counts):
-            equal = torch.einsum("ijkk->ij", table)
-            groups.append((equal * classes, (table.sum((2, 3)) - equal) * classes))
-    (both, of_class), (n_both, n_class), (logit, neither), (n_logit, n_neither) = groups
-    pairs = [(both, n_both), (logit, n_logit), (of_class, n_class), (neither, n_neither)]
-    found = [_jackknife(total, count) for total, count in pairs]
-    means, errors = zip(*found, strict=True)
-    return torch.tensor(means, dtype=torch.float64), torch.tensor(errors, dtype=torch.float64)
+    pair = ~torch.eye(len(labels), dtype=torch.bool, device=inner.device)
+    groups = (equal, same & pair), (equal, ~same), (unequal, same & pair), (unequal, ~same)  # as `GROUPS`
+    found = torch.tensor([_jackknife(*(some * classes)) for some, classes in groups], dtype=torch.float64)
+    return found[:, 0], found[:, 1]
 
 
 def _jackknife(total: Tensor, count: Tensor) -> tuple[float, float]:

@@ -153,19 +153,13 @@ def compare(
         blocks = [side.factors.blocks[name] for side in sides]
         shared = outputs == first.num_classes and name == sides[0].names[-1]
         layers[name] = _layer(pair[0], spaces, blocks, shared=shared)
-    wanted = 2 * first.num_classes if num_whole is None else num_whole
-    whole = _whole(first, second, wanted, seed)
+    wanted = min(2 * first.num_classes if num_whole is None else num_whole, first.num_parameters)
+    whole = torch.zeros(0, dtype=torch.float64)
+    if wanted:
+        tops = [eigenpairs(GaussNewton(side), wanted, rtol=RTOL, seed=seed) for side in (first, second)]
+        whole = overlap_curve(tops[0].vectors, tops[1].vectors)
     provenance = Provenance.of(first, seed=seed)
     return Comparison(layers, whole, seconds=time.perf_counter() - began, provenance=provenance)
-
-
-def _whole(first: Problem, second: Problem, num: int, seed: int) -> Tensor:
-    """The curve over all parameters."""
-    if not num:
-        return torch.zeros(0, dtype=torch.float64)
-    num = min(num, first.num_parameters)
-    pairs = [eigenpairs(GaussNewton(problem), num, rtol=RTOL, seed=seed) for problem in (first, second)]
-    return overlap_curve(pairs[0].vectors, pairs[1].vectors)
 
 
 def _check_same(first: Problem, second: Problem) -> None:
@@ -210,12 +204,9 @@ def _predicted(one: Rotated, other: Rotated, aligned: Tensor, num: int) -> Tenso
     counts = []
     for side in (one, other):
         chosen = side.diagonal.flatten().topk(num).indices.cpu()
-        owner = (
-            chosen // (outputs * inputs) * inputs + chosen % inputs
-        )  # (group, j) of each of the top products
-        counts.append(
-            torch.nn.functional.one_hot(owner, groups * inputs).double().cumsum(0).view(num, groups, inputs)
-        )
+        owner = chosen // (outputs * inputs) * inputs + chosen % inputs  # (group, j) of each
+        members = torch.nn.functional.one_hot(owner, groups * inputs).double()
+        counts.append(members.cumsum(0).view(num, groups, inputs))
     sums = torch.einsum("kgj,gjl,kgl->k", counts[0], aligned, counts[1])
     return sums / (outputs * torch.arange(1, num + 1))
 

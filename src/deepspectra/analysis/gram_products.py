@@ -63,16 +63,9 @@ def nonzero_density(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Density:
-    """The density of G from random vectors that see its R non-zero eigenvalues only; one node for the P − R zeros.
+    """The `density` of G from random vectors that see its R ≤ P non-zero eigenvalues; one node for the P − R zeros.
 
-    Args:
-        gram: of its rows; R is at most P.
-        pairs: eigenpairs of G.
-        vectors: (R, K) what their vectors u are in the rows, A u / √λ.
-        num_probes: random probes.
-        num_steps: products spent on each.
-        seed: of the probes.
-        progress: called with (products so far, products expected).
+    Its eigenpairs (λ, u) are known, and what their vectors are in the rows, (R, K) A u / √λ.
     """
     size, num_rows = gram.rows.problem.num_parameters, gram.shape[0]
     num = _num_independent(vectors)

@@ -240,8 +240,6 @@ def exact_density(values: Tensor, provenance: Provenance, seconds: float = 0.0) 
         probes=torch.full((len(nodes),), -1),
         num_probes=0,
         num_steps=DRAWN_STEPS,
-        deflation_residual=0.0,
-        num_products=0,
         seconds=seconds,
         provenance=provenance,
     )

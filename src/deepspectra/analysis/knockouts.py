@@ -154,11 +154,6 @@ class KnockoutSpace:
             self.grow(direction)
 
 
-def _matters(values: Tensor, norms: Tensor, threshold: float) -> Tensor:
-    """Which of the descending values may be outliers, and the first."""
-    return (values + 2 * norms > threshold) | (torch.arange(len(values)) == 0)
-
-
 def knockouts(
     space: KnockoutSpace, parts: Decomposition, pairs: Eigenpairs, threshold: float, most: int
 ) -> list[Knockout]:
@@ -176,10 +171,10 @@ def knockouts(
     ]
     for step in range(most + 1):
         found = [space.left(gone, method, len(pairs.values)) for _, method, gone in cases]
-        unsettled = [
-            directions[:, (norms > KNOCKOUT_RTOL * values.abs()) & _matters(values, norms, threshold)]
-            for values, norms, directions in found
-        ]
+        unsettled = []
+        for values, norms, directions in found:
+            matters = (values + 2 * norms > threshold) | (torch.arange(len(values)) == 0)
+            unsettled.append(directions[:, matters & (norms > KNOCKOUT_RTOL * values.abs())])
         if step == most or not sum(directions.numel() for directions in unsettled):
             break
         space.grow(torch.cat(unsettled, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -107,10 +108,7 @@ def _is_narrow(exact: ExactBlock) -> bool:
 
 def _moment(exact: ExactBlock) -> Tensor:
     """(n, n) float64."""
-    total = torch.zeros(exact.shape, dtype=torch.float64, device=exact.device)
-    for rows in exact.gradients():
-        total += rows.T @ rows
-    return total
+    return functools.reduce(torch.add, ((rows.T @ rows).double() for rows in exact.gradients()))
 
 
 def _combined(exact: ExactBlock, mixing: Tensor) -> Tensor:

@@ -241,15 +241,9 @@ class _Judge:
         num_rows = num * self.each
         what = f"spectra of {num_rows:,} rows"
         check_memory(what, matrices * 8 * num_rows**2, parts.problem.memory, "Take fewer examples")
-        every = torch.ones(num, dtype=torch.bool)
         order = torch.randperm(num, generator=seeded(seed))
-        self.groups: list[Tensor] = []  # of examples, ascending
-        self.subsets = [every]
-        for group in torch.tensor_split(order, num_groups) if num_groups else ():
-            kept = every.clone()
-            kept[group] = False
-            self.groups.append(group.sort().values)
-            self.subsets.append(kept)
+        groups = torch.tensor_split(order, num_groups) if num_groups else ()
+        self.groups = [group.sort().values for group in groups]  # of examples
 
     def __call__(self, gram: Tensor) -> Shifts:
         """Of the matrix whose inner products of rows these are."""
@@ -260,7 +254,9 @@ class _Judge:
 
     def chosen(self, device: torch.device) -> Iterator[tuple[Tensor, Averages]]:
         """Which rows are kept, and their averages: all, and all but each group."""
-        for kept in self.subsets:
+        for left_out in ((), *self.groups):
+            kept = torch.ones(len(self.rows.labels), dtype=torch.bool)
+            kept[torch.as_tensor(left_out, dtype=torch.long)] = False
             averages = self._averages(kept.to(self.rows.labels.device))
             yield kept.repeat_interleave(self.each).to(device), averages
 
@@ -322,10 +318,16 @@ def _of_hessian(
             if hessian is None:
                 continue
             matrix[:, columns] = turn.T @ rows.apply_reduced(hessian @ vectors).to(turn)
+
+    def in_gradients(matrix: Tensor, rows: Tensor, averages: Averages) -> Spectrum:
+        """H in these coordinates, with G as its moment."""
+        factors = averages.map(lambda basis: rows.T @ basis.to(rows))
+        return Spectrum((matrix + matrix.T) / 2, factors, moment=rows.T @ rows, precision=judge.eps)
+
     total = torch.stack(each).sum(0) if len(each) > 1 else each[0]
     left_out = (total - own for own in each) if judge.groups else ()
     shifts = judge.of_spectra(
-        _in_gradients((matrix + matrix.T) / 2, coordinates[chosen], averages, judge.eps)
+        in_gradients(matrix, coordinates[chosen], averages)
         for matrix, (chosen, averages) in zip(
             itertools.chain([total], left_out), judge.chosen(total.device), strict=True
         )
@@ -338,12 +340,6 @@ def _of_hessian(
         missed.append((whole @ vectors - vectors * theta).norm(dim=0) / theta)
     worst = float(torch.cat(missed).max()) if bool((values[-first:] > 0).all()) else math.nan
     return shifts, worst
-
-
-def _in_gradients(hessian: Tensor, rows: Tensor, averages: Averages, precision: float) -> Spectrum:
-    """H in coordinates of the space of gradients, whose rows there are given, with G as its moment."""
-    factors = averages.map(lambda basis: rows.T @ basis.to(rows))
-    return Spectrum(hessian, factors, moment=rows.T @ rows, precision=precision)
 
 
 def _hessians(rows: HeldRows, groups: list[Tensor]) -> list[Hessian | None]:

@@ -86,15 +86,11 @@ class Study(ByLayer[Tensor]):
         return found[~found.isnan()]
 
     def __str__(self) -> str:
-        rows: list[tuple[float | str, ...]] = [
-            (
-                "" if j else layer[-22:],
-                variant,
-                *(float(self.of(variant, layer, key).mean()) for key in SHOWN),
-            )
-            for layer in self
-            for j, variant in enumerate(self.variants)
-        ]
+        rows: list[list[float | str]] = []
+        for layer in self:
+            for j, variant in enumerate(self.variants):
+                means = [float(self.of(variant, layer, key).mean()) for key in SHOWN]
+                rows.append(["" if j else layer[-22:], variant, *means])
         notes = [f"{key}: {self.measures[key]}" for key in SHOWN]
         numbers = zip(self.variants, self.losses.tolist(), self.accuracies.tolist(), strict=True)
         for variant, losses, accuracies in numbers:

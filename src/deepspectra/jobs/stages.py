@@ -26,7 +26,6 @@ from deepspectra.algorithms.overlap import overlap
 from deepspectra.analysis.attribute import (
     ROWS_BYTES,
     Attribution,
-    Known,
     attribute_known,
     pair_shares,
     squared_norms,
@@ -200,13 +199,15 @@ def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, max_prod
     """What the outliers of H owe to which part, in the basis that found them, which goes on growing."""
 
     def work(report: Report) -> Attribution:
-        known = Known(
+        return attribute_known(
+            hessian,
+            found.parts,
             found.pairs["hessian"],
             _earlier_basis(found, hessian) if basis is None else basis,
-            found.shares.get("hessian"),
-        )
-        return attribute_known(
-            hessian, found.parts, known, max_products=max_products, seed=found.seed, progress=report
+            shares=found.shares.get("hessian"),
+            max_products=max_products,
+            seed=found.seed,
+            progress=report,
         )
 
     found.attribution = found.ledger.run("attribution of H", work)

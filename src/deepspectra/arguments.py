@@ -1,10 +1,18 @@
-"""Checks of arguments that many functions take."""
+"""Arguments that many functions take, and checks of them."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Sequence
 
-from deepspectra.errors import OptionError
+import torch
+from torch import Tensor
+
+from deepspectra.errors import DataError, MemoryBudgetError, OptionError, ShapeError
+
+Progress = Callable[[int, int | None], object]  # of products so far, and of those expected
+LayerProgress = Callable[
+    [int, int | None, str], object
+]  # of layers done, of all there are, and the next one's name
 
 
 def check_count(name: str, value: object, smallest: int = 1, largest: int | None = None) -> None:
@@ -12,6 +20,34 @@ def check_count(name: str, value: object, smallest: int = 1, largest: int | None
     if not isinstance(value, int) or isinstance(value, bool) or not smallest <= value <= (largest or value):
         limit = f"at least {smallest}" + ("" if largest is None else f" and at most {largest:,}")
         raise OptionError(f"{name} must be an integer, {limit}; got {value!r}.")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise OptionError unless `value` is one of the choices."""
+    if value not in choices:
+        raise OptionError(f"{name}={value!r}; it is one of {', '.join(map(repr, choices))}.")
+
+
+def check_memory(what: str, size: float, memory: int, advice: str) -> None:
+    """Raise MemoryBudgetError unless what takes so many bytes fits memory."""
+    if size > memory:
+        raise MemoryBudgetError(
+            f"{what} take {size / 2**30:.1f} GiB; memory is {memory / 2**30:.1f} GiB. {advice}, or raise memory."
+        )
+
+
+def check_columns(name: str, value: object, size: int | None = None) -> Tensor:
+    """Columns (P, k), or one (P,), as (P, k): raises ShapeError, or DataError if complex, sparse or not finite."""
+    rows = "P" if size is None else f"{size}"
+    is_shaped = isinstance(value, Tensor) and value.ndim in (1, 2) and value.numel() > 0
+    if not isinstance(value, Tensor) or not is_shaped or value.shape[0] != (size or value.shape[0]):
+        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ShapeError(f"{name} must be a tensor ({rows},) or ({rows}, k) with k ≥ 1; got {given}.")
+    if value.is_complex() or value.layout != torch.strided:
+        raise DataError(f"{name} must be real and dense; got {value.dtype}, {value.layout}.")
+    if not bool(torch.isfinite(value).all()):
+        raise DataError(f"{name} has NaN or infinite entries.")
+    return value.detach().reshape(len(value), -1)
 
 
 def check_rtol(rtol: float) -> None:

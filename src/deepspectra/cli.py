@@ -13,7 +13,7 @@ from typing import Annotated, get_type_hints
 
 import typer
 
-from deepspectra.analysis.by_layer import Progress
+from deepspectra.analysis.by_layer import LayerProgress
 from deepspectra.analysis.class_groups import class_groups
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.layers import layers
@@ -232,7 +232,7 @@ def _look_at_moments(
 
 
 @contextlib.contextmanager
-def _status(what: str) -> Iterator[Progress]:
+def _status(what: str) -> Iterator[LayerProgress]:
     """Say what is being done, and yield what shows how far it is."""
     with CONSOLE.status(what) as status:
         yield lambda done, total, name: status.update(f"{what}: {name} ({done} of {total or 'some'} done)")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deepspectra.confidence import interval
+from deepspectra.arguments import check_choice, check_count
+from deepspectra.confidence import Number, interval
 from deepspectra.errors import OptionError
 from deepspectra.frames import Tabular
-from deepspectra.results import Cost, Provenance
+from deepspectra.results import Cost, Result
 
 TINY = 1e-300  # keeps the logarithm of a zero spectrum finite
 
@@ -40,7 +41,7 @@ class Curve(Tabular, columns=("grid", "density", "standard_error")):
 
 
 @dataclass(frozen=True)
-class Density(Tabular, columns=("nodes", "weights", "probes")):
+class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
     """A spectral density (1/P) Σ_i δ(λ − λ_i) as a quadrature: nodes and weights.
 
     Attributes:
@@ -53,8 +54,6 @@ class Density(Tabular, columns=("nodes", "weights", "probes")):
         num_steps: Krylov steps a probe was given; the resolution at which an exact spectrum is drawn.
         deflation_residual: the largest ‖A v − λ v‖/|λ| of the deflated pairs, 0 without.
         num_products: products spent.
-        seconds: wall-clock time spent.
-        provenance: where it came from.
     """
 
     nodes: Tensor
@@ -62,10 +61,8 @@ class Density(Tabular, columns=("nodes", "weights", "probes")):
     probes: Tensor
     num_probes: int
     num_steps: int
-    deflation_residual: float
-    num_products: int
-    seconds: float
-    provenance: Provenance
+    deflation_residual: float = 0.0
+    num_products: int = 0
 
     @property
     def size(self) -> int:
@@ -118,11 +115,7 @@ class Density(Tabular, columns=("nodes", "weights", "probes")):
         doubt = (squares - spread[:, None]).square() @ weights
         return mass * (unit * (spread + 2 * (unit * doubt).sqrt())).sqrt()
 
-    @overload
-    def cdf(self, x: float) -> float: ...
-    @overload
-    def cdf(self, x: Tensor) -> Tensor: ...
-    def cdf(self, x: float | Tensor) -> float | Tensor:
+    def cdf(self, x: Number) -> Number:
         """The mass at or below `x`, a number or a tensor of any shape: a step function from 0 to 1."""
         nodes, order = self.nodes.sort()
         steps = torch.cat([torch.zeros(1, dtype=torch.float64), self.weights[order].cumsum(0)])
@@ -140,7 +133,9 @@ class Density(Tabular, columns=("nodes", "weights", "probes")):
         count = float(self.size * (self.weights @ above))
         if not self.num_probes:
             return count, 0.0
-        exact, *rows = self._rows_by_probe()
+        # Indices of the exact nodes, then of each probe's.
+        counts = torch.bincount(self.probes + 1, minlength=self.num_probes + 1)
+        exact, *rows = torch.split(self.probes.argsort(stable=True), counts.tolist())
         blur = sum(self._resolution(x, exact, r) for r in rows)
         return count, self.size * math.hypot(float(self._errors(above[None])), blur / 2)
 
@@ -205,7 +200,8 @@ class Density(Tabular, columns=("nodes", "weights", "probes")):
         grid = torch.linspace(
             float(low) - 4 * width, float(high) + 4 * width, num_points, dtype=torch.float64
         )
-        kernel = _kernel(grid, positions, width) * shown
+        kernel = (-0.5 * ((grid[:, None] - positions) / width).square()).exp() * shown
+        kernel /= width * math.sqrt(2 * math.pi)
         return Curve(
             grid=10**grid if scale == "log" else grid,
             density=kernel @ self.weights,
@@ -215,41 +211,26 @@ class Density(Tabular, columns=("nodes", "weights", "probes")):
             mass=float(self.weights[shown].sum()),
         )
 
-    def _rows_by_probe(self) -> list[Tensor]:
-        """Indices of the exact nodes, then of each probe's."""
-        order = self.probes.argsort(stable=True)
-        counts = torch.bincount(self.probes + 1, minlength=self.num_probes + 1)
-        return list(torch.split(order, counts.tolist()))
-
     def __str__(self) -> str:
         negative = float(torch.where(self.nodes < 0, self.weights, 0.0).sum())
+        band = "no error band from one probe" if self.num_probes == 1 else "error band over probes"
+        how = f"{self.num_probes} probes × {self.num_steps} steps, {band}" if self.num_probes else "exact"
         low, high = self.nodes.aminmax()
         rows = [
             f"{'smallest, largest node':<26} {float(low):>12.5g} {float(high):>12.5g}",
             f"{'mean eigenvalue':<26} {self.mean:>12.5g}",
             f"{'mass below zero':<26} {negative:>12.4g}",
             f"{'eigenvalues known exactly':<26} {len(self.exact):>12,} of {self.size:,}",
-            f"density of {self.provenance.operator}: {self._how()}"
+            f"density of {self.provenance.operator}: {how}"
             + (f", deflated pairs to {self.deflation_residual:.1e}" if self.deflation_residual else "")
             + f", {Cost(self.num_products, self.seconds)}",
         ]
         return "\n".join(rows)
 
-    def _how(self) -> str:
-        if not self.num_probes:
-            return "exact"
-        band = "no error band from one probe" if self.num_probes == 1 else "error band over probes"
-        return f"{self.num_probes} probes × {self.num_steps} steps, {band}"
-
 
 def _nearest(distances: Tensor) -> float:
     """The smallest that is positive; ∞ without one."""
     return float(distances[distances > 0].min()) if bool((distances > 0).any()) else math.inf
-
-
-def _kernel(grid: Tensor, positions: Tensor, width: float) -> Tensor:
-    kernel = (-0.5 * ((grid[:, None] - positions) / width).square()).exp()
-    return kernel / (width * math.sqrt(2 * math.pi))
 
 
 def christoffel(nodes: Tensor, weights: Tensor, count: int) -> float:
@@ -302,13 +283,10 @@ def _bulk(nodes: Tensor, weights: Tensor, num_steps: int) -> tuple[float, float]
 
 
 def _check_smooth(scale: str, width: float | None, num_points: int, sign: int | None, epsilon: float) -> None:
-    if scale not in ("linear", "log"):
-        raise OptionError(f"scale must be 'linear' or 'log'; got {scale!r}.")
+    check_choice("scale", scale, ("linear", "log"))
+    check_choice("sign", sign, (None, 1, -1))
+    check_count("num_points", num_points, smallest=2)
     if width is not None and not 0 < width < math.inf:
         raise OptionError(f"width must be positive; got {width!r}. Pass width=None for the default.")
-    if not isinstance(num_points, int) or num_points < 2:
-        raise OptionError(f"num_points must be an integer, at least 2; got {num_points!r}.")
-    if sign not in (None, 1, -1):
-        raise OptionError(f"sign must be None, +1 or -1; got {sign!r}.")
     if not 0 < epsilon < 1:
         raise OptionError(f"epsilon must lie between 0 and 1, relative to the largest |λ|; got {epsilon!r}.")

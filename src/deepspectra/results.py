@@ -6,17 +6,13 @@ import math
 import platform
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepspectra.confidence import interval
-from deepspectra.frames import Tabular
-
-if TYPE_CHECKING:
-    from deepspectra.operators.base import Operator
-    from deepspectra.problem.problem import Problem
+from deepspectra.frames import Tabular, text_table
 
 
 @dataclass(frozen=True)
@@ -42,26 +38,26 @@ class Provenance:
     versions: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def of(operator: Operator, seed: int | None = None) -> Provenance:
-        """The provenance of a computation on `operator`."""
-        return Provenance._of(operator.name, operator.shape[0], operator, seed)
+    def of(source: Any, name: str = "", *, size: int | None = None, seed: int | None = None) -> Provenance:
+        """Of a computation on an operator, on rows (..., D), or on a problem: on its matrix G, unless named."""
+        if size is None:
+            size = source.shape[-1] if hasattr(source, "shape") else source.num_parameters
+        name = name or getattr(source, "name", "Gauss-Newton")
+        dtype = str(source.dtype).removeprefix("torch.")
+        return Provenance(name, size, dtype, str(source.device), seed, versions())
 
-    @staticmethod
-    def of_matrix(
-        name: str, problem: Problem, *, size: int | None = None, seed: int | None = None
-    ) -> Provenance:
-        """The provenance of what is known of a problem's matrix without products with it."""
-        return Provenance._of(name, problem.num_parameters if size is None else size, problem, seed)
 
-    @staticmethod
-    def of_rows(name: str, rows: Tensor, seed: int | None = None) -> Provenance:
-        """The provenance of a computation on rows (..., D)."""
-        return Provenance._of(name, rows.shape[-1], rows, seed)
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What every result says beside its numbers.
 
-    @staticmethod
-    def _of(name: str, size: int, where: Operator | Problem | Tensor, seed: int | None) -> Provenance:
-        dtype = str(where.dtype).removeprefix("torch.")
-        return Provenance(name, size, dtype, str(where.device), seed, versions())
+    Attributes:
+        seconds: wall-clock time spent.
+        provenance: where it came from.
+    """
+
+    seconds: float
+    provenance: Provenance
 
 
 def versions() -> dict[str, str]:
@@ -95,7 +91,7 @@ class Separation:
 
 
 @dataclass(frozen=True)
-class Eigenpairs(Tabular, columns=("values", "residual_norms", "error_bounds", "angle_bounds")):
+class Eigenpairs(Result, Tabular, columns=("values", "residual_norms", "error_bounds", "angle_bounds")):
     """Eigenvalues and eigenvectors, with measured residuals.
 
     Attributes:
@@ -105,10 +101,8 @@ class Eigenpairs(Tabular, columns=("values", "residual_norms", "error_bounds", "
         residual_norms: (K,) ‖A v − λ v‖, measured.
         converged: every pair met its tolerance and none is thought missing.
         num_products: products spent.
-        seconds: wall-clock time spent.
         which: the end of the spectrum asked for.
         rtol: the relative tolerance asked for.
-        provenance: where it came from.
         separation: from the rest of the spectrum; None where it is not known.
         num_sample_products: products with the sample that the search started from, beside `num_products`.
     """
@@ -118,10 +112,8 @@ class Eigenpairs(Tabular, columns=("values", "residual_norms", "error_bounds", "
     residual_norms: Tensor
     converged: bool
     num_products: int
-    seconds: float
     which: str
     rtol: float
-    provenance: Provenance
     separation: Separation | None = None
     num_sample_products: int = 0
 
@@ -186,25 +178,24 @@ class Eigenpairs(Tabular, columns=("values", "residual_norms", "error_bounds", "
         return 100 * torch.finfo(self.vectors.dtype).eps * norm  # what restarts add up to
 
     def __str__(self) -> str:
-        rows = [f"{'':>4} {'λ':>12} {'‖Av − λv‖':>12} {'error of λ ≤':>14} {'sin ∠ ≤':>10}"]
         columns = (self.values, self.residual_norms, self.error_bounds, self.angle_bounds)
-        rows += [
-            f"{j:>4} {value:>12.5g} {residual:>12.2g} {error:>14.2g} {angle:>10.2g}"
-            for j, (value, residual, error, angle) in enumerate(
-                zip(*(column.tolist() for column in columns), strict=True), 1
-            )
+        numbers = zip(*(column.tolist() for column in columns), strict=True)
+        rows = [
+            (str(j), f"{value:.5g}", *(f"{n:.2g}" for n in rest))
+            for j, (value, *rest) in enumerate(numbers, 1)
         ]
         state = f"converged ({self.status})" if self.converged else "NOT converged"
         before = f", after {self.num_sample_products} with a sample" if self.num_sample_products else ""
-        rows.append(
+        return text_table(
+            ("", "λ", "‖Av − λv‖", "error of λ ≤", "sin ∠ ≤"),
+            rows,
             f"{self.which} {len(self.values)} of {self.provenance.operator}: {state}, worst residual/|λ| "
-            f"{self.worst:.1e} (rtol {self.rtol:.1e}), {Cost(self.num_products, self.seconds)}{before}"
+            f"{self.worst:.1e} (rtol {self.rtol:.1e}), {Cost(self.num_products, self.seconds)}{before}",
         )
-        return "\n".join(rows)
 
 
 @dataclass(frozen=True)
-class Estimate(Tabular, columns=("quantity", "value", "standard_error")):
+class Estimate(Result, Tabular, columns=("quantity", "value", "standard_error")):
     """A number that random vectors tell of an operator, with its standard error.
 
     Attributes:
@@ -213,9 +204,7 @@ class Estimate(Tabular, columns=("quantity", "value", "standard_error")):
         standard_error: of `value`: two of them are a 95 % band, also from few products (`interval`); 0 when exact,
             NaN when a single product allows none.
         num_products: products spent.
-        seconds: wall-clock time spent.
         method: "exact" | "leave-one-out" | "Hutchinson".
-        provenance: where it came from.
         degrees_of_freedom: of the scatter that the error is known by; ∞ where it is not known by that.
     """
 
@@ -223,9 +212,7 @@ class Estimate(Tabular, columns=("quantity", "value", "standard_error")):
     value: float
     standard_error: float
     num_products: int
-    seconds: float
     method: str
-    provenance: Provenance
     degrees_of_freedom: float = math.inf
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
@@ -237,15 +224,14 @@ class Estimate(Tabular, columns=("quantity", "value", "standard_error")):
         return interval(self.value, self.standard_error, self.degrees_of_freedom, confidence)
 
     def __str__(self) -> str:
-        return (
-            f"{self.quantity:<16} {self.value:>12.6g}\n{'standard error':<16} {self.standard_error:>12.2g}\n"
-            f"{self.quantity} of {self.provenance.operator} by {self.method}, "
-            f"{Cost(self.num_products, self.seconds)}"
-        )
+        cost = Cost(self.num_products, self.seconds)
+        note = f"{self.quantity} of {self.provenance.operator} by {self.method}, {cost}"
+        rows = [("standard error", f"{self.standard_error:.2g}")]
+        return text_table((self.quantity, f"{self.value:.6g}"), rows, note)
 
 
 @dataclass(frozen=True)
-class Diagonal(Tabular, columns=("values", "standard_error")):
+class Diagonal(Result, Tabular, columns=("values", "standard_error")):
     """A diagonal with a standard error per entry.
 
     Attributes:
@@ -253,18 +239,14 @@ class Diagonal(Tabular, columns=("values", "standard_error")):
         standard_error: (P,) of `values`: two of them are a 95 % band, also from few products (`interval`); 0 when
             exact, NaN when a single product allows none.
         num_products: products spent.
-        seconds: wall-clock time spent.
         method: "exact" | "leave-one-out" | "Hutchinson".
-        provenance: where it came from.
         degrees_of_freedom: of the scatter that the errors are known by; ∞ when exact.
     """
 
     values: Tensor
     standard_error: Tensor
     num_products: int
-    seconds: float
     method: str
-    provenance: Provenance
     degrees_of_freedom: float = math.inf
 
     def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -278,10 +260,10 @@ class Diagonal(Tabular, columns=("values", "standard_error")):
     def __str__(self) -> str:
         low, high = self.values.aminmax()
         sizes = [tensor.double().square().mean().sqrt() for tensor in (self.values, self.standard_error)]
-        return (
-            f"{'smallest, largest entry':<26} {float(low):>12.5g} {float(high):>12.5g}\n"
-            f"{'root mean square':<26} {float(sizes[0]):>12.5g}\n"
-            f"{'of the standard errors':<26} {float(sizes[1]):>12.2g}\n"
-            f"diagonal of {self.provenance.operator} by {self.method}, "
-            f"{Cost(self.num_products, self.seconds)}"
-        )
+        rows = [
+            ("root mean square", f"{float(sizes[0]):.5g}"),
+            ("of the standard errors", f"{float(sizes[1]):.2g}"),
+        ]
+        note = f"{self.provenance.operator} by {self.method}, {Cost(self.num_products, self.seconds)}"
+        head = ("smallest, largest entry", f"{float(low):.5g}", f"{float(high):.5g}")
+        return text_table(head, rows, f"diagonal of {note}")

@@ -663,10 +663,10 @@ def test_tracked_vectors_keep_their_coordinates():
     krylov = Krylov(diagonal(trained(300), torch.float64), 40)
     generator = torch.Generator().manual_seed(0)
     vectors = gaussian_rows(3, 300, generator)
-    krylov.append(vectors[:1], track=True)
+    krylov.track(krylov.append(vectors[:1]))
     for _ in range(4):
         krylov.expand(1)
-    krylov.append(vectors[1:], track=True)
+    krylov.track(krylov.append(vectors[1:]))
     for step in range(8):
         krylov.turn(torch.randn(krylov.num_pending, generator=generator, dtype=torch.float64))
         krylov.expand(1 + step % 2)

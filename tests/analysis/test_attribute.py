@@ -6,7 +6,7 @@ import torch
 import deepspectra as ds
 from deepspectra import errors, zoo
 from deepspectra.algorithms.eigenpairs import explore
-from deepspectra.analysis.attribute import Attribution, Known, attribute_known
+from deepspectra.analysis.attribute import Attribution, attribute_known
 from deepspectra.analysis.knockouts import Knockout
 from deepspectra.operators.parts import Means
 
@@ -94,7 +94,7 @@ def check_bounds(found, exact):
 def test_the_basis_that_found_the_pairs_saves_products(problem):
     H, parts = ds.Hessian(problem), ds.decompose(problem, effects="two-way")
     pairs, basis = explore(H, 13, rtol=1e-3)
-    with_basis = attribute_known(H, parts, Known(pairs, basis))
+    with_basis = attribute_known(H, parts, pairs, basis)
     alone = ds.attribute(H, parts, pairs=pairs)
     assert with_basis.num_products < alone.num_products
     assert with_basis.bulk_edge == pytest.approx(alone.bulk_edge, rel=0.01)
@@ -112,7 +112,7 @@ def test_a_basis_that_memory_cuts_short_is_restarted(problem, attribution, dense
     pairs, basis = explore(H, 13, rtol=1e-6)
     assert len(basis.rows) == capacity
     assert basis.num_free < 30 + 19
-    found = attribute_known(H, parts, Known(pairs, basis))
+    found = attribute_known(H, parts, pairs, basis)
     assert not found.knockout("means").residual_norms > 0.06 * found.bulk_edge
     assert found.bulk_edge == pytest.approx(attribution.bulk_edge, rel=0.01)
     assert found.num_products <= 25
@@ -149,7 +149,7 @@ def test_a_basis_that_spans_everything_is_exact():
     problem = ds.Problem(net, data)
     H, parts = ds.Hessian(problem), ds.decompose(problem, effects="two-way")
     pairs, basis = explore(H, 6, rtol=1e-3)
-    found = attribute_known(H, parts, Known(pairs, basis))
+    found = attribute_known(H, parts, pairs, basis)
     bulk = H.dense() - sum(part.dense() for name, part in parts.items() if name != "within")
     assert found.bulk_edge == pytest.approx(float(descending(bulk)[0]), rel=1e-2)
     without = descending(H.dense() - parts["logit"].dense())
@@ -214,9 +214,8 @@ def told(values, shares, left):
     knockouts = []
     for removed, (rest, norms) in zip((("class",), ("class", "logit")), left, strict=True):
         at_least, errors_of = torch.tensor(rest).double(), torch.tensor(norms).double()
-        counts = int((at_least > 10).sum()), int((at_least + errors_of > 10).sum())
         for method in ("subtraction", "projection"):
-            knockouts.append(Knockout(removed, method, at_least, errors_of, *counts))
+            knockouts.append(Knockout(removed, method, at_least, errors_of, 10.0))
     values, shares = torch.tensor(values).double(), torch.tensor(shares).double()
     return Attribution(
         values=values,
@@ -297,7 +296,7 @@ def test_means_beyond_memory_change_no_number(problem, capacity):
             H.memory = parts.num_bytes(capacity)
         try:
             pairs, basis = explore(H, 13, rtol=1e-6)
-            found.append(attribute_known(H, parts, Known(pairs, basis)))
+            found.append(attribute_known(H, parts, pairs, basis))
             assert parts.has_means is False
             assert allowance.reserved == 0
         finally:

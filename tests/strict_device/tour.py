@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import deepspectra as ds
 from deepspectra import zoo
 from deepspectra.algorithms.eigenpairs import explore
-from deepspectra.analysis.attribute import Known, attribute_known
+from deepspectra.analysis.attribute import attribute_known
 from nets import CASES, CLASSIFICATION
 
 torch.utils.rename_privateuse1_backend("strict")
@@ -138,7 +138,7 @@ def test_attribution(trained: tuple[ds.Problem, ds.Problem]) -> None:
         if capacity:
             H.memory = capacity * 4 * one.num_parameters
         pairs, basis = explore(H, 13, rtol=1e-2, start="random")
-        found.append(attribute_known(H, parts, Known(pairs, basis)))
+        found.append(attribute_known(H, parts, pairs, basis))
         assert ds.attribute(H, parts, pairs=pairs).num_outliers == found[-1].num_outliers
     for attribution in found:
         assert attribution.num_outliers == found[-1].num_outliers

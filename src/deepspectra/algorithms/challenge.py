@@ -58,9 +58,7 @@ class Challenge:
         self.hidden = torch.zeros(num_basis + 1, *self.levels.shape, dtype=torch.float64)
         self.hidden[-1] = 1 / direction.norm()  # uᵀx = g, in multiples of g
         self.chances = torch.ones_like(self.levels)
-        self.beyond = torch.ones_like(
-            self.levels, dtype=torch.bool
-        )  # no Ritz value of A' lies beyond the level
+        self.beyond = torch.full(self.levels.shape, True)  # no Ritz value of A' lies beyond the level
 
     @property
     def passed(self) -> bool:
@@ -77,9 +75,8 @@ class Challenge:
         newest = self.hidden[-1]
         # uᵀA q = τ uᵀq, and A q has these parts: what they leave of τ uᵀq is uᵀ of the next vector.
         self.rest = self.sides * self.levels * newest - torch.tensordot(column, self.hidden, 1)
-        self.beyond &= (
-            self.sides * self.rest * newest >= 0
-        )  # a change of sign: a Ritz value lies beyond the level
+        # A change of sign: a Ritz value lies beyond the level.
+        self.beyond &= self.sides * self.rest * newest >= 0
         return not bool(self.beyond[:, 0].all())
 
     def follow(self, length: float) -> None:

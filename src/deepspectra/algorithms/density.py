@@ -12,13 +12,14 @@ from torch import Tensor
 from deepspectra.algorithms.krylov import ROUNDING, Krylov, basis_capacity
 from deepspectra.algorithms.lanczos import quadratures
 from deepspectra.algorithms.long_vectors import gaussian_rows
-from deepspectra.algorithms.probes import InUnits, Probes, Progress, stream
-from deepspectra.arguments import check_count
+from deepspectra.algorithms.probes import InUnits, Probes, stream
+from deepspectra.arguments import Progress, check_choice, check_count
 from deepspectra.errors import DataError, FallbackWarning, MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator, as_operator
 from deepspectra.quadrature import Density
 from deepspectra.results import Eigenpairs, Provenance
 
+BASES = (None, "full", "none")
 LARGEST_BLOCK_BASIS = 2048  # vectors of a group of probes: its projected matrix is diagonalised on the CPU
 FOLDS = 4  # of the probes of a group, at most: each is freed of what the others lock
 LOCK_RTOL = 1e-4  # relative residual of a pair that is locked: what it leaves behind, its square, is rounding
@@ -97,14 +98,13 @@ def density(
     operator = as_operator(A)
     check_count("num_probes", num_probes)
     check_count("num_steps", num_steps)
-    if basis not in (None, "full", "none"):
-        raise OptionError(f"basis must be 'full', 'none' or None; got {basis!r}.")
+    check_choice("basis", basis, BASES)
     generator, scaled = stream(seed, "density"), InUnits(operator)
-    known, num_products = _known_rows(scaled, deflate, seed)
+    run = Probes(scaled, num_probes * num_steps, progress)
+    known = _known_rows(scaled, deflate, seed)
     if len(known) < operator.shape[0]:
         explore = _with_basis if _keeps_basis(operator, basis, num_steps, len(known)) else _without_basis
-        groups, spent = explore(scaled, known, num_probes, num_steps, generator, progress)
-        num_products += spent
+        groups = explore(run, known, num_probes, num_steps, generator)
     else:
         groups = [_complete(NO_ENDS, torch.zeros(0, dtype=torch.float64), num_probes)]
     values = torch.zeros(0) if deflate is None else deflate.values.cpu()
@@ -117,9 +117,9 @@ def density(
         num_probes=num_probes,
         num_steps=num_steps,
         deflation_residual=0.0 if deflate is None else deflate.worst,
-        num_products=num_products + scaled.num_repeated,
+        num_products=run.spent + (deflate is not None),
         seconds=time.perf_counter() - began,
-        provenance=Provenance.of(operator, seed),
+        provenance=Provenance.of(operator, seed=seed),
     )
 
 
@@ -163,63 +163,47 @@ def _keeps_basis(operator: Operator, basis: str | None, num_steps: int, num_know
 
 
 def _without_basis(
-    operator: InUnits,
-    known: Tensor,
-    num_probes: int,
-    num_steps: int,
-    generator: torch.Generator,
-    progress: Progress | None,
-) -> tuple[list[_Group], int]:
-    """What new probes find by the recurrence alone, each a group of one, and the products they take."""
-    run = Probes(operator, num_probes * num_steps, progress)
+    run: Probes, known: Tensor, num_probes: int, num_steps: int, generator: torch.Generator
+) -> list[_Group]:
+    """What new probes find by the recurrence alone, each a group of one."""
     found = quadratures(run, known, num_probes, num_steps, generator)
-    return [_Group(NO_ENDS, nodes, weights[None]) for nodes, weights in found], run.done
+    return [_Group(NO_ENDS, nodes, weights[None]) for nodes, weights in found]
 
 
 def _with_basis(
-    operator: InUnits,
-    known: Tensor,
-    num_probes: int,
-    num_steps: int,
-    generator: torch.Generator,
-    progress: Progress | None,
-) -> tuple[list[_Group], int]:
-    """What new probes find on the complement of the known vectors, and the products they take."""
+    run: Probes, known: Tensor, num_probes: int, num_steps: int, generator: torch.Generator
+) -> list[_Group]:
+    """What new probes find on the complement of the known vectors."""
+    operator = run.operator
     sizes = _group_sizes(operator, num_probes, num_steps, len(known))
     krylov = Krylov(operator, _capacity(operator, sizes, num_steps, len(known)))
-    _fix_known(krylov, known)
+    if len(known):
+        krylov.append(known)
+        if krylov.num_pending < len(known):
+            raise DataError("deflate.vectors are linearly dependent. Pass the result of eigenpairs as it is.")
+        krylov.fix()
     groups: list[_Group] = []
     locked = NO_ENDS
     for j, size in enumerate(sizes):
-        start = _advance(
-            krylov, size, num_steps, generator, progress=progress, expected=num_probes * num_steps
-        )
+        start = _advance(krylov, run, size, num_steps, generator)
         if krylov.num_fixed + krylov.num_basis == operator.shape[0]:
             groups = [_complete(locked, krylov.ritz().values, num_probes)]
             break
         groups += _folds(krylov, start, locked, num_steps)
         if j + 1 < len(sizes):
             locked = _joined(locked, _lock(krylov, room=sizes[j + 1] * (num_steps + 1)))
-    return groups, krylov.num_products
+    return groups
 
 
-def _advance(
-    krylov: Krylov,
-    size: int,
-    num_steps: int,
-    generator: torch.Generator,
-    *,
-    progress: Progress | None,
-    expected: int,
-) -> Tensor:
+def _advance(krylov: Krylov, run: Probes, size: int, num_steps: int, generator: torch.Generator) -> Tensor:
     """Run `size` fresh probes for `num_steps` block products; their coordinates (num_basis, size)."""
     start = krylov.append(gaussian_rows(size, krylov.operator.shape[0], generator))
     for _ in range(num_steps):
         if krylov.num_pending == 0:
             break
+        before = krylov.num_products
         krylov.expand(krylov.num_pending)
-        if progress is not None:
-            progress(krylov.num_products, expected)
+        run.count(krylov.num_products - before)
     return torch.nn.functional.pad(start, (0, 0, 0, krylov.num_basis - len(start)))
 
 
@@ -297,8 +281,7 @@ def _lock(krylov: Krylov, room: int) -> Ends:
     everything = torch.eye(len(square.T), dtype=torch.float64)
     limit = max(len(krylov.rows) - krylov.num_fixed - room, 0)
     ends, vectors = _converged(krylov, (square + square.T) / 2, everything, limit)
-    krylov.contract(vectors)
-    krylov.drop_pending()
+    krylov.contract(vectors, torch.zeros(krylov.num_pending, 0, dtype=torch.float64))
     krylov.fix()
     return ends
 
@@ -359,11 +342,11 @@ def _capacity(operator: Operator, sizes: list[int], num_steps: int, num_known: i
     return min(rows, operator.shape[0], basis_capacity(operator))
 
 
-def _known_rows(operator: InUnits, deflate: Eigenpairs | None, seed: int) -> tuple[Tensor, int]:
-    """The vectors to deflate, as rows (k, P), and the products that it took to see that they are this operator's."""
+def _known_rows(operator: InUnits, deflate: Eigenpairs | None, seed: int) -> Tensor:
+    """The vectors to deflate, as rows (k, P), after a product to see that they are this operator's."""
     size = operator.shape[0]
     if deflate is None:
-        return torch.zeros(0, size), 0
+        return torch.zeros(0, size)
     if not isinstance(deflate, Eigenpairs):
         raise OptionError(f"deflate must be the result of eigenpairs, or None; got {type(deflate).__name__}.")
     if deflate.vectors.shape[0] != size:
@@ -376,7 +359,7 @@ def _known_rows(operator: InUnits, deflate: Eigenpairs | None, seed: int) -> tup
             f"deflate holds eigenpairs of {theirs}, but A is {operator.name}. Pass eigenpairs of A itself."
         )
     _refuse_others(operator, deflate, seed)
-    return deflate.vectors.T, 1
+    return deflate.vectors.T
 
 
 def _refuse_others(operator: InUnits, deflate: Eigenpairs, seed: int) -> None:
@@ -389,7 +372,8 @@ def _refuse_others(operator: InUnits, deflate: Eigenpairs, seed: int) -> None:
     values = (deflate.values.double() / unit).to(image)
     gap = float((image - vectors.to(image) @ (values[:, None] * signs.to(image))).double().norm())
     # Rounding is relative to what is multiplied: ‖A‖ as far as seen, times the length √count of the sum.
-    norm = max(float(image.double().norm()), float(values.abs().max()), count**0.5 * _norm(deflate) / unit)
+    seen = deflate.separation.norm if deflate.separation else 0.0
+    norm = max(float(image.double().norm()), float(values.abs().max()), count**0.5 * seen / unit)
     allowed = float(deflate.residual_norms.sum()) / unit + torch.finfo(operator.dtype).eps ** 0.5 * norm
     if not gap <= allowed:
         raise DataError(
@@ -397,16 +381,3 @@ def _refuse_others(operator: InUnits, deflate: Eigenpairs, seed: int) -> None:
             f"differs from what they say by {gap * unit:.2g}, where their residuals allow {allowed * unit:.2g}. "
             "Pass eigenpairs of A itself, as it is now."
         )
-
-
-def _norm(pairs: Eigenpairs) -> float:
-    return pairs.separation.norm if pairs.separation else 0.0
-
-
-def _fix_known(krylov: Krylov, known: Tensor) -> None:
-    if len(known) == 0:
-        return
-    krylov.append(known)
-    if krylov.num_pending < len(known):
-        raise DataError("deflate.vectors are linearly dependent. Pass the result of eigenpairs as it is.")
-    krylov.fix()

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.krylov import Krylov, Ritz
-from deepspectra.algorithms.probes import Progress
 from deepspectra.algorithms.search import Search, Wanted
 from deepspectra.algorithms.starts import enough_products, start_rows
-from deepspectra.arguments import check_count, check_rtol, seeded
-from deepspectra.errors import ConvergenceWarning, OptionError
+from deepspectra.arguments import Progress, check_choice, check_count, check_rtol, seeded
+from deepspectra.errors import ConvergenceWarning
 from deepspectra.operators.base import Operator, as_operator
 from deepspectra.results import Eigenpairs, Provenance, Separation
 
@@ -79,43 +78,28 @@ def eigenpairs(
     residual is multiplied next; (3) the challenge, which turns Kuczyński and Woźniakowski's bounds for Lanczos
     from a random vector (SIAM J. Matrix Anal. Appl. 13, 1992) into one for the spectrum that it meets.
     """
-    wanted = Wanted(num, which, rtol)
-    return _explore(as_operator(A), wanted, start, max_products, seed, progress)[0]
+    return explore(A, num, which, rtol, start, max_products, seed, progress)[0]
 
 
 def explore(
     A: Operator | Tensor,
     num: int = 10,
+    which: str = "largest",
     rtol: float = 1e-3,
     start: Tensor | str | None = None,
+    max_products: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Eigenpairs, Krylov]:
-    """The largest `eigenpairs`, and the basis built for them, for whoever has more to ask of the same operator."""
-    return _explore(as_operator(A), Wanted(num, "largest", rtol), start, None, seed, progress)
-
-
-def unchallenged(operator: Operator, num: int, which: str, generator: torch.Generator) -> Krylov:
-    """A basis of 2 K + 4 to 4 K + 20 products that has K pairs to a residual of 2 %, as far as it can tell.
-
-    For whoever looks for missing pairs in another way.
-    """
-    search = Search(operator, Wanted(num, which, ROUGH), min(4 * num + 20, operator.shape[0]), generator)
-    search.settle(2 * num + 4)
-    return search.krylov
-
-
-def _explore(
-    operator: Operator,
-    wanted: Wanted,
-    start: Tensor | str | None,
-    max_products: int | None,
-    seed: int,
-    progress: Progress | None,
-) -> tuple[Eigenpairs, Krylov]:
+    """The `eigenpairs`, and the basis built for them, for whoever has more to ask of the same operator."""
     began = time.perf_counter()
-    _check_options(operator, wanted, max_products)
-    budget = enough_products(wanted.num) if max_products is None else max_products
+    operator, wanted = as_operator(A), Wanted(num, which, rtol)
+    check_count("num", num, largest=operator.shape[0])
+    check_choice("which", which, ENDS)
+    check_rtol(rtol)
+    if max_products is not None:
+        check_count("max_products", max_products, smallest=num)
+    budget = enough_products(num) if max_products is None else max_products
     generator = seeded(seed)
     first, num_sample_products = start_rows(operator, start, wanted, budget, generator)
     num_start = 1 if first is None else len(first)
@@ -132,9 +116,9 @@ def _explore(
         converged=outcome == "converged",
         num_products=search.krylov.num_products,
         seconds=time.perf_counter() - began,
-        which=wanted.which,
-        rtol=wanted.rtol,
-        provenance=Provenance.of(operator, seed),
+        which=which,
+        rtol=rtol,
+        provenance=Provenance.of(operator, seed=seed),
         separation=_separation(ritz, chosen, search.krylov.num_basis == operator.shape[0], search.limits),
         num_sample_products=num_sample_products,
     )
@@ -143,13 +127,14 @@ def _explore(
     return result, search.krylov
 
 
-def _check_options(operator: Operator, wanted: Wanted, max_products: int | None) -> None:
-    check_count("num", wanted.num, largest=operator.shape[0])
-    if wanted.which not in ENDS:
-        raise OptionError(f"which must be one of {', '.join(map(repr, ENDS))}; got {wanted.which!r}.")
-    check_rtol(wanted.rtol)
-    if max_products is not None:
-        check_count("max_products", max_products, smallest=wanted.num)
+def unchallenged(operator: Operator, num: int, generator: torch.Generator) -> Krylov:
+    """A basis of 2 K + 4 to 4 K + 20 products that has the K largest pairs to a residual of 2 %, for all it can tell.
+
+    For whoever looks for missing pairs in another way.
+    """
+    search = Search(operator, Wanted(num, "largest", ROUGH), min(4 * num + 20, operator.shape[0]), generator)
+    search.settle(2 * num + 4)
+    return search.krylov
 
 
 def _separation(ritz: Ritz, chosen: Tensor, complete: bool, limits: dict[float, float]) -> Separation:

@@ -26,15 +26,15 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deepspectra.algorithms.krylov import basis_capacity
 from deepspectra.algorithms.long_vectors import inner_products, small
-from deepspectra.algorithms.probes import Probes, Progress, stream
-from deepspectra.arguments import check_count
+from deepspectra.algorithms.probes import Probes, stream
+from deepspectra.arguments import Progress, check_count
 from deepspectra.confidence import standard_error, student_scale
 from deepspectra.errors import FallbackWarning
 from deepspectra.operators.base import Operator, as_operator
@@ -77,8 +77,8 @@ def trace(
     Source: Epperly, Tropp and Webber, SIAM J. Matrix Anal. Appl. 45 (2024), XTrace with their normalisation
     of Gaussian vectors; Hutchinson, Commun. Stat. 19 (1990).
     """
-    found = _estimate(TRACE, A, num_products, seed, progress)
-    return Estimate("trace", float(found[0]), float(found[1]), *found[2:])
+    value, error, how = _estimate(TRACE, A, num_products, seed, progress)
+    return Estimate("trace", float(value), float(error), **how)
 
 
 def frobenius_norm(
@@ -97,8 +97,8 @@ def frobenius_norm(
 
     Arguments, errors, cost and source: as `trace`.
     """
-    found = _estimate(NORM, A, num_products, seed, progress)
-    return Estimate("Frobenius norm", float(found[0]), float(found[1]), *found[2:])
+    value, error, how = _estimate(NORM, A, num_products, seed, progress)
+    return Estimate("Frobenius norm", float(value), float(error), **how)
 
 
 def diagonal(
@@ -125,7 +125,8 @@ def diagonal(
     already, which takes a quarter to a half off the error of a decaying spectrum. Diag++ (Baston and
     Nakatsukasa, arXiv 2201.10684) spends its vectors either on the sketch or on samples.
     """
-    return Diagonal(*_estimate(DIAGONAL, A, num_products, seed, progress))
+    value, error, how = _estimate(DIAGONAL, A, num_products, seed, progress)
+    return Diagonal(value, error, **how)
 
 
 class Sketch(NamedTuple):
@@ -213,16 +214,14 @@ class ReadOut(NamedTuple):
     exact: Callable[[Probes], Tensor]
     samples: Callable[[Tensor, Tensor], Tensor]  # (..., k) by random columns (P, k) and their products
     left_out: Callable[[Sketch], Found]
-    shared: (
-        int  # times the variance of the mean of independent ones, at the worst, has that of the left-out ones
-    )
+    shared: int  # times the variance of independent estimates' mean, at the worst, has that of left-out ones'
     finish: Callable[[Found], Found] = lambda found: found  # from what is estimated to the quantity
 
 
 def _estimate(
     of: ReadOut, A: Operator | Tensor, num_products: int, seed: int, progress: Progress | None
-) -> tuple[Tensor, Tensor, int, float, str, Provenance, float]:
-    """What a result holds, in order: the value, its standard error, and how they were found."""
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """The value, its standard error, and what a result says of how they were found."""
     began = time.perf_counter()
     operator = as_operator(A)
     check_count("num_products", num_products)
@@ -237,8 +236,9 @@ def _estimate(
     else:
         found = of.finish(_mean(of.samples(*block) for block in run.samples(of.draw, generator)))
     value, error = (run.operator.back(part.to(run.like) if part.ndim else part) for part in found[:2])
-    seconds, provenance = time.perf_counter() - began, Provenance.of(operator, seed)
-    return value, error, run.spent, seconds, method, provenance, found.freedom
+    how = {"method": method, "num_products": run.spent, "degrees_of_freedom": found.freedom}
+    seconds, provenance = time.perf_counter() - began, Provenance.of(operator, seed=seed)
+    return value, error, {**how, "seconds": seconds, "provenance": provenance}
 
 
 def _method(run: Probes, num_products: int, name: str) -> str:

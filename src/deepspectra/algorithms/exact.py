@@ -7,7 +7,8 @@ import time
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.probes import Probes, Progress
+from deepspectra.algorithms.probes import Probes
+from deepspectra.arguments import Progress
 from deepspectra.operators.base import Operator
 from deepspectra.quadrature import Density
 from deepspectra.results import Provenance
@@ -36,7 +37,7 @@ def exact_density(operator: Operator, progress: Progress | None = None) -> Densi
     return of_all(values, Provenance.of(operator), time.perf_counter() - began, run.spent)
 
 
-def of_all(values: Tensor, provenance: Provenance, seconds: float, num_products: int = 0) -> Density:
+def of_all(values: Tensor, provenance: Provenance, seconds: float = 0.0, num_products: int = 0) -> Density:
     """The density whose nodes are all eigenvalues but zeros (R,), and one node for all the zeros."""
     zeros = provenance.size - len(values)
     nodes, weights = values, torch.full_like(values, 1 / provenance.size)
@@ -49,7 +50,6 @@ def of_all(values: Tensor, provenance: Provenance, seconds: float, num_products:
         probes=torch.full((len(nodes),), -1),
         num_probes=0,
         num_steps=DRAWN_STEPS,
-        deflation_residual=0.0,
         num_products=num_products,
         seconds=seconds,
         provenance=provenance,

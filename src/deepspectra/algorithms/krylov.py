@@ -52,8 +52,8 @@ class Krylov:
         num_pending: vectors waiting to be multiplied, the columns of W.
         num_products: products spent so far.
         projected: H (num_basis + num_pending, num_basis), float64 on the CPU.
-        tracked: (num_basis + num_pending, k) coordinates of the vectors appended with `track`, in the rows in
-            use; emptied by a restart, which cannot represent them any more.
+        tracked: (num_basis + num_pending, k) coordinates of the vectors given to `track`, in the rows in use; emptied
+            by a restart, which cannot represent them any more.
     """
 
     def __init__(self, operator: Operator, capacity: int) -> None:
@@ -78,11 +78,6 @@ class Krylov:
         """Rows not in use."""
         return len(self.rows) - self.num_rows
 
-    @property
-    def spans_all(self) -> bool:
-        """Whether the rows in use span R^P, so that nothing can be added."""
-        return self.num_rows == self.operator.shape[0]
-
     @classmethod
     def of_pairs(cls, operator: Operator, pairs: Eigenpairs, capacity: int) -> Krylov:
         """The basis of known eigenvectors, with their residuals as what is not represented."""
@@ -97,34 +92,22 @@ class Krylov:
 
     def state(self) -> dict[str, Tensor | int | float]:
         """All of it but the operator, to go on with elsewhere; the rows are shared, not copied."""
-        return {
-            "capacity": len(self.rows),
-            "rows": self.rows[: self.num_rows],
-            "num_fixed": self.num_fixed,
-            "num_basis": self.num_basis,
-            "num_pending": self.num_pending,
-            "num_products": self.num_products,
-            "projected": self.projected,
-            "tracked": self.tracked,
-            "lost": self._lost,
-            "scale": self._scale,
-            "unit": self._unit,
-        }
+        rest = {name: value for name, value in vars(self).items() if name not in ("operator", "rows")}
+        return {"capacity": len(self.rows), "rows": self.rows[: self.num_rows], **rest}
 
     @classmethod
     def of_state(cls, operator: Operator, state: Mapping[str, Any]) -> Krylov:
         """The basis that had this state."""
         krylov = cls(operator, state["capacity"])
-        for name in ("num_fixed", "num_basis", "num_pending", "num_products", "projected", "tracked"):
+        for name in state.keys() - {"capacity", "rows"}:
             setattr(krylov, name, state[name])
         krylov.rows[: krylov.num_rows] = state["rows"]
-        krylov._lost, krylov._scale, krylov._unit = state["lost"], state["scale"], state["unit"]
         return krylov
 
-    def append(self, vectors: Tensor, *, track: bool = False) -> Tensor:
+    def append(self, vectors: Tensor) -> Tensor:
         """Add what rows (k, P) have beyond the basis as r ≤ k pending vectors.
 
-        Returns their coordinates (num_basis + num_pending, k) in the rows in use, and may remember them.
+        Returns their coordinates (num_basis + num_pending, k) in the rows in use.
         """
         block = vectors.to(self.rows, copy=True)
         # In units of the largest norm, whose square might overflow: ‖·‖_F of the block is the yardstick of rounding.
@@ -133,11 +116,14 @@ class Krylov:
         within, beyond, _ = self._absorb(block, largest * float((norms / largest).norm()))
         rows = torch.zeros(beyond.shape[0], self.num_basis, dtype=torch.float64)
         self.projected = torch.cat([self.projected, rows])
-        coordinates = torch.cat([within[self.num_fixed :], beyond])
         self.tracked = _grown(self.tracked, beyond.shape[0])
-        if track:
-            self.tracked = torch.cat([self.tracked, coordinates], 1)
-        return coordinates
+        return torch.cat([within[self.num_fixed :], beyond])
+
+    def track(self, coordinates: Tensor) -> slice:
+        """Keep coordinates (num_basis + num_pending, k) as the basis grows; their columns of `tracked`."""
+        before = self.tracked.shape[1]
+        self.tracked = torch.cat([self.tracked, coordinates], 1)
+        return slice(before, self.tracked.shape[1])
 
     def append_random(self, generator: torch.Generator) -> Tensor:
         """Add one random pending vector; its coordinates, as `append` gives them."""
@@ -209,17 +195,13 @@ class Krylov:
         projected = self.projected / self._unit
         top, bottom = projected[: self.num_basis], projected[self.num_basis :]
         values, s = torch.linalg.eigh((top + top.T) / 2)
-        squares = (
-            (top @ s - s * values).square().sum(0) + (bottom @ s).square().sum(0) + self._lost_squares(s)
-        )
+        lost = (s * (self._lost @ s)).sum(0)
+        squares = (top @ s - s * values).square().sum(0) + (bottom @ s).square().sum(0) + lost
         return Ritz(values * self._unit, s, squares.clamp_min(0).sqrt() * self._unit)
 
     def lost_squares(self, coefficients: Tensor) -> Tensor:
         """Squared norms (k,) of what A Q s has that the rows in use do not represent, for s (m, k)."""
-        return self._lost_squares(coefficients) * self._unit**2
-
-    def _lost_squares(self, coefficients: Tensor) -> Tensor:
-        return (coefficients * (self._lost @ coefficients)).sum(0)
+        return (coefficients * (self._lost @ coefficients)).sum(0) * self._unit**2
 
     def combine(self, coordinates: Tensor) -> Tensor:
         """The vectors (P, k) with these coordinates (n, k) in the first n of the rows after the fixed ones."""
@@ -245,10 +227,8 @@ class Krylov:
             columns[k : k + len(turned)] = turned
         image = s.T @ top @ s
         beyond = t.T @ bottom @ s
-        dropped = torch.cat(  # the first is zero for a symmetric A in exact arithmetic
-            [top @ s - s @ image, bottom @ s - t @ beyond]
-        )
-        dropped = dropped / self._unit
+        # The first is zero for a symmetric A in exact arithmetic.
+        dropped = torch.cat([top @ s - s @ image, bottom @ s - t @ beyond]) / self._unit
         self._lost = s.T @ self._lost @ s + dropped.T @ dropped
         self.projected = torch.cat([image, beyond])
         self.num_basis, self.num_pending = k, t.shape[1]
@@ -259,11 +239,6 @@ class Krylov:
         rows = self.rows.new_empty(capacity, self.rows.shape[1])
         rows[: self.num_rows] = self.rows[: self.num_rows]
         self.rows = rows
-
-    def drop_pending(self) -> None:
-        """Forget the pending vectors."""
-        self.num_pending = 0
-        self.projected, self.tracked = self.projected[: self.num_basis], self.tracked[: self.num_basis]
 
     def fix(self) -> None:
         """Make every row in use a fixed one."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.long_vectors import inner_products, singular
+from deepspectra.arguments import check_columns
 from deepspectra.errors import DataError, ShapeError
 
 
@@ -26,7 +27,7 @@ def overlap(U: Tensor, V: Tensor) -> float:
 
     Source: Gur-Ari, Roberts and Dyer, arXiv 1812.04754, with k the smaller dimension where the two differ.
     """
-    u, v = _columns(U, "U"), _columns(V, "V").to(U.device)
+    u, v = check_columns("U", U), check_columns("V", V).to(U.device)
     if len(u) != len(v):
         raise ShapeError(f"U and V must have as many rows; got {len(u)} and {len(v)}.")
     if u.dtype == v.dtype == torch.float32:  # inner products in float64 tell as much as their rounding leaves
@@ -35,19 +36,6 @@ def overlap(U: Tensor, V: Tensor) -> float:
     else:
         cosines = _basis(u, "U").T @ _basis(v, "V")
     return min(float(cosines.square().sum()) / min(cosines.shape), 1.0)
-
-
-def _columns(columns: Tensor, name: str) -> Tensor:
-    """(P, k), checked."""
-    if not isinstance(columns, Tensor) or columns.ndim not in (1, 2) or columns.numel() == 0:
-        given = tuple(columns.shape) if isinstance(columns, Tensor) else type(columns).__name__
-        raise ShapeError(f"{name} must be a tensor (P,) or (P, k) with k ≥ 1; got {given}.")
-    if columns.is_complex() or columns.layout != torch.strided:
-        raise DataError(f"{name} must be real and dense; got {columns.dtype}, {columns.layout}.")
-    block = columns.detach().reshape(len(columns), -1)
-    if not bool(torch.isfinite(block).all()):
-        raise DataError(f"{name} has NaN or infinite entries.")
-    return block
 
 
 def _kept(sizes: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:

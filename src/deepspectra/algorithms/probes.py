@@ -11,11 +11,9 @@ from torch import Tensor
 
 from deepspectra.algorithms.krylov import basis_dtype
 from deepspectra.algorithms.long_vectors import gaussian_rows
-from deepspectra.arguments import check_seed
+from deepspectra.arguments import Progress, check_seed
 from deepspectra.errors import NonFiniteError
 from deepspectra.operators.base import Operator
-
-Progress = Callable[[int, int | None], object]
 
 BLOCK = 16  # vectors multiplied at once
 # Products of such sizes, or their inverses, can be squared and summed.
@@ -121,15 +119,19 @@ class Probes:
 
     def _block(self, columns: Tensor) -> Tensor:
         product = (self.operator @ columns).detach().to(self.like)
-        self.done += columns.shape[1]
         if not bool(torch.isfinite(product).all()):
             raise NonFiniteError(
                 f"a product with {self.operator.name} is NaN or infinite. "
                 "Check the weights and the data, or use a wider dtype."
             )
+        self.count(columns.shape[1])
+        return product
+
+    def count(self, num_products: int) -> None:
+        """Add products to those done, and tell of them."""
+        self.done += num_products
         if self.progress is not None:
             self.progress(self.done, self.expected)
-        return product
 
     def gaussian(self, count: int, generator: torch.Generator) -> Tensor:
         """Standard normal columns (P, count)."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.challenge import Challenge, Edge
 from deepspectra.algorithms.krylov import Krylov, Ritz, basis_capacity, basis_dtype
-from deepspectra.algorithms.probes import Progress
+from deepspectra.arguments import Progress
 from deepspectra.errors import DataError, MemoryBudgetError
 from deepspectra.operators.base import Operator
 
@@ -112,10 +112,7 @@ class Search:
                 return "budget"
             self._multiply()
             first = False
-        return self._judge_complete()
-
-    def _judge_complete(self) -> str:
-        """The basis spans R^P: every pair is there, with rounding as its residual."""
+        # The basis spans R^P: every pair is there, with rounding as its residual.
         _, tolerances, residual_norms = self._of_wanted(self.krylov.ritz())
         return "converged" if bool((residual_norms <= tolerances).all()) else "stagnation"
 
@@ -126,7 +123,7 @@ class Search:
         """
         krylov, started = self.krylov, self.krylov.num_products
         self._make_room(2)
-        if krylov.spans_all:
+        if krylov.num_rows == krylov.operator.shape[0]:
             while krylov.num_basis < krylov.operator.shape[0] and krylov.num_products < self.budget:
                 self._multiply()
             return "revealed"

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from deepspectra.algorithms.krylov import basis_capacity
 from deepspectra.algorithms.search import SPARE_VECTORS, Search, Wanted
-from deepspectra.errors import DataError, OptionError, ShapeError
+from deepspectra.arguments import check_columns
+from deepspectra.errors import OptionError
 from deepspectra.operators.base import Identity, Operator, Sum
 
 STEADY = 1 / 6  # variation of a sample that a search starts from, relative to the residual asked for
@@ -96,27 +97,12 @@ def sample_of(operator: Operator, generator: torch.Generator, num_samples: int |
 
 def _checked(operator: Operator, block: Tensor, num: int, budget: int) -> Tensor:
     """The start as rows (k, P)."""
-    size = operator.shape[0]
-    if (
-        not isinstance(block, Tensor)
-        or block.ndim not in (1, 2)
-        or block.shape[0] != size
-        or block.numel() == 0
-    ):
-        given = tuple(block.shape) if isinstance(block, Tensor) else type(block).__name__
-        raise ShapeError(f"start must be None, a name, or a tensor ({size},) or ({size}, k); got {given}.")
-    if block.is_complex() or block.layout != torch.strided:
-        raise DataError(
-            f"start must be real and dense, as the eigenvectors will be; got {block.dtype}, {block.layout}."
-        )
-    rows = block.detach().reshape(size, -1).T
+    rows = check_columns("start, unless it is None or a name,", block, operator.shape[0]).T
     largest = _most_rows(operator, num, budget)
     if len(rows) > largest:
         raise OptionError(
             f"start has {len(rows)} vectors; at most {max(largest, 0)} fit P, max_products and A.memory."
         )
-    if not bool(torch.isfinite(rows).all()):
-        raise DataError("start has NaN or infinite entries.")
     return rows
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,19 +11,13 @@ from torch import Tensor
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.krylov import Krylov, basis_capacity
 from deepspectra.analysis.gram_spectrum import MARGIN
-from deepspectra.analysis.knockouts import (
-    NEWEST,
-    Counter,
-    Knockout,
-    KnockoutSpace,
-    Progress,
-    knockouts,
-)
-from deepspectra.arguments import seeded
+from deepspectra.analysis.knockouts import NEWEST, Knockout, KnockoutSpace, knockouts
+from deepspectra.arguments import Progress, seeded
 from deepspectra.errors import MemoryBudgetError, OptionError, ShapeError
+from deepspectra.frames import text_table
 from deepspectra.operators.base import Operator
 from deepspectra.operators.parts import Decomposition, Means
-from deepspectra.results import Eigenpairs, Provenance
+from deepspectra.results import Eigenpairs, Provenance, Result
 from deepspectra.rows.averages import taken
 
 EDGE_PRODUCTS = 30  # at most, from a basis that knows the operator
@@ -33,7 +26,7 @@ ROWS_BYTES = 2**28  # of N × C × K float64 that are projected at a time
 
 
 @dataclass(frozen=True)
-class Attribution:
+class Attribution(Result):
     """Shares of the outliers over the parts, and what knocking parts out leaves.
 
     Attributes:
@@ -47,8 +40,6 @@ class Attribution:
         complete: the last of `values` is below the threshold, so none is missed.
         knockouts: what is left after parts are taken away.
         num_products: products spent here, beyond the given pairs.
-        seconds: wall-clock time spent.
-        provenance: where it came from.
 
     Source: shares and counts are this library's; the two knock-outs are Papyan's (JMLR 21:252, definitions
     3.1–3.3), who judges by eye.
@@ -65,8 +56,6 @@ class Attribution:
     complete: bool
     knockouts: tuple[Knockout, ...]
     num_products: int
-    seconds: float
-    provenance: Provenance
 
     @property
     def shares(self) -> Tensor:
@@ -94,15 +83,23 @@ class Attribution:
     @property
     def verdicts(self) -> tuple[str, ...]:
         """One sentence a finding, thresholds stated."""
-        return _verdicts(self)
+        count = self.num_outliers
+        rule = f"above {self.threshold:.3g}, {self.margin:g} times the bulk's edge {self.bulk_edge:.3g}"
+        if not count:
+            return (f"No outlier: no eigenvalue lies {rule}.",)
+        shares = ", ".join(f"{_percent(share)} {name}" for name, share in self.mean_shares.items())
+        return (
+            f"{'' if self.complete else 'At least '}{count} outlier{'s' if count > 1 else ''} ({rule}): on average "
+            f"{shares}.",
+            f"Knocking out the class means {_leaves(self, 'class')}, class and logit means "
+            f"{_leaves(self, 'class', 'logit')}.",
+            _judgement(self),
+        )
 
     def __str__(self) -> str:
-        head = f"{'':>3} {'λ':>11} " + " ".join(f"{name:>11}" for name in self.part_names)
-        rows = [head]
-        for j in range(self.num_outliers):
-            shares = " ".join(f"{share:>11.1%}" for share in self.pair_shares[j].tolist())
-            rows.append(f"{j + 1:>3} {float(self.values[j]):>11.4g} {shares}")
-        return "\n".join([*rows, *self.verdicts])
+        outliers = enumerate(zip(self.values.tolist(), self.shares.tolist(), strict=False), 1)
+        rows = [(str(j), f"{value:.4g}", *(f"{s:.1%}" for s in shares)) for j, (value, shares) in outliers]
+        return text_table(("", "λ", *self.part_names), rows, *self.verdicts)
 
 
 def attribute(
@@ -159,48 +156,48 @@ def attribute(
     parts.check_operator(operator)
     if margin < 1:
         raise OptionError(f"margin={margin}: it is at least 1.")
-    products = Counter(progress)
-    if pairs is not None:
-        known = Known(pairs)
-    else:
+
+    def report(done: int, _: int | None) -> None:
+        if progress is not None:
+            progress(done, None)
+
+    spent, basis = 0, None
+    if pairs is None:
         num = min(parts.projections.num_classes + 3, operator.shape[0])
-        known = Known(
-            *explore(operator, num, rtol=rtol, start="random", seed=seed, progress=products.within())
-        )
+        pairs, basis = explore(operator, num, rtol=rtol, start="random", seed=seed, progress=report)
+        spent = pairs.num_products
     found = attribute_known(
-        operator, parts, known, margin=margin, max_products=max_products, seed=seed, products=products
+        operator,
+        parts,
+        pairs,
+        basis,
+        margin=margin,
+        max_products=max_products,
+        seed=seed,
+        progress=lambda done, _: report(spent + done, None),
     )
-    return replace(found, seconds=time.perf_counter() - began)
-
-
-class Known(NamedTuple):
-    """What is known of an operator before it is attributed.
-
-    Attributes:
-        pairs: its top eigenpairs.
-        basis: the Krylov basis that `explore` found them with; it goes on growing, beyond its capacity if the
-            knock-outs need that. Without it the subspace starts from the pairs and a random vector.
-        shares: of `pair_shares(parts, pairs)`.
-    """
-
-    pairs: Eigenpairs
-    basis: Krylov | None = None
-    shares: Tensor | None = None
+    return replace(found, num_products=spent + found.num_products, seconds=time.perf_counter() - began)
 
 
 def attribute_known(
     operator: Operator,
     parts: Decomposition,
-    known: Known,
+    pairs: Eigenpairs,
+    basis: Krylov | None = None,
     *,
+    shares: Tensor | None = None,
     margin: float = MARGIN,
     max_products: int | None = None,
     seed: int = 0,
-    products: Counter | None = None,
+    progress: Progress | None = None,
 ) -> Attribution:
-    """`attribute` of arguments that are right, from what is known already."""
-    began, pairs = time.perf_counter(), known.pairs
-    products = products or Counter(None)
+    """`attribute` of arguments that are right, from what is known already.
+
+    The basis that `explore` found the pairs with goes on growing, beyond its capacity if the knock-outs need that;
+    without it the subspace starts from the pairs and a random vector. `shares` are those of `pair_shares`.
+    """
+    began = time.perf_counter()
+    before = 0 if basis is None else basis.num_products
     size, num_classes, had_means = operator.shape[0], parts.projections.num_classes, parts.has_means
     most = 2 * num_classes - 1 if max_products is None else max_products
     factors = (2 if parts.projections.first == "class" else 3) * num_classes
@@ -211,16 +208,18 @@ def attribute_known(
     borrowed = parts.num_bytes(max(0, capacity - basis_capacity(operator)))
     with parts.rows.products.allowance.lent(borrowed):
         try:
-            basis = _grown(operator, known, capacity, seed, products)
-            space = KnockoutSpace(basis, num, products)
+            basis = _grown(operator, pairs, basis, capacity, seed)
+            space = KnockoutSpace(basis, num, lambda done: progress and progress(done - before, None))
             edges, edge_norms = space.bulk_edge(Means(parts), EDGE_PRODUCTS)
             threshold = margin * float(edges[0])
             space.make_room(factors + most)
             every = taken(("means",), tuple(parts))
             found = (
-                Knockout.of((), "subtraction", pairs.values, pairs.residual_norms, threshold, ()),
+                Knockout(
+                    (), "subtraction", pairs.values.cpu(), pairs.residual_norms.cpu().double(), threshold
+                ),
                 *knockouts(space, parts, pairs, threshold, most),
-                Knockout.of(("means",), "subtraction", edges, edge_norms, threshold, every),
+                Knockout(("means",), "subtraction", edges, edge_norms, threshold, every),
             )
         finally:
             if not had_means:
@@ -229,27 +228,25 @@ def attribute_known(
         values=pairs.values,
         residual_norms=pairs.residual_norms,
         part_names=(*parts, "residual"),
-        pair_shares=pair_shares(parts, pairs) if known.shares is None else known.shares,
+        pair_shares=pair_shares(parts, pairs) if shares is None else shares,
         bulk_edge=float(edges[0]),
         threshold=threshold,
         margin=margin,
-        num_outliers=int((pairs.values > threshold).sum()),
+        num_outliers=found[0].num_outliers,
         complete=bool(pairs.values[-1] <= threshold),
         knockouts=found,
-        num_products=products.total,
+        num_products=basis.num_products - before,
         seconds=time.perf_counter() - began,
-        provenance=Provenance.of(operator, seed),
+        provenance=Provenance.of(operator, seed=seed),
     )
 
 
-def _grown(operator: Operator, known: Known, capacity: int, seed: int, products: Counter) -> Krylov:
+def _grown(operator: Operator, pairs: Eigenpairs, basis: Krylov | None, capacity: int, seed: int) -> Krylov:
     """The basis that the pairs were found with, of that capacity; or one of the pairs and a random vector."""
-    basis = known.basis
     if basis is None:
-        basis = Krylov.of_pairs(operator, known.pairs, capacity)
+        basis = Krylov.of_pairs(operator, pairs, capacity)
         basis.append_random(seeded(seed))
         basis.expand(1)
-        products.add(1)
     elif len(basis.rows) < capacity:
         basis.enlarge(capacity)
     return basis
@@ -290,22 +287,6 @@ def squared_norms(parts: Decomposition, block: Tensor) -> Tensor:
             for columns in torch.split(block, width, 1)
         ],
         1,
-    )
-
-
-def _verdicts(result: Attribution) -> tuple[str, ...]:
-    count = result.num_outliers
-    rule = f"above {result.threshold:.3g}, {result.margin:g} times the bulk's edge {result.bulk_edge:.3g}"
-    if not count:
-        return (f"No outlier: no eigenvalue lies {rule}.",)
-    means = result.mean_shares
-    shares = ", ".join(f"{_percent(share)} {name}" for name, share in means.items())
-    return (
-        f"{'' if result.complete else 'At least '}{count} outlier{'s' if count > 1 else ''} ({rule}): on average "
-        f"{shares}.",
-        f"Knocking out the class means {_leaves(result, 'class')}, class and logit means "
-        f"{_leaves(result, 'class', 'logit')}.",
-        _judgement(result),
     )
 
 

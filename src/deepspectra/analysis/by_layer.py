@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from deepspectra.arguments import LayerProgress
 from deepspectra.errors import MissingNameError
-from deepspectra.results import Provenance
+from deepspectra.frames import text_table
+from deepspectra.results import Result
 
 Entry = TypeVar("Entry")
 Item = TypeVar("Item", bound=tuple[Any, ...])
-Progress = Callable[[int, int | None, str], object]  # of what is done, of how many, and what comes next
 
 
 @dataclass(frozen=True)
-class ByLayer(Mapping[str, Entry]):
-    """Layer → its result, from input to output: what every analysis by layer returns.
-
-    Attributes:
-        layers: layer → its result.
-        seconds: wall-clock time spent.
-        provenance: where it came from.
-    """
+class ByLayer(Result, Mapping[str, Entry]):
+    """Layer → its result, from input to output: what every analysis by layer returns. They are in `layers`."""
 
     layers: Mapping[str, Entry]
-    seconds: float
-    provenance: Provenance
 
     def __getitem__(self, name: str) -> Entry:
         if name not in self.layers:
@@ -40,21 +32,15 @@ class ByLayer(Mapping[str, Entry]):
     def __len__(self) -> int:
         return len(self.layers)
 
-    def _table(self, head: Sequence[str], cells: Callable[[Entry], Iterable[float | str]]) -> list[str]:
-        """A line for each layer, of words and of numbers; – for a number that is not defined."""
-        rows = [f"{'layer':<26} " + " ".join(f"{name:>11}" for name in head)]
-        for name, entry in self.layers.items():
-            rows.append(f"{name[-26:]:<26} " + " ".join(f"{_written(cell):>11}" for cell in cells(entry)))
-        return rows
+    def _table(
+        self, head: Sequence[str], cells: Callable[[Entry], Iterable[float | str]], *notes: str
+    ) -> str:
+        """A line for each layer, as in `text_table`."""
+        rows = ((name[-26:], *cells(entry)) for name, entry in self.layers.items())
+        return text_table(("layer", *head), rows, *notes)
 
 
-def _written(cell: float | str) -> str:
-    if isinstance(cell, str):
-        return cell
-    return "–" if math.isnan(cell) else f"{cell:.3g}"
-
-
-def announced(layers: Iterable[Item], progress: Progress | None, total: int) -> Iterator[Item]:
+def announced(layers: Iterable[Item], progress: LayerProgress | None, total: int) -> Iterator[Item]:
     """The same layers, each named before it is looked at."""
     for done, layer in enumerate(layers):
         if progress is not None:

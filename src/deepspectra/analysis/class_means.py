@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from deepspectra.errors import CurvatureError, MemoryBudgetError, MissingNameError, OptionError, OptionWarning
-from deepspectra.operators.parts import KINDS, Decomposition, decompose
+from deepspectra.arguments import check_choice, check_memory
+from deepspectra.errors import CurvatureError, MissingNameError, OptionWarning
+from deepspectra.frames import text_table
+from deepspectra.operators.parts import KINDS, Decomposition
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Provenance
+from deepspectra.results import Provenance, Result
 from deepspectra.rows.averages import means_of
 from deepspectra.rows.captures import Captured, layer_of
 from deepspectra.rows.gradients import class_sums, labelled_loss
@@ -31,10 +33,13 @@ from deepspectra.rows.layers import (
     refuse_unequal,
 )
 from deepspectra.rows.projections import Projections, collinear, grouped, num_groups
+from deepspectra.rows.uses import Use
+
+LEVELS = ("class", "cross_class")
 
 
 @dataclass(frozen=True)
-class ClassMeans:
+class ClassMeans(Result):
     """Weighted means of gradients or errors over classes and over (class, potential class) cells, or of features.
 
     Attributes:
@@ -45,8 +50,6 @@ class ClassMeans:
         cross_class_weights: (C, C) w_{c,k}, the diagonal belongs to the true class; None of features.
         of: "gradients", "features" or "errors".
         layers: layer → where it lies in the last dimension, as slices.
-        seconds: wall-clock time spent.
-        provenance: where it came from.
     """
 
     class_means: Tensor
@@ -55,8 +58,6 @@ class ClassMeans:
     cross_class_weights: Tensor | None
     of: str
     layers: Mapping[str, tuple[slice, ...]]
-    seconds: float
-    provenance: Provenance
 
     def layer(self, name: str) -> ClassMeans:
         """The means of one layer."""
@@ -64,14 +65,10 @@ class ClassMeans:
             raise MissingNameError("layer", name, self.layers)
         cut, crossed = self.layers[name], self.cross_class_means
         means = torch.cat([self.class_means[:, piece] for piece in cut], -1)
-        return replace(
-            self,
-            class_means=means,
-            cross_class_means=None
-            if crossed is None
-            else torch.cat([crossed[..., piece] for piece in cut], -1),
-            layers={name: (slice(0, means.shape[1]),)},
-        )
+        if crossed is not None:
+            crossed = torch.cat([crossed[..., piece] for piece in cut], -1)
+        layers = {name: (slice(0, means.shape[1]),)}
+        return replace(self, class_means=means, cross_class_means=crossed, layers=layers)
 
     @property
     def mean(self) -> Tensor:
@@ -81,14 +78,12 @@ class ClassMeans:
 
     def __str__(self) -> str:
         norms = self.class_means.norm(dim=1).tolist()
-        rows = [f"{'class':>6} {'weight w_c':>12} {'norm':>12}"]
-        weights = self.class_weights.tolist()
-        rows += [f"{c:>6} {w:>12.4g} {n:>12.4g}" for c, (w, n) in enumerate(zip(weights, norms, strict=True))]
-        rows.append(
+        return text_table(
+            ("class", "weight w_c", "norm"),
+            zip(map(str, range(len(norms))), self.class_weights.tolist(), norms, strict=True),
             f"class means of {self.of}, {len(norms)} classes, {self.class_means.shape[1]:,} numbers in "
-            f"{len(self.layers)} layers"
+            f"{len(self.layers)} layers",
         )
-        return "\n".join(rows)
 
 
 def class_means(
@@ -130,14 +125,13 @@ def class_means(
             stacklevel=2,
         )
     level = level or "cross_class"
+    check_choice("of", of, KINDS)
+    check_choice("level", level, LEVELS)
     if of == "gradients":
         factors = _of_gradients(problem, level, check_means(problem, level, groups))
-    elif of in KINDS:
-        _check_level(level)
-        parts = decompose(problem, hold=True, groups=groups)
-        factors = _of_features(parts) if of == "features" else _of_errors(parts, level)
     else:
-        raise OptionError(f"of={of!r}; it is one of {', '.join(map(repr, KINDS))}.")
+        parts = Decomposition(problem, hold=True, groups=groups)
+        factors = _of_features(parts) if of == "features" else _of_errors(parts, level)
     weights, cells = factors.class_weights, factors.cell_weights
     means = means_of(factors.classes, weights).T
     crossed = None
@@ -151,7 +145,7 @@ def class_means(
         of=of,
         layers=factors.layers,
         seconds=time.perf_counter() - began,
-        provenance=Provenance.of_rows(of, means),
+        provenance=Provenance.of(means, of),
     )
 
 
@@ -168,7 +162,7 @@ class _Factors(NamedTuple):
 def _of_gradients(problem: Problem, level: str, groups: Tensor | None) -> _Factors:
     layers = _parameter_places(problem)
     if level == "cross_class":
-        parts = decompose(problem, groups=groups)
+        parts = Decomposition(problem, groups=groups)
         return _of_cells(parts.factor("means"), parts.projections, layers)
     sums, cells = class_sums(problem, groups)  # one pass, which need not know the weights beforehand
     weights = cells.clone().fill_diagonal_(0).sum(1)
@@ -188,10 +182,7 @@ def _of_features(parts: Decomposition) -> _Factors:
     groups = parts.projections.groups
     sizes, weight = membership(rows, groups).sum(0), counted(rows)
     basis = feature_averages(rows, groups).every * (weight / weight.sum()).sqrt()[:, None]
-    sums: dict[str, Tensor] = {}
-    for batch, share in _shared(rows.captures.features(), basis, 1):
-        _add(sums, layer_inputs(batch.uses), share, rows.problem.memory)
-    means, layers = _joined(sums)
+    means, layers = _averaged(rows.captures.features(), layer_inputs, basis, rows.problem.memory)
     return _Factors(means.T, None, sizes / sizes.sum(), None, layers)
 
 
@@ -199,50 +190,38 @@ def _of_errors(parts: Decomposition, level: str) -> _Factors:
     rows, projections = parts.rows, parts.projections
     assert isinstance(rows, HeldRows)
     basis = error_averages(rows, projections, ()).every  # (R, C²)
-    sums: dict[str, Tensor] = {}
-    for batch, share in _shared(rows.captures.batches(), basis, rows.weights.shape[1] - 1):
-        _add(sums, layer_errors(batch.uses), share, rows.problem.memory)
-    means, layers = _joined(sums)
+    means, layers = _averaged(rows.captures.batches(), layer_errors, basis, rows.problem.memory)
     found = _of_cells(means.T, projections, layers)
     return found if level == "cross_class" else found._replace(cells=None)
 
 
-def _shared(batches: Iterable[Captured], basis: Tensor, each: int) -> Iterator[tuple[Captured, Tensor]]:
-    """Each batch with what averages (R, r) have of its rows, so many a row of outputs."""
+def _averaged(
+    batches: Iterable[Captured], read: Callable[[list[Use]], dict[str, Tensor]], basis: Tensor, memory: int
+) -> tuple[Tensor, dict[str, tuple[slice, ...]]]:
+    """BᵀX (r, D) of rows X read from each batch, all layers one after the other, and where each of them is."""
+    sums: dict[str, Tensor] = {}
     start = 0
     for batch in batches:
-        stop = start + each * batch.num_rows
-        yield batch, basis[start:stop]
+        found = read(batch.uses)
+        if not sums:
+            each = sum(rows.shape[1] * rows.element_size() for rows in found.values())
+            what = f"{basis.shape[1]:,} means of all layers"
+            check_memory(what, basis.shape[1] * each, memory, "Restrict the parameters")
+        refuse_missing(sums, found)
+        stop = start + max((len(rows) for rows in found.values()), default=0)
+        for name, rows in found.items():
+            if name in sums:
+                refuse_unequal(name, {sums[name].shape[1], rows.shape[1]})
+            sums[name] = sums.get(name, 0) + basis[start:stop].T.to(rows) @ rows
         start = stop
-
-
-def _add(sums: dict[str, Tensor], found: dict[str, Tensor], share: Tensor, memory: int) -> None:
-    """Add a batch's rows (n, D) of each layer, mixed by shares (n, m)."""
-    if not sums:
-        size = share.shape[1] * sum(rows.shape[1] * rows.element_size() for rows in found.values())
-        if size > memory:
-            raise MemoryBudgetError(
-                f"{share.shape[1]:,} means of all layers take {size / 2**30:.1f} GiB; memory is "
-                f"{memory / 2**30:.1f} GiB. Raise memory, or restrict the parameters."
-            )
-    refuse_missing(sums, found)
-    for name, rows in found.items():
-        if name in sums:
-            refuse_unequal(name, {sums[name].shape[1], rows.shape[1]})
-        sums[name] = sums.get(name, 0) + share.T.to(rows) @ rows
-
-
-def _joined(sums: dict[str, Tensor]) -> tuple[Tensor, dict[str, tuple[slice, ...]]]:
-    """All layers one after the other, and where each of them is."""
     sums = {name: total for name, total in sums.items() if total.shape[1]}
     if not sums:
         raise CurvatureError(
             "no layer multiplies features by a matrix, one row of features for each output row."
         )
-    ends = list(itertools.accumulate((total.shape[1] for total in sums.values()), initial=0))
-    places: dict[str, tuple[slice, ...]] = {}
-    for name, (start, end) in zip(sums, itertools.pairwise(ends), strict=True):
-        places[name] = (slice(start, end),)
+    ends = itertools.accumulate((total.shape[1] for total in sums.values()), initial=0)
+    pairs = zip(sums, itertools.pairwise(ends), strict=True)
+    places: dict[str, tuple[slice, ...]] = {name: (slice(*pair),) for name, pair in pairs}
     return torch.cat(list(sums.values()), 1), places
 
 
@@ -259,25 +238,12 @@ def _parameter_places(problem: Problem) -> dict[str, tuple[slice, ...]]:
 
 def check_means(problem: Problem, level: str, groups: Tensor | Sequence[int] | None) -> Tensor | None:
     """The groups of classes, checked, if means of gradients of this level are to be had. Raises as `class_means`."""
-    _check_level(level)
+    check_choice("level", level, LEVELS)
     labelled_loss(problem)
     found = grouped(groups, problem.num_classes, problem.device)
-    size = num_groups(found, problem.num_classes)
-    _refuse_beyond_memory(problem, size * size if level == "cross_class" else size)
+    num = num_groups(found, problem.num_classes) ** (2 if level == "cross_class" else 1)
+    size = num * problem.num_parameters * torch.promote_types(problem.dtype, torch.float32).itemsize
+    what = f"{num:,} means of {problem.num_parameters:,} parameters"
+    advice = "Ask for level='class', put classes into groups, restrict the parameters"
+    check_memory(what, size, problem.memory, advice)
     return found
-
-
-def _check_level(level: str) -> None:
-    if level not in ("class", "cross_class"):
-        raise OptionError(f"level={level!r}; it is 'class', 'cross_class' or, for a subspace, 'sampled'.")
-
-
-def _refuse_beyond_memory(problem: Problem, columns: int) -> None:
-    itemsize = torch.promote_types(problem.dtype, torch.float32).itemsize
-    size = columns * problem.num_parameters * itemsize
-    if size > problem.memory:
-        raise MemoryBudgetError(
-            f"{columns:,} means of {problem.num_parameters:,} parameters take {size / 2**30:.1f} GiB; memory is "
-            f"{problem.memory / 2**30:.1f} GiB. Ask for level='class', put classes into groups, raise memory, or "
-            "restrict the parameters."
-        )

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from deepspectra.arguments import check_count, seeded
+from deepspectra.frames import text_table
 from deepspectra.problem.problem import Problem
 from deepspectra.problem.samples import drawn_problem
-from deepspectra.results import Provenance
+from deepspectra.results import Provenance, Result
 from deepspectra.rows.captures import Captures
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held import HeldRows, gram_of, refuse_beyond_memory
@@ -23,7 +24,7 @@ GROUPS = ("both", "logit", "class", "neither")
 
 
 @dataclass(frozen=True)
-class Clustering:
+class Clustering(Result):
     """Mean cosines between gradients of different examples, by what the two share.
 
     Attributes:
@@ -33,8 +34,6 @@ class Clustering:
         gradients: (4,) of g_{i,k} = J_iᵀ(p_i − y_k), k ≠ c(i).
         gradients_standard_error: (4,).
         num_examples: compared with each other.
-        seconds: wall-clock time spent.
-        provenance: where it came from.
     """
 
     logits: Tensor
@@ -42,17 +41,13 @@ class Clustering:
     gradients: Tensor
     gradients_standard_error: Tensor
     num_examples: int
-    seconds: float
-    provenance: Provenance
     groups: tuple[str, ...] = GROUPS
 
     def __str__(self) -> str:
-        rows = [f"{'the same':<10} {'∇z_k':>8} {'±':>7} {'g_{i,k}':>9} {'±':>7}"]
         columns = (self.logits, self.logits_standard_error, self.gradients, self.gradients_standard_error)
-        for name, a, b, c, d in zip(self.groups, *(column.tolist() for column in columns), strict=True):
-            rows.append(f"{name:<10} {a:>8.3f} {b:>7.3f} {c:>9.3f} {d:>7.3f}")
-        rows.append(f"mean cosines among {self.num_examples} examples, {self.seconds:.3g} s")
-        return "\n".join(rows)
+        rows = zip(self.groups, *(column.tolist() for column in columns), strict=True)
+        note = f"mean cosines among {self.num_examples} examples, {self.seconds:.3g} s"
+        return text_table(("the same", "∇z_k", "±", "g_{i,k}", "±"), rows, note)
 
 
 def clustering(problem: Problem, *, num_examples: int = 200, seed: int = 0) -> Clustering:
@@ -102,7 +97,7 @@ def clustering(problem: Problem, *, num_examples: int = 200, seed: int = 0) -> C
         gradients_standard_error=gradients_error,
         num_examples=len(live),
         seconds=time.perf_counter() - began,
-        provenance=Provenance.of_matrix("Gauss-Newton", problem, seed=seed),
+        provenance=Provenance.of(problem, seed=seed),
     )
 
 
@@ -136,24 +131,18 @@ def _mean_cosines(inner: Tensor, valid: Tensor, labels: Tensor) -> tuple[Tensor,
         valid: (n, C) which rows count.
         labels: (n,).
     """
-    num = len(labels)
     norms = torch.einsum("ikik->ik", inner).clamp_min(0).sqrt()
     scale = (1 / norms.where(norms > 0, math.inf)) * valid
     cosines = torch.einsum("ik,ikjl,jl->ijkl", scale, inner, scale)
     there = (scale > 0).to(inner)
-    counts = torch.einsum("ik,jl->ijkl", there, there)
-    pair = ~torch.eye(num, dtype=torch.bool, device=inner.device)
+    sums = torch.stack([cosines, torch.einsum("ik,jl->ijkl", there, there)])  # and how many
+    equal = torch.einsum("tijkk->tij", sums)
+    unequal = sums.sum((3, 4)) - equal
     same = labels[:, None] == labels
-    groups = []
-    for classes in (same & pair, ~same & pair):
-        for table in (cosines, counts):
-            equal = torch.einsum("ijkk->ij", table)
-            groups.append((equal * classes, (table.sum((2, 3)) - equal) * classes))
-    (both, of_class), (n_both, n_class), (logit, neither), (n_logit, n_neither) = groups
-    pairs = [(both, n_both), (logit, n_logit), (of_class, n_class), (neither, n_neither)]
-    found = [_jackknife(total, count) for total, count in pairs]
-    means, errors = zip(*found, strict=True)
-    return torch.tensor(means, dtype=torch.float64), torch.tensor(errors, dtype=torch.float64)
+    pair = ~torch.eye(len(labels), dtype=torch.bool, device=inner.device)
+    groups = (equal, same & pair), (equal, ~same), (unequal, same & pair), (unequal, ~same)  # as `GROUPS`
+    found = torch.tensor([_jackknife(*(some * classes)) for some, classes in groups], dtype=torch.float64)
+    return found[:, 0], found[:, 1]
 
 
 def _jackknife(total: Tensor, count: Tensor) -> tuple[float, float]:

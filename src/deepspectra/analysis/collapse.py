@@ -54,9 +54,8 @@ class CollapseByLayer(ByLayer[Collapse]):
     def __str__(self) -> str:
         names = ("nc1", "nc2_norms", "nc2_angles", "nc2_simplex", "nc3", "nc4")
         head = [name.upper().replace("_", " ") for name in names]
-        rows = self._table(head, lambda layer: [getattr(layer, name) for name in names])
-        rows.append(f"neural collapse of what enters each layer, {self.seconds:.3g} s")
-        return "\n".join(rows)
+        note = f"neural collapse of what enters each layer, {self.seconds:.3g} s"
+        return self._table(head, lambda layer: [getattr(layer, name) for name in names], note)
 
 
 def collapse(problem: Problem) -> CollapseByLayer:
@@ -79,7 +78,9 @@ def collapse(problem: Problem) -> CollapseByLayer:
     features = features_of(rows)
     found = {name: collapse_of(entering, rows, name) for name, entering in features.items()}
     *_, last = features.values()
-    return CollapseByLayer(found, time.perf_counter() - began, Provenance.of_rows("features", last))
+    return CollapseByLayer(
+        found, seconds=time.perf_counter() - began, provenance=Provenance.of(last, "features")
+    )
 
 
 def collapse_of(features: Tensor, rows: GradientRows, layer: str) -> Collapse:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.overlap import overlap_curve
-from deepspectra.analysis.by_layer import ByLayer, Progress, announced
+from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.layer_blocks import RTOL, Blocks, top_pairs
-from deepspectra.arguments import check_count
+from deepspectra.arguments import LayerProgress, check_count
 from deepspectra.errors import ShapeError
 from deepspectra.kfac.exact import ExactBlock
 from deepspectra.kfac.operators import Block, Rotated
@@ -86,14 +86,9 @@ class Comparison(ByLayer[LayerComparison]):
 
     def __str__(self) -> str:
         head = ("m", "peak at", "height", "at k = m", "predicted", "height", "(t·t′)²", "case", "random at m")
-        rows = self._table(head, _told)
-        whole = (
-            f"; of all parameters {float(self.whole[-1]):.3f} at k = {len(self.whole)}"
-            if len(self.whole)
-            else ""
-        )
-        rows.append(f"overlap of top-k eigenspaces of G{whole}; {self.seconds:.3g} s")
-        return "\n".join(rows)
+        num = len(self.whole)
+        whole = f"; of all parameters {float(self.whole[-1]):.3f} at k = {num}" if num else ""
+        return self._table(head, _told, f"overlap of top-k eigenspaces of G{whole}; {self.seconds:.3g} s")
 
 
 def _told(layer: LayerComparison) -> list[float | str]:
@@ -112,7 +107,7 @@ def compare(
     num: int | None = None,
     num_whole: int | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> Comparison:
     """Overlap of the top eigenspaces of two networks of the same architecture, each with its own data.
 
@@ -158,19 +153,13 @@ def compare(
         blocks = [side.factors.blocks[name] for side in sides]
         shared = outputs == first.num_classes and name == sides[0].names[-1]
         layers[name] = _layer(pair[0], spaces, blocks, shared=shared)
-    wanted = 2 * first.num_classes if num_whole is None else num_whole
-    whole = _whole(first, second, wanted, seed)
-    provenance = Provenance.of_matrix("Gauss-Newton", first, seed=seed)
-    return Comparison(layers, time.perf_counter() - began, provenance, whole)
-
-
-def _whole(first: Problem, second: Problem, num: int, seed: int) -> Tensor:
-    """The curve over all parameters."""
-    if not num:
-        return torch.zeros(0, dtype=torch.float64)
-    num = min(num, first.num_parameters)
-    pairs = [eigenpairs(GaussNewton(problem), num, rtol=RTOL, seed=seed) for problem in (first, second)]
-    return overlap_curve(pairs[0].vectors, pairs[1].vectors)
+    wanted = min(2 * first.num_classes if num_whole is None else num_whole, first.num_parameters)
+    whole = torch.zeros(0, dtype=torch.float64)
+    if wanted:
+        tops = [eigenpairs(GaussNewton(side), wanted, rtol=RTOL, seed=seed) for side in (first, second)]
+        whole = overlap_curve(tops[0].vectors, tops[1].vectors)
+    provenance = Provenance.of(first, seed=seed)
+    return Comparison(layers, whole, seconds=time.perf_counter() - began, provenance=provenance)
 
 
 def _check_same(first: Problem, second: Problem) -> None:
@@ -215,12 +204,9 @@ def _predicted(one: Rotated, other: Rotated, aligned: Tensor, num: int) -> Tenso
     counts = []
     for side in (one, other):
         chosen = side.diagonal.flatten().topk(num).indices.cpu()
-        owner = (
-            chosen // (outputs * inputs) * inputs + chosen % inputs
-        )  # (group, j) of each of the top products
-        counts.append(
-            torch.nn.functional.one_hot(owner, groups * inputs).double().cumsum(0).view(num, groups, inputs)
-        )
+        owner = chosen // (outputs * inputs) * inputs + chosen % inputs  # (group, j) of each
+        members = torch.nn.functional.one_hot(owner, groups * inputs).double()
+        counts.append(members.cumsum(0).view(num, groups, inputs))
     sums = torch.einsum("kgj,gjl,kgl->k", counts[0], aligned, counts[1])
     return sums / (outputs * torch.arange(1, num + 1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.overlap import overlap, overlap_curve
-from deepspectra.analysis.by_layer import ByLayer, Progress, announced
+from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.layer_blocks import RTOL, Blocks, top_pairs
-from deepspectra.arguments import check_count
+from deepspectra.arguments import LayerProgress, check_count
 from deepspectra.kfac.exact import ExactBlock
 from deepspectra.kfac.operators import KroneckerSum
 from deepspectra.operators.curvature import GaussNewton
@@ -101,7 +102,7 @@ class Dissection(ByLayer[LayerDissection]):
 
     def __str__(self) -> str:
         head = ("λ₁", "λ₁/τ₁γ₁", "rank one", "v₁ share", "λ₁/λ₂ xxᵀ", "v₁·E[x]", "closed form", "its range")
-        rows = self._table(
+        return self._table(
             head,
             lambda layer: (
                 float(layer.values[0]),
@@ -113,12 +114,10 @@ class Dissection(ByLayer[LayerDissection]):
                 layer.closed_form,
                 layer.closed_range,
             ),
-        )
-        rows.append(
             "of the top eigenvectors of each layer's block of G: mean σ₁/‖·‖ reshaped, mean share along the top "
-            f"eigenvector of E[xxᵀ]; overlaps of the closed forms of E[M]; {self.seconds:.3g} s"
+            f"eigenvector of E[xxᵀ]; overlaps of the closed forms of E[M]; {self.seconds:.3g} s",
+            *([str(self.whole)] if self.whole else []),
         )
-        return "\n".join([*rows, *([str(self.whole)] if self.whole else [])])
 
 
 def dissect(
@@ -128,7 +127,7 @@ def dissect(
     num_whole: int | None = None,
     num_directions: int = 20,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> Dissection:
     """How far each layer's block of G is E[M] ⊗ E[xxᵀ], eigenvector by eigenvector.
 
@@ -169,8 +168,8 @@ def dissect(
         if exact.place.groups == 1:
             layers[name] = dissected(blocks, exact, top_pairs(exact, num, seed), num_directions)
     whole = _dissected_whole(blocks, reduced, num_whole, seed) if reduced else None
-    provenance = Provenance.of_matrix("Gauss-Newton", problem, seed=seed)
-    return Dissection(layers, time.perf_counter() - began, provenance, whole)
+    provenance = Provenance.of(problem, seed=seed)
+    return Dissection(layers, whole, seconds=time.perf_counter() - began, provenance=provenance)
 
 
 def dissected(
@@ -187,7 +186,8 @@ def dissected(
     left = every[:, :num_directions]
     right = torch.eye(inputs).to(left) if kron.right is None else kron.right[0].double().flip(1)
     ratio, alignment = _inputs(exact, factors)
-    published, whole_range = _closed_forms(_later_weights(blocks, name), outputs, inner + 1)
+    forms = _closed_forms(_later_weights(blocks, name), outputs, inner + 1)
+    closed = [overlap(every[:, :inner], form.to(every)) for form in forms] or [math.nan, math.nan]
     return LayerDissection(
         name=name,
         shape=(outputs, inputs),
@@ -199,8 +199,8 @@ def dissected(
         input_ratio=ratio,
         input_alignment=alignment,
         output_values=torch.linalg.eigvalsh(factors.left[0, 0].double()).flip(0)[:num_directions].cpu(),
-        closed_form=_agreement(every[:, :inner], published),
-        closed_range=_agreement(every[:, :inner], whole_range),
+        closed_form=closed[0],
+        closed_range=closed[1],
     )
 
 
@@ -225,37 +225,30 @@ def _inputs(exact: ExactBlock, factors: KroneckerSum) -> tuple[float, float]:
     total = torch.zeros(size, dtype=torch.float64, device=exact.device)
     for found in exact.positions():
         total += torch.einsum("bt,btd->d", found.counts.to(found.features), found.features).double()
-    ratio = (
-        float(values[-1] / values[-2].clamp_min(torch.finfo(values.dtype).tiny)) if size > 1 else float("inf")
-    )
+    tiny = torch.finfo(values.dtype).tiny
+    ratio = float(values[-1] / values[-2].clamp_min(tiny)) if size > 1 else math.inf
     return ratio, float((vectors[:, -1] @ total).square() / total.square().sum())
 
 
-def _closed_forms(
-    later: list[Tensor | None], outputs: int, num_classes: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Orthonormal bases (outputs, C − 1) of the row space of S without 1ᵀS, and of the rows of S less their mean."""
+def _closed_forms(later: list[Tensor | None], outputs: int, num_classes: int) -> list[Tensor]:
+    """Orthonormal bases (outputs, C − 1) of the row space of S without 1ᵀS, and of the rows of S less their mean.
+
+    None where the later weights are not all matrices that follow each other, and of one output.
+    """
     if num_classes < 2:
-        return None, None
+        return []
     product = torch.eye(num_classes, dtype=torch.float64)
     for weight in reversed(later):
         if weight is None or weight.shape[0] != product.shape[1]:
-            return None, None
+            return []
         product = product.to(weight) @ weight
     if product.shape != (num_classes, outputs):
-        return None, None
+        return []
     along = product.sum(0)
     along = along / along.norm().clamp_min(torch.finfo(along.dtype).tiny)
     freed = product - torch.outer(product @ along, along)
-    bases = [
-        torch.linalg.svd(rows, full_matrices=False)[2][: num_classes - 1].T
-        for rows in (freed, product - product.mean(0))
-    ]
-    return bases[0], bases[1]
-
-
-def _agreement(space: Tensor, closed: Tensor | None) -> float:
-    return float("nan") if closed is None else overlap(space, closed.to(space))
+    pair = freed, product - product.mean(0)
+    return [torch.linalg.svd(rows, full_matrices=False)[2][: num_classes - 1].T for rows in pair]
 
 
 def _with_mean_inputs(exact: ExactBlock) -> tuple[Tensor, Tensor]:

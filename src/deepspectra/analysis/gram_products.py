@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.density import density
-from deepspectra.algorithms.probes import Progress
+from deepspectra.arguments import Progress
 from deepspectra.confidence import standard_error
 from deepspectra.operators.base import Operator
 from deepspectra.problem.problem import Problem
@@ -63,28 +63,20 @@ def nonzero_density(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Density:
-    """The density of G from random vectors that see its R non-zero eigenvalues only; one node for the P − R zeros.
+    """The `density` of G from random vectors that see its R ≤ P non-zero eigenvalues; one node for the P − R zeros.
 
-    Args:
-        gram: of its rows; R is at most P.
-        pairs: eigenpairs of G.
-        vectors: (R, K) what their vectors u are in the rows, A u / √λ.
-        num_probes: random probes.
-        num_steps: products spent on each.
-        seed: of the probes.
-        progress: called with (products so far, products expected).
+    Its eigenpairs (λ, u) are known, and what their vectors are in the rows, (R, K) A u / √λ.
     """
     size, num_rows = gram.rows.problem.num_parameters, gram.shape[0]
     num = _num_independent(vectors)
+    # ‖K v − λ v‖ = ‖A (G u − λ u)‖/√λ is at most √(λ₁/λ) times G's own.
     known = replace(
         pairs,
         values=pairs.values[:num],
         residual_norms=pairs.residual_norms[:num] * (pairs.values[0] / pairs.values[:num]).sqrt(),
         vectors=vectors[:, :num],
         separation=None,
-        provenance=Provenance.of(
-            gram, seed
-        ),  # ‖K v − λ v‖ = ‖A (G u − λ u)‖/√λ is at most √(λ₁/λ) times G's own
+        provenance=Provenance.of(gram, seed=seed),
     )
     found = density(gram, num_probes, num_steps, known if num else None, seed, progress)
     zero = found.nodes.new_zeros(1)
@@ -94,7 +86,7 @@ def nonzero_density(
         nodes=torch.cat([found.nodes, zero]),
         weights=torch.cat([found.weights * share, zero + (1 - share)]),
         probes=torch.cat([found.probes, found.probes.new_full((1,), -1)]),
-        provenance=Provenance.of_matrix("Gauss-Newton", gram.rows.problem, seed=seed),
+        provenance=Provenance.of(gram.rows.problem, seed=seed),
     )
 
 

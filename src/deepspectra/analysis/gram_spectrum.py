@@ -12,10 +12,11 @@ from torch import Tensor
 
 from deepspectra.algorithms.exact import of_all
 from deepspectra.arguments import seeded
-from deepspectra.operators.parts import Decomposition, decompose
+from deepspectra.frames import text_table
+from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
-from deepspectra.results import Eigenpairs, Provenance
+from deepspectra.results import Eigenpairs, Provenance, Result
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.held import HeldRows
 from deepspectra.rows.layers import error_averages
@@ -26,7 +27,7 @@ NUM_CHECKS = 2  # random sums by which pairs are checked
 
 
 @dataclass(frozen=True)
-class GramSpectrum:
+class GramSpectrum(Result):
     """All non-zero eigenvalues of G and of its parts, and what each eigenvector owes to which part.
 
     Attributes:
@@ -34,8 +35,6 @@ class GramSpectrum:
         parts: name → non-zero eigenvalues of the part, descending.
         part_names: the parts, in the order of `shares`.
         shares: (R, parts) u_jᵀ B u_j / λ_j, rows sum to 1; NaN where λ_j is zero up to rounding.
-        seconds: wall-clock time spent.
-        provenance: where it came from.
 
     Source: the Gram matrix has the spectrum of the second moment; Papyan 2019, arXiv 1901.08244, computes
     densities only.
@@ -45,8 +44,6 @@ class GramSpectrum:
     parts: Mapping[str, Tensor]
     part_names: tuple[str, ...]
     shares: Tensor
-    seconds: float
-    provenance: Provenance
     _averages: Averages = field(repr=False)
 
     @property
@@ -127,18 +124,19 @@ class GramSpectrum:
 
     def __str__(self) -> str:
         total = float(self.values.sum())
-        rows = [f"{'':<12} {'trace':>11} {'share':>7} {'largest':>11}"]
-        for name, trace in zip(self.part_names, self.traces.tolist(), strict=True):
-            largest = max(self.parts[name].tolist(), default=0.0)
-            share = f"{trace / total:.1%}" if total else "–"
-            rows.append(f"{name:<12} {trace:>11.4g} {share:>7} {largest:>11.4g}")
-        rows.append(f"{'G':<12} {total:>11.4g} {'100%' if total else '–':>7} {float(self.values[0]):>11.4g}")
+        largest = [max(self.parts[name].tolist(), default=0.0) for name in self.part_names]
+        numbers = zip(self.part_names, self.traces.tolist(), largest, strict=True)
+        rows = [
+            (name, f"{trace:.4g}", f"{trace / total:.1%}" if total else "–", f"{top:.4g}")
+            for name, trace, top in (*numbers, ("G", total, float(self.values[0])))
+        ]
         num = len(self.values) if total else 0
-        rows.append(
+        return text_table(
+            ("", "trace", "share", "largest"),
+            rows,
             f"exact spectrum of {self.provenance.operator}: {num:,} of {self.provenance.size:,} "
-            f"eigenvalues are not zero, {self.seconds:.3g} s"
+            f"eigenvalues are not zero, {self.seconds:.3g} s",
         )
-        return "\n".join(rows)
 
 
 def gram_spectrum(
@@ -168,8 +166,8 @@ def gram_spectrum(
     of a layer's size and T (T/C + 1) d_out for T positions; a dense eigendecomposition (R, R).
     """
     began = time.perf_counter()
-    parts = decompose(problem.to(dtype), effects=effects, first=first, hold=True)
-    return spectrum_of(gradient_spectrum(parts), Provenance.of_matrix("Gauss-Newton", parts.problem), began)
+    parts = Decomposition(problem.to(dtype), effects=effects, first=first, hold=True)
+    return spectrum_of(gradient_spectrum(parts), Provenance.of(parts.problem), began)
 
 
 def spectrum_of(spectrum: Spectrum, provenance: Provenance, began: float) -> GramSpectrum:
@@ -210,37 +208,20 @@ def gradient_pairs(
     assert spectrum.vectors is not None
     num = min(num, int((spectrum.values > spectrum.tiny).sum()))
     rows, values, v = parts.rows, spectrum.values[:num], spectrum.vectors[:, :num]
-    if not num:
-        return _no_pairs(parts, began)
-    vectors = rows.transpose_reduced(v / values.sqrt())
-    generator = seeded(seed)
-    signs = torch.randint(0, 2, (v.shape[1], NUM_CHECKS), generator=generator).to(v) * 2 - 1
-    pushed = rows.apply_reduced(vectors @ signs.to(vectors)).to(v)
-    missed = (pushed - (v * values.sqrt()) @ signs).square().sum(0).mean().sqrt() * values[0].sqrt()
+    vectors, missed = rows.products.zeros(0).T, values.new_zeros(())
+    if num:
+        vectors = rows.transpose_reduced(v / values.sqrt())
+        signs = torch.randint(0, 2, (num, NUM_CHECKS), generator=seeded(seed)).to(v) * 2 - 1
+        pushed = rows.apply_reduced(vectors @ signs.to(vectors)).to(v)
+        missed = (pushed - (v * values.sqrt()) @ signs).square().sum(0).mean().sqrt() * values[0].sqrt()
     return Eigenpairs(
         values=values.cpu(),
         vectors=vectors,
-        residual_norms=missed.cpu().expand(len(values)).clone(),
+        residual_norms=missed.cpu().expand(num).clone(),
         converged=True,
         num_products=0,
         seconds=time.perf_counter() - began,
         which="largest",
-        rtol=float(missed / values.min()),
-        provenance=Provenance.of_matrix("Gauss-Newton", parts.problem),
-    )
-
-
-def _no_pairs(parts: Decomposition, began: float) -> Eigenpairs:
-    """Of a G that is zero."""
-    none = torch.zeros(0, dtype=torch.float64)
-    return Eigenpairs(
-        values=none,
-        vectors=parts.rows.products.zeros(0).T,
-        residual_norms=none,
-        converged=True,
-        num_products=0,
-        seconds=time.perf_counter() - began,
-        which="largest",
-        rtol=0.0,
-        provenance=Provenance.of_matrix("Gauss-Newton", parts.problem),
+        rtol=float(missed / values.min()) if num else 0.0,
+        provenance=Provenance.of(parts.problem),
     )

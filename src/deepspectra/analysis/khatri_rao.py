@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 
@@ -49,7 +50,8 @@ def centred_spectrum(uses: list[Matrix], parts: Decomposition, averages: Average
     ‖h̄‖² s sᵀ; with grouped kernels h and h̄ are what enters an output's own group.
     """
     began = time.perf_counter()
-    mean = _mean_features(uses, parts).mean(0)
+    weight = counted(parts.rows)
+    mean = _mixed_features(uses, (weight / weight.sum())[:, None])[0].mean(0)
     pairs = [_summed(use, mean) for use in uses]
     s, q = (torch.cat([pair[j] for pair in pairs]).double() for j in range(2))
     gram = gram_of([[[use] for use in uses]])
@@ -57,7 +59,7 @@ def centred_spectrum(uses: list[Matrix], parts: Decomposition, averages: Average
     gram += (s * norms.repeat_interleave(s.shape[1] // len(norms))) @ s.T - s @ q.T - q @ s.T
     size = uses[0].slice.numel
     spectrum = Spectrum.of_gram(gram, averages, size, torch.finfo(parts.problem.dtype).eps)
-    provenance = Provenance.of_matrix(f"gradients of {name} with centred features", parts.problem, size=size)
+    provenance = Provenance.of(parts.problem, f"gradients of {name} with centred features", size=size)
     return spectrum_of(spectrum, provenance, began)
 
 
@@ -72,34 +74,21 @@ def _summed(use: Matrix, mean: Tensor) -> tuple[Tensor, Tensor]:
 def khatri_rao(uses: list[Matrix], parts: Decomposition, averages: Averages) -> KhatriRao:
     """Means of gradients against products of means of features and errors."""
     member = membership(parts.rows)
-    share = member / positive(member.sum(0))
-    sizes = [use.num_examples for use in uses]
-    features = sum(
-        torch.einsum("bc,btd->ctd", some.to(use.errors), use.features())
-        for some, use in zip(torch.split(share, sizes), uses, strict=True)
-    )
-    assert isinstance(features, Tensor)  # (C, T, d) class means
-    num_classes = share.shape[1]
-    present = parts.projections.class_weights > 0
-    classes = (
-        torch.full((num_classes,), torch.nan, dtype=torch.float64),
-        torch.full((num_classes,), torch.nan, dtype=torch.float64),
-    )
-    cells = tuple(torch.full((num_classes, num_classes), torch.nan, dtype=torch.float64) for _ in range(2))
+    features = _mixed_features(uses, member / positive(member.sum(0)))  # (C, T, d) class means
+    num_classes = len(features)
+    classes = torch.full((2, num_classes), torch.nan, dtype=torch.float64)  # cosines and errors
+    cells = torch.full((2, num_classes, num_classes), torch.nan, dtype=torch.float64)
     by_class = parts.projections.by_class
     means = averages.every.view(-1, num_classes, num_classes)
-    for c in torch.nonzero(present).flatten().tolist():
+    for c in torch.nonzero(parts.projections.class_weights > 0).flatten().tolist():
         other = [k for k in range(num_classes) if k != c]
         columns = torch.cat([means[:, c] @ by_class[c, :, None], means[:, c, other]], 1)
-        gradient, product = _pair(uses, sizes, columns, features[c])
-        norms = gradient.norm(dim=1), product.norm(dim=1)
-        cosines = (gradient * product).sum(1) / (norms[0] * norms[1]).clamp_min(
-            torch.finfo(gradient.dtype).tiny
-        )
-        errors = (gradient - product).norm(dim=1) / norms[0].clamp_min(torch.finfo(gradient.dtype).tiny)
-        for table, row, values in zip(classes, cells, (cosines, errors), strict=True):
-            table[c] = float(values[0])
-            row[c, other] = values[1:].double().cpu()
+        gradient, product = _pair(uses, columns, features[c])
+        tiny, norms = torch.finfo(gradient.dtype).tiny, gradient.norm(dim=1)
+        cosines = (gradient * product).sum(1) / (norms * product.norm(dim=1)).clamp_min(tiny)
+        errors = (gradient - product).norm(dim=1) / norms.clamp_min(tiny)
+        found = torch.stack([cosines, errors]).double().cpu()
+        classes[:, c], cells[:, c, other] = found[:, 0], found[:, 1:]
     mean = torch.einsum("c,ctd->td", (member.sum(0) / member.sum()).to(features), features)
     logits = _logit_cosines(uses, mean, parts, means)
     return KhatriRao(classes[0], classes[1], cells[0], cells[1], logits)
@@ -107,28 +96,24 @@ def khatri_rao(uses: list[Matrix], parts: Decomposition, averages: Averages) -> 
 
 def _logit_cosines(uses: list[Matrix], feature: Tensor, parts: Decomposition, means: Tensor) -> Tensor:
     """(C,) cosines between logit means and h̄ ⊗ e_k; `means` (R, C, C) are the columns of the cells' averages."""
-    sizes = [use.num_examples for use in uses]
     by_logit = parts.projections.by_logit
     found = torch.full((len(by_logit),), torch.nan, dtype=torch.float64)
     for k in parts.projections.logit_weights.nonzero().flatten().tolist():
         column = means[:, :, k] @ by_logit[:, k, None].to(means)
-        gradient, product = _pair(uses, sizes, column, feature)
+        gradient, product = _pair(uses, column, feature)
         scale = gradient.norm() * product.norm()
         found[k] = float((gradient * product).sum() / scale.clamp_min(torch.finfo(gradient.dtype).tiny))
     return found
 
 
-def _mean_features(uses: list[Matrix], parts: Decomposition) -> Tensor:
-    """(T, d) over rows that count."""
-    weight = counted(parts.rows)
-    share = weight / weight.sum()
-    return sum(  # type: ignore[return-value]
-        torch.einsum("b,btd->td", some.to(use.errors), use.features())
-        for some, use in zip(torch.split(share, [use.num_examples for use in uses]), uses, strict=True)
-    )
+def _mixed_features(uses: list[Matrix], share: Tensor) -> Tensor:
+    """Σ_i s_i h_i (r, T, d) for shares (N, r)."""
+    shares = zip(torch.split(share, [use.num_examples for use in uses]), uses, strict=True)
+    mixed = (torch.einsum("bc,btd->ctd", some.to(use.errors), use.features()) for some, use in shares)
+    return functools.reduce(torch.add, mixed)
 
 
-def _pair(uses: list[Matrix], sizes: list[int], columns: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
+def _pair(uses: list[Matrix], columns: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
     """Σ α g and h ⊗ Σ α e for columns α (R, r) and a mean feature h (T, d): (r, o·d) each.
 
     An output of a grouped kernel has the features of its own group.
@@ -136,7 +121,8 @@ def _pair(uses: list[Matrix], sizes: list[int], columns: Tensor, feature: Tensor
     scalars, groups = uses[0].errors.shape[1], uses[0].groups
     gradient = feature.new_zeros(columns.shape[1], *uses[0].size)
     error = feature.new_zeros(columns.shape[1], *uses[0].errors.shape[2:])
-    for use, part in zip(uses, torch.split(columns, [size * scalars for size in sizes]), strict=True):
+    sizes = [use.num_examples * scalars for use in uses]
+    for use, part in zip(uses, torch.split(columns, sizes), strict=True):
         mixed = part.view(use.num_examples, scalars, -1).to(use.errors)
         live = mixed.flatten(1).any(1).nonzero().flatten()
         if not len(live):

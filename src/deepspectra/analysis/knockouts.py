@@ -19,7 +19,6 @@ EDGE_RTOL = 5e-2  # its eigenvalue is then right to about its square
 NEWEST = 3  # directions of residuals, or vectors beside the pairs, that a restart keeps
 STILL = 2  # products over which the edge must not move
 KNOCKOUT_RTOL = 0.05  # residual, relative to the value, at which a knock-out's eigenvalue is settled
-Progress = Callable[[int, int | None], object]
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,7 @@ class Knockout:
         method: "subtraction", A − B, or "projection", (I − QQᵀ) A (I − QQᵀ) with Q a basis of B.
         values: eigenvalues of what is left, descending; lower bounds, by Rayleigh-Ritz.
         residual_norms: an eigenvalue lies within so much of each value.
-        num_outliers: values above the threshold.
-        num_outliers_at_most: values that reach it when their residual norm is added.
+        threshold: eigenvalues above it count as outliers.
         parts: all that is gone then: with class also true, whose means are collinear with the class means.
     """
 
@@ -40,59 +38,23 @@ class Knockout:
     method: str
     values: Tensor
     residual_norms: Tensor
-    num_outliers: int
-    num_outliers_at_most: int
+    threshold: float
     parts: tuple[str, ...] = ()
 
-    @classmethod
-    def of(
-        cls,
-        removed: tuple[str, ...],
-        method: str,
-        values: Tensor,
-        residuals: Tensor,
-        threshold: float,
-        gone: tuple[str, ...],
-    ) -> Knockout:
-        """Counted: these values (K,) and their residual norms are left."""
-        values, residuals = values.cpu(), residuals.cpu().double()
-        return cls(
-            removed=removed,
-            method=method,
-            values=values,
-            residual_norms=residuals,
-            num_outliers=int((values > threshold).sum()),
-            num_outliers_at_most=int((values + residuals > threshold).sum()),
-            parts=gone,
-        )
+    @property
+    def num_outliers(self) -> int:
+        """How many values are above the threshold."""
+        return int((self.values > self.threshold).sum())
+
+    @property
+    def num_outliers_at_most(self) -> int:
+        """How many values reach it when their residual norm is added."""
+        return int((self.values + self.residual_norms > self.threshold).sum())
 
     @property
     def name(self) -> str:
         """For tables: "class + logit"."""
         return " + ".join(self.removed) or "nothing"
-
-
-class Counter:
-    """Adds up the products of several computations for one progress report."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.total = 0
-        self._progress = progress
-
-    def within(self) -> Progress:
-        """A report for an algorithm that counts its own products."""
-        before = self.total
-
-        def report(done: int, _expected: int | None) -> None:
-            self.total = before + done
-            if self._progress is not None:
-                self._progress(self.total, None)
-
-        return report
-
-    def add(self, num_products: int) -> None:
-        """Products made outside an algorithm that reports its own."""
-        self.within()(num_products, None)
 
 
 class KnockoutSpace:
@@ -101,10 +63,15 @@ class KnockoutSpace:
     Everything asked is answered by small matrices: with rows E = [Q, W] of the Krylov basis, A Q = E T, and the
     factors of class, logit and true means, appended to W, are E Φ. Rayleigh-Ritz values are lower bounds and
     residual norms are measured; Q grows along the residuals of what is not settled yet.
+
+    Args:
+        krylov: the basis to begin with.
+        num: Ritz vectors that a restart keeps at least.
+        report: called with the basis' number of products after each.
     """
 
-    def __init__(self, krylov: Krylov, num: int, products: Counter) -> None:
-        self.krylov, self.num, self.products = krylov, num, products
+    def __init__(self, krylov: Krylov, num: int, report: Callable[[int], object]) -> None:
+        self.krylov, self.num, self.report = krylov, num, report
         self.columns: dict[str, slice] = {}
 
     def make_room(self, rows: int, wanted: Tensor | None = None) -> Tensor | None:
@@ -127,9 +94,7 @@ class KnockoutSpace:
     def include(self, factors: dict[str, Tensor]) -> None:
         """Append the ranges of the factors, named for `left`."""
         for name, factor in factors.items():  # one by one: each takes as much again while it is added
-            before = self.krylov.tracked.shape[1]
-            self.krylov.append(factor.T, track=True)
-            self.columns[name] = slice(before, before + factor.shape[1])
+            self.columns[name] = self.krylov.track(self.krylov.append(factor.T))
 
     def include_true(self, parts: Decomposition) -> None:
         """The true means, collinear with the class means if class took what it shares with logit."""
@@ -139,11 +104,8 @@ class KnockoutSpace:
             return
         present = projections.class_weights > 0
         scale = collinear(projections.cell_weights)[1] * projections.class_weights.sqrt()
-        tracked = self.krylov.tracked
-        before = tracked.shape[1]
-        added = tracked[:, self.columns["class"]] * scale[present].cpu()
-        self.krylov.tracked = torch.cat([tracked, added], 1)
-        self.columns["true"] = slice(before, before + added.shape[1])
+        classes = self.krylov.tracked[:, self.columns["class"]]
+        self.columns["true"] = self.krylov.track(classes * scale[present].cpu())
 
     def left(self, gone: tuple[str, ...], method: str, num: int) -> tuple[Tensor, Tensor, Tensor]:
         """Without these parts: the largest Ritz values, their residual norms and directions in W."""
@@ -161,7 +123,7 @@ class KnockoutSpace:
         """One product, along the leading one of directions in W (columns)."""
         self.krylov.turn(torch.linalg.svd(directions)[0][:, 0])
         self.krylov.expand(1)
-        self.products.add(1)
+        self.report(self.krylov.num_products)
 
     def bulk_edge(self, means: Means, most: int) -> tuple[Tensor, Tensor]:
         """The largest eigenvalue of A − M Mᵀ, for all the means M (P, C²), and its residual norm."""
@@ -179,9 +141,8 @@ class KnockoutSpace:
             vector = krylov.combine(coordinates) - means.combine(overlaps.T @ s)
             residual = (vector.norm().cpu().double() ** 2 + krylov.lost_squares(s)).sqrt()
             before.append(float(value))
-            settled = len(before) > STILL and before[-1] - before[-1 - STILL] <= EDGE_RTOL**2 * abs(
-                before[-1]
-            )
+            still = EDGE_RTOL**2 * abs(before[-1])
+            settled = len(before) > STILL and before[-1] - before[-1 - STILL] <= still
             if (settled and residual <= EDGE_RTOL * value.abs()) or len(before) > most:
                 return value[None], residual
             if krylov.num_free < 2:
@@ -191,11 +152,6 @@ class KnockoutSpace:
             if not bool(direction.any()):  # nothing is left but rounding, or the basis spans R^P
                 return value[None], residual
             self.grow(direction)
-
-
-def _matters(values: Tensor, norms: Tensor, threshold: float) -> Tensor:
-    """Which of the descending values may be outliers, and the first."""
-    return (values + 2 * norms > threshold) | (torch.arange(len(values)) == 0)
 
 
 def knockouts(
@@ -215,14 +171,14 @@ def knockouts(
     ]
     for step in range(most + 1):
         found = [space.left(gone, method, len(pairs.values)) for _, method, gone in cases]
-        unsettled = [
-            directions[:, (norms > KNOCKOUT_RTOL * values.abs()) & _matters(values, norms, threshold)]
-            for values, norms, directions in found
-        ]
+        unsettled = []
+        for values, norms, directions in found:
+            matters = (values + 2 * norms > threshold) | (torch.arange(len(values)) == 0)
+            unsettled.append(directions[:, matters & (norms > KNOCKOUT_RTOL * values.abs())])
         if step == most or not sum(directions.numel() for directions in unsettled):
             break
         space.grow(torch.cat(unsettled, 1))
     return [
-        Knockout.of(removed, method, values, norms, threshold, gone)
+        Knockout(removed, method, values, norms, threshold, gone)
         for (removed, method, gone), (values, norms, _) in zip(cases, found, strict=True)
     ]

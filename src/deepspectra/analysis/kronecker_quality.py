@@ -11,8 +11,9 @@ from torch import Tensor
 
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
+from deepspectra.algorithms.exact import of_all
 from deepspectra.algorithms.overlap import overlap_curve
-from deepspectra.analysis.by_layer import ByLayer, Progress, announced
+from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.layer_blocks import (
     SMALL,
     Blocks,
@@ -21,12 +22,15 @@ from deepspectra.analysis.layer_blocks import (
     norm_of,
     squared_distance,
 )
+from deepspectra.arguments import LayerProgress
 from deepspectra.errors import LossError, OptionError
+from deepspectra.frames import text_table
 from deepspectra.kfac.exact import ExactBlock
 from deepspectra.kfac.kronecker import KINDS
 from deepspectra.kfac.operators import Block, KroneckerSum
 from deepspectra.operators.base import Operator
 from deepspectra.problem.problem import Problem
+from deepspectra.quadrature import Density
 from deepspectra.results import Provenance
 from deepspectra.rows.captures import rows_an_example
 from deepspectra.rows.gradients import check_labelled
@@ -103,27 +107,20 @@ class KroneckerQuality(ByLayer[LayerFits]):
 
     def __str__(self) -> str:
         ks = max((layer.ks for layer in self.values()), key=len, default=())
-        rows = [
-            f"{'layer':<22} {'':<6} {'‖G−K‖_F':>8} {'cosine':>7} {'‖G−K‖₂':>8} {'tr K/tr G':>9} {'decades':>8} │ "
-            + " ".join(f"{f'top {k}':>7}" for k in ks)
-        ]
+        head = ("layer", "", "‖G−K‖_F", "cosine", "‖G−K‖₂", "tr K/tr G", "decades", *(f"top {k}" for k in ks))
+        rows: list[list[float | str]] = []
         for layer in self.values():
             for kind, fit in layer.fits.items():
-                name = f"{layer.name[-22:]:<22}" if kind == self.kinds[0] else " " * 22
-                rows.append(
-                    f"{name} {kind:<6} {fit.frobenius:>8.1%} {fit.cosine:>7.3f} {fit.spectral:>8.1%} "
-                    f"{fit.trace:>9.3f} {fit.decades:>8.2f} │ "
-                    + " ".join(f"{value:>7.2f}" for value in fit.overlaps.tolist())
-                )
-            rows.append(
-                f"{'':<22} random {'':>44} │ "
-                + " ".join(f"{value:>7.1g}" for value in layer.baseline.tolist())
-            )
-        rows.append(
+                name = layer.name[-22:] if kind == self.kinds[0] else ""
+                errors = f"{fit.frobenius:.1%}", fit.cosine, f"{fit.spectral:.1%}"
+                rows.append([name, kind, *errors, fit.trace, fit.decades, *fit.overlaps.tolist()])
+            rows.append(["", "random", *[""] * 5, *layer.baseline.tolist()])
+        return text_table(
+            head,
+            rows,
             "errors relative to G's block; decades: mean distance of log10 λ above "
-            f"{self.floor:g} ‖G‖₂; top k: overlap of eigenspaces; {self.seconds:.3g} s"
+            f"{self.floor:g} ‖G‖₂; top k: overlap of eigenspaces; {self.seconds:.3g} s",
         )
-        return "\n".join(rows)
 
 
 def kronecker_quality(
@@ -136,7 +133,7 @@ def kronecker_quality(
     rtol: float = 1e-3,
     dtype: torch.dtype | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> KroneckerQuality:
     """How far Kronecker-factored approximations are from G, for every layer.
 
@@ -180,42 +177,27 @@ def kronecker_quality(
         comparison = _Comparison(exact, memory, max(sizes), rtol, seed)
         approximations = {kind: operator.blocks[name] for kind, operator in blocks.approximations.items()}
         found[name] = comparison.fits(approximations, sizes, floor)
-    provenance = Provenance.of(blocks.factors, seed)
-    return KroneckerQuality(found, time.perf_counter() - began, provenance, tuple(kinds), floor)
+    provenance = Provenance.of(blocks.factors, seed=seed)
+    return KroneckerQuality(
+        found, tuple(kinds), floor, seconds=time.perf_counter() - began, provenance=provenance
+    )
 
 
-@dataclass(frozen=True)
-class _Spectrum:
-    """Nodes and weights, exact or from random probes."""
+def _decades(one: Density, other: Density, floor: float) -> float:
+    """Wasserstein-1 distance of log10 λ, per eigenvalue above the floor."""
+    from scipy.stats import wasserstein_distance  # noqa: PLC0415  (SciPy's import takes a while)
 
-    nodes: Tensor
-    weights: Tensor
-    exact: bool
+    above = max(float(some.weights[some.nodes > floor].sum()) for some in (one, other))
+    logs = [some.nodes.clamp_min(floor).log10().numpy() for some in (one, other)]
+    distance = wasserstein_distance(*logs, one.weights.numpy(), other.weights.numpy())
+    return float(distance) / above if above else 0.0
 
-    @staticmethod
-    def of(values: Tensor, size: int) -> _Spectrum:
-        """All eigenvalues that differ from zero, of so many."""
-        nodes = torch.cat([values.double().cpu(), torch.zeros(1, dtype=torch.float64)])
-        weights = torch.full_like(nodes, 1 / size)
-        weights[-1] = max(0.0, 1 - len(values) / size)
-        return _Spectrum(nodes, weights, True)
 
-    @staticmethod
-    def probed(operator: Operator, seed: int) -> _Spectrum:
-        """By stochastic Lanczos quadrature."""
-        found = density(
-            operator, num_probes=NUM_PROBES, num_steps=min(NUM_STEPS, operator.shape[0]), seed=seed
-        )
-        return _Spectrum(found.nodes, found.weights, False)
-
-    def decades_to(self, other: _Spectrum, floor: float) -> float:
-        """Wasserstein-1 distance of log10 λ, per eigenvalue above the floor."""
-        from scipy.stats import wasserstein_distance  # noqa: PLC0415  (SciPy's import takes a while)
-
-        above = max(float(one.weights[one.nodes > floor].sum()) for one in (self, other))
-        logs = [one.nodes.clamp_min(floor).log10().numpy() for one in (self, other)]
-        distance = wasserstein_distance(*logs, self.weights.numpy(), other.weights.numpy())
-        return float(distance) / above if above else 0.0
+def _spectrum(operator: Operator, values: Tensor | None, seed: int) -> Density:
+    """From all eigenvalues that differ from zero, or by stochastic Lanczos quadrature."""
+    if values is not None:
+        return of_all(values.double().cpu(), Provenance.of(operator))
+    return density(operator, NUM_PROBES, min(NUM_STEPS, operator.shape[0]), seed=seed)
 
 
 class _Comparison:
@@ -226,14 +208,14 @@ class _Comparison:
         size = exact.shape[0]
         self.norm = norm_of(exact, memory)
         found = dense_spectrum(exact, num)
+        every: Tensor | None = None
         if found is not None:
-            values, self.values, self.vectors = found
-            self.spectrum = _Spectrum.of(values, size)
+            every, self.values, self.vectors = found
         else:
             pairs = eigenpairs(exact, min(num, size, exact.num_rows), rtol=rtol, seed=seed)
             live = pairs.values > float(pairs.values[0]) * torch.finfo(exact.dtype).eps * size
             self.values, self.vectors = pairs.values[live], pairs.vectors[:, live.to(exact.device)]
-            self.spectrum = _Spectrum.probed(exact, seed)
+        self.spectrum = _spectrum(exact, every, seed)
 
     def fits(self, blocks: Mapping[str, Block], sizes: tuple[int, ...], floor: float) -> LayerFits:
         """Of all kinds."""
@@ -247,7 +229,7 @@ class _Comparison:
             ks=ks,
             baseline=torch.tensor([k / size for k in ks], dtype=torch.float64),
             fits={kind: self._fit(block, ks, floor) for kind, block in blocks.items()},
-            exact_spectrum=self.spectrum.exact,
+            exact_spectrum=not self.spectrum.num_probes,
         )
 
     def _fit(self, block: Block, ks: tuple[int, ...], floor: float) -> Fit:
@@ -262,15 +244,14 @@ class _Comparison:
             frobenius=squared**0.5 / self.norm,
             cosine=product / (self.norm * block.norm),
             spectral=furthest / largest,
-            decades=self.spectrum.decades_to(self._spectrum_of(block), floor * largest),
+            decades=_decades(self.spectrum, self._spectrum_of(block), floor * largest),
             overlaps=self._overlaps(block, ks),
             trace=block.trace / self.exact.trace,
         )
 
-    def _spectrum_of(self, block: Block) -> _Spectrum:
-        if isinstance(block, KroneckerSum) and len(block.left) > 1 and block.shape[0] > SMALL:
-            return _Spectrum.probed(block, self.seed)
-        return _Spectrum.of(block.eigenvalues(), block.shape[0])
+    def _spectrum_of(self, block: Block) -> Density:
+        is_large = isinstance(block, KroneckerSum) and len(block.left) > 1 and block.shape[0] > SMALL
+        return _spectrum(block, None if is_large else block.eigenvalues(), self.seed)
 
     def _overlaps(self, block: Block, ks: tuple[int, ...]) -> Tensor:
         """‖UᵀV‖²_F / k for each k, of the nested leading columns."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
-from deepspectra.errors import MemoryBudgetError
+from deepspectra.arguments import check_memory
 from deepspectra.kfac.blocks import with_ones
 from deepspectra.kfac.exact import ExactBlock
 from deepspectra.kfac.kronecker import Kronecker, all_from
@@ -107,10 +108,7 @@ def _is_narrow(exact: ExactBlock) -> bool:
 
 def _moment(exact: ExactBlock) -> Tensor:
     """(n, n) float64."""
-    total = torch.zeros(exact.shape, dtype=torch.float64, device=exact.device)
-    for rows in exact.gradients():
-        total += rows.T @ rows
-    return total
+    return functools.reduce(torch.add, ((rows.T @ rows).double() for rows in exact.gradients()))
 
 
 def _combined(exact: ExactBlock, mixing: Tensor) -> Tensor:
@@ -152,12 +150,9 @@ def norm_of(exact: ExactBlock, memory: int) -> float:
     rows = exact.num_rows
     if _is_plain(exact):
         return _paired_norm(exact)
-    if 16 * rows**2 > memory:
-        raise MemoryBudgetError(
-            f"{exact.place.name} has {exact.shape[0]:,} parameters of shared weights and the data {rows:,} rows, "
-            f"whose inner products take {16 * rows**2 / 2**30:.1f} GiB; memory is {memory / 2**30:.1f} GiB. "
-            "Take fewer examples, or raise memory."
-        )
+    shared = f"{exact.shape[0]:,} parameters of shared weights in {exact.place.name}"
+    what = f"inner products of {rows:,} rows, of {shared},"
+    check_memory(what, 16 * rows**2, memory, "Take fewer examples")
     return float(gram_of([exact.batches]).norm())
 
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.estimates import trace
-from deepspectra.analysis.by_layer import Progress
 from deepspectra.analysis.gram_spectrum import GramSpectrum
-from deepspectra.arguments import seeded
+from deepspectra.arguments import LayerProgress, seeded
 from deepspectra.operators.curvature import Hessian, HessianBlock, Residual
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
@@ -39,7 +38,6 @@ class LayerHessian:
             only G's is zero.
         values: (K,) largest eigenvalues, descending.
         residual_norms: (K,) ‖H v − λ v‖, measured; 0 where G's block was taken.
-        smallest: the lowest node of the density.
         trace: of the block.
         trace_standard_error: of `trace`.
         density: of its eigenvalues.
@@ -49,11 +47,15 @@ class LayerHessian:
     residual: float
     values: Tensor
     residual_norms: Tensor
-    smallest: float
     trace: float
     trace_standard_error: float
     density: Density
     num_products: int
+
+    @property
+    def smallest(self) -> float:
+        """The lowest node of the density."""
+        return float(self.density.nodes.min())
 
     @property
     def is_gauss_newton(self) -> bool:
@@ -67,16 +69,9 @@ def layer_hessians(
     num: int,
     *,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> dict[str, LayerHessian]:
-    """Spectra of every layer's block of H, given those of G's.
-
-    Args:
-        problem: whose layers they are.
-        gradients: layer → the exact spectrum of G's block.
-        num: eigenvalues of each block.
-        seed: of random vectors.
-        progress: called with (layers done, layers in all, name of the next with "of H").
+    """Spectra of every layer's block of H, `num` eigenvalues of each, given the exact spectra of G's blocks.
 
     Raises:
         CurvatureError: the network cannot be differentiated twice.
@@ -126,7 +121,6 @@ def _same(spectrum: GramSpectrum, residual: float, num: int) -> LayerHessian:
         residual=residual,
         values=values,
         residual_norms=torch.zeros_like(values),
-        smallest=float(spectrum.density.nodes.min()),
         trace=float(spectrum.values.sum()),
         trace_standard_error=0.0,
         density=spectrum.density,
@@ -142,7 +136,6 @@ def _measured(block: HessianBlock, residual: float, num: int, seed: int) -> Laye
         residual=residual,
         values=pairs.values.cpu(),
         residual_norms=pairs.residual_norms.cpu(),
-        smallest=float(spectrum.nodes.min()),
         trace=total.value,
         trace_standard_error=total.standard_error,
         density=spectrum,

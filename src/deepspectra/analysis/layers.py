@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from deepspectra.analysis.by_layer import ByLayer, Progress, announced
+from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.collapse import Collapse, collapse_of
 from deepspectra.analysis.gram_spectrum import GramSpectrum, spectrum_of
 from deepspectra.analysis.khatri_rao import KhatriRao, centred_spectrum, khatri_rao
 from deepspectra.analysis.kronecker_quality import KroneckerQuality, kronecker_quality
 from deepspectra.analysis.layer_blocks import SMALL
 from deepspectra.analysis.layer_hessians import LayerHessian, layer_hessians
-from deepspectra.arguments import check_count
-from deepspectra.errors import CurvatureError, FallbackWarning, MemoryBudgetError, OptionWarning
-from deepspectra.operators.parts import Decomposition, decompose
+from deepspectra.arguments import LayerProgress, check_count, check_memory
+from deepspectra.errors import CurvatureError, FallbackWarning, OptionWarning
+from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.results import Provenance
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.captures import parameters_of
-from deepspectra.rows.held import HeldRows, gram_of, moment_of
+from deepspectra.rows.held import HeldRows, gram_bytes, gram_of, moment_of
 from deepspectra.rows.layers import (
     counted,
     error_averages,
@@ -34,6 +35,9 @@ from deepspectra.rows.layers import (
 )
 from deepspectra.rows.spectrum import Spectrum
 from deepspectra.rows.uses import Lookup, Matrix, Use
+
+PARTS = ("features", "mean", "class", "errors", "class")
+STRUCTURE = ("λ₁ of G", "class", "logit", "within", *PARTS, "⊗ class", "⊗ cross", "NC1")
 
 
 @dataclass(frozen=True)
@@ -80,34 +84,35 @@ class Layers(ByLayer[Layer]):
     kronecker: KroneckerQuality | None = None
 
     def __str__(self) -> str:
-        head = ("parameters", "λ₁ of G", "tr G", "stable rank", "‖R‖/‖G‖", "λ₁ of H", "tr H", "lowest of H")
-        rows = [*_structure(self.values()), *self._table(head, _curvature)]
-        rows.append("blocks of each layer: stable rank ‖G‖_F²/‖G‖₂²; R = H − G, relative Frobenius norm")
-        return "\n".join([*rows, *([str(self.kronecker)] if self.kronecker else [])])
+        tables = [
+            self._table(
+                STRUCTURE,
+                _structure,
+                "shares of the largest eigenvalue of gradients; largest eigenvalue and trace shares of features and "
+                "errors; ⊗: mean cosine between means of gradients and products of means",
+            ),
+            self._table(
+                ("parameters", "λ₁ of G", "tr G", "stable rank", "‖R‖/‖G‖", "λ₁ of H", "tr H", "lowest of H"),
+                _curvature,
+                "blocks of each layer: stable rank ‖G‖_F²/‖G‖₂²; R = H − G, relative Frobenius norm",
+            ),
+        ]
+        return "\n".join([*tables, *([str(self.kronecker)] if self.kronecker else [])])
 
 
-def _structure(layers: Iterable[Layer]) -> list[str]:
-    """What each layer's spectra are made of, as a table."""
-    rows = [
-        f"{'layer':<26} {'λ₁ of G':>10} {'class':>6} {'logit':>6} {'within':>6} │ {'features':>8} {'mean':>6} "
-        f"{'class':>6} │ {'errors':>8} {'class':>6} │ {'⊗ class':>7} {'⊗ cross':>7} │ {'NC1':>8}"
+def _structure(layer: Layer) -> list[float | str]:
+    """What a layer's spectra are made of."""
+    top = dict(zip(layer.gradients.part_names, layer.gradients.shares[0].tolist(), strict=True))
+    products = layer.khatri_rao
+    cosines = (products.class_cosine, products.cross_cosine) if products else (torch.tensor(math.nan),) * 2
+    return [
+        float(layer.gradients.values[0]),
+        *(top.get(name, math.nan) for name in ("class", "logit", "within")),
+        *_first(layer.features, ("mean", "class")),
+        *_first(layer.errors, ("class",)),
+        *(float(cosine.nanmean()) for cosine in cosines),
+        layer.collapse.nc1 if layer.collapse else math.nan,
     ]
-    for layer in layers:
-        top = dict(zip(layer.gradients.part_names, layer.gradients.shares[0].tolist(), strict=True))
-        cells = [f"{layer.name[-26:]:<26} {float(layer.gradients.values[0]):>10.3g}"]
-        cells += [f"{top.get(name, float('nan')):>6.0%}" for name in ("class", "logit", "within")]
-        cells.append("│ " + _first(layer.features, ("mean", "class")))
-        cells.append("│ " + _first(layer.errors, ("class",)))
-        products = layer.khatri_rao
-        pair = (products.class_cosine, products.cross_cosine) if products else ()
-        cells.append("│ " + (" ".join(f"{float(c.nanmean()):>7.2f}" for c in pair) or " " * 15))
-        cells.append("│ " + (f"{layer.collapse.nc1:>8.2g}" if layer.collapse else ""))
-        rows.append(" ".join(cells))
-    rows.append(
-        "shares of the largest eigenvalue of gradients; largest eigenvalue and trace shares of features and "
-        "errors; ⊗: mean cosine between means of gradients and products of means"
-    )
-    return rows
 
 
 def _curvature(layer: Layer) -> list[float | str]:
@@ -121,13 +126,12 @@ def _curvature(layer: Layer) -> list[float | str]:
     return cells
 
 
-def _first(spectrum: GramSpectrum | None, parts: tuple[str, ...]) -> str:
+def _first(spectrum: GramSpectrum | None, parts: tuple[str, ...]) -> list[float]:
+    """The largest eigenvalue, and what parts have of the trace."""
     if spectrum is None:
-        return " " * (8 + 7 * len(parts))
-    total = float(spectrum.values.sum())
-    traces = dict(zip(spectrum.part_names, spectrum.traces.tolist(), strict=True))
-    shares = " ".join(f"{traces[part] / total:>6.0%}" if total else f"{'–':>6}" for part in parts)
-    return f"{float(spectrum.values[0]):>8.3g} {shares}"
+        return [math.nan] * (1 + len(parts))
+    traces = dict(zip(spectrum.part_names, (spectrum.traces / spectrum.values.sum()).tolist(), strict=True))
+    return [float(spectrum.values[0]), *(traces[part] for part in parts)]
 
 
 def layers(
@@ -138,7 +142,7 @@ def layers(
     hessian: bool = True,
     num: int | None = None,
     dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> Layers:
     """Class structure of every layer: exact spectra of features, errors and gradients with their parts.
 
@@ -173,7 +177,7 @@ def layers(
         warnings.warn(f"num={num} is not used: hessian=False.", OptionWarning, stacklevel=2)
     num = problem.num_classes if num is None else num
     check_count("num", num)
-    parts = decompose(problem if dtype is None else problem.to(dtype), effects=effects, hold=True)
+    parts = Decomposition(problem if dtype is None else problem.to(dtype), effects=effects, hold=True)
     rows = parts.rows
     assert isinstance(rows, HeldRows)
     averages = error_averages(rows, parts.projections, tuple(parts))
@@ -184,12 +188,12 @@ def layers(
     if hessian:
         found = _with_hessian(parts.problem, found, num, progress)
     quality = kronecker_quality(problem, kronecker, dtype=dtype, progress=progress) if kronecker else None
-    provenance = Provenance.of_matrix("Gauss-Newton", parts.problem)
-    return Layers(found, time.perf_counter() - began, provenance, quality)
+    provenance = Provenance.of(parts.problem)
+    return Layers(found, quality, seconds=time.perf_counter() - began, provenance=provenance)
 
 
 def _with_hessian(
-    problem: Problem, found: dict[str, Layer], num: int, progress: Progress | None
+    problem: Problem, found: dict[str, Layer], num: int, progress: LayerProgress | None
 ) -> dict[str, Layer]:
     """The layers with the spectra of their blocks of H, if the network has second derivatives."""
     spectra = {name: layer.gradients for name, layer in found.items()}
@@ -244,7 +248,7 @@ def _row_spectrum(rows: Tensor, averages: Averages, parts: Decomposition, what: 
     """Of rows that are held."""
     began = time.perf_counter()
     spectrum = Spectrum.of_rows(rows, averages, torch.finfo(parts.problem.dtype).eps)
-    return spectrum_of(spectrum, Provenance.of_rows(what, rows), began)
+    return spectrum_of(spectrum, Provenance.of(rows, what), began)
 
 
 def _gradient_spectrum(
@@ -253,25 +257,17 @@ def _gradient_spectrum(
     """Of a layer's gradients, from their inner products or from their second moment, whichever is smaller."""
     began = time.perf_counter()
     num_rows = len(averages.every)
-    _refuse_beyond_memory(parts.problem, min(num_rows, size), name)
+    side = min(num_rows, size)
+    what = f"a matrix of {side:,} rows, for the spectrum of {name or 'the model'}, and its eigenvectors"
+    check_memory(what, gram_bytes(side), parts.problem.memory, "Take fewer examples")
     eps = torch.finfo(parts.problem.dtype).eps
     spectrum = (
         Spectrum.of_moment(*moment_of(uses, averages), eps)
         if size < num_rows
         else Spectrum.of_gram(gram_of([uses]), averages, size, eps)
     )
-    provenance = Provenance.of_matrix(f"gradients of {name}", parts.problem, size=size)
+    provenance = Provenance.of(parts.problem, f"gradients of {name}", size=size)
     return spectrum_of(spectrum, provenance, began)
-
-
-def _refuse_beyond_memory(problem: Problem, side: int, name: str) -> None:
-    needed = 3 * 8 * side**2  # a matrix, its eigenvectors, and one more
-    if needed > problem.memory:
-        raise MemoryBudgetError(
-            f"the spectrum of {name or 'the model'} takes a matrix of {side:,} rows and its eigenvectors, "
-            f"{needed / 2**30:.1f} GiB; memory is {problem.memory / 2**30:.1f} GiB. Take fewer examples, or raise "
-            "memory."
-        )
 
 
 def _feature_spectrum(features: Tensor, parts: Decomposition, name: str) -> GramSpectrum:

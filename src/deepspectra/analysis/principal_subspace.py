@@ -6,20 +6,19 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import unchallenged
-from deepspectra.analysis.class_means import check_means
-from deepspectra.arguments import check_count, seeded
+from deepspectra.analysis.class_means import LEVELS, check_means
+from deepspectra.arguments import check_choice, check_count, seeded
 from deepspectra.confidence import standard_error
 from deepspectra.errors import OptionError
 from deepspectra.operators.curvature import Hessian
-from deepspectra.operators.parts import Decomposition, decompose
+from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Provenance
+from deepspectra.results import Provenance, Result
 from deepspectra.rows.gradients import class_sums
 from deepspectra.rows.projections import collinear
 
@@ -29,7 +28,7 @@ FEWEST = 500  # but not fewer than these
 
 
 @dataclass(frozen=True)
-class Subspace:
+class Subspace(Result):
     """A principal subspace with its eigenvalues, by averaging alone.
 
     Attributes:
@@ -37,16 +36,12 @@ class Subspace:
             G's own, pair by pair; or of the Hessian of the sample.
         vectors: (P, K) orthonormal eigenvectors.
         level: "class", "cross_class" or "sampled".
-        seconds: wall-clock time spent.
-        provenance: where it came from.
         certificate: how far the span is from an eigenspace of H; for "sampled".
     """
 
     values: Tensor
     vectors: Tensor
     level: str
-    seconds: float
-    provenance: Provenance
     certificate: Certificate | None = None
 
     def __str__(self) -> str:
@@ -132,14 +127,20 @@ def principal_subspace(
             raise OptionError("groups= belongs to averages; a sample has none.")
         return _sampled(problem, num, num_samples, num_checks=num_checks, seed=seed)
     began = time.perf_counter()
+    check_choice("level", level, (*LEVELS, "sampled"))
     found = check_means(problem, level, groups)
     if level == "class":
         sums, cells = class_sums(problem, found)
         values, vectors = _principal(_class_and_true(sums, cells), num, level)
     else:
-        values, vectors = subspace_of(decompose(problem, groups=found), level, num)
-    provenance = Provenance.of_rows("means of gradients", vectors.T)
-    return Subspace(values[: vectors.shape[1]], vectors, level, time.perf_counter() - began, provenance)
+        values, vectors = subspace_of(Decomposition(problem, groups=found), level, num)
+    return Subspace(
+        values=values[: vectors.shape[1]],
+        vectors=vectors,
+        level=level,
+        seconds=time.perf_counter() - began,
+        provenance=Provenance.of(vectors.T, "means of gradients"),
+    )
 
 
 def _sampled(
@@ -151,20 +152,24 @@ def _sampled(
     check_count("num_checks", num_checks, smallest=0)
     if num_samples is not None:
         check_count("num_samples", num_samples, largest=problem.num_examples)
-    found = sampled_eigenspace(problem, num, num_samples, seed)
+    generator = seeded(seed)
+    wanted = num_samples or max(FEWEST, math.ceil(problem.num_examples / SHARE))
+    few = Hessian(problem).sampled(generator, wanted)
+    krylov = unchallenged(few, num, generator)
+    values, coefficients, _ = krylov.ritz()
+    values, vectors = values.flip(0), krylov.combine(coefficients.flip(1)[:, :num])
     norm = error = float("nan")
     if num_checks:
-        generator = seeded(seed + 1)
-        norm, error = residual_norm(problem, found.vectors, num_checks, generator)
-    gap = float(found.values[-1]) - found.following
+        norm, error = residual_norm(problem, vectors, num_checks, seeded(seed + 1))
+    gap = float(values[num - 1]) - (float(values[num]) if len(values) > num else 0.0)
     bound = overlap_bound(norm + 2 * error, gap, num)
     return Subspace(
-        values=found.values,
-        vectors=found.vectors,
+        values=values[:num],
+        vectors=vectors,
         level="sampled",
         seconds=time.perf_counter() - began,
-        provenance=Provenance.of_rows("Hessian of a sample", found.vectors.T, seed),
-        certificate=Certificate(found.num_samples, num_checks, norm, error, gap, bound),
+        provenance=Provenance.of(vectors.T, "Hessian of a sample", seed=seed),
+        certificate=Certificate(few.problem.num_examples, num_checks, norm, error, gap, bound),
     )
 
 
@@ -203,30 +208,6 @@ def _gram(factor: Tensor) -> Tensor:
     for rows in torch.split(factor, ROWS_PER_CHUNK):
         gram += (rows.T @ rows).double()
     return gram
-
-
-class Sampled(NamedTuple):
-    """Top eigenpairs of the sampled Hessian, and the next eigenvalue."""
-
-    values: Tensor
-    vectors: Tensor
-    following: float
-    num_samples: int
-
-
-def sampled_eigenspace(problem: Problem, num: int, num_samples: int | None, seed: int) -> Sampled:
-    """The `num` largest eigenpairs of the Hessian of an importance sample, by Lanczos."""
-    generator = seeded(seed)
-    wanted = num_samples or max(FEWEST, math.ceil(problem.num_examples / SHARE))
-    few = Hessian(problem).sampled(generator, wanted)
-    krylov = unchallenged(few, num, "largest", generator)
-    values, coefficients, _ = krylov.ritz()
-    return Sampled(
-        values.flip(0)[:num],
-        krylov.combine(coefficients.flip(1)[:, :num]),
-        float(values.flip(0)[num]) if len(values) > num else 0.0,
-        few.problem.num_examples,
-    )
 
 
 def residual_norm(

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.analysis.by_layer import ByLayer, Progress, announced
+from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.gram_spectrum import gradient_spectrum
-from deepspectra.arguments import check_count, seeded
+from deepspectra.arguments import LayerProgress, check_choice, check_count, check_memory, seeded
 from deepspectra.derivatives.products import products_of
-from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError, OptionWarning
+from deepspectra.errors import CurvatureError, OptionError, OptionWarning
+from deepspectra.frames import text_table
 from deepspectra.operators.curvature import Hessian
-from deepspectra.operators.parts import Decomposition, decompose
+from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.problem.samples import drawn_problem
 from deepspectra.results import Provenance
@@ -90,20 +91,18 @@ class Shifts:
         return True if bool((leads[others] > sure[others]).all()) else None
 
     def __str__(self) -> str:
-        rows = [f"{'without':<14} " + " ".join(f"{region:>14}" for region in self.regions) + "  moves most"]
-        for j, name in enumerate(self.knockouts):
+        rows = []
+        for name, *row in zip(
+            self.knockouts, self.values.tolist(), self.standard_errors.tolist(), strict=True
+        ):
             cells = [
                 "–"
                 if math.isnan(value)
                 else f"{value:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
-                for value, error in zip(
-                    self.values[j].tolist(), self.standard_errors[j].tolist(), strict=True
-                )
+                for value, error in zip(*row, strict=True)
             ]
-            rows.append(
-                f"{name:<14} " + " ".join(f"{cell:>14}" for cell in cells) + f"  {self.moved(name) or '–'}"
-            )
-        return "\n".join(rows)
+            rows.append([name, *cells, self.moved(name) or "–"])
+        return text_table(("without", *self.regions, "moves most"), rows)
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ def regions(
     by_layer: bool | None = None,
     num_groups: int | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> Regions:
     """How far knocking parts out moves outliers, bump and bulk: of G, H, features and errors, layer by layer.
 
@@ -177,10 +176,8 @@ def regions(
     Source: Papyan 2020, JMLR 21:252, section 6, judges knock-outs by eye; the numbers are this library's.
     """
     began = time.perf_counter()
-    if of not in OF:
-        raise OptionError(f"of={of!r}; it is one of {', '.join(map(repr, OF))}.")
-    if method not in METHODS:
-        raise OptionError(f"method={method!r}; it is one of {', '.join(map(repr, METHODS))}.")
+    check_choice("of", of, OF)
+    check_choice("method", method, METHODS)
     if num_groups is None:
         num_groups = min(NUM_GROUPS, problem.num_examples) if problem.num_examples > 1 else 0
     check_count("num_groups", num_groups, 0, problem.num_examples)
@@ -193,21 +190,25 @@ def regions(
             stacklevel=2,
         )
     problem = problem.to(torch.float64) if of == "hessian" else problem  # rounding fills the gaps of its bulk
-    parts = decompose(problem, effects="two-way", hold=True)
+    parts = Decomposition(problem, effects="two-way", hold=True)
     judge = _Judge(parts, of, method, num_groups, seed)
     if of == "hessian":
         hessian = Hessian(problem)
         whole, missed = _of_hessian(hessian, parts, judge, progress)
-        provenance = Provenance.of(hessian, seed)
-        return Regions({}, time.perf_counter() - began, provenance, of, whole, missed, method)
-    provenance = Provenance.of_matrix("Gauss-Newton", problem, seed=seed)
+        provenance = Provenance.of(hessian, seed=seed)
+        return Regions(
+            {}, of, whole, missed, method, seconds=time.perf_counter() - began, provenance=provenance
+        )
+    provenance = Provenance.of(problem, seed=seed)
     found, total = {}, torch.zeros(())
     for name, gram in announced(_grams(parts, of), progress, len(problem.layers)):
         if by_layer is not False:
             found[name] = judge(gram)
         total = total + gram
     whole = next(iter(found.values())) if len(found) == 1 else judge(total)
-    return Regions(found, time.perf_counter() - began, provenance, of, whole, method=method)
+    return Regions(
+        found, of, whole, method=method, seconds=time.perf_counter() - began, provenance=provenance
+    )
 
 
 def _grams(parts: Decomposition, of: str) -> Iterator[tuple[str, Tensor]]:
@@ -237,21 +238,12 @@ class _Judge:
         self.each = 1 if of == "features" else size - 1  # rows an example
         self.cuts = (size, size) if of == "features" else (size - 1, size**2)
         matrices = 10 + 2 * num_groups if of == "hessian" else 4
-        needed = matrices * 8 * (num * self.each) ** 2
-        if needed > parts.problem.memory:
-            raise MemoryBudgetError(
-                f"spectra of {num * self.each:,} rows take about {needed / 2**30:.1f} GiB; memory is "
-                f"{parts.problem.memory / 2**30:.1f} GiB. Take fewer examples, or raise memory."
-            )
-        every = torch.ones(num, dtype=torch.bool)
+        num_rows = num * self.each
+        what = f"spectra of {num_rows:,} rows"
+        check_memory(what, matrices * 8 * num_rows**2, parts.problem.memory, "Take fewer examples")
         order = torch.randperm(num, generator=seeded(seed))
-        self.groups: list[Tensor] = []  # of examples, ascending
-        self.subsets = [every]
-        for group in torch.tensor_split(order, num_groups) if num_groups else ():
-            kept = every.clone()
-            kept[group] = False
-            self.groups.append(group.sort().values)
-            self.subsets.append(kept)
+        groups = torch.tensor_split(order, num_groups) if num_groups else ()
+        self.groups = [group.sort().values for group in groups]  # of examples
 
     def __call__(self, gram: Tensor) -> Shifts:
         """Of the matrix whose inner products of rows these are."""
@@ -262,7 +254,9 @@ class _Judge:
 
     def chosen(self, device: torch.device) -> Iterator[tuple[Tensor, Averages]]:
         """Which rows are kept, and their averages: all, and all but each group."""
-        for kept in self.subsets:
+        for left_out in ((), *self.groups):
+            kept = torch.ones(len(self.rows.labels), dtype=torch.bool)
+            kept[torch.as_tensor(left_out, dtype=torch.long)] = False
             averages = self._averages(kept.to(self.rows.labels.device))
             yield kept.repeat_interleave(self.each).to(device), averages
 
@@ -297,7 +291,7 @@ class _Judge:
 
 
 def _of_hessian(
-    whole: Hessian, parts: Decomposition, judge: _Judge, progress: Progress | None
+    whole: Hessian, parts: Decomposition, judge: _Judge, progress: LayerProgress | None
 ) -> tuple[Shifts, float]:
     """Shifts of the spectrum of H, and how far its first pairs in the space of gradients are from those of H."""
     rows = parts.rows
@@ -324,10 +318,16 @@ def _of_hessian(
             if hessian is None:
                 continue
             matrix[:, columns] = turn.T @ rows.apply_reduced(hessian @ vectors).to(turn)
+
+    def in_gradients(matrix: Tensor, rows: Tensor, averages: Averages) -> Spectrum:
+        """H in these coordinates, with G as its moment."""
+        factors = averages.map(lambda basis: rows.T @ basis.to(rows))
+        return Spectrum((matrix + matrix.T) / 2, factors, moment=rows.T @ rows, precision=judge.eps)
+
     total = torch.stack(each).sum(0) if len(each) > 1 else each[0]
     left_out = (total - own for own in each) if judge.groups else ()
     shifts = judge.of_spectra(
-        _in_gradients((matrix + matrix.T) / 2, coordinates[chosen], averages, judge.eps)
+        in_gradients(matrix, coordinates[chosen], averages)
         for matrix, (chosen, averages) in zip(
             itertools.chain([total], left_out), judge.chosen(total.device), strict=True
         )
@@ -340,12 +340,6 @@ def _of_hessian(
         missed.append((whole @ vectors - vectors * theta).norm(dim=0) / theta)
     worst = float(torch.cat(missed).max()) if bool((values[-first:] > 0).all()) else math.nan
     return shifts, worst
-
-
-def _in_gradients(hessian: Tensor, rows: Tensor, averages: Averages, precision: float) -> Spectrum:
-    """H in coordinates of the space of gradients, whose rows there are given, with G as its moment."""
-    factors = averages.map(lambda basis: rows.T @ basis.to(rows))
-    return Spectrum(hessian, factors, moment=rows.T @ rows, precision=precision)
 
 
 def _hessians(rows: HeldRows, groups: list[Tensor]) -> list[Hessian | None]:

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.overlap import overlap
-from deepspectra.analysis.by_layer import ByLayer, Progress, announced
+from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.dissect import dissected
 from deepspectra.analysis.gram_spectrum import MARGIN, GramSpectrum, gram_spectrum
 from deepspectra.analysis.layer_blocks import Blocks, norm_of, relative_error, top_pairs
 from deepspectra.analysis.layers import layers
+from deepspectra.arguments import LayerProgress
 from deepspectra.errors import OptionError
+from deepspectra.frames import text_table
 from deepspectra.kfac.exact import ExactBlock
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.problem import Problem
@@ -84,22 +86,18 @@ class Study(ByLayer[Tensor]):
         return found[~found.isnan()]
 
     def __str__(self) -> str:
-        width = max(10, *(len(name) for name in self.variants))
-        rows = [f"{'layer':<22} {'variant':<{width}} " + " ".join(f"{key:>11}" for key in SHOWN)]
+        rows: list[list[float | str]] = []
         for layer in self:
             for j, variant in enumerate(self.variants):
-                cells = [self.of(variant, layer, key) for key in SHOWN]
-                text = " ".join(f"{float(c.mean()):>11.3g}" if len(c) else f"{'–':>11}" for c in cells)
-                rows.append(f"{(layer if not j else '')[-22:]:<22} {variant:<{width}} {text}")
-        rows += [f"{key}: {self.measures[key]}" for key in SHOWN]
-        for variant, losses, accuracies in zip(
-            self.variants, self.losses.tolist(), self.accuracies.tolist(), strict=True
-        ):
-            rows.append(
-                f"{variant}: loss {_listed(losses, '.3g')}, training accuracy {_listed(accuracies, '.1%')}"
-            )
-        rows.append(f"means over networks, or over pairs of them; {self.seconds:.3g} s")
-        return "\n".join(rows)
+                means = [float(self.of(variant, layer, key).mean()) for key in SHOWN]
+                rows.append(["" if j else layer[-22:], variant, *means])
+        notes = [f"{key}: {self.measures[key]}" for key in SHOWN]
+        numbers = zip(self.variants, self.losses.tolist(), self.accuracies.tolist(), strict=True)
+        for variant, losses, accuracies in numbers:
+            accuracy = _listed(accuracies, ".1%")
+            notes.append(f"{variant}: loss {_listed(losses, '.3g')}, training accuracy {accuracy}")
+        notes.append(f"means over networks, or over pairs of them; {self.seconds:.3g} s")
+        return text_table(("layer", "variant", *SHOWN), rows, *notes)
 
 
 def _listed(values: list[float], form: str) -> str:
@@ -110,7 +108,7 @@ def study(
     variants: Mapping[str, Sequence[Problem]],
     *,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> Study:
     """The same measures of every layer in several variants of a network, such as with and without batch norm.
 
@@ -152,8 +150,16 @@ def study(
     for v, networks in enumerate(variants.values()):
         for n, problem in enumerate(networks):
             losses[v, n], accuracies[v, n] = problem.loss(), problem.accuracy()
-    provenance = Provenance.of_matrix("Gauss-Newton", next(iter(variants.values()))[0], seed=seed)
-    return Study(tables, time.perf_counter() - began, provenance, tuple(found), MEASURES, losses, accuracies)
+    provenance = Provenance.of(next(iter(variants.values()))[0], seed=seed)
+    return Study(
+        tables,
+        tuple(found),
+        MEASURES,
+        losses,
+        accuracies,
+        seconds=time.perf_counter() - began,
+        provenance=provenance,
+    )
 
 
 def _tables(found: Mapping[str, Sequence[Sample]]) -> dict[str, Tensor]:

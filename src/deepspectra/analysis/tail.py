@@ -249,7 +249,7 @@ def _read(spectrum: Tensor | Density | Exact) -> tuple[Sample, Provenance]:
         )
     known = None if isinstance(spectrum, Tensor) else getattr(spectrum, "provenance", None)
     found = values.detach().double().cpu().sort().values.numpy()
-    return Sample(found, np.ones(len(found))), known or Provenance.of_rows("eigenvalues", values)
+    return Sample(found, np.ones(len(found))), known or Provenance.of(values, "eigenvalues")
 
 
 def _rounding(signed: Sample, provenance: Provenance) -> float:

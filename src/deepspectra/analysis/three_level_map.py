@@ -11,7 +11,7 @@ from torch import Tensor
 from deepspectra.algorithms.long_vectors import inner_products
 from deepspectra.analysis.class_means import ClassMeans
 from deepspectra.errors import OptionError
-from deepspectra.results import Provenance
+from deepspectra.results import Result
 from deepspectra.rows.averages import positive
 
 MOST_MEANS = 2500  # cross-class means that are placed
@@ -20,20 +20,16 @@ EXACT_POINTS = 500  # up to which all pairs are as fast as approximations
 
 
 @dataclass(frozen=True)
-class ThreeLevelMap:
+class ThreeLevelMap(Result):
     """Places in the plane for the means δ_c and δ_{c,k}; only who is near whom has a meaning.
 
     Attributes:
         classes: (C, 2) places of δ_c; NaN for an absent class.
         cross_classes: (C, C, 2) places of δ_{c,k}; NaN where there is none.
-        seconds: wall-clock time spent.
-        provenance: where it came from.
     """
 
     classes: Tensor
     cross_classes: Tensor
-    seconds: float
-    provenance: Provenance
 
     def __str__(self) -> str:
         count = int(self.cross_classes[..., 0].isfinite().sum())
@@ -69,7 +65,7 @@ def three_level_map(means: ClassMeans, seed: int = 0) -> ThreeLevelMap:
     gram = inner_products(flat, flat)
     root = cells.flatten().sqrt()
     classes, crossed = place(root[:, None] * gram * root, cells, seed)
-    return ThreeLevelMap(classes, crossed, time.perf_counter() - began, means.provenance)
+    return ThreeLevelMap(classes, crossed, seconds=time.perf_counter() - began, provenance=means.provenance)
 
 
 def drawable(cells: Tensor) -> bool:

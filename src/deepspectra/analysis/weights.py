@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from deepspectra.analysis.by_layer import ByLayer
-from deepspectra.errors import LossError
-from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.problem import Problem
 from deepspectra.results import Provenance
 from deepspectra.rows.averages import positive
 from deepspectra.rows.captures import Captures, layer_of
+from deepspectra.rows.gradients import labelled_loss
 from deepspectra.rows.spectrum import range_of
 from deepspectra.rows.uses import Matrix, Use
 
@@ -52,7 +51,7 @@ class Weights(ByLayer[LayerWeights]):
 
     def __str__(self) -> str:
         head = ("σ₁", "at rest", "class cos", "share", "random", "decay")
-        rows = self._table(
+        return self._table(
             head,
             lambda layer: (
                 float(layer.singular_values[0]),
@@ -62,12 +61,9 @@ class Weights(ByLayer[LayerWeights]):
                 layer.baseline,
                 layer.decay,
             ),
-        )
-        rows.append(
             "cosines of W with −∇ and with products of class means; share of W between their spans; "
-            f"{self.seconds:.3g} s"
+            f"{self.seconds:.3g} s",
         )
-        return "\n".join(rows)
 
 
 def weights(problem: Problem) -> Weights:
@@ -97,14 +93,12 @@ def weights(problem: Problem) -> Weights:
         found[layer_of(name)] = _explained(
             name, weight, gradient[name].double(), features / positive(sizes), errors
         )
-    return Weights(found, time.perf_counter() - began, Provenance.of_matrix("Gauss-Newton", problem))
+    return Weights(found, seconds=time.perf_counter() - began, provenance=Provenance.of(problem))
 
 
 def _class_sums(problem: Problem) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Weight → Σ_{i∈c} h_i (C, inputs), Σ_{i∈c} e_i (C, outputs) and N_c (C, 1), of fully connected layers."""
-    loss = problem.loss_function
-    if not isinstance(loss, CrossEntropy):
-        raise LossError(f"class means need the cross-entropy of class labels; the loss is {loss.name}.")
+    loss = labelled_loss(problem)
 
     def weigh(outputs: Tensor, targets: Tensor) -> Tensor:
         return loss.gradient(outputs, targets)[:, :, None] / problem.total_weight

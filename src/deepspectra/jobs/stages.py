@@ -27,7 +27,6 @@ from deepspectra.algorithms.overlap import overlap
 from deepspectra.analysis.attribute import (
     ROWS_BYTES,
     Attribution,
-    Known,
     attribute_known,
     pair_shares,
     squared_norms,
@@ -39,7 +38,6 @@ from deepspectra.analysis.gram_spectrum import (
     gradient_spectrum,
     spectrum_of,
 )
-from deepspectra.analysis.knockouts import Counter
 from deepspectra.analysis.principal_subspace import subspace_of
 from deepspectra.analysis.three_level_map import drawable, place
 from deepspectra.arguments import seeded
@@ -51,7 +49,7 @@ from deepspectra.jobs.effort import FEWEST_STEPS, PRODUCT, Effort, count_operati
 from deepspectra.jobs.ledger import Ledger, Report
 from deepspectra.operators.base import Operator
 from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
-from deepspectra.operators.parts import Decomposition, decompose
+from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
 from deepspectra.results import Eigenpairs, Provenance, versions
@@ -66,7 +64,7 @@ RESOLVES = {
     False: "Where neighbouring nodes are a factor of two apart the figure is faint, and resolves nothing.",
 }
 ROUNDED = 1e-3  # relatively, by which a sum of squares may fall short of one of its parts
-FORM = 2  # of what is kept of a stage
+FORM = 3  # of what is kept of a stage
 
 
 class Options(NamedTuple):
@@ -196,12 +194,12 @@ def _parts(
     if problem.num_examples * (problem.num_classes - 1) <= exact_rows:
         products.release()
         try:
-            parts = decompose(problem, effects="two-way", hold=True, groups=groups)
+            parts = Decomposition(problem, effects="two-way", hold=True, groups=groups)
             assert isinstance(parts.rows, HeldRows)
             return parts, parts.rows.gram_bytes <= problem.memory and parts.rows.captures.hold()
         except CurvatureError as error:  # a network that does not tell its examples apart
             products.notes["exact spectrum of G"] = f"not computed: {error}"
-    return decompose(problem, effects="two-way", groups=groups), False
+    return Decomposition(problem, effects="two-way", groups=groups), False
 
 
 def _find_exact(found: Findings) -> None:
@@ -212,7 +210,7 @@ def _find_exact(found: Findings) -> None:
     def work(_: Report) -> tuple[GramSpectrum, Eigenpairs]:
         began = time.perf_counter()
         spectrum = gradient_spectrum(parts)
-        exact = spectrum_of(spectrum, Provenance.of_matrix("Gauss-Newton", parts.problem), began)
+        exact = spectrum_of(spectrum, Provenance.of(parts.problem), began)
         return exact, gradient_pairs(spectrum, parts, found.num, began)
 
     exact, found.pairs["gauss_newton"] = found.ledger.run("exact spectrum of G", work)
@@ -232,13 +230,15 @@ def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, max_prod
     """What the outliers of H owe to which part, in the basis that found them, which goes on growing."""
 
     def work(report: Report) -> Attribution:
-        known = Known(
+        return attribute_known(
+            hessian,
+            found.parts,
             found.pairs["hessian"],
             _earlier_basis(found, hessian) if basis is None else basis,
-            found.shares.get("hessian"),
-        )
-        return attribute_known(
-            hessian, found.parts, known, max_products=max_products, seed=found.seed, products=Counter(report)
+            shares=found.shares.get("hessian"),
+            max_products=max_products,
+            seed=found.seed,
+            progress=report,
         )
 
     found.attribution = found.ledger.run("attribution of H", work)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deepspectra.errors import FallbackWarning, FileError, first_line
-from deepspectra.jobs.pages import ADVICE, check_writable, save_dataset, save_whole
+from deepspectra.files import save_whole
+from deepspectra.jobs.pages import check_writable, save_dataset
 from deepspectra.jobs.sweep_cell import (
     MISSING,
     SUFFIX,
@@ -93,7 +94,9 @@ class Store:
             if not path.exists():
                 write_once(path, content)
         except OSError as error:
-            raise FileError(f"{path} cannot be written ({first_line(error)}). {ADVICE}") from error
+            raise FileError(
+                f"{path} cannot be written ({first_line(error)}). Make room, or choose another folder."
+            ) from error
 
 
 def gather(folder: str | Path) -> xr.Dataset:

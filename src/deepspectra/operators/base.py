@@ -38,10 +38,6 @@ class Operator(ABC):
         memory: bytes an algorithm may hold in vectors of length P.
     """
 
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    device: torch.device
-    name: str = "operator"
     memory: int = DEFAULT_MEMORY
 
     def __init__(self, size: int, *, dtype: torch.dtype, device: torch.device | str, name: str) -> None:
@@ -204,7 +200,7 @@ class Operator(ABC):
             product = (self @ torch.from_numpy(np.ascontiguousarray(block, double))).cpu()
             return product.to(
                 torch.promote_types(product.dtype, torch.float32)
-            ).numpy()  # NumPy has no bfloat16
+            ).numpy()  # there is no bfloat16
 
         return LinearOperator(
             self.shape,
@@ -284,7 +280,9 @@ class Sum(Operator):
         dtype = functools.reduce(torch.promote_types, (term.dtype for term in others))
         super().__init__(first.shape[0], dtype=dtype, device=others[0].device, name=name)
         unit = Identity(first.shape[0], dtype=dtype, device=self.device)
-        self.terms = [(scale, unit if isinstance(term, Identity) else term) for scale, term in flat]
+        self.terms: list[tuple[float, Operator]] = [
+            (scale, unit if isinstance(term, Identity) else term) for scale, term in flat
+        ]
         self.memory = min(term.memory for term in others)
 
     def _apply(self, block: Tensor) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from deepspectra.arguments import check_choice
 from deepspectra.errors import MissingNameError, OptionError, OptionWarning
 from deepspectra.operators.base import Operator, Sum
 from deepspectra.operators.curvature import Curvature
@@ -34,22 +35,19 @@ class Parts(Mapping[str, Operator]):
         averages: of these rows.
     """
 
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self._names = names
+    def __init__(self, names: tuple[str, ...], make: Callable[[Any, str], Operator]) -> None:
+        self._names, self._make = names, make
 
     def __getitem__(self, name: str) -> Operator:
         if name not in self._names:
             raise MissingNameError("part", name, self._names)
-        return self._part(name)
+        return self._make(self, name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
-
-    def _part(self, name: str) -> Operator:
-        raise NotImplementedError
 
 
 class LayerParts(Parts):
@@ -63,16 +61,13 @@ class LayerParts(Parts):
     """
 
     def __init__(self, of: str, rows: LayerRows, averages: Averages) -> None:
-        super().__init__(averages.parts)
+        super().__init__(averages.parts, LayerPart)
         self.of, self.rows, self.averages = of, rows, averages
         self.matrices = rows.matrices
 
     def layer(self, name: str) -> LayerParts:
         """The same for one layer."""
         return LayerParts(self.of, self.rows.layer(name), self.averages)
-
-    def _part(self, name: str) -> Operator:
-        return LayerPart(self, name)
 
 
 class LayerPart(Operator):
@@ -102,17 +97,16 @@ class Decomposition(Parts):
     def __init__(
         self,
         problem: Problem,
-        effects: str,
-        first: str,
+        effects: str = "four-way",
+        first: str = "class",
         hold: bool = False,
         groups: Tensor | Sequence[int] | None = None,
     ) -> None:
         names = {"four-way": FOUR_WAY, "two-way": TWO_WAY}
-        if effects not in names:
-            raise OptionError(f"effects={effects!r}; it is 'four-way' or 'two-way'.")
+        check_choice("effects", effects, tuple(names))
         if effects == "four-way" and first != "class":
             raise OptionError("first= orders the two-way effects; the published four parts take no order.")
-        super().__init__(names[effects])
+        super().__init__(names[effects], Part)
         self.problem = problem
         self.effects = effects
         self.rows = HeldRows(problem) if hold else GradientRows(problem)
@@ -121,19 +115,16 @@ class Decomposition(Parts):
         self._factors: dict[str, Tensor] = {}
         self._reserved: weakref.finalize[..., Decomposition] | None = None  # memory set aside for the means
 
-    def _part(self, name: str) -> Part:
-        return Part(self, name)
-
     def factor(self, name: str) -> Tensor:
         """F (P, r) with F Fᵀ the part "class", "logit" or "true", or "means": all cells, r = C². Kept.
 
         Cost: class or true 1.3 gradients together, logit or means about 2C/3 gradients.
         """
         if name not in self._factors:
-            self._factors[name] = self._make_factor(name)
+            self._factors[name] = self._new_factor(name)
         return self._factors[name]
 
-    def _make_factor(self, name: str) -> Tensor:
+    def _new_factor(self, name: str) -> Tensor:
         projections = self.projections
         if name == "class" and projections.first == "class":
             true, (classes, _) = self.factor("true"), collinear(projections.cell_weights)
@@ -251,29 +242,6 @@ class Means(_Averaged):
         return self.combine(self.coordinates(block))
 
 
-@overload
-def decompose(
-    problem: Problem,
-    of: Literal["gradients"] = "gradients",
-    *,
-    effects: str = "four-way",
-    first: str = "class",
-    hold: bool = False,
-    groups: Tensor | Sequence[int] | None = None,
-) -> Decomposition: ...
-
-
-@overload
-def decompose(
-    problem: Problem,
-    of: Literal["features", "errors"],
-    *,
-    effects: str = "four-way",
-    first: str = "class",
-    groups: Tensor | Sequence[int] | None = None,
-) -> LayerParts: ...
-
-
 def decompose(
     problem: Problem,
     of: str = "gradients",
@@ -314,8 +282,7 @@ def decompose(
     Cost: one forward pass; errors also C − 1 backward passes without weight gradients. The parts say what
     their products cost.
     """
-    if of not in KINDS:
-        raise OptionError(f"of={of!r}; it is one of {', '.join(map(repr, KINDS))}.")
+    check_choice("of", of, KINDS)
     parts = Decomposition(problem, effects, first, hold or of != "gradients", groups)
     if of == "gradients":
         return parts

@@ -13,13 +13,13 @@ from typing import Annotated, get_type_hints
 
 import typer
 
-from deepspectra.analysis.by_layer import LayerProgress
 from deepspectra.analysis.class_groups import class_groups
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.layers import layers
 from deepspectra.analysis.regions import NUM_GROUPS, regions
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
 from deepspectra.analysis.study import study
+from deepspectra.arguments import LayerProgress
 from deepspectra.errors import DeepSpectraError, OptionError
 from deepspectra.jobs.analyze import Analysis, analyze, save_series
 from deepspectra.jobs.checkpoint import forget

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
+import operator
 from collections import UserDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -154,7 +154,7 @@ class Batches:
     ) -> None:
         self._move = move
         read, sized = _reader(source, batch_size, pairs)
-        self._source: Source | None = read
+        self._source: Iterable[Any] | None = read
         self.brought = not sized
         self.is_given = batch_size is not None or not sized
         held: list[Any] | None = []
@@ -203,17 +203,16 @@ class Batches:
         self._cut(inputs[order], labels[order], max(len(y) for _, y in held))
         return order
 
-    def resize(self, batch_size: int) -> None:
+    def resize(self, batch_size: int | None) -> None:
         """Cut the examples, in their order, into equal batches of about so many, unless the user chose a size.
 
-        Nothing happens either unless every batch is held and is a pair of tensors of equal shapes but for their
-        lengths.
+        Nothing happens either without a size, or unless every batch is held and is a pair of tensors of equal shapes
+        but for their lengths.
         """
         whole = None if self.is_given else self._whole()
-        if whole is None:
-            return
-        count = max(1, round(len(whole[0]) / batch_size))
-        self._cut(*whole, math.ceil(len(whole[0]) / count))
+        if whole is not None and batch_size is not None:
+            count = max(1, round(len(whole[0]) / batch_size))
+            self._cut(*whole, math.ceil(len(whole[0]) / count))
 
     def join(self) -> bool:
         """Make one batch of all examples, if cutting them was not the user's choice and they are tensors; else False.
@@ -255,17 +254,14 @@ class Batches:
                 "a second pass over the data brought nothing: it can be read once only. Read it into a list first, "
                 "data=list(...), and pass that."
             )
-        totals = self.mark, _total(again)
-        if not _close(totals[0][0], totals[1][0]) or not _close(totals[0][1], totals[1][1]):
+        if not _close(self.mark, _total(again)):
             raise NondeterminismError(
                 "the data differs between two passes (random augmentation, or a shuffling loader with "
                 "drop_last or a weighted sampler?); every product would use another operator. Turn that off, "
                 "or freeze one pass: data=list(loader)."
             )
-        same_order = len(marks) == len(again) and all(
-            _close(a, c) and _close(b, d) for (a, b), (c, d) in zip(marks, again, strict=True)
-        )
-        if self.held is None and not same_order:
+        in_order = len(marks) == len(again) and all(map(_close, marks, again))
+        if self.held is None and not in_order:
             raise NondeterminismError(
                 "the loader shuffles and the data is too large to be held in memory. "
                 "Use shuffle=False, or raise memory=."
@@ -324,20 +320,17 @@ def _total(marks: list[tuple[float, float]]) -> tuple[float, float]:
     return sum(a for a, _ in marks), sum(b for _, b in marks)
 
 
-def _close(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-7, abs_tol=1e-9)
+def _close(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return all(math.isclose(a, b, rel_tol=1e-7, abs_tol=1e-9) for a, b in zip(one, other, strict=True))
 
 
-Source = Callable[[], Iterable[Any]]
-
-
-def _read(source: Source) -> Iterator[Any]:
+def _read(source: Iterable[Any]) -> Iterator[Any]:
     """The batches of a source, whose failures say where they happened."""
     batches: Iterator[Any] | None = None
     count = 0
     while True:
         try:
-            batches = iter(source()) if batches is None else batches
+            batches = iter(source) if batches is None else batches
             batch = next(batches)
         except StopIteration:
             return
@@ -352,19 +345,19 @@ def _read(source: Source) -> Iterator[Any]:
         yield batch
 
 
-def _reader(source: Any, batch_size: int | None, pairs: bool) -> tuple[Source, bool]:
-    """A function that reads the batches, and whether their size is ours to choose."""
+def _reader(source: Any, batch_size: int | None, pairs: bool) -> tuple[Iterable[Any], bool]:
+    """What reads the batches as often as they are asked for, and whether their size is ours to choose."""
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise OptionError(f"batch_size must be a positive integer, got {batch_size!r}.")
     if isinstance(source, DataLoader):
-        return functools.partial(_itself, source), False
+        return source, False
     if isinstance(source, (tuple, list)) and any(isinstance(part, np.ndarray) for part in source):
         raise DataError("data holds NumPy arrays; pass tensors: (torch.from_numpy(x), torch.from_numpy(y)).")
     pair = isinstance(source, tuple) or pairs
     if pair and isinstance(source, (tuple, list)) and len(source) == 2 and isinstance(source[1], Tensor):
         return _tensor_reader(source, batch_size)
     if isinstance(source, list) or (isinstance(source, tuple) and source):
-        return functools.partial(_itself, source), False
+        return source, False
     if isinstance(source, Dataset):
         if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
             return _OfDataset(source, batch_size or LARGEST_DEFAULT_BATCH), True
@@ -377,10 +370,6 @@ def _reader(source: Any, batch_size: int | None, pairs: bool) -> tuple[Source, b
     )
 
 
-def _itself(source: Any) -> Any:
-    return source
-
-
 @dataclass
 class _OfDataset:
     """Batches of a data set's items, in order."""
@@ -388,10 +377,10 @@ class _OfDataset:
     source: Any
     batch_size: int | None
 
-    def __call__(self) -> Iterable[Any]:
+    def __iter__(self) -> Iterator[Any]:
         if self.batch_size is None:
             self.batch_size = default_batch_size(self.source[0])
-        return DataLoader(self.source, batch_size=self.batch_size, shuffle=False)
+        return iter(DataLoader(self.source, batch_size=self.batch_size, shuffle=False))
 
     def fault(self, batch: int) -> str:
         """Which item of a batch is at fault, as far as it can be told."""
@@ -411,11 +400,11 @@ class _OfDataset:
         return f", which holds items {batch * size} to {(batch + 1) * size - 1}"
 
 
-def _tensor_reader(pair: Any, batch_size: int | None) -> tuple[Source, bool]:
+def _tensor_reader(pair: Any, batch_size: int | None) -> tuple[Iterable[Any], bool]:
     """The same for tensors. Sparse ones are one batch, which nobody cuts."""
     leaves = list(tensors(pair))
     if any(leaf.layout != torch.strided for leaf in leaves):
-        return functools.partial(_itself, [tuple(pair)]), False
+        return [tuple(pair)], False
     lengths = {leaf.shape[0] if leaf.ndim else -1 for leaf in leaves}
     if len(lengths) != 1 or -1 in lengths:
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
@@ -424,12 +413,8 @@ def _tensor_reader(pair: Any, batch_size: int | None) -> tuple[Source, bool]:
     if not length:
         raise DataError("the data is empty: its tensors have no rows.")
     size = batch_size or default_batch_size(map_tensors(lambda leaf: leaf[0], pair))
-    return functools.partial(_cut_tensors, tuple(pair), length, size), True
-
-
-def _cut_tensors(pair: Any, length: int, size: int) -> Iterator[Any]:
-    for start in range(0, length, size):
-        yield map_tensors(lambda leaf, start=start: leaf[start : start + size], pair)  # type: ignore[misc]
+    cuts = [slice(start, start + size) for start in range(0, length, size)]
+    return [map_tensors(operator.itemgetter(cut), tuple(pair)) for cut in cuts], True
 
 
 def default_batch_size(example: Any) -> int:

@@ -100,10 +100,11 @@ class Count:
     num_classes: int = 0
     misfits: list[float] = field(default_factory=list)
 
-    def is_mean(self, dtype: torch.dtype) -> bool:
-        """The loss is a mean over rows, up to the rounding of the type."""
+    def misfit(self, dtype: torch.dtype) -> float:
+        """How far the loss is from a mean over rows beyond the rounding of the type; NaN if nothing could be told."""
         known = [misfit for misfit in self.misfits if not math.isnan(misfit)]
-        return (bool(known) or not self.misfits) and max(known, default=0.0) <= MISFIT.get(dtype, MISFIT_HALF)
+        worst = max(known, default=math.nan if self.misfits else 0.0)
+        return 0.0 if worst <= MISFIT.get(dtype, MISFIT_HALF) else worst
 
 
 def count_rows(
@@ -152,16 +153,11 @@ def count_rows(
     return found
 
 
-def join_batches(batches: Batches, found: Count, loss: Loss, dtype: torch.dtype) -> None:
-    """Make one batch of all examples, for a loss that is no mean over rows.
-
-    Raises:
-        LossError: it is none, and the data is several batches of the user's.
-    """
+def join_batches(batches: Batches, misfit: float, loss: Loss) -> None:
+    """Make one batch of all examples, for a loss that is no mean over rows; refuse several that the user chose."""
     if batches.join():
         return
-    misfit = max((m for m in found.misfits if not math.isnan(m)), default=0.0)
-    if misfit > MISFIT.get(dtype, MISFIT_HALF):
+    if misfit > 0:
         raise LossError(
             f"the loss {loss.name!r} is no mean over rows: of a batch cut in two it differs by {misfit:.2g} from the "
             "sum of its parts, relatively, so that results would depend on how the data is cut into batches. Use a "

@@ -78,37 +78,6 @@ class Loss(ABC):
             raise DataError("targets contain NaN or infinite values; every target must be finite.")
 
 
-class SquaredError(Loss):
-    """Mean over all elements of (z − y)², as `torch.nn.MSELoss`."""
-
-    name = "mse"
-
-    def rows(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs and targets (n, D)."""
-        if outputs.shape != targets.shape:
-            raise ShapeError(
-                f"mse: outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} differ in shape, "
-                "which PyTorch would broadcast. Reshape one to the other."
-            )
-        return outputs.reshape(len(outputs), -1), targets.reshape(len(targets), -1).to(outputs)
-
-    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Σ (z − y)²."""
-        return (outputs - targets).square().sum()
-
-    def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The number of elements of each row."""
-        return constant(outputs.shape[1], outputs)
-
-    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """2 (z − y)."""
-        return 2 * (outputs.detach() - targets)
-
-    def curvature(self, outputs: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:
-        """2 t."""
-        return 2 * tangents
-
-
 class MeanLoss(Loss):
     """Any callable (outputs, targets) → mean over the batch's rows; a batch counts by its rows.
 
@@ -226,6 +195,27 @@ class ElementwiseLoss(MeanLoss):
     def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The number of elements of each row."""
         return constant(outputs[0].numel() if len(outputs) else 1, outputs)
+
+
+class SquaredError(ElementwiseLoss):
+    """Mean over all elements of (z − y)², as `torch.nn.MSELoss`."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.MSELoss())
+        self.name = "mse"
+
+    def rows(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs and targets (n, D)."""
+        outputs, targets = super().rows(outputs, targets)
+        return outputs.reshape(len(outputs), -1), targets.reshape(len(targets), -1)
+
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """2 (z − y)."""
+        return 2 * (outputs.detach() - targets)
+
+    def curvature(self, outputs: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:
+        """2 t."""
+        return 2 * tangents
 
 
 def constant(value: float, outputs: Tensor) -> Tensor:

@@ -112,6 +112,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return dict((*model.named_parameters(), *model.named_buffers()))
+
+
 def twins(model: nn.Module, given: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of the user's model by the names that they have in the copy."""
     found: dict[str, Tensor] = {}

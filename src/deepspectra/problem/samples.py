@@ -72,8 +72,7 @@ def drawn_problem(problem: Problem, chosen: Tensor, weights: Tensor) -> Problem:
     move = Move(problem.device, problem.dtype)
     data = torch.cat(inputs), torch.cat(targets)
     batches = Batches(data, batch_size=None, move=move, budget=problem.memory // 4)
-    if problem.batch_size is not None:
-        batches.resize(problem.batch_size)
+    batches.resize(problem.batch_size)
     found = problem.variant(loss_function=DrawnCrossEntropy(loss), batches=batches)
     found.total_weight = problem.total_weight
     return found

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepspectra.errors import FallbackWarning
 from deepspectra.problem.cross_entropy import CrossEntropy
-from deepspectra.problem.losses import ElementwiseLoss, Loss, SquaredError
+from deepspectra.problem.losses import ElementwiseLoss, Loss
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.captures import Captured, Captures, captures_of, curvature_root, rows_an_example
 
@@ -63,7 +63,7 @@ def combined(loss: Loss, outputs: Tensor, targets: Tensor, total_weight: float, 
         mixed = p.sqrt() * mixing
         curvature = loss.curvature_weights(outputs, targets).double() / total_weight
         return curvature.sqrt()[:, None, None] * (mixed - p * mixed.sum(1, keepdim=True))
-    if isinstance(loss, (SquaredError, ElementwiseLoss)):
+    if isinstance(loss, ElementwiseLoss):
         diagonal = loss.curvature(outputs, targets, torch.ones_like(outputs)).flatten(1).double()
         return (diagonal.clamp_min(0) / total_weight).sqrt()[:, :, None] * mixing
     return curvature_root(loss, outputs, targets, total_weight) @ mixing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -66,13 +67,8 @@ class Choice:
             self._way = WAYS[asked]
             self._forget("hessian", "residual")
         if self._way is None:
-            faults = []
-            for way in WAYS.values():
-                if not (fault := self._fault(way)):
-                    self._way = way
-                    break
-                faults.append(fault)
-            else:
+            faults = list(itertools.takewhile(bool, map(self._fault, WAYS.values())))
+            if len(faults) == len(WAYS):
                 firsts = not self._jacobian_fault(False) or not self._jacobian_fault(True)
                 raise CurvatureError(
                     "no way of differentiating this network twice is right: " + "; ".join(faults) + ". "
@@ -80,6 +76,7 @@ class Choice:
                     "with a stopped one (detach, no_grad, straight-through), or "
                     + ("use GaussNewton, which needs none." if firsts else f"{FIRST_ONLY}.")
                 )
+            self._way = list(WAYS.values())[len(faults)]
             self.notes["check"] = "; ".join(faults) or RIGHT
         self.notes["way"] = self._way.name
         self.notes.setdefault("check", RIGHT)
@@ -108,14 +105,13 @@ class Choice:
         second = kind in ("hessian", "residual")
         if second not in self._right_blocks:
             way, linearize = self.way() if second else DoubleBackward, bool(self._linearize)
-            try:
-                error = self._checked(
-                    lambda s: block_error(s, way) if second else jacobian_block_error(s, linearize=linearize)
-                )
-            except FAILURES:
-                error = float("inf")
-            self._right_blocks[second] = error <= CHECK_TOLERANCE
-            if error > CHECK_TOLERANCE:
+            fault = self._fault_of(
+                "a block",
+                lambda s: block_error(s, way) if second else jacobian_block_error(s, linearize=linearize),
+                "vectors one by one",
+            )
+            self._right_blocks[second] = not fault
+            if fault:
                 self.notes["blocks"] = "vector by vector: blocks are wrong on this network"
         return self._right_blocks[second]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deepspectra.errors import CurvatureError
 from deepspectra.rows.captures import layer_of
-from deepspectra.rows.uses import Convolution, Lookup, Matrix, Slice, Use
+from deepspectra.rows.uses import Convolution, Lookup, Matrix, Slice, Use, as_slice
 
 CHUNK_BYTES = 2**26  # of patches, errors or gradients that are treated at a time
 COMPARED = 16  # examples by whose errors a bias is recognised
@@ -192,13 +192,10 @@ class Positions:
 
 def positions(uses: list[Use], weights: Tensor, chosen: Tensor) -> Positions:
     """Of chosen examples, over all uses of one place; weights (B, R) are those of the examples' rows."""
-    first, last = int(chosen[0]), int(chosen[-1]) + 1
-    some = slice(first, last) if last - first == len(chosen) else chosen  # a slice is not copied
-    mine = []
+    some, mine = as_slice(chosen), []
     for use in uses:
         errors = single(use.errors[some])
         if isinstance(use, Lookup):
-            assert use.given is not None
             features, errors = use.given[some], errors.mT
         else:
             assert isinstance(use, Matrix)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.arguments import check_seed
-from deepspectra.errors import CurvatureError, LossError, MemoryBudgetError, OptionError
+from deepspectra.errors import CurvatureError, LossError, OptionError
 from deepspectra.kfac.blocks import Place, places
 from deepspectra.kfac.exact import ExactBlock
 from deepspectra.kfac.moments import LARGEST_VECTOR, Moments, Squares, num_replicates
@@ -18,6 +18,7 @@ from deepspectra.kfac.nearest import nearest_sum
 from deepspectra.kfac.operators import Block, KroneckerSum, Rotated, check_damping
 from deepspectra.operators.base import Operator
 from deepspectra.problem.cross_entropy import CrossEntropy
+from deepspectra.problem.memory import refuse_beyond
 from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.rows.captures import Captured, Captures
 from deepspectra.rows.draws import DrawnCaptures, all_or_drawn
@@ -375,8 +376,5 @@ def _refuse_beyond_memory(problem: Problem, every: list[Place], num_sets: int, r
             numbers += num_sets * groups * (replicates * outputs**2 + inputs**2)
         elif inputs <= LARGEST_VECTOR:
             numbers += (replicates - 1) * inputs**2
-    if 16 * numbers > problem.memory:
-        raise MemoryBudgetError(
-            f"the Kronecker factors take {16 * numbers / 2**30:.1f} GiB; memory is {problem.memory / 2**30:.1f} GiB. "
-            "Restrict the problem to fewer layers, or raise memory."
-        )
+    instead = "Restrict the problem to fewer layers, or raise memory."
+    refuse_beyond(16 * numbers, problem.memory, "the Kronecker factors take", instead)

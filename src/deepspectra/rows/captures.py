@@ -7,6 +7,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from deepspectra.errors import CurvatureError, DeepSpectraError, LossError, Memo
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.evaluation import differentiable
 from deepspectra.problem.losses import Loss
+from deepspectra.problem.memory import refuse_beyond
 from deepspectra.problem.problem import Problem, per_problem
 from deepspectra.problem.samples import small_problem
 from deepspectra.rows import planning, tracing
@@ -202,11 +204,7 @@ class Captures:
         yield from self.held or self._found() or self.captured()
 
     def by_layer(self) -> Iterator[tuple[str, list[list[Use]]]]:
-        """Each layer's uses, one list a batch: held, or captured for as many layers at a time as fit memory.
-
-        Raises:
-            MemoryBudgetError: one layer's features and errors do not fit.
-        """
+        """Each layer's uses, one list a batch: held, or captured for as many layers at a time as fit memory."""
         self.hold()
         for layers in self._groups():
             names = frozenset(name for name in self.problem.parameter_names if layer_of(name) in layers)
@@ -222,14 +220,6 @@ class Captures:
         for use in first.uses:
             self.bytes_by_layer[layer_of(use.slice.name)] += int(scale * use.num_bytes)
 
-    def captured(self, names: frozenset[str] | None = None) -> Iterator[Captured]:
-        """Batches with uses of the named parameters, one at a time.
-
-        Raises:
-            IrregularError: a batch after the first uses parameters otherwise; the plan then sets these alone.
-        """
-        return self._captured(self.weigh, names)
-
     def features(self) -> Iterable[Captured]:
         """Batches of which features count, and may be all there is. Cost: a forward pass unless they are there."""
         found = self.held or self._found()
@@ -237,33 +227,38 @@ class Captures:
             return found
 
         def every() -> Iterator[Captured]:
-            return self._captured(_no_scalars, frozenset(self.problem.parameters) - self.plan.alone)
+            return self.captured(frozenset(self.problem.parameters) - self.plan.alone, _no_scalars)
 
         return _again(every) if self.plan.by_value else every()
 
-    def _captured(self, weigh: Weigh, names: frozenset[str] | None) -> Iterator[Captured]:
-        loss = self.problem.loss_function
+    def captured(self, names: frozenset[str] | None = None, weigh: Weigh | None = None) -> Iterator[Captured]:
+        """Batches with uses of the named parameters, one at a time, for other scalars if so told.
+
+        Raises:
+            IrregularError: a batch after the first uses parameters otherwise; the plan then sets these alone.
+        """
         for number, batch in enumerate(self.problem.fixed_batches()):
-            seen: list[tuple[Tensor, Tensor]] = []
-
-            def see(outputs: Tensor, targets: Tensor, seen: list[tuple[Tensor, Tensor]] = seen) -> Tensor:
-                measure = loss.curvature_weights if isinstance(loss, CrossEntropy) else loss.weights
-                seen.append((measure(outputs, targets), targets))
-                return weigh(outputs, targets)
-
-            pieces: list[tracing.Piece] = []
+            pieces: list[Captured] = []
             while not pieces:
                 try:
                     with refusing(), differentiable():
-                        pieces = tracing.capture(self.problem, batch, self.plan, see, names, joint=self.joint)
+                        pieces = self._pieces(batch, names, weigh or self.weigh)
                 except IrregularError as found:
                     self.plan = self.plan.without(found.names)
                     if number:
                         raise
-            weights, targets = seen[-1]
-            for piece in pieces:
-                rows = piece.rows.to(weights.device)
-                yield Captured(piece.uses, weights[rows], targets[rows])
+            yield from pieces
+
+    def _pieces(self, batch: Any, names: frozenset[str] | None, weigh: Weigh) -> list[Captured]:
+        graph, loss = tracing.Graph(self.problem, batch, self.plan.alone), self.problem.loss_function
+        measure = loss.curvature_weights if isinstance(loss, CrossEntropy) else loss.weights
+        weights = measure(graph.values, graph.targets)
+        scalars = tracing.Scalars(weigh(graph.values, graph.targets), self.joint)
+        pieces = [
+            (piece.uses, piece.rows.to(weights.device))
+            for piece in tracing.capture(graph, self.plan, scalars, names)
+        ]
+        return [Captured(uses, weights[rows], graph.targets[rows]) for uses, rows in pieces]
 
     def _groups(self) -> list[list[str]]:
         """Layers whose features and errors fit memory together, in order."""
@@ -272,11 +267,8 @@ class Captures:
         groups: list[list[str]] = []
         used = self.limit + 1
         for layer, size in self.bytes_by_layer.items():
-            if size > self.limit:
-                raise MemoryBudgetError(
-                    f"features and errors of layer {layer!r} take about {size / 2**30:.2f} GiB and a third of "
-                    f"memory is {self.limit / 2**30:.2f} GiB. Raise memory, or take fewer examples."
-                )
+            instead = "Raise memory, of which that is a third, or take fewer examples."
+            refuse_beyond(size, self.limit, f"features and errors of layer {layer!r} take about", instead)
             if used + size > self.limit:
                 groups.append([])
                 used = 0
@@ -290,10 +282,6 @@ def captures_of(problem: Problem) -> Captures:
 
     The scalars of a row are the columns of a root of its loss curvature. What one of them holds serves all others of
     the same problem, and stays after the last for as long as graphs leave room in half of the problem's memory.
-
-    Raises:
-        LossError: as `Captures`, or when used, the loss is not convex in the outputs.
-        CurvatureError, MemoryBudgetError: as `Captures`.
     """
     return Captures(problem, functools.partial(_root, problem), shared=True)
 
@@ -314,10 +302,6 @@ def plan_of(problem: Problem) -> tracing.Plan:
     """How to capture a problem's gradients, learned once and kept with it.
 
     Learned in float64, or in the problem's own type where the network runs in no other.
-
-    Raises:
-        LossError: rows interact in the loss, so that no scalars are those of single rows.
-        CurvatureError: features and errors cannot be told apart by example.
     """
     problem.refuse_interacting_rows()
     with refusing():

@@ -10,13 +10,13 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 from torch import Tensor
 
-from deepspectra.errors import MemoryBudgetError
+from deepspectra.problem.memory import refuse_beyond
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.captures import Complement, captures_of
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.projections import Projections
-from deepspectra.rows.uses import Lookup, Matrix, Slice, Use, by_stretch
+from deepspectra.rows.uses import Lookup, Matrix, Slice, Use, as_slice, by_stretch
 
 BLOCK_BYTES = 2**28  # of gradients that are formed at a time
 EXAMPLES = 16  # whose inner products with as many others are computed together
@@ -33,10 +33,6 @@ class HeldRows(GradientRows):
     Attributes:
         captures: of the same problem.
         complement: the C − 1 coordinates of each example.
-
-    Raises:
-        LossError: not the cross-entropy of class labels.
-        CurvatureError: as `Captures`.
 
     Cost: a forward and C − 1 backward passes without weight gradients; then a third of a gradient a column.
     """
@@ -67,11 +63,6 @@ class HeldRows(GradientRows):
         """R = N (C − 1)."""
         return self.weights.shape[0] * (self.weights.shape[1] - 1)
 
-    @property
-    def gram_bytes(self) -> int:
-        """Bytes of the Gram matrix, its eigenvectors and one more like it."""
-        return gram_bytes(self.num_reduced)
-
     def apply(self, block: Tensor) -> Tensor:
         """A V: (N, C, K). Cost: a third of a gradient a column."""
         held = self.captures.held
@@ -94,12 +85,13 @@ class HeldRows(GradientRows):
 
     def _push(self, uses: list[Use], block: Tensor) -> Tensor:
         """(n, C − 1, K) for one batch."""
-        total = functools.reduce(torch.add, (use.push(self._tangents(use.slice, block)) for use in uses))
-        return total.reshape(-1, self.weights.shape[1] - 1, block.shape[1])
 
-    def _tangents(self, found: Slice, block: Tensor) -> Tensor:
-        start = self.starts[found.name] + found.start
-        return block[start : start + found.numel].T.reshape(-1, *found.shape)
+        def tangents(found: Slice) -> Tensor:
+            start = self.starts[found.name] + found.start
+            return block[start : start + found.numel].T.reshape(-1, *found.shape)
+
+        total = functools.reduce(torch.add, (use.push(tangents(use.slice)) for use in uses))
+        return total.reshape(-1, self.weights.shape[1] - 1, block.shape[1])
 
     def transpose(self, rows: Tensor) -> Tensor:
         """Aᵀ α for α (N, C, K): (P, K). Cost: a third of a gradient a column, of the examples where α is not 0."""
@@ -110,21 +102,16 @@ class HeldRows(GradientRows):
         reduced = self.complement.reduce(rows)
         sizes = [batch.num_rows for batch in held]
         for batch, part in zip(held, torch.split(reduced, sizes), strict=True):
-            uses = batch.uses
-            num_examples = uses[0].num_examples
-            mixed = part.reshape(num_examples, -1, part.shape[-1])
+            mixed = part.reshape(batch.uses[0].num_examples, -1, part.shape[-1])
             patterns, which = torch.unique(mixed.any(1), dim=1, return_inverse=True)
             for index, live in enumerate(patterns.T):
-                (columns,) = (which == index).nonzero(as_tuple=True)
-                if not bool(live.any()):
-                    continue
-                (chosen,) = live.nonzero(as_tuple=True)
-                self._pull(total, uses, mixed[chosen][:, :, columns], chosen, columns)
+                (columns,), (chosen,) = (which == index).nonzero(as_tuple=True), live.nonzero(as_tuple=True)
+                if len(chosen):
+                    self._pull(total, batch.uses, mixed[chosen][:, :, columns], chosen, columns)
         return total.T
 
     def _pull(self, total: Tensor, uses: list[Use], mixed: Tensor, chosen: Tensor, columns: Tensor) -> None:
-        first, last = int(chosen[0]), int(chosen[-1]) + 1
-        some = slice(first, last) if last - first == len(chosen) else chosen  # a slice is not copied
+        some = as_slice(chosen)
         for use in uses:
             start = self.starts[use.slice.name] + use.slice.start
             piece = use.pull(mixed.to(use.errors), some).reshape(len(columns), -1)
@@ -154,9 +141,6 @@ class HeldRows(GradientRows):
 
         Each stretch of a parameter by the cheaper of two ways: gradients formed and multiplied, or inner
         products of features and of errors. What is not held is captured group by group of parameters.
-
-        Raises:
-            MemoryBudgetError: one parameter's features and errors, or the matrix, do not fit memory.
         """
         refuse_beyond_memory(self.num_reduced, self.problem)
         return gram_of(uses for _, uses in self.captures.by_layer())
@@ -169,12 +153,8 @@ def gram_bytes(num_rows: int) -> int:
 
 def refuse_beyond_memory(num_rows: int, problem: Problem) -> None:
     """Raise MemoryBudgetError if the Gram matrix of so many rows does not fit memory."""
-    size = gram_bytes(num_rows)
-    if size > problem.memory:
-        raise MemoryBudgetError(
-            f"the Gram matrix of {num_rows:,} rows and its eigenvectors take {size / 2**30:.1f} GiB; "
-            f"memory is {problem.memory / 2**30:.1f} GiB. Take fewer examples, or raise memory."
-        )
+    what = f"the Gram matrix of {num_rows:,} rows and its eigenvectors take"
+    refuse_beyond(gram_bytes(num_rows), problem.memory, what, "Take fewer examples, or raise memory.")
 
 
 def gram_of(layers: Iterable[list[list[Use]]]) -> Tensor:

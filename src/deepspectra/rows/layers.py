@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from deepspectra.errors import CurvatureError, MemoryBudgetError, MissingNameError
+from deepspectra.errors import CurvatureError, MissingNameError
+from deepspectra.problem.memory import refuse_beyond
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.captures import layer_of
 from deepspectra.rows.gradients import GradientRows
@@ -53,14 +54,7 @@ class LayerRows:
 
 
 def features_of(rows: HeldRows) -> dict[str, Tensor]:
-    """Layer → h (N, D), for every layer that multiplies features by a matrix or a kernel.
-
-    Raises:
-        CurvatureError: no layer has features of its own for each row, or examples have unequal numbers of positions.
-        MemoryBudgetError: they do not fit.
-
-    Cost: a forward pass.
-    """
+    """Layer → h (N, D), for every layer that multiplies features by a matrix or a kernel. Cost: a forward pass."""
     pieces: dict[str, list[Tensor]] = {}
     for batch in rows.captures.features():
         _collect(pieces, layer_inputs(batch.uses), rows, len(rows.labels))
@@ -68,21 +62,14 @@ def features_of(rows: HeldRows) -> dict[str, Tensor]:
 
 
 def feature_rows(rows: HeldRows) -> LayerRows:
-    """h_i/√N of every layer, 0 of rows that do not count. Raises and costs as `features_of`."""
+    """h_i/√N of every layer, 0 of rows that do not count."""
     weight = counted(rows)
     root = (weight / weight.sum()).sqrt()[:, None]
     return LayerRows({name: features * root.to(features) for name, features in features_of(rows).items()})
 
 
 def error_rows(rows: HeldRows) -> LayerRows:
-    """√w_{i,k} e_{i,k} at the output of every layer that has a matrix, a kernel or a table, as N (C − 1) rows.
-
-    Raises:
-        CurvatureError: no such layer, or examples have unequal numbers of positions.
-        MemoryBudgetError: they do not fit.
-
-    Cost: that of `Captures.hold`.
-    """
+    """√w_{i,k} e_{i,k} at the output of every layer that has a matrix, a kernel or a table, as N (C − 1) rows."""
     pieces: dict[str, list[Tensor]] = {}
     for batch in rows.captures.batches():
         _collect(pieces, layer_errors(batch.uses), rows, rows.num_reduced)
@@ -143,12 +130,8 @@ def _collect(
     """Add a batch; the first one tells whether all of them fit."""
     if not pieces:
         size = num_rows * sum(tensor.shape[1] * tensor.element_size() for tensor in found.values())
-        limit = rows.captures.limit
-        if size > limit:
-            raise MemoryBudgetError(
-                f"{num_rows:,} rows of all layers take {size / 2**30:.2f} GiB; a third of memory is "
-                f"{limit / 2**30:.2f} GiB. Raise memory, take fewer examples, or restrict the parameters."
-            )
+        instead = "Raise memory, of which that is a third, take fewer examples, or restrict the parameters."
+        refuse_beyond(size, rows.captures.limit, f"{num_rows:,} rows of all layers take", instead)
     refuse_missing(pieces, found)
     for name, tensor in found.items():
         pieces.setdefault(name, []).append(tensor)

@@ -55,10 +55,6 @@ class Choice:
 
         On a CPU linearising brought nothing in products with H: LeNet 1.27 gradients against 1.28, for graphs that
         take three times the memory and five times as long to build.
-
-        Raises:
-            OptionError: there is no way of the name asked for.
-            CurvatureError: none is right, or not the one asked for.
         """
         refuse_modes()
         if asked is not None and self._way is not WAYS[_known(asked)]:
@@ -83,12 +79,7 @@ class Choice:
         return self._way
 
     def linearize(self, asked: str | None = None) -> bool:
-        """Whether J v goes by a linearised forward pass, or by reverse mode alone: the faster that is right.
-
-        Raises:
-            OptionError: there is no way of the name asked for.
-            CurvatureError: first derivatives are wrong, or by the way asked for.
-        """
+        """Whether J v goes by a linearised forward pass, or by reverse mode alone: the faster that is right."""
         refuse_modes()
         if asked is not None and self._linearize is not (_known(asked) == Linearized.name):
             if fault := self._jacobian_fault(asked == Linearized.name):

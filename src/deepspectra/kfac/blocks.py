@@ -51,7 +51,7 @@ class Place:
         groups, outputs, inputs = self._weight_of(torch.empty(self.weight.shape, device="meta")).shape
         return groups, outputs, inputs + (self.bias is not None)
 
-    def join(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def join(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """(groups, outputs, inputs) of tensors of the shapes of weight and bias."""
         matrix = self._weight_of(weight)
         if self.bias is None or bias is None:
@@ -59,8 +59,8 @@ class Place:
         return torch.cat([matrix, bias.reshape(*matrix.shape[:2], 1)], 2)
 
     def split(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Of (K, groups, outputs, inputs): what belongs to the weight and to the bias, each (K, *its shape)."""
-        bias = None
+        """Of numbers (K, n) in its own order: what belongs to the weight and to the bias, each (K, *its shape)."""
+        matrix, bias = matrix.reshape(-1, *self.shape), None
         if self.bias is not None:
             bias, matrix = matrix[..., -1].flatten(1), matrix[..., :-1]
         if not self.is_matrix or self.groups > 1:
@@ -92,11 +92,7 @@ class Place:
 
 
 def places(uses: list[Use], sizes: dict[str, int]) -> list[Place]:
-    """What a batch's uses say of the parameters with these sizes.
-
-    Raises:
-        CurvatureError: one parameter is used in different ways.
-    """
+    """What a batch's uses say of the parameters with these sizes."""
     by_slice: dict[Slice, list[Use]] = {}
     for use in uses:
         by_slice.setdefault(use.slice, []).append(use)

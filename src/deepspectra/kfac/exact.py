@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -49,21 +50,14 @@ class ExactBlock(Operator):
         self.num_rows = sum(math.prod(batch[0].errors.shape[:2]) for batch in self.batches)
 
     def _apply(self, block: Tensor) -> Tensor:
-        weight, bias = self.place.split(block.T.reshape(-1, *self.place.shape))
-        total_weight = torch.zeros_like(weight)
-        total_bias = None if bias is None else torch.zeros_like(bias)
+        pieces = zip((self.place.weight, self.place.bias), self.place.split(block.T), strict=True)
+        tangents = {stretch: piece for stretch, piece in pieces if piece is not None}
+        totals = {stretch: torch.zeros_like(piece) for stretch, piece in tangents.items()}
         for batch in self.batches:
-            scalars = torch.zeros(())
+            scalars = functools.reduce(torch.add, (use.push(tangents[use.slice]) for use in batch))
             for use in batch:
-                tangents = weight if use.slice == self.place.weight else bias
-                assert tangents is not None
-                scalars = scalars + use.push(tangents)
-            for use in batch:
-                total = total_weight if use.slice == self.place.weight else total_bias
-                assert total is not None
-                total += use.pull(scalars, slice(None)).view_as(total)
-        pairs = zip(total_weight, total_weight if total_bias is None else total_bias, strict=True)
-        joined = [self.place.join(one, None if total_bias is None else other) for one, other in pairs]
+                totals[use.slice] += use.pull(scalars, slice(None)).view_as(totals[use.slice])
+        joined = [self.place.join(*each) for each in zip(*totals.values(), strict=True)]
         return torch.stack(joined).flatten(1).T
 
     @property

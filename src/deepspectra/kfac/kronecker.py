@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -21,7 +22,7 @@ from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.memory import refuse_beyond
 from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.rows.captures import Captured, Captures
-from deepspectra.rows.draws import DrawnCaptures, all_or_drawn
+from deepspectra.rows.draws import all_or_drawn
 
 KINDS = ("kfac", "ekfac", "cfac", "optimal")
 SHARINGS = ("expand", "reduce")
@@ -56,7 +57,6 @@ class Kronecker(Operator):
         kind: str,
         sharing: str,
         name: str,
-        beyond: float = 0.0,
     ) -> None:
         first = next(iter(blocks.values()))
         super().__init__(size, dtype=first.dtype, device=first.device, name=name)
@@ -65,7 +65,7 @@ class Kronecker(Operator):
         self.places = MappingProxyType(dict(places))
         self.kind = kind
         self.sharing = sharing
-        self.beyond = beyond  # what multiplies parameters of no block
+        self.beyond = 0.0  # what multiplies parameters of no block
         self.samples = 0  # and what they leave open, where blocks come from draws
         self.standard_errors: Mapping[str, float] = MappingProxyType({})
 
@@ -109,16 +109,12 @@ class Kronecker(Operator):
             OptionError: damping is not positive.
             CurvatureError: "cfac" with more than one class: a sum of products has no inverse in closed form.
         """
-        return Kronecker(
-            {name: block.inverse(damping) for name, block in self.blocks.items()},
-            self.index,
-            self.places,
-            size=self.shape[0],
-            kind=self.kind,
-            sharing=self.sharing,
-            name=f"({self.name} + {damping:g} I)⁻¹",
-            beyond=1 / (self.beyond + check_damping(damping)),
-        )
+        inverse = copy.copy(self)
+        inverse.beyond = 1 / (self.beyond + check_damping(damping))
+        blocks = {name: block.inverse(damping) for name, block in self.blocks.items()}
+        inverse.blocks, inverse.name = MappingProxyType(blocks), f"({self.name} + {damping:g} I)⁻¹"
+        inverse.samples, inverse.standard_errors = 0, MappingProxyType({})
+        return inverse
 
     @property
     def _num_beyond(self) -> int:
@@ -196,27 +192,23 @@ def kronecker(
             raise OptionError(
                 "samples= draws for 'kfac', 'ekfac' and 'cfac'; 'optimal' would fit the draws. Use 0."
             )
-    return made_from(all_or_drawn(problem, 0 if kind == "optimal" else samples, seed), kind, sharing, rank)
-
-
-def made_from(captures: Captures, kind: str, sharing: str = "expand", rank: int = 1) -> Kronecker:
-    """`kronecker` from features and errors that may be held already."""
+    captures = all_or_drawn(problem, 0 if kind == "optimal" else samples, seed)
     return all_from(captures, (kind,), sharing, rank)[kind]
 
 
 def all_from(
     captures: Captures, kinds: Sequence[str], sharing: str = "expand", rank: int = 1
 ) -> dict[str, Kronecker]:
-    """Several kinds from the same second moments: the data are gone through once, and once more for "ekfac"."""
+    """`kronecker` of several kinds, from features and errors that may be held already.
+
+    They are made of the same second moments: the data are gone through once, and once more for "ekfac".
+    """
     problem = captures.problem
     _check(problem, kinds, sharing, rank)
-    samples = captures.samples if isinstance(captures, DrawnCaptures) else 0
-    if (
-        "ekfac" in kinds and not samples
-    ):  # which goes through them twice; draws it needs anew, see `_corrected`
-        captures.hold()
+    if "ekfac" in kinds and not captures.samples:
+        captures.hold()  # it goes through them twice; draws it needs anew, see `_corrected`
     by_class = "cfac" in kinds
-    moments = _moments(captures, sharing, samples, by_class=by_class)
+    moments = _moments(captures, sharing, by_class=by_class)
     made = {}
     if by_class:
         made["cfac"] = _made(captures, "cfac", moments, _products(problem, moments, "CFAC"), rank)
@@ -239,13 +231,12 @@ def _made(
     captures: Captures, kind: str, moments: Mapping[str, Moments], products: dict[str, Block], rank: int
 ) -> Kronecker:
     """One kind, from second moments and their products."""
-    problem = captures.problem
-    samples = captures.samples if isinstance(captures, DrawnCaptures) else 0
+    problem, samples = captures.problem, captures.samples
     found = {name: moment.place for name, moment in moments.items()}
     variances = {name: moment.variance() for name, moment in moments.items()}
     blocks = dict(products)
     if kind == "ekfac":
-        corrected, of_diagonals = _corrected(captures, found, products, samples)
+        corrected, of_diagonals = _corrected(captures, found, products)
         blocks |= corrected
         variances |= of_diagonals
     if kind == "optimal":
@@ -263,8 +254,9 @@ def _made(
     )
     operator.memory = problem.memory // 4
     operator.samples = samples
+    norms = {name: block.norm for name, block in blocks.items()}
     operator.standard_errors = MappingProxyType(
-        {name: _relative(variances[name], block.norm) for name, block in blocks.items()}
+        {name: variances[name] ** 0.5 / norm if norm else 0.0 for name, norm in norms.items()}
     )
     return operator
 
@@ -286,12 +278,8 @@ def _check(problem: Problem, kinds: Sequence[str], sharing: str, rank: int) -> N
         )
 
 
-def _relative(variance: float, norm: float) -> float:
-    return variance**0.5 / norm if norm else 0.0
-
-
-def _moments(captures: Captures, sharing: str, samples: int, *, by_class: bool) -> dict[str, Moments]:
-    problem = captures.problem
+def _moments(captures: Captures, sharing: str, *, by_class: bool) -> dict[str, Moments]:
+    problem, samples = captures.problem, captures.samples
     num_sets = problem.num_classes if by_class else 1
     found: dict[str, Moments] = {}
     for batch in captures.batches():
@@ -314,12 +302,13 @@ def _moments(captures: Captures, sharing: str, samples: int, *, by_class: bool) 
 
 
 def _corrected(
-    captures: Captures, found: dict[str, Place], blocks: dict[str, Block], samples: int
+    captures: Captures, found: dict[str, Place], blocks: dict[str, Block]
 ) -> tuple[dict[str, Block], dict[str, float]]:
     """The blocks of matrices, with G's own diagonal for their eigenvectors, and what draws leave open of it."""
     # draws differ from those of the eigenvectors, in which they would have too large a diagonal: their own
     # largest directions are where they happen to be large
     bases = {name: blocks[name].decomposed for name, place in found.items() if place.is_matrix}
+    samples = captures.samples
     squares = {name: Squares(found[name], basis.left, basis.right, samples) for name, basis in bases.items()}
     for batch in captures.batches():
         weights = _by_example(batch)

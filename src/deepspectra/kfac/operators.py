@@ -115,10 +115,12 @@ class Rotated(Operator):
         matrices = self.left.mT @ block.T.reshape(-1, *self.diagonal.shape)
         if self.right is not None:
             matrices = matrices @ self.right
-        matrices = self.left @ (matrices * self.diagonal.to(matrices))
-        if self.right is not None:
-            matrices = matrices @ self.right.mT
-        return matrices.flatten(1).T
+        return self._rotated(matrices * self.diagonal.to(matrices))
+
+    def _rotated(self, matrices: Tensor) -> Tensor:
+        """U X Vᵀ of matrices (K, groups, o, d): (n, K)."""
+        matrices = self.left @ matrices
+        return (matrices if self.right is None else matrices @ self.right.mT).flatten(1).T
 
     @property
     def trace(self) -> float:
@@ -144,10 +146,7 @@ class Rotated(Operator):
         values, chosen = self.diagonal.flatten().topk(num)
         basis = torch.zeros(self.shape[0], num, dtype=self.dtype, device=self.device)
         basis[chosen, range(num)] = 1
-        matrices = self.left @ basis.T.reshape(-1, *self.diagonal.shape)
-        if self.right is not None:
-            matrices = matrices @ self.right.mT
-        return values, matrices.flatten(1).T
+        return values, self._rotated(basis.T.reshape(-1, *self.diagonal.shape))
 
     def inverse(self, damping: float) -> Rotated:
         """(· + δ I)⁻¹."""

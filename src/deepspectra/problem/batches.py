@@ -142,11 +142,6 @@ class Batches:
         held: the batches, moved, if they are held.
         num_batches: how many there are.
         mark: two numbers that differ for other examples, up to rounding the same in any order.
-
-    Raises:
-        DataError: nothing to read, or a source that cannot be read twice.
-        NondeterminismError: a second pass brings other examples, or the source is too large to be held and
-            brings them in another order.
     """
 
     def __init__(
@@ -215,11 +210,7 @@ class Batches:
             self._cut(*whole, math.ceil(len(whole[0]) / count))
 
     def join(self) -> bool:
-        """Make one batch of all examples, if cutting them was not the user's choice and they are tensors; else False.
-
-        Raises:
-            MemoryBudgetError: they do not fit.
-        """
+        """Make one batch of all examples, or say False: cutting was the user's choice, or they are no tensors."""
         if self.num_batches > 1:
             if self.is_given or (self.held and next(other_lengths(self.held[0]), None) is not None):
                 return False

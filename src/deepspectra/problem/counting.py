@@ -24,11 +24,7 @@ LARGEST = 2**21  # and so many outputs of all together at most
 
 
 def settle_layout(module: Evaluated, batches: Batches, loss: Loss, parameters: Tree) -> Trial:
-    """Evaluate batches until it is settled how outputs are read; the first with rows, and what it gives.
-
-    Raises:
-        DataError: the model fails.
-    """
+    """Evaluate batches until it is settled how outputs are read; the first with rows, and what it gives."""
     first: Trial | None = None
     is_known = False
     before = stamps(module.model, "_buffers")

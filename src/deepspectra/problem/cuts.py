@@ -34,12 +34,7 @@ class Kind(Enum):
 def settle_cuts(
     module: Evaluated, batches: Batches, parameters: Tree, first: Trial, mode: str
 ) -> tuple[Trial, bool]:
-    """Make one batch of all examples where they may not be cut; the first batch, and whether batches may be cut.
-
-    Raises:
-        DataError: examples influence each other, and are not all in one batch that the user gave.
-        OptionError: mode "train" and several batches.
-    """
+    """Make one batch of all examples where they may not be cut; the first batch, and whether batches may be cut."""
 
     def evaluate(batch: Any) -> Pair:
         return module.values(parameters, batch)
@@ -93,9 +88,6 @@ def cut_anew(
     by_label: bool,
 ) -> None:
     """Sort the examples and cut them into batches of another size; the first of these gives what they gave before.
-
-    Raises:
-        DataError: examples influence each other, as batches of another size or in another order show.
 
     Cost: a forward pass of the batch.
     """

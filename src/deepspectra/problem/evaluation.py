@@ -114,11 +114,7 @@ class Evaluated(nn.Module):
         self.suspects |= {id(tensor) for tensor in twins(self.model, given).values()}
 
     def follow(self, given: nn.Module) -> None:
-        """Replace the copy's own and the user's tensors from now on, wherever they are reached.
-
-        Raises:
-            ParameterError: the user's model is in training mode, in which it would go on.
-        """
+        """Replace the copy's own and the user's tensors from now on, wherever they are reached."""
         theirs = twins(self.model, given)
         named = named_tensors(self.model)
         self.aliases = {name: [own, theirs[name]] for name, own in named.items() if name in theirs}
@@ -322,11 +318,7 @@ _KERNELS = _Kernels()
 
 @contextlib.contextmanager
 def differentiable() -> Iterator[None]:
-    """Evaluate by operations that have second derivatives: plain attention instead of the fused kernels.
-
-    Raises:
-        OptionError: within the caller's autocast or inference mode.
-    """
+    """Evaluate by operations that have second derivatives: plain attention instead of the fused kernels."""
     refuse_modes()
     with _KERNELS:
         yield

@@ -66,11 +66,7 @@ class Complement:
 
 
 def curvature_root(loss: Loss, outputs: Tensor, targets: Tensor, total_weight: float) -> Tensor:
-    """F (n, C, m) float64 with F_i F_iᵀ = ∂²(Σ ω ℓ / Σ ω)/∂z_i²; m = C − 1 for cross-entropy, else C.
-
-    Raises:
-        LossError: the loss is not convex in the outputs.
-    """
+    """F (n, C, m) float64 with F_i F_iᵀ = ∂²(Σ ω ℓ / Σ ω)/∂z_i²; m = C − 1 for cross-entropy, else C."""
     if isinstance(loss, CrossEntropy):
         p = outputs.double().softmax(-1)
         curvature = loss.curvature_weights(outputs, targets).double() / total_weight
@@ -138,15 +134,11 @@ class Captures:
         limit: bytes that may be held, a third of memory.
         bytes_by_layer: of features and errors of all the data, estimated when they are to be held.
 
-    Raises:
-        LossError: the cross-entropy of one output, or rows interact in the loss.
-        CurvatureError: rows that belong to no single examples and are too many, or parameters used otherwise on
-            one batch than on another in more data than fit memory.
-        MemoryBudgetError: the errors of such rows do not fit memory.
-
     Cost: a forward and m backward passes without weight gradients each time that the data are gone through, and
     two more where that is checked; a row that belongs to no example takes m passes over its batch by itself.
     """
+
+    samples = 0  # scalars of each example that are drawn
 
     def __init__(self, problem: Problem, weigh: Weigh, *, joint: bool = False, shared: bool = False) -> None:
         refuse_one_output(problem)

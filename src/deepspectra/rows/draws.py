@@ -54,9 +54,6 @@ def combined(loss: Loss, outputs: Tensor, targets: Tensor, total_weight: float, 
     """F ε (n, C, s) float64 for ε (n, C, s), with some F_i F_iᵀ = ∂²(Σ ω ℓ / Σ ω)/∂z_i², never formed if it is large.
 
     Of cross-entropy F = √a (diag √p − p √pᵀ), of losses that are sums over elements it is diagonal.
-
-    Raises:
-        LossError: the loss is not convex in the outputs.
     """
     if isinstance(loss, CrossEntropy):
         p = outputs.double().softmax(-1)[:, :, None]

@@ -29,9 +29,6 @@ class GradientRows:
         weights: (N, C) w_{i,k}, float64.
         labels: (N,) true classes.
 
-    Raises:
-        LossError: another loss, or soft targets.
-
     Cost: one forward pass; memory of N × C float64.
     """
 
@@ -169,9 +166,6 @@ def class_sums(problem: Problem, groups: Tensor | None = None) -> tuple[Tensor, 
 
     With `groups` of classes, of every group.
 
-    Raises:
-        LossError: not the cross-entropy of class labels.
-
     Cost: one gradient.
     """
     loss = labelled_loss(problem)
@@ -193,12 +187,7 @@ def class_sums(problem: Problem, groups: Tensor | None = None) -> tuple[Tensor, 
 
 
 def labelled_loss(problem: Problem) -> CrossEntropy:
-    """The problem's loss, if it has classes.
-
-    Raises:
-        OptionError: not a problem.
-        LossError: not the cross-entropy of class labels, or that of one output.
-    """
+    """The problem's loss, if it has classes."""
     check_problem(problem)
     loss = problem.loss_function
     if not isinstance(loss, CrossEntropy):

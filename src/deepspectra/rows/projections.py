@@ -188,11 +188,7 @@ def collinear(cell_weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def grouped(groups: Tensor | Sequence[int] | None, num_classes: int, device: torch.device) -> Tensor | None:
-    """Checked groups of classes (C,) on a device.
-
-    Raises:
-        OptionError: not one number from 0 on for each class, with none left out.
-    """
+    """Checked groups of classes (C,) on a device."""
     if groups is None:
         return None
     try:

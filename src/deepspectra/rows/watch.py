@@ -155,17 +155,9 @@ def _addmm(find: Find, output: Tensor, input: Any, mat1: Tensor, mat2: Any) -> l
 
 
 def _convolution(
-    find: Find,
-    output: Tensor,
-    input: Tensor,
-    weight: Any,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
+    find: Find, output: Tensor, input: Tensor, weight: Any, bias: Any = None, *rest: Any, **options: Any
 ) -> list[Use]:
-    call = read_call(output.ndim - 2, input, weight, bias, stride, padding, dilation, groups)
+    call = read_call(output.ndim - 2, input, weight, bias, *rest, **options)
     if call is None:
         return []
     found = find(weight)

@@ -36,14 +36,10 @@ CHECK_TOLERANCE = 1e-5  # relative; right ways reach 1e-9, wrong ones were seen 
 
 
 class Choice:
-    """The ways that are taken on a problem's network, each chosen when it is first asked for.
-
-    Attributes:
-        notes: what was chosen and why, in words.
-    """
+    """The ways that are taken on a problem's network, each chosen when it is first asked for."""
 
     def __init__(self, problem: Problem, graphs: Graphs) -> None:
-        self.notes: dict[str, str] = {}
+        self.notes: dict[str, str] = {}  # what was chosen and why, in words
         self._problem, self._graphs = problem, graphs
         self._way: type[Way] | None = None
         self._linearize: bool | None = None

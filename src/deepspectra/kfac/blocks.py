@@ -24,21 +24,13 @@ COMPARED = 16  # examples by whose errors a bias is recognised
 
 @dataclass(frozen=True)
 class Place:
-    """A weight with its bias, or a vector alone.
+    """A weight with its bias, or a vector alone."""
 
-    Attributes:
-        name: of the layer if nothing else belongs to it, or of the parameters.
-        kind: the type of the uses of its weight.
-        weight: the stretch of a parameter that is used.
-        bias: that of the bias, if errors say that there is one.
-        groups: of a grouped convolution, or 1.
-    """
-
-    name: str
-    kind: type[Use]
-    weight: Slice
-    bias: Slice | None
-    groups: int
+    name: str  # of the layer if nothing else belongs to it, or of the parameters
+    kind: type[Use]  # of the uses of its weight
+    weight: Slice  # the stretch of a parameter that is used
+    bias: Slice | None  # that of the bias, if errors say that there is one
+    groups: int  # of a grouped convolution, or 1
 
     @property
     def is_matrix(self) -> bool:
@@ -159,17 +151,11 @@ def _name(weight: Slice, bias: Slice | None, sizes: dict[str, int]) -> str:
 
 @dataclass(frozen=True)
 class Positions:
-    """Some examples' features and errors at every position.
+    """Some examples' features and errors at every position."""
 
-    Attributes:
-        features: (b, T, d), or indices (b, T) of rows of a table.
-        errors: (b, J, o, T).
-        counts: (b, T) what each position counts in averages of features, float64.
-    """
-
-    features: Tensor
-    errors: Tensor
-    counts: Tensor
+    features: Tensor  # (b, T, d), or indices (b, T) of rows of a table
+    errors: Tensor  # (b, J, o, T)
+    counts: Tensor  # (b, T) what each position counts in averages of features, float64
 
     def dense_features(self, num_rows: int) -> Tensor:
         """(b, T, d), rows of an identity for indices."""

@@ -25,15 +25,7 @@ from deepspectra.rows.uses import Lookup, Use
 
 
 class ExactBlock(Operator):
-    """G's block of one place, in the place's own order, by features and errors.
-
-    Args:
-        place: which parameters.
-        batches: uses of the place, and of its bias, one list a batch.
-        dtype: of products.
-
-    Attributes:
-        remembered: what is known of the block from one question to the next.
+    """G's block of one place, in the place's own order, by features and errors: uses, one list a batch.
 
     Cost: of a product, two products of the features with a matrix of the weight's shape.
     """
@@ -43,7 +35,7 @@ class ExactBlock(Operator):
         device = batches[0][0].errors.device
         super().__init__(groups * outputs * inputs, dtype=dtype, device=device, name=f"G of {place.name}")
         self.place = place
-        self.remembered: dict[str, Tensor] = {}
+        self.remembered: dict[str, Tensor] = {}  # what is known of it from one question to the next
         self.batches = [
             [widened(use) for use in batch if use.slice in (place.weight, place.bias)] for batch in batches
         ]

@@ -136,12 +136,6 @@ class Batches:
         budget: bytes the batches may occupy in memory.
         pairs: batches are pairs (x, y), so a list of two tensors is such a pair and not two batches.
 
-    Attributes:
-        brought: the batches are the source's own, as those of a loader or a list are.
-        is_given: their size is the user's choice, by its batches or by `batch_size`.
-        held: the batches, moved, if they are held.
-        num_batches: how many there are.
-        mark: two numbers that differ for other examples, up to rounding the same in any order.
     """
 
     def __init__(
@@ -150,8 +144,8 @@ class Batches:
         self._move = move
         read, sized = _reader(source, batch_size, pairs)
         self._source: Iterable[Any] | None = read
-        self.brought = not sized
-        self.is_given = batch_size is not None or not sized
+        self.brought = not sized  # the batches are the source's own, as those of a loader or a list are
+        self.is_given = batch_size is not None or not sized  # their size is the user's choice
         held: list[Any] | None = []
         size, marks = 0, []
         for batch in _read(read):
@@ -160,10 +154,10 @@ class Batches:
                 held.append(move(batch))
                 size += num_bytes(held[-1])
                 held = held if size <= budget else None
-        self.mark = _total(marks)
+        self.mark = _total(marks)  # differs for other examples, up to rounding the same in any order
         if not marks:
             raise DataError("the data is empty: it yielded no batch, and at least one is needed.")
-        self.held = held
+        self.held = held  # the batches, moved, if they fit
         self.num_batches = len(marks)
         if isinstance(source, (DataLoader, Dataset)) or held is None:
             self._check_second_pass(marks)

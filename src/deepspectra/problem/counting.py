@@ -81,19 +81,12 @@ def _first_values(module: Evaluated, parameters: Tree, batch: Any) -> Pair:
 
 @dataclass
 class Count:
-    """What a pass over the data finds.
+    """What a pass over the data finds."""
 
-    Attributes:
-        num_rows: that count.
-        total_weight: Σ ω_i.
-        num_classes: the number of outputs of a row.
-        misfits: how far the loss is from a mean over rows, of each batch and of a few rows of all; NaN where it
-            cannot be told.
-    """
-
-    num_rows: int = 0
-    total_weight: float = 0.0
-    num_classes: int = 0
+    num_rows: int = 0  # that count
+    total_weight: float = 0.0  # Σ ω_i
+    num_classes: int = 0  # outputs of a row
+    # how far the loss is from a mean over rows, of each batch and of a few rows of all; NaN where it cannot be told
     misfits: list[float] = field(default_factory=list)
 
     def misfit(self, dtype: torch.dtype) -> float:

@@ -30,35 +30,26 @@ class Trial(NamedTuple):
 
 
 class Evaluated(nn.Module):
-    """A model with its forward function, evaluated at parameters that are given by name.
-
-    Args:
-        model: the problem's own copy.
-        function: (model, batch) → (outputs, targets).
-
-    Attributes:
-        aliases: parameter or buffer → other tensors by which the network reaches it: a list of its own parameters,
-            or the user's model, captured by a function or a hook. They are replaced too, operation by operation.
-        suspects: while the problem is made, the identities of tensors that would be such aliases.
-        is_caught: operations were given some of them.
-        differentiates: the forward pass takes derivatives itself, and does not run without gradients.
-        writes: the forward pass writes into its batch, and is given copies.
-        written: buffers that the forward pass writes into.
-        stamps: how the other buffers and the parameters were when the problem was made.
-    """
+    """The problem's own copy of a model, with a forward function, evaluated at parameters given by name."""
 
     def __init__(self, model: nn.Module, function: Forward) -> None:
         super().__init__()
         self.model = model
         self.function = function
+        # Parameter or buffer → other tensors by which the network reaches it: a list of its own parameters, or the
+        # user's model, captured by a function or a hook. They are replaced too, operation by operation.
         self.aliases: dict[str, list[Tensor]] = {}
-        self.suspects: set[int] = set()
-        self.is_caught = False
+        self.suspects: set[int] = set()  # identities of what would be aliases, while the problem is made
+        self.is_caught = False  # operations were given some of them
         self.original: list[tuple[dict[str, Any], str, Any]] = []  # where what was captured stood
-        self.differentiates = False
-        self.writes = False
-        self.written: set[str] = set()
-        self.stamps: dict[str, Stamp] = {}
+        self.differentiates = (
+            False  # the forward pass takes derivatives itself, and does not run without gradients
+        )
+        self.writes = False  # the forward pass writes into its batch, and is given copies
+        self.written: set[str] = set()  # buffers that the forward pass writes into
+        self.stamps: dict[
+            str, Stamp
+        ] = {}  # how other buffers and the parameters were when the problem was made
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Outputs and targets."""

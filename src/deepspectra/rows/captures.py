@@ -88,17 +88,11 @@ def curvature_root(loss: Loss, outputs: Tensor, targets: Tensor, total_weight: f
 
 @dataclass(frozen=True)
 class Captured:
-    """One batch, or one example of a batch whose examples had to be taken one by one.
+    """One batch, or one example of a batch whose examples had to be taken one by one."""
 
-    Attributes:
-        uses: of its parameters, with features and errors.
-        weights: (n,) what each row counts: ω_i, or with label smoothing the curvature of its loss.
-        targets: of its rows.
-    """
-
-    uses: list[Use]
-    weights: Tensor
-    targets: Tensor
+    uses: list[Use]  # of its parameters, with features and errors
+    weights: Tensor  # (n,) what each row counts: ω_i, or with label smoothing the curvature of its loss
+    targets: Tensor  # of its rows
 
     @property
     def num_rows(self) -> int:
@@ -128,12 +122,6 @@ class Captures:
         joint: scalars belong to examples, and not to each of their rows.
         shared: what is held is that of `captures_of`.
 
-    Attributes:
-        plan: how uses and examples lie.
-        held: all batches, if they were brought into memory.
-        limit: bytes that may be held, a third of memory.
-        bytes_by_layer: of features and errors of all the data, estimated when they are to be held.
-
     Cost: a forward and m backward passes without weight gradients each time that the data are gone through, and
     two more where that is checked; a row that belongs to no example takes m passes over its batch by itself.
     """
@@ -146,10 +134,10 @@ class Captures:
         self.weigh = weigh
         self.joint = joint
         self.shared = shared
-        self.plan = plan_of(problem)
-        self.held: list[Captured] = []
-        self.limit = problem.memory // 3
-        self.bytes_by_layer: dict[str, int] = {}
+        self.plan = plan_of(problem)  # how uses and examples lie
+        self.held: list[Captured] = []  # all batches, if they were brought into memory
+        self.limit = problem.memory // 3  # bytes that may be held
+        self.bytes_by_layer: dict[str, int] = {}  # of all the data, estimated when they are to be held
 
     def hold(self) -> bool:
         """Bring features and errors into memory, or take those that are there; False if they do not fit."""

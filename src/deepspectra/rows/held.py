@@ -30,10 +30,6 @@ class HeldRows(GradientRows):
     C − 1 scalars an example stand for its C rows. Memory: about C − 1 times the activations of a forward pass
     over all the data. While the captures hold them products are theirs, and else go through the network.
 
-    Attributes:
-        captures: of the same problem.
-        complement: the C − 1 coordinates of each example.
-
     Cost: a forward and C − 1 backward passes without weight gradients; then a third of a gradient a column.
     """
 
@@ -41,7 +37,7 @@ class HeldRows(GradientRows):
         super().__init__(problem)
         self.captures = captures_of(problem)
         self._put_in_order()
-        self.complement = Complement(self.probabilities)
+        self.complement = Complement(self.probabilities)  # the C − 1 coordinates of each example
         ends = itertools.accumulate(self.products.sizes, initial=0)
         self.starts = dict(zip(problem.parameters, ends, strict=False))  # of each parameter in the vector
 

@@ -56,21 +56,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was learned on a few examples.
+    """What was learned on a few examples."""
 
-    Attributes:
-        examples: how examples lie in a batch; None if a whole batch is one example.
-        calls: the uses of parameters, in the order of the network's calls.
-        alone: parameters to be differentiated row by row.
-        checked: on every batch it is seen anew that examples lie as here.
-        by_value: values may choose the operations, and where examples lie in them.
-    """
-
-    examples: Examples | None
-    calls: tuple[Call, ...]
-    alone: frozenset[str]
-    checked: bool
-    by_value: bool
+    examples: Examples | None  # how examples lie in a batch; None if a whole batch is one example
+    calls: tuple[Call, ...]  # the uses of parameters, in the order of the network's calls
+    alone: frozenset[str]  # parameters to be differentiated row by row
+    checked: bool  # on every batch it is seen anew that examples lie as here
+    by_value: bool  # values may choose the operations, and where examples lie in them
 
     def without(self, names: Iterable[str]) -> Plan:
         """The same, with further parameters alone."""
@@ -115,9 +107,7 @@ class Piece:
 class Scalars:
     """What is backpropagated: scalars Σ_c W_{n,c,a} z_{n,c} of outputs z, with weights W (n, C, m).
 
-    Attributes:
-        weights: W. Each example has J = m scalars for each of its rows, row by row;
-        joint: or J = m that are sums over all of its rows.
+    Each example has J = m scalars for each of its rows, row by row; or J = m that are sums over its rows.
     """
 
     weights: Tensor

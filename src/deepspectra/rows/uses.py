@@ -22,19 +22,12 @@ from deepspectra.derivatives.convolution import Settings, gradients
 
 @dataclass(frozen=True)
 class Slice:
-    """The contiguous stretch of a parameter that an operation uses, or its transpose.
+    """The contiguous stretch of a parameter that an operation uses, or its transpose."""
 
-    Attributes:
-        name: of the parameter.
-        start: where the stretch begins in the flattened parameter.
-        shape: of the stretch as it lies in memory.
-        transposed: the operation uses the transpose of that.
-    """
-
-    name: str
-    start: int
-    shape: tuple[int, ...]
-    transposed: bool = False
+    name: str  # of the parameter
+    start: int  # where the stretch begins in the flattened parameter
+    shape: tuple[int, ...]  # of the stretch as it lies in memory
+    transposed: bool = False  # the operation uses the transpose of that
 
     @property
     def numel(self) -> int:

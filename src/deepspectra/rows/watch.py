@@ -25,17 +25,13 @@ class Watch(TorchFunctionMode):
 
     An operation that a rule understands is cut off from the parameters: what still leads from the outputs to one of
     them is a way that no rule understands.
-
-    Attributes:
-        uses: with the output of the operation, in the graph.
-        by_value: whether values may choose where examples lie.
     """
 
     def __init__(self, leaves: dict[str, Tensor]) -> None:
         super().__init__()
         self.names = {id(leaf): name for name, leaf in leaves.items()}
-        self.uses: list[tuple[Use, Tensor]] = []
-        self.by_value = False
+        self.uses: list[tuple[Use, Tensor]] = []  # with the output of the operation, in the graph
+        self.by_value = False  # whether values may choose where examples lie
 
     def find(self, tensor: Any) -> Slice | None:
         """Which stretch of which parameter a tensor is, if any."""

@@ -22,13 +22,6 @@ class GradientRows:
     section 6). With class weights or label smoothing, w_{i,k} = a_i p_{i,k} / Σ ω with a_i the curvature of the
     row's loss, and the identity stays exact.
 
-    Args:
-        problem: one with cross-entropy and class labels.
-
-    Attributes:
-        weights: (N, C) w_{i,k}, float64.
-        labels: (N,) true classes.
-
     Cost: one forward pass; memory of N × C float64.
     """
 
@@ -45,9 +38,9 @@ class GradientRows:
             curvature.append(loss.curvature_weights(outputs, targets).double())
         self.sizes = [len(p) for p in probabilities]
         self.probabilities = torch.cat(probabilities)
-        self.labels = torch.cat(labels)
+        self.labels = torch.cat(labels)  # (N,) true classes
         self.curvature = torch.cat(curvature) / problem.total_weight
-        self.weights = self.curvature[:, None] * self.probabilities
+        self.weights = self.curvature[:, None] * self.probabilities  # (N, C) w_{i,k}, float64
 
     def apply(self, block: Tensor) -> Tensor:
         """A V = √w_{i,k} (p_iᵀ J_i V − (J_i V)_k): (N, C, K). Cost: .6–1 gradient a column."""

@@ -35,16 +35,10 @@ def second_moment(rows: Tensor) -> Tensor:
 
 
 class Replicates:
-    """A sum over the scalars of examples; where these are draws, apart for up to 8 sets of draws.
-
-    Args:
-        shape: of the sum.
-        num_draws: how many scalars an example has, if they are draws; 0 if they are all there are.
-        device: where to sum.
-    """
+    """A sum over the scalars of examples; where these are draws, apart for up to 8 sets of draws."""
 
     def __init__(self, shape: tuple[int, ...], num_draws: int, device: torch.device) -> None:
-        self.num_draws = num_draws
+        self.num_draws = num_draws  # scalars of an example, if they are draws; 0 if they are all there are
         self.sums = torch.zeros(num_replicates(num_draws), *shape, dtype=torch.float64, device=device)
 
     def of(self, scalars: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

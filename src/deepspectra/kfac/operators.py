@@ -16,11 +16,7 @@ LARGEST_SUM = 4096  # rows of a sum of several products whose eigenvalues are fo
 class KroneckerSum(Operator):
     """Σ_r S_r ⊗ A_r on matrices (o, d) in row-major order: X ↦ Σ_r S_r X A_r; several groups are several blocks.
 
-    Args:
-        left: S (terms, groups, o, o).
-        right: A (terms, groups, d, d), or (terms, groups, d) where all are diagonal.
-        dtype: of products.
-        name: what it is.
+    S is (terms, groups, o, o) and A (terms, groups, d, d), or (terms, groups, d) where all are diagonal.
     """
 
     def __init__(self, left: Tensor, right: Tensor, dtype: torch.dtype, name: str) -> None:
@@ -95,12 +91,7 @@ class KroneckerSum(Operator):
 class Rotated(Operator):
     """(U ⊗ V) diag(D) (U ⊗ V)ᵀ on matrices (o, d) in row-major order: X ↦ U (D ∘ UᵀXV) Vᵀ.
 
-    Args:
-        left: U (groups, o, o).
-        right: V (groups, d, d), or None for the identity.
-        diagonal: D (groups, o, d).
-        dtype: of products.
-        name: what it is.
+    U is (groups, o, o), V (groups, d, d), or None for the identity, and D (groups, o, d).
     """
 
     def __init__(

@@ -6,7 +6,7 @@ import copy
 import math
 import operator
 from collections import UserDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -96,13 +96,9 @@ def _fields(tree: Any) -> list[str]:
 
 
 def num_bytes(tree: Any) -> int:
-    """Bytes of every tensor in a tree."""
-    return sum(tensor.element_size() * num_stored(tensor) for tensor in tensors(tree))
-
-
-def num_stored(tensor: Tensor) -> int:
-    """Numbers that a tensor holds, those of a sparse one without its zeros."""
-    return tensor.numel() if tensor.layout == torch.strided else tensor.to_sparse().values().numel()
+    """Bytes of every tensor in a tree, of sparse ones those of their values."""
+    every = (leaf if leaf.layout == torch.strided else leaf.to_sparse().values() for leaf in tensors(tree))
+    return sum(leaf.element_size() * leaf.numel() for leaf in every)
 
 
 @dataclass(frozen=True)
@@ -268,19 +264,6 @@ def is_labelled(batch: Any) -> bool:
     return is_pair(batch) and batch[1].ndim == 1 and not batch[1].is_floating_point()
 
 
-def by_class(batch: Pair, groups: Tensor | None, among: Collection[int] | None) -> Iterator[Pair]:
-    """A labelled batch split by class, or by one of `groups` (C,); with `among`, those of these only."""
-    inputs, labels = batch
-    if groups is not None:  # ignored rows, which may have any label, count with those of class 0
-        known = labels.where((labels >= 0) & (labels < len(groups)), 0)
-        labels = groups.to(labels.device)[known]
-    for label in torch.unique(labels):
-        if among is not None and int(label) not in among:
-            continue
-        chosen = labels == label
-        yield batch if chosen.all() else (inputs[chosen], batch[1][chosen])
-
-
 def _fingerprint(batch: Any) -> tuple[float, float]:
     """Two numbers that tell whether batches hold the same examples, in any order within the batch.
 
@@ -334,14 +317,12 @@ def _reader(source: Any, batch_size: int | None, pairs: bool) -> tuple[Iterable[
     """What reads the batches as often as they are asked for, and whether their size is ours to choose."""
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise OptionError(f"batch_size must be a positive integer, got {batch_size!r}.")
-    if isinstance(source, DataLoader):
-        return source, False
     if isinstance(source, (tuple, list)) and any(isinstance(part, np.ndarray) for part in source):
         raise DataError("data holds NumPy arrays; pass tensors: (torch.from_numpy(x), torch.from_numpy(y)).")
     pair = isinstance(source, tuple) or pairs
     if pair and isinstance(source, (tuple, list)) and len(source) == 2 and isinstance(source[1], Tensor):
         return _tensor_reader(source, batch_size)
-    if isinstance(source, list) or (isinstance(source, tuple) and source):
+    if isinstance(source, (list, DataLoader)) or (isinstance(source, tuple) and source):
         return source, False
     if isinstance(source, Dataset):
         if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):

@@ -71,13 +71,23 @@ class GradientRows:
 
         return self._means(projections, columns, basis.shape[-1])
 
-    def cells(self, projections: Projections) -> Tensor:
-        """√w_ck g_ck for all cells (P, C²).
+    def cells(self, projections: Projections, among: Sequence[int] | None = None) -> Tensor:
+        """√w_ck g_ck for all cells (P, C²), or for those of some classes, one class after the other.
 
         Σ_k p_{i,k} g_{i,k} = 0 gives each class's heaviest cell from its others. Cost: C−1 backward passes on one
         forward pass, about 2C/3 gradients.
         """
-        return self._cells(projections, range(projections.num_classes))
+        size = projections.num_classes
+        among = range(size) if among is None else among
+        root = projections.cell_weights.sqrt()
+        heaviest = root.argmax(1)
+        factor = self._other_cells(projections, heaviest, among)
+        for j, c in enumerate(among):
+            k = int(heaviest[c])
+            if root[c, k] > 0:
+                cells = factor[:, j * size : (j + 1) * size]
+                cells[:, k] = cells @ (-root[c] / root[c, k]).to(factor)
+        return factor
 
     def coordinates(self, projections: Projections, block: Tensor) -> Tensor:
         """√w_ck g_ckᵀ v for all cells and every column v of (P, K): (C², K).
@@ -90,26 +100,13 @@ class GradientRows:
             with self.products.allowance.lent(size * block.shape[0] * block.element_size()) as granted:
                 if granted:
                     block = block.to(torch.promote_types(self.problem.dtype, torch.float32))
-                    return torch.cat([self._cells(projections, [c]).T @ block for c in range(size)])
+                    return torch.cat([self.cells(projections, [c]).T @ block for c in range(size)])
         return projections.coordinates(self.apply(block)).flatten(0, 1)
 
     @property
     def splits_by_class(self) -> bool:
         """Whether the means of one class cost less than those of all."""
         return self.problem.splits_by_class
-
-    def _cells(self, projections: Projections, among: Sequence[int]) -> Tensor:
-        """√w_ck g_ck for all cells of some classes, one class after the other: (P, len(among) C)."""
-        size = projections.num_classes
-        root = projections.cell_weights.sqrt()
-        heaviest = root.argmax(1)
-        factor = self._other_cells(projections, heaviest, among)
-        for j, c in enumerate(among):
-            k = int(heaviest[c])
-            if root[c, k] > 0:
-                cells = factor[:, j * size : (j + 1) * size]
-                cells[:, k] = cells @ (-root[c] / root[c, k]).to(factor)
-        return factor
 
     def _other_cells(self, projections: Projections, heaviest: Tensor, among: Sequence[int]) -> Tensor:
         """The same without the heaviest of each class, which are zero."""

@@ -22,15 +22,10 @@ from deepspectra.rows.uses import Convolution, Lookup, Matrix, Use
 
 
 class LayerRows:
-    """Rows X (R, D) of features or errors, the layers' one after the other.
-
-    Attributes:
-        matrices: layer → its columns of X.
-        size: D of all layers.
-    """
+    """Rows X (R, D) of features or errors, the layers' one after the other."""
 
     def __init__(self, matrices: Mapping[str, Tensor]) -> None:
-        self.matrices = matrices
+        self.matrices = matrices  # layer → its columns of X
         self.size = sum(matrix.shape[1] for matrix in matrices.values())
 
     def layer(self, name: str) -> LayerRows:

@@ -28,11 +28,7 @@ Fitting = list[list[Layout | None]]  # of each use, that agree with its errors; 
 
 
 def learned(sample: Problem) -> Plan:
-    """How to capture a problem's gradients, learned on a sample of it, in float64 where that can be had.
-
-    Args:
-        sample: the same network on a few examples, at least two if a batch of the problem has as many.
-    """
+    """How to capture a problem's gradients, learned on a few of its examples, in float64 where that can be had."""
     (batch,) = list(sample.batches)[:1]
     graph = Graph(sample, batch)
     outputs = graph.values

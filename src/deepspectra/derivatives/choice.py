@@ -54,10 +54,8 @@ class Choice:
         """
         refuse_modes()
         if asked is not None and self._way is not WAYS[_known(asked)]:
-            if fault := self._fault(WAYS[asked]):
-                raise CurvatureError(f"way={asked!r} cannot be used on this network: {fault}.")
+            self._adopt(asked, self._fault(WAYS[asked]), "hessian", "residual")
             self._way = WAYS[asked]
-            self._forget("hessian", "residual")
         if self._way is None:
             faults = list(itertools.takewhile(bool, map(self._fault, WAYS.values())))
             if len(faults) == len(WAYS):
@@ -78,10 +76,8 @@ class Choice:
         """Whether J v goes by a linearised forward pass, or by reverse mode alone: the faster that is right."""
         refuse_modes()
         if asked is not None and self._linearize is not (_known(asked) == Linearized.name):
-            if fault := self._jacobian_fault(asked == Linearized.name):
-                raise CurvatureError(f"way={asked!r} cannot be used on this network: {fault}.")
+            self._adopt(asked, self._jacobian_fault(asked == Linearized.name), "jacobian")
             self._linearize = asked == Linearized.name
-            self._forget("jacobian")
         if self._linearize is None:
             self._linearize = self._faster()
         self.notes["jacobian"] = Linearized.name if self._linearize else DoubleBackward.name
@@ -110,7 +106,10 @@ class Choice:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_samples": {}}
 
-    def _forget(self, *kinds: str) -> None:
+    def _adopt(self, asked: str, fault: str, *kinds: str) -> None:
+        """Take the way asked for, if nothing is wrong with it; graphs of these kinds went another."""
+        if fault:
+            raise CurvatureError(f"way={asked!r} cannot be used on this network: {fault}.")
         self._right_blocks = {}
         self._graphs.forget(*kinds)
 

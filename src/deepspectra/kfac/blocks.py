@@ -97,14 +97,11 @@ def places(uses: list[Use], sizes: dict[str, int]) -> list[Place]:
             if found is not None:
                 biases[key] = found
                 del vectors[found]
-    result = []
-    for key, mine in by_slice.items():
-        if key in biases.values():
-            continue
-        groups = mine[0].groups if isinstance(mine[0], Convolution) else 1
-        name = _name(key, biases.get(key), sizes)
-        result.append(Place(name, type(mine[0]), key, biases.get(key), groups))
-    return result
+    return [
+        Place(_name(key, biases.get(key), sizes), type(mine[0]), key, biases.get(key), mine[0].groups)
+        for key, mine in by_slice.items()
+        if key not in biases.values()
+    ]
 
 
 def _refuse_mixed(by_slice: dict[Slice, list[Use]]) -> None:

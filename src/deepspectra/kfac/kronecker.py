@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from deepspectra.arguments import check_seed
+from deepspectra.arguments import check_count, check_seed
 from deepspectra.errors import CurvatureError, LossError, OptionError
 from deepspectra.kfac.blocks import Place, places
 from deepspectra.kfac.exact import ExactBlock
@@ -186,8 +186,7 @@ def kronecker(
     check_problem(problem)
     check_seed(seed)
     if samples is not None:
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
-            raise OptionError(f"samples={samples!r}: an integer, at least 1, or 0 for every scalar.")
+        check_count("samples", samples, 0)
         if samples and kind == "optimal":
             raise OptionError(
                 "samples= draws for 'kfac', 'ekfac' and 'cfac'; 'optimal' would fit the draws. Use 0."
@@ -292,7 +291,7 @@ def _moments(captures: Captures, sharing: str, *, by_class: bool) -> dict[str, M
             found = {
                 place.name: Moments(place, num_sets, sharing, problem.device, samples) for place in every
             }
-        weights = _by_example(batch)
+        weights = batch.by_example
         sets = _classes(problem, batch) if by_class else torch.zeros(len(weights), dtype=torch.long)
         for moment in found.values():
             moment.add(moment.place.mine(batch.uses), weights, sets.to(problem.device))
@@ -311,7 +310,7 @@ def _corrected(
     samples = captures.samples
     squares = {name: Squares(found[name], basis.left, basis.right, samples) for name, basis in bases.items()}
     for batch in captures.batches():
-        weights = _by_example(batch)
+        weights = batch.by_example
         for total in squares.values():
             total.add(total.place.mine(batch.uses), weights)
     corrected: dict[str, Block] = {
@@ -339,12 +338,6 @@ def _nearest(
             factors = nearest_sum(ExactBlock(place, batches, start.dtype), right, rank)
             result[name] = KroneckerSum(*factors, start.dtype, f"OPTIMAL of {name}")
     return result
-
-
-def _by_example(batch: Captured) -> Tensor:
-    """What rows count, (B, R)."""
-    num_examples = batch.uses[0].num_examples
-    return batch.weights.view(num_examples, -1).double()
 
 
 def _classes(problem: Problem, batch: Captured) -> Tensor:

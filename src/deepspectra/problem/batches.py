@@ -15,14 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from deepspectra.errors import (
-    DataError,
-    DeepSpectraError,
-    MemoryBudgetError,
-    NondeterminismError,
-    OptionError,
-    first_line,
-)
+from deepspectra.arguments import check_count
+from deepspectra.errors import DataError, DeepSpectraError, MemoryBudgetError, NondeterminismError, first_line
 
 Pair = tuple[Tensor, Tensor]
 LARGEST_DEFAULT_BATCH = 512
@@ -315,8 +309,8 @@ def _read(source: Iterable[Any]) -> Iterator[Any]:
 
 def _reader(source: Any, batch_size: int | None, pairs: bool) -> tuple[Iterable[Any], bool]:
     """What reads the batches as often as they are asked for, and whether their size is ours to choose."""
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise OptionError(f"batch_size must be a positive integer, got {batch_size!r}.")
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
     if isinstance(source, (tuple, list)) and any(isinstance(part, np.ndarray) for part in source):
         raise DataError("data holds NumPy arrays; pass tensors: (torch.from_numpy(x), torch.from_numpy(y)).")
     pair = isinstance(source, tuple) or pairs

@@ -14,7 +14,7 @@ from deepspectra.errors import DataError, FallbackWarning, LossError, NonFiniteE
 from deepspectra.problem.batches import Batches, Pair, map_tensors, tensors
 from deepspectra.problem.checks import CALLER, check_finite, check_outputs, reported, shapes_of
 from deepspectra.problem.evaluation import Evaluated, Tree, Trial, stamps
-from deepspectra.problem.losses import Loss
+from deepspectra.problem.losses import Loss, MeanLoss
 
 FEW_ROWS = 32  # of each batch, on which a loss is compared with a mean over rows
 MISFIT = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative, of the loss of a batch to those of its parts
@@ -102,6 +102,7 @@ def count_rows(
     """Check shapes, labels and finiteness of every batch, and count; what the `first` gives is known."""
     found, generator = Count(), torch.Generator().manual_seed(0)
     value, several, room = 0.0, [], LARGEST
+    doubted = loss if isinstance(loss, MeanLoss) and not loss.is_mean else None
     for batch in batches:
         known = first.pair if first is not None and batch is first.batch else None
         outputs, targets = loss.rows(*(known or module.values(parameters, batch)))
@@ -117,7 +118,7 @@ def count_rows(
         failure = f"the loss {loss.name!r} failed on {shapes_of((outputs, targets))}"
         with reported(LossError, failure), torch.no_grad():
             value += float(loss.total(outputs, targets).double())
-        if not loss.is_mean:
+        if doubted is not None:
             judged = outputs, targets
             if len(outputs) == len(targets):
                 # Rows of all batches, and of a few some more: a loss is no mean even if only rare rows show it.
@@ -131,14 +132,18 @@ def count_rows(
                     more = order[: max(2, LARGEST // outputs[0].numel())]
                     judged = outputs[more], targets[more]
             if len(found.misfits) < JUDGED and len(outputs) > 1:
-                found.misfits.append(loss.misfit(*judged, generator))
+                found.misfits.append(doubted.misfit(*judged, generator))
     if found.total_weight <= 0:
         raise DataError("no row counts: every target is ignored or has weight 0.")
     if not math.isfinite(value):
         raise NonFiniteError("the loss is NaN or infinite on this data.")
-    if len(several) > 1 and len({(o.shape[1:], t.shape[1:]) for o, t in several}) == 1:
+    if (
+        doubted is not None
+        and len(several) > 1
+        and len({(o.shape[1:], t.shape[1:]) for o, t in several}) == 1
+    ):
         outputs, targets = (torch.cat(column) for column in zip(*several, strict=True))
-        found.misfits.append(loss.misfit(outputs, targets, generator))
+        found.misfits.append(doubted.misfit(outputs, targets, generator))
     return found
 
 

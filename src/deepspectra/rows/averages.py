@@ -90,16 +90,7 @@ def taken(
     * "means" is all but "within" and "residual".
 
     All of it holds for errors, for one layer's gradients and for groups of classes; features have no potential
-    class, and no true.
-
-    Args:
-        removed: names of parts, or of the two sums of parts above.
-        parts: the parts that there are.
-        first: the effect that came first in their making, as in `decompose`.
-        method: "subtraction" or "projection".
-
-    Returns:
-        Names of parts, each once, in the order of `parts`.
+    class, and no true. Each part that goes is named once, in the order of `parts`.
 
     Raises:
         OptionError: nothing is removed, a part that there is not, one that cannot be projected out, or an unknown

@@ -99,6 +99,11 @@ class Captured:
         """Of outputs."""
         return len(self.weights)
 
+    @property
+    def by_example(self) -> Tensor:
+        """What rows count, (B, R), float64."""
+        return self.weights.view(self.uses[0].num_examples, -1).double()
+
 
 class Held(list[Captured]):
     """All batches of a problem in memory, the plan by which they were captured, and about how many bytes they are."""
@@ -207,7 +212,8 @@ class Captures:
             return found
 
         def every() -> Iterator[Captured]:
-            return self.captured(frozenset(self.problem.parameters) - self.plan.alone, _no_scalars)
+            names = frozenset(self.problem.parameters) - self.plan.alone
+            return self.captured(names, lambda z, _: z.new_empty(len(z), z[:1].numel(), 0))
 
         return _again(every) if self.plan.by_value else every()
 
@@ -321,10 +327,6 @@ def refusing() -> Iterator[None]:
         raise CurvatureError(
             f"features and errors of this network cannot be told apart by example ({reason})."
         ) from failure
-
-
-def _no_scalars(outputs: Tensor, _: Tensor) -> Tensor:
-    return outputs.new_empty(len(outputs), outputs[:1].numel(), 0)
 
 
 def parameters_of(problem: Problem, layer: str) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Iterator
 
@@ -32,22 +31,19 @@ class DrawnCaptures(Captures):
     def __init__(self, problem: Problem, samples: int, seed: int) -> None:
         self.samples = samples
         generator = torch.Generator().manual_seed(seed)
-        super().__init__(problem, functools.partial(_drawn, problem, samples, generator), joint=True)
+
+        def weigh(outputs: Tensor, targets: Tensor) -> Tensor:
+            shape = (len(outputs), outputs[:1].numel(), samples)
+            signs = torch.randint(2, shape, generator=generator).to(outputs.device, torch.float64) * 2 - 1
+            drawn = combined(problem.loss_function, outputs, targets, problem.total_weight, signs)
+            return drawn.div(samples**0.5).to(outputs)
+
+        super().__init__(problem, weigh, joint=True)
 
     def batches(self) -> Iterator[Captured]:
         """Each batch, of new draws."""
         self.release()
         return super().batches()
-
-
-def _drawn(
-    problem: Problem, samples: int, generator: torch.Generator, outputs: Tensor, targets: Tensor
-) -> Tensor:
-    """Cotangents (n, C, samples) of new draws."""
-    shape = (len(outputs), outputs[:1].numel(), samples)
-    signs = torch.randint(2, shape, generator=generator).to(outputs.device, torch.float64) * 2 - 1
-    drawn = combined(problem.loss_function, outputs, targets, problem.total_weight, signs)
-    return drawn.div(samples**0.5).to(outputs)
 
 
 def combined(loss: Loss, outputs: Tensor, targets: Tensor, total_weight: float, mixing: Tensor) -> Tensor:

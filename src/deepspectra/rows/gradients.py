@@ -78,15 +78,26 @@ class GradientRows:
         forward pass, about 2C/3 gradients.
         """
         size = projections.num_classes
-        among = range(size) if among is None else among
+        place = {c: j for j, c in enumerate(range(size) if among is None else among)}
         root = projections.cell_weights.sqrt()
-        heaviest = root.argmax(1)
-        factor = self._other_cells(projections, heaviest, among)
-        for j, c in enumerate(among):
+        heaviest, every = root.argmax(1), torch.arange(size, device=root.device)
+
+        def others(labels: Tensor) -> tuple[Tensor, Tensor]:
+            present = [c for c in torch.unique(labels).tolist() if c in place]
+            cells = [(c, every[every != heaviest[c]]) for c in present]
+            scale = root.new_zeros(len(labels), size, len(present) * (size - 1))
+            for j, (c, k) in enumerate(cells):
+                mine = root.new_zeros(size, size - 1)
+                mine[k, range(size - 1)] = 1 / positive(root[c, k])
+                scale[labels == c, :, j * (size - 1) : (j + 1) * (size - 1)] = mine
+            return scale, torch.cat([place[c] * size + k for c, k in cells])
+
+        factor = self._means(projections, others, len(place) * size, place)
+        for c, j in place.items():
             k = int(heaviest[c])
             if root[c, k] > 0:
-                cells = factor[:, j * size : (j + 1) * size]
-                cells[:, k] = cells @ (-root[c] / root[c, k]).to(factor)
+                mine = factor[:, j * size : (j + 1) * size]
+                mine[:, k] = mine @ (-root[c] / root[c, k]).to(factor)
         return factor
 
     def coordinates(self, projections: Projections, block: Tensor) -> Tensor:
@@ -107,25 +118,6 @@ class GradientRows:
     def splits_by_class(self) -> bool:
         """Whether the means of one class cost less than those of all."""
         return self.problem.splits_by_class
-
-    def _other_cells(self, projections: Projections, heaviest: Tensor, among: Sequence[int]) -> Tensor:
-        """The same without the heaviest of each class, which are zero."""
-        size = projections.num_classes
-        root = projections.cell_weights.sqrt()
-        every = torch.arange(size, device=root.device)
-        place = {c: j for j, c in enumerate(among)}
-
-        def columns(labels: Tensor) -> tuple[Tensor, Tensor]:
-            present = [c for c in torch.unique(labels).tolist() if c in place]
-            cells = [(c, every[every != heaviest[c]]) for c in present]
-            scale = root.new_zeros(len(labels), size, len(present) * (size - 1))
-            for j, (c, k) in enumerate(cells):
-                mine = root.new_zeros(size, size - 1)
-                mine[k, range(size - 1)] = 1 / positive(root[c, k])
-                scale[labels == c, :, j * (size - 1) : (j + 1) * (size - 1)] = mine
-            return scale, torch.cat([place[c] * size + k for c, k in cells])
-
-        return self._means(projections, columns, len(place) * size, place)
 
     def _means(
         self,

@@ -46,11 +46,10 @@ class HeldRows(GradientRows):
         plan = self.captures.plan
         if plan.examples is None or not plan.examples.interleaved:
             return
-        pieces, start = [], 0
-        for batch, size in zip(self.problem.fixed_batches(), self.sizes, strict=True):
-            pieces.append(start + plan.order(batch, size))
-            start += size
-        self.order = torch.cat(pieces).to(self.weights.device)
+        every = torch.split(torch.arange(len(self.labels)), self.sizes)
+        pieces = zip(self.problem.fixed_batches(), every, strict=True)
+        order = [piece[plan.order(batch, len(piece))] for batch, piece in pieces]
+        self.order = torch.cat(order).to(self.weights.device)
         for name in ("probabilities", "labels", "curvature", "weights"):
             setattr(self, name, getattr(self, name)[self.order])
 
@@ -157,13 +156,18 @@ def gram_of(layers: Iterable[list[list[Use]]]) -> Tensor:
     """Inner products (R, R) of gradients to the parameters of some layers, each of one list of uses a batch."""
     total = torch.zeros(0)
     for batches in layers:
-        sizes = [uses[0].num_examples * uses[0].errors.shape[1] for uses in batches]
+        sizes = _num_rows(batches)
         if not len(total):
             total = torch.zeros(
                 sum(sizes), sum(sizes), dtype=torch.float64, device=batches[0][0].errors.device
             )
         _add_lower(total, batches, sizes)
     return total.tril_() + total.tril(-1).T
+
+
+def _num_rows(batches: list[list[Use]]) -> list[int]:
+    """Gradients of each batch, J of every example."""
+    return [uses[0].num_examples * uses[0].errors.shape[1] for uses in batches]
 
 
 def moment_of(batches: list[list[Use]], averages: Averages) -> tuple[Tensor, Averages]:
@@ -175,17 +179,14 @@ def moment_of(batches: list[list[Use]], averages: Averages) -> tuple[Tensor, Ave
     Cost: R P² multiplications; a batch's gradients are formed at a time.
     """
     stretches = list(by_stretch(batches[0]))  # in whose order columns stand
-    moment, start = torch.zeros(()), 0
+    moment = factors = torch.zeros(())
     bases = torch.cat([*averages.values(), averages.every], 1)
-    factors = bases[:0]
-    for uses in batches:
+    for uses, some in zip(batches, torch.split(bases, _num_rows(batches)), strict=True):
         mine = by_stretch(uses)
         formed = ([use.formed(slice(None)) for use in mine[stretch]] for stretch in stretches)
         rows = torch.cat([functools.reduce(torch.add, each).flatten(0, 1) for each in formed], 1)
         moment = moment + (rows.T @ rows).double()
-        added = (rows.T @ bases[start : start + len(rows)].to(rows)).double()
-        factors = added if start == 0 else factors + added
-        start += len(rows)
+        factors = factors + (rows.T @ some.to(rows)).double()
     each = iter(torch.split(factors, [basis.shape[1] for basis in (*averages.values(), averages.every)], 1))
     return moment, averages.map(lambda _: next(each))
 

@@ -43,6 +43,7 @@ class Use(ABC):
     """
 
     needs_given = True  # once all errors are there
+    groups = 1  # of outputs, each with features of its own
 
     def __init__(self, slice: Slice, given: Tensor | None) -> None:
         self.slice = slice
@@ -138,7 +139,6 @@ class Matrix(Use):
     """A matrix W (o, d) that takes features h_t (d) to outputs (o): gradients Σ_t e_t h_tᵀ."""
 
     given: Tensor
-    groups = 1  # of outputs, each with features of its own
 
     @property
     def size(self) -> tuple[int, int]:

@@ -104,13 +104,11 @@ def _chooses(func: Any, args: Any, output: Any) -> bool:
         return False
     if name in READS:
         return True
-    if name == "__getitem__" and any(isinstance(index, list) for index in (args[1], *_items(args[1]))):
-        return True
+    if name == "__getitem__":
+        items = args[1] if isinstance(args[1], tuple) else (args[1],)
+        if any(isinstance(index, list) for index in items):
+            return True
     return name not in IN_PLACE and len({leaf.is_floating_point() for leaf in tensors((args, output))}) > 1
-
-
-def _items(index: Any) -> tuple[Any, ...]:
-    return index if isinstance(index, tuple) else ()
 
 
 def _opened(func: FunctionType) -> FunctionType | None:

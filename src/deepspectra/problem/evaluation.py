@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from deepspectra.errors import DataError, OptionError, ParameterError
-from deepspectra.problem.batches import Pair, map_tensors, tensors
+from deepspectra.problem.batches import Pair, map_tensors
 from deepspectra.problem.losses import Loss
 from deepspectra.problem.model_copy import DROPOUTS, NORMS, named_tensors, twins
 
@@ -208,8 +208,9 @@ class _Watched(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(id(one) in self.module.suspects for one in tensors((args, kwargs))):
-            self.module.is_caught = True
+        for value in (*args, *kwargs.values()):
+            several = value if isinstance(value, (list, tuple)) else (value,)
+            self.module.is_caught |= any(id(one) in self.module.suspects for one in several)
         return func(*args, **kwargs)
 
 

@@ -205,8 +205,8 @@ def test_a_thousand_classes_in_twenty_groups() -> None:
 def test_groups_that_are_none_are_refused() -> None:
     problem = CASES["relu_mlp"]().problem()
     for groups, message in (
-        ([0, 1], "4 numbers"),
-        ([0.5] * 4, "4 numbers"),
+        ([0, 1], "4 integers"),
+        ([0.5] * 4, "4 integers"),
         ("abc", "4 integers"),
         ([0, 1, 3, 3], "gaps"),
         ([-1, 0, 1, 2], "from 0"),

@@ -34,10 +34,11 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, str]]:
     counts: Counter[tuple[int, str]] = Counter()
     capture = tracing.capture
 
-    def counting(given: ds.Problem, batch: object, plan: object, see: object, names=None, **options: bool):
+    def counting(graph: tracing.Graph, plan: object, scalars: object, names: frozenset[str] | None):
+        given = graph.problem
         if given.num_examples == 60:  # and not of a few, to learn how they lie
             counts.update((id(given), name) for name in names or given.parameters)
-        return capture(given, batch, plan, see, names, **options)
+        return capture(graph, plan, scalars, names)
 
     monkeypatch.setattr(tracing, "capture", counting)
     return counts

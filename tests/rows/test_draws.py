@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import deepspectra as ds
 from deepspectra.errors import FallbackWarning, OptionError
-from deepspectra.kfac.kronecker import Kronecker, made_from
+from deepspectra.kfac.kronecker import Kronecker, all_from
 from deepspectra.rows import draws
 from deepspectra.rows.draws import DrawnCaptures
 from nets import Case, chunks, labels
@@ -42,7 +42,7 @@ def drawn(
     case: Case, samples: int, runs: int, kind: str = "kfac", sharing: str = "expand"
 ) -> list[Kronecker]:
     captures = DrawnCaptures(case.problem(), samples, seed=0)
-    return [made_from(captures, kind, sharing) for _ in range(runs)]
+    return [all_from(captures, (kind,), sharing)[kind] for _ in range(runs)]
 
 
 def check(found: list[Tensor], exact: list[Tensor], errors: list[float], covered: float = 0.9) -> None:
@@ -139,7 +139,8 @@ def test_draws_follow_the_seed_and_errors_fall_with_their_number() -> None:
     one, same, other = (ds.kronecker(problem, samples=4, seed=seed).dense() for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
-    few, many = (made_from(DrawnCaptures(problem, num, 0), "kfac").standard_errors for num in (8, 800))
+    drawn = (all_from(DrawnCaptures(problem, num, 0), ("kfac",))["kfac"] for num in (8, 800))
+    few, many = (one.standard_errors for one in drawn)
     assert all(0 < many[name] < few[name] / 5 for name in few)
     assert all(torch.tensor(list(ds.kronecker(problem, samples=1).standard_errors.values())).isnan())
 
@@ -179,7 +180,7 @@ def test_rows_that_belong_to_no_examples_share_their_draws(monkeypatch: pytest.M
     assert draws.num_scalars(problem) == 16
     exact = ds.kronecker(problem, samples=0)
     captures = DrawnCaptures(problem, 9, 0)
-    runs = [made_from(captures, "kfac") for _ in range(60)]
+    runs = [all_from(captures, ("kfac",))["kfac"] for _ in range(60)]
     for name, block in exact.blocks.items():
         found, errors = (
             [run.blocks[name].dense() for run in runs],

@@ -412,7 +412,8 @@ def pieces(problem: ds.Problem, weights: Tensor, *, joint: bool) -> Iterator[tra
     plan = planning.learned(small_problem(problem, 3, torch.float64))
     while True:
         try:
-            yield from tracing.capture(problem, *problem.batches, plan, lambda *_: weights, joint=joint)
+            graph = tracing.Graph(problem, *problem.batches, plan.alone)
+            yield from tracing.capture(graph, plan, tracing.Scalars(weights, joint))
             return
         except tracing.IrregularError as found:
             plan = plan.without(found.names)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from deepspectra.derivatives.ways import Jacobian, Scalar, Way
-from deepspectra.problem.evaluation import Tree, differentiable
+from deepspectra.derivatives.ways import Jacobian, Way
+from deepspectra.problem.evaluation import Tree
 from deepspectra.problem.problem import Problem
 
 SINGLE_EASE = 1e-3  # by which errors are judged more leniently where float32 inside limits what can be seen
@@ -24,23 +24,13 @@ def curvature_error(sample: Problem, way: type[Way]) -> float:
     """Relative error of a way on a small float64 problem: its symmetry, and against differences of gradients."""
 
     def error(moved: Problem, generator: torch.Generator) -> float:
-        graph, value = _graph(moved, way)
+        graph = _graph(moved, way)
         u, v = (_direction(moved, generator) for _ in range(2))
-        flat_u, flat_v, hu, hv = (_flat(parts) for parts in (u, v, graph(u), graph(v)))
-        scale = float(hu.norm() * flat_v.norm() + hv.norm() * flat_u.norm())
-        asymmetry = abs(float(flat_u @ hv - flat_v @ hu)) / scale if scale else 0.0
 
         def gradient(step: float) -> Tensor:
-            leaves = {n: p.detach().requires_grad_() for n, p in _along(moved, v, step).items()}
-            with torch.enable_grad(), differentiable():
-                total = value(leaves)
-                if not total.requires_grad:
-                    return torch.zeros_like(flat_v)
-                return _flat(torch.autograd.grad(total, list(leaves.values()), materialize_grads=True))
+            return moved.variant(parameters=_along(moved, v, step)).gradient() * moved.total_weight
 
-        single = _computes_in_single(moved, v)
-        gap = _difference_error(gradient, hv, single=single)
-        return max(gap, asymmetry * (SINGLE_EASE if single else 10))
+        return _misfit(moved, (v, graph(v)), (u, graph(u)), gradient)
 
     return _least_error(sample, error)
 
@@ -53,18 +43,15 @@ def jacobian_error(sample: Problem, *, linearize: bool) -> float:
         v = _direction(moved, generator)
         pushed = jacobian.push(v)
         u = torch.randn(pushed.shape, generator=generator, dtype=torch.float64).to(pushed)
-        mismatch = abs(float((u * pushed).sum() - _flat(jacobian.pull(u)) @ _flat(v)))
-        mismatch /= float(u.norm() * pushed.norm()) + 1e-300
-        single = _computes_in_single(moved, v)
-        gap = _difference_error(lambda step: _outputs(moved, v, step), pushed, single=single)
-        return max(gap, mismatch * (SINGLE_EASE if single else 1))
+        pairs = (v, [pushed]), ([u], jacobian.pull(u))
+        return _misfit(moved, *pairs, lambda step: _outputs(moved, v, step).flatten())
 
     return _least_error(sample, error)
 
 
 def block_error(sample: Problem, way: type[Way]) -> float:
     """Relative difference of a block's products from those of its vectors, one by one."""
-    graph, _ = _graph(sample, way)
+    graph = _graph(sample, way)
     u, v = _directions(sample)
     return _apart(graph(_stacked(u, v), batched=True), _stacked(graph(u), graph(v)))
 
@@ -79,14 +66,25 @@ def jacobian_block_error(sample: Problem, *, linearize: bool) -> float:
     return max(_apart([together], [pushed]), _apart(jacobian.pull(pushed, batched=True), pulled))
 
 
-def _graph(sample: Problem, way: type[Way]) -> tuple[Way, Scalar]:
-    """The loss of the one batch, and what the way makes of it."""
+def _graph(sample: Problem, way: type[Way]) -> Way:
+    """What the way makes of the loss of the one batch."""
     batch = next(iter(sample.batches))
+    return way(lambda p: sample.loss_function.total(*sample.evaluate(p, batch)), sample.parameters)
 
-    def value(parameters: Tree) -> Tensor:
-        return sample.loss_function.total(*sample.evaluate(parameters, batch))
 
-    return way(value, sample.parameters), value
+def _misfit(
+    sample: Problem,
+    pushed: tuple[list[Tensor], list[Tensor]],
+    pulled: tuple[list[Tensor], list[Tensor]],
+    function: Callable[[float], Tensor],
+) -> float:
+    """Of a linear map on v and its transpose on u: the gap from differences along v, and ⟨u, J v⟩ − ⟨Jᵀu, v⟩."""
+    v, image, u, back = map(_flat, (*pushed, *pulled))
+    scale = float(u.norm() * image.norm() + back.norm() * v.norm())
+    mismatch = abs(float(u @ image - back @ v)) / scale if scale else 0.0
+    single = _computes_in_single(sample, pushed[0])
+    gap = _difference_error(function, image, single=single)
+    return max(gap, mismatch * (SINGLE_EASE if single else 10))
 
 
 def _least_error(sample: Problem, error: Callable[[Problem, torch.Generator], float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -35,14 +36,10 @@ CHECK_TOLERANCE = 1e-5  # relative; right ways reach 1e-9, wrong ones were seen 
 
 
 class Choice:
-    """The ways that are taken on a problem's network, each chosen when it is first asked for.
-
-    Attributes:
-        notes: what was chosen and why, in words.
-    """
+    """The ways that are taken on a problem's network, each chosen when it is first asked for."""
 
     def __init__(self, problem: Problem, graphs: Graphs) -> None:
-        self.notes: dict[str, str] = {}
+        self.notes: dict[str, str] = {}  # what was chosen and why, in words
         self._problem, self._graphs = problem, graphs
         self._way: type[Way] | None = None
         self._linearize: bool | None = None
@@ -54,25 +51,14 @@ class Choice:
 
         On a CPU linearising brought nothing in products with H: LeNet 1.27 gradients against 1.28, for graphs that
         take three times the memory and five times as long to build.
-
-        Raises:
-            OptionError: there is no way of the name asked for.
-            CurvatureError: none is right, or not the one asked for.
         """
         refuse_modes()
         if asked is not None and self._way is not WAYS[_known(asked)]:
-            if fault := self._fault(WAYS[asked]):
-                raise CurvatureError(f"way={asked!r} cannot be used on this network: {fault}.")
+            self._adopt(asked, self._fault(WAYS[asked]), "hessian", "residual")
             self._way = WAYS[asked]
-            self._forget("hessian", "residual")
         if self._way is None:
-            faults = []
-            for way in WAYS.values():
-                if not (fault := self._fault(way)):
-                    self._way = way
-                    break
-                faults.append(fault)
-            else:
+            faults = list(itertools.takewhile(bool, map(self._fault, WAYS.values())))
+            if len(faults) == len(WAYS):
                 firsts = not self._jacobian_fault(False) or not self._jacobian_fault(True)
                 raise CurvatureError(
                     "no way of differentiating this network twice is right: " + "; ".join(faults) + ". "
@@ -80,24 +66,18 @@ class Choice:
                     "with a stopped one (detach, no_grad, straight-through), or "
                     + ("use GaussNewton, which needs none." if firsts else f"{FIRST_ONLY}.")
                 )
+            self._way = list(WAYS.values())[len(faults)]
             self.notes["check"] = "; ".join(faults) or RIGHT
         self.notes["way"] = self._way.name
         self.notes.setdefault("check", RIGHT)
         return self._way
 
     def linearize(self, asked: str | None = None) -> bool:
-        """Whether J v goes by a linearised forward pass, or by reverse mode alone: the faster that is right.
-
-        Raises:
-            OptionError: there is no way of the name asked for.
-            CurvatureError: first derivatives are wrong, or by the way asked for.
-        """
+        """Whether J v goes by a linearised forward pass, or by reverse mode alone: the faster that is right."""
         refuse_modes()
         if asked is not None and self._linearize is not (_known(asked) == Linearized.name):
-            if fault := self._jacobian_fault(asked == Linearized.name):
-                raise CurvatureError(f"way={asked!r} cannot be used on this network: {fault}.")
+            self._adopt(asked, self._jacobian_fault(asked == Linearized.name), "jacobian")
             self._linearize = asked == Linearized.name
-            self._forget("jacobian")
         if self._linearize is None:
             self._linearize = self._faster()
         self.notes["jacobian"] = Linearized.name if self._linearize else DoubleBackward.name
@@ -108,14 +88,13 @@ class Choice:
         second = kind in ("hessian", "residual")
         if second not in self._right_blocks:
             way, linearize = self.way() if second else DoubleBackward, bool(self._linearize)
-            try:
-                error = self._checked(
-                    lambda s: block_error(s, way) if second else jacobian_block_error(s, linearize=linearize)
-                )
-            except FAILURES:
-                error = float("inf")
-            self._right_blocks[second] = error <= CHECK_TOLERANCE
-            if error > CHECK_TOLERANCE:
+            fault = self._fault_of(
+                "a block",
+                lambda s: block_error(s, way) if second else jacobian_block_error(s, linearize=linearize),
+                "vectors one by one",
+            )
+            self._right_blocks[second] = not fault
+            if fault:
                 self.notes["blocks"] = "vector by vector: blocks are wrong on this network"
         return self._right_blocks[second]
 
@@ -127,7 +106,10 @@ class Choice:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_samples": {}}
 
-    def _forget(self, *kinds: str) -> None:
+    def _adopt(self, asked: str, fault: str, *kinds: str) -> None:
+        """Take the way asked for, if nothing is wrong with it; graphs of these kinds went another."""
+        if fault:
+            raise CurvatureError(f"way={asked!r} cannot be used on this network: {fault}.")
         self._right_blocks = {}
         self._graphs.forget(*kinds)
 

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from deepspectra.errors import MemoryBudgetError
-from deepspectra.problem.memory import measured
+from deepspectra.problem.memory import measured, refuse_beyond
 from deepspectra.problem.problem import Problem
 
 
@@ -97,11 +96,8 @@ class Graphs:
                 yield index, build(batch)
                 continue
             graph, size = measured(build, batch)
-            if size > self.problem.memory:
-                raise MemoryBudgetError(
-                    f"the graph of one batch takes {size / 2**30:.2f} GiB and memory is "
-                    f"{self.problem.memory / 2**30:.2f} GiB. Lower batch_size, or raise memory."
-                )
+            instead = "Lower batch_size, or raise memory."
+            refuse_beyond(size, self.problem.memory, "the graph of one batch takes", instead)
             store.largest = max(size, store.largest or 0)
             if size <= room:
                 store.graphs[index] = graph

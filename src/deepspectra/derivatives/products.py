@@ -78,20 +78,20 @@ class Products:
 
     def _through(
         self,
-        total: Tensor,
         rows: Tensor,
         kind: str,
-        apply: Callable[..., list[Tensor]],
+        apply: Callable[..., Any],
         *,
         split: bool = False,
         among: Sequence[int] | None = None,
-    ) -> None:
-        """Add apply(rows), or of rows split into parameters, to total (K, P), in chunks of columns."""
+    ) -> Iterator[tuple[slice, list[Tensor]]]:
+        """What apply makes of rows (K, ·), or of rows split into parameters, chunk by chunk: tensors (k, ...)."""
         for chunk in self._chunks(len(rows), kind):
             single = chunk.stop - chunk.start == 1
-            at = chunk.start if single else chunk
-            given = self._split(rows[at], among) if split else rows[at]
-            _add(self._split(total[at], among), apply(given, batched=not single))
+            some = rows[chunk.start if single else chunk]
+            parts = apply(self._split(some, among) if split else some, batched=not single)
+            parts = [parts] if isinstance(parts, Tensor) else parts
+            yield chunk, [part[None] for part in parts] if single else parts
 
     def zeros(self, num_columns: int, size: int | None = None) -> Tensor:
         """(K, P) zeros to sum into, in at least float32."""
@@ -125,7 +125,8 @@ class Products:
         for _, graph in self.graphs.each(kind, lambda batch: way(scalar(batch), self.problem.parameters)):
             for total, rows, (_, among) in zip(totals, given, blocks, strict=True):
                 apply = functools.partial(graph, among=among)
-                self._through(total, rows, kind, apply, split=True, among=among)
+                for chunk, parts in self._through(rows, kind, apply, split=True, among=among):
+                    _add(self._split(total[chunk], among), parts)
         return [_finite(total).T for total in totals]
 
     def _loss_of(self, batch: Any) -> Scalar:
@@ -150,13 +151,7 @@ class Products:
 
     def _push(self, jacobian: Jacobian, rows: Tensor) -> Tensor:
         """(K, n, C)."""
-        parts = []
-        for chunk in self._chunks(len(rows), "jacobian"):
-            if chunk.stop - chunk.start == 1:
-                parts.append(jacobian.push(self._split(rows[chunk.start]))[None])
-            else:
-                parts.append(jacobian.push(self._split(rows[chunk]), batched=True))
-        return torch.cat(parts)
+        return torch.cat([part for _, (part,) in self._through(rows, "jacobian", jacobian.push, split=True)])
 
     def pull(self, cotangents: list[Tensor]) -> Tensor:
         """Jᵀ U for U given as one (n, C, K) a batch: (P, K)."""
@@ -166,8 +161,8 @@ class Products:
         return total.T
 
     def _pull(self, total: Tensor, jacobian: Jacobian, cotangents: Tensor) -> None:
-        rows = cotangents.to(jacobian.outputs.dtype)
-        self._through(total, rows, "jacobian", jacobian.pull)
+        for chunk, parts in self._through(cotangents.to(jacobian.outputs.dtype), "jacobian", jacobian.pull):
+            _add(self._split(total[chunk]), parts)
 
     def sandwich(self, middle: Callable[[Tensor, Tensor, Tensor], Tensor], block: Tensor) -> Tensor:
         """Jᵀ B J V with B given by middle(outputs, targets, tangents), in one pass over the data."""
@@ -197,10 +192,8 @@ class Products:
             graph: OutputGraph = self.graphs.once("forward", build, batch)
             columns, live = cotangent(graph.outputs, graph.targets)
             given = columns.movedim(-1, 0).to(graph.outputs.dtype)
-            for chunk in self._chunks(len(live), "forward"):
-                part = graph.pull(given[chunk], batched=True) if chunk.stop - chunk.start > 1 else None
-                for j, column in enumerate(live[chunk].tolist()):
-                    alone = graph.pull(given[chunk.start]) if part is None else [piece[j] for piece in part]
+            for chunk, parts in self._through(given, "forward", graph.pull):
+                for column, *alone in zip(live[chunk].tolist(), *parts, strict=True):
                     _add(self._split(total[column]), alone)
         return total.T
 

@@ -129,18 +129,17 @@ class OutputGraph:
 
     def pull(self, cotangent: Tensor, *, batched: bool = False) -> list[Tensor]:
         """Jᵀ u, one tensor a parameter; with `batched`, of K cotangents stacked in front."""
-        if not self.graph.requires_grad:
-            lead = cotangent.shape[:1] if batched else ()
-            return [leaf.new_zeros((*lead, *leaf.shape)) for leaf in self.leaves]
-        with differentiable():
-            parts = torch.autograd.grad(
-                self.graph,
-                self.leaves,
-                cotangent,
-                retain_graph=True,
-                allow_unused=True,  # and filled here: PyTorch forgets the columns of a block
-                is_grads_batched=batched,
-            )
+        parts: tuple[Tensor | None, ...] = (None,) * len(self.leaves)
+        if self.graph.requires_grad:
+            with differentiable():
+                parts = torch.autograd.grad(
+                    self.graph,
+                    self.leaves,
+                    cotangent,
+                    retain_graph=True,
+                    allow_unused=True,  # and filled here: PyTorch forgets the columns of a block
+                    is_grads_batched=batched,
+                )
         lead = cotangent.shape[:1] if batched else ()
         return [
             leaf.new_zeros((*lead, *leaf.shape)) if part is None else part

@@ -53,7 +53,7 @@ from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
 from deepspectra.results import Eigenpairs, Provenance, versions
-from deepspectra.rows.held import HeldRows
+from deepspectra.rows.held import HeldRows, gram_bytes
 from deepspectra.rows.projections import num_groups
 
 LETTERS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
@@ -196,7 +196,7 @@ def _parts(
         try:
             parts = Decomposition(problem, effects="two-way", hold=True, groups=groups)
             assert isinstance(parts.rows, HeldRows)
-            return parts, parts.rows.gram_bytes <= problem.memory and parts.rows.captures.hold()
+            return parts, gram_bytes(parts.rows.num_reduced) <= problem.memory and parts.rows.captures.hold()
         except CurvatureError as error:  # a network that does not tell its examples apart
             products.notes["exact spectrum of G"] = f"not computed: {error}"
     return Decomposition(problem, effects="two-way", groups=groups), False

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deepspectra.errors import CurvatureError
 from deepspectra.rows.captures import layer_of
-from deepspectra.rows.uses import Convolution, Lookup, Matrix, Slice, Use
+from deepspectra.rows.uses import Convolution, Lookup, Matrix, Slice, Use, as_slice
 
 CHUNK_BYTES = 2**26  # of patches, errors or gradients that are treated at a time
 COMPARED = 16  # examples by whose errors a bias is recognised
@@ -24,21 +24,13 @@ COMPARED = 16  # examples by whose errors a bias is recognised
 
 @dataclass(frozen=True)
 class Place:
-    """A weight with its bias, or a vector alone.
+    """A weight with its bias, or a vector alone."""
 
-    Attributes:
-        name: of the layer if nothing else belongs to it, or of the parameters.
-        kind: the type of the uses of its weight.
-        weight: the stretch of a parameter that is used.
-        bias: that of the bias, if errors say that there is one.
-        groups: of a grouped convolution, or 1.
-    """
-
-    name: str
-    kind: type[Use]
-    weight: Slice
-    bias: Slice | None
-    groups: int
+    name: str  # of the layer if nothing else belongs to it, or of the parameters
+    kind: type[Use]  # of the uses of its weight
+    weight: Slice  # the stretch of a parameter that is used
+    bias: Slice | None  # that of the bias, if errors say that there is one
+    groups: int  # of a grouped convolution, or 1
 
     @property
     def is_matrix(self) -> bool:
@@ -51,7 +43,7 @@ class Place:
         groups, outputs, inputs = self._weight_of(torch.empty(self.weight.shape, device="meta")).shape
         return groups, outputs, inputs + (self.bias is not None)
 
-    def join(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def join(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """(groups, outputs, inputs) of tensors of the shapes of weight and bias."""
         matrix = self._weight_of(weight)
         if self.bias is None or bias is None:
@@ -59,8 +51,8 @@ class Place:
         return torch.cat([matrix, bias.reshape(*matrix.shape[:2], 1)], 2)
 
     def split(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Of (K, groups, outputs, inputs): what belongs to the weight and to the bias, each (K, *its shape)."""
-        bias = None
+        """Of numbers (K, n) in its own order: what belongs to the weight and to the bias, each (K, *its shape)."""
+        matrix, bias = matrix.reshape(-1, *self.shape), None
         if self.bias is not None:
             bias, matrix = matrix[..., -1].flatten(1), matrix[..., :-1]
         if not self.is_matrix or self.groups > 1:
@@ -92,11 +84,7 @@ class Place:
 
 
 def places(uses: list[Use], sizes: dict[str, int]) -> list[Place]:
-    """What a batch's uses say of the parameters with these sizes.
-
-    Raises:
-        CurvatureError: one parameter is used in different ways.
-    """
+    """What a batch's uses say of the parameters with these sizes."""
     by_slice: dict[Slice, list[Use]] = {}
     for use in uses:
         by_slice.setdefault(use.slice, []).append(use)
@@ -109,14 +97,11 @@ def places(uses: list[Use], sizes: dict[str, int]) -> list[Place]:
             if found is not None:
                 biases[key] = found
                 del vectors[found]
-    result = []
-    for key, mine in by_slice.items():
-        if key in biases.values():
-            continue
-        groups = mine[0].groups if isinstance(mine[0], Convolution) else 1
-        name = _name(key, biases.get(key), sizes)
-        result.append(Place(name, type(mine[0]), key, biases.get(key), groups))
-    return result
+    return [
+        Place(_name(key, biases.get(key), sizes), type(mine[0]), key, biases.get(key), mine[0].groups)
+        for key, mine in by_slice.items()
+        if key not in biases.values()
+    ]
 
 
 def _refuse_mixed(by_slice: dict[Slice, list[Use]]) -> None:
@@ -163,17 +148,11 @@ def _name(weight: Slice, bias: Slice | None, sizes: dict[str, int]) -> str:
 
 @dataclass(frozen=True)
 class Positions:
-    """Some examples' features and errors at every position.
+    """Some examples' features and errors at every position."""
 
-    Attributes:
-        features: (b, T, d), or indices (b, T) of rows of a table.
-        errors: (b, J, o, T).
-        counts: (b, T) what each position counts in averages of features, float64.
-    """
-
-    features: Tensor
-    errors: Tensor
-    counts: Tensor
+    features: Tensor  # (b, T, d), or indices (b, T) of rows of a table
+    errors: Tensor  # (b, J, o, T)
+    counts: Tensor  # (b, T) what each position counts in averages of features, float64
 
     def dense_features(self, num_rows: int) -> Tensor:
         """(b, T, d), rows of an identity for indices."""
@@ -192,13 +171,10 @@ class Positions:
 
 def positions(uses: list[Use], weights: Tensor, chosen: Tensor) -> Positions:
     """Of chosen examples, over all uses of one place; weights (B, R) are those of the examples' rows."""
-    first, last = int(chosen[0]), int(chosen[-1]) + 1
-    some = slice(first, last) if last - first == len(chosen) else chosen  # a slice is not copied
-    mine = []
+    some, mine = as_slice(chosen), []
     for use in uses:
         errors = single(use.errors[some])
         if isinstance(use, Lookup):
-            assert use.given is not None
             features, errors = use.given[some], errors.mT
         else:
             assert isinstance(use, Matrix)

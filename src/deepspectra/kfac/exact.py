@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -24,15 +25,7 @@ from deepspectra.rows.uses import Lookup, Use
 
 
 class ExactBlock(Operator):
-    """G's block of one place, in the place's own order, by features and errors.
-
-    Args:
-        place: which parameters.
-        batches: uses of the place, and of its bias, one list a batch.
-        dtype: of products.
-
-    Attributes:
-        remembered: what is known of the block from one question to the next.
+    """G's block of one place, in the place's own order, by features and errors: uses, one list a batch.
 
     Cost: of a product, two products of the features with a matrix of the weight's shape.
     """
@@ -42,28 +35,21 @@ class ExactBlock(Operator):
         device = batches[0][0].errors.device
         super().__init__(groups * outputs * inputs, dtype=dtype, device=device, name=f"G of {place.name}")
         self.place = place
-        self.remembered: dict[str, Tensor] = {}
+        self.remembered: dict[str, Tensor] = {}  # what is known of it from one question to the next
         self.batches = [
             [widened(use) for use in batch if use.slice in (place.weight, place.bias)] for batch in batches
         ]
         self.num_rows = sum(math.prod(batch[0].errors.shape[:2]) for batch in self.batches)
 
     def _apply(self, block: Tensor) -> Tensor:
-        weight, bias = self.place.split(block.T.reshape(-1, *self.place.shape))
-        total_weight = torch.zeros_like(weight)
-        total_bias = None if bias is None else torch.zeros_like(bias)
+        pieces = zip((self.place.weight, self.place.bias), self.place.split(block.T), strict=True)
+        tangents = {stretch: piece for stretch, piece in pieces if piece is not None}
+        totals = {stretch: torch.zeros_like(piece) for stretch, piece in tangents.items()}
         for batch in self.batches:
-            scalars = torch.zeros(())
+            scalars = functools.reduce(torch.add, (use.push(tangents[use.slice]) for use in batch))
             for use in batch:
-                tangents = weight if use.slice == self.place.weight else bias
-                assert tangents is not None
-                scalars = scalars + use.push(tangents)
-            for use in batch:
-                total = total_weight if use.slice == self.place.weight else total_bias
-                assert total is not None
-                total += use.pull(scalars, slice(None)).view_as(total)
-        pairs = zip(total_weight, total_weight if total_bias is None else total_bias, strict=True)
-        joined = [self.place.join(one, None if total_bias is None else other) for one, other in pairs]
+                totals[use.slice] += use.pull(scalars, slice(None)).view_as(totals[use.slice])
+        joined = [self.place.join(*each) for each in zip(*totals.values(), strict=True)]
         return torch.stack(joined).flatten(1).T
 
     @property

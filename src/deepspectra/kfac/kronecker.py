@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -9,8 +10,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from deepspectra.arguments import check_seed
-from deepspectra.errors import CurvatureError, LossError, MemoryBudgetError, OptionError
+from deepspectra.arguments import check_count, check_seed
+from deepspectra.errors import CurvatureError, LossError, OptionError
 from deepspectra.kfac.blocks import Place, places
 from deepspectra.kfac.exact import ExactBlock
 from deepspectra.kfac.moments import LARGEST_VECTOR, Moments, Squares, num_replicates
@@ -18,9 +19,10 @@ from deepspectra.kfac.nearest import nearest_sum
 from deepspectra.kfac.operators import Block, KroneckerSum, Rotated, check_damping
 from deepspectra.operators.base import Operator
 from deepspectra.problem.cross_entropy import CrossEntropy
+from deepspectra.problem.memory import refuse_beyond
 from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.rows.captures import Captured, Captures
-from deepspectra.rows.draws import DrawnCaptures, all_or_drawn
+from deepspectra.rows.draws import all_or_drawn
 
 KINDS = ("kfac", "ekfac", "cfac", "optimal")
 SHARINGS = ("expand", "reduce")
@@ -55,7 +57,6 @@ class Kronecker(Operator):
         kind: str,
         sharing: str,
         name: str,
-        beyond: float = 0.0,
     ) -> None:
         first = next(iter(blocks.values()))
         super().__init__(size, dtype=first.dtype, device=first.device, name=name)
@@ -64,7 +65,7 @@ class Kronecker(Operator):
         self.places = MappingProxyType(dict(places))
         self.kind = kind
         self.sharing = sharing
-        self.beyond = beyond  # what multiplies parameters of no block
+        self.beyond = 0.0  # what multiplies parameters of no block
         self.samples = 0  # and what they leave open, where blocks come from draws
         self.standard_errors: Mapping[str, float] = MappingProxyType({})
 
@@ -108,16 +109,12 @@ class Kronecker(Operator):
             OptionError: damping is not positive.
             CurvatureError: "cfac" with more than one class: a sum of products has no inverse in closed form.
         """
-        return Kronecker(
-            {name: block.inverse(damping) for name, block in self.blocks.items()},
-            self.index,
-            self.places,
-            size=self.shape[0],
-            kind=self.kind,
-            sharing=self.sharing,
-            name=f"({self.name} + {damping:g} I)⁻¹",
-            beyond=1 / (self.beyond + check_damping(damping)),
-        )
+        inverse = copy.copy(self)
+        inverse.beyond = 1 / (self.beyond + check_damping(damping))
+        blocks = {name: block.inverse(damping) for name, block in self.blocks.items()}
+        inverse.blocks, inverse.name = MappingProxyType(blocks), f"({self.name} + {damping:g} I)⁻¹"
+        inverse.samples, inverse.standard_errors = 0, MappingProxyType({})
+        return inverse
 
     @property
     def _num_beyond(self) -> int:
@@ -189,33 +186,28 @@ def kronecker(
     check_problem(problem)
     check_seed(seed)
     if samples is not None:
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
-            raise OptionError(f"samples={samples!r}: an integer, at least 1, or 0 for every scalar.")
+        check_count("samples", samples, 0)
         if samples and kind == "optimal":
             raise OptionError(
                 "samples= draws for 'kfac', 'ekfac' and 'cfac'; 'optimal' would fit the draws. Use 0."
             )
-    return made_from(all_or_drawn(problem, 0 if kind == "optimal" else samples, seed), kind, sharing, rank)
-
-
-def made_from(captures: Captures, kind: str, sharing: str = "expand", rank: int = 1) -> Kronecker:
-    """`kronecker` from features and errors that may be held already."""
+    captures = all_or_drawn(problem, 0 if kind == "optimal" else samples, seed)
     return all_from(captures, (kind,), sharing, rank)[kind]
 
 
 def all_from(
     captures: Captures, kinds: Sequence[str], sharing: str = "expand", rank: int = 1
 ) -> dict[str, Kronecker]:
-    """Several kinds from the same second moments: the data are gone through once, and once more for "ekfac"."""
+    """`kronecker` of several kinds, from features and errors that may be held already.
+
+    They are made of the same second moments: the data are gone through once, and once more for "ekfac".
+    """
     problem = captures.problem
     _check(problem, kinds, sharing, rank)
-    samples = captures.samples if isinstance(captures, DrawnCaptures) else 0
-    if (
-        "ekfac" in kinds and not samples
-    ):  # which goes through them twice; draws it needs anew, see `_corrected`
-        captures.hold()
+    if "ekfac" in kinds and not captures.samples:
+        captures.hold()  # it goes through them twice; draws it needs anew, see `_corrected`
     by_class = "cfac" in kinds
-    moments = _moments(captures, sharing, samples, by_class=by_class)
+    moments = _moments(captures, sharing, by_class=by_class)
     made = {}
     if by_class:
         made["cfac"] = _made(captures, "cfac", moments, _products(problem, moments, "CFAC"), rank)
@@ -238,13 +230,12 @@ def _made(
     captures: Captures, kind: str, moments: Mapping[str, Moments], products: dict[str, Block], rank: int
 ) -> Kronecker:
     """One kind, from second moments and their products."""
-    problem = captures.problem
-    samples = captures.samples if isinstance(captures, DrawnCaptures) else 0
+    problem, samples = captures.problem, captures.samples
     found = {name: moment.place for name, moment in moments.items()}
     variances = {name: moment.variance() for name, moment in moments.items()}
     blocks = dict(products)
     if kind == "ekfac":
-        corrected, of_diagonals = _corrected(captures, found, products, samples)
+        corrected, of_diagonals = _corrected(captures, found, products)
         blocks |= corrected
         variances |= of_diagonals
     if kind == "optimal":
@@ -262,8 +253,9 @@ def _made(
     )
     operator.memory = problem.memory // 4
     operator.samples = samples
+    norms = {name: block.norm for name, block in blocks.items()}
     operator.standard_errors = MappingProxyType(
-        {name: _relative(variances[name], block.norm) for name, block in blocks.items()}
+        {name: variances[name] ** 0.5 / norm if norm else 0.0 for name, norm in norms.items()}
     )
     return operator
 
@@ -285,12 +277,8 @@ def _check(problem: Problem, kinds: Sequence[str], sharing: str, rank: int) -> N
         )
 
 
-def _relative(variance: float, norm: float) -> float:
-    return variance**0.5 / norm if norm else 0.0
-
-
-def _moments(captures: Captures, sharing: str, samples: int, *, by_class: bool) -> dict[str, Moments]:
-    problem = captures.problem
+def _moments(captures: Captures, sharing: str, *, by_class: bool) -> dict[str, Moments]:
+    problem, samples = captures.problem, captures.samples
     num_sets = problem.num_classes if by_class else 1
     found: dict[str, Moments] = {}
     for batch in captures.batches():
@@ -303,7 +291,7 @@ def _moments(captures: Captures, sharing: str, samples: int, *, by_class: bool) 
             found = {
                 place.name: Moments(place, num_sets, sharing, problem.device, samples) for place in every
             }
-        weights = _by_example(batch)
+        weights = batch.by_example
         sets = _classes(problem, batch) if by_class else torch.zeros(len(weights), dtype=torch.long)
         for moment in found.values():
             moment.add(moment.place.mine(batch.uses), weights, sets.to(problem.device))
@@ -313,15 +301,16 @@ def _moments(captures: Captures, sharing: str, samples: int, *, by_class: bool) 
 
 
 def _corrected(
-    captures: Captures, found: dict[str, Place], blocks: dict[str, Block], samples: int
+    captures: Captures, found: dict[str, Place], blocks: dict[str, Block]
 ) -> tuple[dict[str, Block], dict[str, float]]:
     """The blocks of matrices, with G's own diagonal for their eigenvectors, and what draws leave open of it."""
     # draws differ from those of the eigenvectors, in which they would have too large a diagonal: their own
     # largest directions are where they happen to be large
     bases = {name: blocks[name].decomposed for name, place in found.items() if place.is_matrix}
+    samples = captures.samples
     squares = {name: Squares(found[name], basis.left, basis.right, samples) for name, basis in bases.items()}
     for batch in captures.batches():
-        weights = _by_example(batch)
+        weights = batch.by_example
         for total in squares.values():
             total.add(total.place.mine(batch.uses), weights)
     corrected: dict[str, Block] = {
@@ -351,12 +340,6 @@ def _nearest(
     return result
 
 
-def _by_example(batch: Captured) -> Tensor:
-    """What rows count, (B, R)."""
-    num_examples = batch.uses[0].num_examples
-    return batch.weights.view(num_examples, -1).double()
-
-
 def _classes(problem: Problem, batch: Captured) -> Tensor:
     """(B,) the class of each example."""
     loss = problem.loss_function
@@ -375,8 +358,5 @@ def _refuse_beyond_memory(problem: Problem, every: list[Place], num_sets: int, r
             numbers += num_sets * groups * (replicates * outputs**2 + inputs**2)
         elif inputs <= LARGEST_VECTOR:
             numbers += (replicates - 1) * inputs**2
-    if 16 * numbers > problem.memory:
-        raise MemoryBudgetError(
-            f"the Kronecker factors take {16 * numbers / 2**30:.1f} GiB; memory is {problem.memory / 2**30:.1f} GiB. "
-            "Restrict the problem to fewer layers, or raise memory."
-        )
+    instead = "Restrict the problem to fewer layers, or raise memory."
+    refuse_beyond(16 * numbers, problem.memory, "the Kronecker factors take", instead)

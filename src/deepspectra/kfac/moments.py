@@ -35,16 +35,10 @@ def second_moment(rows: Tensor) -> Tensor:
 
 
 class Replicates:
-    """A sum over the scalars of examples; where these are draws, apart for up to 8 sets of draws.
-
-    Args:
-        shape: of the sum.
-        num_draws: how many scalars an example has, if they are draws; 0 if they are all there are.
-        device: where to sum.
-    """
+    """A sum over the scalars of examples; where these are draws, apart for up to 8 sets of draws."""
 
     def __init__(self, shape: tuple[int, ...], num_draws: int, device: torch.device) -> None:
-        self.num_draws = num_draws
+        self.num_draws = num_draws  # scalars of an example, if they are draws; 0 if they are all there are
         self.sums = torch.zeros(num_replicates(num_draws), *shape, dtype=torch.float64, device=device)
 
     def of(self, scalars: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -75,13 +69,7 @@ def num_replicates(num_draws: int) -> int:
 
 
 class Moments:
-    """Σ α h hᵀ and Σ e eᵀ of one place, apart for each of several sets of examples.
-
-    Attributes:
-        inputs: (sets, groups, d, d) float64, or (sets, groups, d) where features are rows of an identity.
-        errors: the sums (sets, groups, o, o); of a vector of parameters alone its block (1, 1, d, d), or diagonal.
-        mass: (sets,) Σ α.
-    """
+    """Σ α h hᵀ and Σ e eᵀ of one place, apart for each of several sets of examples."""
 
     def __init__(
         self, place: Place, num_sets: int, sharing: str, device: torch.device, num_draws: int = 0
@@ -101,6 +89,8 @@ class Moments:
                 )
         square = (inputs,) if self.is_diagonal else (inputs, inputs)
         drawn = (outputs, outputs) if place.is_matrix else square
+        # Σ α (sets,); Σ α h hᵀ (sets, groups, d, d), or (sets, groups, d) where features are rows of an identity; and
+        # Σ e eᵀ (sets, groups, o, o), or of a vector of parameters alone its block (1, 1, d, d), or diagonal
         self.mass = torch.zeros(num_sets, dtype=torch.float64, device=device)
         self.inputs = self.mass.new_zeros(num_sets, groups, *(square if place.is_matrix else ()))
         self.errors = Replicates((num_sets, groups, *drawn), num_draws, device)
@@ -180,11 +170,7 @@ def _mirrored(lower: Tensor) -> Tensor:
 
 
 class Squares:
-    """Σ (u_iᵀ g v_j)² over the gradients g (o, d) of one place.
-
-    Attributes:
-        sums: (groups, o, d).
-    """
+    """Σ (u_iᵀ g v_j)² over the gradients g (o, d) of one place."""
 
     def __init__(self, place: Place, left: Tensor, right: Tensor | None, num_draws: int = 0) -> None:
         self.place = place

@@ -16,11 +16,7 @@ LARGEST_SUM = 4096  # rows of a sum of several products whose eigenvalues are fo
 class KroneckerSum(Operator):
     """Σ_r S_r ⊗ A_r on matrices (o, d) in row-major order: X ↦ Σ_r S_r X A_r; several groups are several blocks.
 
-    Args:
-        left: S (terms, groups, o, o).
-        right: A (terms, groups, d, d), or (terms, groups, d) where all are diagonal.
-        dtype: of products.
-        name: what it is.
+    S is (terms, groups, o, o) and A (terms, groups, d, d), or (terms, groups, d) where all are diagonal.
     """
 
     def __init__(self, left: Tensor, right: Tensor, dtype: torch.dtype, name: str) -> None:
@@ -95,12 +91,7 @@ class KroneckerSum(Operator):
 class Rotated(Operator):
     """(U ⊗ V) diag(D) (U ⊗ V)ᵀ on matrices (o, d) in row-major order: X ↦ U (D ∘ UᵀXV) Vᵀ.
 
-    Args:
-        left: U (groups, o, o).
-        right: V (groups, d, d), or None for the identity.
-        diagonal: D (groups, o, d).
-        dtype: of products.
-        name: what it is.
+    U is (groups, o, o), V (groups, d, d), or None for the identity, and D (groups, o, d).
     """
 
     def __init__(
@@ -115,10 +106,12 @@ class Rotated(Operator):
         matrices = self.left.mT @ block.T.reshape(-1, *self.diagonal.shape)
         if self.right is not None:
             matrices = matrices @ self.right
-        matrices = self.left @ (matrices * self.diagonal.to(matrices))
-        if self.right is not None:
-            matrices = matrices @ self.right.mT
-        return matrices.flatten(1).T
+        return self._rotated(matrices * self.diagonal.to(matrices))
+
+    def _rotated(self, matrices: Tensor) -> Tensor:
+        """U X Vᵀ of matrices (K, groups, o, d): (n, K)."""
+        matrices = self.left @ matrices
+        return (matrices if self.right is None else matrices @ self.right.mT).flatten(1).T
 
     @property
     def trace(self) -> float:
@@ -144,10 +137,7 @@ class Rotated(Operator):
         values, chosen = self.diagonal.flatten().topk(num)
         basis = torch.zeros(self.shape[0], num, dtype=self.dtype, device=self.device)
         basis[chosen, range(num)] = 1
-        matrices = self.left @ basis.T.reshape(-1, *self.diagonal.shape)
-        if self.right is not None:
-            matrices = matrices @ self.right.mT
-        return values, matrices.flatten(1).T
+        return values, self._rotated(basis.T.reshape(-1, *self.diagonal.shape))
 
     def inverse(self, damping: float) -> Rotated:
         """(· + δ I)⁻¹."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
+import operator
 from collections import UserDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -15,14 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from deepspectra.errors import (
-    DataError,
-    DeepSpectraError,
-    MemoryBudgetError,
-    NondeterminismError,
-    OptionError,
-    first_line,
-)
+from deepspectra.arguments import check_count
+from deepspectra.errors import DataError, DeepSpectraError, MemoryBudgetError, NondeterminismError, first_line
 
 Pair = tuple[Tensor, Tensor]
 LARGEST_DEFAULT_BATCH = 512
@@ -97,13 +91,9 @@ def _fields(tree: Any) -> list[str]:
 
 
 def num_bytes(tree: Any) -> int:
-    """Bytes of every tensor in a tree."""
-    return sum(tensor.element_size() * num_stored(tensor) for tensor in tensors(tree))
-
-
-def num_stored(tensor: Tensor) -> int:
-    """Numbers that a tensor holds, those of a sparse one without its zeros."""
-    return tensor.numel() if tensor.layout == torch.strided else tensor.to_sparse().values().numel()
+    """Bytes of every tensor in a tree, of sparse ones those of their values."""
+    every = (leaf if leaf.layout == torch.strided else leaf.to_sparse().values() for leaf in tensors(tree))
+    return sum(leaf.element_size() * leaf.numel() for leaf in every)
 
 
 @dataclass(frozen=True)
@@ -137,17 +127,6 @@ class Batches:
         budget: bytes the batches may occupy in memory.
         pairs: batches are pairs (x, y), so a list of two tensors is such a pair and not two batches.
 
-    Attributes:
-        brought: the batches are the source's own, as those of a loader or a list are.
-        is_given: their size is the user's choice, by its batches or by `batch_size`.
-        held: the batches, moved, if they are held.
-        num_batches: how many there are.
-        mark: two numbers that differ for other examples, up to rounding the same in any order.
-
-    Raises:
-        DataError: nothing to read, or a source that cannot be read twice.
-        NondeterminismError: a second pass brings other examples, or the source is too large to be held and
-            brings them in another order.
     """
 
     def __init__(
@@ -155,9 +134,9 @@ class Batches:
     ) -> None:
         self._move = move
         read, sized = _reader(source, batch_size, pairs)
-        self._source: Source | None = read
-        self.brought = not sized
-        self.is_given = batch_size is not None or not sized
+        self._source: Iterable[Any] | None = read
+        self.brought = not sized  # the batches are the source's own, as those of a loader or a list are
+        self.is_given = batch_size is not None or not sized  # their size is the user's choice
         held: list[Any] | None = []
         size, marks = 0, []
         for batch in _read(read):
@@ -166,10 +145,10 @@ class Batches:
                 held.append(move(batch))
                 size += num_bytes(held[-1])
                 held = held if size <= budget else None
-        self.mark = _total(marks)
+        self.mark = _total(marks)  # differs for other examples, up to rounding the same in any order
         if not marks:
             raise DataError("the data is empty: it yielded no batch, and at least one is needed.")
-        self.held = held
+        self.held = held  # the batches, moved, if they fit
         self.num_batches = len(marks)
         if isinstance(source, (DataLoader, Dataset)) or held is None:
             self._check_second_pass(marks)
@@ -204,24 +183,19 @@ class Batches:
         self._cut(inputs[order], labels[order], max(len(y) for _, y in held))
         return order
 
-    def resize(self, batch_size: int) -> None:
+    def resize(self, batch_size: int | None) -> None:
         """Cut the examples, in their order, into equal batches of about so many, unless the user chose a size.
 
-        Nothing happens either unless every batch is held and is a pair of tensors of equal shapes but for their
-        lengths.
+        Nothing happens either without a size, or unless every batch is held and is a pair of tensors of equal shapes
+        but for their lengths.
         """
         whole = None if self.is_given else self._whole()
-        if whole is None:
-            return
-        count = max(1, round(len(whole[0]) / batch_size))
-        self._cut(*whole, math.ceil(len(whole[0]) / count))
+        if whole is not None and batch_size is not None:
+            count = max(1, round(len(whole[0]) / batch_size))
+            self._cut(*whole, math.ceil(len(whole[0]) / count))
 
     def join(self) -> bool:
-        """Make one batch of all examples, if cutting them was not the user's choice and they are tensors; else False.
-
-        Raises:
-            MemoryBudgetError: they do not fit.
-        """
+        """Make one batch of all examples, or say False: cutting was the user's choice, or they are no tensors."""
         if self.num_batches > 1:
             if self.is_given or (self.held and next(other_lengths(self.held[0]), None) is not None):
                 return False
@@ -256,17 +230,14 @@ class Batches:
                 "a second pass over the data brought nothing: it can be read once only. Read it into a list first, "
                 "data=list(...), and pass that."
             )
-        totals = self.mark, _total(again)
-        if not _close(totals[0][0], totals[1][0]) or not _close(totals[0][1], totals[1][1]):
+        if not _close(self.mark, _total(again)):
             raise NondeterminismError(
                 "the data differs between two passes (random augmentation, or a shuffling loader with "
                 "drop_last or a weighted sampler?); every product would use another operator. Turn that off, "
                 "or freeze one pass: data=list(loader)."
             )
-        same_order = len(marks) == len(again) and all(
-            _close(a, c) and _close(b, d) for (a, b), (c, d) in zip(marks, again, strict=True)
-        )
-        if self.held is None and not same_order:
+        in_order = len(marks) == len(again) and all(map(_close, marks, again))
+        if self.held is None and not in_order:
             raise NondeterminismError(
                 "the loader shuffles and the data is too large to be held in memory. "
                 "Use shuffle=False, or raise memory=."
@@ -286,19 +257,6 @@ def is_pair(batch: Any) -> bool:
 def is_labelled(batch: Any) -> bool:
     """Whether a batch is a pair of one input tensor (B, ...) and integer labels (B,)."""
     return is_pair(batch) and batch[1].ndim == 1 and not batch[1].is_floating_point()
-
-
-def by_class(batch: Pair, groups: Tensor | None, among: Collection[int] | None) -> Iterator[Pair]:
-    """A labelled batch split by class, or by one of `groups` (C,); with `among`, those of these only."""
-    inputs, labels = batch
-    if groups is not None:  # ignored rows, which may have any label, count with those of class 0
-        known = labels.where((labels >= 0) & (labels < len(groups)), 0)
-        labels = groups.to(labels.device)[known]
-    for label in torch.unique(labels):
-        if among is not None and int(label) not in among:
-            continue
-        chosen = labels == label
-        yield batch if chosen.all() else (inputs[chosen], batch[1][chosen])
 
 
 def _fingerprint(batch: Any) -> tuple[float, float]:
@@ -325,20 +283,17 @@ def _total(marks: list[tuple[float, float]]) -> tuple[float, float]:
     return sum(a for a, _ in marks), sum(b for _, b in marks)
 
 
-def _close(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-7, abs_tol=1e-9)
+def _close(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return all(math.isclose(a, b, rel_tol=1e-7, abs_tol=1e-9) for a, b in zip(one, other, strict=True))
 
 
-Source = Callable[[], Iterable[Any]]
-
-
-def _read(source: Source) -> Iterator[Any]:
+def _read(source: Iterable[Any]) -> Iterator[Any]:
     """The batches of a source, whose failures say where they happened."""
     batches: Iterator[Any] | None = None
     count = 0
     while True:
         try:
-            batches = iter(source()) if batches is None else batches
+            batches = iter(source) if batches is None else batches
             batch = next(batches)
         except StopIteration:
             return
@@ -353,19 +308,17 @@ def _read(source: Source) -> Iterator[Any]:
         yield batch
 
 
-def _reader(source: Any, batch_size: int | None, pairs: bool) -> tuple[Source, bool]:
-    """A function that reads the batches, and whether their size is ours to choose."""
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise OptionError(f"batch_size must be a positive integer, got {batch_size!r}.")
-    if isinstance(source, DataLoader):
-        return functools.partial(_itself, source), False
+def _reader(source: Any, batch_size: int | None, pairs: bool) -> tuple[Iterable[Any], bool]:
+    """What reads the batches as often as they are asked for, and whether their size is ours to choose."""
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
     if isinstance(source, (tuple, list)) and any(isinstance(part, np.ndarray) for part in source):
         raise DataError("data holds NumPy arrays; pass tensors: (torch.from_numpy(x), torch.from_numpy(y)).")
     pair = isinstance(source, tuple) or pairs
     if pair and isinstance(source, (tuple, list)) and len(source) == 2 and isinstance(source[1], Tensor):
         return _tensor_reader(source, batch_size)
-    if isinstance(source, list) or (isinstance(source, tuple) and source):
-        return functools.partial(_itself, source), False
+    if isinstance(source, (list, DataLoader)) or (isinstance(source, tuple) and source):
+        return source, False
     if isinstance(source, Dataset):
         if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
             return _OfDataset(source, batch_size or LARGEST_DEFAULT_BATCH), True
@@ -378,10 +331,6 @@ def _reader(source: Any, batch_size: int | None, pairs: bool) -> tuple[Source, b
     )
 
 
-def _itself(source: Any) -> Any:
-    return source
-
-
 @dataclass
 class _OfDataset:
     """Batches of a data set's items, in order."""
@@ -389,10 +338,10 @@ class _OfDataset:
     source: Any
     batch_size: int | None
 
-    def __call__(self) -> Iterable[Any]:
+    def __iter__(self) -> Iterator[Any]:
         if self.batch_size is None:
             self.batch_size = default_batch_size(self.source[0])
-        return DataLoader(self.source, batch_size=self.batch_size, shuffle=False)
+        return iter(DataLoader(self.source, batch_size=self.batch_size, shuffle=False))
 
     def fault(self, batch: int) -> str:
         """Which item of a batch is at fault, as far as it can be told."""
@@ -412,11 +361,11 @@ class _OfDataset:
         return f", which holds items {batch * size} to {(batch + 1) * size - 1}"
 
 
-def _tensor_reader(pair: Any, batch_size: int | None) -> tuple[Source, bool]:
+def _tensor_reader(pair: Any, batch_size: int | None) -> tuple[Iterable[Any], bool]:
     """The same for tensors. Sparse ones are one batch, which nobody cuts."""
     leaves = list(tensors(pair))
     if any(leaf.layout != torch.strided for leaf in leaves):
-        return functools.partial(_itself, [tuple(pair)]), False
+        return [tuple(pair)], False
     lengths = {leaf.shape[0] if leaf.ndim else -1 for leaf in leaves}
     if len(lengths) != 1 or -1 in lengths:
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
@@ -425,12 +374,8 @@ def _tensor_reader(pair: Any, batch_size: int | None) -> tuple[Source, bool]:
     if not length:
         raise DataError("the data is empty: its tensors have no rows.")
     size = batch_size or default_batch_size(map_tensors(lambda leaf: leaf[0], pair))
-    return functools.partial(_cut_tensors, tuple(pair), length, size), True
-
-
-def _cut_tensors(pair: Any, length: int, size: int) -> Iterator[Any]:
-    for start in range(0, length, size):
-        yield map_tensors(lambda leaf, start=start: leaf[start : start + size], pair)  # type: ignore[misc]
+    cuts = [slice(start, start + size) for start in range(0, length, size)]
+    return [map_tensors(operator.itemgetter(cut), tuple(pair)) for cut in cuts], True
 
 
 def default_batch_size(example: Any) -> int:

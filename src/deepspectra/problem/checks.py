@@ -26,7 +26,7 @@ from deepspectra.problem.batches import tensors
 from deepspectra.problem.evaluation import Evaluated, Trial, gradient, nodes, reached, refuse_modes
 from deepspectra.problem.losses import Loss
 from deepspectra.problem.memory import saved_by
-from deepspectra.problem.model_copy import twins
+from deepspectra.problem.model_copy import named_tensors, twins
 
 CHECKPOINTS = "activation checkpointing must be off"
 CALLER = 3  # frames up from a warning given here to the code that made the problem
@@ -54,8 +54,7 @@ def _check_model(model: nn.Module) -> None:
             raise ParameterError(f"{what} is compiled by torch.jit; pass the module that it was made from.")
     if not any(p.is_floating_point() or p.is_complex() for p in model.parameters()):
         raise ParameterError("the model has no parameters.")
-    values = [*model.named_parameters(), *model.named_buffers()]
-    for name, value in values:
+    for name, value in named_tensors(model).items():
         if nn.parameter.is_lazy(value):
             raise ParameterError(
                 f"parameter {name!r} has no shape yet; pass one batch through the lazy model before."
@@ -111,22 +110,9 @@ def check_gradient(
     """Check that a batch's gradient in all trainable parameters can be had, and misses no way; the bytes it keeps.
 
     The graph of the outputs ends at all tensors that they depend on. Parameters of the copy or of the user's model
-    among these are reached by another way than their names, and are replaced there too from now on.
+    (as it was `given`) among these are reached by a way that cannot be followed.
 
-    Args:
-        module: the copy as it is evaluated.
-        loss: of its outputs.
-        trainable: names of parameters.
-        first: a batch with rows, and what the network gave for it.
-        given: the model as the user gave it.
-
-    Raises:
-        NondeterminismError: it gives something else now.
-        CurvatureError: it cannot be backpropagated.
-        ParameterError: no parameter has an effect, or some are reached by ways that cannot be followed.
-        LossError: the loss reads parameters itself.
-
-    Cost: a gradient of the batch; two where parameters are reached by other ways.
+    Cost: a gradient of the batch.
     """
     model = module.model
     own = {name: p for name, p in model.named_parameters() if name in trainable}
@@ -150,9 +136,6 @@ def check_gradient(
 
     with reported(CurvatureError, f"the loss cannot be backpropagated ({CHECKPOINTS})"):
         (outputs, value, parts), saved = saved_by(model, graph)
-        if strangers(outputs) and not module.aliases:
-            module.follow(given)
-            outputs, value, parts = graph()
     check_same(loss.rows(*first.pair)[0], outputs.detach())
     if any("CheckpointFunction" in node.name() for node in nodes(outputs)):
         raise CurvatureError(

@@ -14,7 +14,7 @@ from deepspectra.errors import DataError, FallbackWarning, LossError, NonFiniteE
 from deepspectra.problem.batches import Batches, Pair, map_tensors, tensors
 from deepspectra.problem.checks import CALLER, check_finite, check_outputs, reported, shapes_of
 from deepspectra.problem.evaluation import Evaluated, Tree, Trial, stamps
-from deepspectra.problem.losses import Loss
+from deepspectra.problem.losses import Loss, MeanLoss
 
 FEW_ROWS = 32  # of each batch, on which a loss is compared with a mean over rows
 MISFIT = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative, of the loss of a batch to those of its parts
@@ -24,11 +24,7 @@ LARGEST = 2**21  # and so many outputs of all together at most
 
 
 def settle_layout(module: Evaluated, batches: Batches, loss: Loss, parameters: Tree) -> Trial:
-    """Evaluate batches until it is settled how outputs are read; the first with rows, and what it gives.
-
-    Raises:
-        DataError: the model fails.
-    """
+    """Evaluate batches until it is settled how outputs are read; the first with rows, and what it gives."""
     first: Trial | None = None
     is_known = False
     before = stamps(module.model, "_buffers")
@@ -85,25 +81,19 @@ def _first_values(module: Evaluated, parameters: Tree, batch: Any) -> Pair:
 
 @dataclass
 class Count:
-    """What a pass over the data finds.
+    """What a pass over the data finds."""
 
-    Attributes:
-        num_rows: that count.
-        total_weight: Σ ω_i.
-        num_classes: the number of outputs of a row.
-        misfits: how far the loss is from a mean over rows, of each batch and of a few rows of all; NaN where it
-            cannot be told.
-    """
-
-    num_rows: int = 0
-    total_weight: float = 0.0
-    num_classes: int = 0
+    num_rows: int = 0  # that count
+    total_weight: float = 0.0  # Σ ω_i
+    num_classes: int = 0  # outputs of a row
+    # how far the loss is from a mean over rows, of each batch and of a few rows of all; NaN where it cannot be told
     misfits: list[float] = field(default_factory=list)
 
-    def is_mean(self, dtype: torch.dtype) -> bool:
-        """The loss is a mean over rows, up to the rounding of the type."""
+    def misfit(self, dtype: torch.dtype) -> float:
+        """How far the loss is from a mean over rows beyond the rounding of the type; NaN if nothing could be told."""
         known = [misfit for misfit in self.misfits if not math.isnan(misfit)]
-        return (bool(known) or not self.misfits) and max(known, default=0.0) <= MISFIT.get(dtype, MISFIT_HALF)
+        worst = max(known, default=math.nan if self.misfits else 0.0)
+        return 0.0 if worst <= MISFIT.get(dtype, MISFIT_HALF) else worst
 
 
 def count_rows(
@@ -112,6 +102,7 @@ def count_rows(
     """Check shapes, labels and finiteness of every batch, and count; what the `first` gives is known."""
     found, generator = Count(), torch.Generator().manual_seed(0)
     value, several, room = 0.0, [], LARGEST
+    doubted = loss if isinstance(loss, MeanLoss) and not loss.is_mean else None
     for batch in batches:
         known = first.pair if first is not None and batch is first.batch else None
         outputs, targets = loss.rows(*(known or module.values(parameters, batch)))
@@ -127,7 +118,7 @@ def count_rows(
         failure = f"the loss {loss.name!r} failed on {shapes_of((outputs, targets))}"
         with reported(LossError, failure), torch.no_grad():
             value += float(loss.total(outputs, targets).double())
-        if not loss.is_mean:
+        if doubted is not None:
             judged = outputs, targets
             if len(outputs) == len(targets):
                 # Rows of all batches, and of a few some more: a loss is no mean even if only rare rows show it.
@@ -141,27 +132,26 @@ def count_rows(
                     more = order[: max(2, LARGEST // outputs[0].numel())]
                     judged = outputs[more], targets[more]
             if len(found.misfits) < JUDGED and len(outputs) > 1:
-                found.misfits.append(loss.misfit(*judged, generator))
+                found.misfits.append(doubted.misfit(*judged, generator))
     if found.total_weight <= 0:
         raise DataError("no row counts: every target is ignored or has weight 0.")
     if not math.isfinite(value):
         raise NonFiniteError("the loss is NaN or infinite on this data.")
-    if len(several) > 1 and len({(o.shape[1:], t.shape[1:]) for o, t in several}) == 1:
+    if (
+        doubted is not None
+        and len(several) > 1
+        and len({(o.shape[1:], t.shape[1:]) for o, t in several}) == 1
+    ):
         outputs, targets = (torch.cat(column) for column in zip(*several, strict=True))
-        found.misfits.append(loss.misfit(outputs, targets, generator))
+        found.misfits.append(doubted.misfit(outputs, targets, generator))
     return found
 
 
-def join_batches(batches: Batches, found: Count, loss: Loss, dtype: torch.dtype) -> None:
-    """Make one batch of all examples, for a loss that is no mean over rows.
-
-    Raises:
-        LossError: it is none, and the data is several batches of the user's.
-    """
+def join_batches(batches: Batches, misfit: float, loss: Loss) -> None:
+    """Make one batch of all examples, for a loss that is no mean over rows; refuse several that the user chose."""
     if batches.join():
         return
-    misfit = max((m for m in found.misfits if not math.isnan(m)), default=0.0)
-    if misfit > MISFIT.get(dtype, MISFIT_HALF):
+    if misfit > 0:
         raise LossError(
             f"the loss {loss.name!r} is no mean over rows: of a batch cut in two it differs by {misfit:.2g} from the "
             "sum of its parts, relatively, so that results would depend on how the data is cut into batches. Use a "

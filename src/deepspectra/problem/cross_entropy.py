@@ -183,10 +183,6 @@ class DrawnCrossEntropy(CrossEntropy):
         self.base.rows(outputs, self._drawn(targets)[0])
         return outputs, targets
 
-    def learn_layout(self, outputs: Tensor, targets: Tensor) -> bool:
-        """Outputs are (n, C)."""
-        return True
-
     def each(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """m_i ω_i ℓ_i (n,)."""
         labels, times = self._drawn(targets)

@@ -34,12 +34,7 @@ class Kind(Enum):
 def settle_cuts(
     module: Evaluated, batches: Batches, parameters: Tree, first: Trial, mode: str
 ) -> tuple[Trial, bool]:
-    """Make one batch of all examples where they may not be cut; the first batch, and whether batches may be cut.
-
-    Raises:
-        DataError: examples influence each other, and are not all in one batch that the user gave.
-        OptionError: mode "train" and several batches.
-    """
+    """Make one batch of all examples where they may not be cut; the first batch, and whether batches may be cut."""
 
     def evaluate(batch: Any) -> Pair:
         return module.values(parameters, batch)
@@ -94,14 +89,10 @@ def cut_anew(
 ) -> None:
     """Sort the examples and cut them into batches of another size; the first of these gives what they gave before.
 
-    Raises:
-        DataError: examples influence each other, as batches of another size or in another order show.
-
     Cost: a forward pass of the batch.
     """
     order = batches.sort_by_label() if by_label else None
-    if batch_size is not None:
-        batches.resize(batch_size)
+    batches.resize(batch_size)
     outputs = first.pair[0]
     batch = next(iter(batches))
     size = len(batch[0])
@@ -118,16 +109,7 @@ def cut_anew(
 
 
 def _kind(evaluate: Evaluate, batch: Any, outputs: Tensor, dtype: torch.dtype) -> Kind:
-    """Find out by evaluating a few examples alone.
-
-    Args:
-        evaluate: outputs and targets of a batch, without gradients.
-        batch: a batch.
-        outputs: its outputs.
-        dtype: in which the model computes.
-
-    Cost: a forward pass of a few examples.
-    """
+    """Find out by evaluating a few examples of a batch alone, with the outputs of all of it at hand."""
     first = _agrees(evaluate, batch, outputs, dtype, 0)
     if first:
         return Kind.FIRST
@@ -172,7 +154,10 @@ def _agrees(evaluate: Evaluate, batch: Any, outputs: Tensor, dtype: torch.dtype,
         or outputs.numel() % lead.numel()
     ):
         return None
-    chosen = torch.tensor(_few(lead[dim]), device=outputs.device)
+    # not those that come first, and not all: what is cut off must matter as little
+    count = min(FEW, lead[dim] - 1)
+    step = lead[dim] // count
+    chosen = torch.arange(lead[dim] - 1 - (count - 1) * step, lead[dim], step, device=outputs.device)
     try:
         cut = map_tensors(lambda leaf: leaf.index_select(dim, chosen) if leaf.ndim else leaf, batch)
         alone, _ = evaluate(cut)
@@ -183,9 +168,3 @@ def _agrees(evaluate: Evaluate, batch: Any, outputs: Tensor, dtype: torch.dtype,
         return None
     difference = (alone.reshape(within.shape) - within).abs().max()
     return bool(difference <= AGREE.get(dtype, AGREE_HALF) * outputs.abs().max())
-
-
-def _few(size: int) -> list[int]:
-    """A few of so many examples, not all, and not those that come first: what is cut off must matter as little."""
-    count = min(FEW, size - 1)
-    return [size - 1 - j * (size // count) for j in reversed(range(count))]

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from deepspectra.errors import DataError, OptionError, ParameterError
 from deepspectra.problem.batches import Pair, map_tensors
 from deepspectra.problem.losses import Loss
-from deepspectra.problem.model_copy import DROPOUTS, NORMS, twins
+from deepspectra.problem.model_copy import DROPOUTS, NORMS, named_tensors, twins
 
 Tree = dict[str, Tensor]
 Forward = Callable[[nn.Module, Any], Pair]
@@ -30,35 +30,26 @@ class Trial(NamedTuple):
 
 
 class Evaluated(nn.Module):
-    """A model with its forward function, evaluated at parameters that are given by name.
-
-    Args:
-        model: the problem's own copy.
-        function: (model, batch) → (outputs, targets).
-
-    Attributes:
-        aliases: parameter or buffer → other tensors by which the network reaches it: a list of its own parameters,
-            or the user's model, captured by a function or a hook. They are replaced too, operation by operation.
-        suspects: while the problem is made, tensors that would be such aliases, by identity, and their names.
-        caught: names of those that operations were given.
-        differentiates: the forward pass takes derivatives itself, and does not run without gradients.
-        writes: the forward pass writes into its batch, and is given copies.
-        written: buffers that the forward pass writes into.
-        stamps: how the other buffers and the parameters were when the problem was made.
-    """
+    """The problem's own copy of a model, with a forward function, evaluated at parameters given by name."""
 
     def __init__(self, model: nn.Module, function: Forward) -> None:
         super().__init__()
         self.model = model
         self.function = function
+        # Parameter or buffer → other tensors by which the network reaches it: a list of its own parameters, or the
+        # user's model, captured by a function or a hook. They are replaced too, operation by operation.
         self.aliases: dict[str, list[Tensor]] = {}
-        self.suspects: dict[int, str] = {}
-        self.caught: set[str] = set()
+        self.suspects: set[int] = set()  # identities of what would be aliases, while the problem is made
+        self.is_caught = False  # operations were given some of them
         self.original: list[tuple[dict[str, Any], str, Any]] = []  # where what was captured stood
-        self.differentiates = False
-        self.writes = False
-        self.written: set[str] = set()
-        self.stamps: dict[str, Stamp] = {}
+        self.differentiates = (
+            False  # the forward pass takes derivatives itself, and does not run without gradients
+        )
+        self.writes = False  # the forward pass writes into its batch, and is given copies
+        self.written: set[str] = set()  # buffers that the forward pass writes into
+        self.stamps: dict[
+            str, Stamp
+        ] = {}  # how other buffers and the parameters were when the problem was made
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Outputs and targets."""
@@ -99,7 +90,7 @@ class Evaluated(nn.Module):
     def _replaced(self, parameters: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[Any]:
         if not self.aliases:
             return _Watched(self) if self.suspects else contextlib.nullcontext()
-        own = dict((*self.model.named_parameters(), *self.model.named_buffers()))
+        own = named_tensors(self.model)
         given = {
             id(alias): parameters.get(name, own[name].detach())
             for name, aliases in self.aliases.items()
@@ -110,18 +101,14 @@ class Evaluated(nn.Module):
     def suspect(self, given: nn.Module, replaced: Iterable[str]) -> None:
         """Watch for tensors of the user's model, and for the copy's own parameters that are `replaced` by name."""
         own = dict(self.model.named_parameters())
-        self.suspects = {id(own[name]): name for name in replaced}
-        self.suspects |= {id(tensor): name for name, tensor in twins(self.model, given).items()}
+        self.suspects = {id(own[name]) for name in replaced}
+        self.suspects |= {id(tensor) for tensor in twins(self.model, given).values()}
 
     def follow(self, given: nn.Module) -> None:
-        """Replace the copy's own and the user's tensors from now on, wherever they are reached.
-
-        Raises:
-            ParameterError: the user's model is in training mode, in which it would go on.
-        """
+        """Replace the copy's own and the user's tensors from now on, wherever they are reached."""
         theirs = twins(self.model, given)
-        named = (*self.model.named_parameters(), *self.model.named_buffers())
-        self.aliases = {name: [own, theirs[name]] for name, own in named if name in theirs}
+        named = named_tensors(self.model)
+        self.aliases = {name: [own, theirs[name]] for name, own in named.items() if name in theirs}
         modules = list(given.modules())
         if any(module.training and isinstance(module, (NORMS, DROPOUTS)) for module in modules):
             raise ParameterError(
@@ -135,7 +122,7 @@ class Evaluated(nn.Module):
 
     def stamp(self) -> None:
         """Note how the weights are now, but for what the network writes itself; suspect nothing any more."""
-        self.suspects = {}
+        self.suspects = set()
         now = stamps(self.model, "_parameters", "_buffers")
         self.stamps = {name: stamp for name, stamp in now.items() if name not in self.written}
 
@@ -169,9 +156,7 @@ class Evaluated(nn.Module):
         other = Evaluated(model, self.function)
         other.differentiates, other.writes, other.written = self.differentiates, self.writes, self.written
         other.original = self.original
-        before, after = (
-            dict((*module.named_parameters(), *module.named_buffers())) for module in (self.model, model)
-        )
+        before, after = named_tensors(self.model), named_tensors(model)
         for name, aliases in self.aliases.items():
             other.aliases[name] = [after[name] if alias is before[name] else alias for alias in aliases]
         other.stamp()
@@ -223,11 +208,9 @@ class _Watched(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        suspects = self.module.suspects
         for value in (*args, *kwargs.values()):
-            for one in value if isinstance(value, (list, tuple)) else (value,):
-                if id(one) in suspects:
-                    self.module.caught.add(suspects[id(one)])
+            several = value if isinstance(value, (list, tuple)) else (value,)
+            self.module.is_caught |= any(id(one) in self.module.suspects for one in several)
         return func(*args, **kwargs)
 
 
@@ -327,11 +310,7 @@ _KERNELS = _Kernels()
 
 @contextlib.contextmanager
 def differentiable() -> Iterator[None]:
-    """Evaluate by operations that have second derivatives: plain attention instead of the fused kernels.
-
-    Raises:
-        OptionError: within the caller's autocast or inference mode.
-    """
+    """Evaluate by operations that have second derivatives: plain attention instead of the fused kernels."""
     refuse_modes()
     with _KERNELS:
         yield

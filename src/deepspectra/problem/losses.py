@@ -27,7 +27,6 @@ class Loss(ABC):
     """
 
     name: str
-    is_mean = True  # over rows, known beforehand
 
     def learn_layout(self, outputs: Tensor, targets: Tensor) -> bool:
         """Learn of a batch how outputs are read that fit two readings; whether it told, or nothing is to be told."""
@@ -68,45 +67,10 @@ class Loss(ABC):
                 ) from error
         return torch.zeros_like(outputs) if product is None else product
 
-    def misfit(self, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> float:
-        """How far a batch's total is from the totals of its rows in two parts, relatively; 0 for sums over rows."""
-        return 0.0
-
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise `DataError` when a target cannot be one, `LossError` when outputs do not fit the loss."""
         if targets.is_floating_point() and not torch.isfinite(targets).all():
             raise DataError("targets contain NaN or infinite values; every target must be finite.")
-
-
-class SquaredError(Loss):
-    """Mean over all elements of (z − y)², as `torch.nn.MSELoss`."""
-
-    name = "mse"
-
-    def rows(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs and targets (n, D)."""
-        if outputs.shape != targets.shape:
-            raise ShapeError(
-                f"mse: outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} differ in shape, "
-                "which PyTorch would broadcast. Reshape one to the other."
-            )
-        return outputs.reshape(len(outputs), -1), targets.reshape(len(targets), -1).to(outputs)
-
-    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Σ (z − y)²."""
-        return (outputs - targets).square().sum()
-
-    def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The number of elements of each row."""
-        return constant(outputs.shape[1], outputs)
-
-    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """2 (z − y)."""
-        return 2 * (outputs.detach() - targets)
-
-    def curvature(self, outputs: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:
-        """2 t."""
-        return 2 * tangents
 
 
 class MeanLoss(Loss):
@@ -115,7 +79,7 @@ class MeanLoss(Loss):
     That it is a mean over rows is measured (`misfit`); a callable that is none is what it is on a single batch.
     """
 
-    is_mean = False
+    is_mean = False  # over rows, known beforehand
 
     def __init__(self, function: Callable[[Any, Tensor], Tensor], name: str | None = None) -> None:
         self.function = function
@@ -143,7 +107,9 @@ class MeanLoss(Loss):
         return constant(1, outputs)
 
     def misfit(self, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> float:
-        """The same, by cutting the rows at random into a third and the rest; NaN where they cannot be told apart.
+        """How far a batch's total is from those of a random third of its rows and of the rest, relatively.
+
+        NaN where rows cannot be told apart.
 
         Of values and of gradients: near a minimum or a symmetric point the values alone say little. Outputs are dealt
         anew among the targets, since a fitted network's own losses may be nothing but rounding.
@@ -226,6 +192,27 @@ class ElementwiseLoss(MeanLoss):
     def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The number of elements of each row."""
         return constant(outputs[0].numel() if len(outputs) else 1, outputs)
+
+
+class SquaredError(ElementwiseLoss):
+    """Mean over all elements of (z − y)², as `torch.nn.MSELoss`."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.MSELoss())
+        self.name = "mse"
+
+    def rows(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs and targets (n, D)."""
+        outputs, targets = super().rows(outputs, targets)
+        return outputs.reshape(len(outputs), -1), targets.reshape(len(targets), -1)
+
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """2 (z − y)."""
+        return 2 * (outputs.detach() - targets)
+
+    def curvature(self, outputs: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:
+        """2 t."""
+        return 2 * tangents
 
 
 def constant(value: float, outputs: Tensor) -> Tensor:

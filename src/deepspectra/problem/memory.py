@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepspectra.errors import OptionError
+from deepspectra.errors import MemoryBudgetError, OptionError
 from deepspectra.problem.batches import tensors
 
 Result = TypeVar("Result")
@@ -35,6 +35,14 @@ def parse_bytes(memory: int | str) -> int:
     if size <= 0:
         raise OptionError(f"memory={memory!r} must be positive.")
     return size
+
+
+def refuse_beyond(size: float, limit: int, what: str, instead: str) -> None:
+    """Raise MemoryBudgetError if what would take so many bytes is beyond the limit, the memory or a part of it."""
+    if size > limit:
+        raise MemoryBudgetError(
+            f"{what} {size / 2**30:.2f} GiB; the memory for it is {limit / 2**30:.2f} GiB. {instead}"
+        )
 
 
 def free_memory(device: torch.device) -> int:

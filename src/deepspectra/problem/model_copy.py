@@ -112,6 +112,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return dict((*model.named_parameters(), *model.named_buffers()))
+
+
 def twins(model: nn.Module, given: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of the user's model by the names that they have in the copy."""
     found: dict[str, Tensor] = {}
@@ -134,14 +139,12 @@ class _Bag(nn.EmbeddingBag):
         """Sums, means or maxima (B, d) of the rows of each bag."""
         index = input.flatten()
         if input.ndim == 2:
-            offsets = torch.arange(0, len(index) + 1, input.shape[1], device=input.device)[: len(input)]
+            offsets = torch.arange(len(input), device=input.device) * input.shape[1]
         assert offsets is not None
         size = len(offsets) - int(self.include_last_offset and input.ndim == 1)
         starts = offsets[:size].long()
         bag = torch.searchsorted(starts, torch.arange(len(index), device=input.device), right=True) - 1
-        counted = torch.ones_like(index, dtype=torch.bool)
-        if self.padding_idx is not None:
-            counted = index != self.padding_idx
+        counted = index != (-1 if self.padding_idx is None else self.padding_idx)
         rows = nn.functional.embedding(index[counted], self.weight, self.padding_idx)
         bag = bag[counted]
         if per_sample_weights is not None:

@@ -14,22 +14,25 @@ from deepspectra.errors import LossError
 from deepspectra.problem.cross_entropy import CrossEntropy, NegativeLogLikelihood
 from deepspectra.problem.losses import ElementwiseLoss, Loss, MeanLoss, SquaredError
 
-# Functions, and the modules that they are the functions of.
-ELEMENTWISE: dict[Any, type[nn.Module]] = {
-    F.l1_loss: nn.L1Loss,
-    F.smooth_l1_loss: nn.SmoothL1Loss,
-    F.huber_loss: nn.HuberLoss,
-    F.binary_cross_entropy: nn.BCELoss,
-    F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
-    F.poisson_nll_loss: nn.PoissonNLLLoss,
-    F.soft_margin_loss: nn.SoftMarginLoss,
-}
-FUNCTIONS = {
-    F.cross_entropy: nn.CrossEntropyLoss,
-    F.nll_loss: nn.NLLLoss,
-    F.mse_loss: nn.MSELoss,
-    **ELEMENTWISE,
-}
+# Functions, the modules that they are the functions of, and what we have for these; of subclasses nothing is known.
+KNOWN: list[tuple[Any, type[nn.Module], Callable[[Any], Loss]]] = [
+    (
+        F.cross_entropy,
+        nn.CrossEntropyLoss,
+        lambda m: CrossEntropy(m.weight, m.ignore_index, m.label_smoothing),
+    ),
+    (F.nll_loss, nn.NLLLoss, lambda m: NegativeLogLikelihood(m.weight, m.ignore_index)),
+    (F.mse_loss, nn.MSELoss, lambda _: SquaredError()),
+    (F.l1_loss, nn.L1Loss, ElementwiseLoss),
+    (F.smooth_l1_loss, nn.SmoothL1Loss, ElementwiseLoss),
+    (F.huber_loss, nn.HuberLoss, ElementwiseLoss),
+    (F.binary_cross_entropy, nn.BCELoss, ElementwiseLoss),
+    (F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss, ElementwiseLoss),
+    (F.poisson_nll_loss, nn.PoissonNLLLoss, ElementwiseLoss),
+    (F.soft_margin_loss, nn.SoftMarginLoss, ElementwiseLoss),
+]
+MODULES = {function: module for function, module, _ in KNOWN}
+LOSSES = {module: loss for _, module, loss in KNOWN}
 NAMED: dict[str, type[Loss]] = {"cross_entropy": CrossEntropy, "mse": SquaredError}
 
 
@@ -53,18 +56,7 @@ def resolve(loss: str | nn.Module | Callable[[Any, Tensor], Tensor] | Loss) -> L
             f"{type(given).__name__} has reduction={reduction!r}; the loss must be a mean over the examples: "
             "use reduction='mean'."
         )
-    plain = type(given)  # not isinstance: a subclass may compute something else
-    if isinstance(given, nn.CrossEntropyLoss) and plain is nn.CrossEntropyLoss:
-        found: Loss = CrossEntropy(given.weight, given.ignore_index, given.label_smoothing)
-    elif isinstance(given, nn.NLLLoss) and plain is nn.NLLLoss:
-        found = NegativeLogLikelihood(given.weight, given.ignore_index)
-    elif plain is nn.MSELoss:
-        found = SquaredError()
-    elif isinstance(given, nn.Module) and plain in ELEMENTWISE.values():
-        found = ElementwiseLoss(given)
-    else:
-        found = MeanLoss(given)
-    return found
+    return LOSSES.get(type(given), MeanLoss)(given)
 
 
 def _module_of(loss: Any) -> Any:
@@ -73,7 +65,7 @@ def _module_of(loss: Any) -> Any:
     options: dict[str, Any] = {}
     while isinstance(function, functools.partial) and not function.args:
         function, options = function.func, {**function.keywords, **options}
-    module = FUNCTIONS.get(function) if isinstance(function, Hashable) else None
+    module = MODULES.get(function) if isinstance(function, Hashable) else None
     if module is not None and set(options) <= set(inspect.signature(module).parameters):
         return module(**options)
     return loss

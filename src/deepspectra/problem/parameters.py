@@ -16,12 +16,7 @@ from deepspectra.errors import FallbackWarning, NonFiniteError, ParameterError, 
 def select_parameters(
     model: nn.Module, trainable: Collection[str], parameters: str | Sequence[str] | None
 ) -> dict[str, Tensor]:
-    """The trainable parameters by name, or those that globs choose; a tied one answers to each of its names.
-
-    Raises:
-        ParameterError: nothing is selected, or a glob matches nothing or is none.
-        NonFiniteError: a selected one holds NaN or infinite values.
-    """
+    """The trainable parameters by name, or those that globs choose; a tied one answers to each of its names."""
     patterns = [parameters] if isinstance(parameters, str) else parameters
     if patterns is not None and not (
         isinstance(patterns, Sequence) and all(isinstance(pattern, str) for pattern in patterns)

@@ -113,7 +113,7 @@ class Problem:
         first = settle_layout(module, self.batches, self.loss_function, self.parameters)
         first, self.cuts = settle_cuts(module, self.batches, self.parameters, first, mode)
         self._count(first)
-        if module.caught:
+        if module.is_caught:
             module.follow(given)
         saved = check_gradient(module, self.loss_function, self._trainable, first, given)
         each = saved / max(1, len(first.batch[1])) if self.cuts else 0.0
@@ -128,8 +128,9 @@ class Problem:
         found = count_rows(self._module, self.batches, self.loss_function, self.parameters, first)
         self.num_examples, self.total_weight = found.num_rows, found.total_weight
         self.num_classes = found.num_classes
-        if not found.is_mean(self.dtype) and (self.cuts or self.batches.num_batches > 1):
-            join_batches(self.batches, found, self.loss_function, self.dtype)
+        misfit = found.misfit(self.dtype)
+        if misfit != 0 and (self.cuts or self.batches.num_batches > 1):
+            join_batches(self.batches, misfit, self.loss_function)
             self.cuts = False
 
     @property

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import DataError, OptionError
-from deepspectra.problem.batches import Batches, Move, by_class, map_tensors, num_bytes
+from deepspectra.problem.batches import Batches, Move, map_tensors, num_bytes
 from deepspectra.problem.cross_entropy import CrossEntropy, DrawnCrossEntropy
 from deepspectra.problem.problem import Problem
 
@@ -72,8 +72,7 @@ def drawn_problem(problem: Problem, chosen: Tensor, weights: Tensor) -> Problem:
     move = Move(problem.device, problem.dtype)
     data = torch.cat(inputs), torch.cat(targets)
     batches = Batches(data, batch_size=None, move=move, budget=problem.memory // 4)
-    if problem.batch_size is not None:
-        batches.resize(problem.batch_size)
+    batches.resize(problem.batch_size)
     found = problem.variant(loss_function=DrawnCrossEntropy(loss), batches=batches)
     found.total_weight = problem.total_weight
     return found
@@ -87,4 +86,14 @@ def class_batches(
     With `among` those of these classes or groups only.
     """
     for batch in problem.fixed_batches():
-        yield from by_class(batch, groups, among) if problem.can_split(batch) else (batch,)
+        if not problem.can_split(batch):
+            yield batch
+            continue
+        inputs, labels = batch
+        if groups is not None:  # ignored rows, which may have any label, count with those of class 0
+            known = labels.where((labels >= 0) & (labels < len(groups)), 0)
+            labels = groups.to(labels.device)[known]
+        for label in torch.unique(labels):
+            if among is None or int(label) in among:
+                chosen = labels == label
+                yield batch if chosen.all() else (inputs[chosen], batch[1][chosen])

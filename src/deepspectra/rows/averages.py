@@ -8,8 +8,7 @@ with what when a part is knocked out (`taken`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,21 +19,21 @@ WIDE = ("within", "residual")  # span too much to be projected out
 METHODS = ("subtraction", "projection")
 
 
-@dataclass(frozen=True, eq=False)
-class Averages(Mapping[str, Tensor]):
+class Averages(dict[str, Tensor]):
     """Orthogonal projections Π = BBᵀ by name, as B (R, r) over R rows.
 
-    Attributes:
+    Args:
         bases: name → B; columns need not be orthonormal, as long as Π is a projection.
         every: (R, m) whose B Bᵀ is the sum of all Π.
         parts: the names, and "within", which is what all of them leave.
         first: the effect that came first in their making, as in `decompose`.
     """
 
-    bases: Mapping[str, Tensor]
-    every: Tensor
-    parts: tuple[str, ...]
-    first: str = "class"
+    def __init__(
+        self, bases: Mapping[str, Tensor], every: Tensor, parts: tuple[str, ...], first: str = "class"
+    ) -> None:
+        super().__init__(bases)
+        self.every, self.parts, self.first = every, parts, first
 
     @classmethod
     def of_members(cls, member: Tensor) -> Averages:
@@ -47,15 +46,6 @@ class Averages(Mapping[str, Tensor]):
         mean = (member.sum(1) / positive(member.sum()).sqrt())[:, None]
         bases = {"mean": mean, "class": by_class - mean @ (mean.T @ by_class)}
         return cls(bases, by_class, (*bases, "within"))
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.bases[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.bases)
-
-    def __len__(self) -> int:
-        return len(self.bases)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Averages:
         """The same averages in other coordinates, such as F = XᵀB of rows X."""
@@ -100,16 +90,7 @@ def taken(
     * "means" is all but "within" and "residual".
 
     All of it holds for errors, for one layer's gradients and for groups of classes; features have no potential
-    class, and no true.
-
-    Args:
-        removed: names of parts, or of the two sums of parts above.
-        parts: the parts that there are.
-        first: the effect that came first in their making, as in `decompose`.
-        method: "subtraction" or "projection".
-
-    Returns:
-        Names of parts, each once, in the order of `parts`.
+    class, and no true. Each part that goes is named once, in the order of `parts`.
 
     Raises:
         OptionError: nothing is removed, a part that there is not, one that cannot be projected out, or an unknown

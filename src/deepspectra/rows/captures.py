@@ -7,6 +7,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from deepspectra.errors import CurvatureError, DeepSpectraError, LossError, Memo
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.evaluation import differentiable
 from deepspectra.problem.losses import Loss
+from deepspectra.problem.memory import refuse_beyond
 from deepspectra.problem.problem import Problem, per_problem
 from deepspectra.problem.samples import small_problem
 from deepspectra.rows import planning, tracing
@@ -64,11 +66,7 @@ class Complement:
 
 
 def curvature_root(loss: Loss, outputs: Tensor, targets: Tensor, total_weight: float) -> Tensor:
-    """F (n, C, m) float64 with F_i F_iᵀ = ∂²(Σ ω ℓ / Σ ω)/∂z_i²; m = C − 1 for cross-entropy, else C.
-
-    Raises:
-        LossError: the loss is not convex in the outputs.
-    """
+    """F (n, C, m) float64 with F_i F_iᵀ = ∂²(Σ ω ℓ / Σ ω)/∂z_i²; m = C − 1 for cross-entropy, else C."""
     if isinstance(loss, CrossEntropy):
         p = outputs.double().softmax(-1)
         curvature = loss.curvature_weights(outputs, targets).double() / total_weight
@@ -90,22 +88,21 @@ def curvature_root(loss: Loss, outputs: Tensor, targets: Tensor, total_weight: f
 
 @dataclass(frozen=True)
 class Captured:
-    """One batch, or one example of a batch whose examples had to be taken one by one.
+    """One batch, or one example of a batch whose examples had to be taken one by one."""
 
-    Attributes:
-        uses: of its parameters, with features and errors.
-        weights: (n,) what each row counts: ω_i, or with label smoothing the curvature of its loss.
-        targets: of its rows.
-    """
-
-    uses: list[Use]
-    weights: Tensor
-    targets: Tensor
+    uses: list[Use]  # of its parameters, with features and errors
+    weights: Tensor  # (n,) what each row counts: ω_i, or with label smoothing the curvature of its loss
+    targets: Tensor  # of its rows
 
     @property
     def num_rows(self) -> int:
         """Of outputs."""
         return len(self.weights)
+
+    @property
+    def by_example(self) -> Tensor:
+        """What rows count, (B, R), float64."""
+        return self.weights.view(self.uses[0].num_examples, -1).double()
 
 
 class Held(list[Captured]):
@@ -130,21 +127,11 @@ class Captures:
         joint: scalars belong to examples, and not to each of their rows.
         shared: what is held is that of `captures_of`.
 
-    Attributes:
-        plan: how uses and examples lie.
-        held: all batches, if they were brought into memory.
-        limit: bytes that may be held, a third of memory.
-        bytes_by_layer: of features and errors of all the data, estimated when they are to be held.
-
-    Raises:
-        LossError: the cross-entropy of one output, or rows interact in the loss.
-        CurvatureError: rows that belong to no single examples and are too many, or parameters used otherwise on
-            one batch than on another in more data than fit memory.
-        MemoryBudgetError: the errors of such rows do not fit memory.
-
     Cost: a forward and m backward passes without weight gradients each time that the data are gone through, and
     two more where that is checked; a row that belongs to no example takes m passes over its batch by itself.
     """
+
+    samples = 0  # scalars of each example that are drawn
 
     def __init__(self, problem: Problem, weigh: Weigh, *, joint: bool = False, shared: bool = False) -> None:
         refuse_one_output(problem)
@@ -152,10 +139,10 @@ class Captures:
         self.weigh = weigh
         self.joint = joint
         self.shared = shared
-        self.plan = plan_of(problem)
-        self.held: list[Captured] = []
-        self.limit = problem.memory // 3
-        self.bytes_by_layer: dict[str, int] = {}
+        self.plan = plan_of(problem)  # how uses and examples lie
+        self.held: list[Captured] = []  # all batches, if they were brought into memory
+        self.limit = problem.memory // 3  # bytes that may be held
+        self.bytes_by_layer: dict[str, int] = {}  # of all the data, estimated when they are to be held
 
     def hold(self) -> bool:
         """Bring features and errors into memory, or take those that are there; False if they do not fit."""
@@ -202,11 +189,7 @@ class Captures:
         yield from self.held or self._found() or self.captured()
 
     def by_layer(self) -> Iterator[tuple[str, list[list[Use]]]]:
-        """Each layer's uses, one list a batch: held, or captured for as many layers at a time as fit memory.
-
-        Raises:
-            MemoryBudgetError: one layer's features and errors do not fit.
-        """
+        """Each layer's uses, one list a batch: held, or captured for as many layers at a time as fit memory."""
         self.hold()
         for layers in self._groups():
             names = frozenset(name for name in self.problem.parameter_names if layer_of(name) in layers)
@@ -222,14 +205,6 @@ class Captures:
         for use in first.uses:
             self.bytes_by_layer[layer_of(use.slice.name)] += int(scale * use.num_bytes)
 
-    def captured(self, names: frozenset[str] | None = None) -> Iterator[Captured]:
-        """Batches with uses of the named parameters, one at a time.
-
-        Raises:
-            IrregularError: a batch after the first uses parameters otherwise; the plan then sets these alone.
-        """
-        return self._captured(self.weigh, names)
-
     def features(self) -> Iterable[Captured]:
         """Batches of which features count, and may be all there is. Cost: a forward pass unless they are there."""
         found = self.held or self._found()
@@ -237,33 +212,39 @@ class Captures:
             return found
 
         def every() -> Iterator[Captured]:
-            return self._captured(_no_scalars, frozenset(self.problem.parameters) - self.plan.alone)
+            names = frozenset(self.problem.parameters) - self.plan.alone
+            return self.captured(names, lambda z, _: z.new_empty(len(z), z[:1].numel(), 0))
 
         return _again(every) if self.plan.by_value else every()
 
-    def _captured(self, weigh: Weigh, names: frozenset[str] | None) -> Iterator[Captured]:
-        loss = self.problem.loss_function
+    def captured(self, names: frozenset[str] | None = None, weigh: Weigh | None = None) -> Iterator[Captured]:
+        """Batches with uses of the named parameters, one at a time, for other scalars if so told.
+
+        Raises:
+            IrregularError: a batch after the first uses parameters otherwise; the plan then sets these alone.
+        """
         for number, batch in enumerate(self.problem.fixed_batches()):
-            seen: list[tuple[Tensor, Tensor]] = []
-
-            def see(outputs: Tensor, targets: Tensor, seen: list[tuple[Tensor, Tensor]] = seen) -> Tensor:
-                measure = loss.curvature_weights if isinstance(loss, CrossEntropy) else loss.weights
-                seen.append((measure(outputs, targets), targets))
-                return weigh(outputs, targets)
-
-            pieces: list[tracing.Piece] = []
+            pieces: list[Captured] = []
             while not pieces:
                 try:
                     with refusing(), differentiable():
-                        pieces = tracing.capture(self.problem, batch, self.plan, see, names, joint=self.joint)
+                        pieces = self._pieces(batch, names, weigh or self.weigh)
                 except IrregularError as found:
                     self.plan = self.plan.without(found.names)
                     if number:
                         raise
-            weights, targets = seen[-1]
-            for piece in pieces:
-                rows = piece.rows.to(weights.device)
-                yield Captured(piece.uses, weights[rows], targets[rows])
+            yield from pieces
+
+    def _pieces(self, batch: Any, names: frozenset[str] | None, weigh: Weigh) -> list[Captured]:
+        graph, loss = tracing.Graph(self.problem, batch, self.plan.alone), self.problem.loss_function
+        measure = loss.curvature_weights if isinstance(loss, CrossEntropy) else loss.weights
+        weights = measure(graph.values, graph.targets)
+        scalars = tracing.Scalars(weigh(graph.values, graph.targets), self.joint)
+        pieces = [
+            (piece.uses, piece.rows.to(weights.device))
+            for piece in tracing.capture(graph, self.plan, scalars, names)
+        ]
+        return [Captured(uses, weights[rows], graph.targets[rows]) for uses, rows in pieces]
 
     def _groups(self) -> list[list[str]]:
         """Layers whose features and errors fit memory together, in order."""
@@ -272,11 +253,8 @@ class Captures:
         groups: list[list[str]] = []
         used = self.limit + 1
         for layer, size in self.bytes_by_layer.items():
-            if size > self.limit:
-                raise MemoryBudgetError(
-                    f"features and errors of layer {layer!r} take about {size / 2**30:.2f} GiB and a third of "
-                    f"memory is {self.limit / 2**30:.2f} GiB. Raise memory, or take fewer examples."
-                )
+            instead = "Raise memory, of which that is a third, or take fewer examples."
+            refuse_beyond(size, self.limit, f"features and errors of layer {layer!r} take about", instead)
             if used + size > self.limit:
                 groups.append([])
                 used = 0
@@ -290,10 +268,6 @@ def captures_of(problem: Problem) -> Captures:
 
     The scalars of a row are the columns of a root of its loss curvature. What one of them holds serves all others of
     the same problem, and stays after the last for as long as graphs leave room in half of the problem's memory.
-
-    Raises:
-        LossError: as `Captures`, or when used, the loss is not convex in the outputs.
-        CurvatureError, MemoryBudgetError: as `Captures`.
     """
     return Captures(problem, functools.partial(_root, problem), shared=True)
 
@@ -314,10 +288,6 @@ def plan_of(problem: Problem) -> tracing.Plan:
     """How to capture a problem's gradients, learned once and kept with it.
 
     Learned in float64, or in the problem's own type where the network runs in no other.
-
-    Raises:
-        LossError: rows interact in the loss, so that no scalars are those of single rows.
-        CurvatureError: features and errors cannot be told apart by example.
     """
     problem.refuse_interacting_rows()
     with refusing():
@@ -357,10 +327,6 @@ def refusing() -> Iterator[None]:
         raise CurvatureError(
             f"features and errors of this network cannot be told apart by example ({reason})."
         ) from failure
-
-
-def _no_scalars(outputs: Tensor, _: Tensor) -> Tensor:
-    return outputs.new_empty(len(outputs), outputs[:1].numel(), 0)
 
 
 def parameters_of(problem: Problem, layer: str) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Iterator
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from deepspectra.errors import FallbackWarning
 from deepspectra.problem.cross_entropy import CrossEntropy
-from deepspectra.problem.losses import ElementwiseLoss, Loss, SquaredError
+from deepspectra.problem.losses import ElementwiseLoss, Loss
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.captures import Captured, Captures, captures_of, curvature_root, rows_an_example
 
@@ -32,7 +31,14 @@ class DrawnCaptures(Captures):
     def __init__(self, problem: Problem, samples: int, seed: int) -> None:
         self.samples = samples
         generator = torch.Generator().manual_seed(seed)
-        super().__init__(problem, functools.partial(_drawn, problem, samples, generator), joint=True)
+
+        def weigh(outputs: Tensor, targets: Tensor) -> Tensor:
+            shape = (len(outputs), outputs[:1].numel(), samples)
+            signs = torch.randint(2, shape, generator=generator).to(outputs.device, torch.float64) * 2 - 1
+            drawn = combined(problem.loss_function, outputs, targets, problem.total_weight, signs)
+            return drawn.div(samples**0.5).to(outputs)
+
+        super().__init__(problem, weigh, joint=True)
 
     def batches(self) -> Iterator[Captured]:
         """Each batch, of new draws."""
@@ -40,30 +46,17 @@ class DrawnCaptures(Captures):
         return super().batches()
 
 
-def _drawn(
-    problem: Problem, samples: int, generator: torch.Generator, outputs: Tensor, targets: Tensor
-) -> Tensor:
-    """Cotangents (n, C, samples) of new draws."""
-    shape = (len(outputs), outputs[:1].numel(), samples)
-    signs = torch.randint(2, shape, generator=generator).to(outputs.device, torch.float64) * 2 - 1
-    drawn = combined(problem.loss_function, outputs, targets, problem.total_weight, signs)
-    return drawn.div(samples**0.5).to(outputs)
-
-
 def combined(loss: Loss, outputs: Tensor, targets: Tensor, total_weight: float, mixing: Tensor) -> Tensor:
     """F ε (n, C, s) float64 for ε (n, C, s), with some F_i F_iᵀ = ∂²(Σ ω ℓ / Σ ω)/∂z_i², never formed if it is large.
 
     Of cross-entropy F = √a (diag √p − p √pᵀ), of losses that are sums over elements it is diagonal.
-
-    Raises:
-        LossError: the loss is not convex in the outputs.
     """
     if isinstance(loss, CrossEntropy):
         p = outputs.double().softmax(-1)[:, :, None]
         mixed = p.sqrt() * mixing
         curvature = loss.curvature_weights(outputs, targets).double() / total_weight
         return curvature.sqrt()[:, None, None] * (mixed - p * mixed.sum(1, keepdim=True))
-    if isinstance(loss, (SquaredError, ElementwiseLoss)):
+    if isinstance(loss, ElementwiseLoss):
         diagonal = loss.curvature(outputs, targets, torch.ones_like(outputs)).flatten(1).double()
         return (diagonal.clamp_min(0) / total_weight).sqrt()[:, :, None] * mixing
     return curvature_root(loss, outputs, targets, total_weight) @ mixing

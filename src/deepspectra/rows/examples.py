@@ -25,21 +25,13 @@ class Examples:
 
     It is never read from lengths alone, which may be equal by chance: a reading holds if a few examples that pass the
     network alone give the rows that they gave in their batch.
-
-    Attributes:
-        leaf: the tensor, in the batch's order, whose length along `dim` is the number of examples.
-        dim: the dimension of tensors that examples are in.
-        cut: which tensors hold one entry an example there.
-        interleaved: rows are those of the first position of all examples, then of the second, and so on, rather than
-            all of the first example, then of the second.
-        apart: examples that passed the network alone gave their rows.
     """
 
-    leaf: int
-    dim: int
-    cut: frozenset[int]
-    interleaved: bool
-    apart: bool
+    leaf: int  # the tensor, in the batch's order, whose length along `dim` is the number of examples
+    dim: int  # of tensors, that examples are in
+    cut: frozenset[int]  # which tensors hold one entry an example there
+    interleaved: bool  # the first row of all examples, then the second; or else example by example
+    apart: bool  # examples that passed the network alone gave their rows
 
     def rows(self, batch: Any, num_rows: int) -> Tensor | None:
         """Which rows are whose, (B, R); None if they are not spread evenly."""

@@ -22,16 +22,6 @@ class GradientRows:
     section 6). With class weights or label smoothing, w_{i,k} = a_i p_{i,k} / Σ ω with a_i the curvature of the
     row's loss, and the identity stays exact.
 
-    Args:
-        problem: one with cross-entropy and class labels.
-
-    Attributes:
-        weights: (N, C) w_{i,k}, float64.
-        labels: (N,) true classes.
-
-    Raises:
-        LossError: another loss, or soft targets.
-
     Cost: one forward pass; memory of N × C float64.
     """
 
@@ -48,9 +38,9 @@ class GradientRows:
             curvature.append(loss.curvature_weights(outputs, targets).double())
         self.sizes = [len(p) for p in probabilities]
         self.probabilities = torch.cat(probabilities)
-        self.labels = torch.cat(labels)
+        self.labels = torch.cat(labels)  # (N,) true classes
         self.curvature = torch.cat(curvature) / problem.total_weight
-        self.weights = self.curvature[:, None] * self.probabilities
+        self.weights = self.curvature[:, None] * self.probabilities  # (N, C) w_{i,k}, float64
 
     def apply(self, block: Tensor) -> Tensor:
         """A V = √w_{i,k} (p_iᵀ J_i V − (J_i V)_k): (N, C, K). Cost: .6–1 gradient a column."""
@@ -81,13 +71,34 @@ class GradientRows:
 
         return self._means(projections, columns, basis.shape[-1])
 
-    def cells(self, projections: Projections) -> Tensor:
-        """√w_ck g_ck for all cells (P, C²).
+    def cells(self, projections: Projections, among: Sequence[int] | None = None) -> Tensor:
+        """√w_ck g_ck for all cells (P, C²), or for those of some classes, one class after the other.
 
         Σ_k p_{i,k} g_{i,k} = 0 gives each class's heaviest cell from its others. Cost: C−1 backward passes on one
         forward pass, about 2C/3 gradients.
         """
-        return self._cells(projections, range(projections.num_classes))
+        size = projections.num_classes
+        place = {c: j for j, c in enumerate(range(size) if among is None else among)}
+        root = projections.cell_weights.sqrt()
+        heaviest, every = root.argmax(1), torch.arange(size, device=root.device)
+
+        def others(labels: Tensor) -> tuple[Tensor, Tensor]:
+            present = [c for c in torch.unique(labels).tolist() if c in place]
+            cells = [(c, every[every != heaviest[c]]) for c in present]
+            scale = root.new_zeros(len(labels), size, len(present) * (size - 1))
+            for j, (c, k) in enumerate(cells):
+                mine = root.new_zeros(size, size - 1)
+                mine[k, range(size - 1)] = 1 / positive(root[c, k])
+                scale[labels == c, :, j * (size - 1) : (j + 1) * (size - 1)] = mine
+            return scale, torch.cat([place[c] * size + k for c, k in cells])
+
+        factor = self._means(projections, others, len(place) * size, place)
+        for c, j in place.items():
+            k = int(heaviest[c])
+            if root[c, k] > 0:
+                mine = factor[:, j * size : (j + 1) * size]
+                mine[:, k] = mine @ (-root[c] / root[c, k]).to(factor)
+        return factor
 
     def coordinates(self, projections: Projections, block: Tensor) -> Tensor:
         """√w_ck g_ckᵀ v for all cells and every column v of (P, K): (C², K).
@@ -100,45 +111,13 @@ class GradientRows:
             with self.products.allowance.lent(size * block.shape[0] * block.element_size()) as granted:
                 if granted:
                     block = block.to(torch.promote_types(self.problem.dtype, torch.float32))
-                    return torch.cat([self._cells(projections, [c]).T @ block for c in range(size)])
+                    return torch.cat([self.cells(projections, [c]).T @ block for c in range(size)])
         return projections.coordinates(self.apply(block)).flatten(0, 1)
 
     @property
     def splits_by_class(self) -> bool:
         """Whether the means of one class cost less than those of all."""
         return self.problem.splits_by_class
-
-    def _cells(self, projections: Projections, among: Sequence[int]) -> Tensor:
-        """√w_ck g_ck for all cells of some classes, one class after the other: (P, len(among) C)."""
-        size = projections.num_classes
-        root = projections.cell_weights.sqrt()
-        heaviest = root.argmax(1)
-        factor = self._other_cells(projections, heaviest, among)
-        for j, c in enumerate(among):
-            k = int(heaviest[c])
-            if root[c, k] > 0:
-                cells = factor[:, j * size : (j + 1) * size]
-                cells[:, k] = cells @ (-root[c] / root[c, k]).to(factor)
-        return factor
-
-    def _other_cells(self, projections: Projections, heaviest: Tensor, among: Sequence[int]) -> Tensor:
-        """The same without the heaviest of each class, which are zero."""
-        size = projections.num_classes
-        root = projections.cell_weights.sqrt()
-        every = torch.arange(size, device=root.device)
-        place = {c: j for j, c in enumerate(among)}
-
-        def columns(labels: Tensor) -> tuple[Tensor, Tensor]:
-            present = [c for c in torch.unique(labels).tolist() if c in place]
-            cells = [(c, every[every != heaviest[c]]) for c in present]
-            scale = root.new_zeros(len(labels), size, len(present) * (size - 1))
-            for j, (c, k) in enumerate(cells):
-                mine = root.new_zeros(size, size - 1)
-                mine[k, range(size - 1)] = 1 / positive(root[c, k])
-                scale[labels == c, :, j * (size - 1) : (j + 1) * (size - 1)] = mine
-            return scale, torch.cat([place[c] * size + k for c, k in cells])
-
-        return self._means(projections, columns, len(place) * size, place)
 
     def _means(
         self,
@@ -169,9 +148,6 @@ def class_sums(problem: Problem, groups: Tensor | None = None) -> tuple[Tensor, 
 
     With `groups` of classes, of every group.
 
-    Raises:
-        LossError: not the cross-entropy of class labels.
-
     Cost: one gradient.
     """
     loss = labelled_loss(problem)
@@ -193,12 +169,7 @@ def class_sums(problem: Problem, groups: Tensor | None = None) -> tuple[Tensor, 
 
 
 def labelled_loss(problem: Problem) -> CrossEntropy:
-    """The problem's loss, if it has classes.
-
-    Raises:
-        OptionError: not a problem.
-        LossError: not the cross-entropy of class labels, or that of one output.
-    """
+    """The problem's loss, if it has classes."""
     check_problem(problem)
     loss = problem.loss_function
     if not isinstance(loss, CrossEntropy):

@@ -10,13 +10,13 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 from torch import Tensor
 
-from deepspectra.errors import MemoryBudgetError
+from deepspectra.problem.memory import refuse_beyond
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.captures import Complement, captures_of
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.projections import Projections
-from deepspectra.rows.uses import Lookup, Matrix, Slice, Use, by_stretch
+from deepspectra.rows.uses import Lookup, Matrix, Slice, Use, as_slice, by_stretch
 
 BLOCK_BYTES = 2**28  # of gradients that are formed at a time
 EXAMPLES = 16  # whose inner products with as many others are computed together
@@ -30,14 +30,6 @@ class HeldRows(GradientRows):
     C − 1 scalars an example stand for its C rows. Memory: about C − 1 times the activations of a forward pass
     over all the data. While the captures hold them products are theirs, and else go through the network.
 
-    Attributes:
-        captures: of the same problem.
-        complement: the C − 1 coordinates of each example.
-
-    Raises:
-        LossError: not the cross-entropy of class labels.
-        CurvatureError: as `Captures`.
-
     Cost: a forward and C − 1 backward passes without weight gradients; then a third of a gradient a column.
     """
 
@@ -45,7 +37,7 @@ class HeldRows(GradientRows):
         super().__init__(problem)
         self.captures = captures_of(problem)
         self._put_in_order()
-        self.complement = Complement(self.probabilities)
+        self.complement = Complement(self.probabilities)  # the C − 1 coordinates of each example
         ends = itertools.accumulate(self.products.sizes, initial=0)
         self.starts = dict(zip(problem.parameters, ends, strict=False))  # of each parameter in the vector
 
@@ -54,11 +46,10 @@ class HeldRows(GradientRows):
         plan = self.captures.plan
         if plan.examples is None or not plan.examples.interleaved:
             return
-        pieces, start = [], 0
-        for batch, size in zip(self.problem.fixed_batches(), self.sizes, strict=True):
-            pieces.append(start + plan.order(batch, size))
-            start += size
-        self.order = torch.cat(pieces).to(self.weights.device)
+        every = torch.split(torch.arange(len(self.labels)), self.sizes)
+        pieces = zip(self.problem.fixed_batches(), every, strict=True)
+        order = [piece[plan.order(batch, len(piece))] for batch, piece in pieces]
+        self.order = torch.cat(order).to(self.weights.device)
         for name in ("probabilities", "labels", "curvature", "weights"):
             setattr(self, name, getattr(self, name)[self.order])
 
@@ -66,11 +57,6 @@ class HeldRows(GradientRows):
     def num_reduced(self) -> int:
         """R = N (C − 1)."""
         return self.weights.shape[0] * (self.weights.shape[1] - 1)
-
-    @property
-    def gram_bytes(self) -> int:
-        """Bytes of the Gram matrix, its eigenvectors and one more like it."""
-        return gram_bytes(self.num_reduced)
 
     def apply(self, block: Tensor) -> Tensor:
         """A V: (N, C, K). Cost: a third of a gradient a column."""
@@ -94,12 +80,13 @@ class HeldRows(GradientRows):
 
     def _push(self, uses: list[Use], block: Tensor) -> Tensor:
         """(n, C − 1, K) for one batch."""
-        total = functools.reduce(torch.add, (use.push(self._tangents(use.slice, block)) for use in uses))
-        return total.reshape(-1, self.weights.shape[1] - 1, block.shape[1])
 
-    def _tangents(self, found: Slice, block: Tensor) -> Tensor:
-        start = self.starts[found.name] + found.start
-        return block[start : start + found.numel].T.reshape(-1, *found.shape)
+        def tangents(found: Slice) -> Tensor:
+            start = self.starts[found.name] + found.start
+            return block[start : start + found.numel].T.reshape(-1, *found.shape)
+
+        total = functools.reduce(torch.add, (use.push(tangents(use.slice)) for use in uses))
+        return total.reshape(-1, self.weights.shape[1] - 1, block.shape[1])
 
     def transpose(self, rows: Tensor) -> Tensor:
         """Aᵀ α for α (N, C, K): (P, K). Cost: a third of a gradient a column, of the examples where α is not 0."""
@@ -110,21 +97,16 @@ class HeldRows(GradientRows):
         reduced = self.complement.reduce(rows)
         sizes = [batch.num_rows for batch in held]
         for batch, part in zip(held, torch.split(reduced, sizes), strict=True):
-            uses = batch.uses
-            num_examples = uses[0].num_examples
-            mixed = part.reshape(num_examples, -1, part.shape[-1])
+            mixed = part.reshape(batch.uses[0].num_examples, -1, part.shape[-1])
             patterns, which = torch.unique(mixed.any(1), dim=1, return_inverse=True)
             for index, live in enumerate(patterns.T):
-                (columns,) = (which == index).nonzero(as_tuple=True)
-                if not bool(live.any()):
-                    continue
-                (chosen,) = live.nonzero(as_tuple=True)
-                self._pull(total, uses, mixed[chosen][:, :, columns], chosen, columns)
+                (columns,), (chosen,) = (which == index).nonzero(as_tuple=True), live.nonzero(as_tuple=True)
+                if len(chosen):
+                    self._pull(total, batch.uses, mixed[chosen][:, :, columns], chosen, columns)
         return total.T
 
     def _pull(self, total: Tensor, uses: list[Use], mixed: Tensor, chosen: Tensor, columns: Tensor) -> None:
-        first, last = int(chosen[0]), int(chosen[-1]) + 1
-        some = slice(first, last) if last - first == len(chosen) else chosen  # a slice is not copied
+        some = as_slice(chosen)
         for use in uses:
             start = self.starts[use.slice.name] + use.slice.start
             piece = use.pull(mixed.to(use.errors), some).reshape(len(columns), -1)
@@ -154,9 +136,6 @@ class HeldRows(GradientRows):
 
         Each stretch of a parameter by the cheaper of two ways: gradients formed and multiplied, or inner
         products of features and of errors. What is not held is captured group by group of parameters.
-
-        Raises:
-            MemoryBudgetError: one parameter's features and errors, or the matrix, do not fit memory.
         """
         refuse_beyond_memory(self.num_reduced, self.problem)
         return gram_of(uses for _, uses in self.captures.by_layer())
@@ -169,25 +148,26 @@ def gram_bytes(num_rows: int) -> int:
 
 def refuse_beyond_memory(num_rows: int, problem: Problem) -> None:
     """Raise MemoryBudgetError if the Gram matrix of so many rows does not fit memory."""
-    size = gram_bytes(num_rows)
-    if size > problem.memory:
-        raise MemoryBudgetError(
-            f"the Gram matrix of {num_rows:,} rows and its eigenvectors take {size / 2**30:.1f} GiB; "
-            f"memory is {problem.memory / 2**30:.1f} GiB. Take fewer examples, or raise memory."
-        )
+    what = f"the Gram matrix of {num_rows:,} rows and its eigenvectors take"
+    refuse_beyond(gram_bytes(num_rows), problem.memory, what, "Take fewer examples, or raise memory.")
 
 
 def gram_of(layers: Iterable[list[list[Use]]]) -> Tensor:
     """Inner products (R, R) of gradients to the parameters of some layers, each of one list of uses a batch."""
     total = torch.zeros(0)
     for batches in layers:
-        sizes = [uses[0].num_examples * uses[0].errors.shape[1] for uses in batches]
+        sizes = _num_rows(batches)
         if not len(total):
             total = torch.zeros(
                 sum(sizes), sum(sizes), dtype=torch.float64, device=batches[0][0].errors.device
             )
         _add_lower(total, batches, sizes)
     return total.tril_() + total.tril(-1).T
+
+
+def _num_rows(batches: list[list[Use]]) -> list[int]:
+    """Gradients of each batch, J of every example."""
+    return [uses[0].num_examples * uses[0].errors.shape[1] for uses in batches]
 
 
 def moment_of(batches: list[list[Use]], averages: Averages) -> tuple[Tensor, Averages]:
@@ -199,17 +179,14 @@ def moment_of(batches: list[list[Use]], averages: Averages) -> tuple[Tensor, Ave
     Cost: R P² multiplications; a batch's gradients are formed at a time.
     """
     stretches = list(by_stretch(batches[0]))  # in whose order columns stand
-    moment, start = torch.zeros(()), 0
+    moment = factors = torch.zeros(())
     bases = torch.cat([*averages.values(), averages.every], 1)
-    factors = bases[:0]
-    for uses in batches:
+    for uses, some in zip(batches, torch.split(bases, _num_rows(batches)), strict=True):
         mine = by_stretch(uses)
         formed = ([use.formed(slice(None)) for use in mine[stretch]] for stretch in stretches)
         rows = torch.cat([functools.reduce(torch.add, each).flatten(0, 1) for each in formed], 1)
         moment = moment + (rows.T @ rows).double()
-        added = (rows.T @ bases[start : start + len(rows)].to(rows)).double()
-        factors = added if start == 0 else factors + added
-        start += len(rows)
+        factors = factors + (rows.T @ some.to(rows)).double()
     each = iter(torch.split(factors, [basis.shape[1] for basis in (*averages.values(), averages.every)], 1))
     return moment, averages.map(lambda _: next(each))
 

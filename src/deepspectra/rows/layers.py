@@ -6,14 +6,15 @@ are √w_{i,k} e_{i,k}, with the parts of G.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from deepspectra.errors import CurvatureError, MemoryBudgetError, MissingNameError
+from deepspectra.errors import CurvatureError, MissingNameError
+from deepspectra.problem.memory import refuse_beyond
 from deepspectra.rows.averages import Averages
-from deepspectra.rows.captures import layer_of
+from deepspectra.rows.captures import Captured, layer_of
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held import HeldRows
 from deepspectra.rows.projections import Projections, num_groups
@@ -21,15 +22,10 @@ from deepspectra.rows.uses import Convolution, Lookup, Matrix, Use
 
 
 class LayerRows:
-    """Rows X (R, D) of features or errors, the layers' one after the other.
-
-    Attributes:
-        matrices: layer → its columns of X.
-        size: D of all layers.
-    """
+    """Rows X (R, D) of features or errors, the layers' one after the other."""
 
     def __init__(self, matrices: Mapping[str, Tensor]) -> None:
-        self.matrices = matrices
+        self.matrices = matrices  # layer → its columns of X
         self.size = sum(matrix.shape[1] for matrix in matrices.values())
 
     def layer(self, name: str) -> LayerRows:
@@ -53,40 +49,20 @@ class LayerRows:
 
 
 def features_of(rows: HeldRows) -> dict[str, Tensor]:
-    """Layer → h (N, D), for every layer that multiplies features by a matrix or a kernel.
-
-    Raises:
-        CurvatureError: no layer has features of its own for each row, or examples have unequal numbers of positions.
-        MemoryBudgetError: they do not fit.
-
-    Cost: a forward pass.
-    """
-    pieces: dict[str, list[Tensor]] = {}
-    for batch in rows.captures.features():
-        _collect(pieces, layer_inputs(batch.uses), rows, len(rows.labels))
-    return _joined(pieces)
+    """Layer → h (N, D), for every layer that multiplies features by a matrix or a kernel. Cost: a forward pass."""
+    return _gathered(rows, rows.captures.features(), layer_inputs, len(rows.labels))
 
 
 def feature_rows(rows: HeldRows) -> LayerRows:
-    """h_i/√N of every layer, 0 of rows that do not count. Raises and costs as `features_of`."""
+    """h_i/√N of every layer, 0 of rows that do not count."""
     weight = counted(rows)
     root = (weight / weight.sum()).sqrt()[:, None]
     return LayerRows({name: features * root.to(features) for name, features in features_of(rows).items()})
 
 
 def error_rows(rows: HeldRows) -> LayerRows:
-    """√w_{i,k} e_{i,k} at the output of every layer that has a matrix, a kernel or a table, as N (C − 1) rows.
-
-    Raises:
-        CurvatureError: no such layer, or examples have unequal numbers of positions.
-        MemoryBudgetError: they do not fit.
-
-    Cost: that of `Captures.hold`.
-    """
-    pieces: dict[str, list[Tensor]] = {}
-    for batch in rows.captures.batches():
-        _collect(pieces, layer_errors(batch.uses), rows, rows.num_reduced)
-    return LayerRows(_joined(pieces))
+    """√w_{i,k} e_{i,k} at the output of every layer that has a matrix, a kernel or a table, as N (C − 1) rows."""
+    return LayerRows(_gathered(rows, rows.captures.batches(), layer_errors, rows.num_reduced))
 
 
 def layer_inputs(uses: list[Use]) -> dict[str, Tensor]:
@@ -137,24 +113,22 @@ def error_averages(rows: HeldRows, projections: Projections, parts: tuple[str, .
     return projections.averages(parts, rows.complement.reduce)
 
 
-def _collect(
-    pieces: dict[str, list[Tensor]], found: dict[str, Tensor], rows: HeldRows, num_rows: int
-) -> None:
-    """Add a batch; the first one tells whether all of them fit."""
-    if not pieces:
-        size = num_rows * sum(tensor.shape[1] * tensor.element_size() for tensor in found.values())
-        limit = rows.captures.limit
-        if size > limit:
-            raise MemoryBudgetError(
-                f"{num_rows:,} rows of all layers take {size / 2**30:.2f} GiB; a third of memory is "
-                f"{limit / 2**30:.2f} GiB. Raise memory, take fewer examples, or restrict the parameters."
+def _gathered(
+    rows: HeldRows, batches: Iterable[Captured], of: Callable[[list[Use]], dict[str, Tensor]], num_rows: int
+) -> dict[str, Tensor]:
+    """The rows of all batches; the first one tells whether they fit."""
+    pieces: dict[str, list[Tensor]] = {}
+    for batch in batches:
+        found = of(batch.uses)
+        if not pieces:
+            size = num_rows * sum(tensor.shape[1] * tensor.element_size() for tensor in found.values())
+            instead = (
+                "Raise memory, of which that is a third, take fewer examples, or restrict the parameters."
             )
-    refuse_missing(pieces, found)
-    for name, tensor in found.items():
-        pieces.setdefault(name, []).append(tensor)
-
-
-def _joined(pieces: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+            refuse_beyond(size, rows.captures.limit, f"{num_rows:,} rows of all layers take", instead)
+        refuse_missing(pieces, found)
+        for name, tensor in found.items():
+            pieces.setdefault(name, []).append(tensor)
     pieces = {name: tensors for name, tensors in pieces.items() if any(tensor.shape[1] for tensor in tensors)}
     if not pieces:
         raise CurvatureError(

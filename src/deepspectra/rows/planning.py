@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspectra.problem.evaluation import differentiable
+from deepspectra.derivatives.ways import OutputGraph
 from deepspectra.problem.problem import Problem
-from deepspectra.rows.examples import Examples, find_examples
-from deepspectra.rows.tracing import CODED, CODED_HALF, Call, Graph, IrregularError, Plan, capture
+from deepspectra.rows.examples import find_examples
+from deepspectra.rows.tracing import CODED, CODED_HALF, Call, Graph, IrregularError, Plan, Scalars, capture
 from deepspectra.rows.uses import BLOCKS, LAYOUTS, Layout, Slice
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}  # relative, of products by features and errors
@@ -24,25 +24,21 @@ TOLERANCE_HALF = 0.1  # against those by backpropagation
 PLANNED_ROWS = 3  # on which uses are checked where a whole batch is one example
 ROUNDING = 500  # times eps, of the largest gradient of a parameter, for parameters without effect
 
-Fitting = list[
-    list[Layout | None]
-]  # of each use the layouts that agree with its errors; None for scattered examples
+Fitting = list[list[Layout | None]]  # of each use, that agree with its errors; None for scattered examples
 
 
 def learned(sample: Problem) -> Plan:
-    """How to capture a problem's gradients, learned on a sample of it, in float64 where that can be had.
-
-    Args:
-        sample: the same network on a few examples, at least two if a batch of the problem has as many.
-    """
+    """How to capture a problem's gradients, learned on a few of its examples, in float64 where that can be had."""
     (batch,) = list(sample.batches)[:1]
     graph = Graph(sample, batch)
-    outputs = graph.outputs.detach()
+    outputs = graph.values
     alone = graph.reached(graph.leaves) | _overlapping(graph)
     examples = find_examples(sample, batch, outputs)
     fitting = _fitting(graph, None if examples is None else examples.rows(batch, len(outputs)))
-    if _examples_mix(graph, examples, fitting, alone):
-        examples, fitting = None, _as_one(graph)
+    understood = [fits for use, fits in zip(graph.uses, fitting, strict=True) if use.slice.name not in alone]
+    if examples and not examples.apart and any(fits in ([], [None]) for fits in understood):
+        # rows that could be examples by their number alone reach each other, as in graphs
+        examples, fitting = None, [[BLOCKS] for _ in graph.uses]
     calls = [
         Call(use.slice, type(use), fits[0] if fits else None)
         for use, fits in zip(graph.uses, fitting, strict=True)
@@ -69,15 +65,10 @@ def _overlapping(graph: Graph) -> set[str]:
     }
 
 
-def _as_one(graph: Graph) -> Fitting:
-    """Where a whole batch is one example."""
-    return [[BLOCKS] for _ in graph.uses]
-
-
 def _fitting(graph: Graph, rows: Tensor | None) -> Fitting:
     """By codes, for examples with rows (B, R)."""
     if rows is None or len(rows) == 1 or not graph.uses:
-        return _as_one(graph)
+        return [[BLOCKS] for _ in graph.uses]
     pairs, codes = graph.coded(graph.ends, rows)
     limit = CODED.get(graph.outputs.dtype, CODED_HALF)
     result: Fitting = []
@@ -99,35 +90,20 @@ def _is_scattered(errors: Tensor, coded: Tensor, codes: Tensor, limit: float) ->
     return bool((tiny | (nearest <= 3 * limit)).all())
 
 
-def _examples_mix(graph: Graph, examples: Examples | None, fitting: Fitting, alone: frozenset[str]) -> bool:
-    """Whether rows that could be examples by their number alone reach each other, as in graphs."""
-    if examples is None or examples.apart:
-        return False
-    return any(
-        use.slice.name not in alone and fits in ([], [None])
-        for use, fits in zip(graph.uses, fitting, strict=True)
-    )
-
-
 def _wrong(sample: Problem, batch: Any, plan: Plan, outputs: Tensor) -> set[str]:
     """Parameters whose gradient of a random scalar is not what features and errors make of it."""
     generator = torch.Generator().manual_seed(1)
     mixed = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
     if plan.examples is None:
         mixed[PLANNED_ROWS:] = 0
-    leaves = {name: value.detach().requires_grad_() for name, value in sample.parameters.items()}
-    with torch.enable_grad(), differentiable():
-        scalar = (sample.evaluate(leaves, batch)[0] * mixed).sum()
-    if not scalar.requires_grad:
-        return set()
-    truth = torch.autograd.grad(scalar, list(leaves.values()), materialize_grads=True)
+    truth = OutputGraph(sample, batch).pull(mixed)
     totals = _captured_gradients(sample, batch, plan, mixed.reshape(len(mixed), -1)[:, :, None])
     limit = TOLERANCE.get(outputs.dtype, TOLERANCE_HALF)
     largest = torch.stack([gradient.norm() for gradient in truth]).max()
     rounding = ROUNDING * torch.finfo(outputs.dtype).eps * largest
     return {
         name
-        for name, gradient in zip(leaves, truth, strict=True)
+        for name, gradient in zip(sample.parameters, truth, strict=True)
         if name in totals
         and not (totals[name] - gradient.flatten()).norm() <= limit * gradient.norm() + rounding
     }
@@ -137,7 +113,7 @@ def _captured_gradients(sample: Problem, batch: Any, plan: Plan, weights: Tensor
     """Parameter → the gradient of a sum of scalars with weights (n, C, 1), by features and errors."""
     names = frozenset(sample.parameters) - plan.alone
     totals = {name: torch.zeros_like(sample.parameters[name]).flatten() for name in names}
-    for piece in capture(sample, batch, plan, lambda *_: weights, names):
+    for piece in capture(Graph(sample, batch, plan.alone), plan, Scalars(weights), names):
         for use in piece.uses:
             ones = use.errors.new_ones(*use.errors.shape[:2], 1)
             stretch: Slice = use.slice

@@ -188,23 +188,17 @@ def collinear(cell_weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def grouped(groups: Tensor | Sequence[int] | None, num_classes: int, device: torch.device) -> Tensor | None:
-    """Checked groups of classes (C,) on a device.
-
-    Raises:
-        OptionError: not one number from 0 on for each class, with none left out.
-    """
+    """Checked groups of classes (C,) on a device."""
     if groups is None:
         return None
     try:
         found = torch.as_tensor(groups)
     except (TypeError, ValueError, RuntimeError):
-        raise OptionError(
-            f"groups must be {num_classes:,} integers, the group of each class; got {groups!r}."
-        ) from None
+        found = torch.empty(0)
     if found.shape != (num_classes,) or found.is_floating_point() or int(found.min()) < 0:
+        given = f"shape {tuple(found.shape)}, {found.dtype}" if found.numel() else repr(groups)
         raise OptionError(
-            f"groups must be {num_classes:,} numbers from 0 on, the group of each class; got shape "
-            f"{tuple(found.shape)}, {found.dtype}."
+            f"groups must be {num_classes:,} integers from 0 on, the group of each class; got {given}."
         )
     missing = set(range(int(found.max()) + 1)) - set(found.tolist())
     if missing:

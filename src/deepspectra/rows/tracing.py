@@ -9,16 +9,17 @@ if none can pass the network alone. A parameter whose uses are not understood is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deepspectra.errors import CurvatureError, MemoryBudgetError
+from deepspectra.errors import CurvatureError
 from deepspectra.problem.batches import is_pair
 from deepspectra.problem.evaluation import differentiable
+from deepspectra.problem.memory import refuse_beyond
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.examples import Examples, agree
 from deepspectra.rows.uses import BLOCKS, Alone, Layout, Slice, Use, joined
@@ -55,21 +56,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was learned on a few examples.
+    """What was learned on a few examples."""
 
-    Attributes:
-        examples: how examples lie in a batch; None if a whole batch is one example.
-        calls: the uses of parameters, in the order of the network's calls.
-        alone: parameters to be differentiated row by row.
-        checked: on every batch it is seen anew that examples lie as here.
-        by_value: values may choose the operations, and where examples lie in them.
-    """
-
-    examples: Examples | None
-    calls: tuple[Call, ...]
-    alone: frozenset[str]
-    checked: bool
-    by_value: bool
+    examples: Examples | None  # how examples lie in a batch; None if a whole batch is one example
+    calls: tuple[Call, ...]  # the uses of parameters, in the order of the network's calls
+    alone: frozenset[str]  # parameters to be differentiated row by row
+    checked: bool  # on every batch it is seen anew that examples lie as here
+    by_value: bool  # values may choose the operations, and where examples lie in them
 
     def without(self, names: Iterable[str]) -> Plan:
         """The same, with further parameters alone."""
@@ -110,14 +103,39 @@ class Piece:
     rows: Tensor
 
 
+@dataclass(frozen=True)
+class Scalars:
+    """What is backpropagated: scalars Σ_c W_{n,c,a} z_{n,c} of outputs z, with weights W (n, C, m).
+
+    Each example has J = m scalars for each of its rows, row by row; or J = m that are sums over its rows.
+    """
+
+    weights: Tensor
+    joint: bool = False
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """The rows (B, S, r) that share scalars, S times m of them an example, of examples with rows (B, R)."""
+        return rows[:, None] if self.joint else rows[:, :, None]
+
+    def num(self, num_rows: int) -> int:
+        """J of an example with so many rows."""
+        return self.weights.shape[2] * (1 if self.joint else num_rows)
+
+    def of(self, rows: Tensor) -> Scalars:
+        """Those of one example alone."""
+        return Scalars(self.weights[rows.to(self.weights.device)], self.joint)
+
+
 class Graph:
     """A forward pass of which the uses of parameters were seen; `alone` ones are left as they are."""
 
     def __init__(self, problem: Problem, batch: Any, alone: frozenset[str] = frozenset()) -> None:
+        self.problem, self.batch = problem, batch
         self.leaves = {name: value.detach().requires_grad_() for name, value in problem.parameters.items()}
         watched = {name: leaf for name, leaf in self.leaves.items() if name not in alone}
         with torch.enable_grad(), differentiable(), Watch(watched) as watch:
             self.outputs, self.targets = problem.evaluate(self.leaves, batch)
+        self.values = self.outputs.detach()
         self.uses = [use for use, _ in watch.uses]
         self.ends = [output for _, output in watch.uses]
         # values of other batches, such as the links of a graph, may bring examples together
@@ -160,45 +178,25 @@ class Graph:
         return list(zip(*both, strict=True)), codes.to(self.outputs)
 
 
-def capture(
-    problem: Problem,
-    batch: Any,
-    plan: Plan,
-    weigh: Callable[[Tensor, Tensor], Tensor],
-    names: frozenset[str] | None = None,
-    *,
-    joint: bool = False,
-) -> list[Piece]:
-    """Features and errors of a batch for the scalars Σ_c W_{n,c,a} z_{n,c}, W (n, C, m) = weigh(outputs, targets).
+def capture(graph: Graph, plan: Plan, scalars: Scalars, names: frozenset[str] | None = None) -> list[Piece]:
+    """Features and errors of a batch for some scalars of its outputs, J of each example.
 
-    Each example has J = m scalars for each of its rows, row by row; or J = m that are sums over its rows, if these
-    are `joint`. Parameters that `names` leaves out are skipped. The pieces one after the other are the batch's rows
-    in the plan's order.
+    Parameters that `names` leaves out are skipped; IrregularError names those that are used in a way that they were
+    not on the plan's few, and must be alone. The pieces one after the other are the batch's rows in the plan's order.
 
-    Raises:
-        IrregularError: a parameter is used in a way that it was not on the plan's few, and must be alone.
-        CurvatureError: no example can pass alone, and whole batches as one example take too many passes.
-        MemoryBudgetError: they do not fit memory.
-
-    Cost: a forward pass and J backward passes that stop at the outputs of layers, about a third of a gradient
+    Cost: beside the graph J backward passes that stop at the outputs of layers, about a third of a gradient
     each, and two more where values could choose where examples lie; for parameters that the plan sets alone,
     J backward passes of every example by itself. A batch whose examples lie otherwise than in the plan is taken
     example by example, or, if these cannot pass alone, by a backward pass over the batch for each of its scalars.
     """
-    graph = Graph(problem, batch, plan.alone)
-    scalars = Scalars(weigh(graph.outputs.detach(), graph.targets), joint)
     wanted = set(graph.leaves if names is None else names)
     irregular = graph.reached(wanted - plan.alone) if scalars.weights.shape[2] else None
     if irregular:
         raise IrregularError(irregular)
     num_rows = len(graph.outputs)
-    rows, order = plan.rows(batch, num_rows), plan.order(batch, num_rows)
-    if rows is not None and len(rows) > 1:
-        examples = plan.examples
-        assert examples is not None
-        apart = (
-            _Apart(problem, batch, plan, rows, scalars, graph.outputs.detach()) if examples.apart else None
-        )
+    rows, order = plan.rows(graph.batch, num_rows), plan.order(graph.batch, num_rows)
+    if plan.examples is not None and rows is not None and len(rows) > 1:
+        apart = _Apart(graph, plan, plan.examples, rows, scalars) if plan.examples.apart else None
         uses = _together(graph, plan, rows, scalars, wanted)
         if uses is not None:
             alone = wanted & plan.alone
@@ -206,33 +204,8 @@ def capture(
         pieces = apart.pieces(wanted) if apart else None
         if pieces is not None:
             return pieces
-    whole = None if rows is not None and len(rows) == 1 else problem
-    return [Piece(_as_one(graph, plan, order, scalars, wanted, whole), order)]
-
-
-@dataclass(frozen=True)
-class Scalars:
-    """What is backpropagated: scalars Σ_c W_{n,c,a} z_{n,c} of weights (n, C, m).
-
-    Attributes:
-        weights: of the outputs of each row.
-        joint: scalars are sums over all rows of an example, rather than of one row each.
-    """
-
-    weights: Tensor
-    joint: bool
-
-    def spread(self, rows: Tensor) -> Tensor:
-        """The rows (B, S, r) that share scalars, S times m of them an example, of examples with rows (B, R)."""
-        return rows[:, None] if self.joint else rows[:, :, None]
-
-    def num(self, num_rows: int) -> int:
-        """J of an example with so many rows."""
-        return self.weights.shape[2] * (1 if self.joint else num_rows)
-
-    def of(self, rows: Tensor) -> Scalars:
-        """Those of one example alone."""
-        return Scalars(self.weights[rows.to(self.weights.device)], self.joint)
+    is_whole = rows is None or len(rows) > 1
+    return [Piece(_as_one(graph, plan, order, scalars, wanted, is_whole=is_whole), order)]
 
 
 def _together(graph: Graph, plan: Plan, rows: Tensor, scalars: Scalars, wanted: set[str]) -> list[Use] | None:
@@ -261,15 +234,9 @@ def _together(graph: Graph, plan: Plan, rows: Tensor, scalars: Scalars, wanted: 
 
 
 def _as_one(
-    graph: Graph, plan: Plan, order: Tensor, scalars: Scalars, wanted: set[str], whole: Problem | None
+    graph: Graph, plan: Plan, order: Tensor, scalars: Scalars, wanted: set[str], *, is_whole: bool
 ) -> list[Use]:
-    """Uses of a batch that is one example; of a problem's `whole` batch if its examples cannot be told apart.
-
-    Raises:
-        IrregularError: a parameter is used in another way than in the plan.
-        CurvatureError: as `capture`.
-        MemoryBudgetError: as `capture`.
-    """
+    """Uses of a batch that is one example; or of a whole batch, whose examples cannot be told apart, as of one."""
     irregular = plan.irregular(graph.uses, wanted - plan.alone)
     if irregular:
         raise IrregularError(irregular)
@@ -279,11 +246,11 @@ def _as_one(
         if use.slice.name in wanted
     ]
     chosen += _alone_receivers(graph, wanted & plan.alone)
-    if whole is not None:
-        _refuse_too_many(whole, plan, scalars, [end for _, end, _ in chosen])
+    if is_whole:
+        _refuse_too_many(graph.problem, plan, scalars, [end for _, end, _ in chosen])
     _fill(graph, chosen, scalars.spread(order[None]), scalars.weights)
     for use, _, _ in chosen:
-        use.is_whole = whole is not None and len(order) > 1
+        use.is_whole = is_whole and len(order) > 1
     return [use for use, _, _ in chosen]
 
 
@@ -305,25 +272,19 @@ def _refuse_too_many(problem: Problem, plan: Plan, scalars: Scalars, ends: list[
     if passes > MOST_PASSES:
         raise CurvatureError(f"{why}{passes:,} backward passes over whole batches. {instead}.")
     size = here * sum(end.numel() * end.element_size() for end in ends)
-    if size > problem.memory:
-        raise MemoryBudgetError(
-            f"{why}and their errors take {size / 2**30:.1f} GiB; memory is {problem.memory / 2**30:.1f} GiB. "
-            f"{instead}, or fewer parameters, or raise memory."
-        )
+    instead += ", or fewer parameters, or raise memory."
+    refuse_beyond(size, problem.memory, f"{why}and their errors take", instead)
 
 
+@dataclass(frozen=True)
 class _Apart:
     """Examples of a batch that pass the network alone."""
 
-    def __init__(
-        self, problem: Problem, batch: Any, plan: Plan, rows: Tensor, scalars: Scalars, outputs: Tensor
-    ) -> None:
-        self.problem = problem
-        self.batch = batch
-        self.plan = plan
-        self.rows = rows
-        self.scalars = scalars
-        self.outputs = outputs
+    whole: Graph
+    plan: Plan
+    examples: Examples
+    rows: Tensor
+    scalars: Scalars
 
     def pieces(self, wanted: set[str]) -> list[Piece] | None:
         """Uses example by example, in one piece if they are alike; None if examples alone are not what they were."""
@@ -334,7 +295,8 @@ class _Apart:
             irregular = graph.reached(wanted - self.plan.alone)
             if irregular:
                 raise IrregularError(irregular)
-            uses = _as_one(graph, self.plan, torch.arange(len(rows)), self.scalars.of(rows), wanted, None)
+            order, mine = torch.arange(len(rows)), self.scalars.of(rows)
+            uses = _as_one(graph, self.plan, order, mine, wanted, is_whole=False)
             pieces.append(Piece(uses, rows))
         together = joined([piece.uses for piece in pieces])
         return pieces if together is None else [Piece(together, self.rows.flatten())]
@@ -342,7 +304,7 @@ class _Apart:
     def row_by_row(self, names: set[str]) -> list[Use] | None:
         """Gradients of parameters, as `pieces`."""
         found = []
-        for graph, rows in self._graphs(frozenset(self.problem.parameters)):
+        for graph, rows in self._graphs(frozenset(self.whole.leaves)):
             if graph is None:
                 return None
             chosen = _alone_receivers(graph, names)
@@ -352,11 +314,9 @@ class _Apart:
         return joined(found)
 
     def _graphs(self, alone: frozenset[str]) -> Iterator[tuple[Graph | None, Tensor]]:
-        examples = self.plan.examples
-        assert examples is not None
         for index, rows in enumerate(self.rows):
-            graph = Graph(self.problem, examples.one(self.batch, index), alone)
-            same = agree({index: graph.outputs.detach()}, self.outputs, self.rows)
+            graph = Graph(self.whole.problem, self.examples.one(self.whole.batch, index), alone)
+            same = agree({index: graph.values}, self.whole.values, self.rows)
             yield graph if same else None, rows
 
 

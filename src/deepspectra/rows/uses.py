@@ -22,19 +22,12 @@ from deepspectra.derivatives.convolution import Settings, gradients
 
 @dataclass(frozen=True)
 class Slice:
-    """The contiguous stretch of a parameter that an operation uses, or its transpose.
+    """The contiguous stretch of a parameter that an operation uses, or its transpose."""
 
-    Attributes:
-        name: of the parameter.
-        start: where the stretch begins in the flattened parameter.
-        shape: of the stretch as it lies in memory.
-        transposed: the operation uses the transpose of that.
-    """
-
-    name: str
-    start: int
-    shape: tuple[int, ...]
-    transposed: bool = False
+    name: str  # of the parameter
+    start: int  # where the stretch begins in the flattened parameter
+    shape: tuple[int, ...]  # of the stretch as it lies in memory
+    transposed: bool = False  # the operation uses the transpose of that
 
     @property
     def numel(self) -> int:
@@ -50,6 +43,7 @@ class Use(ABC):
     """
 
     needs_given = True  # once all errors are there
+    groups = 1  # of outputs, each with features of its own
 
     def __init__(self, slice: Slice, given: Tensor | None) -> None:
         self.slice = slice
@@ -144,7 +138,7 @@ class Vectors(Use):
 class Matrix(Use):
     """A matrix W (o, d) that takes features h_t (d) to outputs (o): gradients Σ_t e_t h_tᵀ."""
 
-    groups = 1  # of outputs, each with features of its own
+    given: Tensor
 
     @property
     def size(self) -> tuple[int, int]:
@@ -156,7 +150,6 @@ class Matrix(Use):
     def arrange(self, layout: Layout, num_examples: int) -> None:
         """Features (B, T, d)."""
         super().arrange(layout, num_examples)
-        assert self.given is not None
         self.given = self.given.reshape(num_examples, -1, self.given.shape[-1])
 
     def reduce(self, errors: Tensor) -> Tensor:
@@ -165,7 +158,6 @@ class Matrix(Use):
 
     def features(self, chosen: slice | Tensor = slice(None)) -> Tensor:
         """Of chosen examples, (b, T, d)."""
-        assert self.given is not None
         return self.given[chosen]
 
     def outputs(self, tangents: Tensor) -> Tensor:
@@ -250,7 +242,6 @@ class Convolution(Matrix):
 
     def features(self, chosen: slice | Tensor = slice(None)) -> Tensor:
         """Patches (b, s·T, d)."""
-        assert self.given is not None
         images = self.given[chosen]
         flat = images.flatten(0, 1)
         kernel = self.slice.shape[2:]
@@ -263,7 +254,6 @@ class Convolution(Matrix):
 
     def outputs(self, tangents: Tensor) -> Tensor:
         """The convolution with each of K kernels: (B, K, o, s·T)."""
-        assert self.given is not None
         images = self.given.flatten(0, 1)
         rows = []
         for tangent in tangents:
@@ -273,7 +263,6 @@ class Convolution(Matrix):
 
     def gradients(self, combined: Tensor, chosen: slice | Tensor) -> Tensor:
         """Gradients to the kernel for errors (b, K, o, s·T): (K, o, d)."""
-        assert self.given is not None
         images = self.given[chosen].flatten(0, 1)
         kernel = torch.empty(self.slice.shape, dtype=images.dtype, device=images.device)
         parts = []
@@ -305,6 +294,8 @@ class Convolution(Matrix):
 class Lookup(Use):
     """Rows of a table (V, d), taken by index."""
 
+    given: Tensor
+
     def __init__(self, slice: Slice, given: Tensor, padding: int | None) -> None:
         super().__init__(slice, given)
         self.padding = padding
@@ -312,12 +303,10 @@ class Lookup(Use):
     def arrange(self, layout: Layout, num_examples: int) -> None:
         """Indices (B, T)."""
         super().arrange(layout, num_examples)
-        assert self.given is not None
         self.given = self.given.reshape(num_examples, -1)
 
     def reduce(self, errors: Tensor) -> Tensor:
         """(B, T, d); zero where the padding is taken."""
-        assert self.given is not None
         errors = errors.reshape(errors.shape[0], -1, errors.shape[-1])
         return errors if self.padding is None else errors * (self.given != self.padding)[:, :, None]
 
@@ -328,7 +317,6 @@ class Lookup(Use):
 
     def pull(self, mixed: Tensor, chosen: slice | Tensor) -> Tensor:
         """Σ of mixed (b, J, K) times gradients: (K, *shape)."""
-        assert self.given is not None
         errors = self.errors[chosen]
         combined = torch.einsum("bjk,bjtd->kbtd", mixed, errors).flatten(1, 2)
         total = errors.new_zeros(mixed.shape[-1], *self.slice.shape)
@@ -336,7 +324,6 @@ class Lookup(Use):
 
     def formed(self, chunk: slice) -> Tensor:
         """Gradients (B, J, rows of the chunk × columns)."""
-        assert self.given is not None
         start, stop, _ = chunk.indices(self.slice.shape[0])
         here = (self.given >= start) & (self.given < stop)
         index = (self.given - start).where(here, 0)
@@ -346,7 +333,6 @@ class Lookup(Use):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Indices (B, T) and errors (B, J, T, d)."""
-        assert self.given is not None
         return self.given, self.errors
 
     @staticmethod
@@ -373,6 +359,12 @@ class Alone(Vectors):
         return errors.flatten(1)
 
 
+def as_slice(chosen: Tensor) -> slice | Tensor:
+    """Ascending indices as a slice, which is not copied, if they have no gap."""
+    first, last = int(chosen[0]), int(chosen[-1]) + 1
+    return slice(first, last) if last - first == len(chosen) else chosen
+
+
 Stretch = tuple[str, int, tuple[int, ...]]  # of which parameter, from where, of which shape
 
 
@@ -395,10 +387,8 @@ def joined(lists: list[list[Use]]) -> list[Use] | None:
         use.errors = torch.cat([one.errors for one in mine])
         given = [one.given for one in mine if one.given is not None]
         use.given = torch.cat(given) if given else None
-        use.num_examples, use.num_rows = (
-            sum(one.num_examples for one in mine),
-            sum(one.num_rows for one in mine),
-        )
+        use.num_examples = sum(one.num_examples for one in mine)
+        use.num_rows = sum(one.num_rows for one in mine)
         result.append(use)
     return result
 

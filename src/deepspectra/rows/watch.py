@@ -25,17 +25,13 @@ class Watch(TorchFunctionMode):
 
     An operation that a rule understands is cut off from the parameters: what still leads from the outputs to one of
     them is a way that no rule understands.
-
-    Attributes:
-        uses: with the output of the operation, in the graph.
-        by_value: whether values may choose where examples lie.
     """
 
     def __init__(self, leaves: dict[str, Tensor]) -> None:
         super().__init__()
         self.names = {id(leaf): name for name, leaf in leaves.items()}
-        self.uses: list[tuple[Use, Tensor]] = []
-        self.by_value = False
+        self.uses: list[tuple[Use, Tensor]] = []  # with the output of the operation, in the graph
+        self.by_value = False  # whether values may choose where examples lie
 
     def find(self, tensor: Any) -> Slice | None:
         """Which stretch of which parameter a tensor is, if any."""
@@ -108,13 +104,11 @@ def _chooses(func: Any, args: Any, output: Any) -> bool:
         return False
     if name in READS:
         return True
-    if name == "__getitem__" and any(isinstance(index, list) for index in (args[1], *_items(args[1]))):
-        return True
+    if name == "__getitem__":
+        items = args[1] if isinstance(args[1], tuple) else (args[1],)
+        if any(isinstance(index, list) for index in items):
+            return True
     return name not in IN_PLACE and len({leaf.is_floating_point() for leaf in tensors((args, output))}) > 1
-
-
-def _items(index: Any) -> tuple[Any, ...]:
-    return index if isinstance(index, tuple) else ()
 
 
 def _opened(func: FunctionType) -> FunctionType | None:
@@ -155,17 +149,9 @@ def _addmm(find: Find, output: Tensor, input: Any, mat1: Tensor, mat2: Any) -> l
 
 
 def _convolution(
-    find: Find,
-    output: Tensor,
-    input: Tensor,
-    weight: Any,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
+    find: Find, output: Tensor, input: Tensor, weight: Any, bias: Any = None, *rest: Any, **options: Any
 ) -> list[Use]:
-    call = read_call(output.ndim - 2, input, weight, bias, stride, padding, dilation, groups)
+    call = read_call(output.ndim - 2, input, weight, bias, *rest, **options)
     if call is None:
         return []
     found = find(weight)

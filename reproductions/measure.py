@@ -13,7 +13,7 @@ import deepspectra as ds
 from deepspectra import zoo
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.search import SPARE_VECTORS
-from deepspectra.analysis.attribute import pair_shares
+from deepspectra.analysis.attribute import attribute_known, pair_shares
 from deepspectra.analysis.principal_subspace import residual_norm, subspace_of
 from deepspectra.arguments import seeded
 
@@ -90,7 +90,7 @@ def outliers_and_averages(problem: ds.Problem, num_classes: int) -> dict[str, An
         operator.memory = max(operator.memory, parts.num_bytes(2 * num + SPARE_VECTORS))
         pairs, basis = explore(operator, num, rtol=RTOL_LARGE if large else RTOL, start=start)
         start = pairs.vectors if large else "random"
-        found = ds.attribute(operator, parts, pairs=pairs, basis=basis, shares=pair_shares(shared, pairs))
+        found = attribute_known(operator, parts, pairs, basis, shares=pair_shares(shared, pairs))
         del basis
         for some in (operator, whole):
             some.products.release()

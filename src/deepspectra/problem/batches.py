@@ -27,7 +27,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """Apply a function to every tensor of nested lists, tuples, mappings and dataclasses."""
     if isinstance(tree, Tensor):
         return function(tree)
-    if isinstance(tree, Mapping):
+    if isinstance(tree, Mapping) and (isinstance(tree, (dict, UserDict)) or not is_dataclass(tree)):
         mapped = {key: map_tensors(function, value) for key, value in tree.items()}
         return _of_class(tree, mapped) if isinstance(tree, (dict, UserDict)) else mapped
     if is_dataclass(tree) and not isinstance(tree, type):

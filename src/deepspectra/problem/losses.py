@@ -206,6 +206,10 @@ class SquaredError(ElementwiseLoss):
         outputs, targets = super().rows(outputs, targets)
         return outputs.reshape(len(outputs), -1), targets.reshape(len(targets), -1)
 
+    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Σ (z − y)²."""
+        return (outputs - targets).square().sum()
+
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """2 (z − y)."""
         return 2 * (outputs.detach() - targets)

@@ -8,7 +8,8 @@ with what when a part is knocked out (`taken`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,21 +20,21 @@ WIDE = ("within", "residual")  # span too much to be projected out
 METHODS = ("subtraction", "projection")
 
 
-class Averages(dict[str, Tensor]):
+@dataclass(frozen=True, eq=False)
+class Averages(Mapping[str, Tensor]):
     """Orthogonal projections Π = BBᵀ by name, as B (R, r) over R rows.
 
-    Args:
+    Attributes:
         bases: name → B; columns need not be orthonormal, as long as Π is a projection.
         every: (R, m) whose B Bᵀ is the sum of all Π.
         parts: the names, and "within", which is what all of them leave.
         first: the effect that came first in their making, as in `decompose`.
     """
 
-    def __init__(
-        self, bases: Mapping[str, Tensor], every: Tensor, parts: tuple[str, ...], first: str = "class"
-    ) -> None:
-        super().__init__(bases)
-        self.every, self.parts, self.first = every, parts, first
+    bases: Mapping[str, Tensor]
+    every: Tensor
+    parts: tuple[str, ...]
+    first: str = "class"
 
     @classmethod
     def of_members(cls, member: Tensor) -> Averages:
@@ -46,6 +47,15 @@ class Averages(dict[str, Tensor]):
         mean = (member.sum(1) / positive(member.sum()).sqrt())[:, None]
         bases = {"mean": mean, "class": by_class - mean @ (mean.T @ by_class)}
         return cls(bases, by_class, (*bases, "within"))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.bases[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.bases)
+
+    def __len__(self) -> int:
+        return len(self.bases)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Averages:
         """The same averages in other coordinates, such as F = XᵀB of rows X."""

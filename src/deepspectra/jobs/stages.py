@@ -199,13 +199,12 @@ def _find_exact(found: Findings) -> None:
 
 def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, max_products: int | None) -> None:
     """What the outliers of H owe to which part, in the basis that found them, which goes on growing."""
+    finished = found.ledger.finished
 
     def work(report: Report) -> Attribution:
-        known = Known(
-            found.pairs["hessian"],
-            _earlier_basis(found, hessian) if basis is None else basis,
-            found.shares.get("hessian"),
-        )
+        state = finished.read(BASIS) if finished is not None and basis is None else None
+        grown = Krylov.of_state(hessian, state) if state else basis  # of a run that was stopped
+        known = Known(found.pairs["hessian"], grown, found.shares.get("hessian"))
         return attribute_known(
             hessian, found.parts, known, max_products=max_products, seed=found.seed, products=Counter(report)
         )
@@ -351,12 +350,6 @@ def _find_pairs(found: Findings, name: str, operator: Operator) -> Krylov | None
     if found.ledger.finished is not None and basis is not None and name == "hessian":
         found.ledger.finished.write(BASIS, basis.state())
     return basis
-
-
-def _earlier_basis(found: Findings, hessian: Hessian) -> Krylov | None:
-    """The basis that found the pairs of H in a run that was stopped."""
-    state = found.ledger.finished and found.ledger.finished.read(BASIS)
-    return Krylov.of_state(hessian, state) if state else None
 
 
 def _find_density(found: Findings, name: str, operator: Operator) -> None:

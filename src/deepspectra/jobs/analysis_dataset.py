@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from deepspectra.algorithms.long_vectors import inner_products
 from deepspectra.derivatives.products import products_of
-from deepspectra.jobs.pages import Dataset, Variables, dataset_of, measured, problem_attributes, provenance
+from deepspectra.jobs.pages import Dataset, Labels, Variables, dataset_of, described, measured, provenance
 from deepspectra.jobs.stages import LETTERS, Findings
 from deepspectra.quadrature import Curve, Density
 
@@ -296,7 +296,7 @@ def _costs(found: Findings) -> Variables:
 
 def _attributes(found: Findings) -> dict[str, object]:
     problem, attribution = found.problem, found.attribution
-    products = products_of(problem)
+    products, labels = products_of(problem), Labels(seed=found.seed)
     conditions = {
         "batches": problem.batches.num_batches,
         "threads": torch.get_num_threads(),
@@ -321,14 +321,7 @@ def _attributes(found: Findings) -> dict[str, object]:
     }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
-        "title": "",
-        "verdict": " ".join(sentences(found)),
-        "model": type(problem.model).__name__,
-        "data": "",
-        **problem_attributes(problem),
-        "seed": found.seed,
-        "loss_value": found.loss,
-        "accuracy": found.accuracy,
+        **described(problem, labels, "Spectrum of", sentences(found), found.loss, found.accuracy),
         "gradient_norm": found.gradient_norm,
         "gradient_seconds": found.ledger.gradient_seconds,
         "memory_bytes": problem.memory,

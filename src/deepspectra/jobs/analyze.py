@@ -202,7 +202,7 @@ def analyze(
     dataset = analysis_dataset(found)
     if owner is not None:
         dataset.attrs["averages"] = f"{found.num_classes} groups of {problem.num_classes:,} classes"
-    return Analysis(dataset, vectors).labelled()
+    return Analysis(dataset, vectors)
 
 
 def _named(problem: Problem, vectors: Tensor) -> dict[str, Tensor]:

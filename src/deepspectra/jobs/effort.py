@@ -17,6 +17,7 @@ ACCELERATED = 50  # times as many operations take an accelerator the time that t
 DENSE = 3  # P³ operations, as fast as those of products, that all eigenvalues of a dense matrix take
 LARGE = 1e11  # operations of a gradient, about three seconds of one core, from which on pairs are fewer and rougher
 FEWEST_STEPS = 5
+WORTH_STEPS = 16  # of each probe, before there are more than two
 
 
 class Level(NamedTuple):
@@ -82,15 +83,34 @@ def effort_for(problem: Problem, operations: float, effort: str = "standard") ->
     small = level.large or operations <= speed * LARGE
     size = problem.num_parameters
     products = speed * level.operations / (PRODUCT * operations)
+    num_probes = level.num_probes if products >= level.num_probes * WORTH_STEPS else 2
     fitting = 3 * 8 * size**2 <= problem.memory // 3  # a matrix, and what its eigenvalues take beside
     return Effort(
         spare_pairs=3 if small else 0,
         rtol=1e-2 if small else 3e-2,
         knockout_products=None if small else 8,
-        num_probes=level.num_probes,
-        num_steps=int(max(FEWEST_STEPS, min(level.num_steps, products / level.num_probes))),
+        num_probes=num_probes,
+        num_steps=int(max(FEWEST_STEPS, min(level.num_steps, products / num_probes))),
         dense=fitting and PRODUCT * size * operations + DENSE * size**3 <= speed * level.dense,
         exact_rows=level.exact_rows,
+    )
+
+
+def plan(problem: Problem, effort: Effort, gradient_seconds: float) -> str:
+    """What is about to be done, what it takes, and what its figures will resolve."""
+    rows = problem.num_examples * (problem.num_classes - 1)
+    exact, each = rows <= effort.exact_rows, effort.num_probes * effort.num_steps
+    drawn = f"{effort.num_probes} × {effort.num_steps} products"
+    resolved = "Where neighbouring nodes are a factor of two apart the figure is faint, and resolves nothing."
+    if effort.dense:
+        each, drawn, resolved = problem.num_parameters, "all eigenvalues", "Spectra are exact."
+    of_g = f"all eigenvalues of {rows:,} gradients" if exact else drawn
+    products = (2 if exact else 3) * each
+    minutes = products * PRODUCT * gradient_seconds / 60
+    took = "under a minute" if minutes < 1 else f"about {minutes:.0f} minutes"
+    return (
+        f"density of H and of R by {drawn}, of G by {of_g}. {products:,} products, {took} at the pace of the first "
+        f"gradient. {resolved}"
     )
 
 

@@ -27,19 +27,6 @@ Variables = dict[str, tuple[tuple[str, ...], Any]]
 STEMS = ("analysis", "layers", "regions", "compare", "study")  # of what the commands save
 
 
-def problem_attributes(problem: Problem) -> dict[str, object]:
-    """What a file says of the problem, and when it was made."""
-    return {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "loss": problem.loss_function.name,
-        "num_parameters": problem.num_parameters,
-        "num_examples": problem.num_examples,
-        "num_classes": problem.num_classes,
-        "dtype": str(problem.dtype).removeprefix("torch."),
-        "device": str(problem.device),
-    }
-
-
 def provenance(**conditions: object) -> str:
     """How numbers were made, as JSON: the versions first, and whatever else bears on them."""
     return json.dumps({"versions": versions(), **conditions})
@@ -113,19 +100,36 @@ def page_dataset(
     seconds: float,
 ) -> Dataset:
     """A job's dataset with what its page says of the problem, its subject ("Layers of") and its verdict."""
+    about = described(problem, labels, subject, verdict, problem.loss(), problem.accuracy())
+    return dataset_of(variables, coords, about | {"provenance": provenance(seconds=round(seconds, 1))})
+
+
+def described(
+    problem: Problem,
+    labels: Labels,
+    subject: str,
+    verdict: Iterable[str],
+    loss: float,
+    accuracy: float,
+) -> dict[str, object]:
+    """What a file says of the problem, what was found, and when it was made."""
     model = labels.model or type(problem.model).__name__
-    attributes = {
+    return {
         "verdict": " ".join(verdict),
         "title": titled(subject, model, labels.data),
         "model": model,
         "data": labels.data,
-        **problem_attributes(problem),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "loss": problem.loss_function.name,
+        "num_parameters": problem.num_parameters,
+        "num_examples": problem.num_examples,
+        "num_classes": problem.num_classes,
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "device": str(problem.device),
         "seed": labels.seed,
-        "loss_value": problem.loss(),
-        "accuracy": problem.accuracy(),
-        "provenance": provenance(seconds=round(seconds, 1)),
+        "loss_value": loss,
+        "accuracy": accuracy,
     }
-    return dataset_of(variables, coords, attributes)
 
 
 def titled(subject: str, model: str, data: str) -> str:

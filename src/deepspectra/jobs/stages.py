@@ -45,7 +45,7 @@ from deepspectra.confidence import standard_error
 from deepspectra.derivatives.products import Products, products_of
 from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetError
 from deepspectra.jobs.checkpoint import FinishedStages, Label
-from deepspectra.jobs.effort import FEWEST_STEPS, PRODUCT, Effort, count_operations, effort_for
+from deepspectra.jobs.effort import FEWEST_STEPS, count_operations, effort_for, plan
 from deepspectra.jobs.ledger import Ledger, Report
 from deepspectra.operators.base import Operator
 from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
@@ -59,10 +59,6 @@ from deepspectra.rows.projections import num_groups
 LETTERS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
 TRACE_PROBES = 8  # of parts whose traces are not known exactly
 BASIS, EXACT = "basis of H", "exact route"  # names of what is kept beside results of stages
-RESOLVES = {
-    True: "Spectra are exact.",
-    False: "Where neighbouring nodes are a factor of two apart the figure is faint, and resolves nothing.",
-}
 ROUNDED = 1e-3  # relatively, by which a sum of squares may fall short of one of its parts
 FORM = 3  # of what is kept of a stage
 
@@ -141,7 +137,8 @@ def run(problem: Problem, ledger: Ledger, options: Options, resume: Path | None 
     found.num_steps = min(options.num_steps or effort.num_steps, problem.num_parameters)
     found.dense = effort.dense and options.num_probes is None and options.num_steps is None
     found.effort = options.effort
-    ledger.tell(_plan(found, effort))
+    chosen = effort._replace(num_probes=found.num_probes, num_steps=found.num_steps, dense=found.dense)
+    ledger.tell(f"{options.effort}: {plan(problem, chosen, ledger.gradient_seconds)}")
     with ledger.stage("checking derivatives"):
         hessian = Hessian(problem)
     basis = _find_pairs(found, "hessian", hessian)
@@ -168,23 +165,6 @@ def run(problem: Problem, ledger: Ledger, options: Options, resume: Path | None 
         _find_by_products(found)
     _overlap(found)
     return found
-
-
-def _plan(found: Findings, effort: Effort) -> str:
-    """What is about to be done, what it takes, and what its figures will resolve."""
-    problem, rows = found.problem, found.problem.num_examples * (found.problem.num_classes - 1)
-    exact, each = rows <= effort.exact_rows, found.num_probes * found.num_steps
-    drawn = f"{found.num_probes} × {found.num_steps} products"
-    if found.dense:
-        each, drawn = problem.num_parameters, "all eigenvalues"
-    of_g = f"all eigenvalues of {rows:,} gradients" if exact else drawn
-    products = (2 if exact else 3) * each
-    minutes = products * PRODUCT * found.ledger.gradient_seconds / 60
-    took = "under a minute" if minutes < 1 else f"about {minutes:.0f} minutes"
-    return (
-        f"{found.effort}: density of H and of R by {drawn}, of G by {of_g}. {products:,} products, {took} at the "
-        f"pace of the first gradient. {RESOLVES[found.dense]}"
-    )
 
 
 def _parts(
@@ -228,13 +208,16 @@ def _find_exact(found: Findings) -> None:
 
 def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, max_products: int | None) -> None:
     """What the outliers of H owe to which part, in the basis that found them, which goes on growing."""
+    finished = found.ledger.finished
 
     def work(report: Report) -> Attribution:
+        state = finished.read(BASIS) if finished is not None and basis is None else None
+        grown = Krylov.of_state(hessian, state) if state else basis  # of a run that was stopped
         return attribute_known(
             hessian,
             found.parts,
             found.pairs["hessian"],
-            _earlier_basis(found, hessian) if basis is None else basis,
+            grown,
             shares=found.shares.get("hessian"),
             max_products=max_products,
             seed=found.seed,
@@ -385,12 +368,6 @@ def _find_pairs(found: Findings, name: str, operator: Operator) -> Krylov | None
     if found.ledger.finished is not None and basis is not None and name == "hessian":
         found.ledger.finished.write(BASIS, basis.state())
     return basis
-
-
-def _earlier_basis(found: Findings, hessian: Hessian) -> Krylov | None:
-    """The basis that found the pairs of H in a run that was stopped."""
-    state = found.ledger.finished and found.ledger.finished.read(BASIS)
-    return Krylov.of_state(hessian, state) if state else None
 
 
 def _find_density(found: Findings, name: str, operator: Operator) -> None:

@@ -262,8 +262,7 @@ class Problem:
         """The problem on other batches, with a model of its own in another dtype."""
         twin = evaluation_copy(self.model).to(device=self.device, dtype=dtype)
         own = _detached(twin, self.parameters)
-        module = self._module.recast(twin)
-        return self.variant(dtype=dtype, _module=module, parameters=own, batches=batches)
+        return self.variant(dtype=dtype, _module=self._module.recast(twin), parameters=own, batches=batches)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_derived": {}, "parameters": self.parameter_names}

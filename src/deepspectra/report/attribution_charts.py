@@ -63,13 +63,10 @@ def _attributed(dataset: xr.Dataset) -> list[Row]:
     return [row for row in outliers(dataset) if any(key.startswith("share ") for key in row)]
 
 
-def _none_attributed(dataset: xr.Dataset) -> str:
-    if _attributed(dataset):
-        return ""
-    return "the analysis attributes no outlier: none was found, or none has shares"
+NONE_ATTRIBUTED = "the analysis attributes no outlier: none was found, or none has shares"
 
 
-@needs("share", "eigenvalue", "is_outlier", unless=_none_attributed)
+@needs("share", "eigenvalue", "is_outlier", some=_attributed, reason=NONE_ATTRIBUTED)
 def shares(dataset: xr.Dataset) -> alt.LayerChart:
     """What each outlier is made of: one stacked bar per outlier, and their mean."""
     table = _attributed(dataset)
@@ -143,13 +140,11 @@ def _stack(operator: str, name: str, parts: dict[str, float]) -> list[Row]:
 # ------------------------------------------------------------------------------------------------ knock-outs
 
 
-def _none_positive(dataset: xr.Dataset) -> str:
-    if bool((dataset["knockout_value"] > 0).any()):
-        return ""
-    return "no eigenvalue is positive, with or without knock-outs"
-
-
-@needs("knockout_value", unless=_none_positive)
+@needs(
+    "knockout_value",
+    some=lambda dataset: (dataset["knockout_value"] > 0).any(),
+    reason="no eigenvalue is positive, with or without knock-outs",
+)
 def knockouts(dataset: xr.Dataset) -> alt.LayerChart:
     """Eigenvalues that stay when parts are removed, against the outlier threshold."""
     summary = knockout_summary(dataset)
@@ -231,11 +226,7 @@ def _ranked(dataset: xr.Dataset) -> list[Row]:
     return _scree(known, "operator", "eigenvalue") + averages
 
 
-def _none_ranked(dataset: xr.Dataset) -> str:
-    return "" if _ranked(dataset) else "no eigenvalue is positive, by averaging or otherwise"
-
-
-@needs("subspace_value", unless=_none_ranked)
+@needs("subspace_value", some=_ranked, reason="no eigenvalue is positive, by averaging or otherwise")
 def averaging(dataset: xr.Dataset) -> alt.LayerChart:
     """Eigenvalues found by averaging alone, over the true ones, by rank."""
     table = _ranked(dataset)

@@ -53,13 +53,11 @@ def _confusions(dataset: xr.Dataset) -> Array:
     return np.where(weights > 0, weights, np.nan)
 
 
-def _no_confusion(dataset: xr.Dataset) -> str:
-    if np.isfinite(_confusions(dataset)).any():
-        return ""
-    return "every cross-class weight is zero: no example puts any probability on a wrong class"
-
-
-@needs("cross_class_weight", unless=_no_confusion)
+@needs(
+    "cross_class_weight",
+    some=lambda dataset: np.isfinite(_confusions(dataset)).any(),
+    reason="every cross-class weight is zero: no example puts any probability on a wrong class",
+)
 def cross_class_weights(dataset: xr.Dataset) -> alt.LayerChart:
     """Weight of examples of one class under the label of another: how much each confusion counts."""
     scale = alt.Scale(scheme="blues", type="log")

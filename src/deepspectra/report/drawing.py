@@ -18,7 +18,7 @@ from deepspectra.errors import DataError, OptionError
 Row = dict[str, Any]
 Mark = Any  # a chart under construction: Altair's annotations lose its type when calls are chained
 Array = NDArray[np.float64]
-Reason = Callable[[xr.Dataset], str]
+Draw = Callable[[xr.Dataset], alt.LayerChart]
 
 # Okabe and Ito's palette, safe for colour-vision deficiencies. One colour per part, everywhere.
 PART_COLOURS = {
@@ -117,10 +117,11 @@ class Chart:
     """
 
     def __init__(
-        self, draw: Callable[[xr.Dataset], alt.LayerChart], needed: Sequence[str], unless: Reason
+        self, draw: Draw, needed: Sequence[str], some: Callable[[xr.Dataset], Any], reason: str
     ) -> None:
         functools.update_wrapper(self, draw)
-        self.name, self.draw, self.needed, self.unless = draw.__name__, draw, needed, unless
+        self.name, self.draw = draw.__name__, draw
+        self.needed, self.some, self.reason = needed, some, reason
 
     def __call__(self, dataset: xr.Dataset) -> alt.LayerChart:
         """The chart."""
@@ -136,14 +137,14 @@ class Chart:
                 f"this chart draws {', '.join(self.needed)}; the analysis has no values of {', '.join(missing)}. "
                 "Run the step that computes them, or leave the chart out."
             )
-        return self.unless(dataset)
+        return "" if self.some(dataset) else self.reason
 
 
 def needs(
-    *needed: str, unless: Reason = lambda _: ""
-) -> Callable[[Callable[[xr.Dataset], alt.LayerChart]], Chart]:
-    """Make a chart of a function that draws these variables, unless there is a reason not to."""
-    return lambda draw: Chart(draw, needed, unless)
+    *needed: str, some: Callable[[xr.Dataset], Any] = lambda _: True, reason: str = ""
+) -> Callable[[Draw], Chart]:
+    """Make a chart of a function that draws these variables; without `some` of them, for a reason, there is none."""
+    return lambda draw: Chart(draw, needed, some, reason)
 
 
 # ---------------------------------------------------------------------------------------- shared ingredients

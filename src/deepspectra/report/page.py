@@ -39,6 +39,9 @@ from deepspectra.report.text import (
     symbol,
 )
 
+# What lets a chart take the width of its place on the page.
+RESPONSIVE = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
+
 
 def write(dataset: xr.Dataset, path: str | os.PathLike[str]) -> None:
     """Write the page to a file.
@@ -248,13 +251,8 @@ def _figures(dataset: xr.Dataset) -> tuple[dict[str, str], dict[str, Any]]:
                 f'<section id="{name}">\n<h2>{figure.heading}</h2>\n<figure>{_boxes(figure, drawn)}'
                 f"<figcaption>{caption}</figcaption></figure>\n</section>"
             )
-            specs |= {chart.name: _responsive(chart(dataset)) for chart in drawn}
+            specs |= {chart.name: chart(dataset).to_dict() | RESPONSIVE for chart in drawn}
     return sections, specs
-
-
-def _responsive(chart: alt.TopLevelMixin) -> dict[str, Any]:
-    """The specification of a chart that takes the width of its place on the page."""
-    return {**chart.to_dict(), "width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
 
 
 def _boxes(figure: Figure, drawn: dict[Chart, str]) -> str:

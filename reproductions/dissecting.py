@@ -21,7 +21,7 @@ from torch import nn
 import deepspectra as ds
 from deepspectra import zoo
 from deepspectra.analysis.study import LEFT, WHOLE
-from deepspectra.jobs.study import STUDIES, Variant
+from deepspectra.jobs.study_dataset import STUDIES, Variant
 from reproductions.claims import table
 
 HERE = Path(__file__).parent.parent / "docs"

@@ -11,11 +11,11 @@ import torch
 
 import deepspectra as ds
 from deepspectra import zoo
+from deepspectra.algorithms.eigenpair_search import SPARE_VECTORS
 from deepspectra.algorithms.eigenpairs import explore
-from deepspectra.algorithms.search import SPARE_VECTORS
 from deepspectra.analysis.attribute import attribute_known, pair_shares
 from deepspectra.analysis.principal_subspace import residual_norm, subspace_of
-from deepspectra.arguments import seeded
+from deepspectra.argument_checks import seeded
 
 SPARE_PAIRS = 3  # beyond the number of classes
 RTOL = 1e-2  # of eigenpairs; of

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import deepspectra as ds
 from deepspectra.errors import CurvatureError, DeepSpectraError, LossError, OptionError
-from deepspectra.jobs.layers import layer_dataset
+from deepspectra.jobs.layers_dataset import layer_dataset
 
 NUM = 30
 

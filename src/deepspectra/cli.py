@@ -19,17 +19,17 @@ from deepspectra.analysis.layers import layers
 from deepspectra.analysis.regions import NUM_GROUPS, regions
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
 from deepspectra.analysis.study import study
-from deepspectra.arguments import LayerProgress
+from deepspectra.argument_checks import LayerProgress
 from deepspectra.errors import DeepSpectraError, OptionError
 from deepspectra.jobs.analyze import Analysis, analyze, save_series
-from deepspectra.jobs.checkpoint import forget
-from deepspectra.jobs.compare import comparison_dataset
-from deepspectra.jobs.layers import layer_dataset
+from deepspectra.jobs.command_targets import CONSOLE, Choice, Moment, Out, Seed, chosen_problem, moments
+from deepspectra.jobs.compare_dataset import comparison_dataset
+from deepspectra.jobs.finished_stages import forget
+from deepspectra.jobs.layers_dataset import layer_dataset
 from deepspectra.jobs.pages import Dataset, check_writable, load_page, save_page, write_page
-from deepspectra.jobs.regions import regions_dataset
-from deepspectra.jobs.study import STUDIES, study_dataset
+from deepspectra.jobs.regions_dataset import regions_dataset
+from deepspectra.jobs.study_dataset import STUDIES, study_dataset
 from deepspectra.jobs.sweep_command import sweep_of
-from deepspectra.jobs.targets import CONSOLE, Choice, Moment, Out, Seed, chosen_problem, moments
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.averages import METHODS
 

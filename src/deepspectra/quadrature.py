@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepspectra.arguments import check_choice, check_count
+from deepspectra.argument_checks import check_choice, check_count
 from deepspectra.confidence import Number, interval
+from deepspectra.dataframes import Tabular
 from deepspectra.errors import OptionError
-from deepspectra.frames import Tabular
 from deepspectra.results import Cost, Result
 
 TINY = 1e-300  # keeps the logarithm of a zero spectrum finite

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.confidence import interval
-from deepspectra.frames import Tabular, text_table
+from deepspectra.dataframes import Tabular, text_table
 
 
 @dataclass(frozen=True)

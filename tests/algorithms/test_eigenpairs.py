@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.linalg import eigsh
 
+from deepspectra.algorithms.eigenpair_search import select
 from deepspectra.algorithms.eigenpairs import ENDS, eigenpairs
-from deepspectra.algorithms.krylov import Krylov
+from deepspectra.algorithms.krylov_basis import Krylov
 from deepspectra.algorithms.long_vectors import gaussian_rows
-from deepspectra.algorithms.search import select
 from deepspectra.errors import (
     ConvergenceWarning,
     DataError,

@@ -5,8 +5,8 @@ import warnings
 import pytest
 import torch
 
+from deepspectra.algorithms.eigenpair_search import select
 from deepspectra.algorithms.eigenpairs import eigenpairs
-from deepspectra.algorithms.search import select
 from deepspectra.errors import ConvergenceWarning
 from spectra import Function
 

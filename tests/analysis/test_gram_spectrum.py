@@ -14,7 +14,7 @@ from deepspectra.analysis.gram_spectrum import gradient_pairs, gradient_spectrum
 from deepspectra.errors import LossError, MemoryBudgetError, OptionError
 from deepspectra.operators.parts import decompose
 from deepspectra.rows.gradients import GradientRows
-from deepspectra.rows.held import HeldRows
+from deepspectra.rows.held_rows import HeldRows
 from nets import CASES, CLASSIFICATION, Case, chunks, labels
 from reference import case_and_reference, error
 

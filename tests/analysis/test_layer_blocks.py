@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import deepspectra as ds
-from deepspectra.rows import tracing
+from deepspectra.rows import batch_capture
 from nets import labels
 from reference import error
 
@@ -32,15 +32,15 @@ def problem(seed: int, memory: int | None = None) -> ds.Problem:
 def captured(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, str]]:
     """(problem, parameter) → how often its features and errors are captured from all the data."""
     counts: Counter[tuple[int, str]] = Counter()
-    capture = tracing.capture
+    capture = batch_capture.capture
 
-    def counting(graph: tracing.Graph, plan: object, scalars: object, names: frozenset[str] | None):
+    def counting(graph: batch_capture.Graph, plan: object, scalars: object, names: frozenset[str] | None):
         given = graph.problem
         if given.num_examples == 60:  # and not of a few, to learn how they lie
             counts.update((id(given), name) for name in names or given.parameters)
         return capture(graph, plan, scalars, names)
 
-    monkeypatch.setattr(tracing, "capture", counting)
+    monkeypatch.setattr(batch_capture, "capture", counting)
     return counts
 
 

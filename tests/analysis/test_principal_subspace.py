@@ -9,11 +9,11 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra import errors, zoo
-from deepspectra.algorithms.starts import sample_size
+from deepspectra.algorithms.start_vectors import sample_size
 from deepspectra.analysis.principal_subspace import residual_norm
 from deepspectra.operators.base import Operator
-from deepspectra.problem.samples import drawn_problem
-from deepspectra.rows.importance import importance, inclusion, num_enough, systematic
+from deepspectra.problem.subsets import drawn_problem
+from deepspectra.rows.importance_sampling import importance, inclusion, num_enough, systematic
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import deepspectra as ds
 from deepspectra.analysis.regions import OF, Shifts
 from deepspectra.errors import DataError, LossError, MemoryBudgetError, OptionError
 from deepspectra.jobs.pages import Labels, save_page
-from deepspectra.jobs.regions import CLAIMS, regions_dataset, sentences
+from deepspectra.jobs.regions_dataset import CLAIMS, regions_dataset, sentences
 from deepspectra.report.drawing import save_chart
 from deepspectra.report.region_charts import region_shifts
 from nets import CASES, labels

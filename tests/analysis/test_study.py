@@ -15,7 +15,7 @@ from deepspectra.analysis import layer_blocks
 from deepspectra.analysis.study import LEFT, MEASURES
 from deepspectra.errors import OptionError, ShapeError
 from deepspectra.jobs.pages import Labels
-from deepspectra.jobs.study import STUDIES, sentences, study_dataset
+from deepspectra.jobs.study_dataset import STUDIES, sentences, study_dataset
 from nets import labels
 
 SHAPE = (1, 4, 4)

@@ -108,7 +108,7 @@ def test_the_exact_route_knows_all_of_g():
 @pytest.mark.parametrize("passes", [50_000, 10])
 def test_a_network_that_does_not_tell_examples_apart_is_analysed(passes, monkeypatch):
     """Rows are not spread evenly over examples: row by row, or by products where that takes too many passes."""
-    monkeypatch.setattr("deepspectra.rows.tracing.MOST_PASSES", passes)
+    monkeypatch.setattr("deepspectra.rows.batch_capture.MOST_PASSES", passes)
 
     def forward(model, batch):
         return model(batch[0])[:-1], batch[1][:-1]

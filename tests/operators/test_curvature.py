@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import deepspectra as ds
 from deepspectra import zoo
-from deepspectra.derivatives import choice
+from deepspectra.derivatives import way_choice
 from deepspectra.derivatives.products import products_of
 from deepspectra.errors import DeepSpectraError, MemoryBudgetError, ShapeError
 from nets import CASES, Case
@@ -185,10 +185,10 @@ def test_the_way_can_be_changed_and_must_be_known_and_right(monkeypatch: pytest.
     for operator in OPERATORS.values():
         with pytest.raises(ds.errors.OptionError, match="'double backward', 'linearize'"):
             operator(problem, way="forward")
-    monkeypatch.setattr(choice, "curvature_error", lambda *_: 0.1)
+    monkeypatch.setattr(way_choice, "curvature_error", lambda *_: 0.1)
     with pytest.raises(ds.errors.CurvatureError, match=r"wrong by 1\.0e-01"):
         ds.Hessian(problem, way="linearize")
-    monkeypatch.setattr(choice, "jacobian_error", lambda *_, linearize: 0.1 if linearize else 0.0)
+    monkeypatch.setattr(way_choice, "jacobian_error", lambda *_, linearize: 0.1 if linearize else 0.0)
     with pytest.raises(ds.errors.CurvatureError, match=r"linearize is wrong by 1\.0e-01"):
         ds.GaussNewton(problem, way="linearize")
     assert error(ds.Hessian(problem) @ v, ref.hessian @ v) < RTOL

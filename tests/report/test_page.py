@@ -15,11 +15,11 @@ import deepspectra as ds
 from commands import finished
 from deepspectra import report
 from deepspectra.errors import DataError, FileError, OptionError
-from deepspectra.jobs.compare import comparison_dataset
-from deepspectra.jobs.layers import layer_dataset
+from deepspectra.jobs.compare_dataset import comparison_dataset
+from deepspectra.jobs.layers_dataset import layer_dataset
 from deepspectra.jobs.pages import Labels, load_dataset, measured, save_dataset
-from deepspectra.jobs.regions import regions_dataset
-from deepspectra.jobs.study import study_dataset
+from deepspectra.jobs.regions_dataset import regions_dataset
+from deepspectra.jobs.study_dataset import study_dataset
 from deepspectra.report import render
 from deepspectra.report.drawing import PART_COLOURS, number
 from deepspectra.report.figures import FIGURES

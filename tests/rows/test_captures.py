@@ -15,8 +15,8 @@ from deepspectra.derivatives.products import products_of
 from deepspectra.errors import ParameterError
 from deepspectra.rows import captures
 from deepspectra.rows.captures import captures_of
-from deepspectra.rows.draws import DrawnCaptures
-from deepspectra.rows.held import HeldRows
+from deepspectra.rows.held_rows import HeldRows
+from deepspectra.rows.random_scalars import DrawnCaptures
 from nets import CASES
 from reference import error
 

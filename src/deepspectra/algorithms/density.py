@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import ROUNDING, Krylov, basis_capacity
+from deepspectra.algorithms.krylov_basis import ROUNDING, Krylov, basis_capacity
 from deepspectra.algorithms.lanczos import quadratures
 from deepspectra.algorithms.long_vectors import gaussian_rows
 from deepspectra.algorithms.probes import InUnits, Probes, stream
-from deepspectra.arguments import Progress, check_choice, check_count
+from deepspectra.argument_checks import Progress, check_choice, check_count
 from deepspectra.errors import DataError, FallbackWarning, MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator, as_operator
 from deepspectra.quadrature import Density

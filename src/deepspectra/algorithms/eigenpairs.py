@@ -9,10 +9,10 @@ import warnings
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import Krylov, Ritz
-from deepspectra.algorithms.search import Search, Wanted
-from deepspectra.algorithms.starts import enough_products, start_rows
-from deepspectra.arguments import Progress, check_choice, check_count, check_rtol, seeded
+from deepspectra.algorithms.eigenpair_search import Search, Wanted
+from deepspectra.algorithms.krylov_basis import Krylov, Ritz
+from deepspectra.algorithms.start_vectors import enough_products, start_rows
+from deepspectra.argument_checks import Progress, check_choice, check_count, check_rtol, seeded
 from deepspectra.errors import ConvergenceWarning
 from deepspectra.operators.base import Operator, as_operator
 from deepspectra.results import Eigenpairs, Provenance, Separation

@@ -31,10 +31,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import basis_capacity
+from deepspectra.algorithms.krylov_basis import basis_capacity
 from deepspectra.algorithms.long_vectors import inner_products, small
 from deepspectra.algorithms.probes import Probes, stream
-from deepspectra.arguments import Progress, check_count
+from deepspectra.argument_checks import Progress, check_count
 from deepspectra.confidence import standard_error, student_scale
 from deepspectra.errors import FallbackWarning
 from deepspectra.operators.base import Operator, as_operator

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import ROUNDING, basis_capacity
+from deepspectra.algorithms.krylov_basis import ROUNDING, basis_capacity
 from deepspectra.algorithms.probes import BLOCK, Probes
 from deepspectra.errors import MemoryBudgetError
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.long_vectors import inner_products, singular
-from deepspectra.arguments import check_columns
+from deepspectra.argument_checks import check_columns
 from deepspectra.errors import DataError, ShapeError
 
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import basis_dtype
+from deepspectra.algorithms.krylov_basis import basis_dtype
 from deepspectra.algorithms.long_vectors import gaussian_rows
-from deepspectra.arguments import Progress, check_seed
+from deepspectra.argument_checks import Progress, check_seed
 from deepspectra.errors import NonFiniteError
 from deepspectra.operators.base import Operator
 

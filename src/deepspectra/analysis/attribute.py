@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import explore
-from deepspectra.algorithms.krylov import Krylov, basis_capacity
+from deepspectra.algorithms.krylov_basis import Krylov, basis_capacity
 from deepspectra.analysis.gram_spectrum import MARGIN
 from deepspectra.analysis.knockouts import NEWEST, Knockout, KnockoutSpace, knockouts
-from deepspectra.arguments import Progress, seeded
+from deepspectra.argument_checks import Progress, seeded
+from deepspectra.dataframes import text_table
 from deepspectra.errors import MemoryBudgetError, OptionError, ShapeError
-from deepspectra.frames import text_table
 from deepspectra.operators.base import Operator
 from deepspectra.operators.parts import Decomposition, Means
 from deepspectra.results import Eigenpairs, Provenance, Result

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from deepspectra.arguments import LayerProgress
+from deepspectra.argument_checks import LayerProgress
+from deepspectra.dataframes import text_table
 from deepspectra.errors import MissingNameError
-from deepspectra.frames import text_table
 from deepspectra.results import Result
 
 Entry = TypeVar("Entry")

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from deepspectra.arguments import check_count
+from deepspectra.argument_checks import check_count
 from deepspectra.errors import FallbackWarning
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.gradients import labelled_loss

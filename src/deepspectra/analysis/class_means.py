@@ -12,17 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspectra.arguments import check_choice, check_memory
+from deepspectra.argument_checks import check_choice, check_memory
+from deepspectra.dataframes import text_table
 from deepspectra.errors import CurvatureError, MissingNameError, OptionWarning
-from deepspectra.frames import text_table
 from deepspectra.operators.parts import KINDS, Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.results import Provenance, Result
 from deepspectra.rows.averages import means_of
 from deepspectra.rows.captures import Captured, layer_of
 from deepspectra.rows.gradients import class_sums, labelled_loss
-from deepspectra.rows.held import HeldRows
-from deepspectra.rows.layers import (
+from deepspectra.rows.held_rows import HeldRows
+from deepspectra.rows.layer_rows import (
     counted,
     error_averages,
     feature_averages,
@@ -32,8 +32,8 @@ from deepspectra.rows.layers import (
     refuse_missing,
     refuse_unequal,
 )
+from deepspectra.rows.parameter_uses import Use
 from deepspectra.rows.projections import Projections, collinear, grouped, num_groups
-from deepspectra.rows.uses import Use
 
 LEVELS = ("class", "cross_class")
 

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.arguments import check_count, seeded
-from deepspectra.frames import text_table
+from deepspectra.argument_checks import check_count, seeded
+from deepspectra.dataframes import text_table
 from deepspectra.problem.problem import Problem
-from deepspectra.problem.samples import drawn_problem
+from deepspectra.problem.subsets import drawn_problem
 from deepspectra.results import Provenance, Result
 from deepspectra.rows.captures import Captures
 from deepspectra.rows.gradients import GradientRows
-from deepspectra.rows.held import HeldRows, gram_of, refuse_beyond_memory
-from deepspectra.rows.importance import systematic
-from deepspectra.rows.layers import counted
+from deepspectra.rows.held_rows import HeldRows, gram_of, refuse_beyond_memory
+from deepspectra.rows.importance_sampling import systematic
+from deepspectra.rows.layer_rows import counted
 
 GROUPS = ("both", "logit", "class", "neither")
 

@@ -12,9 +12,9 @@ from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.overlap import overlap_curve
 from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.layer_blocks import RTOL, Blocks, top_pairs
-from deepspectra.arguments import LayerProgress, check_count
+from deepspectra.argument_checks import LayerProgress, check_count
 from deepspectra.errors import ShapeError
-from deepspectra.kfac.exact import ExactBlock
+from deepspectra.kfac.exact_block import ExactBlock
 from deepspectra.kfac.operators import Block, Rotated
 from deepspectra.operators.curvature import GaussNewton
 from deepspectra.problem.problem import Problem

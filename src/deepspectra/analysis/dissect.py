@@ -13,8 +13,8 @@ from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.overlap import overlap, overlap_curve
 from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.layer_blocks import RTOL, Blocks, top_pairs
-from deepspectra.arguments import LayerProgress, check_count
-from deepspectra.kfac.exact import ExactBlock
+from deepspectra.argument_checks import LayerProgress, check_count
+from deepspectra.kfac.exact_block import ExactBlock
 from deepspectra.kfac.operators import KroneckerSum
 from deepspectra.operators.curvature import GaussNewton
 from deepspectra.problem.problem import Problem

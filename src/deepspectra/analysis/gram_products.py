@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.density import density
-from deepspectra.arguments import Progress
+from deepspectra.argument_checks import Progress
 from deepspectra.confidence import standard_error
 from deepspectra.operators.base import Operator
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
 from deepspectra.results import Eigenpairs, Provenance
 from deepspectra.rows.captures import Complement, captures_of
-from deepspectra.rows.draws import DrawnCaptures
 from deepspectra.rows.gradients import GradientRows
-from deepspectra.rows.uses import Convolution, Lookup, Matrix, Use, by_stretch
+from deepspectra.rows.parameter_uses import Convolution, Lookup, Matrix, Use, by_stretch
+from deepspectra.rows.random_scalars import DrawnCaptures
 
 MOST_SCALARS = 16  # gradients of an example that are squared; of more classes, as many random sums
 INDEPENDENT = 0.5  # least eigenvalue of the inner products of unit vectors that are taken to be eigenvectors

@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.exact import of_all
-from deepspectra.arguments import seeded
-from deepspectra.frames import text_table
+from deepspectra.algorithms.dense_spectrum import of_all
+from deepspectra.argument_checks import seeded
+from deepspectra.dataframes import text_table
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
 from deepspectra.results import Eigenpairs, Provenance, Result
 from deepspectra.rows.averages import Averages
-from deepspectra.rows.held import HeldRows
-from deepspectra.rows.layers import error_averages
+from deepspectra.rows.held_rows import HeldRows
+from deepspectra.rows.layer_rows import error_averages
 from deepspectra.rows.spectrum import Spectrum
 
 MARGIN = 1.25  # an outlier is at least so many times the bulk's edge

@@ -13,10 +13,10 @@ from deepspectra.analysis.gram_spectrum import GramSpectrum, spectrum_of
 from deepspectra.operators.parts import Decomposition
 from deepspectra.results import Provenance
 from deepspectra.rows.averages import Averages, positive
-from deepspectra.rows.held import gram_of
-from deepspectra.rows.layers import counted, membership
+from deepspectra.rows.held_rows import gram_of
+from deepspectra.rows.layer_rows import counted, membership
+from deepspectra.rows.parameter_uses import Matrix
 from deepspectra.rows.spectrum import Spectrum
-from deepspectra.rows.uses import Matrix
 
 
 @dataclass(frozen=True)

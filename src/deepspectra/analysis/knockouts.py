@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import Krylov
+from deepspectra.algorithms.krylov_basis import Krylov
 from deepspectra.operators.parts import Decomposition, Means
 from deepspectra.results import Eigenpairs
 from deepspectra.rows.averages import METHODS, taken

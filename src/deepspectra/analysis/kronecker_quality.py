@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepspectra.algorithms.dense_spectrum import of_all
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
-from deepspectra.algorithms.exact import of_all
 from deepspectra.algorithms.overlap import overlap_curve
 from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.layer_blocks import (
@@ -22,10 +22,10 @@ from deepspectra.analysis.layer_blocks import (
     norm_of,
     squared_distance,
 )
-from deepspectra.arguments import LayerProgress
+from deepspectra.argument_checks import LayerProgress
+from deepspectra.dataframes import text_table
 from deepspectra.errors import LossError, OptionError
-from deepspectra.frames import text_table
-from deepspectra.kfac.exact import ExactBlock
+from deepspectra.kfac.exact_block import ExactBlock
 from deepspectra.kfac.kronecker import KINDS
 from deepspectra.kfac.operators import Block, KroneckerSum
 from deepspectra.operators.base import Operator

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
-from deepspectra.arguments import check_memory
+from deepspectra.argument_checks import check_memory
 from deepspectra.kfac.blocks import with_ones
-from deepspectra.kfac.exact import ExactBlock
+from deepspectra.kfac.exact_block import ExactBlock
 from deepspectra.kfac.kronecker import Kronecker, all_from
 from deepspectra.kfac.operators import Block, KroneckerSum, Rotated
 from deepspectra.problem.problem import Problem, per_problem
 from deepspectra.rows.captures import captures_of
-from deepspectra.rows.held import gram_of
-from deepspectra.rows.uses import Matrix
+from deepspectra.rows.held_rows import gram_of
+from deepspectra.rows.parameter_uses import Matrix
 
 SMALL = 3000  # rows of the largest Gram matrix that gives eigenvectors at once
 RTOL = 1e-2  # of eigenpairs found by products

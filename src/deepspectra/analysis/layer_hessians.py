@@ -13,7 +13,7 @@ from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.estimates import trace
 from deepspectra.analysis.gram_spectrum import GramSpectrum
-from deepspectra.arguments import LayerProgress, seeded
+from deepspectra.argument_checks import LayerProgress, seeded
 from deepspectra.operators.curvature import Hessian, HessianBlock, Residual
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density

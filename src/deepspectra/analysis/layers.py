@@ -18,23 +18,23 @@ from deepspectra.analysis.khatri_rao import KhatriRao, centred_spectrum, khatri_
 from deepspectra.analysis.kronecker_quality import KroneckerQuality, kronecker_quality
 from deepspectra.analysis.layer_blocks import SMALL
 from deepspectra.analysis.layer_hessians import LayerHessian, layer_hessians
-from deepspectra.arguments import LayerProgress, check_count, check_memory
+from deepspectra.argument_checks import LayerProgress, check_count, check_memory
 from deepspectra.errors import CurvatureError, FallbackWarning, OptionWarning
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.results import Provenance
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.captures import parameters_of
-from deepspectra.rows.held import HeldRows, gram_bytes, gram_of, moment_of
-from deepspectra.rows.layers import (
+from deepspectra.rows.held_rows import HeldRows, gram_bytes, gram_of, moment_of
+from deepspectra.rows.layer_rows import (
     counted,
     error_averages,
     feature_averages,
     layer_errors,
     layer_inputs,
 )
+from deepspectra.rows.parameter_uses import Lookup, Matrix, Use
 from deepspectra.rows.spectrum import Spectrum
-from deepspectra.rows.uses import Lookup, Matrix, Use
 
 PARTS = ("features", "mean", "class", "errors", "class")
 STRUCTURE = ("λ₁ of G", "class", "logit", "within", *PARTS, "⊗ class", "⊗ cross", "NC1")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import unchallenged
 from deepspectra.analysis.class_means import LEVELS, check_means
-from deepspectra.arguments import check_choice, check_count, seeded
+from deepspectra.argument_checks import check_choice, check_count, seeded
 from deepspectra.confidence import standard_error
 from deepspectra.errors import OptionError
 from deepspectra.operators.curvature import Hessian

@@ -14,19 +14,19 @@ from torch import Tensor
 
 from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.gram_spectrum import gradient_spectrum
-from deepspectra.arguments import LayerProgress, check_choice, check_count, check_memory, seeded
+from deepspectra.argument_checks import LayerProgress, check_choice, check_count, check_memory, seeded
+from deepspectra.dataframes import text_table
 from deepspectra.derivatives.products import products_of
 from deepspectra.errors import CurvatureError, OptionError, OptionWarning
-from deepspectra.frames import text_table
 from deepspectra.operators.curvature import Hessian
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
-from deepspectra.problem.samples import drawn_problem
+from deepspectra.problem.subsets import drawn_problem
 from deepspectra.results import Provenance
 from deepspectra.rows.averages import METHODS, WIDE, Averages
 from deepspectra.rows.captures import Complement
-from deepspectra.rows.held import HeldRows, gram_of
-from deepspectra.rows.layers import error_rows, feature_rows, membership
+from deepspectra.rows.held_rows import HeldRows, gram_of
+from deepspectra.rows.layer_rows import error_rows, feature_rows, membership
 from deepspectra.rows.projections import TWO_WAY, Projections
 from deepspectra.rows.spectrum import Spectrum
 

@@ -18,10 +18,10 @@ from deepspectra.analysis.dissect import dissected
 from deepspectra.analysis.gram_spectrum import MARGIN, GramSpectrum, gram_spectrum
 from deepspectra.analysis.layer_blocks import Blocks, norm_of, relative_error, top_pairs
 from deepspectra.analysis.layers import layers
-from deepspectra.arguments import LayerProgress
+from deepspectra.argument_checks import LayerProgress
+from deepspectra.dataframes import text_table
 from deepspectra.errors import OptionError
-from deepspectra.frames import text_table
-from deepspectra.kfac.exact import ExactBlock
+from deepspectra.kfac.exact_block import ExactBlock
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.problem import Problem
 from deepspectra.results import Provenance

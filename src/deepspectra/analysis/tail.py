@@ -24,7 +24,7 @@ from deepspectra.analysis.tail_laws import (
     scan,
     thresholds_of,
 )
-from deepspectra.arguments import check_count
+from deepspectra.argument_checks import check_count
 from deepspectra.errors import DataError, OptionError
 from deepspectra.quadrature import Density
 from deepspectra.results import Eigenpairs, Provenance

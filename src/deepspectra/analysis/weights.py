@@ -15,8 +15,8 @@ from deepspectra.results import Provenance
 from deepspectra.rows.averages import positive
 from deepspectra.rows.captures import Captures, layer_of
 from deepspectra.rows.gradients import labelled_loss
+from deepspectra.rows.parameter_uses import Matrix, Use
 from deepspectra.rows.spectrum import range_of
-from deepspectra.rows.uses import Matrix, Use
 
 
 @dataclass(frozen=True)

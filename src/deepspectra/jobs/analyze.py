@@ -11,14 +11,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deepspectra.arguments import check_count, check_rtol
+from deepspectra.argument_checks import check_count, check_rtol
 from deepspectra.errors import FileError, OptionError
-from deepspectra.files import save_whole
+from deepspectra.file_writing import save_whole
 from deepspectra.jobs import stages
 from deepspectra.jobs.analysis_dataset import CLASS_AXES, analysis_dataset
 from deepspectra.jobs.effort import check_effort
-from deepspectra.jobs.ledger import Ledger
 from deepspectra.jobs.pages import Dataset, load_dataset, save_dataset, titled, write_page
+from deepspectra.jobs.stage_costs import Ledger
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.gradients import check_labelled
 from deepspectra.rows.projections import grouped

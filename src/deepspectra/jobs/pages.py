@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from deepspectra.errors import FileError, first_line
-from deepspectra.files import save_whole
+from deepspectra.file_writing import save_whole
 from deepspectra.problem.problem import Problem
 from deepspectra.results import versions
 

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepspectra.algorithms.dense_spectrum import exact_density
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import explore
-from deepspectra.algorithms.exact import exact_density
-from deepspectra.algorithms.krylov import Krylov, basis_capacity
+from deepspectra.algorithms.krylov_basis import Krylov, basis_capacity
 from deepspectra.algorithms.long_vectors import inner_products
 from deepspectra.algorithms.overlap import overlap
 from deepspectra.analysis.attribute import (
@@ -40,20 +40,20 @@ from deepspectra.analysis.gram_spectrum import (
 )
 from deepspectra.analysis.principal_subspace import subspace_of
 from deepspectra.analysis.three_level_map import drawable, place
-from deepspectra.arguments import seeded
+from deepspectra.argument_checks import seeded
 from deepspectra.confidence import standard_error
 from deepspectra.derivatives.products import Products, products_of
 from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetError
-from deepspectra.jobs.checkpoint import FinishedStages, Label
 from deepspectra.jobs.effort import FEWEST_STEPS, count_operations, effort_for, plan
-from deepspectra.jobs.ledger import Ledger, Report
+from deepspectra.jobs.finished_stages import FinishedStages, Label
+from deepspectra.jobs.stage_costs import Ledger, Report
 from deepspectra.operators.base import Operator
 from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
 from deepspectra.results import Eigenpairs, Provenance, versions
-from deepspectra.rows.held import HeldRows, gram_bytes
+from deepspectra.rows.held_rows import HeldRows, gram_bytes
 from deepspectra.rows.projections import num_groups
 
 LETTERS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}

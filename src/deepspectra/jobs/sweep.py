@@ -32,7 +32,7 @@ from deepspectra.jobs.sweep_cell import (
 )
 from deepspectra.jobs.sweep_schedule import MOST_AT_ONCE, Experience, Schedule, Submits, Task
 from deepspectra.jobs.sweep_store import Store, chosen, gather, locked, ordered
-from deepspectra.problem.memory import free_memory, parse_bytes
+from deepspectra.problem.memory_budget import free_memory, parse_bytes
 
 if TYPE_CHECKING:
     import xarray as xr

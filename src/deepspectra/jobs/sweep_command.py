@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deepspectra.errors import OptionError
+from deepspectra.jobs.command_targets import load_function
 from deepspectra.jobs.sweep import sweep
 from deepspectra.jobs.sweep_cell import Cell, Value
 from deepspectra.jobs.sweep_store import STORE, gather
 from deepspectra.jobs.sweep_zoo import ZooCell
-from deepspectra.jobs.targets import load_function
 
 LOOKS = "epochs"  # of the zoo's cell
 WORDS: dict[str, Value] = {"true": True, "false": False, "none": None}

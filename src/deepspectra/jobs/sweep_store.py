@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deepspectra.errors import FallbackWarning, FileError, first_line
-from deepspectra.files import save_whole
+from deepspectra.file_writing import save_whole
 from deepspectra.jobs.pages import check_writable, save_dataset
 from deepspectra.jobs.sweep_cell import (
     MISSING,

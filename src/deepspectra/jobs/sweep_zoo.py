@@ -180,7 +180,7 @@ class ZooCell:
 
 def _size(model: str, data: str) -> int | None:
     """Side that images are padded to."""
-    from deepspectra.jobs.targets import CONVOLUTIONAL, PAPER_SIDE  # noqa: PLC0415  (its imports take a while)
+    from deepspectra.jobs.command_targets import CONVOLUTIONAL, PAPER_SIDE  # noqa: PLC0415  (its imports take a while)
 
     return PAPER_SIDE if model in CONVOLUTIONAL and data in ("mnist", "fashion") else None
 

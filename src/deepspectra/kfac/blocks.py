@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deepspectra.errors import CurvatureError
 from deepspectra.rows.captures import layer_of
-from deepspectra.rows.uses import Convolution, Lookup, Matrix, Slice, Use, as_slice
+from deepspectra.rows.parameter_uses import Convolution, Lookup, Matrix, Slice, Use, as_slice
 
 CHUNK_BYTES = 2**26  # of patches, errors or gradients that are treated at a time
 COMPARED = 16  # examples by whose errors a bias is recognised

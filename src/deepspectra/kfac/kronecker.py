@@ -10,19 +10,19 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from deepspectra.arguments import check_count, check_seed
+from deepspectra.argument_checks import check_count, check_seed
 from deepspectra.errors import CurvatureError, LossError, OptionError
 from deepspectra.kfac.blocks import Place, places
-from deepspectra.kfac.exact import ExactBlock
+from deepspectra.kfac.exact_block import ExactBlock
 from deepspectra.kfac.moments import LARGEST_VECTOR, Moments, Squares, num_replicates
 from deepspectra.kfac.nearest import nearest_sum
 from deepspectra.kfac.operators import Block, KroneckerSum, Rotated, check_damping
 from deepspectra.operators.base import Operator
 from deepspectra.problem.cross_entropy import CrossEntropy
-from deepspectra.problem.memory import refuse_beyond
+from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.rows.captures import Captured, Captures
-from deepspectra.rows.draws import all_or_drawn
+from deepspectra.rows.random_scalars import all_or_drawn
 
 KINDS = ("kfac", "ekfac", "cfac", "optimal")
 SHARINGS = ("expand", "reduce")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepspectra.errors import FallbackWarning
 from deepspectra.kfac.blocks import Place, Positions, by_group, chunks, positions, single, with_ones
-from deepspectra.rows.uses import Lookup, Use
+from deepspectra.rows.parameter_uses import Lookup, Use
 
 LARGEST_VECTOR = 4096  # numbers of a vector whose exact block is held; of longer ones its diagonal
 PANEL = 128  # columns of a symmetric product of which only the lower half is computed

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deepspectra.errors import ConvergenceWarning
 from deepspectra.kfac.blocks import across_errors, across_features
-from deepspectra.kfac.exact import ExactBlock
+from deepspectra.kfac.exact_block import ExactBlock
 
 RTOL = 1e-7  # of the norm of the sum, from one iteration to the next
 MOST_ITERATIONS = 100

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepspectra.arguments import check_count
+from deepspectra.argument_checks import check_count
 from deepspectra.errors import DataError, MemoryBudgetError, NonFiniteError, OptionError, ShapeError
 
 DEFAULT_MEMORY = 4 * 2**30  # bytes an algorithm may hold in basis vectors, unless the operator says otherwise

@@ -14,9 +14,9 @@ from deepspectra.errors import LossError, OptionError
 from deepspectra.operators.base import Operator
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.problem import Problem, check_problem
-from deepspectra.problem.samples import can_draw
+from deepspectra.problem.subsets import can_draw
 from deepspectra.rows.gradients import GradientRows
-from deepspectra.rows.importance import drawn, importance, num_enough
+from deepspectra.rows.importance_sampling import drawn, importance, num_enough
 from deepspectra.rows.projections import Projections
 
 FEWEST = 1000  # examples from which on it can pay to seek eigenvectors on a sample first,

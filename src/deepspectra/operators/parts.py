@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspectra.arguments import check_choice
+from deepspectra.argument_checks import check_choice
 from deepspectra.errors import MissingNameError, OptionError, OptionWarning
 from deepspectra.operators.base import Operator, Sum
 from deepspectra.operators.curvature import Curvature
@@ -19,8 +19,8 @@ from deepspectra.problem.cross_entropy import CrossEntropy, DrawnCrossEntropy
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.gradients import GradientRows
-from deepspectra.rows.held import HeldRows
-from deepspectra.rows.layers import LayerRows, error_averages, error_rows, feature_averages, feature_rows
+from deepspectra.rows.held_rows import HeldRows
+from deepspectra.rows.layer_rows import LayerRows, error_averages, error_rows, feature_averages, feature_rows
 from deepspectra.rows.projections import FOUR_WAY, TWO_WAY, Projections, collinear, grouped
 
 KINDS = ("gradients", "features", "errors")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from deepspectra.arguments import check_count
+from deepspectra.argument_checks import check_count
 from deepspectra.errors import DataError, DeepSpectraError, MemoryBudgetError, NondeterminismError, first_line
 
 Pair = tuple[Tensor, Tensor]

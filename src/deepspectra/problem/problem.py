@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from deepspectra.errors import DataError, FallbackWarning, OptionError, ParameterError
+from deepspectra.problem.batch_cuts import cut_anew, settle_cuts
 from deepspectra.problem.batches import Batches, Move, is_labelled
-from deepspectra.problem.checks import check_given, check_gradient, reported, usable_device
-from deepspectra.problem.counting import count_rows, join_batches, settle_layout
 from deepspectra.problem.cross_entropy import CrossEntropy
-from deepspectra.problem.cuts import cut_anew, settle_cuts
 from deepspectra.problem.evaluation import Evaluated, Forward, Trial, forward_pair, gradient
+from deepspectra.problem.input_checks import check_given, check_gradient, reported, usable_device
 from deepspectra.problem.losses import Loss, MeanLoss
-from deepspectra.problem.memory import free_memory, parse_bytes, suitable_batch_size
+from deepspectra.problem.memory_budget import free_memory, parse_bytes, suitable_batch_size
 from deepspectra.problem.model_copy import evaluation_copy, unwrapped
 from deepspectra.problem.named_losses import resolve
 from deepspectra.problem.parameters import common_dtype, flatten, select_parameters, unflatten
+from deepspectra.problem.row_counts import count_rows, join_batches, settle_layout
 
 Result = TypeVar("Result")
 

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspectra.derivatives.choice import FAILURES
 from deepspectra.derivatives.products import products_of
+from deepspectra.derivatives.way_choice import FAILURES
 from deepspectra.errors import CurvatureError, DeepSpectraError, LossError, MemoryBudgetError, first_line
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.evaluation import differentiable
 from deepspectra.problem.losses import Loss
-from deepspectra.problem.memory import refuse_beyond
+from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem, per_problem
-from deepspectra.problem.samples import small_problem
-from deepspectra.rows import planning, tracing
+from deepspectra.problem.subsets import small_problem
+from deepspectra.rows import batch_capture, capture_plan
+from deepspectra.rows.batch_capture import IrregularError
 from deepspectra.rows.gradients import refuse_one_output
-from deepspectra.rows.tracing import IrregularError
-from deepspectra.rows.uses import Use
+from deepspectra.rows.parameter_uses import Use
 
 SAMPLE_ROWS = 3  # examples on which the uses of parameters are understood
 ROUNDING = 1e-10  # of the largest curvature of a row, below zero
@@ -108,7 +108,7 @@ class Captured:
 class Held(list[Captured]):
     """All batches of a problem in memory, the plan by which they were captured, and about how many bytes they are."""
 
-    def __init__(self, batches: Iterable[Captured], plan: tracing.Plan, num_bytes: int) -> None:
+    def __init__(self, batches: Iterable[Captured], plan: batch_capture.Plan, num_bytes: int) -> None:
         super().__init__(batches)
         self.plan = plan
         self.num_bytes = num_bytes
@@ -236,13 +236,13 @@ class Captures:
             yield from pieces
 
     def _pieces(self, batch: Any, names: frozenset[str] | None, weigh: Weigh) -> list[Captured]:
-        graph, loss = tracing.Graph(self.problem, batch, self.plan.alone), self.problem.loss_function
+        graph, loss = batch_capture.Graph(self.problem, batch, self.plan.alone), self.problem.loss_function
         measure = loss.curvature_weights if isinstance(loss, CrossEntropy) else loss.weights
         weights = measure(graph.values, graph.targets)
-        scalars = tracing.Scalars(weigh(graph.values, graph.targets), self.joint)
+        scalars = batch_capture.Scalars(weigh(graph.values, graph.targets), self.joint)
         pieces = [
             (piece.uses, piece.rows.to(weights.device))
-            for piece in tracing.capture(graph, self.plan, scalars, names)
+            for piece in batch_capture.capture(graph, self.plan, scalars, names)
         ]
         return [Captured(uses, weights[rows], graph.targets[rows]) for uses, rows in pieces]
 
@@ -284,7 +284,7 @@ def _held_of(problem: Problem) -> list[weakref.ref[Held]]:
 
 
 @per_problem
-def plan_of(problem: Problem) -> tracing.Plan:
+def plan_of(problem: Problem) -> batch_capture.Plan:
     """How to capture a problem's gradients, learned once and kept with it.
 
     Learned in float64, or in the problem's own type where the network runs in no other.
@@ -292,11 +292,11 @@ def plan_of(problem: Problem) -> tracing.Plan:
     problem.refuse_interacting_rows()
     with refusing():
         try:
-            return planning.learned(small_problem(problem, SAMPLE_ROWS, torch.float64))
+            return capture_plan.learned(small_problem(problem, SAMPLE_ROWS, torch.float64))
         except FAILURES:
             if problem.dtype == torch.float64:
                 raise
-            return planning.learned(small_problem(problem, SAMPLE_ROWS, problem.dtype))
+            return capture_plan.learned(small_problem(problem, SAMPLE_ROWS, problem.dtype))
 
 
 def rows_an_example(problem: Problem) -> int:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deepspectra.errors import DataError, FileError, NonFiniteError, OptionError, first_line
-from deepspectra.files import save_whole
+from deepspectra.file_writing import save_whole
 from deepspectra.zoo.data import DATA_NAMES, LabelledData
 from deepspectra.zoo.models import MODEL_NAMES
 

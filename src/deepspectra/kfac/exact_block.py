@@ -21,7 +21,7 @@ from deepspectra.kfac.blocks import (
     with_ones,
 )
 from deepspectra.operators.base import Operator
-from deepspectra.rows.uses import Lookup, Use
+from deepspectra.rows.parameter_uses import Lookup, Use
 
 
 class ExactBlock(Operator):

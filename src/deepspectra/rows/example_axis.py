@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspectra.problem.batch_cuts import AGREE, AGREE_HALF
 from deepspectra.problem.batches import map_tensors, tensors
-from deepspectra.problem.cuts import AGREE, AGREE_HALF
 from deepspectra.problem.evaluation import differentiable
 from deepspectra.problem.problem import Problem
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.challenge import Challenge, Edge
-from deepspectra.algorithms.krylov import Krylov, Ritz, basis_capacity, basis_dtype
-from deepspectra.arguments import Progress
+from deepspectra.algorithms.completeness import Challenge, Edge
+from deepspectra.algorithms.krylov_basis import Krylov, Ritz, basis_capacity, basis_dtype
+from deepspectra.argument_checks import Progress
 from deepspectra.errors import DataError, MemoryBudgetError
 from deepspectra.operators.base import Operator
 

@@ -7,9 +7,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov import basis_capacity
-from deepspectra.algorithms.search import SPARE_VECTORS, Search, Wanted
-from deepspectra.arguments import check_columns
+from deepspectra.algorithms.eigenpair_search import SPARE_VECTORS, Search, Wanted
+from deepspectra.algorithms.krylov_basis import basis_capacity
+from deepspectra.argument_checks import check_columns
 from deepspectra.errors import OptionError
 from deepspectra.operators.base import Identity, Operator, Sum
 

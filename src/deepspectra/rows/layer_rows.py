@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import CurvatureError, MissingNameError
-from deepspectra.problem.memory import refuse_beyond
+from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.captures import Captured, layer_of
 from deepspectra.rows.gradients import GradientRows
-from deepspectra.rows.held import HeldRows
+from deepspectra.rows.held_rows import HeldRows
+from deepspectra.rows.parameter_uses import Convolution, Lookup, Matrix, Use
 from deepspectra.rows.projections import Projections, num_groups
-from deepspectra.rows.uses import Convolution, Lookup, Matrix, Use
 
 
 class LayerRows:

@@ -20,10 +20,10 @@ from torch.overrides import _get_current_function_mode
 
 import deepspectra as ds
 from deepspectra.errors import CurvatureError, MemoryBudgetError
-from deepspectra.problem.samples import small_problem
-from deepspectra.rows import planning, tracing
+from deepspectra.problem.subsets import small_problem
+from deepspectra.rows import batch_capture, capture_plan
 from deepspectra.rows.gradients import GradientRows
-from deepspectra.rows.held import HeldRows
+from deepspectra.rows.held_rows import HeldRows
 from reference import error, projections
 
 IGNORED = -100
@@ -407,15 +407,15 @@ def test_the_exact_spectrum_is_that_of_the_dense_matrix(name: str) -> None:
         assert float(values.sum()) == pytest.approx(float(projected.square().sum()), abs=1e-10 * total)
 
 
-def pieces(problem: ds.Problem, weights: Tensor, *, joint: bool) -> Iterator[tracing.Piece]:
+def pieces(problem: ds.Problem, weights: Tensor, *, joint: bool) -> Iterator[batch_capture.Piece]:
     """The only batch, with scalars of these weights."""
-    plan = planning.learned(small_problem(problem, 3, torch.float64))
+    plan = capture_plan.learned(small_problem(problem, 3, torch.float64))
     while True:
         try:
-            graph = tracing.Graph(problem, *problem.batches, plan.alone)
-            yield from tracing.capture(graph, plan, tracing.Scalars(weights, joint))
+            graph = batch_capture.Graph(problem, *problem.batches, plan.alone)
+            yield from batch_capture.capture(graph, plan, batch_capture.Scalars(weights, joint))
             return
-        except tracing.IrregularError as found:
+        except batch_capture.IrregularError as found:
             plan = plan.without(found.names)
 
 
@@ -636,7 +636,7 @@ def test_rows_that_do_not_count_take_no_backward_pass(monkeypatch: pytest.Monkey
 
 def test_too_many_passes_are_refused_with_what_to_pass_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, _ = made("nodes")
-    monkeypatch.setattr(tracing, "MOST_PASSES", 13)
+    monkeypatch.setattr(batch_capture, "MOST_PASSES", 13)
     with pytest.raises(CurvatureError, match=r"14 backward passes over whole batches\. Pass forward="):
         ds.gram_spectrum(problem)
     dataset = ds.analyze(problem, num_probes=2, num_steps=8, progress=False).dataset
@@ -692,7 +692,7 @@ class Shy(nn.Module):
         self.out = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(_get_current_function_mode(), tracing.Watch):
+        if isinstance(_get_current_function_mode(), batch_capture.Watch):
             raise ValueError("not now")
         return self.out(x)
 

@@ -15,12 +15,12 @@ import xarray as xr
 import deepspectra as ds
 from deepspectra import errors, zoo
 from deepspectra.algorithms.eigenpairs import explore
-from deepspectra.algorithms.krylov import Krylov
+from deepspectra.algorithms.krylov_basis import Krylov
 from deepspectra.jobs import stages
-from deepspectra.jobs.checkpoint import FinishedStages, forget
+from deepspectra.jobs.command_targets import Choice, chosen_problem, moments
 from deepspectra.jobs.effort import effort_for
-from deepspectra.jobs.ledger import Ledger
-from deepspectra.jobs.targets import Choice, chosen_problem, moments
+from deepspectra.jobs.finished_stages import FinishedStages, forget
+from deepspectra.jobs.stage_costs import Ledger
 
 
 def problem(seed=0):

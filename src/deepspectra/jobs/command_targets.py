@@ -17,7 +17,7 @@ from torch import nn
 from deepspectra import zoo
 from deepspectra.errors import FileError, OptionError, TargetError
 from deepspectra.jobs.pages import Labels
-from deepspectra.jobs.study import Variant
+from deepspectra.jobs.study_dataset import Variant
 from deepspectra.problem.problem import Problem
 
 CONSOLE = Console(stderr=True)

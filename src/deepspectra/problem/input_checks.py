@@ -25,7 +25,7 @@ from deepspectra.errors import (
 from deepspectra.problem.batches import tensors
 from deepspectra.problem.evaluation import Evaluated, Trial, gradient, nodes, reached, refuse_modes
 from deepspectra.problem.losses import Loss
-from deepspectra.problem.memory import saved_by
+from deepspectra.problem.memory_budget import saved_by
 from deepspectra.problem.model_copy import named_tensors, twins
 
 CHECKPOINTS = "activation checkpointing must be off"

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from deepspectra.errors import DataError, FallbackWarning, LossError, NonFiniteError
 from deepspectra.problem.batches import Batches, Pair, map_tensors, tensors
-from deepspectra.problem.checks import CALLER, check_finite, check_outputs, reported, shapes_of
 from deepspectra.problem.evaluation import Evaluated, Tree, Trial, stamps
+from deepspectra.problem.input_checks import CALLER, check_finite, check_outputs, reported, shapes_of
 from deepspectra.problem.losses import Loss, MeanLoss
 
 FEW_ROWS = 32  # of each batch, on which a loss is compared with a mean over rows

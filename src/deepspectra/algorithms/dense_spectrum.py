@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.probes import Probes
-from deepspectra.arguments import Progress
+from deepspectra.argument_checks import Progress
 from deepspectra.operators.base import Operator
 from deepspectra.quadrature import Density
 from deepspectra.results import Provenance

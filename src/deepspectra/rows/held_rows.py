@@ -10,13 +10,13 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 from torch import Tensor
 
-from deepspectra.problem.memory import refuse_beyond
+from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.captures import Complement, captures_of
 from deepspectra.rows.gradients import GradientRows
+from deepspectra.rows.parameter_uses import Lookup, Matrix, Slice, Use, as_slice, by_stretch
 from deepspectra.rows.projections import Projections
-from deepspectra.rows.uses import Lookup, Matrix, Slice, Use, as_slice, by_stretch
 
 BLOCK_BYTES = 2**28  # of gradients that are formed at a time
 EXAMPLES = 16  # whose inner products with as many others are computed together

@@ -19,7 +19,7 @@ from deepspectra.analysis.attribute import Attribution
 from deepspectra.analysis.gram_spectrum import GramSpectrum
 from deepspectra.analysis.knockouts import Knockout
 from deepspectra.errors import FileError, first_line
-from deepspectra.files import save_whole
+from deepspectra.file_writing import save_whole
 from deepspectra.problem.batches import map_tensors
 from deepspectra.quadrature import Density
 from deepspectra.results import Cost, Eigenpairs, Provenance, Separation

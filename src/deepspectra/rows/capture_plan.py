@@ -15,9 +15,18 @@ from torch import Tensor
 
 from deepspectra.derivatives.ways import OutputGraph
 from deepspectra.problem.problem import Problem
-from deepspectra.rows.examples import find_examples
-from deepspectra.rows.tracing import CODED, CODED_HALF, Call, Graph, IrregularError, Plan, Scalars, capture
-from deepspectra.rows.uses import BLOCKS, LAYOUTS, Layout, Slice
+from deepspectra.rows.batch_capture import (
+    CODED,
+    CODED_HALF,
+    Call,
+    Graph,
+    IrregularError,
+    Plan,
+    Scalars,
+    capture,
+)
+from deepspectra.rows.example_axis import find_examples
+from deepspectra.rows.parameter_uses import BLOCKS, LAYOUTS, Layout, Slice
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}  # relative, of products by features and errors
 TOLERANCE_HALF = 0.1  # against those by backpropagation

@@ -19,11 +19,11 @@ from torch import Tensor
 from deepspectra.errors import CurvatureError
 from deepspectra.problem.batches import is_pair
 from deepspectra.problem.evaluation import differentiable
-from deepspectra.problem.memory import refuse_beyond
+from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem
-from deepspectra.rows.examples import Examples, agree
-from deepspectra.rows.uses import BLOCKS, Alone, Layout, Slice, Use, joined
-from deepspectra.rows.watch import Watch
+from deepspectra.rows.example_axis import Examples, agree
+from deepspectra.rows.forward_watch import Watch
+from deepspectra.rows.parameter_uses import BLOCKS, Alone, Layout, Slice, Use, joined
 
 CODED = {torch.float64: 1e-5, torch.float32: 1e-3}  # relative, of errors of examples that are weighted
 CODED_HALF = 0.1

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from deepspectra.problem.memory import measured, refuse_beyond
+from deepspectra.problem.memory_budget import measured, refuse_beyond
 from deepspectra.problem.problem import Problem
 
 

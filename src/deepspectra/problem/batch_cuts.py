@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from deepspectra.errors import DataError, FallbackWarning, OptionError
 from deepspectra.problem.batches import Batches, Pair, is_pair, map_tensors, other_lengths, tensors
-from deepspectra.problem.checks import CALLER, check_outputs, check_same
 from deepspectra.problem.evaluation import Evaluated, Tree, Trial
+from deepspectra.problem.input_checks import CALLER, check_outputs, check_same
 
 FEW = 3  # examples that are evaluated alone to see whether the others of their batch matter
 FEWEST = 2  # examples of a batch that tell whether others of it matter

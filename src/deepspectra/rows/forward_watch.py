@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from deepspectra.derivatives.convolution import read_call
 from deepspectra.problem.batches import map_tensors, tensors
-from deepspectra.rows.uses import Convolution, Lookup, Matrix, Slice, Use, Vectors
+from deepspectra.rows.parameter_uses import Convolution, Lookup, Matrix, Slice, Use, Vectors
 
 
 class Watch(TorchFunctionMode):

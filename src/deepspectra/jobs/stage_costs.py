@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from deepspectra.errors import ConvergenceWarning
-from deepspectra.jobs.checkpoint import FinishedStages
+from deepspectra.jobs.finished_stages import FinishedStages
 from deepspectra.results import Cost
 
 if TYPE_CHECKING:

@@ -64,6 +64,7 @@ BUILTINS = {
     errors.OptionError: ValueError,
     errors.MissingNameError: KeyError,
     errors.FileError: OSError,
+    errors.WorkerError: RuntimeError,
     errors.TargetError: ImportError,
 }
 

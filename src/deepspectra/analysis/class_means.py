@@ -170,9 +170,10 @@ def _of_gradients(problem: Problem, level: str, groups: Tensor | None) -> _Facto
 
 
 def _of_cells(factor: Tensor, projections: Projections, layers: dict[str, tuple[slice, ...]]) -> _Factors:
-    """From √w_{c,k} x̄_{c,k} (D, C²), of which the class means are weighted sums."""
+    """From √w_{c,k} x̄_{c,k} (D, C²), of which the class means are collinear with the true ones (c, c)."""
     cells = factor.view(-1, *projections.by_class.shape)
-    classes = torch.einsum("dck,ck->dc", cells, projections.by_class.to(cells))
+    scale = collinear(projections.cell_weights)[0] * projections.cell_weights.diagonal().sqrt()
+    classes = -cells.diagonal(dim1=1, dim2=2) * scale.to(cells)
     return _Factors(classes, cells, projections.class_weights, projections.cell_weights, layers)
 
 

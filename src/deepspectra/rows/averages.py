@@ -78,7 +78,7 @@ class Averages(Mapping[str, Tensor]):
 def means_of(factor: Tensor, weights: Tensor) -> Tensor:
     """The means x̄ (D, ...) of which a factor F = XᵀB (D, ...) has √w x̄; zero where w (...) is, up to rounding."""
     root = weights.sqrt().to(factor)
-    return factor / positive(root) * (root > 0)
+    return factor * ((root > 0) / positive(root))
 
 
 def positive(weights: Tensor) -> Tensor:

@@ -166,14 +166,14 @@ def _of_gradients(problem: Problem, level: str, groups: Tensor | None) -> _Facto
         return _of_cells(parts.factor("means"), parts.projections, layers)
     sums, cells = class_sums(problem, groups)  # one pass, which need not know the weights beforehand
     weights = cells.clone().fill_diagonal_(0).sum(1)
-    return _Factors(-sums * collinear(cells)[0].to(sums), None, weights, cells, layers)
+    return _Factors(sums * -collinear(cells)[0].to(sums), None, weights, cells, layers)
 
 
 def _of_cells(factor: Tensor, projections: Projections, layers: dict[str, tuple[slice, ...]]) -> _Factors:
     """From √w_{c,k} x̄_{c,k} (D, C²), of which the class means are collinear with the true ones (c, c)."""
     cells = factor.view(-1, *projections.by_class.shape)
     scale = collinear(projections.cell_weights)[0] * projections.cell_weights.diagonal().sqrt()
-    classes = -cells.diagonal(dim1=1, dim2=2) * scale.to(cells)
+    classes = cells.diagonal(dim1=1, dim2=2) * -scale.to(cells)
     return _Factors(classes, cells, projections.class_weights, projections.cell_weights, layers)
 
 

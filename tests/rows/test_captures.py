@@ -25,13 +25,13 @@ from reference import error
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The batches that are captured, with how many scalars each."""
     seen: list[int] = []
-    capture = captures.tracing.capture
+    capture = captures.batch_capture.capture
 
     def counting(graph, plan, scalars, names):  # type: ignore[no-untyped-def]
         seen.append(scalars.weights.shape[2])
         return capture(graph, plan, scalars, names)
 
-    monkeypatch.setattr(captures.tracing, "capture", counting)
+    monkeypatch.setattr(captures.batch_capture, "capture", counting)
     return seen
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import deepspectra as ds
+from deepspectra import zoo
 
 
 @dataclass
@@ -482,3 +483,21 @@ CLASSIFICATION = {
     )
 }
 CASES = UNLABELLED | CLASSIFICATION
+
+
+def trained_on_digits(
+    per_class: int | None,
+    widths: tuple[int, ...],
+    *,
+    epochs: int,
+    rate: float = 0.1,
+    batch: int = 16,
+    seed: int = 0,
+) -> tuple[nn.Module, zoo.LabelledData]:
+    """A perceptron and the digits that it was trained on; the global random state stays as it is."""
+    data = zoo.load("digits", per_class=per_class)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = zoo.mlp((1, 8, 8), 10, widths=widths)
+    zoo.train(net, data, epochs=epochs, learning_rate=rate, batch_size=batch)
+    return net, data

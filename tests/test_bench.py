@@ -15,10 +15,10 @@ from scipy.stats import wasserstein_distance
 from torch import nn
 
 import deepspectra as ds
-from deepspectra import zoo
 from deepspectra.derivatives.products import Products
 from deepspectra.derivatives.ways import OutputGraph
 from deepspectra.problem.problem import Problem
+from nets import trained_on_digits
 
 ROOT = Path(__file__).parent.parent
 CLASSES, EXAMPLES = 10, 400
@@ -58,12 +58,7 @@ def count(monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained():
-    digits = zoo.load("digits", per_class=EXAMPLES // CLASSES)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = zoo.mlp((1, 8, 8), CLASSES, widths=(32, 32))
-    zoo.train(net, digits, epochs=20, learning_rate=0.05, batch_size=32)
-    return net, digits
+    return trained_on_digits(EXAMPLES // CLASSES, (32, 32), epochs=20, rate=0.05, batch=32)
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from deepspectra.errors import DataError, MemoryBudgetError, OptionError, ShapeError
+from deepspectra.errors import DataError, OptionError, ShapeError
 
 Progress = Callable[[int, int | None], object]  # of products so far, and of those expected
 LayerProgress = Callable[
     [int, int | None, str], object
-]  # of layers done, of all there are, and the next one's name
+]  # of layers done, of all of them, and the next one's name
 
 
 def check_count(name: str, value: object, smallest: int = 1, largest: int | None = None) -> None:
@@ -26,14 +26,6 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raise OptionError unless `value` is one of the choices."""
     if value not in choices:
         raise OptionError(f"{name}={value!r}; it is one of {', '.join(map(repr, choices))}.")
-
-
-def check_memory(what: str, size: float, memory: int, advice: str) -> None:
-    """Raise MemoryBudgetError unless what takes so many bytes fits memory."""
-    if size > memory:
-        raise MemoryBudgetError(
-            f"{what} take {size / 2**30:.1f} GiB; memory is {memory / 2**30:.1f} GiB. {advice}, or raise memory."
-        )
 
 
 def check_columns(name: str, value: object, size: int | None = None) -> Tensor:

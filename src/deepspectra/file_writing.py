@@ -23,11 +23,8 @@ def save_whole(path: Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(staged)
         staged.replace(path)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # RuntimeError: HDF5's or PyTorch's, of a full disk
+    # RuntimeError: HDF5's or PyTorch's, of a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:
         with suppress(OSError):
             staged.unlink(missing_ok=True)
         raise FileError(

@@ -4,20 +4,17 @@ import pytest
 import torch
 
 import deepspectra as ds
-from deepspectra import errors, zoo
+from deepspectra import errors
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.analysis.attribute import Attribution, attribute_known
 from deepspectra.analysis.knockouts import Knockout
 from deepspectra.operators.parts import Means
+from nets import trained_on_digits
 
 
 @pytest.fixture(scope="module")
 def problem():
-    data = zoo.load("digits", per_class=12)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = zoo.mlp((1, 8, 8), 10, widths=(12,))
-    zoo.train(net, data, epochs=40, learning_rate=0.1, batch_size=16)
+    net, data = trained_on_digits(12, (12,), epochs=40)
     return ds.Problem(net.double(), (data.inputs.double(), data.targets))
 
 

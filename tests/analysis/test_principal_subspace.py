@@ -8,21 +8,18 @@ import torch
 from torch import nn
 
 import deepspectra as ds
-from deepspectra import errors, zoo
+from deepspectra import errors
 from deepspectra.algorithms.start_vectors import sample_size
 from deepspectra.analysis.principal_subspace import residual_norm
 from deepspectra.operators.base import Operator
 from deepspectra.problem.subsets import drawn_problem
 from deepspectra.rows.importance_sampling import importance, inclusion, num_enough, systematic
+from nets import trained_on_digits
 
 
 @pytest.fixture(scope="module")
 def problem():
-    data = zoo.load("digits")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = zoo.mlp((1, 8, 8), 10, widths=(32, 32))
-    zoo.train(net, data, epochs=15, learning_rate=0.1, batch_size=32)
+    net, data = trained_on_digits(None, (32, 32), epochs=15, batch=32)
     return ds.Problem(net.double(), (data.inputs.double(), data.targets), batch_size=400)
 
 

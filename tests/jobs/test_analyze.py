@@ -15,16 +15,12 @@ import deepspectra as ds
 from deepspectra import errors, report, zoo
 from deepspectra.jobs import stages
 from deepspectra.jobs.effort import effort_for
+from nets import trained_on_digits
 
 
 @functools.cache
 def network():
-    data = zoo.load("digits", per_class=15)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = zoo.mlp((1, 8, 8), 10, widths=(16,))
-    zoo.train(net, data, epochs=30, learning_rate=0.1, batch_size=16)
-    return net, data
+    return trained_on_digits(15, (16,), epochs=30)
 
 
 def trained(memory=None, **options):

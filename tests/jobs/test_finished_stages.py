@@ -21,14 +21,11 @@ from deepspectra.jobs.command_targets import Choice, chosen_problem, moments
 from deepspectra.jobs.effort import effort_for
 from deepspectra.jobs.finished_stages import FinishedStages, forget
 from deepspectra.jobs.stage_costs import Ledger
+from nets import trained_on_digits
 
 
 def problem(seed=0):
-    data = zoo.load("digits", per_class=6)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        net = zoo.mlp((1, 8, 8), 10, widths=(12,))
-    zoo.train(net, data, epochs=20, learning_rate=0.1, batch_size=16)
+    net, data = trained_on_digits(6, (12,), epochs=20, seed=seed)
     return ds.Problem(net, (data.inputs, data.targets))
 
 

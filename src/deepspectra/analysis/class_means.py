@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspectra.argument_checks import check_choice, check_memory
+from deepspectra.argument_checks import check_choice
 from deepspectra.dataframes import text_table
 from deepspectra.errors import CurvatureError, MissingNameError, OptionWarning
 from deepspectra.operators.parts import KINDS, Decomposition
+from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem
 from deepspectra.results import Provenance, Result
 from deepspectra.rows.averages import means_of
@@ -207,7 +208,9 @@ def _averaged(
         if not sums:
             each = sum(rows.shape[1] * rows.element_size() for rows in found.values())
             what = f"{basis.shape[1]:,} means of all layers"
-            check_memory(what, basis.shape[1] * each, memory, "Restrict the parameters")
+            refuse_beyond(
+                basis.shape[1] * each, memory, f"{what} take", "Restrict the parameters, or raise memory."
+            )
         refuse_missing(sums, found)
         stop = start + max((len(rows) for rows in found.values()), default=0)
         for name, rows in found.items():
@@ -239,12 +242,11 @@ def _parameter_places(problem: Problem) -> dict[str, tuple[slice, ...]]:
 
 def check_means(problem: Problem, level: str, groups: Tensor | Sequence[int] | None) -> Tensor | None:
     """The groups of classes, checked, if means of gradients of this level are to be had. Raises as `class_means`."""
-    check_choice("level", level, LEVELS)
     labelled_loss(problem)
     found = grouped(groups, problem.num_classes, problem.device)
     num = num_groups(found, problem.num_classes) ** (2 if level == "cross_class" else 1)
     size = num * problem.num_parameters * torch.promote_types(problem.dtype, torch.float32).itemsize
     what = f"{num:,} means of {problem.num_parameters:,} parameters"
-    advice = "Ask for level='class', put classes into groups, restrict the parameters"
-    check_memory(what, size, problem.memory, advice)
+    advice = "Ask for level='class', put classes into groups, restrict the parameters, or raise memory."
+    refuse_beyond(size, problem.memory, f"{what} take", advice)
     return found

@@ -111,12 +111,14 @@ class KnockoutSpace:
         """Without these parts: the largest Ritz values, their residual norms and directions in W."""
         size = self.krylov.num_basis
         factor = torch.cat([self.krylov.tracked[:, self.columns[name]] for name in gone], 1)
-        start, image = left(self.krylov.projected, factor, method)  # of Q under A, in coordinates of E
-        projected = start.T @ image
+        stays, image = left(self.krylov.projected, factor, method)  # of Q under A, in coordinates of E
+        projected = image[:size] if stays is None else stays.T @ image[:size]
         values, s = torch.linalg.eigh((projected + projected.T) / 2)
         values, s = values.flip(0)[:num], s.flip(1)[:, :num]
-        residuals = image @ s - start @ (s * values)
-        squares = residuals.square().sum(0) + self.krylov.lost_squares((start @ s)[:size])
+        vectors = s if stays is None else stays @ s  # in Q
+        residuals = image @ s
+        residuals[:size] -= vectors * values
+        squares = residuals.square().sum(0) + self.krylov.lost_squares(vectors)
         return values, squares.clamp_min(0).sqrt(), residuals[size:]
 
     def grow(self, directions: Tensor) -> None:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
-from deepspectra.argument_checks import check_memory
 from deepspectra.kfac.blocks import with_ones
 from deepspectra.kfac.exact_block import ExactBlock
 from deepspectra.kfac.kronecker import Kronecker, all_from
 from deepspectra.kfac.operators import Block, KroneckerSum, Rotated
+from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem, per_problem
 from deepspectra.rows.captures import captures_of
 from deepspectra.rows.held_rows import gram_of
@@ -152,7 +152,7 @@ def norm_of(exact: ExactBlock, memory: int) -> float:
         return _paired_norm(exact)
     shared = f"{exact.shape[0]:,} parameters of shared weights in {exact.place.name}"
     what = f"inner products of {rows:,} rows, of {shared},"
-    check_memory(what, 16 * rows**2, memory, "Take fewer examples")
+    refuse_beyond(16 * rows**2, memory, f"{what} take", "Take fewer examples, or raise memory.")
     return float(gram_of([exact.batches]).norm())
 
 

@@ -18,9 +18,10 @@ from deepspectra.analysis.khatri_rao import KhatriRao, centred_spectrum, khatri_
 from deepspectra.analysis.kronecker_quality import KroneckerQuality, kronecker_quality
 from deepspectra.analysis.layer_blocks import SMALL
 from deepspectra.analysis.layer_hessians import LayerHessian, layer_hessians
-from deepspectra.argument_checks import LayerProgress, check_count, check_memory
+from deepspectra.argument_checks import LayerProgress, check_count
 from deepspectra.errors import CurvatureError, FallbackWarning, OptionWarning
 from deepspectra.operators.parts import Decomposition
+from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem
 from deepspectra.results import Provenance
 from deepspectra.rows.averages import Averages
@@ -259,7 +260,9 @@ def _gradient_spectrum(
     num_rows = len(averages.every)
     side = min(num_rows, size)
     what = f"a matrix of {side:,} rows, for the spectrum of {name or 'the model'}, and its eigenvectors"
-    check_memory(what, gram_bytes(side), parts.problem.memory, "Take fewer examples")
+    refuse_beyond(
+        gram_bytes(side), parts.problem.memory, f"{what} take", "Take fewer examples, or raise memory."
+    )
     eps = torch.finfo(parts.problem.dtype).eps
     spectrum = (
         Spectrum.of_moment(*moment_of(uses, averages), eps)

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.gram_spectrum import gradient_spectrum
-from deepspectra.argument_checks import LayerProgress, check_choice, check_count, check_memory, seeded
+from deepspectra.argument_checks import LayerProgress, check_choice, check_count, seeded
 from deepspectra.dataframes import text_table
 from deepspectra.derivatives.products import products_of
 from deepspectra.errors import CurvatureError, OptionError, OptionWarning
 from deepspectra.operators.curvature import Hessian
 from deepspectra.operators.parts import Decomposition
+from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem
 from deepspectra.problem.subsets import drawn_problem
 from deepspectra.results import Provenance
@@ -239,8 +240,8 @@ class _Judge:
         self.cuts = (size, size) if of == "features" else (size - 1, size**2)
         matrices = 10 + 2 * num_groups if of == "hessian" else 4
         num_rows = num * self.each
-        what = f"spectra of {num_rows:,} rows"
-        check_memory(what, matrices * 8 * num_rows**2, parts.problem.memory, "Take fewer examples")
+        size, what = matrices * 8 * num_rows**2, f"spectra of {num_rows:,} rows take"
+        refuse_beyond(size, parts.problem.memory, what, "Take fewer examples, or raise memory.")
         order = torch.randperm(num, generator=seeded(seed))
         groups = torch.tensor_split(order, num_groups) if num_groups else ()
         self.groups = [group.sort().values for group in groups]  # of examples

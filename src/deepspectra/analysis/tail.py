@@ -25,9 +25,10 @@ from deepspectra.analysis.tail_laws import (
     thresholds_of,
 )
 from deepspectra.argument_checks import check_count
+from deepspectra.dataframes import text_table
 from deepspectra.errors import DataError, OptionError
 from deepspectra.quadrature import Density
-from deepspectra.results import Eigenpairs, Provenance
+from deepspectra.results import Eigenpairs, Provenance, Result
 
 if TYPE_CHECKING:
     import pandas
@@ -49,6 +50,7 @@ FEW, AS_FAR = 400, 1.5  # of so few eigenvalues, laws that reach so much further
 ALIKE = 0.9  # times the log-normal's reach at which the exponential, the simpler law, is taken
 ENOUGH = 50  # effective eigenvalues that a power law is called on
 ENOUGH_BLURRED = 100  # of quadrature nodes, above whose x_min a log-normal's curvature may hide
+SURE = 900  # eigenvalues from which on log-normal draws are hardly taken for power laws: in 4 % of cases at 1,000
 LEVEL = 0.005  # of the goodness of fit below which a power law is rejected
 OTHERS: tuple[Other, ...] = ("exponential", "log-normal")
 SIDES = {"magnitude": "x = |λ|", "positive": "x = λ > 0", "negative": "x = −λ > 0"}
@@ -62,11 +64,8 @@ class Exact(Protocol):
         """The eigenvalues."""
 
 
-SURE = 900  # eigenvalues from which on log-normal draws are hardly taken for power laws: in 4 % of cases at 1,000
-
-
 @dataclass(frozen=True)
-class Tail:
+class Tail(Result):
     """The laws of a spectrum's bulk and tail, and which of them holds.
 
     Attributes:
@@ -82,8 +81,6 @@ class Tail:
         bulk_laws: "Marchenko-Pastur" (where all that is judged has one sign) and "semicircle" → their fits.
         resolved_from: the smallest x from which on a tail is known well enough to be judged; ∞ if there is none.
         confidence: of the interval of α.
-        seconds: wall-clock time spent.
-        provenance: where it came from.
     """
 
     side: Side
@@ -97,8 +94,6 @@ class Tail:
     bulk_laws: Mapping[str, BulkLaw]
     resolved_from: float
     confidence: float
-    seconds: float
-    provenance: Provenance
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One row: side, verdict and the numbers of the power law."""
@@ -107,7 +102,7 @@ class Tail:
         return pandas.DataFrame([{"side": self.side, "verdict": self.verdict, **asdict(self.power_law)}])
 
     def __str__(self) -> str:
-        rows = [f"{'':<17} {'':<46} {'covers':>10} {'distance':>9} {'p':>8}"]
+        rows = []
         law = self.power_law
         if self.alternatives:
             words = f"α = {law.exponent:.3g} in [{law.low:.3g}, {law.high:.3g}] from x = {law.x_min:.3g}"
@@ -120,16 +115,17 @@ class Tail:
             if name == "Marchenko-Pastur":
                 words = f"σ² = {bulk.centre:.3g}, γ = {bulk.ratio:.3g}, {words}"
             rows.append(_row(name, words, bulk.num_inside, bulk.distance, bulk.p_value))
-        rows.append(
+        return text_table(
+            ("", "covers", "distance", "p"),
+            rows,
             f"tail of {self.provenance.operator}, {SIDES[self.side]}: {self.num:,.0f} eigenvalues judged, "
-            f"{self.num_zero:,.0f} zeros and {self.num_above:,.0f} outliers left out, {self.seconds:.3g} s"
+            f"{self.num_zero:,.0f} zeros and {self.num_above:,.0f} outliers left out, {self.seconds:.3g} s",
+            f"{self.verdict}: {self.why}",
         )
-        return "\n".join([*rows, f"{self.verdict}: {self.why}"])
 
 
-def _row(name: str, words: str, covers: float, distance: float, p_value: float) -> str:
-    cells = [("–" if math.isnan(x) else f"{x:{form}}") for x, form in ((distance, ".4f"), (p_value, ".2g"))]
-    return f"{name:<17} {words:<46} {covers:>10,.0f} {cells[0]:>9} {cells[1]:>8}"
+def _row(name: str, words: str, covers: float, *numbers: float) -> tuple[str | float, ...]:
+    return f"{name:<17} {words}", f"{covers:,.0f}", *numbers
 
 
 def tail(
@@ -199,8 +195,7 @@ def tail(
     if len(thresholds):
         fit = scan("power law", sample, thresholds)
         law = power_law(sample, fit, confidence, num_draws, seed)
-        others: tuple[Literal["exponential", "log-normal"], ...] = ("exponential", "log-normal")
-        alternatives = {name: compare(name, sample, fit, scan(name, sample, thresholds)) for name in others}
+        alternatives = {name: compare(name, sample, fit, scan(name, sample, thresholds)) for name in OTHERS}
     verdict, why = _judge(sample.total, bulk_laws, law, alternatives)
     return Tail(
         side=side,
@@ -322,9 +317,7 @@ def _tail_verdict(total: float, law: PowerLaw, others: Mapping[str, Alternative]
     if law.effective < min(law.num_tail, ENOUGH_BLURRED):
         few = f"what is known of its tail says no more than {law.effective:,.0f} eigenvalues would"
         return "undecided", f"{power}; {beside}; {few}."
-    sure = (
-        ""
-        if total >= SURE
-        else f" Of {total:,.0f} eigenvalues a log-normal is taken for one in up to half the cases."
-    )
-    return "power law", f"{power}; {beside}.{sure}"
+    if total >= SURE:
+        return "power law", f"{power}; {beside}."
+    doubt = f"Of {total:,.0f} eigenvalues a log-normal is taken for one in up to half the cases."
+    return "power law", f"{power}; {beside}. {doubt}"

@@ -76,7 +76,7 @@ def _view(found: Findings, name: str) -> _View | None:
     largest, zero = float(nodes.abs().max()), nodes == 0
     if name == "gauss_newton":
         eps = torch.finfo(torch.promote_types(found.problem.dtype, torch.float32)).eps
-        rounded = len(nodes) if found.exact is not None else 10 if found.dense else 1  # as in Spectrum
+        rounded = len(nodes) if found.exact is not None else 10 if found.effort.dense else 1  # as in Spectrum
         exact = eps * rounded * largest
         zero = nodes <= max(exact, -float(nodes.min()))
     if bool(zero.all()):
@@ -302,11 +302,11 @@ def _attributes(found: Findings) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "operations of a gradient": f"{found.operations:.2g}, by which effort is chosen where it is not given",
         "eigenpairs of H": len(found.pairs["hessian"].values),
-        "rtol of eigenpairs": found.rtol,
-        "effort": found.effort,
+        "rtol of eigenpairs": found.effort.rtol,
+        "effort": found.effort.name,
         "probes × steps of densities": "all eigenvalues"
-        if found.dense
-        else f"{found.num_probes} × {found.num_steps}",
+        if found.effort.dense
+        else f"{found.effort.num_probes} × {found.effort.num_steps}",
         **products.notes,
         **({"finished before a stop": ", ".join(found.ledger.resumed)} if found.ledger.resumed else {}),
         "doubts": "; ".join(found.ledger.doubts) or "none: every eigenpair converged",

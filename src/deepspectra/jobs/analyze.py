@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deepspectra.argument_checks import check_count, check_rtol
+from deepspectra.argument_checks import check_choice, check_count, check_rtol
 from deepspectra.errors import FileError, OptionError
 from deepspectra.file_writing import save_whole
 from deepspectra.jobs import stages
 from deepspectra.jobs.analysis_dataset import CLASS_AXES, analysis_dataset
-from deepspectra.jobs.effort import check_effort
+from deepspectra.jobs.effort import EFFORTS
 from deepspectra.jobs.pages import Dataset, load_dataset, save_dataset, titled, write_page
 from deepspectra.jobs.stage_costs import Ledger
 from deepspectra.problem.problem import Problem
@@ -191,7 +191,7 @@ def analyze(
             check_count(name, value)
     if rtol is not None:
         check_rtol(rtol)
-    check_effort(effort)
+    check_choice("effort", effort, tuple(EFFORTS))
     check_labelled(problem)
     owner = grouped(groups, problem.num_classes, problem.device)
     options = stages.Options(num, num_probes, num_steps, rtol, owner, seed, effort)

@@ -21,9 +21,7 @@ from deepspectra.jobs.study_dataset import Variant
 from deepspectra.problem.problem import Problem
 
 CONSOLE = Console(stderr=True)
-CONVOLUTIONAL = ("lenet", "vgg11-bn", "resnet18")
 WEIGHTS = "model.safetensors"  # of a trained network, beside its results
-PAPER_SIDE = 32  # side to which the papers pad images for convolutional networks
 Out = Annotated[Path, typer.Option(help="Directory of the results and the report.")]
 Seed = Annotated[int, typer.Option(help="Seed of the training and of every random vector.")]
 
@@ -133,7 +131,7 @@ def _zoo_problem(
 ) -> tuple[Problem, list[str], Labels]:
     """Data, and a network from a checkpoint or trained here and saved beside the results."""
     model, data = chosen.model or "mlp", chosen.data or "digits"
-    size = PAPER_SIDE if model in CONVOLUTIONAL and data in ("mnist", "fashion") else None
+    size = zoo.paper_side(model, data)
     loaded = zoo.load(data, root=chosen.data_root, per_class=chosen.per_class, size=size, seed=draw)
     examples = variant.of(loaded, draw)
     names = [str(name) for name in examples.class_names]

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from deepspectra.errors import OptionError
 from deepspectra.problem.problem import Problem
 
 BACKWARD = 3  # a gradient's operations, in units of a forward pass's
@@ -53,6 +52,7 @@ class Effort(NamedTuple):
     """What an analysis does.
 
     Attributes:
+        name: what was asked for.
         spare_pairs: eigenpairs beyond the number of classes.
         rtol: of eigenpairs.
         knockout_products: at most; None for what attribution takes.
@@ -61,6 +61,7 @@ class Effort(NamedTuple):
         exact_rows: gradients up to which all of G's are.
     """
 
+    name: str
     spare_pairs: int
     rtol: float
     knockout_products: int | None
@@ -68,12 +69,6 @@ class Effort(NamedTuple):
     num_steps: int
     dense: bool
     exact_rows: int
-
-
-def check_effort(effort: str) -> None:
-    """Raise OptionError unless an effort has this name."""
-    if effort not in EFFORTS:
-        raise OptionError(f"effort={effort!r}; it is one of {', '.join(map(repr, EFFORTS))}.")
 
 
 def effort_for(problem: Problem, operations: float, effort: str = "standard") -> Effort:
@@ -86,6 +81,7 @@ def effort_for(problem: Problem, operations: float, effort: str = "standard") ->
     num_probes = level.num_probes if products >= level.num_probes * WORTH_STEPS else 2
     fitting = 3 * 8 * size**2 <= problem.memory // 3  # a matrix, and what its eigenvalues take beside
     return Effort(
+        name=effort,
         spare_pairs=3 if small else 0,
         rtol=1e-2 if small else 3e-2,
         knockout_products=None if small else 8,
@@ -109,8 +105,8 @@ def plan(problem: Problem, effort: Effort, gradient_seconds: float) -> str:
     minutes = products * PRODUCT * gradient_seconds / 60
     took = "under a minute" if minutes < 1 else f"about {minutes:.0f} minutes"
     return (
-        f"density of H and of R by {drawn}, of G by {of_g}. {products:,} products, {took} at the pace of the first "
-        f"gradient. {resolved}"
+        f"{effort.name}: density of H and of R by {drawn}, of G by {of_g}. {products:,} products, {took} at the "
+        f"pace of the first gradient. {resolved}"
     )
 
 

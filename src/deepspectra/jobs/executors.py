@@ -60,9 +60,8 @@ class LocalProcesses(Executor):
         """
         try:
             self.submit(_received, function).result()
-        except (
-            Exception
-        ) as error:  # whatever pickling may raise, or the death of a process that cannot unpickle
+        # whatever pickling may raise, or the death of a process that cannot unpickle
+        except Exception as error:
             raise OptionError(
                 f"{function!r} does not reach another process ({first_line(error)}). Define it at the top level of "
                 "a file that can be imported, with what calls sweep under `if __name__ == '__main__':`; or pass "

@@ -119,7 +119,7 @@ def described(
         "title": titled(subject, model, labels.data),
         "model": model,
         "data": labels.data,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": now(),
         "loss": problem.loss_function.name,
         "num_parameters": problem.num_parameters,
         "num_examples": problem.num_examples,
@@ -159,6 +159,11 @@ def load_dataset(path: Path, advice: str) -> Dataset:
         raise
     except Exception as error:  # whatever reading a damaged file may raise
         raise FileError(f"{path} is truncated, damaged or foreign ({first_line(error)}). {advice}") from error
+
+
+def now() -> str:
+    """The time, to the second, in UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def save_dataset(dataset: Dataset, path: Path) -> None:

@@ -44,7 +44,7 @@ from deepspectra.argument_checks import seeded
 from deepspectra.confidence import standard_error
 from deepspectra.derivatives.products import Products, products_of
 from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetError
-from deepspectra.jobs.effort import FEWEST_STEPS, count_operations, effort_for, plan
+from deepspectra.jobs.effort import FEWEST_STEPS, Effort, count_operations, effort_for, plan
 from deepspectra.jobs.finished_stages import FinishedStages, Label
 from deepspectra.jobs.stage_costs import Ledger, Report
 from deepspectra.operators.base import Operator
@@ -99,11 +99,6 @@ class Findings:
     seed: int
     num_classes: int  # or groups of classes, over which averages are taken
     num: int = 0
-    rtol: float = float("nan")
-    num_probes: int = 0
-    num_steps: int = 0
-    dense: bool = False
-    effort: str = ""
     operations: float = float("nan")
     loss: float = float("nan")
     accuracy: float = float("nan")
@@ -118,6 +113,7 @@ class Findings:
     exact: GramSpectrum | None = None
     places: tuple[Tensor, Tensor] | None = None
     trace: tuple[float, float] | None = None
+    effort: Effort = field(init=False)
     parts: Decomposition = field(init=False)
     attribution: Attribution = field(init=False)
     part_traces: Tensor = field(init=False)
@@ -131,14 +127,14 @@ def run(problem: Problem, ledger: Ledger, options: Options, resume: Path | None 
     if resume is not None:
         ledger.finished = FinishedStages(resume, _identity(found, options))
     effort = effort_for(problem, found.operations, options.effort)
+    found.effort = effort = effort._replace(
+        rtol=options.rtol or effort.rtol,
+        num_probes=options.num_probes or effort.num_probes,
+        num_steps=min(options.num_steps or effort.num_steps, problem.num_parameters),
+        dense=effort.dense and options.num_probes is None and options.num_steps is None,
+    )
     found.num = options.num or found.num_classes + effort.spare_pairs
-    found.rtol = options.rtol or effort.rtol
-    found.num_probes = options.num_probes or effort.num_probes
-    found.num_steps = min(options.num_steps or effort.num_steps, problem.num_parameters)
-    found.dense = effort.dense and options.num_probes is None and options.num_steps is None
-    found.effort = options.effort
-    chosen = effort._replace(num_probes=found.num_probes, num_steps=found.num_steps, dense=found.dense)
-    ledger.tell(f"{options.effort}: {plan(problem, chosen, ledger.gradient_seconds)}")
+    ledger.tell(plan(problem, effort, ledger.gradient_seconds))
     with ledger.stage("checking derivatives"):
         hessian = Hessian(problem)
     basis = _find_pairs(found, "hessian", hessian)
@@ -151,7 +147,7 @@ def run(problem: Problem, ledger: Ledger, options: Options, resume: Path | None 
         _find_exact(found)
     _attribute(found, hessian, basis, effort.knockout_products)
     del basis
-    if found.dense and not exact:
+    if found.effort.dense and not exact:
         _find_density(found, "gauss_newton", GaussNewton(problem))
     if not exact:
         found.trace, found.part_traces = ledger.run("traces of G", lambda _: _traces(found))
@@ -232,17 +228,18 @@ def _find_by_products(found: Findings) -> None:
     gauss_newton = GaussNewton(found.problem)
     _find_pairs(found, "gauss_newton", gauss_newton)
     gram = RowGram(found.parts.rows)
-    if found.dense or gram.shape[0] >= found.problem.num_parameters:  # G need not have zeros
+    if found.effort.dense or gram.shape[0] >= found.problem.num_parameters:  # G need not have zeros
         found.shares["gauss_newton"] = found.ledger.run(
             "shares of G", lambda _: pair_shares(found.parts, found.pairs["gauss_newton"])
         )
-        if not found.dense:
+        if not found.effort.dense:
             _find_density(found, "gauss_newton", gauss_newton)
     else:
         found.shares["gauss_newton"], vectors = found.ledger.run(
             "shares of G", lambda _: _shares_and_rows(found, gram)
         )
-        pairs, counts = found.pairs["gauss_newton"], (found.num_probes, min(found.num_steps, gram.shape[0]))
+        pairs, effort = found.pairs["gauss_newton"], found.effort
+        counts = effort.num_probes, min(effort.num_steps, gram.shape[0])
         found.densities["gauss_newton"] = found.ledger.run(
             "density of G",
             lambda report: nonzero_density(gram, pairs, vectors, *counts, found.seed + 2, report),
@@ -274,7 +271,7 @@ def _traces(found: Findings) -> tuple[tuple[float, float] | None, Tensor]:
     """
     parts, problem = found.parts, found.problem
     total: tuple[float, float] | None = None
-    if found.dense:
+    if found.effort.dense:
         total = problem.num_parameters * found.densities["gauss_newton"].mean, 0.0
     elif problem.splits_by_class:  # else each position of an example takes passes of its own
         try:
@@ -360,7 +357,7 @@ def _find_pairs(found: Findings, name: str, operator: Operator) -> Krylov | None
     def work(report: Report) -> Eigenpairs:
         nonlocal basis
         pairs, basis = explore(
-            operator, num, rtol=found.rtol, start="random", seed=found.seed, progress=report
+            operator, num, rtol=found.effort.rtol, start="random", seed=found.seed, progress=report
         )
         return pairs
 
@@ -376,9 +373,9 @@ def _find_density(found: Findings, name: str, operator: Operator) -> None:
     room = basis_capacity(operator) - known - 1
 
     def work(report: Report) -> Density:
-        if found.dense:
+        if found.effort.dense:
             return exact_density(operator, report)
-        steps = found.num_steps
+        steps = found.effort.num_steps
         if FEWEST_STEPS <= room < steps:
             steps = room
             warnings.warn(
@@ -388,7 +385,7 @@ def _find_density(found: Findings, name: str, operator: Operator) -> None:
             )
         return density(
             operator,
-            num_probes=found.num_probes,
+            num_probes=found.effort.num_probes,
             num_steps=steps,
             deflate=found.pairs.get(name),
             seed=found.seed + 2,

@@ -216,11 +216,8 @@ class Schedule:
         job, task, _ = self.running.pop(number)
         try:
             files = job.result()
-        except (
-            pickle.PicklingError,
-            AttributeError,
-            TypeError,
-        ) as error:  # run_task itself raises none of these
+        # run_task itself raises none of these
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise OptionError(
                 f"{self.cell!r} cannot be sent to the executor ({first_line(error)}). Define it at the top level "
                 "of a file that can be imported."

@@ -10,7 +10,6 @@ import socket
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from deepspectra.errors import FallbackWarning, FileError, first_line
 from deepspectra.file_writing import save_whole
-from deepspectra.jobs.pages import check_writable, save_dataset
+from deepspectra.jobs.pages import check_writable, now, save_dataset
 from deepspectra.jobs.sweep_cell import (
     MISSING,
     SUFFIX,
@@ -62,7 +61,7 @@ class Store:
         check_writable(self.cells)
         known = earlier["axes"] if earlier is not None else {name: [] for name in axes}
         new["axes"] = {name: ordered([*known[name], *axes[name]]) for name in known}
-        new |= {"format": FORMAT, "created": (earlier or {}).get("created", _now())}
+        new |= {"format": FORMAT, "created": (earlier or {}).get("created", now())}
         if new != earlier:
             save_whole(folder / MANIFEST, lambda staged: staged.write_text(json.dumps(new, indent=1)))
         for staged in self.cells.glob(".*.part"):  # of what was killed
@@ -120,9 +119,7 @@ def gather(folder: str | Path) -> xr.Dataset:
     paths = sorted((place / CELLS).glob(f"*{SUFFIX}"))
     records = [record for path in paths if (record := _read(path)) is not None]
     dataset = _dataset(manifest, records)
-    staged = place / f".{os.getpid()}.nc"  # a name of its own: two may gather at once
-    save_dataset(dataset, staged)
-    staged.replace(place / STORE)
+    save_dataset(dataset, place / STORE)
     return dataset
 
 
@@ -153,10 +150,6 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} of {socket.gethostname()}")
         file.flush()
         yield
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -52,9 +52,7 @@ class ZooCell:
     `residual_products` products a look.
     """
 
-    root: str | Path | None = field(
-        default=None, repr=False
-    )  # where the files are does not change what is measured
+    root: str | Path | None = field(default=None, repr=False)  # which does not change what is measured
     training_epochs: int | None = None
     residual_products: int = 0
 
@@ -74,7 +72,7 @@ class ZooCell:
         seed: int = 0,
     ) -> Mapping[str, Any] | Iterator[Mapping[str, Any]]:
         """The measures at each of some epochs, or at one."""
-        size = _size(model, data)
+        size = zoo.paper_side(model, data)
         train = zoo.load(data, root=self.root, per_class=per_class, size=size, seed=seed)
         test = zoo.load(data, root=self.root, split="test", size=size)
         network = zoo.build(model, input_shape=train.input_shape, num_classes=train.num_classes, seed=seed)
@@ -98,7 +96,7 @@ class ZooCell:
         **_: object,
     ) -> float:
         """Bytes that a task needs, from the sizes of its network and data."""
-        shape, num_classes, most = _data_size(data, str(self.root or ""), _size(model, data))
+        shape, num_classes, most = _data_size(data, str(self.root or ""), zoo.paper_side(model, data))
         num_examples = most if per_class is None else per_class * num_classes
         weights, features, outputs = _network_size(model, shape, num_classes)
         num_looks = len(epochs) if isinstance(epochs, tuple) else 1
@@ -127,16 +125,7 @@ class ZooCell:
         keep(0)
         diverged: NonFiniteError | None = None
         try:
-            zoo.train(
-                network,
-                train,
-                epochs=recipe.epochs,
-                learning_rate=recipe.learning_rate,
-                batch_size=recipe.batch_size,
-                milestones=recipe.milestones,
-                seed=seed,
-                progress=lambda history: keep(len(history)),
-            )
+            zoo.train(network, train, recipe, seed=seed, progress=lambda history: keep(len(history)))
         except NonFiniteError as error:  # there is something to see of before
             diverged = error
         for epoch in epochs:
@@ -178,13 +167,6 @@ class ZooCell:
         return found
 
 
-def _size(model: str, data: str) -> int | None:
-    """Side that images are padded to."""
-    from deepspectra.jobs.command_targets import CONVOLUTIONAL, PAPER_SIDE  # noqa: PLC0415  (its imports take a while)
-
-    return PAPER_SIDE if model in CONVOLUTIONAL and data in ("mnist", "fashion") else None
-
-
 @cache
 def _data_size(data: str, root: str, size: int | None) -> tuple[tuple[int, ...], int, int]:
     """Shape of an image, numbers of classes and of examples."""
@@ -200,9 +182,8 @@ def _network_size(model: str, shape: tuple[int, ...], num_classes: int) -> tuple
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal features, outputs
-        taps = (
-            module.weight[0, 0].numel() if isinstance(module, nn.Conv2d) else 1
-        )  # unfolded, each is so many
+        # of a convolution each is unfolded to as many as the kernel has places
+        taps = module.weight[0, 0].numel() if isinstance(module, nn.Conv2d) else 1
         features += inputs[0].numel() * taps
         outputs += output.numel()
 

@@ -136,11 +136,20 @@ class GradientRows:
         def cotangent(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             p, labels = outputs.double().softmax(-1), loss.labels(targets)
             curvature = loss.curvature_weights(outputs, targets).double() / self.problem.total_weight
-            mixed, live = columns(labels if groups is None else groups[labels])
-            mixed = mixed if groups is None else mixed[:, groups]
+            mixed, live = by_single_class(columns, labels, groups)
             return _cotangent(p, (curvature[:, None] * p)[:, :, None] * mixed), live
 
         return self.products.pull_each(cotangent, num, groups, among)
+
+
+def by_single_class(
+    columns: Callable[[Tensor], tuple[Tensor, Tensor]], labels: Tensor, groups: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What `columns` gives for labels (n,), of groups or not, spread over single classes: (n, C, k), and (k,)."""
+    if groups is None:
+        return columns(labels)
+    mixed, live = columns(groups[labels])
+    return mixed[:, groups], live
 
 
 def class_sums(problem: Problem, groups: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.captures import Complement, captures_of
-from deepspectra.rows.gradients import GradientRows
+from deepspectra.rows.gradients import GradientRows, by_single_class
 from deepspectra.rows.parameter_uses import Lookup, Matrix, Slice, Use, as_slice, by_stretch
 from deepspectra.rows.projections import Projections
 
@@ -122,9 +122,7 @@ class HeldRows(GradientRows):
         """Σ_i Σ_k w_{i,k} s_{c(i),k} g_{i,k} for columns s of cells: (P, num)."""
         if not self.captures.held:
             return super()._means(projections, columns, num, among)
-        groups = projections.groups
-        mixed, live = columns(self.labels if groups is None else groups[self.labels])
-        mixed = mixed if groups is None else mixed[:, groups]
+        mixed, live = by_single_class(columns, self.labels, projections.groups)
         total = self.products.zeros(num).T
         total[:, live] = self.transpose(self.weights.sqrt()[:, :, None] * mixed)
         return total

@@ -106,7 +106,7 @@ class Spectrum:
         return found if self._moment is not None else found.clamp_min(0)
 
 
-def left(image: Tensor, phi: Tensor, method: str) -> tuple[Tensor, Tensor]:
+def left(image: Tensor, phi: Tensor, method: str) -> tuple[Tensor | None, Tensor]:
     """What is left of a matrix without a part, on the first l of m orthonormal coordinates.
 
     Args:
@@ -115,20 +115,20 @@ def left(image: Tensor, phi: Tensor, method: str) -> tuple[Tensor, Tensor]:
         method: "subtraction" or "projection".
 
     Returns:
-        S (m, k), orthonormal columns that stay within the l, and what the matrix without the part makes of them.
+        S (l, k), orthonormal, the directions that stay, None for all of the l; and (m, k) what the matrix without the
+        part makes of them.
     """
     rows, columns = image.shape
-    start = torch.eye(rows, columns, dtype=image.dtype, device=image.device)
     if method == "subtraction":
-        return start, image - phi @ phi[:columns].T
-    q = range_of(phi)
+        return None, image - phi @ phi[:columns].T
+    q, stays = range_of(phi), None
     if rows == columns:
         image = image - (image @ q) @ q.T  # all of the space: no need for a basis of what is orthogonal to Q
     else:
         # Q reaches beyond the l coordinates; what of them is orthogonal to it is where (I − QQᵀ) changes nothing
-        start = start @ _null_space(q[:columns].T)
-        image = image @ start[:columns]
-    return start, image - q @ (q.T @ image)
+        stays = _null_space(q[:columns].T)
+        image = image @ stays
+    return stays, image - q @ (q.T @ image)
 
 
 def range_of(columns: Tensor) -> Tensor:

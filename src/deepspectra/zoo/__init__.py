@@ -2,7 +2,7 @@
 
 from deepspectra.zoo.convolutional import lenet, resnet18, vgg11, vgg11_bn
 from deepspectra.zoo.data import CIFAR100_SAMPLE_SIZES, DATA_NAMES, SAMPLE_SIZES, LabelledData, load
-from deepspectra.zoo.models import MODEL_NAMES, build, mlp, normalised
+from deepspectra.zoo.models import MODEL_NAMES, build, mlp, normalised, paper_side
 from deepspectra.zoo.training import (
     History,
     Recipe,
@@ -29,6 +29,7 @@ __all__ = [
     "load_checkpoint",
     "mlp",
     "normalised",
+    "paper_side",
     "recipe",
     "resnet18",
     "save_checkpoint",

@@ -70,6 +70,13 @@ _BUILDERS: Mapping[str, Callable[[tuple[int, ...], int], nn.Module]] = {
     "transformer": transformer,
 }
 MODEL_NAMES = tuple(_BUILDERS)
+PAPER_SIDE = 32  # to which the papers pad images for convolutional networks
+
+
+def paper_side(model: str, data: str) -> int | None:
+    """`size` of `load` with which the papers train a network on a data set; None for its own."""
+    padded = model in ("lenet", "vgg11-bn", "resnet18") and data in ("mnist", "fashion")
+    return PAPER_SIDE if padded else None
 
 
 def normalised(model: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:

@@ -166,7 +166,7 @@ def gram_spectrum(
     of a layer's size and T (T/C + 1) d_out for T positions; a dense eigendecomposition (R, R).
     """
     began = time.perf_counter()
-    parts = Decomposition(problem.to(dtype), effects=effects, first=first, hold=True)
+    parts = Decomposition(HeldRows(problem.to(dtype)), effects, first)
     return spectrum_of(gradient_spectrum(parts), Provenance.of(parts.problem), began)
 
 

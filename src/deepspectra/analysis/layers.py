@@ -178,9 +178,8 @@ def layers(
         warnings.warn(f"num={num} is not used: hessian=False.", OptionWarning, stacklevel=2)
     num = problem.num_classes if num is None else num
     check_count("num", num)
-    parts = Decomposition(problem if dtype is None else problem.to(dtype), effects=effects, hold=True)
-    rows = parts.rows
-    assert isinstance(rows, HeldRows)
+    rows = HeldRows(problem if dtype is None else problem.to(dtype))
+    parts = Decomposition(rows, effects)
     averages = error_averages(rows, parts.projections, tuple(parts))
     found = {}
     for name, uses in announced(rows.captures.by_layer(), progress, len(parts.problem.layers)):

@@ -1,0 +1,88 @@
+"""Which parameters are meant, of what type, and as one vector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import deepspectra as ds
+from deepspectra import errors
+from given import Net, X, Y, mlp, refused
+from nets import CASES
+from reference import case_and_reference, error
+
+
+@pytest.mark.parametrize("glob", ["encoder.*", "", ["nothing", "here.*"]])
+def test_a_glob_that_matches_nothing(glob: Any) -> None:
+    word = glob if isinstance(glob, str) else glob[0]
+    caught = refused(errors.ParameterError, word, lambda: ds.Problem(mlp(), (X, Y), parameters=glob))
+    assert "0.weight" in str(caught), "the message lists what there is"
+    problem = ds.Problem(mlp(), (X, Y))
+    with pytest.raises(errors.ParameterError):
+        problem.restrict(glob)
+
+
+def test_nothing_left_to_differentiate() -> None:
+    model = mlp()
+    model.requires_grad_(False)
+    refused(errors.ParameterError, "grad|frozen|train", lambda: ds.Problem(model, (X, Y)))
+
+
+def test_a_glob_that_matches_only_frozen_parameters() -> None:
+    case = CASES["frozen_parameter"]()
+    refused(errors.ParameterError, "2.weight", lambda: case.problem(parameters="2.weight"))
+
+
+def test_frozen_parameters_stay_frozen_and_are_held_fixed() -> None:
+    case, ref = CASES["frozen_parameter"](), case_and_reference("frozen_parameter")[1]
+    problem = case.problem()
+    assert error(ds.Hessian(problem).dense(), ref.hessian) < 1e-9
+    assert [n for n, p in case.model.named_parameters() if not p.requires_grad] == ["0.bias", "2.weight"]
+
+
+def test_unused_parameters_alone_have_no_curvature() -> None:
+    case = CASES["unused_parameter"]()
+    problem = case.problem(parameters="unused.*")
+    assert problem.gradient().abs().max() == 0
+    for operator in (ds.Hessian, ds.GaussNewton, ds.Residual, ds.EmpiricalFisher):
+        assert operator(problem).dense().abs().max() == 0
+
+
+def test_a_glob_on_the_other_name_of_a_tied_weight() -> None:
+    """The weight is listed once; its second name finds it, or is refused. It is not left out in silence."""
+    case, ref = case_and_reference("tied_modules")
+    try:
+        problem = case.problem(parameters="output.*")
+    except errors.ParameterError:
+        return
+    expected = ref.block(ref.hessian, "embedding.weight", "output.bias")
+    assert error(ds.Hessian(problem).dense(), expected) < 1e-9
+
+
+def test_flatten_refuses_other_names_and_shapes() -> None:
+    problem = ds.Problem(mlp(), (X, Y))
+    tree = problem.unflatten(problem.gradient())
+    missing = {n: t for n, t in tree.items() if n != "0.bias"}
+    with pytest.raises((errors.ParameterError, errors.ShapeError), match=r"0\.bias"):
+        problem.flatten(missing)
+    with pytest.raises(errors.ShapeError, match=r"0\.weight"):
+        problem.flatten(tree | {"0.weight": torch.zeros(5, 6, dtype=torch.float64)})
+    with pytest.raises(errors.ShapeError, match=str(problem.num_parameters)):
+        problem.unflatten(torch.zeros(problem.num_parameters + 1, dtype=torch.float64))
+
+
+def test_parameters_of_two_precisions_are_told() -> None:
+    class Mixed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a.float()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o(torch.tanh(self.a(x.to(self.a.weight.dtype))).to(self.o.weight.dtype))
+
+    with pytest.warns(errors.FallbackWarning, match=r"float32, torch\.float64.*float64"):
+        problem = ds.Problem(Mixed(), (X, Y))
+    assert problem.dtype == torch.float64

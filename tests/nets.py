@@ -454,6 +454,8 @@ UNLABELLED = {
     builder.__name__: builder
     for builder in (linear_regression, mse_module, callable_loss, binary_targets, soft_targets)
 }
+
+
 CLASSIFICATION = {
     builder.__name__: builder
     for builder in (
@@ -482,6 +484,8 @@ CLASSIFICATION = {
         dict_batches,
     )
 }
+
+
 CASES = UNLABELLED | CLASSIFICATION
 
 
@@ -501,3 +505,14 @@ def trained_on_digits(
         net = zoo.mlp((1, 8, 8), 10, widths=widths)
     zoo.train(net, data, epochs=epochs, learning_rate=rate, batch_size=batch)
     return net, data
+
+
+OPERATORS = {
+    "hessian": ds.Hessian,
+    "gauss_newton": ds.GaussNewton,
+    "residual": ds.Residual,
+    "empirical_fisher": ds.EmpiricalFisher,
+}
+
+
+CENTRAL = ["unbalanced", "absent_class", "ragged", "every_option", "token_classes"]

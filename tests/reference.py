@@ -356,3 +356,8 @@ def inputs_and_errors(ref: Reference, module: nn.Module) -> tuple[Tensor, Tensor
         gradients = torch.autograd.grad(loss, outputs, retain_graph=True)
         rows.append(torch.cat([gradient.flatten(1) for gradient in gradients]))
     return torch.cat(inputs), torch.stack(rows, 1)
+
+
+def close(given: Tensor, expected: Tensor, scale: Tensor) -> bool:
+    """Equal up to 1e-8 of what a part belongs to: a part may be all but zero."""
+    return bool((given - expected).abs().max() <= 1e-8 * scale.abs().max())

@@ -1,7 +1,10 @@
 """Shares, the bulk's edge and knock-outs, against dense float64 linear algebra."""
 
+from __future__ import annotations
+
 import pytest
 import torch
+from torch import nn
 
 import deepspectra as ds
 from deepspectra import errors
@@ -9,7 +12,8 @@ from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.analysis.attribute import Attribution, attribute_known
 from deepspectra.analysis.knockouts import Knockout
 from deepspectra.operators.parts import Means
-from nets import trained_on_digits
+from nets import Case, trained_on_digits
+from reference import Reference
 
 
 @pytest.fixture(scope="module")
@@ -337,3 +341,66 @@ def test_knockouts_that_no_memory_has_room_for_are_refused_with_numbers(problem)
     finally:
         allowance.size = budget
         parts.rows.products.release()
+
+
+def clustered() -> Case:
+    """Well separated classes, a network that has begun to learn them: outliers stand clear of the bulk."""
+    torch.manual_seed(40)
+    y = torch.arange(40) % 4
+    x = 2.5 * torch.eye(4, 6, dtype=torch.float64)[y] + 0.5 * torch.randn(40, 6, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return Case(model, [(x, y)])
+
+
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("effects", ["four-way", "two-way"])
+def test_shares_sum_to_one_and_are_quadratic_forms(kind: str, effects: str) -> None:
+    """share_j(B) = u_jᵀ B u_j / λ_j over G's parts and the residual."""
+    case = clustered()
+    problem, ref = case.problem(), Reference(case)
+    operator = {"hessian": ds.Hessian, "gauss_newton": ds.GaussNewton}[kind](problem)
+    parts = ds.decompose(problem, effects=effects)
+    found = ds.attribute(operator, parts, pairs=ds.eigenpairs(operator, num=7, rtol=1e-9))
+    values, U = torch.linalg.eigh(getattr(ref, kind))
+    values, U = values.flip(0), U.flip(1)
+    assert found.num_outliers >= 2
+    assert found.shares.shape == (found.num_outliers, len(parts) + 1)
+    assert (found.shares.sum(1) - 1).abs().max() < 1e-6
+    expected = {
+        **{name: ref.parts[name] for name in parts},
+        "residual": getattr(ref, kind) - ref.gauss_newton,
+    }
+    for column, name in enumerate(found.part_names):
+        for j in range(found.num_outliers):
+            share = (U[:, j] @ expected[name] @ U[:, j] / values[j]).item()
+            assert found.shares[j, column].item() == pytest.approx(share, abs=1e-5), (name, j)
+    assert found.verdicts
+    assert all(isinstance(sentence, str) for sentence in found.verdicts)
+
+
+def test_knock_outs_bound_the_eigenvalues_of_what_is_left() -> None:
+    """Rayleigh-Ritz values of A − B, each with a true eigenvalue within its residual norm.
+
+    Class goes with true, whose means are collinear with the class means; "means" is all but within.
+    """
+    case = clustered()
+    problem, ref = case.problem(), Reference(case)
+    found = ds.attribute(ds.Hessian(problem), ds.decompose(problem))
+    stands_for = {"class": ["class", "true"], "logit": ["logit"], "means": ["class", "cross", "true"]}
+    tried = set()
+    for knockout in found.knockouts:
+        if knockout.method != "subtraction" or not set(knockout.removed) <= set(stands_for):
+            continue
+        tried.add(knockout.removed)
+        parts = {part for name in knockout.removed for part in stands_for[name]}
+        left = torch.linalg.eigvalsh(ref.hessian - sum(ref.parts[part] for part in parts)).flip(0)
+        values, scale = knockout.values, left.abs().max()
+        assert (values <= left[: len(values)] + 1e-6 * scale).all(), knockout.removed
+        distance = (values[:, None] - left).abs().min(1).values
+        assert (distance <= knockout.residual_norms + 1e-6 * scale).all(), knockout.removed
+    assert tried >= {("class",), ("class", "logit")}

@@ -1,5 +1,7 @@
 """The sampled subspace: an unbiased draw, exact when everything is drawn, and a certificate that tells the truth."""
 
+from __future__ import annotations
+
 import copy
 import math
 
@@ -14,7 +16,8 @@ from deepspectra.analysis.principal_subspace import residual_norm
 from deepspectra.operators.base import Operator
 from deepspectra.problem.subsets import drawn_problem
 from deepspectra.rows.importance_sampling import importance, inclusion, num_enough, systematic
-from nets import trained_on_digits
+from nets import CENTRAL, trained_on_digits
+from reference import case_and_reference, error, onto
 
 
 @pytest.fixture(scope="module")
@@ -263,3 +266,35 @@ def test_copies_are_found_from_a_sample_too(seed):
     pairs = ds.eigenpairs(operator, 10, rtol=1e-2, start="sampled", seed=seed)
     torch.testing.assert_close(pairs.values, top[:10], rtol=1e-3, atol=0)
     assert pairs.num_products < 30
+
+
+@pytest.mark.parametrize("level", ["class", "cross_class"])
+@pytest.mark.parametrize("name", ["relu_mlp", "layernorm_gelu", "attention_function", *CENTRAL])
+def test_the_averaged_subspace_is_spanned_by_the_means(name: str, level: str) -> None:
+    """Its eigenpairs are those of G_class + G_true, or of these and G_cross: by averaging alone."""
+    case, ref = case_and_reference(name)
+    space = ds.principal_subspace(case.problem(), level=level)
+    matrix = ref.parts["class"] + ref.parts["true"] + (ref.parts["cross"] if level == "cross_class" else 0)
+    expected = torch.linalg.eigvalsh(matrix).flip(0)
+    values, U = space.values, space.vectors
+    K = len(values)
+    assert U.shape == (ref.num_parameters, K)
+    assert (values.diff() <= 0).all()
+    assert (values - expected[:K]).abs().max() < 1e-9 * expected[0]
+    assert expected[K:].abs().max() < 1e-9 * expected[0], "all that is not zero is there"
+    assert (U.T @ U - torch.eye(K).to(U)).abs().max() < 1e-8
+    sizeable = values > 1e-6 * values[0]
+    assert (matrix @ U - U * values).abs()[:, sizeable].max() < 1e-8 * values[0]
+    _, g_c, _, g_ck = ref.means
+    means = g_c if level == "class" else g_ck.flatten(0, 1)
+    inside = onto(U)
+    large = means.norm(dim=1) > 1e-8 * means.norm(dim=1).max()
+    assert error(means[large] @ inside, means[large]) < 1e-6
+
+
+def test_num_asks_for_the_largest() -> None:
+    case, ref = case_and_reference("relu_mlp")
+    space = ds.principal_subspace(case.problem(), level="cross_class", num=3)
+    expected = torch.linalg.eigvalsh(ref.parts["class"] + ref.parts["true"] + ref.parts["cross"]).flip(0)[:3]
+    assert space.vectors.shape == (ref.num_parameters, 3)
+    assert error(space.values, expected) < 1e-9

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
 import deepspectra as ds
-from deepspectra import errors
+from deepspectra import errors, zoo
+from deepspectra.errors import MemoryBudgetError
 from given import X, Y
+from nets import OPERATORS
+from reference import case_and_reference, error
 
 
 def test_a_graph_that_does_not_fit_says_what_to_lower() -> None:
@@ -18,3 +25,59 @@ def test_a_graph_that_does_not_fit_says_what_to_lower() -> None:
         with pytest.raises(errors.MemoryBudgetError, match=r"batch_size.*memory") as caught:
             operator(problem) @ torch.ones(problem.num_parameters, dtype=torch.float64)
         assert isinstance(caught.value, MemoryError)
+
+
+RTOL = 1e-9
+
+
+@pytest.mark.parametrize("name", ["relu_mlp", "layernorm_gelu", "attention_function"])
+def test_a_small_memory_budget_changes_the_time_and_not_the_product(name: str) -> None:
+    """Graphs that do not fit are made anew; what cannot work at all is refused."""
+    case, ref = case_and_reference(name)
+    V = torch.randn(ref.num_parameters, 6, dtype=torch.float64)
+    worked = 0
+    for memory in (30_000, 100_000, 300_000, "1MiB", "1GiB"):
+        try:
+            problem = case.problem(memory=memory)
+            found = {kind: operator(problem) @ V for kind, operator in OPERATORS.items()}
+        except MemoryBudgetError:
+            assert not worked, "what fits less memory fits more"
+            continue
+        worked += 1
+        for kind, product in found.items():
+            assert error(product, getattr(ref, kind) @ V) < RTOL, (memory, kind)
+    assert worked >= 2
+
+
+USES: dict[str, Callable[[ds.Problem], object]] = {
+    **{kind: lambda p, make=make: make(p) @ torch.ones(p.num_parameters) for kind, make in OPERATORS.items()},
+    "eigenpairs": lambda p: ds.eigenpairs(ds.Hessian(p), 2, rtol=1e-2),
+    "density": lambda p: ds.density(ds.GaussNewton(p), num_probes=2),
+    "class means": ds.class_means,
+    "principal subspace": ds.principal_subspace,
+    "parts": lambda p: [part @ torch.ones(p.num_parameters) for part in ds.decompose(p, hold=True).values()],
+    "attribution": lambda p: ds.attribute(ds.Hessian(p), ds.decompose(p, effects="two-way"), max_products=3),
+    "exact spectrum": ds.gram_spectrum,
+    "layers": ds.layers,
+    "regions": lambda p: ds.regions(p, num_groups=0),
+    "factors": ds.kronecker,
+}
+
+
+@pytest.mark.filterwarnings("ignore::deepspectra.errors.DeepSpectraWarning")
+@pytest.mark.parametrize("use", USES)
+def test_a_problem_that_is_dropped_gives_its_memory_back_at_once(use: str) -> None:
+    """Kept graphs, data and the copy of the model die with the last reference: no cycle holds them."""
+    data = zoo.load("digits", per_class=4)
+    model = zoo.mlp((1, 8, 8), 10, widths=(6,))
+    ds.Hessian(ds.Problem(model, data)).dense()  # PyTorch loads its compiler and keeps this call's frames
+    problem = ds.Problem(model, data)
+    kept = weakref.ref(problem.model)
+    gc.collect()
+    gc.disable()
+    try:
+        result = USES[use](problem)
+        del problem, result
+        assert kept() is None
+    finally:
+        gc.enable()

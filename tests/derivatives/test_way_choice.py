@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 import deepspectra as ds
 from deepspectra import errors
+from deepspectra.derivatives import way_choice
+from deepspectra.derivatives.products import products_of
 from given import Net, X, Y
-from reference import error
+from nets import OPERATORS
+from reference import case_and_reference, error
 from truth import OnceDifferentiable
 
 
@@ -42,3 +45,26 @@ def test_gauss_newton_needs_no_second_derivative_of_a_hard_sigmoid():
     middle = torch.diag_embed(p) - p[:, :, None] * p[:, None]
     assert error(G, torch.einsum("nkp,nkl,nlq->pq", J, middle, J).detach() / len(X)) < 1e-12
     assert error(ds.gram_spectrum(problem).values[:5], torch.linalg.eigvalsh(G).flip(0)[:5]) < 1e-9
+
+
+RTOL = 1e-9
+
+
+def test_the_way_can_be_changed_and_must_be_known_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, ref = case_and_reference("relu_mlp")
+    problem = case.problem()
+    v = torch.randn(ref.num_parameters, dtype=torch.float64)
+    for way in ("linearize", "double backward", None):
+        assert error(ds.Hessian(problem, way=way) @ v, ref.hessian @ v) < RTOL
+        assert error(ds.GaussNewton(problem, way=way) @ v, ref.gauss_newton @ v) < RTOL
+    assert products_of(problem).notes["way"] == "double backward"
+    for operator in OPERATORS.values():
+        with pytest.raises(ds.errors.OptionError, match="'double backward', 'linearize'"):
+            operator(problem, way="forward")
+    monkeypatch.setattr(way_choice, "curvature_error", lambda *_: 0.1)
+    with pytest.raises(ds.errors.CurvatureError, match=r"wrong by 1\.0e-01"):
+        ds.Hessian(problem, way="linearize")
+    monkeypatch.setattr(way_choice, "jacobian_error", lambda *_, linearize: 0.1 if linearize else 0.0)
+    with pytest.raises(ds.errors.CurvatureError, match=r"linearize is wrong by 1\.0e-01"):
+        ds.GaussNewton(problem, way="linearize")
+    assert error(ds.Hessian(problem) @ v, ref.hessian @ v) < RTOL

@@ -12,7 +12,7 @@ import deepspectra as ds
 from deepspectra import errors
 from given import Net, X, Y, mlp, refused
 from nets import CASES
-from reference import case_and_reference, error
+from reference import Reference, case_and_reference, error
 
 
 @pytest.mark.parametrize("glob", ["encoder.*", "", ["nothing", "here.*"]])
@@ -86,3 +86,69 @@ def test_parameters_of_two_precisions_are_told() -> None:
     with pytest.warns(errors.FallbackWarning, match=r"float32, torch\.float64.*float64"):
         problem = ds.Problem(Mixed(), (X, Y))
     assert problem.dtype == torch.float64
+
+
+RTOL = 1e-9
+
+
+@pytest.mark.parametrize("name", ["conv_batchnorm", "tied_parameter", "tied_modules", "frozen_parameter"])
+def test_flatten_and_unflatten_are_inverse_in_the_order_of_the_names(name: str) -> None:
+    case, ref = case_and_reference(name)
+    problem = case.problem()
+    vector = torch.randn(ref.num_parameters, dtype=torch.float64)
+    tree = problem.unflatten(vector)
+    assert list(tree) == list(ref.parameters)
+    assert {key: value.shape for key, value in tree.items()} == {
+        key: p.shape for key, p in ref.parameters.items()
+    }
+    assert torch.equal(torch.cat([tree[key].reshape(-1) for key in ref.parameters]), vector)
+    assert torch.equal(problem.flatten(tree), vector)
+    assert torch.equal(problem.flatten(dict(reversed(tree.items()))), vector)
+
+
+def test_a_gradient_unflattens_to_what_backward_gives() -> None:
+    case, _ = case_and_reference("conv_pool")
+    x, y = case.tensors
+    tree = case.problem().unflatten(case.problem().gradient())
+    model = CASES["conv_pool"]().model
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert error(tree[key], parameter.grad) < 1e-12, key
+
+
+def test_a_list_of_globs_selects_their_union_in_the_model_s_order() -> None:
+    case, ref = case_and_reference("relu_mlp")
+    problem = case.problem(parameters=["4.*", "0.bias"])
+    assert list(problem.parameter_names) == ["0.bias", "4.weight", "4.bias"]
+    assert error(ds.Hessian(problem).dense(), ref.block(ref.hessian, "4.*", "0.bias")) < RTOL
+
+
+def test_tied_weights_count_once() -> None:
+    """One block for the shared weight, with the derivative through both of its uses."""
+    case, _ = case_and_reference("tied_modules")
+    problem = case.problem()
+    assert problem.num_parameters == 5 * 6 + 6 * 6 + 6 + 5
+    assert [n for n in problem.parameter_names if "weight" in n] == ["embedding.weight", "hidden.weight"]
+    for one_use in ("embedding", "output"):
+        loose = CASES["tied_modules"]()
+        loose.model.output.weight = torch.nn.Parameter(loose.model.embedding.weight.detach().clone())
+        partial = Reference(loose, [f"{one_use}.weight"]).hessian
+        assert error(ds.Hessian(problem.restrict("embedding.weight")).dense(), partial) > 0.1
+
+
+def test_unused_parameters_have_zero_rows_and_frozen_ones_none() -> None:
+    unused = case_and_reference("unused_parameter")[0].problem()
+    dense = ds.Hessian(unused).dense()
+    inside = unused.flatten(
+        {
+            n: torch.full_like(t, float(n.startswith("unused")))
+            for n, t in unused.unflatten(unused.gradient()).items()
+        }
+    ).bool()
+    assert inside.sum() == 8
+    assert dense[inside].abs().max() == 0
+    assert dense[~inside][:, ~inside].abs().sum(0).min() > 0
+
+    frozen = case_and_reference("frozen_parameter")[0].problem()
+    assert list(frozen.parameter_names) == ["0.weight", "2.bias", "4.weight", "4.bias"]

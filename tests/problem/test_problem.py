@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
@@ -15,8 +16,8 @@ from torch import nn
 import deepspectra as ds
 from deepspectra import errors
 from given import Captured, Net, X, Y, use
-from nets import CASES
-from reference import case_and_reference, error
+from nets import CASES, OPERATORS
+from reference import Reference, case_and_reference, error
 
 
 def test_an_absent_class_changes_nothing_else() -> None:
@@ -91,3 +92,58 @@ def test_threads_leave_global_switches_as_they_were() -> None:
         thread.join()
     assert not faults
     assert before == (torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled())
+
+
+RTOL = 1e-9
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradient_are_torch_s_on_one_batch(name: str) -> None:
+    case, ref = case_and_reference(name)
+    problem = case.problem()
+    loss = problem.loss()
+    assert isinstance(loss, float)
+    assert loss == pytest.approx(ref.loss, rel=1e-12)
+    assert error(problem.gradient(), ref.gradient) < RTOL
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_problem_counts_parameters_rows_and_outputs(name: str) -> None:
+    case, ref = case_and_reference(name)
+    problem = case.problem()
+    assert problem.num_parameters == ref.num_parameters
+    assert list(problem.parameter_names) == list(ref.parameters)
+    assert problem.num_examples == len(ref.outputs[0])
+    assert problem.num_classes == ref.num_classes
+
+
+GLOBS = [
+    ("relu_mlp", "2.*"),
+    ("relu_mlp", "*.bias"),
+    ("layernorm_gelu", "1.*"),
+    ("attention_module", "attention.*"),
+    ("conv_batchnorm", "1.*"),
+    ("frozen_parameter", "0.*"),
+    ("tied_modules", "embedding.*"),
+    ("tied_parameter", "temperature"),
+]
+
+
+@pytest.mark.parametrize(("name", "glob"), GLOBS)
+def test_restricting_gives_the_diagonal_block(name: str, glob: str) -> None:
+    case, ref = case_and_reference(name)
+    expected_names = [n for n in ref.parameters if fnmatchcase(n, glob)]
+    for problem in (case.problem().restrict(glob), case.problem(parameters=glob)):
+        assert list(problem.parameter_names) == expected_names
+        assert error(problem.gradient(), Reference(case, expected_names).gradient) < RTOL
+        for kind, operator in OPERATORS.items():
+            assert error(operator(problem).dense(), ref.block(getattr(ref, kind), glob)) < RTOL, kind
+
+
+def test_restricting_leaves_the_first_problem_alone() -> None:
+    case, ref = case_and_reference("relu_mlp")
+    problem = case.problem()
+    H = ds.Hessian(problem)
+    problem.restrict("0.*")
+    assert problem.num_parameters == ref.num_parameters
+    assert error(H.dense(), ref.hessian) < RTOL

@@ -11,8 +11,10 @@ from torch.nn import functional
 
 import deepspectra as ds
 from deepspectra import errors
+from deepspectra.errors import DeepSpectraError
 from given import HALVES, UNEVEN, X, mlp, refused, seeded_mlp
-from reference import error
+from nets import Case
+from reference import Reference, error
 from truth import truth
 
 
@@ -178,3 +180,16 @@ def test_a_loss_of_one_s_own_is_judged_on_a_bounded_number_of_rows() -> None:
     ds.Problem(seeded_mlp(), batches, loss=counted)
     assert len(seen) < 400 + 80
     assert max(seen) <= 2**21
+
+
+def test_a_batch_as_long_as_there_are_classes_is_read_like_the_others() -> None:
+    """Outputs (B, T, C) whose T differs from batch to batch: at T = C two readings fit, and one is wrong."""
+    torch.manual_seed(50)
+    model = torch.nn.Sequential(torch.nn.Embedding(6, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3)).double()
+    batches = [(torch.randint(6, (2, length)), torch.randint(3, (2, length))) for length in (5, 3, 4)]
+    case = Case(model, batches, classes_last=True)
+    try:
+        problem = case.problem()
+    except DeepSpectraError:
+        return
+    assert problem.loss() == pytest.approx(Reference(case).loss, rel=1e-12)

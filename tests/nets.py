@@ -16,6 +16,7 @@ from torch.nn import functional
 
 import deepspectra as ds
 from deepspectra import zoo
+from deepspectra.rows.held_rows import HeldRows
 
 
 @dataclass
@@ -516,3 +517,9 @@ OPERATORS = {
 
 
 CENTRAL = ["unbalanced", "absent_class", "ragged", "every_option", "token_classes"]
+
+
+def held(problem: ds.Problem) -> HeldRows:
+    rows = HeldRows(problem)
+    assert rows.captures.hold()
+    return rows

@@ -361,3 +361,17 @@ def inputs_and_errors(ref: Reference, module: nn.Module) -> tuple[Tensor, Tensor
 def close(given: Tensor, expected: Tensor, scale: Tensor) -> bool:
     """Equal up to 1e-8 of what a part belongs to: a part may be all but zero."""
     return bool((given - expected).abs().max() <= 1e-8 * scale.abs().max())
+
+
+def descending(matrix: Tensor) -> Tensor:
+    return torch.linalg.eigvalsh((matrix + matrix.T) / 2).flip(0)
+
+
+def same_spectrum(found: Tensor, matrix: Tensor, scale: float) -> bool:
+    """Whether values are the matrix's eigenvalues, up to zeros on either side, to 1e-10 of a scale."""
+    expected = descending(matrix)
+    size = max(len(found), len(expected))
+    found, expected = (
+        functional.pad(values, (0, size - len(values))).sort().values for values in (found, expected)
+    )
+    return bool((found - expected).abs().max() <= 1e-10 * scale)

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import deepspectra as ds
 from deepspectra.errors import LossError, OptionError
+from deepspectra.operators.parts import decompose
+from deepspectra.rows.held_rows import HeldRows
 from nets import CASES, CLASSIFICATION, Case, chunks
 from reference import Reference, case_and_reference, close, error, rank
 
@@ -433,3 +435,14 @@ def test_theorem_8_1_attributes_outliers_bump_and_bulk() -> None:
     )
     assert bump["cross"] == pytest.approx((s / C8) / (s / C8 + b), rel=1e-9)
     assert a * b == pytest.approx(values[spaces["bulk"]][0].item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["unbalanced", "absent_class", "token_classes", "conv_batchnorm"])
+@pytest.mark.parametrize("effects", ["four-way", "two-way"])
+def test_parts_of_held_rows_are_the_parts(name: str, effects: str) -> None:
+    case, ref = case_and_reference(name)
+    parts = decompose(case.problem(), effects=effects, hold=True)
+    assert isinstance(parts.rows, HeldRows)
+    assert parts.rows.captures.hold()
+    for part, operator in parts.items():
+        assert (operator.dense() - ref.parts[part]).abs().max() < 1e-10 * ref.gauss_newton.abs().max()

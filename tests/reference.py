@@ -375,3 +375,10 @@ def same_spectrum(found: Tensor, matrix: Tensor, scale: float) -> bool:
         functional.pad(values, (0, size - len(values))).sort().values for values in (found, expected)
     )
     return bool((found - expected).abs().max() <= 1e-10 * scale)
+
+
+def projections_of(ref: Reference, groups: Tensor | None = None, first: str = "class") -> dict[str, Tensor]:
+    """The projections of the two-way parts by groups, or with logit first."""
+    on = projections(ref.weights, ref.labels, groups)
+    second = {"class": "class_second", "logit": "logit_first"} if first == "logit" else {}
+    return {part: on[second.get(part, part)] for part in ("class", "logit", "interaction", "within", "true")}

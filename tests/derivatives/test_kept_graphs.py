@@ -14,7 +14,7 @@ import deepspectra as ds
 from deepspectra import errors, zoo
 from deepspectra.errors import MemoryBudgetError
 from given import X, Y
-from nets import OPERATORS
+from nets import OPERATORS, trained_on_digits
 from reference import case_and_reference, error
 
 
@@ -81,3 +81,31 @@ def test_a_problem_that_is_dropped_gives_its_memory_back_at_once(use: str) -> No
         assert kept() is None
     finally:
         gc.enable()
+
+
+@pytest.fixture(scope="module")
+def problem():
+    net, data = trained_on_digits(None, (32, 32), epochs=15, batch=32)
+    return ds.Problem(net.double(), (data.inputs.double(), data.targets), batch_size=400)
+
+
+def test_a_sample_and_all_share_the_memory_for_graphs(problem):
+    H = ds.Hessian(problem)
+    H @ torch.ones(problem.num_parameters, dtype=torch.float64)
+    kept = H.products.graphs.num_bytes()
+    assert kept > 0
+    few = H.sampled(torch.Generator().manual_seed(0), 100)
+    few @ torch.ones(problem.num_parameters, dtype=torch.float64)
+    more, allowance = few.products.graphs.num_bytes(), H.products.allowance
+    assert more > 0
+    assert H.products.graphs.num_bytes() == kept
+    assert allowance.room() == allowance.size - kept - more
+    assert allowance.reserve(allowance.size)
+    assert H.products.graphs.num_bytes() == few.products.graphs.num_bytes() == 0
+    few @ torch.ones(problem.num_parameters, dtype=torch.float64)
+    assert few.products.graphs.num_bytes() == 0
+    allowance.give_back(allowance.size)
+    few @ torch.ones(problem.num_parameters, dtype=torch.float64)
+    assert allowance.room() < allowance.size
+    del few
+    assert allowance.room() == allowance.size

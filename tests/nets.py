@@ -6,6 +6,8 @@ each; builders take a dtype and make everything anew, from a seed of their own.
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -490,6 +492,18 @@ CLASSIFICATION = {
 CASES = UNLABELLED | CLASSIFICATION
 
 
+@functools.cache
+def _trained_on_digits(
+    per_class: int | None, widths: tuple[int, ...], epochs: int, rate: float, batch: int, seed: int
+) -> tuple[nn.Module, zoo.LabelledData]:
+    data = zoo.load("digits", per_class=per_class)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = zoo.mlp((1, 8, 8), 10, widths=widths)
+    zoo.train(net, data, epochs=epochs, learning_rate=rate, batch_size=batch)
+    return net, data
+
+
 def trained_on_digits(
     per_class: int | None,
     widths: tuple[int, ...],
@@ -499,13 +513,15 @@ def trained_on_digits(
     batch: int = 16,
     seed: int = 0,
 ) -> tuple[nn.Module, zoo.LabelledData]:
-    """A perceptron and the digits that it was trained on; the global random state stays as it is."""
-    data = zoo.load("digits", per_class=per_class)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        net = zoo.mlp((1, 8, 8), 10, widths=widths)
-    zoo.train(net, data, epochs=epochs, learning_rate=rate, batch_size=batch)
-    return net, data
+    """A perceptron, trained once a process, and its digits; the global random state stays as it is."""
+    net, data = _trained_on_digits(per_class, widths, epochs, rate, batch, seed)
+    return copy.deepcopy(net), data
+
+
+def digits_problem() -> ds.Problem:
+    """A network that has learned all the digits, in float64."""
+    net, data = trained_on_digits(None, (32, 32), epochs=15, batch=32)
+    return ds.Problem(net.double(), (data.inputs.double(), data.targets), batch_size=400)
 
 
 OPERATORS = {

@@ -11,13 +11,12 @@ from torch import nn
 import deepspectra as ds
 from deepspectra.algorithms.start_vectors import sample_size
 from deepspectra.operators.base import Operator
-from nets import trained_on_digits
+from nets import digits_problem
 
 
 @pytest.fixture(scope="module")
 def problem():
-    net, data = trained_on_digits(None, (32, 32), epochs=15, batch=32)
-    return ds.Problem(net.double(), (data.inputs.double(), data.targets), batch_size=400)
+    return digits_problem()
 
 
 @pytest.mark.parametrize("operator", [ds.Hessian, ds.GaussNewton])

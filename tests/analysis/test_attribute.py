@@ -13,7 +13,7 @@ from deepspectra.analysis.attribute import Attribution, attribute_known
 from deepspectra.analysis.knockouts import Knockout
 from deepspectra.operators.parts import Means
 from nets import Case, trained_on_digits
-from reference import Reference
+from reference import Reference, descending
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,6 @@ def dense(problem):
 @pytest.fixture(scope="module")
 def attribution(problem):
     return ds.attribute(ds.Hessian(problem), ds.decompose(problem, effects="two-way"), rtol=1e-8)
-
-
-def descending(matrix):
-    return torch.linalg.eigvalsh(matrix).flip(0)
 
 
 def test_shares_equal_the_quadratic_forms_of_the_dense_parts(attribution, dense):

@@ -14,14 +14,12 @@ from deepspectra.operators.curvature import HessianBlock
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.spectrum import Spectrum
 from nets import CASES, CLASSIFICATION, Case, chunks, labels
-from reference import Reference, case_and_reference, error, inputs_and_errors
+from reference import Reference, case_and_reference, descending, error, inputs_and_errors
 
 FIVE = ("class", "logit", "interaction", "within", "true")
+
+
 RTOL = 1e-10
-
-
-def descending(matrix: Tensor) -> Tensor:
-    return torch.linalg.eigvalsh((matrix + matrix.T) / 2).flip(0)
 
 
 def padded(values: Tensor, size: int) -> Tensor:
@@ -318,6 +316,8 @@ def own_names(ref: Reference, layer: str) -> list[str]:
 
 
 PIECEWISE_LINEAR = ("relu_mlp", "conv_batchnorm", "conv_pool")
+
+
 CURVED = ("layernorm_gelu", "attention_module", "tied_modules", "reused_module")
 
 

@@ -12,14 +12,13 @@ import deepspectra as ds
 from deepspectra import errors
 from deepspectra.analysis.principal_subspace import residual_norm
 from deepspectra.problem.subsets import drawn_problem
-from nets import CENTRAL, trained_on_digits
+from nets import CENTRAL, digits_problem
 from reference import case_and_reference, error, onto
 
 
 @pytest.fixture(scope="module")
 def problem():
-    net, data = trained_on_digits(None, (32, 32), epochs=15, batch=32)
-    return ds.Problem(net.double(), (data.inputs.double(), data.targets), batch_size=400)
+    return digits_problem()
 
 
 @pytest.fixture(scope="module")

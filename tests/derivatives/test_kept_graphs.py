@@ -14,7 +14,7 @@ import deepspectra as ds
 from deepspectra import errors, zoo
 from deepspectra.errors import MemoryBudgetError
 from given import X, Y
-from nets import OPERATORS, trained_on_digits
+from nets import OPERATORS, digits_problem
 from reference import case_and_reference, error
 
 
@@ -85,8 +85,7 @@ def test_a_problem_that_is_dropped_gives_its_memory_back_at_once(use: str) -> No
 
 @pytest.fixture(scope="module")
 def problem():
-    net, data = trained_on_digits(None, (32, 32), epochs=15, batch=32)
-    return ds.Problem(net.double(), (data.inputs.double(), data.targets), batch_size=400)
+    return digits_problem()
 
 
 def test_a_sample_and_all_share_the_memory_for_graphs(problem):

@@ -10,13 +10,12 @@ import torch
 import deepspectra as ds
 from deepspectra.problem.subsets import drawn_problem
 from deepspectra.rows.importance_sampling import importance, inclusion, num_enough, systematic
-from nets import trained_on_digits
+from nets import digits_problem
 
 
 @pytest.fixture(scope="module")
 def problem():
-    net, data = trained_on_digits(None, (32, 32), epochs=15, batch=32)
-    return ds.Problem(net.double(), (data.inputs.double(), data.targets), batch_size=400)
+    return digits_problem()
 
 
 def test_probabilities_are_proportional_and_capped():

@@ -10,7 +10,8 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra import errors
-from deepspectra.analysis.principal_subspace import residual_norm
+from deepspectra.analysis.principal_subspace import overlap_bound, residual_norm
+from deepspectra.confidence import standard_error
 from deepspectra.problem.subsets import drawn_problem
 from nets import CENTRAL, digits_problem
 from reference import case_and_reference, error, onto
@@ -114,3 +115,25 @@ def test_num_asks_for_the_largest() -> None:
     expected = torch.linalg.eigvalsh(ref.parts["class"] + ref.parts["true"] + ref.parts["cross"]).flip(0)[:3]
     assert space.vectors.shape == (ref.num_parameters, 3)
     assert error(space.values, expected) < 1e-9
+
+
+def test_the_least_overlap_allows_for_what_three_checks_do_not_know() -> None:
+    H = torch.diag(torch.tensor([3.0, 2.0, *[0.1] * 30], dtype=torch.float64))
+    angle = torch.tensor(0.05, dtype=torch.float64)
+    u = torch.zeros(32, 1, dtype=torch.float64)
+    u[0], u[1] = angle.cos(), angle.sin()
+    image = H @ u
+    image -= u @ (u.T @ image)
+    draws = torch.randn(400, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    squares = (draws * float(image.norm())).square()  # what the checks see of one direction
+    norms = squares.mean(1).sqrt()
+    errors = standard_error(squares, 1) / (2 * norms)
+    kept, plain = (
+        sum(
+            overlap_bound(float(n + 2 * k * e), 1.0, 1) <= float(angle.cos() ** 2)
+            for n, e in zip(norms, errors, strict=True)
+        )
+        / 400
+        for k in (1, 0)
+    )
+    assert kept > 0.85 > 0.6 > plain

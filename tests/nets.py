@@ -539,3 +539,23 @@ def held(problem: ds.Problem) -> HeldRows:
     rows = HeldRows(problem)
     assert rows.captures.hold()
     return rows
+
+
+def clustered() -> Case:
+    """Well separated classes, a network that has begun to learn them: outliers stand clear of the bulk."""
+    torch.manual_seed(40)
+    y = torch.arange(40) % 4
+    x = 2.5 * torch.eye(4, 6, dtype=torch.float64)[y] + 0.5 * torch.randn(40, 6, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return Case(model, [(x, y)])
+
+
+def block_of(K: ds.Kronecker, matrix: Tensor, name: str) -> Tensor:
+    """Rows and columns of a block, in its own order."""
+    index = K.index[name]
+    return matrix[index[:, None], index]

@@ -382,3 +382,17 @@ def projections_of(ref: Reference, groups: Tensor | None = None, first: str = "c
     on = projections(ref.weights, ref.labels, groups)
     second = {"class": "class_second", "logit": "logit_first"} if first == "logit" else {}
     return {part: on[second.get(part, part)] for part in ("class", "logit", "interaction", "within", "true")}
+
+
+RTOL = 1e-10
+
+
+def padded(values: Tensor, size: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, size - len(values)))
+
+
+def agrees(found: Tensor, matrix: Tensor, scale: float) -> bool:
+    expected = descending(matrix)
+    size = max(len(found), len(expected))
+    difference = padded(found, size).sort().values - padded(expected, size).sort().values
+    return bool(difference.abs().max() <= RTOL * scale)

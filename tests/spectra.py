@@ -1,7 +1,9 @@
 """Matrices with given eigenvalues, and operators given by their products."""
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from scipy.stats import wasserstein_distance
 
@@ -73,3 +75,22 @@ def broadened(grid, positions, width):
 
 def integral(values, grid):
     return float(torch.trapezoid(values, grid))
+
+
+Draw = Callable[[np.random.Generator], np.ndarray]
+
+
+def pareto(size: int, exponent: float, share: float = 0.5, body: str = "uniform") -> Draw:
+    """A share of Pareto's law from 1 on, above a uniform body, or Clauset's, with a continuous density."""
+
+    def draw(rng: np.random.Generator) -> np.ndarray:
+        num = rng.binomial(size, share)
+        u = rng.random(size - num)
+        below = u if body == "uniform" else 1 - np.log(1 + u * math.expm1(exponent)) / exponent
+        return np.concatenate([(1 - rng.random(num)) ** (-1 / (exponent - 1)), below])
+
+    return draw
+
+
+def log_normal(size: int, sigma: float) -> Draw:
+    return lambda rng: np.exp(sigma * rng.normal(size=size))

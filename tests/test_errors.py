@@ -30,3 +30,8 @@ def test_every_error_is_also_the_builtin_a_caller_expects() -> None:
         assert issubclass(kind, builtin)
     assert issubclass(errors.FallbackWarning, errors.DeepSpectraWarning)
     assert issubclass(errors.DeepSpectraWarning, UserWarning)
+
+
+def test_an_error_says_itself_in_one_line() -> None:
+    assert errors.first_line(ValueError("no room\non the device")) == "no room"
+    assert errors.first_line(KeyboardInterrupt()) == "KeyboardInterrupt"

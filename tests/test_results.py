@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from deepspectra.algorithms.eigenpair_search import select
 from deepspectra.algorithms.eigenpairs import ENDS, eigenpairs
 from deepspectra.errors import ConvergenceWarning
+from deepspectra.operators.base import Matrix
+from deepspectra.problem.problem import Problem
+from deepspectra.results import Provenance
 from spectra import OUTLIERS, rotated, trained
 
 
@@ -91,3 +94,18 @@ def test_the_printed_table_has_a_row_a_pair_and_a_verdict():
     lines = str(eigenpairs(rotated(trained()), 4)).splitlines()
     assert len(lines) == 6
     assert lines[-1].startswith("largest 4 of matrix: converged (statistical), worst residual")
+
+
+def test_a_result_says_where_it_came_from():
+    of_matrix = Provenance.of(Matrix(torch.eye(3, dtype=torch.float64)), seed=4)
+    assert (of_matrix.operator, of_matrix.size, of_matrix.dtype, of_matrix.device, of_matrix.seed) == (
+        *("matrix", 3, "float64"),
+        *("cpu", 4),
+    )
+    problem = Problem(torch.nn.Linear(2, 3), (torch.randn(6, 2), torch.arange(6) % 3))
+    of_problem = Provenance.of(problem)
+    assert (of_problem.operator, of_problem.size, of_problem.dtype) == ("Gauss-Newton", 9, "float32")
+    assert of_problem.versions["torch"] == torch.__version__
+    assert set(of_problem.versions) == {"deepspectra", "torch", "python"}
+    of_rows = Provenance.of(torch.ones(7, 5), "features")
+    assert (of_rows.operator, of_rows.size) == ("features", 5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra import errors, zoo
+from deepspectra.derivatives.kept_graphs import Allowance, Graphs
 from deepspectra.errors import MemoryBudgetError
-from given import X, Y
+from given import X, Y, mlp
 from nets import OPERATORS, digits_problem
 from reference import case_and_reference, error
+
+RTOL = 1e-9
 
 
 def test_a_graph_that_does_not_fit_says_what_to_lower() -> None:
@@ -25,9 +29,6 @@ def test_a_graph_that_does_not_fit_says_what_to_lower() -> None:
         with pytest.raises(errors.MemoryBudgetError, match=r"batch_size.*memory") as caught:
             operator(problem) @ torch.ones(problem.num_parameters, dtype=torch.float64)
         assert isinstance(caught.value, MemoryError)
-
-
-RTOL = 1e-9
 
 
 @pytest.mark.parametrize("name", ["relu_mlp", "layernorm_gelu", "attention_function"])
@@ -108,3 +109,49 @@ def test_a_sample_and_all_share_the_memory_for_graphs(problem):
     assert allowance.room() < allowance.size
     del few
     assert allowance.room() == allowance.size
+
+
+def test_what_is_reserved_is_not_there_for_graphs_until_it_is_given_back() -> None:
+    allowance = Allowance(100)
+    assert allowance.reserve(60)
+    assert allowance.room() == 40
+    assert not allowance.reserve(41)
+    with allowance.lent(40) as granted:
+        assert granted
+        assert allowance.room() == 0
+        with allowance.lent(1) as more:
+            assert not more
+        assert allowance.room() == 0, "what was not granted is not given back"
+    assert allowance.room() == 40
+    allowance.give_back(60)
+    assert allowance.room() == 100
+
+
+def test_what_stays_for_later_goes_when_its_room_is_needed() -> None:
+    allowance, spare = Allowance(100), ["features"]
+    allowance.leave(spare, 50)
+    assert allowance.spare is spare
+    assert allowance.reserve(50)
+    assert allowance.spare is spare
+    assert allowance.reserve(1)
+    assert allowance.spare is None
+
+
+def test_graphs_that_fit_are_built_once_and_dropped_for_what_is_reserved() -> None:
+    problem, built = ds.Problem(mlp(), [(X[:6], Y[:6]), (X[6:], Y[6:])], memory="1MB"), []
+
+    def build(batch: Any) -> torch.Tensor:
+        built.append(len(batch[1]))
+        return torch.zeros(1000, dtype=torch.float64)
+
+    graphs = Graphs(problem)
+    for _ in range(2):
+        assert [index for index, _ in graphs.each("a kind", build)] == [0, 1]
+    assert built == [6, 6]
+    assert graphs.num_bytes() == 2 * 8000
+    assert graphs.largest("a kind") == 8000
+    assert graphs.allowance.reserve(graphs.allowance.size)
+    assert graphs.num_bytes() == 0
+    list(graphs.each("a kind", build))
+    assert built == [6, 6, 6, 6]
+    assert graphs.num_bytes() == 0

@@ -15,6 +15,8 @@ from nets import OPERATORS
 from reference import case_and_reference, error
 from truth import OnceDifferentiable
 
+RTOL = 1e-9
+
 
 def test_first_derivatives_alone_are_enough_for_what_the_error_names() -> None:
     class Custom(Net):
@@ -45,9 +47,6 @@ def test_gauss_newton_needs_no_second_derivative_of_a_hard_sigmoid():
     middle = torch.diag_embed(p) - p[:, :, None] * p[:, None]
     assert error(G, torch.einsum("nkp,nkl,nlq->pq", J, middle, J).detach() / len(X)) < 1e-12
     assert error(ds.gram_spectrum(problem).values[:5], torch.linalg.eigvalsh(G).flip(0)[:5]) < 1e-9
-
-
-RTOL = 1e-9
 
 
 def test_the_way_can_be_changed_and_must_be_known_and_right(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from deepspectra.operators.base import Matrix
 from reference import case_and_reference, error
 from spectra import Function
 
+RTOL = 1e-9
+
 
 def symmetric(size, seed=0, dtype=torch.float64):
     matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -266,9 +268,6 @@ def test_a_named_start_needs_class_structure():
 
 def test_an_operator_introduces_itself():
     assert repr(A) == "<A, 7 × 7, torch.float64, cpu>"
-
-
-RTOL = 1e-9
 
 
 def test_scipy_sees_the_same_matrix() -> None:

@@ -18,6 +18,8 @@ from given import HALVES, UNEVEN, X, Y, mlp, refused, seeded_mlp
 from reference import error
 from truth import truth
 
+WEIGHT = torch.tensor([0.2, 1.0, 5.0], dtype=torch.float64)
+
 
 @pytest.mark.parametrize("loss", ["huber", "", 3, None])
 def test_an_unknown_loss(loss: Any) -> None:
@@ -67,9 +69,6 @@ def test_a_subclass_is_taken_at_its_own_word():
     assert problem.loss() == pytest.approx(float(Focal()(net(X), Y).detach()))
     with pytest.raises(errors.LossError):
         ds.decompose(problem)
-
-
-WEIGHT = torch.tensor([0.2, 1.0, 5.0], dtype=torch.float64)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from given import Net, X, Y, mlp, refused
 from nets import CASES
 from reference import Reference, case_and_reference, error
 
+RTOL = 1e-9
+
 
 @pytest.mark.parametrize("glob", ["encoder.*", "", ["nothing", "here.*"]])
 def test_a_glob_that_matches_nothing(glob: Any) -> None:
@@ -86,9 +88,6 @@ def test_parameters_of_two_precisions_are_told() -> None:
     with pytest.warns(errors.FallbackWarning, match=r"float32, torch\.float64.*float64"):
         problem = ds.Problem(Mixed(), (X, Y))
     assert problem.dtype == torch.float64
-
-
-RTOL = 1e-9
 
 
 @pytest.mark.parametrize("name", ["conv_batchnorm", "tied_parameter", "tied_modules", "frozen_parameter"])

@@ -19,6 +19,8 @@ from given import Captured, Net, X, Y, use
 from nets import CASES, OPERATORS
 from reference import Reference, case_and_reference, error
 
+RTOL = 1e-9
+
 
 def test_an_absent_class_changes_nothing_else() -> None:
     case, ref = case_and_reference("absent_class")
@@ -92,9 +94,6 @@ def test_threads_leave_global_switches_as_they_were() -> None:
         thread.join()
     assert not faults
     assert before == (torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled())
-
-
-RTOL = 1e-9
 
 
 @pytest.mark.parametrize("name", CASES)

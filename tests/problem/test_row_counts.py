@@ -17,6 +17,8 @@ from nets import Case
 from reference import Reference, error
 from truth import truth
 
+WEIGHT = torch.tensor([0.2, 1.0, 5.0], dtype=torch.float64)
+
 
 def test_every_label_ignored() -> None:
     refused(errors.DataError, "ignore", lambda: ds.Problem(mlp(), (X, torch.full((12,), -100))))
@@ -48,9 +50,6 @@ def test_tokens_that_always_fit_two_readings_are_told_how_they_are_read() -> Non
     )
     last = functional.cross_entropy(model(batch[0]).movedim(-1, 1), batch[1])
     assert said.loss() == pytest.approx(float(last.detach()), rel=1e-12)
-
-
-WEIGHT = torch.tensor([0.2, 1.0, 5.0], dtype=torch.float64)
 
 
 def summed(z: Tensor, y: Tensor) -> Tensor:

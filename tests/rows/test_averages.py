@@ -8,9 +8,9 @@ from torch import Tensor
 
 import deepspectra as ds
 from deepspectra.errors import OptionError
-from deepspectra.rows.averages import METHODS, taken
+from deepspectra.rows.averages import METHODS, Averages, means_of, positive, taken
 from deepspectra.rows.projections import FOUR_WAY, TWO_WAY
-from reference import case_and_reference, projections_of, without
+from reference import case_and_reference, error, projections_of, without
 
 GROUPS = torch.tensor([0, 1, 0, 2])
 
@@ -70,3 +70,28 @@ def test_names_that_are_not_there_are_refused(
 ) -> None:
     with pytest.raises(OptionError, match=f"name some of {known}"):
         taken(removed, parts, method=method)
+
+
+def test_averages_over_members_are_the_mean_and_the_class_means_about_it() -> None:
+    rows = torch.randn(8, 5, dtype=torch.float64)
+    member = torch.nn.functional.one_hot(torch.tensor([0, 0, 1, 1, 1, 3, 3, 0]), 4).double()
+    member[7] = 0  # does not count
+    made = Averages.of_members(member)
+    assert list(made) == ["mean", "class"]
+    assert made.parts == ("mean", "class", "within")
+    counted, centre = rows[:7], rows[:7].mean(0)
+    means = torch.stack([rows[member[:, c] > 0].mean(0) for c in (0, 1, 3)])
+    mean = made.project("mean", rows)
+    assert error(mean[:7], centre.expand(7, 5)) < 1e-12
+    expected = (means - centre)[torch.tensor([0, 0, 1, 1, 1, 2, 2])]
+    assert error(made.project("class", rows)[:7], expected) < 1e-12
+    assert error(made.project("within", rows)[:7], counted - centre - expected) < 1e-12
+    assert error(made.together(("mean", "class")) @ made.every.T, made.every @ made.every.T) < 1e-12
+
+
+def test_means_are_what_factors_have_weighted_and_nothing_where_there_is_no_weight() -> None:
+    means, weights = torch.randn(5, 3, dtype=torch.float64), torch.tensor([4.0, 0.25, 0.0]).double()
+    found = means_of(means * weights.sqrt(), weights)
+    assert error(found[:, :2], means[:, :2]) < 1e-12
+    assert found[:, 2].tolist() == [0] * 5
+    assert positive(weights).tolist() == [4, 0.25, 1]

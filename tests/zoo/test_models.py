@@ -1,10 +1,13 @@
 """The networks: published sizes, seeds, second derivatives, and images of every size."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from deepspectra import zoo
 from deepspectra.errors import OptionError, ShapeError
 from deepspectra.zoo import MODEL_NAMES, build, lenet, mlp, transformer
 
@@ -118,3 +121,22 @@ def test_misuse_says_what_to_do():
         transformer((1, 8, 8), 10, patch=(3, 3))
     with pytest.raises(OptionError, match="heads do not divide"):
         transformer((1, 8, 8), 10, num_heads=5)
+
+
+def test_batch_norm_after_every_relu_keeps_names_and_centres_features() -> None:
+    plain = zoo.build("lenet", input_shape=(1, 8, 8), num_classes=10)
+    changed = zoo.normalised(zoo.build("lenet", input_shape=(1, 8, 8), num_classes=10), (1, 8, 8))
+    assert {n: p.shape for n, p in plain.named_parameters()} == {
+        n: p.shape for n, p in changed.named_parameters()
+    }
+    seen = []
+    changed.fc2.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    changed(torch.randn(50, 1, 8, 8))
+    assert seen[0].mean(0).abs().max() < 1e-5
+    live = seen[0].std(0) > 0.1  # units that never fire stay zero
+    assert live.any()
+    assert (seen[0].std(0, correction=0)[live] - 1).abs().median() < 1e-2
+    with pytest.raises(OptionError, match="batch norm already"):
+        zoo.normalised(changed, (1, 8, 8))
+    with pytest.raises(OptionError, match="0 ReLU modules"):
+        zoo.normalised(zoo.build("transformer", input_shape=(1, 8, 8), num_classes=10), (1, 8, 8))

@@ -241,10 +241,9 @@ def layernorm_gelu(dtype: torch.dtype = torch.float64) -> Case:
         nn.Linear(5, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 4)
     )
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.4 * torch.randn(len(parameter)))
-            assert name
     return Case(model.to(dtype), chunks(x, y, [5, 5, 4]))
 
 

@@ -15,7 +15,7 @@ from deepspectra.algorithms.start_vectors import enough_products, start_rows
 from deepspectra.argument_checks import Progress, check_choice, check_count, check_rtol, seeded
 from deepspectra.errors import ConvergenceWarning
 from deepspectra.operators.base import Operator, as_operator
-from deepspectra.results import Eigenpairs, Provenance, Separation
+from deepspectra.results import Eigenpairs, Separation, origin
 
 ENDS = ("largest", "smallest", "magnitude", "both")
 REACH = 3  # residuals of a Ritz value within which its eigenvalue is taken to lie
@@ -115,12 +115,11 @@ def explore(
         residual_norms=ritz.residual_norms[chosen],
         converged=outcome == "converged",
         num_products=search.krylov.num_products,
-        seconds=time.perf_counter() - began,
         which=which,
         rtol=rtol,
-        provenance=Provenance.of(operator, seed=seed),
         separation=_separation(ritz, chosen, search.krylov.num_basis == operator.shape[0], search.limits),
         num_sample_products=num_sample_products,
+        **origin(began, operator, seed=seed),
     )
     if not result.converged:
         warnings.warn(_complaint(outcome, result, search.missed), ConvergenceWarning, stacklevel=3)

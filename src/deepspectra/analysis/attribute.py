@@ -17,7 +17,7 @@ from deepspectra.dataframes import text_table
 from deepspectra.errors import MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.parts import Decomposition, Means
-from deepspectra.results import Eigenpairs, Provenance, Result
+from deepspectra.results import Eigenpairs, Result, origin
 from deepspectra.rows.averages import taken
 
 EDGE_PRODUCTS = 30  # at most, from a basis that knows the operator
@@ -236,8 +236,7 @@ def attribute_known(
         complete=bool(pairs.values[-1] <= threshold),
         knockouts=found,
         num_products=basis.num_products - before,
-        seconds=time.perf_counter() - began,
-        provenance=Provenance.of(operator, seed=seed),
+        **origin(began, operator, seed=seed),
     )
 
 

@@ -18,7 +18,7 @@ from deepspectra.errors import CurvatureError, MissingNameError, OptionWarning
 from deepspectra.operators.parts import KINDS, Decomposition
 from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Provenance, Result
+from deepspectra.results import Result, origin
 from deepspectra.rows.averages import means_of
 from deepspectra.rows.captures import Captured, layer_of
 from deepspectra.rows.gradients import class_sums, labelled_loss
@@ -145,8 +145,7 @@ def class_means(
         cross_class_weights=cells,
         of=of,
         layers=factors.layers,
-        seconds=time.perf_counter() - began,
-        provenance=Provenance.of(means, of),
+        **origin(began, means, of),
     )
 
 

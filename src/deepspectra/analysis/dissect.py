@@ -11,14 +11,13 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.overlap import overlap, overlap_curve
-from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.layer_blocks import RTOL, Blocks, top_pairs
-from deepspectra.argument_checks import LayerProgress, check_count
+from deepspectra.argument_checks import LayerProgress, announced, check_count
 from deepspectra.kfac.exact_block import ExactBlock
 from deepspectra.kfac.operators import KroneckerSum
 from deepspectra.operators.curvature import GaussNewton
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Provenance
+from deepspectra.results import ByLayer, origin
 
 
 @dataclass(frozen=True)
@@ -168,8 +167,7 @@ def dissect(
         if exact.place.groups == 1:
             layers[name] = dissected(blocks, exact, top_pairs(exact, num, seed), num_directions)
     whole = _dissected_whole(blocks, reduced, num_whole, seed) if reduced else None
-    provenance = Provenance.of(problem, seed=seed)
-    return Dissection(layers, whole, seconds=time.perf_counter() - began, provenance=provenance)
+    return Dissection(layers, whole, **origin(began, problem, seed=seed))
 
 
 def dissected(

@@ -16,7 +16,7 @@ from deepspectra.dataframes import text_table
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
-from deepspectra.results import Eigenpairs, Provenance, Result
+from deepspectra.results import Eigenpairs, Result, origin
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.held_rows import HeldRows
 from deepspectra.rows.layer_rows import error_averages
@@ -167,11 +167,13 @@ def gram_spectrum(
     """
     began = time.perf_counter()
     parts = Decomposition(problem.to(dtype), effects=effects, first=first, hold=True)
-    return spectrum_of(gradient_spectrum(parts), Provenance.of(parts.problem), began)
+    return spectrum_of(gradient_spectrum(parts), began, parts.problem)
 
 
-def spectrum_of(spectrum: Spectrum, provenance: Provenance, began: float) -> GramSpectrum:
-    """All of it as a result."""
+def spectrum_of(
+    spectrum: Spectrum, began: float, source: object, name: str = "", *, size: int | None = None
+) -> GramSpectrum:
+    """All of it as a result, with the `origin` of the rest."""
     names = spectrum.averages.parts
     found = {name: spectrum.part(name) for name in names}
     values = spectrum.values.cpu()
@@ -181,8 +183,7 @@ def spectrum_of(spectrum: Spectrum, provenance: Provenance, began: float) -> Gra
         parts={name: values.cpu() for name, (values, _) in found.items()},
         part_names=names,
         shares=forms / values.where(values > spectrum.tiny, torch.nan)[:, None],
-        seconds=time.perf_counter() - began,
-        provenance=provenance,
+        **origin(began, source, name, size=size),
         _averages=spectrum.averages.map(Tensor.cpu),
     )
 
@@ -220,8 +221,7 @@ def gradient_pairs(
         residual_norms=missed.cpu().expand(num).clone(),
         converged=True,
         num_products=0,
-        seconds=time.perf_counter() - began,
         which="largest",
         rtol=float(missed / values.min()) if num else 0.0,
-        provenance=Provenance.of(parts.problem),
+        **origin(began, parts.problem),
     )

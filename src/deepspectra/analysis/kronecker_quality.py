@@ -13,7 +13,6 @@ from deepspectra.algorithms.dense_spectrum import of_all
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.overlap import overlap_curve
-from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.layer_blocks import (
     SMALL,
     Blocks,
@@ -22,7 +21,7 @@ from deepspectra.analysis.layer_blocks import (
     norm_of,
     squared_distance,
 )
-from deepspectra.argument_checks import LayerProgress
+from deepspectra.argument_checks import LayerProgress, announced
 from deepspectra.dataframes import text_table
 from deepspectra.errors import LossError, OptionError
 from deepspectra.kfac.exact_block import ExactBlock
@@ -31,7 +30,7 @@ from deepspectra.kfac.operators import Block, KroneckerSum
 from deepspectra.operators.base import Operator
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
-from deepspectra.results import Provenance
+from deepspectra.results import ByLayer, Provenance, origin
 from deepspectra.rows.captures import rows_an_example
 from deepspectra.rows.gradients import check_labelled
 
@@ -177,10 +176,7 @@ def kronecker_quality(
         comparison = _Comparison(exact, memory, max(sizes), rtol, seed)
         approximations = {kind: operator.blocks[name] for kind, operator in blocks.approximations.items()}
         found[name] = comparison.fits(approximations, sizes, floor)
-    provenance = Provenance.of(blocks.factors, seed=seed)
-    return KroneckerQuality(
-        found, tuple(kinds), floor, seconds=time.perf_counter() - began, provenance=provenance
-    )
+    return KroneckerQuality(found, tuple(kinds), floor, **origin(began, blocks.factors, seed=seed))
 
 
 def _decades(one: Density, other: Density, floor: float) -> float:

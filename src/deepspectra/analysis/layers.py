@@ -11,19 +11,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.collapse import Collapse, collapse_of
 from deepspectra.analysis.gram_spectrum import GramSpectrum, spectrum_of
 from deepspectra.analysis.khatri_rao import KhatriRao, centred_spectrum, khatri_rao
 from deepspectra.analysis.kronecker_quality import KroneckerQuality, kronecker_quality
 from deepspectra.analysis.layer_blocks import SMALL
 from deepspectra.analysis.layer_hessians import LayerHessian, layer_hessians
-from deepspectra.argument_checks import LayerProgress, check_count
+from deepspectra.argument_checks import LayerProgress, announced, check_count
 from deepspectra.errors import CurvatureError, FallbackWarning, OptionWarning
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Provenance
+from deepspectra.results import ByLayer, origin
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.captures import parameters_of
 from deepspectra.rows.held_rows import HeldRows, gram_bytes, gram_of, moment_of
@@ -189,8 +188,7 @@ def layers(
     if hessian:
         found = _with_hessian(parts.problem, found, num, progress)
     quality = kronecker_quality(problem, kronecker, dtype=dtype, progress=progress) if kronecker else None
-    provenance = Provenance.of(parts.problem)
-    return Layers(found, quality, seconds=time.perf_counter() - began, provenance=provenance)
+    return Layers(found, quality, **origin(began, parts.problem))
 
 
 def _with_hessian(
@@ -249,7 +247,7 @@ def _row_spectrum(rows: Tensor, averages: Averages, parts: Decomposition, what: 
     """Of rows that are held."""
     began = time.perf_counter()
     spectrum = Spectrum.of_rows(rows, averages, torch.finfo(parts.problem.dtype).eps)
-    return spectrum_of(spectrum, Provenance.of(rows, what), began)
+    return spectrum_of(spectrum, began, rows, what)
 
 
 def _gradient_spectrum(
@@ -269,8 +267,7 @@ def _gradient_spectrum(
         if size < num_rows
         else Spectrum.of_gram(gram_of([uses]), averages, size, eps)
     )
-    provenance = Provenance.of(parts.problem, f"gradients of {name}", size=size)
-    return spectrum_of(spectrum, provenance, began)
+    return spectrum_of(spectrum, began, parts.problem, f"gradients of {name}", size=size)
 
 
 def _feature_spectrum(features: Tensor, parts: Decomposition, name: str) -> GramSpectrum:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.gram_spectrum import gradient_spectrum
-from deepspectra.argument_checks import LayerProgress, check_choice, check_count, seeded
+from deepspectra.argument_checks import LayerProgress, announced, check_choice, check_count, seeded
 from deepspectra.dataframes import text_table
 from deepspectra.derivatives.products import products_of
 from deepspectra.errors import CurvatureError, OptionError, OptionWarning
@@ -23,7 +22,7 @@ from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem
 from deepspectra.problem.subsets import drawn_problem
-from deepspectra.results import Provenance
+from deepspectra.results import ByLayer, origin
 from deepspectra.rows.averages import METHODS, WIDE, Averages
 from deepspectra.rows.captures import Complement
 from deepspectra.rows.held_rows import HeldRows, gram_of
@@ -196,20 +195,14 @@ def regions(
     if of == "hessian":
         hessian = Hessian(problem)
         whole, missed = _of_hessian(hessian, parts, judge, progress)
-        provenance = Provenance.of(hessian, seed=seed)
-        return Regions(
-            {}, of, whole, missed, method, seconds=time.perf_counter() - began, provenance=provenance
-        )
-    provenance = Provenance.of(problem, seed=seed)
+        return Regions({}, of, whole, missed, method, **origin(began, hessian, seed=seed))
     found, total = {}, torch.zeros(())
     for name, gram in announced(_grams(parts, of), progress, len(problem.layers)):
         if by_layer is not False:
             found[name] = judge(gram)
         total = total + gram
     whole = next(iter(found.values())) if len(found) == 1 else judge(total)
-    return Regions(
-        found, of, whole, method=method, seconds=time.perf_counter() - began, provenance=provenance
-    )
+    return Regions(found, of, whole, method=method, **origin(began, problem, seed=seed))
 
 
 def _grams(parts: Decomposition, of: str) -> Iterator[tuple[str, Tensor]]:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.analysis.by_layer import ByLayer
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Provenance
+from deepspectra.results import ByLayer, origin
 from deepspectra.rows.averages import positive
 from deepspectra.rows.captures import Captures, layer_of
 from deepspectra.rows.gradients import labelled_loss
@@ -93,7 +92,7 @@ def weights(problem: Problem) -> Weights:
         found[layer_of(name)] = _explained(
             name, weight, gradient[name].double(), features / positive(sizes), errors
         )
-    return Weights(found, seconds=time.perf_counter() - began, provenance=Provenance.of(problem))
+    return Weights(found, **origin(began, problem))
 
 
 def _class_sums(problem: Problem) -> dict[str, tuple[Tensor, Tensor, Tensor]]:

@@ -52,7 +52,7 @@ from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
-from deepspectra.results import Eigenpairs, Provenance, versions
+from deepspectra.results import Eigenpairs, versions
 from deepspectra.rows.held_rows import HeldRows, gram_bytes
 from deepspectra.rows.projections import num_groups
 
@@ -186,7 +186,7 @@ def _find_exact(found: Findings) -> None:
     def work(_: Report) -> tuple[GramSpectrum, Eigenpairs]:
         began = time.perf_counter()
         spectrum = gradient_spectrum(parts)
-        exact = spectrum_of(spectrum, Provenance.of(parts.problem), began)
+        exact = spectrum_of(spectrum, began, parts.problem)
         return exact, gradient_pairs(spectrum, parts, found.num, began)
 
     exact, found.pairs["gauss_newton"] = found.ledger.run("exact spectrum of G", work)

@@ -9,7 +9,7 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra import errors
-from deepspectra.algorithms.start_vectors import sample_size
+from deepspectra.algorithms.eigenpairs import sample_size
 from deepspectra.analysis.principal_subspace import residual_norm
 from deepspectra.operators.base import Operator
 from deepspectra.problem.subsets import drawn_problem

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import deepspectra as ds
-from deepspectra.algorithms.start_vectors import named_start
+from deepspectra.algorithms.eigenpairs import named_start
 from deepspectra.errors import DataError, DeepSpectraError, MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Matrix
 from spectra import Function

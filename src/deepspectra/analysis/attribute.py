@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from deepspectra.algorithms.eigenpair_search import Wanted
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.krylov_basis import Krylov, basis_capacity
 from deepspectra.analysis.gram_spectrum import MARGIN
@@ -156,15 +157,15 @@ def attribute(
     parts.check_operator(operator)
     if margin < 1:
         raise OptionError(f"margin={margin}: it is at least 1.")
+    spent, basis = 0, None
 
     def report(done: int, _: int | None) -> None:
         if progress is not None:
-            progress(done, None)
+            progress(spent + done, None)
 
-    spent, basis = 0, None
     if pairs is None:
         num = min(parts.projections.num_classes + 3, operator.shape[0])
-        pairs, basis = explore(operator, num, rtol=rtol, start="random", seed=seed, progress=report)
+        pairs, basis = explore(operator, Wanted(num, "largest", rtol), "random", seed=seed, progress=report)
         spent = pairs.num_products
     found = attribute_known(
         operator,
@@ -174,7 +175,7 @@ def attribute(
         margin=margin,
         max_products=max_products,
         seed=seed,
-        progress=lambda done, _: report(spent + done, None),
+        progress=report,
     )
     return replace(found, num_products=spent + found.num_products, seconds=time.perf_counter() - began)
 

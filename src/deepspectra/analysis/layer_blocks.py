@@ -11,8 +11,8 @@ from torch import Tensor
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.kfac.blocks import with_ones
 from deepspectra.kfac.exact_block import ExactBlock
-from deepspectra.kfac.kronecker import Kronecker, all_from
-from deepspectra.kfac.operators import Block, KroneckerSum, Rotated
+from deepspectra.kfac.kronecker import all_from
+from deepspectra.kfac.operators import Block, Kronecker, KroneckerSum, Rotated
 from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem, per_problem
 from deepspectra.rows.captures import captures_of

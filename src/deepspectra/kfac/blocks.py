@@ -7,9 +7,9 @@ h_t that end with 1.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -146,8 +146,7 @@ def _name(weight: Slice, bias: Slice | None, sizes: dict[str, int]) -> str:
 # -- positions ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Positions:
+class Positions(NamedTuple):
     """Some examples' features and errors at every position."""
 
     features: Tensor  # (b, T, d), or indices (b, T) of rows of a table
@@ -169,54 +168,53 @@ class Positions:
         return Positions(mean, self.errors.sum(3, keepdim=True), total / max(1, self.counts.shape[1]))
 
 
-def positions(uses: list[Use], weights: Tensor, chosen: Tensor) -> Positions:
-    """Of chosen examples, over all uses of one place; weights (B, R) are those of the examples' rows."""
-    some, mine = as_slice(chosen), []
-    for use in uses:
-        errors = single(use.errors[some])
-        if isinstance(use, Lookup):
-            features, errors = use.given[some], errors.mT
-        else:
-            assert isinstance(use, Matrix)
-            features = single(use.features(some))
-        rows, num = weights[some], features.shape[1]
-        counts = rows if rows.shape[1] == num else rows.mean(1, keepdim=True).expand(-1, num)
-        if isinstance(use, Lookup) and use.padding is not None:
-            counts = counts * (features != use.padding)
-        mine.append(Positions(features, errors, counts))
-    if len(mine) == 1:
-        return mine[0]
-    return Positions(
-        torch.cat([one.features for one in mine], 1),
-        torch.cat([one.errors for one in mine], 3),
-        torch.cat([one.counts for one in mine], 1),
-    )
+def positions(
+    uses: list[Use], weights: Tensor | None = None, chosen: Tensor | None = None, numbers: int = 0
+) -> Iterator[Positions]:
+    """Of all uses of one place, some examples at a time, for which so many more numbers each fit a chunk.
 
-
-def single(numbers: Tensor) -> Tensor:
-    """In single precision at least: products of half precision would be rounded to three digits."""
-    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
-
-
-def widened(use: Use) -> Use:
-    """A use whose features and errors are in single precision at least; itself if they are."""
-    if use.errors.dtype.itemsize >= torch.float32.itemsize:
-        return use
-    wide = copy.copy(use)
-    wide.errors = single(use.errors)
-    if use.given is not None and use.given.is_floating_point():
-        wide.given = single(use.given)
-    return wide
-
-
-def chunks(uses: list[Use], chosen: Tensor, numbers: int = 0) -> Iterator[Tensor]:
-    """Chosen examples, a few at a time, for which patches, errors and so many more numbers fit a chunk."""
+    Weights (B, R) are those of the examples' rows, 1 by default; all examples unless some are chosen.
+    """
+    num, device = uses[0].num_examples, uses[0].errors.device
+    weights = torch.ones(num, 1, dtype=torch.float64, device=device) if weights is None else weights
     for use in uses:
         numbers += use.errors[0].numel()
         if isinstance(use, Convolution):
             numbers += use.errors.shape[3] * use.slice.numel // use.slice.shape[0] * use.groups
     size = max(1, CHUNK_BYTES // (max(1, numbers) * uses[0].errors.element_size()))
-    return iter(torch.split(chosen, size))
+    for chunk in torch.split(torch.arange(num, device=device) if chosen is None else chosen, size):
+        some = as_slice(chunk)
+        each = [_of_use(use, weights[some], some) for use in uses]
+        if len(each) == 1:
+            yield each[0]
+            continue
+        features, errors, counts = zip(*each, strict=True)
+        yield Positions(torch.cat(features, 1), torch.cat(errors, 3), torch.cat(counts, 1))
+
+
+def _of_use(use: Use, rows: Tensor, some: Tensor | slice) -> Positions:
+    """Of one use, given the weights (b, R) of some examples' rows."""
+    errors = single(use.errors[some])
+    if isinstance(use, Lookup):
+        features, errors = use.given[some], errors.mT
+    else:
+        assert isinstance(use, Matrix)
+        features = single(use.features(some))
+    num = features.shape[1]
+    counts = rows if rows.shape[1] == num else rows.mean(1, keepdim=True).expand(-1, num)
+    if isinstance(use, Lookup) and use.padding is not None:
+        counts = counts * (features != use.padding)
+    return Positions(features, errors, counts)
+
+
+def num_positions(uses: list[Use]) -> int:
+    """T, of all uses together."""
+    return sum(use.errors.shape[2 if isinstance(use, Lookup) else 3] for use in uses)
+
+
+def single(numbers: Tensor) -> Tensor:
+    """In single precision at least: products of half precision would be rounded to three digits."""
+    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
 
 
 def with_ones(place: Place, features: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -234,16 +232,3 @@ def with_ones(place: Place, features: Tensor, scale: Tensor | None = None) -> Te
 def by_group(errors: Tensor, groups: int) -> Tensor:
     """(b, J, o, T) → (b, J, groups, o / groups, T)."""
     return errors.view(*errors.shape[:2], groups, errors.shape[2] // groups, errors.shape[3])
-
-
-def across_features(features: Tensor, matrix: Tensor) -> Tensor:
-    """H A for features (b, groups, T, d) and A (groups, d, d), as one product a group."""
-    rows = features.transpose(0, 1)
-    return (rows.flatten(1, 2) @ matrix).view(*rows.shape[:3], -1).transpose(0, 1)
-
-
-def across_errors(matrix: Tensor, errors: Tensor) -> Tensor:
-    """S e for symmetric S (groups, o, o) and errors (b, groups, J, o, T)."""
-    if errors.shape[4] == 1:
-        return across_features(errors[..., 0], matrix)[..., None]
-    return matrix[:, None] @ errors

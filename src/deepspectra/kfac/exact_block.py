@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Iterator
@@ -9,19 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from deepspectra.kfac.blocks import (
-    Place,
-    Positions,
-    across_errors,
-    across_features,
-    by_group,
-    chunks,
-    positions,
-    widened,
-    with_ones,
-)
+from deepspectra.kfac.blocks import Place, Positions, by_group, num_positions, positions, single, with_ones
 from deepspectra.operators.base import Operator
-from deepspectra.rows.parameter_uses import Lookup, Use
+from deepspectra.rows.parameter_uses import Use
 
 
 class ExactBlock(Operator):
@@ -37,7 +28,7 @@ class ExactBlock(Operator):
         self.place = place
         self.remembered: dict[str, Tensor] = {}  # what is known of it from one question to the next
         self.batches = [
-            [widened(use) for use in batch if use.slice in (place.weight, place.bias)] for batch in batches
+            [_widened(use) for use in batch if use.slice in (place.weight, place.bias)] for batch in batches
         ]
         self.num_rows = sum(math.prod(batch[0].errors.shape[:2]) for batch in self.batches)
 
@@ -88,8 +79,7 @@ class ExactBlock(Operator):
     @property
     def num_positions(self) -> int:
         """T, of all uses together."""
-        uses = self.place.mine(self.batches[0])
-        return sum(use.errors.shape[2 if isinstance(use, Lookup) else 3] for use in uses)
+        return num_positions(self.place.mine(self.batches[0]))
 
     def factors(self, found: Positions) -> tuple[Tensor, Tensor]:
         """Features (b, groups, T, d) and errors (b, groups, J, o, T)."""
@@ -108,8 +98,28 @@ class ExactBlock(Operator):
     def positions(self, numbers: int = 0) -> Iterator[Positions]:
         """Features and errors of some examples at a time, for which so many more numbers each fit a chunk."""
         for batch in self.batches:
-            uses = self.place.mine(batch)
-            every = torch.arange(uses[0].num_examples, device=self.device)
-            weights = torch.ones(len(every), 1, dtype=torch.float64, device=self.device)
-            for chosen in chunks(uses, every, numbers):
-                yield positions(uses, weights, chosen)
+            yield from positions(self.place.mine(batch), numbers=numbers)
+
+
+def _widened(use: Use) -> Use:
+    """A use whose features and errors are in single precision at least; itself if they are."""
+    if use.errors.dtype.itemsize >= torch.float32.itemsize:
+        return use
+    wide = copy.copy(use)
+    wide.errors = single(use.errors)
+    if use.given is not None and use.given.is_floating_point():
+        wide.given = single(use.given)
+    return wide
+
+
+def across_features(features: Tensor, matrix: Tensor) -> Tensor:
+    """H A for features (b, groups, T, d) and A (groups, d, d), as one product a group."""
+    rows = features.transpose(0, 1)
+    return (rows.flatten(1, 2) @ matrix).view(*rows.shape[:3], -1).transpose(0, 1)
+
+
+def across_errors(matrix: Tensor, errors: Tensor) -> Tensor:
+    """S e for symmetric S (groups, o, o) and errors (b, groups, J, o, T)."""
+    if errors.shape[4] == 1:
+        return across_features(errors[..., 0], matrix)[..., None]
+    return matrix[:, None] @ errors

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import FallbackWarning
-from deepspectra.kfac.blocks import Place, Positions, by_group, chunks, positions, single, with_ones
+from deepspectra.kfac.blocks import Place, Positions, by_group, num_positions, positions, single, with_ones
 from deepspectra.rows.parameter_uses import Lookup, Use
 
 LARGEST_VECTOR = 4096  # numbers of a vector whose exact block is held; of longer ones its diagonal
@@ -105,10 +105,8 @@ class Moments:
                 total[0] += rows.double().square().sum(0) if self.is_diagonal else second_moment(rows)
             return
         for which in set(sets.tolist()):
-            for chosen in chunks(uses, (sets == which).nonzero().flatten()):
-                found = positions(uses, weights, chosen)
-                if self.sharing == "reduce":
-                    found = found.reduced(self.place.shape[2])
+            for each in positions(uses, weights, (sets == which).nonzero().flatten()):
+                found = each.reduced(self.place.shape[2]) if self.sharing == "reduce" else each
                 self._add_features(found, which)
                 for total, errors in self.errors.of(found.errors):
                     total[which] += self._second_moment(errors)
@@ -178,14 +176,12 @@ class Squares:
         self.right = right
         self.sums = Replicates(place.shape, num_draws, left.device)
 
-    def add(self, uses: list[Use], weights: Tensor) -> None:
+    def add(self, uses: list[Use]) -> None:
         """A batch's uses of the place."""
-        every = torch.arange(uses[0].num_examples, device=uses[0].errors.device)
         groups, outputs, inputs = self.place.shape
         scalars = uses[0].errors.shape[1]
-        one_position = len(uses) == 1 and uses[0].errors.shape[2 if isinstance(uses[0], Lookup) else 3] == 1
-        for chosen in chunks(uses, every, 0 if one_position else groups * outputs * inputs * scalars):
-            found = positions(uses, weights, chosen)
+        one_position = num_positions(uses) == 1
+        for found in positions(uses, numbers=0 if one_position else groups * outputs * inputs * scalars):
             if self.right is None:
                 for total, mine in self.sums.of(found.errors.to(self.left)):
                     self._add_rows(total, found.features, self.left.mT @ mine)

@@ -144,8 +144,6 @@ def compare(
     sides = [Blocks(problem) for problem in (first, second)]
     layers = {}
     for name, *pair in announced(sides[0].beside(sides[1]), progress, len(sides[0].names)):
-        if not all(block.trace for block in pair):
-            continue
         groups, outputs, _ = pair[0].place.shape
         wanted = num or max(2 * groups * outputs, FEWEST)
         spaces = [top_pairs(block, wanted, seed)[1] for block in pair]

@@ -160,8 +160,6 @@ def dissect(
     blocks = Blocks(problem)
     layers, reduced = {}, {}
     for name, exact in announced(blocks, progress, len(blocks.names)):
-        if not exact.trace:
-            continue
         if num_whole:
             reduced[name] = _with_mean_inputs(exact)
         if exact.place.groups == 1:

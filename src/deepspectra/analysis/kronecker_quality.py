@@ -171,8 +171,6 @@ def kronecker_quality(
     memory = blocks.captures.problem.memory
     found = {}
     for name, exact in announced(blocks, progress, len(blocks.names)):
-        if not exact.trace:
-            continue
         comparison = _Comparison(exact, memory, max(sizes), rtol, seed)
         approximations = {kind: operator.blocks[name] for kind, operator in blocks.approximations.items()}
         found[name] = comparison.fits(approximations, sizes, floor)
@@ -236,26 +234,20 @@ class _Comparison:
         if squared > RESOLVED * torch.finfo(self.exact.dtype).eps * self.norm**2:
             pairs = eigenpairs(self.exact - block, 1, "magnitude", rtol=SPECTRAL_RTOL, seed=self.seed)
             furthest = float(pairs.values.abs()[0])
+        if isinstance(block, KroneckerSum) and len(block.left) > 1:  # eigenvectors in no closed form
+            spectrum = _spectrum(block, None if block.shape[0] > SMALL else block.eigenvalues(), self.seed)
+            vectors = eigenpairs(block, ks[-1], rtol=self.rtol, seed=self.seed).vectors
+        else:
+            spectrum = _spectrum(block, block.eigenvalues(), self.seed)
+            _, vectors = block.decomposed.top(ks[-1])
         return Fit(
             frobenius=squared**0.5 / self.norm,
             cosine=product / (self.norm * block.norm),
             spectral=furthest / largest,
-            decades=_decades(self.spectrum, self._spectrum_of(block), floor * largest),
-            overlaps=self._overlaps(block, ks),
+            decades=_decades(self.spectrum, spectrum, floor * largest),
+            overlaps=overlap_curve(self.vectors, vectors)[torch.tensor(ks) - 1],
             trace=block.trace / self.exact.trace,
         )
-
-    def _spectrum_of(self, block: Block) -> Density:
-        is_large = isinstance(block, KroneckerSum) and len(block.left) > 1 and block.shape[0] > SMALL
-        return _spectrum(block, None if is_large else block.eigenvalues(), self.seed)
-
-    def _overlaps(self, block: Block, ks: tuple[int, ...]) -> Tensor:
-        """‖UᵀV‖²_F / k for each k, of the nested leading columns."""
-        if isinstance(block, KroneckerSum) and len(block.left) > 1:
-            others = eigenpairs(block, ks[-1], rtol=self.rtol, seed=self.seed).vectors
-        else:
-            _, others = block.decomposed.top(ks[-1])
-        return overlap_curve(self.vectors, others)[torch.tensor(ks) - 1]
 
 
 def _default_kinds(problem: Problem) -> tuple[str, ...]:

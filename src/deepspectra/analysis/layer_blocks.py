@@ -26,7 +26,7 @@ REMEMBERED = 256  # leading eigenvectors of small matrices that stay with the pr
 
 
 class Blocks:
-    """Blocks of all layers that multiply features, and their Kronecker-factored approximations.
+    """Blocks of all layers that multiply features, and their Kronecker-factored approximations; none that is zero.
 
     Attributes:
         captures: features and errors, held if they fit.
@@ -52,7 +52,8 @@ class Blocks:
                     block = ExactBlock(place, batches, self.factors.dtype)
                     block.memory = self.captures.problem.memory // 4
                     block.remembered = self._spectra.setdefault(name, {})
-                    yield name, block
+                    if block.trace:
+                        yield name, block
 
     def beside(self, other: Blocks) -> Iterator[tuple[str, ExactBlock, ExactBlock]]:
         """Layers that both have, and their blocks in both; the data of each are gone through once."""
@@ -94,7 +95,10 @@ def _small_spectrum(exact: ExactBlock, num: int) -> tuple[Tensor, Tensor] | None
     if min(size, num_rows) > SMALL:
         return None
     if "values" not in exact.remembered or exact.remembered["vectors"].shape[1] < min(num, size, num_rows):
-        matrix = _moment(exact) if _is_narrow(exact) else gram_of([exact.batches])
+        if _is_narrow(exact):
+            matrix = functools.reduce(torch.add, ((rows.T @ rows).double() for rows in exact.gradients()))
+        else:
+            matrix = gram_of([exact.batches])
         values, vectors = torch.linalg.eigh(matrix)
         leading = vectors.flip(1)[:, : max(num, REMEMBERED)].clone()
         exact.remembered |= {"values": values.flip(0), "vectors": leading}
@@ -104,11 +108,6 @@ def _small_spectrum(exact: ExactBlock, num: int) -> tuple[Tensor, Tensor] | None
 def _is_narrow(exact: ExactBlock) -> bool:
     """Whether there are no more parameters than rows."""
     return exact.shape[0] <= exact.num_rows
-
-
-def _moment(exact: ExactBlock) -> Tensor:
-    """(n, n) float64."""
-    return functools.reduce(torch.add, ((rows.T @ rows).double() for rows in exact.gradients()))
 
 
 def _combined(exact: ExactBlock, mixing: Tensor) -> Tensor:

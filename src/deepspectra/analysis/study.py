@@ -174,7 +174,7 @@ def _of_network(problem: Problem, seed: int) -> Sample:
     inner = max(1, problem.num_classes - 1)
     is_classifier = isinstance(problem.loss_function, CrossEntropy)
     blocks = Blocks(problem, ("kfac", "ekfac", "cfac") if is_classifier else ("kfac", "ekfac"))
-    found = {name: _of_block(blocks, exact, inner, seed) for name, exact in blocks if exact.trace}
+    found = {name: _of_block(blocks, exact, inner, seed) for name, exact in blocks}
     if is_classifier and problem.num_examples * inner <= MOST_ROWS:
         for name, entry in layers(problem, hessian=False).items():
             if name not in found:

@@ -7,7 +7,7 @@ h_t that end with 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,14 +61,14 @@ class Place:
         matrix = matrix[:, 0]
         return (matrix.mT if turned else matrix).reshape(-1, *self.weight.shape), bias
 
-    def index(self, starts: dict[str, int]) -> Tensor:
-        """(n,) where its numbers, in its own order, lie in the vector of all parameters."""
-
-        def numbers(stretch: Slice) -> Tensor:
-            start = starts[stretch.name] + stretch.start
-            return torch.arange(start, start + stretch.numel).view(stretch.shape)
-
-        return self.join(numbers(self.weight), None if self.bias is None else numbers(self.bias)).flatten()
+    def ordered(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """(n,) its numbers, in its own order, of tensors that are named and shaped as the parameters."""
+        pieces = (
+            parameters[some.name].flatten()[some.start : some.start + some.numel].view(some.shape)
+            for some in (self.weight, self.bias)
+            if some is not None
+        )
+        return self.join(*pieces).flatten()
 
     def mine(self, uses: list[Use]) -> list[Use]:
         """The uses of its weight among those of a batch."""

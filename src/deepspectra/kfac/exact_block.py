@@ -43,7 +43,7 @@ class ExactBlock(Operator):
         joined = [self.place.join(*each) for each in zip(*totals.values(), strict=True)]
         return torch.stack(joined).flatten(1).T
 
-    @property
+    @functools.cached_property
     def trace(self) -> float:
         """Σ ‖g‖²."""
         return self.inner(None, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -147,11 +146,10 @@ def _made(
         variances |= of_diagonals
     if kind == "optimal":
         blocks |= _nearest(captures, found, products, rank)
-    ends = itertools.accumulate((value.numel() for value in problem.parameters.values()), initial=0)
-    starts = dict(zip(problem.parameters, ends, strict=False))
+    indices = problem.unflatten(torch.arange(problem.num_parameters, device=problem.device))
     operator = Kronecker(
         blocks,
-        {name: place.index(starts).to(problem.device) for name, place in found.items()},
+        {name: place.ordered(indices) for name, place in found.items()},
         found,
         size=problem.num_parameters,
         kind=kind,

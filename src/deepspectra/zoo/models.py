@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from deepspectra.argument_checks import check_choice, check_count
 from deepspectra.errors import OptionError, ShapeError
 from deepspectra.zoo.convolutional import image_shape, lenet, resnet18, vgg11_bn
 
@@ -210,30 +211,21 @@ def normalised(model: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
             "batch norm is put after ReLU modules of a network without batch norm, such as mlp and lenet; "
             f"this one has {len(places)} ReLU modules" + (" and batch norm already." if places else ".")
         )
-    shapes = _output_shapes(model, [modules[name] for name in places], input_shape)
-    for name, shape in zip(places, shapes, strict=True):
-        norm = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
-        parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, nn.Sequential(modules[name], norm(shape[1], affine=False)))
-    return model.train()
+    norms: dict[nn.Module, nn.Module] = {}
 
+    def make(module: nn.Module, _: object, output: Tensor) -> None:
+        kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[output.ndim]
+        norms[module] = kind(output.shape[1], affine=False)
 
-@torch.no_grad()
-def _output_shapes(
-    model: nn.Module, watched: list[nn.Module], input_shape: tuple[int, ...]
-) -> list[torch.Size]:
-    """Of watched modules, for two images."""
-    shapes: dict[nn.Module, torch.Size] = {}
-
-    def note(module: nn.Module, _: object, output: Tensor) -> None:
-        shapes[module] = output.shape
-
-    hooks = [module.register_forward_hook(note) for module in watched]
+    hooks = [modules[name].register_forward_hook(make) for name in places]
     parameter = next(model.parameters())
-    model(torch.zeros(2, *input_shape, dtype=parameter.dtype, device=parameter.device))
-    for hook in hooks:
+    with torch.no_grad():
+        model(torch.zeros(2, *input_shape, dtype=parameter.dtype, device=parameter.device))
+    for name, hook in zip(places, hooks, strict=True):
         hook.remove()
-    return [shapes[module] for module in watched]
+        parent, _, child = name.rpartition(".")
+        setattr(modules[parent], child, nn.Sequential(modules[name], norms[modules[name]]))
+    return model.train()
 
 
 def build(name: str, *, input_shape: tuple[int, ...], num_classes: int, seed: int = 0) -> nn.Module:
@@ -254,10 +246,8 @@ def build(name: str, *, input_shape: tuple[int, ...], num_classes: int, seed: in
         OptionError: the name is unknown, or `num_classes` is not positive.
         ShapeError: the network does not take images of this shape.
     """
-    if name not in _BUILDERS:
-        raise OptionError(f"Unknown model {name!r}; choose one of {', '.join(MODEL_NAMES)}.")
-    if num_classes < 1:
-        raise OptionError(f"num_classes is {num_classes}; it must be at least 1.")
+    check_choice("model", name, MODEL_NAMES)
+    check_count("num_classes", num_classes)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         return _BUILDERS[name](input_shape, num_classes)

@@ -67,7 +67,12 @@ class Search:
     def run(self, first: Tensor | None) -> str:
         """Search until the outcome is known: "converged", "budget", "challenge" or "stagnation"."""
         if first is not None:
-            self._begin(first)
+            self.krylov.append(first)
+            if self.krylov.num_pending == 0:
+                raise DataError("start is zero. Pass start=None for a random vector.")
+            if self.krylov.num_pending > 1:  # Rayleigh-Ritz on the whole start, in one block product
+                self.krylov.expand(self.krylov.num_pending)
+                self._aim(self.krylov.ritz())
         while True:
             outcome = self.settle()
             if outcome == "settled" and self.challenged:
@@ -77,14 +82,6 @@ class Search:
                 self.challenge = None
             if outcome not in ("passed", "revealed"):
                 return outcome
-
-    def _begin(self, first: Tensor) -> None:
-        self.krylov.append(first)
-        if self.krylov.num_pending == 0:
-            raise DataError("start is zero. Pass start=None for a random vector.")
-        if self.krylov.num_pending > 1:  # Rayleigh-Ritz on the whole start, in one block product
-            self.krylov.expand(self.krylov.num_pending)
-            self._aim(self.krylov.ritz())
 
     def settle(self, least: int = 0) -> str:
         """Multiply until the wanted pairs have converged, and have no rivals or after `least` products, or cannot."""

@@ -114,9 +114,7 @@ class Krylov:
         norms = norms_of(block)
         largest = max(norms.tolist(), default=0.0) or 1.0
         within, beyond, _ = self._absorb(block, largest * float((norms / largest).norm()))
-        rows = torch.zeros(beyond.shape[0], self.num_basis, dtype=torch.float64)
-        self.projected = torch.cat([self.projected, rows])
-        self.tracked = _grown(self.tracked, beyond.shape[0])
+        self.projected, self.tracked = (_taller(part, len(beyond)) for part in (self.projected, self.tracked))
         return torch.cat([within[self.num_fixed :], beyond])
 
     def track(self, coordinates: Tensor) -> slice:
@@ -157,9 +155,8 @@ class Krylov:
             self._unit = unit_of(largest)
         self._scale = max(self._scale, largest)
         within, beyond, dropped = self._absorb(products, self._scale)
-        left = torch.cat([self.projected, torch.zeros(beyond.shape[0], self.num_basis, dtype=torch.float64)])
+        left, self.tracked = (_taller(part, len(beyond)) for part in (self.projected, self.tracked))
         self.projected = torch.cat([left, torch.cat([within[self.num_fixed :], beyond])], dim=1)
-        self.tracked = _grown(self.tracked, beyond.shape[0])
         self.num_basis += count
         self.num_pending -= count
         # Only the Gram matrix of what is dropped is kept: products with what was dropped before are not known.
@@ -247,7 +244,7 @@ class Krylov:
         self.projected = self._lost = self.tracked = torch.zeros(0, 0, dtype=torch.float64)
 
 
-def _grown(coordinates: Tensor, count: int) -> Tensor:
+def _taller(coordinates: Tensor, count: int) -> Tensor:
     """Coordinates with zeros for new rows."""
     return torch.nn.functional.pad(coordinates, (0, 0, 0, count))
 

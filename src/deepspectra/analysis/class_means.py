@@ -22,7 +22,6 @@ from deepspectra.results import Result, origin
 from deepspectra.rows.averages import means_of
 from deepspectra.rows.captures import Captured, layer_of
 from deepspectra.rows.gradients import class_sums, labelled_loss
-from deepspectra.rows.held_rows import HeldRows
 from deepspectra.rows.layer_rows import (
     counted,
     error_averages,
@@ -178,8 +177,7 @@ def _of_cells(factor: Tensor, projections: Projections, layers: dict[str, tuple[
 
 
 def _of_features(parts: Decomposition) -> _Factors:
-    rows = parts.rows
-    assert isinstance(rows, HeldRows)
+    rows = parts.held
     groups = parts.projections.groups
     sizes, weight = membership(rows, groups).sum(0), counted(rows)
     basis = feature_averages(rows, groups).every * (weight / weight.sum()).sqrt()[:, None]
@@ -188,8 +186,7 @@ def _of_features(parts: Decomposition) -> _Factors:
 
 
 def _of_errors(parts: Decomposition, level: str) -> _Factors:
-    rows, projections = parts.rows, parts.projections
-    assert isinstance(rows, HeldRows)
+    rows, projections = parts.held, parts.projections
     basis = error_averages(rows, projections, ()).every  # (R, C²)
     means, layers = _averaged(rows.captures.batches(), layer_errors, basis, rows.problem.memory)
     found = _of_cells(means.T, projections, layers)

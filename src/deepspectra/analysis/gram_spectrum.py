@@ -18,7 +18,6 @@ from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
 from deepspectra.results import Eigenpairs, Result, origin
 from deepspectra.rows.averages import Averages
-from deepspectra.rows.held_rows import HeldRows
 from deepspectra.rows.layer_rows import error_averages
 from deepspectra.rows.spectrum import Spectrum
 
@@ -190,10 +189,9 @@ def spectrum_of(
 
 def gradient_spectrum(parts: Decomposition) -> Spectrum:
     """That of G, of held rows."""
-    assert isinstance(parts.rows, HeldRows)
-    averages = error_averages(parts.rows, parts.projections, tuple(parts))
+    averages = error_averages(parts.held, parts.projections, tuple(parts))
     eps, size = torch.finfo(parts.problem.dtype).eps, parts.problem.num_parameters
-    return Spectrum.of_gram(parts.rows.gram(), averages, size, eps)
+    return Spectrum.of_gram(parts.held.gram(), averages, size, eps)
 
 
 def gradient_pairs(
@@ -205,10 +203,9 @@ def gradient_pairs(
 
     Cost: a third of a gradient a pair.
     """
-    assert isinstance(parts.rows, HeldRows)
     assert spectrum.vectors is not None
     num = min(num, int((spectrum.values > spectrum.tiny).sum()))
-    rows, values, v = parts.rows, spectrum.values[:num], spectrum.vectors[:, :num]
+    rows, values, v = parts.held, spectrum.values[:num], spectrum.vectors[:, :num]
     vectors, missed = rows.products.zeros(0).T, values.new_zeros(())
     if num:
         vectors = rows.transpose_reduced(v / values.sqrt())

@@ -29,7 +29,7 @@ from deepspectra.quadrature import Density
 from deepspectra.results import ByLayer, origin
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.captures import parameters_of
-from deepspectra.rows.held_rows import HeldRows, gram_bytes, gram_of, moment_of
+from deepspectra.rows.held_rows import gram_bytes, gram_of, moment_of
 from deepspectra.rows.layer_rows import (
     counted,
     error_averages,
@@ -224,8 +224,7 @@ def layers(
     num = problem.num_classes if num is None else num
     check_count("num", num)
     parts = Decomposition(problem if dtype is None else problem.to(dtype), effects=effects, hold=True)
-    rows = parts.rows
-    assert isinstance(rows, HeldRows)
+    rows = parts.held
     averages = error_averages(rows, parts.projections, tuple(parts))
     found = {}
     for name, uses in announced(rows.captures.by_layer(), progress, len(parts.problem.layers)):

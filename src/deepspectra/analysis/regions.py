@@ -207,13 +207,11 @@ def regions(
 
 def _grams(parts: Decomposition, of: str) -> Iterator[tuple[str, Tensor]]:
     """Inner products of each layer's rows, float64."""
-    rows = parts.rows
-    assert isinstance(rows, HeldRows)
     if of == "gradients":
-        for name, uses in rows.captures.by_layer():
+        for name, uses in parts.held.captures.by_layer():
             yield name, gram_of([uses])
         return
-    split = feature_rows(rows) if of == "features" else error_rows(rows)
+    split = feature_rows(parts.held) if of == "features" else error_rows(parts.held)
     for name in split.matrices:
         yield name, split.layer(name).gram()
 
@@ -222,8 +220,7 @@ class _Judge:
     """Shifts of a spectrum from the Gram matrix of its rows, with jackknife errors."""
 
     def __init__(self, parts: Decomposition, of: str, method: str, num_groups: int, seed: int) -> None:
-        assert isinstance(parts.rows, HeldRows)
-        self.rows, self.of, self.method = parts.rows, of, method
+        self.rows, self.of, self.method = parts.held, of, method
         known = {"features": REMOVED_OF_FEATURES, "hessian": REMOVED_OF_HESSIAN}.get(of, REMOVED)
         projected = method == "projection"
         self.removed = [some for some in known if not (projected and set(some) & set(WIDE))]
@@ -288,8 +285,7 @@ def _of_hessian(
     whole: Hessian, parts: Decomposition, judge: _Judge, progress: LayerProgress | None
 ) -> tuple[Shifts, float]:
     """Shifts of the spectrum of H, and how far its first pairs in the space of gradients are from those of H."""
-    rows = parts.rows
-    assert isinstance(rows, HeldRows)
+    rows = parts.held
     groups = _hessians(rows, judge.groups) or [whole]
     spectrum = gradient_spectrum(parts)
     assert spectrum.vectors is not None

@@ -115,6 +115,12 @@ class Decomposition(Parts):
         self._factors: dict[str, Tensor] = {}
         self._reserved: weakref.finalize[..., Decomposition] | None = None  # memory set aside for the means
 
+    @property
+    def held(self) -> HeldRows:
+        """The rows, with features and errors that are held: of `hold=True`."""
+        assert isinstance(self.rows, HeldRows)
+        return self.rows
+
     def factor(self, name: str) -> Tensor:
         """F (P, r) with F Fᵀ the part "class", "logit" or "true", or "means": all cells, r = C². Kept.
 
@@ -286,7 +292,7 @@ def decompose(
     parts = Decomposition(problem, effects, first, hold or of != "gradients", groups)
     if of == "gradients":
         return parts
-    assert isinstance(parts.rows, HeldRows)
+    rows = parts.held
     if of == "features":
         if effects != "four-way" or first != "class":
             warnings.warn(
@@ -294,9 +300,8 @@ def decompose(
                 OptionWarning,
                 stacklevel=2,
             )
-        averages = feature_averages(parts.rows, parts.projections.groups)
-        return LayerParts(of, feature_rows(parts.rows), averages)
-    return LayerParts(of, error_rows(parts.rows), error_averages(parts.rows, parts.projections, tuple(parts)))
+        return LayerParts(of, feature_rows(rows), feature_averages(rows, parts.projections.groups))
+    return LayerParts(of, error_rows(rows), error_averages(rows, parts.projections, tuple(parts)))
 
 
 def _problems_of(operator: Operator) -> Iterator[Problem]:

@@ -91,10 +91,7 @@ class LabelledData(Dataset[tuple[Tensor, Tensor]]):
         Raises:
             OptionError: fewer than two, or more than there are.
         """
-        if not 2 <= num <= self.num_classes:
-            raise OptionError(
-                f"{num} classes of {self.name}: it is at least 2 and at most {self.num_classes}."
-            )
+        check_count(f"the number of classes of {self.name}", num, 2, self.num_classes)
         kept = self.targets < num
         name = self.name if num == self.num_classes else f"{self.name}, {num} classes"
         return replace(

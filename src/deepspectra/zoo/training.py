@@ -79,10 +79,8 @@ class Recipe:
     weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
-        if self.epochs < 0 or self.batch_size < 1:
-            raise OptionError(
-                f"epochs={self.epochs} and batch_size={self.batch_size}; expected at least 0 and 1."
-            )
+        check_count("epochs", self.epochs, 0)
+        check_count("batch_size", self.batch_size)
         if not self.learning_rate > 0:
             raise OptionError(f"learning_rate is {self.learning_rate}; it must be positive.")
 

@@ -11,9 +11,7 @@ from torch import Tensor
 from deepspectra.errors import DataError, OptionError, ShapeError
 
 Progress = Callable[[int, int | None], object]  # of products so far, and of those expected
-LayerProgress = Callable[
-    [int, int | None, str], object
-]  # of layers done, of all of them, and the next one's name
+LayerProgress = Callable[[int, int | None, str], object]  # of layers done, of all, and the next one's name
 Item = TypeVar("Item", bound=tuple[Any, ...])
 
 

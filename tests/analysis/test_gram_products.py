@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import deepspectra as ds
-from deepspectra.analysis import gram_products
-from deepspectra.analysis.gram_products import RowGram, gradient_trace, nonzero_density
+from deepspectra.analysis.gram_spectrum import RowGram, gradient_trace, nonzero_density
 from deepspectra.rows.gradients import GradientRows
 from nets import CLASSIFICATION
 from reference import case_and_reference
@@ -60,7 +59,7 @@ def test_inner_products_and_formed_gradients_square_the_same(monkeypatch):
     case, _ = case_and_reference("conv_pool")
     found = []
     for inner in (True, False):
-        monkeypatch.setattr(gram_products, "_prefers_inner", lambda _, inner=inner: inner)
+        monkeypatch.setattr("deepspectra.analysis.gram_spectrum._prefers_inner", lambda _, inner=inner: inner)
         found.append(gradient_trace(case.problem())[0])
     assert found[0] == pytest.approx(found[1], rel=1e-12)
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov_basis import Krylov, Ritz, basis_capacity, basis_dtype
+from deepspectra.algorithms.krylov_basis import Krylov, Ritz
+from deepspectra.algorithms.long_vectors import vector_dtype, vectors_that_fit
 from deepspectra.argument_checks import Progress
 from deepspectra.errors import DataError, MemoryBudgetError
 from deepspectra.operators.base import Operator
@@ -47,9 +48,9 @@ class Search:
         self.num, self.which, self.rtol = wanted
         self.budget, self.generator, self.progress = budget, generator, progress
         self.patient = patient  # whether a challenge may take all that is left of the budget
-        self.eps = torch.finfo(basis_dtype(operator)).eps
+        self.eps = torch.finfo(vector_dtype(operator)).eps
         self.capacity = min(
-            basis_capacity(operator), operator.shape[0], budget + max(self.num, num_start) + SPARE_VECTORS
+            vectors_that_fit(operator), operator.shape[0], budget + max(self.num, num_start) + SPARE_VECTORS
         )
         if self.capacity < min(self.num + SPARE_VECTORS, operator.shape[0]):
             raise MemoryBudgetError(

@@ -31,8 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov_basis import basis_capacity
-from deepspectra.algorithms.long_vectors import inner_products, small
+from deepspectra.algorithms.long_vectors import inner_products, small, vectors_that_fit
 from deepspectra.algorithms.probes import Probes, stream
 from deepspectra.argument_checks import Progress, check_count
 from deepspectra.confidence import standard_error, student_scale
@@ -245,7 +244,7 @@ def _method(run: Probes, num_products: int, name: str) -> str:
     half = num_products // 2
     if num_products >= run.size:
         return "exact"
-    if half >= 2 and 3 * half <= basis_capacity(run.operator):
+    if half >= 2 and 3 * half <= vectors_that_fit(run.operator):
         return "leave-one-out"
     if half >= 2:
         warnings.warn(

@@ -27,6 +27,7 @@ from deepspectra.algorithms.long_vectors import (
     orthonormal_rows,
     small,
     unit_of,
+    vector_dtype,
 )
 from deepspectra.errors import NonFiniteError
 from deepspectra.operators.base import Operator
@@ -59,7 +60,7 @@ class Krylov:
     def __init__(self, operator: Operator, capacity: int) -> None:
         self.operator = operator
         self.rows = torch.empty(
-            capacity, operator.shape[0], dtype=basis_dtype(operator), device=operator.device
+            capacity, operator.shape[0], dtype=vector_dtype(operator), device=operator.device
         )
         self.num_fixed = self.num_basis = self.num_pending = self.num_products = 0
         self.projected = torch.zeros(0, 0, dtype=torch.float64)
@@ -247,13 +248,3 @@ class Krylov:
 def _taller(coordinates: Tensor, count: int) -> Tensor:
     """Coordinates with zeros for new rows."""
     return torch.nn.functional.pad(coordinates, (0, 0, 0, count))
-
-
-def basis_dtype(operator: Operator) -> torch.dtype:
-    """The operator's own type, or float32 if that is shorter: a basis in half precision is not orthogonal."""
-    return torch.promote_types(operator.dtype, torch.float32)
-
-
-def basis_capacity(operator: Operator) -> int:
-    """Vectors of length P that fit the operator's memory budget."""
-    return int(operator.memory // (operator.shape[0] * torch.finfo(basis_dtype(operator)).bits // 8))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpair_search import Wanted
 from deepspectra.algorithms.eigenpairs import explore
-from deepspectra.algorithms.krylov_basis import Krylov, basis_capacity
+from deepspectra.algorithms.krylov_basis import Krylov
+from deepspectra.algorithms.long_vectors import vectors_that_fit
 from deepspectra.analysis.gram_spectrum import MARGIN
 from deepspectra.analysis.knockouts import NEWEST, Knockout, KnockoutSpace, knockouts
 from deepspectra.argument_checks import Progress, seeded
@@ -206,10 +207,15 @@ def attribute_known(
     least = num + NEWEST + factors
     capacity = _capacity(operator, parts, least, most)
     most = min(most, capacity - least) if capacity < size else most
-    borrowed = parts.num_bytes(max(0, capacity - basis_capacity(operator)))
+    borrowed = parts.num_bytes(max(0, capacity - vectors_that_fit(operator)))
     with parts.rows.products.allowance.lent(borrowed):
         try:
-            basis = _grown(operator, pairs, basis, capacity, seed)
+            if basis is None:
+                basis = Krylov.of_pairs(operator, pairs, capacity)
+                basis.append_random(seeded(seed))
+                basis.expand(1)
+            elif len(basis.rows) < capacity:
+                basis.enlarge(capacity)
             space = KnockoutSpace(basis, num, lambda done: progress and progress(done - before, None))
             edges, edge_norms = space.bulk_edge(Means(parts), EDGE_PRODUCTS)
             threshold = margin * float(edges[0])
@@ -241,24 +247,13 @@ def attribute_known(
     )
 
 
-def _grown(operator: Operator, pairs: Eigenpairs, basis: Krylov | None, capacity: int, seed: int) -> Krylov:
-    """The basis that the pairs were found with, of that capacity; or one of the pairs and a random vector."""
-    if basis is None:
-        basis = Krylov.of_pairs(operator, pairs, capacity)
-        basis.append_random(seeded(seed))
-        basis.expand(1)
-    elif len(basis.rows) < capacity:
-        basis.enlarge(capacity)
-    return basis
-
-
 def _capacity(operator: Operator, parts: Decomposition, least: int, most: int) -> int:
     """Rows of the basis: the least and up to so many products beyond, as memory has room; graphs lend theirs.
 
     Raises:
         MemoryBudgetError: there is no room for one product.
     """
-    size, own, lender = operator.shape[0], basis_capacity(operator), parts.rows.products.allowance
+    size, own, lender = operator.shape[0], vectors_that_fit(operator), parts.rows.products.allowance
     wanted = min(size, least + most)
     room = own + (lender.size - lender.reserved) // parts.num_bytes(1)
     if room < min(size, least + min(most, 1)):

@@ -24,7 +24,7 @@ from deepspectra.analysis.layer_blocks import (
 from deepspectra.argument_checks import LayerProgress, announced
 from deepspectra.dataframes import text_table
 from deepspectra.errors import LossError, OptionError
-from deepspectra.kfac.exact_block import ExactBlock
+from deepspectra.kfac.blocks import ExactBlock
 from deepspectra.kfac.kronecker import KINDS
 from deepspectra.kfac.operators import Block, KroneckerSum
 from deepspectra.operators.base import Operator
@@ -166,14 +166,17 @@ def kronecker_quality(
     """
     began = time.perf_counter()
     kinds = _default_kinds(problem) if kinds is None else kinds
-    sizes = _checked(kinds, ks)
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise OptionError(f"kinds={tuple(kinds)}: name some of {', '.join(KINDS)}.")
+    if not ks or min(ks) < 1 or list(ks) != sorted(set(ks)):
+        raise OptionError(f"ks={tuple(ks)} must ascend from 1 or more.")
     blocks = Blocks(problem if dtype is None else problem.to(dtype), kinds, sharing)
     memory = blocks.captures.problem.memory
     found = {}
     for name, exact in announced(blocks, progress, len(blocks.names)):
-        comparison = _Comparison(exact, memory, max(sizes), rtol, seed)
+        comparison = _Comparison(exact, memory, max(ks), rtol, seed)
         approximations = {kind: operator.blocks[name] for kind, operator in blocks.approximations.items()}
-        found[name] = comparison.fits(approximations, sizes, floor)
+        found[name] = comparison.fits(approximations, ks, floor)
     return KroneckerQuality(found, tuple(kinds), floor, **origin(began, blocks.factors, seed=seed))
 
 
@@ -211,7 +214,7 @@ class _Comparison:
             self.values, self.vectors = pairs.values[live], pairs.vectors[:, live.to(exact.device)]
         self.spectrum = _spectrum(exact, every, seed)
 
-    def fits(self, blocks: Mapping[str, Block], sizes: tuple[int, ...], floor: float) -> LayerFits:
+    def fits(self, blocks: Mapping[str, Block], sizes: Sequence[int], floor: float) -> LayerFits:
         """Of all kinds."""
         size = self.exact.shape[0]
         ks = tuple(k for k in sizes if k <= len(self.values))
@@ -257,11 +260,3 @@ def _default_kinds(problem: Problem) -> tuple[str, ...]:
     except LossError:
         return ("kfac", "ekfac")
     return ("kfac", "ekfac", "cfac") if rows_an_example(problem) == 1 else ("kfac", "ekfac")
-
-
-def _checked(kinds: Sequence[str], ks: Sequence[int]) -> tuple[int, ...]:
-    if not kinds or not set(kinds) <= set(KINDS):
-        raise OptionError(f"kinds={tuple(kinds)}: name some of {', '.join(KINDS)}.")
-    if not ks or min(ks) < 1 or list(ks) != sorted(set(ks)):
-        raise OptionError(f"ks={tuple(ks)} must ascend from 1 or more.")
-    return tuple(ks)

@@ -22,8 +22,8 @@ from deepspectra.algorithms.dense_spectrum import exact_density
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpair_search import Wanted
 from deepspectra.algorithms.eigenpairs import explore
-from deepspectra.algorithms.krylov_basis import Krylov, basis_capacity
-from deepspectra.algorithms.long_vectors import inner_products
+from deepspectra.algorithms.krylov_basis import Krylov
+from deepspectra.algorithms.long_vectors import inner_products, vectors_that_fit
 from deepspectra.algorithms.overlap import overlap
 from deepspectra.analysis.attribute import (
     ROWS_BYTES,
@@ -32,11 +32,13 @@ from deepspectra.analysis.attribute import (
     pair_shares,
     squared_norms,
 )
-from deepspectra.analysis.gram_products import RowGram, gradient_trace, nonzero_density
 from deepspectra.analysis.gram_spectrum import (
     GramSpectrum,
+    RowGram,
     gradient_pairs,
     gradient_spectrum,
+    gradient_trace,
+    nonzero_density,
     spectrum_of,
 )
 from deepspectra.analysis.principal_subspace import subspace_of
@@ -370,7 +372,7 @@ def _find_pairs(found: Findings, name: str, operator: Operator) -> Krylov | None
 def _find_density(found: Findings, name: str, operator: Operator) -> None:
     """All of it; or by Lanczos quadrature beside the known pairs, with fewer steps if memory asks for it."""
     known = len(found.pairs[name].values) if name in found.pairs else 0
-    room = basis_capacity(operator) - known - 1
+    room = vectors_that_fit(operator) - known - 1
 
     def work(report: Report) -> Density:
         if found.effort.dense:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from deepspectra.argument_checks import check_choice, check_count, check_seed
 from deepspectra.errors import ConvergenceWarning, CurvatureError, LossError, OptionError
-from deepspectra.kfac.blocks import Place, places
-from deepspectra.kfac.exact_block import ExactBlock, across_errors, across_features
+from deepspectra.kfac.blocks import ExactBlock, ParameterBlock, across_errors, across_features, places
 from deepspectra.kfac.moments import LARGEST_VECTOR, Moments, Squares, num_replicates
 from deepspectra.kfac.operators import Block, Kronecker, KroneckerSum, Rotated
 from deepspectra.problem.cross_entropy import CrossEntropy
@@ -109,7 +108,17 @@ def all_from(
     They are made of the same second moments: the data are gone through once, and once more for "ekfac".
     """
     problem = captures.problem
-    _check(problem, kinds, sharing, rank)
+    for kind in kinds:
+        check_choice("kind", kind, KINDS)
+    check_choice("sharing", sharing, SHARINGS)
+    if not isinstance(rank, int) or rank < 1 or (rank > 1 and "optimal" not in kinds):
+        raise OptionError(
+            f"rank={rank!r}: an integer, at least 1, and more than 1 product for kind='optimal' only."
+        )
+    if "cfac" in kinds and not isinstance(problem.loss_function, CrossEntropy):
+        raise LossError(
+            f"cfac needs the cross-entropy of class labels; the loss is {problem.loss_function.name}."
+        )
     if "ekfac" in kinds and not captures.samples:
         captures.hold()  # it goes through them twice; draws it needs anew, see `_corrected`
     by_class = "cfac" in kinds
@@ -165,21 +174,6 @@ def _made(
     return operator
 
 
-def _check(problem: Problem, kinds: Sequence[str], sharing: str, rank: int) -> None:
-    """Raise for what `kronecker` cannot make of a problem."""
-    for kind in kinds:
-        check_choice("kind", kind, KINDS)
-    check_choice("sharing", sharing, SHARINGS)
-    if not isinstance(rank, int) or rank < 1 or (rank > 1 and "optimal" not in kinds):
-        raise OptionError(
-            f"rank={rank!r}: an integer, at least 1, and more than 1 product for kind='optimal' only."
-        )
-    if "cfac" in kinds and not isinstance(problem.loss_function, CrossEntropy):
-        raise LossError(
-            f"cfac needs the cross-entropy of class labels; the loss is {problem.loss_function.name}."
-        )
-
-
 def _moments(captures: Captures, sharing: str, *, by_class: bool) -> dict[str, Moments]:
     problem, samples = captures.problem, captures.samples
     num_sets = problem.num_classes if by_class else 1
@@ -204,7 +198,7 @@ def _moments(captures: Captures, sharing: str, *, by_class: bool) -> dict[str, M
 
 
 def _corrected(
-    captures: Captures, found: dict[str, Place], blocks: dict[str, Block]
+    captures: Captures, found: dict[str, ParameterBlock], blocks: dict[str, Block]
 ) -> tuple[dict[str, Block], dict[str, float]]:
     """The blocks of matrices, with G's own diagonal for their eigenvectors, and what draws leave open of it."""
     # draws differ from those of the eigenvectors, in which they would have too large a diagonal: their own
@@ -224,7 +218,7 @@ def _corrected(
 
 
 def _nearest(
-    captures: Captures, found: dict[str, Place], blocks: dict[str, Block], rank: int
+    captures: Captures, found: dict[str, ParameterBlock], blocks: dict[str, Block], rank: int
 ) -> dict[str, Block]:
     """The blocks of matrices, as near to G as sums of products can be."""
     result: dict[str, Block] = {}
@@ -323,7 +317,9 @@ def _classes(problem: Problem, batch: Captured) -> Tensor:
     return labels
 
 
-def _refuse_beyond_memory(problem: Problem, every: list[Place], num_sets: int, replicates: int) -> None:
+def _refuse_beyond_memory(
+    problem: Problem, every: list[ParameterBlock], num_sets: int, replicates: int
+) -> None:
     numbers = 0
     for place in every:
         groups, outputs, inputs = place.shape

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import FallbackWarning
-from deepspectra.kfac.blocks import Place, Positions, by_group, num_positions, positions, single, with_ones
+from deepspectra.kfac.blocks import ParameterBlock, Positions, num_positions, positions, single
 from deepspectra.rows.parameter_uses import Lookup, Use
 
 LARGEST_VECTOR = 4096  # numbers of a vector whose exact block is held; of longer ones its diagonal
@@ -72,7 +72,7 @@ class Moments:
     """Σ α h hᵀ and Σ e eᵀ of one place, apart for each of several sets of examples."""
 
     def __init__(
-        self, place: Place, num_sets: int, sharing: str, device: torch.device, num_draws: int = 0
+        self, place: ParameterBlock, num_sets: int, sharing: str, device: torch.device, num_draws: int = 0
     ) -> None:
         self.place = place
         self.sharing = sharing
@@ -116,7 +116,7 @@ class Moments:
         if self.is_diagonal:
             self.inputs[which, 0].index_add_(0, found.features.flatten(), found.counts.flatten())
         else:
-            rows = with_ones(self.place, found.features, found.counts.sqrt())
+            rows = self.place.with_ones(found.features, found.counts.sqrt())
             self.inputs[which] += second_moment(rows.flatten(0, 1))
 
     def _second_moment(self, errors: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class Moments:
         if groups == 1 and errors.shape[3] >= LONG:
             flat = errors.flatten(0, 1)
             return torch.addbmm(flat.new_zeros(outputs, outputs), flat, flat.mT)[None]
-        return second_moment(by_group(errors, groups).permute(0, 1, 4, 2, 3).flatten(0, 2))
+        return second_moment(self.place.by_group(errors).permute(0, 1, 4, 2, 3).flatten(0, 2))
 
     def together(self) -> Moments:
         """Those of all sets as of one."""
@@ -170,7 +170,7 @@ def _mirrored(lower: Tensor) -> Tensor:
 class Squares:
     """Σ (u_iᵀ g v_j)² over the gradients g (o, d) of one place."""
 
-    def __init__(self, place: Place, left: Tensor, right: Tensor | None, num_draws: int = 0) -> None:
+    def __init__(self, place: ParameterBlock, left: Tensor, right: Tensor | None, num_draws: int = 0) -> None:
         self.place = place
         self.left = left
         self.right = right
@@ -186,8 +186,8 @@ class Squares:
                 for total, mine in self.sums.of(found.errors.to(self.left)):
                     self._add_rows(total, found.features, self.left.mT @ mine)
                 continue
-            features = with_ones(self.place, found.dense_features(inputs)).transpose(1, 2).to(self.left)
-            for total, mine in self.sums.of(by_group(found.errors, groups).to(self.left)):
+            features = self.place.with_ones(found.dense_features(inputs)).transpose(1, 2).to(self.left)
+            for total, mine in self.sums.of(self.place.by_group(found.errors).to(self.left)):
                 if one_position:
                     self._add_single(total, features[:, :, 0], mine[..., 0])
                 else:

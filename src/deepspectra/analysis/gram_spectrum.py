@@ -24,6 +24,7 @@ from deepspectra.results import Eigenpairs, Provenance, Result, origin
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.captures import Complement, captures_of
 from deepspectra.rows.gradients import GradientRows
+from deepspectra.rows.held_rows import HeldRows
 from deepspectra.rows.layer_rows import error_averages
 from deepspectra.rows.parameter_uses import Convolution, Lookup, Matrix, Use, by_stretch
 from deepspectra.rows.random_scalars import DrawnCaptures
@@ -176,7 +177,7 @@ def gram_spectrum(
     of a layer's size and T (T/C + 1) d_out for T positions; a dense eigendecomposition (R, R).
     """
     began = time.perf_counter()
-    parts = Decomposition(problem.to(dtype), effects=effects, first=first, hold=True)
+    parts = Decomposition(HeldRows(problem.to(dtype)), effects, first)
     return spectrum_of(gradient_spectrum(parts), began, parts.problem)
 
 

@@ -29,7 +29,7 @@ from deepspectra.quadrature import Density
 from deepspectra.results import ByLayer, origin
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.captures import parameters_of
-from deepspectra.rows.held_rows import gram_bytes, gram_of, moment_of
+from deepspectra.rows.held_rows import HeldRows, gram_bytes, gram_of, moment_of
 from deepspectra.rows.layer_rows import (
     counted,
     error_averages,
@@ -223,8 +223,8 @@ def layers(
         warnings.warn(f"num={num} is not used: hessian=False.", OptionWarning, stacklevel=2)
     num = problem.num_classes if num is None else num
     check_count("num", num)
-    parts = Decomposition(problem if dtype is None else problem.to(dtype), effects=effects, hold=True)
-    rows = parts.held
+    rows = HeldRows(problem if dtype is None else problem.to(dtype))
+    parts = Decomposition(rows, effects)
     averages = error_averages(rows, parts.projections, tuple(parts))
     found = {}
     for name, uses in announced(rows.captures.by_layer(), progress, len(parts.problem.layers)):

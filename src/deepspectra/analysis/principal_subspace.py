@@ -19,7 +19,7 @@ from deepspectra.operators.curvature import Hessian
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.results import Result, origin
-from deepspectra.rows.gradients import class_sums
+from deepspectra.rows.gradients import GradientRows, class_sums
 from deepspectra.rows.projections import collinear
 
 ROWS_PER_CHUNK = 2**14  # of parameter-sized factors, whose products are summed in float64
@@ -133,7 +133,7 @@ def principal_subspace(
         sums, cells = class_sums(problem, found)
         values, vectors = _principal(_class_and_true(sums, cells), num, level)
     else:
-        values, vectors = subspace_of(Decomposition(problem, groups=found), level, num)
+        values, vectors = subspace_of(Decomposition(GradientRows(problem), groups=found), level, num)
     return Subspace(
         values=values[: vectors.shape[1]],
         vectors=vectors,

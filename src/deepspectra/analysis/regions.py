@@ -190,7 +190,7 @@ def regions(
             stacklevel=2,
         )
     problem = problem.to(torch.float64) if of == "hessian" else problem  # rounding fills the gaps of its bulk
-    parts = Decomposition(problem, effects="two-way", hold=True)
+    parts = Decomposition(HeldRows(problem), "two-way")
     judge = _Judge(parts, of, method, num_groups, seed)
     if of == "hessian":
         hessian = Hessian(problem)

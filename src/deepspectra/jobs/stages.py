@@ -56,6 +56,7 @@ from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
 from deepspectra.results import Eigenpairs, versions
+from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held_rows import HeldRows, gram_bytes
 from deepspectra.rows.projections import num_groups
 
@@ -173,12 +174,12 @@ def _parts(
     if problem.num_examples * (problem.num_classes - 1) <= exact_rows:
         products.release()
         try:
-            parts = Decomposition(problem, effects="two-way", hold=True, groups=groups)
-            assert isinstance(parts.rows, HeldRows)
-            return parts, gram_bytes(parts.rows.num_reduced) <= problem.memory and parts.rows.captures.hold()
+            rows = HeldRows(problem)
+            fits = gram_bytes(rows.num_reduced) <= problem.memory and rows.captures.hold()
+            return Decomposition(rows, "two-way", groups=groups), fits
         except CurvatureError as error:  # a network that does not tell its examples apart
             products.notes["exact spectrum of G"] = f"not computed: {error}"
-    return Decomposition(problem, effects="two-way", groups=groups), False
+    return Decomposition(GradientRows(problem), "two-way", groups=groups), False
 
 
 def _find_exact(found: Findings) -> None:

@@ -96,10 +96,9 @@ class Decomposition(Parts):
 
     def __init__(
         self,
-        problem: Problem,
+        rows: GradientRows,
         effects: str = "four-way",
         first: str = "class",
-        hold: bool = False,
         groups: Tensor | Sequence[int] | None = None,
     ) -> None:
         names = {"four-way": FOUR_WAY, "two-way": TWO_WAY}
@@ -107,11 +106,10 @@ class Decomposition(Parts):
         if effects == "four-way" and first != "class":
             raise OptionError("first= orders the two-way effects; the published four parts take no order.")
         super().__init__(names[effects], Part)
-        self.problem = problem
+        self.rows, self.problem = rows, rows.problem
         self.effects = effects
-        self.rows = HeldRows(problem) if hold else GradientRows(problem)
-        found = grouped(groups, problem.num_classes, self.rows.weights.device)
-        self.projections = Projections(self.rows.weights, self.rows.labels, first=first, groups=found)
+        found = grouped(groups, self.problem.num_classes, rows.weights.device)
+        self.projections = Projections(rows.weights, rows.labels, first=first, groups=found)
         self._factors: dict[str, Tensor] = {}
         self._reserved: weakref.finalize[..., Decomposition] | None = None  # memory set aside for the means
 
@@ -289,10 +287,10 @@ def decompose(
     their products cost.
     """
     check_choice("of", of, KINDS)
-    parts = Decomposition(problem, effects, first, hold or of != "gradients", groups)
     if of == "gradients":
-        return parts
-    rows = parts.held
+        return Decomposition(HeldRows(problem) if hold else GradientRows(problem), effects, first, groups)
+    rows = HeldRows(problem)
+    parts = Decomposition(rows, effects, first, groups)
     if of == "features":
         if effects != "four-way" or first != "class":
             warnings.warn(

@@ -98,10 +98,7 @@ def _small_spectrum(exact: ExactBlock, num: int) -> tuple[Tensor, Tensor] | None
     if min(size, num_rows) > SMALL:
         return None
     if "values" not in exact.remembered or exact.remembered["vectors"].shape[1] < min(num, size, num_rows):
-        if _is_narrow(exact):
-            matrix = functools.reduce(torch.add, ((rows.T @ rows).double() for rows in exact.gradients()))
-        else:
-            matrix = gram_of([exact.batches])
+        matrix = _moment(exact) if _is_narrow(exact) else gram_of([exact.batches])
         values, vectors = torch.linalg.eigh(matrix)
         leading = vectors.flip(1)[:, : max(num, REMEMBERED)].clone()
         exact.remembered |= {"values": values.flip(0), "vectors": leading}
@@ -111,6 +108,11 @@ def _small_spectrum(exact: ExactBlock, num: int) -> tuple[Tensor, Tensor] | None
 def _is_narrow(exact: ExactBlock) -> bool:
     """Whether there are no more parameters than rows."""
     return exact.shape[0] <= exact.num_rows
+
+
+def _moment(exact: ExactBlock) -> Tensor:
+    """(n, n) float64."""
+    return functools.reduce(torch.add, ((rows.T @ rows).double() for rows in exact.gradients()))
 
 
 def top_pairs(exact: ExactBlock, num: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,7 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra.algorithms.eigenpair_search import select
-from deepspectra.algorithms.eigenpairs import ENDS, eigenpairs
-from deepspectra.algorithms.start_vectors import sample_size
+from deepspectra.algorithms.eigenpairs import ENDS, eigenpairs, sample_size
 from deepspectra.errors import (
     DataError,
     NonFiniteError,

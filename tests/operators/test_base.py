@@ -8,7 +8,7 @@ import torch
 from scipy.sparse.linalg import eigsh
 
 import deepspectra as ds
-from deepspectra.algorithms.start_vectors import named_start
+from deepspectra.algorithms.eigenpairs import named_start
 from deepspectra.errors import DataError, DeepSpectraError, MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Matrix
 from reference import case_and_reference, error

@@ -294,8 +294,8 @@ def test_the_sample_sizes_are_the_papers():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "svhn"}, "choose one of " + ", ".join(DATA_NAMES)),
-        ({"split": "val"}, '"train" or "test"'),
+        ({"name": "svhn"}, "one of " + ", ".join(map(repr, DATA_NAMES))),
+        ({"split": "val"}, "one of 'train', 'test'"),
         ({"per_class": 0}, "at least 1"),
         ({"size": 7}, "larger size"),
     ],

@@ -18,7 +18,7 @@ from deepspectra.errors import OptionError
 from deepspectra.operators.curvature import Hessian
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Provenance, Result
+from deepspectra.results import Result, origin
 from deepspectra.rows.gradients import GradientRows, class_sums
 from deepspectra.rows.projections import collinear
 
@@ -138,8 +138,7 @@ def principal_subspace(
         values=values[: vectors.shape[1]],
         vectors=vectors,
         level=level,
-        seconds=time.perf_counter() - began,
-        provenance=Provenance.of(vectors.T, "means of gradients"),
+        **origin(began, vectors.T, "means of gradients"),
     )
 
 
@@ -167,8 +166,7 @@ def _sampled(
         values=values[:num],
         vectors=vectors,
         level="sampled",
-        seconds=time.perf_counter() - began,
-        provenance=Provenance.of(vectors.T, "Hessian of a sample", seed=seed),
+        **origin(began, vectors.T, "Hessian of a sample", seed=seed),
         certificate=Certificate(few.problem.num_examples, num_checks, norm, error, gap, bound),
     )
 

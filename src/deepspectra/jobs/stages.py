@@ -20,9 +20,10 @@ from torch import Tensor
 
 from deepspectra.algorithms.dense_spectrum import exact_density
 from deepspectra.algorithms.density import density
+from deepspectra.algorithms.eigenpair_search import Wanted
 from deepspectra.algorithms.eigenpairs import explore
-from deepspectra.algorithms.krylov_basis import Krylov, basis_capacity
-from deepspectra.algorithms.long_vectors import inner_products
+from deepspectra.algorithms.krylov_basis import Krylov
+from deepspectra.algorithms.long_vectors import inner_products, vectors_that_fit
 from deepspectra.algorithms.overlap import overlap
 from deepspectra.analysis.attribute import (
     ROWS_BYTES,
@@ -31,11 +32,13 @@ from deepspectra.analysis.attribute import (
     pair_shares,
     squared_norms,
 )
-from deepspectra.analysis.gram_products import RowGram, gradient_trace, nonzero_density
 from deepspectra.analysis.gram_spectrum import (
     GramSpectrum,
+    RowGram,
     gradient_pairs,
     gradient_spectrum,
+    gradient_trace,
+    nonzero_density,
     spectrum_of,
 )
 from deepspectra.analysis.principal_subspace import subspace_of
@@ -52,7 +55,7 @@ from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
-from deepspectra.results import Eigenpairs, Provenance, versions
+from deepspectra.results import Eigenpairs, versions
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held_rows import HeldRows, gram_bytes
 from deepspectra.rows.projections import num_groups
@@ -187,7 +190,7 @@ def _find_exact(found: Findings) -> None:
     def work(_: Report) -> tuple[GramSpectrum, Eigenpairs]:
         began = time.perf_counter()
         spectrum = gradient_spectrum(parts)
-        exact = spectrum_of(spectrum, Provenance.of(parts.problem), began)
+        exact = spectrum_of(spectrum, began, parts.problem)
         return exact, gradient_pairs(spectrum, parts, found.num, began)
 
     exact, found.pairs["gauss_newton"] = found.ledger.run("exact spectrum of G", work)
@@ -357,9 +360,8 @@ def _find_pairs(found: Findings, name: str, operator: Operator) -> Krylov | None
 
     def work(report: Report) -> Eigenpairs:
         nonlocal basis
-        pairs, basis = explore(
-            operator, num, rtol=found.effort.rtol, start="random", seed=found.seed, progress=report
-        )
+        wanted = Wanted(num, "largest", found.effort.rtol)
+        pairs, basis = explore(operator, wanted, "random", seed=found.seed, progress=report)
         return pairs
 
     found.pairs[name] = found.ledger.run(f"top eigenpairs of {LETTERS[name]}", work)
@@ -371,7 +373,7 @@ def _find_pairs(found: Findings, name: str, operator: Operator) -> Krylov | None
 def _find_density(found: Findings, name: str, operator: Operator) -> None:
     """All of it; or by Lanczos quadrature beside the known pairs, with fewer steps if memory asks for it."""
     known = len(found.pairs[name].values) if name in found.pairs else 0
-    room = basis_capacity(operator) - known - 1
+    room = vectors_that_fit(operator) - known - 1
 
     def work(report: Report) -> Density:
         if found.effort.dense:

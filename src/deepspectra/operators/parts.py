@@ -113,6 +113,12 @@ class Decomposition(Parts):
         self._factors: dict[str, Tensor] = {}
         self._reserved: weakref.finalize[..., Decomposition] | None = None  # memory set aside for the means
 
+    @property
+    def held(self) -> HeldRows:
+        """The rows, with features and errors that are held: of `hold=True`."""
+        assert isinstance(self.rows, HeldRows)
+        return self.rows
+
     def factor(self, name: str) -> Tensor:
         """F (P, r) with F Fᵀ the part "class", "logit" or "true", or "means": all cells, r = C². Kept.
 
@@ -292,8 +298,7 @@ def decompose(
                 OptionWarning,
                 stacklevel=2,
             )
-        averages = feature_averages(rows, parts.projections.groups)
-        return LayerParts(of, feature_rows(rows), averages)
+        return LayerParts(of, feature_rows(rows), feature_averages(rows, parts.projections.groups))
     return LayerParts(of, error_rows(rows), error_averages(rows, parts.projections, tuple(parts)))
 
 

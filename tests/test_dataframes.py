@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import deepspectra as ds
+from deepspectra.dataframes import text_table
 
 MATRIX = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5, 0.0, -1.0]).double())
 
@@ -36,3 +37,14 @@ def test_the_frame_of_a_number_is_one_row():
     assert frame.shape == (1, 3)
     assert frame.quantity[0] == "trace"
     assert math.isfinite(frame.value[0])
+
+
+def test_a_table_of_text_has_words_left_numbers_right_and_three_digits():
+    table = text_table(("layer", "λ"), [("a", 1234.5678), ("long name", math.nan), ("", "as is")], "a note")
+    assert table.splitlines() == [
+        "layer             λ",
+        "a          1.23e+03",
+        "long name         –",
+        "              as is",
+        "a note",
+    ]

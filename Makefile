@@ -60,7 +60,7 @@ $(VENV)/.installed-dev: $(MANIFESTS) tests/oracle.txt | $(BIN)/python
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-docs: $(MANIFESTS) | $(BIN)/python
-	$(PIP_INSTALL) -e '.[docs]'
+	$(PIP_INSTALL) -e '.[dev,docs]'
 	@touch $@ $(VENV)/.installed
 
 # The peers have an environment of their own. Without them, on a machine that cannot reach them, we are measured alone.

@@ -7,7 +7,6 @@ import torch
 
 import deepspectra as ds
 from deepspectra import errors
-from deepspectra.algorithms.eigenpair_search import Wanted
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.analysis.attribute import Attribution, attribute_known
 from deepspectra.analysis.knockouts import Knockout
@@ -61,7 +60,7 @@ def test_the_edge_is_the_largest_eigenvalue_without_any_mean(attribution, dense)
 
 def test_the_basis_that_found_the_pairs_saves_products(problem):
     H, parts = ds.Hessian(problem), ds.decompose(problem, effects="two-way")
-    pairs, basis = explore(H, Wanted(13, "largest", 1e-3))
+    pairs, basis = explore(H, 13, rtol=1e-3)
     with_basis = attribute_known(H, parts, pairs, basis)
     alone = ds.attribute(H, parts, pairs=pairs)
     assert with_basis.num_products < alone.num_products
@@ -210,7 +209,7 @@ def test_means_beyond_memory_change_no_number(problem, capacity):
         if capacity and not held:
             H.memory = parts.num_bytes(capacity)
         try:
-            pairs, basis = explore(H, Wanted(13, "largest", 1e-6))
+            pairs, basis = explore(H, 13, rtol=1e-6)
             found.append(attribute_known(H, parts, pairs, basis))
             assert parts.has_means is False
             assert allowance.reserved == 0

@@ -7,7 +7,6 @@ import torch
 
 import deepspectra as ds
 from deepspectra import errors
-from deepspectra.algorithms.eigenpair_search import Wanted
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.analysis.attribute import attribute_known
 from nets import clustered, trained_on_digits
@@ -66,7 +65,7 @@ def test_a_basis_that_memory_cuts_short_is_restarted(problem, attribution, dense
     H, parts = ds.Hessian(problem), ds.decompose(problem, effects="two-way")
     capacity = 13 + 3 + 3 * 10 + 19 + spare
     H.memory = capacity * 8 * H.shape[0]
-    pairs, basis = explore(H, Wanted(13, "largest", 1e-6))
+    pairs, basis = explore(H, 13, rtol=1e-6)
     assert len(basis.rows) == capacity
     assert basis.num_free < 30 + 19
     found = attribute_known(H, parts, pairs, basis)
@@ -81,7 +80,7 @@ def test_a_basis_that_memory_cuts_short_is_restarted(problem, attribution, dense
 def test_a_restart_counts_the_residuals_it_drops(problem):
     """A Q = [Q, W] H still holds, but for what `lost_squares` says."""
     H = ds.Hessian(problem)
-    _, basis = explore(H, Wanted(5, "largest", 1e-2))
+    _, basis = explore(H, 5, rtol=1e-2)
     basis.append(torch.randn(4, H.shape[0], generator=torch.Generator().manual_seed(1)).double())
     ritz = basis.ritz()
     pending = torch.linalg.qr(
@@ -105,7 +104,7 @@ def test_a_basis_that_spans_everything_is_exact():
         data = torch.randn(30, 3).double(), torch.arange(30) % 3
     problem = ds.Problem(net, data)
     H, parts = ds.Hessian(problem), ds.decompose(problem, effects="two-way")
-    pairs, basis = explore(H, Wanted(6, "largest", 1e-3))
+    pairs, basis = explore(H, 6, rtol=1e-3)
     found = attribute_known(H, parts, pairs, basis)
     bulk = H.dense() - sum(part.dense() for name, part in parts.items() if name != "within")
     assert found.bulk_edge == pytest.approx(float(descending(bulk)[0]), rel=1e-2)
@@ -119,7 +118,7 @@ def test_knockouts_that_no_memory_has_room_for_are_refused_with_numbers(problem)
     allowance = parts.rows.products.allowance
     allowance.size, budget = parts.num_bytes(14), allowance.size
     try:
-        pairs, _ = explore(H, Wanted(13, "largest", 1e-2))
+        pairs, _ = explore(H, 13, rtol=1e-2)
         with pytest.raises(errors.MemoryBudgetError, match="at least 37 vectors"):
             ds.attribute(H, parts, pairs=pairs)
         allowance.size = parts.num_bytes(16)

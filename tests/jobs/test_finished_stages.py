@@ -14,7 +14,6 @@ import xarray as xr
 
 import deepspectra as ds
 from deepspectra import errors, zoo
-from deepspectra.algorithms.eigenpair_search import Wanted
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.krylov_basis import Krylov
 from deepspectra.jobs import stages
@@ -22,7 +21,6 @@ from deepspectra.jobs.command_targets import Choice, chosen_problem, moments
 from deepspectra.jobs.effort import effort_for
 from deepspectra.jobs.finished_stages import FinishedStages, forget
 from deepspectra.jobs.stage_costs import Ledger
-from deepspectra.operators.base import as_operator
 from nets import trained_on_digits
 
 
@@ -158,7 +156,7 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
 
 def test_a_basis_goes_on_from_its_state():
     matrix = torch.diag(torch.linspace(0, 1, 60, dtype=torch.float64) ** 8)
-    _, basis = explore(as_operator(matrix), Wanted(3, "largest", 1e-6))
+    _, basis = explore(matrix, 3, rtol=1e-6)
     twin = Krylov.of_state(
         basis.operator, {k: v.clone() if hasattr(v, "clone") else v for k, v in basis.state().items()}
     )

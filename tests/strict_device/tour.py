@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import deepspectra as ds
 from deepspectra import zoo
-from deepspectra.algorithms.eigenpair_search import Wanted
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.analysis.attribute import attribute_known
 from nets import CASES, CLASSIFICATION
@@ -138,7 +137,7 @@ def test_attribution(trained: tuple[ds.Problem, ds.Problem]) -> None:
         H, parts = ds.Hessian(one), ds.decompose(one, effects="two-way")
         if capacity:
             H.memory = capacity * 4 * one.num_parameters
-        pairs, basis = explore(H, Wanted(13, "largest", 1e-2), start="random")
+        pairs, basis = explore(H, 13, rtol=1e-2, start="random")
         found.append(attribute_known(H, parts, pairs, basis))
         assert ds.attribute(H, parts, pairs=pairs).num_outliers == found[-1].num_outliers
     for attribution in found:

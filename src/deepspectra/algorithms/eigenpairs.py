@@ -80,12 +80,14 @@ def eigenpairs(
     residual is multiplied next; (3) the challenge, which turns Kuczyński and Woźniakowski's bounds for Lanczos
     from a random vector (SIAM J. Matrix Anal. Appl. 13, 1992) into one for the spectrum that it meets.
     """
-    return explore(as_operator(A), Wanted(num, which, rtol), start, max_products, seed, progress)[0]
+    return explore(A, num, which, rtol, start, max_products, seed, progress)[0]
 
 
 def explore(
-    operator: Operator,
-    wanted: Wanted,
+    A: Operator | Tensor,
+    num: int = 10,
+    which: str = "largest",
+    rtol: float = 1e-3,
     start: Tensor | str | None = None,
     max_products: int | None = None,
     seed: int = 0,
@@ -93,7 +95,7 @@ def explore(
 ) -> tuple[Eigenpairs, Krylov]:
     """The `eigenpairs`, and the basis built for them, for whoever has more to ask of the same operator."""
     began = time.perf_counter()
-    num, which, rtol = wanted
+    operator, wanted = as_operator(A), Wanted(num, which, rtol)
     check_count("num", num, largest=operator.shape[0])
     check_choice("which", which, ENDS)
     check_rtol(rtol)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.eigenpair_search import Wanted
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.krylov_basis import Krylov
 from deepspectra.algorithms.long_vectors import vectors_that_fit
@@ -166,7 +165,7 @@ def attribute(
 
     if pairs is None:
         num = min(parts.projections.num_classes + 3, operator.shape[0])
-        pairs, basis = explore(operator, Wanted(num, "largest", rtol), "random", seed=seed, progress=report)
+        pairs, basis = explore(operator, num, rtol=rtol, start="random", seed=seed, progress=report)
         spent = pairs.num_products
     found = attribute_known(
         operator,

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from deepspectra.algorithms.dense_spectrum import exact_density
 from deepspectra.algorithms.density import density
-from deepspectra.algorithms.eigenpair_search import Wanted
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.krylov_basis import Krylov
 from deepspectra.algorithms.long_vectors import inner_products, vectors_that_fit
@@ -360,8 +359,9 @@ def _find_pairs(found: Findings, name: str, operator: Operator) -> Krylov | None
 
     def work(report: Report) -> Eigenpairs:
         nonlocal basis
-        wanted = Wanted(num, "largest", found.effort.rtol)
-        pairs, basis = explore(operator, wanted, "random", seed=found.seed, progress=report)
+        pairs, basis = explore(
+            operator, num, rtol=found.effort.rtol, start="random", seed=found.seed, progress=report
+        )
         return pairs
 
     found.pairs[name] = found.ledger.run(f"top eigenpairs of {LETTERS[name]}", work)

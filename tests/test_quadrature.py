@@ -15,8 +15,6 @@ from deepspectra.errors import OptionError
 from deepspectra.quadrature import christoffel
 from spectra import broadened, integral, rotated, trained
 
-# --- curves and distribution functions ---------------------------------------------------------------------
-
 
 @pytest.fixture(scope="module")
 def sample():

@@ -220,8 +220,8 @@ def main() -> None:
         mine = [r for r in records if r["network"] == name]
         missing = [
             (level, seed)
-            for effort, level in EFFORTS.items()
             for seed in range(options.seeds)
+            for effort, level in EFFORTS.items()
             if seed not in {r["seed"] for r in _of(mine, effort)}
         ]
         if not missing:

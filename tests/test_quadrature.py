@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from deepspectra.algorithms.density import density
+from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.errors import OptionError
+from deepspectra.operators.base import Matrix
+from deepspectra.quadrature import Density
+from deepspectra.results import Provenance
 from spectra import rotated
 
 
@@ -60,6 +64,40 @@ def test_more_steps_and_more_probes_make_a_band_narrower():
         low, high = density(matrix, num_probes, num_steps).cdf_band(x)
         widths.append(float((high - low).mean()))
     assert widths[0] > widths[1] > 1.5 * widths[2]
+
+
+def test_a_density_that_was_asked_for_a_band_is_saved_as_any_other(tmp_path):
+    found, x = density(rotated(torch.linspace(-1, 1, 50)), 2, 4), torch.linspace(-1, 1, 5)
+    band = found.cdf_band(x)
+    torch.save(found, tmp_path / "density.pt")
+    with torch.serialization.safe_globals([Density, Provenance]):
+        again = torch.load(tmp_path / "density.pt", weights_only=True)
+    for one, other in zip(band, again.cdf_band(x), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_copies_and_zeros_are_known_exactly_where_a_probe_knows_its_measure():
+    values = torch.cat([torch.full((40,), 2.0), torch.zeros(50), torch.full((10,), -1.0)])
+    x = torch.tensor([-2.0, -0.5, 1.0, 3.0])
+    low, high = density(rotated(values), 4, 16).cdf_band(x)
+    truth = torch.tensor([0.0, 0.1, 0.6, 1.0])
+    assert bool((low <= truth).all() and (truth <= high).all())
+    assert float((high - low).max()) < 0.3  # of 4 probes that are no longer told from their moments
+    assert (float(high[0]), float(low[-1])) == (0, 1)
+
+
+def test_deflated_pairs_widen_a_band_by_what_they_may_move():
+    values = torch.cat([torch.tensor([10.0, 8.0, 6.0]), torch.linspace(0, 1, 197)]).double()
+    A, x = Matrix(rotated(values)), torch.linspace(-0.5, 12, 101, dtype=torch.float64)
+    truth = (values <= x[:, None]).double().mean(1)
+    widths = []
+    for rtol in (1e-8, 5e-2):
+        found = density(A, 3, 30, deflate=eigenpairs(A, 3, rtol=rtol))
+        low, high = found.cdf_band(x)
+        assert float(((low <= truth + 1e-9) & (truth <= high + 1e-9)).double().mean()) > 0.9
+        widths.append((high - low)[x > 1.5].sum())
+    assert found.num_deflated == 3
+    assert float(widths[0]) < 0.2 * float(widths[1])
 
 
 def test_what_is_asked_of_a_band_is_checked():

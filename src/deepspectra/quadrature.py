@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
 
@@ -71,6 +71,10 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
     num_deflated: int = 0
     merged: bool = False
     num_products: int = 0
+
+    def __getstate__(self) -> dict[str, object]:
+        """What is saved: the fields, and nothing that is made of them."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
     @property
     def size(self) -> int:

@@ -154,6 +154,14 @@ def test_few_log_normal_draws_are_called_a_power_law() -> None:
     assert found["undecided"]  # of so few
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "most"), [(400, 10), (500, 25), (600, 18), (700, 12), (1000, 10)])
+def test_log_normal_draws_are_called_a_power_law_no_more_often_than_is_said(size: int, most: int) -> None:
+    """Of 100 draws; allowed is what is said and three standard errors."""
+    found = verdicts(log_normal(size, 1), 100, 1)
+    assert found["power law"] <= most, found
+
+
 def test_the_bulk_laws_are_the_textbook_densities() -> None:
     """Quantiles of the densities are nowhere further off than their spacing."""
     share = (np.arange(400) + 0.5) / 400

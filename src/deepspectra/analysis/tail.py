@@ -320,5 +320,5 @@ def _tail_verdict(total: float, law: PowerLaw, others: Mapping[str, Alternative]
         return "undecided", f"{power}; {beside}; {few}."
     if total >= SURE:
         return "power law", f"{power}; {beside}."
-    doubt = f"Of {total:,.0f} eigenvalues a log-normal is taken for one in up to half the cases."
+    doubt = f"Of {total:,.0f} eigenvalues a log-normal is taken for one in up to a tenth of the cases."
     return "power law", f"{power}; {beside}. {doubt}"

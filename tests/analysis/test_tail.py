@@ -132,6 +132,14 @@ def test_few_log_normal_draws_are_called_a_power_law() -> None:
     assert found["undecided"]  # of so few
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "most"), [(400, 7), (500, 28), (600, 19), (700, 10), (1000, 10)])
+def test_log_normal_draws_are_called_a_power_law_no_more_often_than_is_said(size: int, most: int) -> None:
+    """Of 100 draws; allowed is what is said and three standard errors."""
+    found = verdicts(log_normal(size, 1), 100, 1)
+    assert found["power law"] <= most, found
+
+
 def test_outliers_and_zeros_are_counted_and_units_do_not_matter() -> None:
     values = torch.from_numpy(spiked(150)(np.random.default_rng(0)))
     values = torch.cat([values, torch.full((50,), 1e-17)])

@@ -46,11 +46,11 @@ Verdict = Literal[
 ]
 
 FURTHER = 2.25  # times the power law's reach at which another law holds and the power law does not
-FEW, AS_FAR = 400, 1.5  # of so few eigenvalues, laws that reach so much further are not told from it
+FEW, AS_FAR = 500, 1.6  # of so few eigenvalues, laws that reach so much further are not told from it; up to
+SURE, ALMOST = 900, 2.1  # as many, such that reach so much further: those of log-normal draws often do
 ALIKE = 0.9  # times the log-normal's reach at which the exponential, the simpler law, is taken
 ENOUGH = 50  # effective eigenvalues that a power law is called on
 ENOUGH_BLURRED = 100  # of quadrature nodes, above whose x_min a log-normal's curvature may hide
-SURE = 900  # eigenvalues from which on log-normal draws are hardly taken for power laws: in 4 % of cases at 1,000
 LEVEL = 0.005  # of the goodness of fit below which a power law is rejected
 OTHERS: tuple[Other, ...] = ("exponential", "log-normal")
 SIDES = {"magnitude": "x = |λ|", "positive": "x = λ > 0", "negative": "x = −λ > 0"}
@@ -147,8 +147,10 @@ def tail(
     and rejected if fewer than .5 % of the spectra drawn from it are as far from their own fits. Each law has a reach:
     how many of the largest eigenvalues it is not rejected for. Above a high enough x_min much looks like a power law:
     an exponential or a log-normal that reaches 2.25 times as far is taken instead. Draws are independent, and
-    eigenvalues scatter no more than draws: p is too large for them rather than too small. Log-normal draws are called
-    a power law in 4 % of cases at 1,000 eigenvalues, 15 % at 700, 36 % at 500, 50 % at 400: compare the reaches.
+    eigenvalues scatter no more than draws: p is too large for them rather than too small. Where a
+    log-normal reaches 2.1 times as far, and of fewer than 500 eigenvalues 1.6 times, the two are not told apart:
+    "undecided". Log-normal draws are called a power law in 4 % of cases from 700 eigenvalues on, 10 % at 600, 17 % at
+    500, 2 % at 400: compare the reaches.
 
     Quadrature nodes enter with their weights, at an effective number of eigenvalues: 1/(1/n + e²) with e the relative
     error of the count above x_min, from probes and resolution (`Density.count_above`). Where that is below 25 nothing
@@ -312,12 +314,13 @@ def _tail_verdict(total: float, law: PowerLaw, others: Mapping[str, Alternative]
         return rival.name, f"it holds for the largest {rival.reach:,.0f}; {power}."
     if law.p_value < LEVEL or not law.reach:
         return "none of these", f"{power}; {beside}; no law of a bulk is near."
-    if exponential.reach >= law.reach or (total < FEW and rival.reach >= AS_FAR * law.reach):
+    as_far = AS_FAR if total < FEW else ALMOST if total < SURE else FURTHER
+    if exponential.reach >= law.reach or rival.reach >= as_far * law.reach:
         return "undecided", f"{power}; {beside}: they are not told apart."
     if law.effective < min(law.num_tail, ENOUGH_BLURRED):
         few = f"what is known of its tail says no more than {law.effective:,.0f} eigenvalues would"
         return "undecided", f"{power}; {beside}; {few}."
     if total >= SURE:
         return "power law", f"{power}; {beside}."
-    doubt = f"Of {total:,.0f} eigenvalues a log-normal is taken for one in up to half the cases."
+    doubt = f"Of {total:,.0f} eigenvalues a log-normal is taken for one in up to a sixth of the cases."
     return "power law", f"{power}; {beside}. {doubt}"

@@ -1,0 +1,129 @@
+"""Histograms of a spectrum: bins as narrow as what is known of it allows, each with the least and most it can hold."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from deepspectra.quadrature import Density
+
+Array = NDArray[np.float64]
+
+VIEWS = ("linear", "signed", "magnitude")
+ACROSS = 200  # bins of a linear axis, about
+PER_DECADE = 8  # of a logarithmic one
+SMALLEST = 1e-6  # of an operator's largest |λ|: what is drawn on logarithmic axes
+MEANT = 1.0  # width of a band, in units of the mass it is of, up to which a bin is known
+DEAR = 1e-3  # of a bin that is not known, in units of one that is: the fewer the better
+LESS_THAN_ONE = 0.5  # eigenvalue at most: a bin holds none
+
+
+class Bins(NamedTuple):
+    """Bins (n,) of a spectrum side by side, and the share of all eigenvalues in each.
+
+    Attributes:
+        start, end: in λ, or in |λ|.
+        mass: the estimate.
+        low, high: between which the share lies.
+    """
+
+    start: Array
+    end: Array
+    mass: Array
+    low: Array
+    high: Array
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """Whether a bin's band is narrow enough to mean something."""
+        found: NDArray[np.bool_] = self.high - self.low <= MEANT * self.mass
+        return found
+
+
+def binned(density: Density, view: str, zeros: float = 0.0) -> Bins:
+    """The bins of a density, as many as are known of a lattice's; where none is, as few as can be.
+
+    Args:
+        density: without values that are zero up to rounding, but for a node at 0.
+        view: "linear" (λ), "signed" (λ, bins even in log |λ| on either side of those about zero) or "magnitude" (|λ|,
+            likewise).
+        zeros: share of eigenvalues that are known to be zero, which no bin has.
+
+    The band is that of the distribution function, which holds at all edges together, so that edges may be chosen by
+    it.
+    """
+    edges = _lattice(density, view)
+    mass, low, high = _cumulative(density, edges, view)
+    size = density.size
+    # [i, j] of the bin from edge i to edge j.
+    masses, least, most = (
+        upper[None, :] - lower[:, None] for upper, lower in ((mass, mass), (low, high), (high, low))
+    )
+    about_zero = np.outer(edges <= 0, edges > 0) * zeros
+    masses, least, most = (np.clip(one - about_zero, 0, None) for one in (masses, least, most))
+    known = (most - least <= MEANT * masses) | (
+        size * most < LESS_THAN_ONE
+    )  # the latter for certain hold none
+    best, before = np.zeros(len(edges)), np.zeros(len(edges), dtype=int)
+    for j in range(1, len(edges)):
+        scores = best[:j] + np.where(known[:j, j], 1.0, -DEAR)
+        before[j] = int(scores.argmax())
+        best[j] = scores[before[j]]
+    ends = [len(edges) - 1]
+    while ends[-1]:
+        ends.append(int(before[ends[-1]]))
+    i, j = np.array(ends[:0:-1]), np.array(ends[-2::-1])
+    empty = size * most[i, j] < LESS_THAN_ONE
+    masses, least, most = (np.where(empty, 0.0, one[i, j]) for one in (masses, least, most))
+    return Bins(edges[i], edges[j], masses, least, most)
+
+
+def _lattice(density: Density, view: str) -> Array:
+    """The finest edges: those of a linear axis with zero amid a bin, else powers of ten and steps between them."""
+    low, high = (float(value) for value in density.nodes.aminmax())
+    largest = max(-low, high)
+    if view == "linear":
+        step = _round((high - low) / ACROSS or largest)
+        first, last = math.floor(low / step + 0.5), math.ceil(high / step - 0.5)
+        edges = (np.arange(first, last + 2) - 0.5) * step
+        return edges if low < 0 else np.append(0.0, edges[edges > 0])
+    first = math.floor(PER_DECADE * math.log10(SMALLEST * largest) + 1e-9)
+    sides = {}
+    for name, end in (("negative", -low), ("positive", high)):
+        last = math.ceil(PER_DECADE * math.log10(end)) if end > 0 else first
+        sides[name] = 10.0 ** (np.arange(first, max(last, first) + 1) / PER_DECADE)
+    if view == "magnitude":
+        return np.append(0.0, max(sides.values(), key=len))
+    return np.append(-sides["negative"][::-1], sides["positive"])
+
+
+def _round(value: float) -> float:
+    """The next of 1, 2, 5, 10, … from below."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return max(factor for factor in (1, 2, 5) if factor * power <= value * (1 + 1e-9)) * power
+
+
+def _cumulative(density: Density, edges: Array, view: str) -> tuple[Array, Array, Array]:
+    """The mass up to each edge, below it at zero, and its band."""
+    tiny = torch.tensor(np.finfo(np.float64).tiny, dtype=torch.float64)
+    at = torch.from_numpy(edges)
+    at = torch.where(at == 0, -tiny, at)
+    mass, (low, high) = density.cdf(at), _cdf_band(density, at)
+    if view == "magnitude":
+        below = -at.abs().nextafter(2 * at.abs())  # −|λ| itself counts
+        under, (least, most) = density.cdf(below), _cdf_band(density, below)
+        mass, low, high = mass - under, (low - most).clamp_min(0), high - least
+        mass[0] = low[0] = high[0] = 0
+    return mass.numpy(), low.numpy(), high.numpy()
+
+
+def _cdf_band(density: Density, at: Tensor) -> tuple[Tensor, Tensor]:
+    counts = np.array([density.count_above(float(x)) for x in at]).T / density.size
+    mass = density.cdf(at)
+    error = 2 * torch.from_numpy(counts[1])
+    return (mass - error).clamp_min(0), (mass + error).clamp_max(1)

@@ -67,6 +67,8 @@ def _histograms(found: Findings) -> Variables:
     """Of every spectrum, without its zeros, and what they do not show."""
     bins: dict[tuple[str, str, str], Bins] = {}
     zeros, smallest, small = {}, {}, {}
+    nodes = torch.cat([density.nodes for one in _looks(found).values() for density in one.densities.values()])
+    reach = float(nodes.nan_to_num().max() - nodes.nan_to_num().min())
     for split, one in _looks(found).items():
         for name in OPERATORS:
             if not bool(one.densities[name].nodes.any()):
@@ -78,7 +80,7 @@ def _histograms(found: Findings) -> Variables:
             else:
                 density, zeros[split, name] = spectrum
                 for view in VIEWS:
-                    bins[split, name, view] = binned(density, view, np.nan_to_num(zeros[split, name]))
+                    bins[split, name, view] = binned(density, view, np.nan_to_num(zeros[split, name]), reach)
                 (smallest[split, name], *_), (small[split, name], *_) = bins[split, name, "magnitude"][1:3]
     dims = ("split", "operator")
     return {f"bin_{n}": ((*dims, "view", "bin"), _row(bins, j)) for j, n in enumerate(Bins._fields)} | {

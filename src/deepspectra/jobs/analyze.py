@@ -211,8 +211,8 @@ def analyze(
         counts: `num`, top eigenpairs of H and of G; by default C + 3, or C for large problems, whose gradient takes
             over 1e11 floating-point operations (on an accelerator 50 times as many), three times what PyTorch counts
             in a forward pass, or 6 P N if that is more: about three seconds of one core. `num_probes` of each density
-            and `num_steps` of each probe, by default as `effort` says. `rtol` of the eigenpairs' residuals; by default
-            1e-2, or 3e-2 for large problems.
+            and `num_steps` of each probe, by default as `effort` says. `rtol` of the eigenpairs' residuals; by
+            default 1e-2, or 3e-2 for large problems.
 
     Returns:
         The analysis; `str()` is the verdict, `.save(dir)` and `.to_html(path)` write it, under the names that

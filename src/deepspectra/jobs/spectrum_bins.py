@@ -1,4 +1,4 @@
-"""Histograms of a spectrum: bins as narrow as what is known of it allows, each with the least and most it can hold."""
+"""Histograms of a spectrum: bins as narrow as what is known of it allows, with the least and most they can hold."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ ACROSS = 200  # bins of a linear axis, about
 PER_DECADE = 8  # of a logarithmic one
 SMALLEST = 1e-6  # of an operator's largest |λ|: what is drawn on logarithmic axes
 MEANT = 1.0  # width of a band, in units of the mass it is of, up to which a bin is known
-DEAR = 1e-3  # of a bin that is not known, in units of one that is: the fewer the better
+ENOUGH, SPARSE = (
+    6,
+    1 / 3,
+)  # eigenvalues in a bin of more than one cell of the lattice, and for each of its cells
+NARROW = 1e-6  # of two bins that are as well known the narrower is taken
+DEAR = 1e-3  # of a bin that is neither known nor empty, in units of one that is: the fewer the better
 LESS_THAN_ONE = 0.5  # eigenvalue at most: a bin holds none
 
 
@@ -45,7 +50,7 @@ class Bins(NamedTuple):
         return found
 
 
-def binned(density: Density, view: str, zeros: float = 0.0) -> Bins:
+def binned(density: Density, view: str, zeros: float = 0.0, reach: float | None = None) -> Bins:
     """The bins of a density, as many as are known of a lattice's; where none is, as few as can be.
 
     Args:
@@ -53,11 +58,12 @@ def binned(density: Density, view: str, zeros: float = 0.0) -> Bins:
         view: "linear" (λ), "signed" (λ, bins even in log |λ| on either side of those about zero) or "magnitude" (|λ|,
             likewise).
         zeros: share of eigenvalues that are known to be zero, which no bin has.
+        reach: of the linear axis, if others share it; by default from the smallest to the largest node.
 
     The band is that of the distribution function, which holds at all edges together, so that edges may be chosen by
     it.
     """
-    edges = _lattice(density, view)
+    edges = _lattice(density, view, reach)
     mass, low, high = _cumulative(density, edges, view)
     size = density.size
     # [i, j] of the bin from edge i to edge j.
@@ -66,12 +72,14 @@ def binned(density: Density, view: str, zeros: float = 0.0) -> Bins:
     )
     about_zero = np.outer(edges <= 0, edges > 0) * zeros
     masses, least, most = (np.clip(one - about_zero, 0, None) for one in (masses, least, most))
-    known = (most - least <= MEANT * masses) | (
-        size * most < LESS_THAN_ONE
-    )  # the latter for certain hold none
+    cells = np.subtract.outer(np.arange(len(edges)), np.arange(len(edges))).T
+    known, counts = most - least <= MEANT * masses, size * masses
+    score = np.where(known & (counts >= ENOUGH) & (counts >= SPARSE * cells), 1.0, -DEAR)
+    score = np.where(known & (cells == 1) | (size * most < LESS_THAN_ONE), np.maximum(score, 0.0), score)
+    score = np.where(score > 0, score - NARROW * cells, score)
     best, before = np.zeros(len(edges)), np.zeros(len(edges), dtype=int)
     for j in range(1, len(edges)):
-        scores = best[:j] + np.where(known[:j, j], 1.0, -DEAR)
+        scores = best[:j] + score[:j, j]
         before[j] = int(scores.argmax())
         best[j] = scores[before[j]]
     ends = [len(edges) - 1]
@@ -83,12 +91,12 @@ def binned(density: Density, view: str, zeros: float = 0.0) -> Bins:
     return Bins(edges[i], edges[j], masses, least, most)
 
 
-def _lattice(density: Density, view: str) -> Array:
+def _lattice(density: Density, view: str, reach: float | None) -> Array:
     """The finest edges: those of a linear axis with zero amid a bin, else powers of ten and steps between them."""
     low, high = (float(value) for value in density.nodes.aminmax())
     largest = max(-low, high)
     if view == "linear":
-        step = _round((high - low) / ACROSS or largest)
+        step = _round((reach or high - low) / ACROSS or largest)
         first, last = math.floor(low / step + 0.5), math.ceil(high / step - 0.5)
         edges = (np.arange(first, last + 2) - 0.5) * step
         return edges if low < 0 else np.append(0.0, edges[edges > 0])

@@ -29,7 +29,7 @@ def judged_tails(found: Findings, above: Mapping[str, float]) -> dict[tuple[str,
 
 
 def _kept(one: Tail, end: float, size: int) -> TestedTail:
-    """Its verdict, and the power law as a line in double logarithms: densities per decade where it begins and ends."""
+    """Its verdict, and the power law as a line in double logarithms: densities per decade at its ends."""
     law = one.power_law
     share = law.num_tail / size
     start = math.log(10) * (law.exponent - 1) * share  # per decade of x, at x_min

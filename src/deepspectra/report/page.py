@@ -257,20 +257,21 @@ def _figures(dataset: xr.Dataset) -> tuple[dict[str, str], dict[str, Any]]:
 
 def _boxes(figure: Figure, drawn: dict[Chart, str]) -> str:
     """Places for charts: of several side by side, or one at a time."""
-    boxes = {chart.name: f'<div class="chart" id="chart-{chart.name}"></div>' for chart in drawn}
-    labels = dict(zip(boxes, drawn.values(), strict=True))
-    if len(boxes) == 1:
-        return "".join(boxes.values())
+    panels: dict[str, str] = {}
+    for chart, label in drawn.items():
+        panels[label] = panels.get(label, "") + f'<div class="chart" id="chart-{chart.name}"></div>'
+    if len(panels) == 1:
+        return "".join(panels.values())
     if not figure.tabs:
-        pair = "".join(f"<div><h3>{labels[name]}</h3>{box}</div>" for name, box in boxes.items())
+        pair = "".join(f"<div><h3>{label}</h3>{boxes}</div>" for label, boxes in panels.items())
         return f'<div class="pair">{pair}</div>'
     buttons = [
-        f'<input type="radio" name="view" id="view-{name}"{" checked" if index == 0 else ""}>'
-        f'<label for="view-{name}">{label}</label>'
-        for index, (name, label) in enumerate(labels.items())
+        f'<input type="radio" name="view" id="view-{index}"{"" if index else " checked"}>'
+        f'<label for="view-{index}">{label}</label>'
+        for index, label in enumerate(panels)
     ]
-    panels = [f'<div class="panel">{box}</div>' for box in boxes.values()]
-    return f'<div class="tabs">{"".join(buttons)}{"".join(panels)}</div>'
+    shown = [f'<div class="panel">{boxes}</div>' for boxes in panels.values()]
+    return f'<div class="tabs">{"".join(buttons)}{"".join(shown)}</div>'
 
 
 def tables_section(dataset: xr.Dataset) -> str:

@@ -11,6 +11,8 @@ from torch import Tensor
 from deepspectra.errors import OptionError
 
 COVERED = math.erf(math.sqrt(2))  # by two standard deviations of a normal variable: 95.4 %
+BISECTIONS = 50
+ROUNDING = 1e-6  # of a count
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -35,10 +37,40 @@ def student_scale(count: int) -> float:
 
 def interval(value: Number, error: Number, freedom: float, confidence: float) -> tuple[Number, Number]:
     """What `confidence` takes, if two errors are what `COVERED` takes."""
-    if not 0 < confidence < 1:
-        raise OptionError(f"confidence must lie between 0 and 1, such as 0.95; got {confidence!r}.")
+    _check(confidence)
     half = 2 * _quantile(confidence, freedom) / _quantile(COVERED, freedom) * error
     return value - half, value + half
+
+
+def count_interval(
+    low: Tensor, high: Tensor, size: float, num_probes: int, confidence: float
+) -> tuple[Tensor, Tensor]:
+    """How many k of `size` eigenvalues a set holds, if the mean share that probes see of it lies between two bounds.
+
+    The share that a Gaussian probe sees is a Beta(k/2, (size − k)/2) variable, and the mean over n of them nearly a
+    Beta(nk/2, n(size − k)/2) one, which scatters no less. Each k that this gives a chance of at least
+    (1 − confidence)/2 on either side is kept. Counts are whole numbers.
+    """
+    from scipy.special import betainc  # noqa: PLC0415  (SciPy's import takes a while)
+
+    _check(confidence)
+    slack = ROUNDING / size
+    shares = torch.stack([(low - slack).clamp_min(0), (high + slack).clamp_max(1)]).numpy()
+    below = torch.zeros(2, *low.shape, dtype=torch.float64)
+    above = torch.full_like(below, size)
+    chance = torch.tensor([1 + confidence, 1 - confidence]).view(2, *[1] * low.ndim) / 2
+    for _ in range(BISECTIONS):  # the chance of no more than is seen falls with k
+        count = (below + above) / 2
+        a, b = num_probes * count.numpy() / 2, num_probes * (size - count).numpy() / 2
+        more = torch.from_numpy(betainc(a, b, shares)) > chance
+        below, above = torch.where(more, count, below), torch.where(more, above, count)
+    least, most = (below[0] - ROUNDING).ceil(), (above[1] + ROUNDING).floor()
+    return torch.minimum(least, most).clamp_min(0), torch.maximum(least, most)
+
+
+def _check(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise OptionError(f"confidence must lie between 0 and 1, such as 0.95; got {confidence!r}.")
 
 
 def _quantile(confidence: float, freedom: float) -> float:

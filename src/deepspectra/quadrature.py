@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor
 
 from deepspectra.argument_checks import check_choice, check_count
-from deepspectra.confidence import Number, interval
+from deepspectra.confidence import Number, count_interval, interval
 from deepspectra.dataframes import Tabular
 from deepspectra.errors import OptionError
+from deepspectra.moment_bounds import Jacobi
 from deepspectra.results import Cost, Result
 
 TINY = 1e-300  # keeps the logarithm of a zero spectrum finite
+ROUNDING = 10  # in units of ε·max|λ|: nodes are known no better
+LEAST_ROUNDING = 1e-13  # relative to max|λ|, of what is computed from the nodes
 
 
 @dataclass(frozen=True)
@@ -133,25 +137,92 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         count = float(self.size * (self.weights @ above))
         if not self.num_probes:
             return count, 0.0
-        # Indices of the exact nodes, then of each probe's.
-        counts = torch.bincount(self.probes + 1, minlength=self.num_probes + 1)
-        exact, *rows = torch.split(self.probes.argsort(stable=True), counts.tolist())
-        blur = sum(self._resolution(x, exact, r) for r in rows)
+        blur = sum(self._resolution(x, rows, jacobi) for rows, jacobi in self._measures)
         return count, self.size * math.hypot(float(self._errors(above[None])), blur / 2)
 
-    def _resolution(self, x: float, exact: Tensor, rows: Tensor) -> float:
-        """Christoffel's function at x of a probe's measure, 1/Σ p_k(x)² over its orthonormal polynomials.
+    @cached_property
+    def _measures(self) -> list[tuple[Tensor, Jacobi]]:
+        """Of each probe, the indices of its nodes, and as many polynomials of its measure as it has steps."""
+        counts = torch.bincount(self.probes + 1, minlength=self.num_probes + 1)
+        _, *rows = torch.split(self.probes.argsort(stable=True), counts.tolist())
+        return [
+            (r, Jacobi.of(self.nodes[r].numpy(), self.weights[r].numpy(), self.num_steps))
+            for r in rows
+            if len(r)
+        ]
 
-        Two measures with the same moments, as many as `num_steps` polynomials have, differ by no more in the mass
-        above x (Chebyshev, Markov and Stieltjes).
-        """
-        apart, known = self.nodes[rows] - x, self.nodes[exact] - x
+    def _resolution(self, x: float, rows: Tensor, jacobi: Jacobi) -> float:
+        """Christoffel's function at x of a probe's measure, unless exact eigenvalues enclose x."""
+        apart, known = self.nodes[rows] - x, self.exact - x
         if not any(_nearest(side * apart) < _nearest(side * known) for side in (1, -1)):
             return 0.0
-        weights = self.weights[rows]
-        return float(weights.sum()) * christoffel(
-            apart / apart.abs().max(), weights / weights.sum(), self.num_steps
+        return float(jacobi.christoffel(np.array([x]))[0])
+
+    def cdf_band(self, x: Tensor, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Bounds of the mass at or below x, of x's shape: at each point they hold it in this share of all runs.
+
+        They add what a probe's moments leave open of its own measure, which is certain (Chebyshev, Markov and
+        Stieltjes), to how far the probes are from the spectrum. One probe is enough for that: of a set of k of d
+        eigenvalues a Gaussian probe sees a share that is a Beta(k/2, (d − k)/2) variable. Both bounds are whole
+        multiples of 1/P, rise from 0 to 1, and are `cdf` itself for a spectrum that is known exactly. Values of x
+        that differ by the rounding of products are one. Deflated pairs of residual R move no more eigenvalues past x than they are, and none by more
+        than ‖R‖.
+
+        Raises:
+            OptionError: confidence is not between 0 and 1.
+
+        Cost: num_steps² operations a node and probe, once.
+        """
+        return self._band(torch.full_like(x, -math.inf), x, confidence)
+
+    def mass_band(self, edges: Tensor, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Bounds of the mass in each bin (a, b] between ascending edges (k + 1,): two tensors (k,).
+
+        As those of `cdf_band`, and closer than their differences: where a bin holds little, little of it scatters.
+
+        Raises:
+            OptionError: edges do not ascend, or confidence is not between 0 and 1.
+        """
+        if edges.ndim != 1 or len(edges) < 2 or not bool((edges.diff() > 0).all()):
+            raise OptionError(f"edges must be two or more ascending numbers; got {edges.tolist()}.")
+        return self._band(edges[:-1], edges[1:], confidence)
+
+    def _band(self, start: Tensor, end: Tensor, confidence: float) -> tuple[Tensor, Tensor]:
+        """Bounds of the mass in (start, end], of any shape."""
+        a, b = (x.detach().double().cpu() for x in (start, end))
+        if not self._measures:
+            mass = self.cdf(b) - self.cdf(a)
+            return mass, mass.clone()
+        largest = float(self.nodes.abs().max())
+        rounding = max(ROUNDING * torch.finfo(getattr(torch, self.provenance.dtype)).eps, LEAST_ROUNDING)
+        low, high = self._mass_within(a, b, rounding * largest, confidence)
+        if self.deflation_residual:
+            moved = (a.isfinite().double() + b.isfinite()) * len(self.exact) / self.size
+            reach = rounding * largest + self.deflation_residual * float(self.exact.norm())
+            least, most = self._mass_within(a, b, reach, confidence)
+            low, high = torch.maximum(low - moved, least), torch.minimum(high + moved, most)
+        return low, high
+
+    def _mass_within(self, a: Tensor, b: Tensor, blur: float, confidence: float) -> tuple[Tensor, Tensor]:
+        """Bounds of the mass in (a, b] if no eigenvalue is further off than `blur`."""
+        ends = torch.stack([a + blur, b - blur, a - blur, b + blur])
+        least, most = torch.zeros(2, *ends.shape, dtype=torch.float64)
+        for _, jacobi in self._measures:
+            found = jacobi.mass_below(ends.flatten().numpy())
+            least += torch.from_numpy(found[0]).view(ends.shape)
+            most += torch.from_numpy(found[1]).view(ends.shape)
+        free = float(self.weights[self.probes >= 0].sum())
+        least, most = (torch.where(ends == -math.inf, 0.0, mass / free).clamp(0, 1) for mass in (least, most))
+        low, high = count_interval(
+            (least[1] - most[0]).clamp_min(0),
+            (most[3] - least[2]).clamp_min(0),
+            free * self.size,
+            self.num_probes,
+            confidence,
         )
+        known = torch.searchsorted(self.exact, ends, right=True)
+        low, high = low + (known[1] - known[0]).clamp_min(0), high + known[3] - known[2]
+        return low / self.size, (high / self.size).clamp_max(1)
 
     def smooth(
         self,
@@ -231,30 +302,6 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
 def _nearest(distances: Tensor) -> float:
     """The smallest that is positive; ∞ without one."""
     return float(distances[distances > 0].min()) if bool((distances > 0).any()) else math.inf
-
-
-def christoffel(nodes: Tensor, weights: Tensor, count: int) -> float:
-    """1/Σ p_k(0)² of the first `count` orthonormal polynomials of a discrete measure on [−1, 1].
-
-    It is the smallest ∫p² of polynomials with p(0) = 1 of a lower degree than `count`. They come by Lanczos'
-    recurrence with full reorthogonalisation.
-    """
-    x, count = nodes.numpy(), min(count, len(nodes))
-    columns = np.zeros((count + 1, len(x)))
-    columns[0] = weights.sqrt().numpy()
-    previous, current, beta, total = 0.0, 1.0, 0.0, 0.0  # p_{k−1}(0), p_k(0)
-    for k in range(count):
-        total += current * current
-        image = x * columns[k]
-        alpha = float(columns[k] @ image)
-        for _ in range(2):
-            image -= columns[: k + 1].T @ (columns[: k + 1] @ image)
-        last, beta = beta, float(np.linalg.norm(image))
-        if beta <= 1e-14 or not math.isfinite(total):
-            break
-        previous, current = current, (-alpha * current - last * previous) / beta
-        columns[k + 1] = image / beta
-    return 1 / total
 
 
 def _default_width(low: float, high: float, num_steps: int) -> float:

@@ -67,9 +67,9 @@ def _histograms(found: Findings) -> Variables:
     """Of every spectrum, without its zeros, and what they do not show."""
     bins: dict[tuple[str, str, str], Bins] = {}
     zeros, smallest, small = {}, {}, {}
-    nodes = torch.cat([density.nodes for one in _looks(found).values() for density in one.densities.values()])
-    reach = float(nodes.nan_to_num().max() - nodes.nan_to_num().min())
     for split, one in _looks(found).items():
+        nodes = torch.cat([density.nodes for density in one.densities.values()]).nan_to_num()
+        reach = float(nodes.max() - nodes.min())
         for name in OPERATORS:
             if not bool(one.densities[name].nodes.any()):
                 zeros[split, name] = 1.0

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from deepspectra.quadrature import Density
 
@@ -60,8 +59,7 @@ def binned(density: Density, view: str, zeros: float = 0.0, reach: float | None 
         zeros: share of eigenvalues that are known to be zero, which no bin has.
         reach: of the linear axis, if others share it; by default from the smallest to the largest node.
 
-    The band is that of the distribution function, which holds at all edges together, so that edges may be chosen by
-    it.
+    The band is that of the distribution function at both ends of a bin: what one probe and few moments leave open.
     """
     edges = _lattice(density, view, reach)
     mass, low, high = _cumulative(density, edges, view)
@@ -118,20 +116,11 @@ def _round(value: float) -> float:
 
 def _cumulative(density: Density, edges: Array, view: str) -> tuple[Array, Array, Array]:
     """The mass up to each edge, below it at zero, and its band."""
-    tiny = torch.tensor(np.finfo(np.float64).tiny, dtype=torch.float64)
-    at = torch.from_numpy(edges)
-    at = torch.where(at == 0, -tiny, at)
-    mass, (low, high) = density.cdf(at), _cdf_band(density, at)
+    at = torch.from_numpy(np.where(edges == 0, -np.finfo(np.float64).tiny, edges))
+    mass, (low, high) = density.cdf(at), density.cdf_band(at)
     if view == "magnitude":
         below = -at.abs().nextafter(2 * at.abs())  # −|λ| itself counts
-        under, (least, most) = density.cdf(below), _cdf_band(density, below)
+        under, (least, most) = density.cdf(below), density.cdf_band(below)
         mass, low, high = mass - under, (low - most).clamp_min(0), high - least
         mass[0] = low[0] = high[0] = 0
     return mass.numpy(), low.numpy(), high.numpy()
-
-
-def _cdf_band(density: Density, at: Tensor) -> tuple[Tensor, Tensor]:
-    counts = np.array([density.count_above(float(x)) for x in at]).T / density.size
-    mass = density.cdf(at)
-    error = 2 * torch.from_numpy(counts[1])
-    return (mass - error).clamp_min(0), (mass + error).clamp_max(1)

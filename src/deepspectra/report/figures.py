@@ -58,7 +58,7 @@ FIGURES = {
             spectrum_charts.magnitude_spectrum_test: "Of |λ|, both signs together",
         },
         captions.spectrum,
-        (tables.eigenvalue,),
+        (tables.eigenvalue, tables.tail),
         tabs=True,
     ),
     "shares": Figure("Shares", "What the outliers are made of", {shares: ""}, captions.shares),

@@ -11,6 +11,7 @@ import xarray as xr
 
 from deepspectra.report import drawing as d
 from deepspectra.report.findings import outliers
+from deepspectra.report.text import percent, symbol
 
 IS_SHOWN = "shown == 'all' || datum.operator == shown"
 # Heights of outliers, so that operators do not hide one another.
@@ -73,7 +74,7 @@ def magnitude_spectrum_test(dataset: xr.Dataset) -> alt.LayerChart:
 
 
 def _linear(dataset: xr.Dataset, split: str) -> alt.LayerChart:
-    table = _bins(dataset, "linear")
+    table = [row for row in _bins(dataset, "linear") if row["split"] == split]
     low, high = min(row["start"] for row in table), max(row["end"] for row in table)
     ends = low - MARGIN * (high - low), high + MARGIN * (high - low)
     x = _axis(ends, alt.Axis(title="eigenvalue λ", tickCount=8, format="~g"))
@@ -81,12 +82,12 @@ def _linear(dataset: xr.Dataset, split: str) -> alt.LayerChart:
 
 
 def _mirrored(dataset: xr.Dataset, split: str) -> alt.LayerChart:
-    table = [row for row in _bins(dataset, "signed") if row["start"] * row["end"] > 0]
+    table = _bins(dataset, "signed")
     return _spectrum(dataset, table, _mirrored_log(table), split, PER_DECADE, ("negative", "positive"))
 
 
 def _of_sizes(dataset: xr.Dataset, split: str) -> alt.LayerChart:
-    table = [row for row in _bins(dataset, "magnitude") if row["start"] > 0]
+    table = _bins(dataset, "magnitude")
     low, high = _sizes(table)
     ticks = d.decades(low, high, most=7)
     axis = d.ticks_axis([*map(math.log10, ticks)], [*map(d.tick, ticks)], title="|λ|")
@@ -97,7 +98,7 @@ def _of_sizes(dataset: xr.Dataset, split: str) -> alt.LayerChart:
 
 def _sizes(table: list[d.Row]) -> tuple[float, float]:
     """The smallest and the largest |λ| of bins that may hold some."""
-    ends = [abs(row[end]) for row in table if row["high"] > 0 for end in ENDS] or [1e-3, 1.0]
+    ends = [abs(row[end]) for row in table if row["high"] > 0 for end in ENDS if row[end]] or [1e-3, 1.0]
     return min(ends), max(ends)
 
 
@@ -119,6 +120,8 @@ def _spectrum(
 ) -> alt.LayerChart:
     """Of the bins of all splits, which share axes, those of one, with what stands out of them and what fits them."""
     operators = d.operators_of(table)
+    about_zero = [row for row in table if sides and row["start"] <= 0 < row["end"]]  # which has no decades
+    table = [row for row in table if row not in about_zero]
     for row in table:
         row["x"], row["x2"] = line.place(row["start"]), line.place(row["end"])
         row["known"] = row["high"] - row["low"] <= row["mass"]
@@ -128,7 +131,8 @@ def _spectrum(
     table = [row for row in table if row["split"] == split]
     tails = [row for row in d.rows(dataset, *TAIL) if row["split"] == split and row["side"] in sides]
     layers = [alt.layer(*_histograms(table, operators, line, span, title), *_power_laws(tails, line, span))]
-    if split == "train" and (marks := [*_outliers(dataset, line), *_edges(dataset, operators, line)]):
+    marks = [*_outliers(dataset, line), *_edges(dataset, operators, line)] if split == "train" else []
+    if marks := marks + _unresolved([row for row in about_zero if row["split"] == split], line):
         layers.append(alt.layer(*marks))
     chart = alt.layer(*layers).resolve_scale(y="independent")
     chart = chart.add_params(d.operator_selector(operators, everything=True))
@@ -191,6 +195,26 @@ def _power_laws(tails: list[d.Row], line: _Line, span: tuple[float, float]) -> l
     rule = rule.encode(**shared, opacity=alt.Opacity("strength:Q", scale=None), detail="side:N")
     text = d.blank(texts).transform_filter(IS_SHOWN).mark_text(dx=6, dy=-6, align="left", fontSize=11)
     return [rule, *([text.encode(**shared, text="text:N")] if texts else [])]
+
+
+def _unresolved(about_zero: list[d.Row], line: _Line) -> list[d.Mark]:
+    """Bars over the values about zero that are in one bin, with the share of the eigenvalues there."""
+    table = [
+        {"operator": row["operator"], "label": row["label"], "x": line.place(row["start"])}
+        | {"x2": line.place(row["end"]), "lane": 0.16 + 3 * LANES[row["operator"]]}
+        | {"text": f"{percent(row['mass'])} of {symbol(row['operator'])}"}
+        for row in about_zero
+        if row["mass"] > 0
+    ]
+    shared = {
+        "y": alt.Y("lane:Q", scale=alt.Scale(domain=[0, 1]), axis=None),
+        "color": alt.Color("label:N", sort=None),
+    }
+    base = d.blank(table).transform_filter(IS_SHOWN).encode(**shared)
+    rule = base.mark_rule(strokeWidth=3, opacity=0.5, clip=True).encode(x=line.x, x2="x2:Q")
+    middle = base.transform_calculate(x="(datum.x + datum.x2) / 2")
+    text = middle.mark_text(dy=-7, fontSize=11).encode(x=line.x, text="text:N")
+    return [rule, text] if table else []
 
 
 def _outliers(dataset: xr.Dataset, line: _Line) -> list[d.Mark]:

@@ -329,8 +329,12 @@ def sentences(found: Findings) -> list[str]:
     for split, one in _looks(found).items():
         bulks = {name: one.tails.get((name, "magnitude")) for name in OPERATORS}
         listed = [f"{LETTERS[name]} {_law(kept)}" for name, kept in bulks.items() if kept]
-        said = "The tail of the bulk" if split == "train" else f"On the test data (loss {one.loss:.3g}), it"
-        lines += [f"{said} is by its law: {', '.join(listed)}."] if listed else []
+        on = (
+            ""
+            if split == "train"
+            else f"on the test data (loss {one.loss:.3g}, accuracy {one.accuracy:.1%}), "
+        )
+        lines += [f"Laws of the tails of |λ|, {on}without outliers: {', '.join(listed)}."] if listed else []
     if found.ledger.doubts:
         lines.append("Not everything converged: " + "; ".join(found.ledger.doubts))
     return lines

@@ -22,7 +22,7 @@ ENOUGH, SPARSE = (
     6,
     1 / 3,
 )  # eigenvalues in a bin of more than one cell of the lattice, and for each of its cells
-NARROW = 1e-6  # of two bins that are as well known the narrower is taken
+NARROW = 1e-4  # of each cell of a bin that is known: of two such bins the narrower is taken
 DEAR = 1e-3  # of a bin that is neither known nor empty, in units of one that is: the fewer the better
 LESS_THAN_ONE = 0.5  # eigenvalue at most: a bin holds none
 
@@ -41,12 +41,6 @@ class Bins(NamedTuple):
     mass: Array
     low: Array
     high: Array
-
-    @property
-    def known(self) -> NDArray[np.bool_]:
-        """Whether a bin's band is narrow enough to mean something."""
-        found: NDArray[np.bool_] = self.high - self.low <= MEANT * self.mass
-        return found
 
 
 def binned(density: Density, view: str, zeros: float = 0.0, reach: float | None = None) -> Bins:
@@ -80,13 +74,13 @@ def binned(density: Density, view: str, zeros: float = 0.0, reach: float | None 
         scores = best[:j] + score[:j, j]
         before[j] = int(scores.argmax())
         best[j] = scores[before[j]]
-    ends = [len(edges) - 1]
-    while ends[-1]:
-        ends.append(int(before[ends[-1]]))
-    i, j = np.array(ends[:0:-1]), np.array(ends[-2::-1])
-    empty = size * most[i, j] < LESS_THAN_ONE
-    masses, least, most = (np.where(empty, 0.0, one[i, j]) for one in (masses, least, most))
-    return Bins(edges[i], edges[j], masses, least, most)
+    chosen = [len(edges) - 1]
+    while chosen[-1]:
+        chosen.append(int(before[chosen[-1]]))
+    starts, ends = np.array(chosen[:0:-1]), np.array(chosen[-2::-1])
+    empty = size * most[starts, ends] < LESS_THAN_ONE
+    masses, least, most = (np.where(empty, 0.0, one[starts, ends]) for one in (masses, least, most))
+    return Bins(edges[starts], edges[ends], masses, least, most)
 
 
 def _lattice(density: Density, view: str, reach: float | None) -> Array:
@@ -96,16 +90,15 @@ def _lattice(density: Density, view: str, reach: float | None) -> Array:
     if view == "linear":
         step = _round((reach or high - low) / ACROSS or largest)
         first, last = math.floor(low / step + 0.5), math.ceil(high / step - 0.5)
-        edges = (np.arange(first, last + 2) - 0.5) * step
+        edges: Array = (np.arange(first, last + 2) - 0.5) * step
         return edges if low < 0 else np.append(0.0, edges[edges > 0])
     first = math.floor(PER_DECADE * math.log10(SMALLEST * largest) + 1e-9)
     sides = {}
     for name, end in (("negative", -low), ("positive", high)):
         last = math.ceil(PER_DECADE * math.log10(end)) if end > 0 else first
         sides[name] = 10.0 ** (np.arange(first, max(last, first) + 1) / PER_DECADE)
-    if view == "magnitude":
-        return np.append(0.0, max(sides.values(), key=len))
-    return np.append(-sides["negative"][::-1], sides["positive"])
+    found: Array = np.append(-sides["negative"][::-1], sides["positive"])
+    return found if view == "signed" else np.append(0.0, max(sides.values(), key=len))
 
 
 def _round(value: float) -> float:

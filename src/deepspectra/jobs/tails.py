@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from deepspectra.analysis.tail import SIDES, Tail, tail
+from deepspectra.analysis.tail import Side, Tail, tail
 from deepspectra.errors import DataError
 from deepspectra.jobs.findings import Findings, TestedTail
 
 
 def judged_tails(found: Findings, above: Mapping[str, float]) -> dict[tuple[str, str], TestedTail]:
     """Of H and R by size and on each side of zero, and of G, which has one; eigenvalues `above` are outliers."""
-    judged = {}
+    judged: dict[tuple[str, str], TestedTail] = {}
+    sides: tuple[Side, ...] = ("magnitude", "positive", "negative")
     for name in found.densities:
         if (spectrum := found.spectrum(name)) is None:
             continue
-        for side in ("magnitude",) if name == "gauss_newton" else SIDES:
+        for side in sides[:1] if name == "gauss_newton" else sides:
             limit = math.inf if side == "negative" else above.get(name, math.inf)
             try:
                 one = tail(spectrum[0], side=side, above=limit, seed=found.seed)

@@ -32,13 +32,13 @@ def spectrum(dataset: xr.Dataset) -> str:
     read = (
         "How the eigenvalues of the Hessian H, of its Gauss-Newton part G and of the residual R = H − G are spread: "
         "the fraction of all eigenvalues per unit of λ, or per decade of |λ|. Bins are as wide as it takes to know "
-        "what is in them; boxes show the least and the most that each can hold (95 %), none where all eigenvalues are "
-        "known. "
+        "what is in them; boxes show the least and the most that each can hold (95 %), none where all eigenvalues "
+        "are known. "
         "Where a bin has a box and no line, no more is known. Bars about zero span what is in one bin of "
         "logarithmic axes, too small to be told apart. Dots are outliers: point at one for its eigenvalue, residual "
         "norm and shares. Dotted lines are the power laws nearest to the tails, faint where another law is nearer."
     )
-    return read + _zero_sentences(dataset) + _tail_sentences(dataset) + _outlier_sentences(dataset)
+    return read + _zero_sentences(dataset) + _outlier_sentences(dataset)
 
 
 def _zero_sentences(dataset: xr.Dataset) -> str:
@@ -48,16 +48,6 @@ def _zero_sentences(dataset: xr.Dataset) -> str:
         of = symbol(row["operator"]) + (" on the test data" if row["split"] == "test" else "")
         text += f" Left out: {share_html(row['zero_share'])} of the eigenvalues of {of}, zero up to rounding."
     return text
-
-
-def _tail_sentences(dataset: xr.Dataset) -> str:
-    """Which law each bulk's tail follows."""
-    return "".join(
-        f" {symbol(row['operator'])}{' on the test data' if row['split'] == 'test' else ''}: "
-        f"{escaped(row['tail_verdict'])}, for {escaped(row['tail_why'])}"
-        for row in rows(dataset, "tail_verdict", "tail_why")
-        if row["side"] == "magnitude" and row["tail_verdict"]
-    )
 
 
 def _outlier_sentences(dataset: xr.Dataset) -> str:

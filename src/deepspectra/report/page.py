@@ -192,15 +192,17 @@ def _cards(dataset: xr.Dataset) -> str:
 
 
 def _size_cards(dataset: xr.Dataset) -> list[tuple[str, str, str]]:
-    names = ("num_parameters", "num_examples", "num_classes", "accuracy", "loss_value")
-    parameters, examples, classes, accuracy, loss = (attribute(dataset, name) for name in names)
+    parameters, classes = attribute(dataset, "num_parameters"), attribute(dataset, "num_classes")
     cards = [("Parameters", f"{parameters:,}", "")] if parameters is not None else []
-    if examples is not None:
+    for prefix, of in (("", ""), ("test_", "Test ")):
+        names = ("num_examples", "accuracy", "loss_value")
+        examples, accuracy, loss = (attribute(dataset, prefix + name) for name in names)
         note = f"in {quantity(classes, 'class', 'classes')}" if classes else ""
-        cards.append(("Examples", f"{examples:,}", note))
-    if accuracy is not None:
-        note = f"loss {number(loss)}" if loss is not None else ""
-        cards.append(("Training accuracy", f"{accuracy:.2%}", note))
+        if examples is not None:
+            cards.append((f"{of}examples".capitalize(), f"{examples:,}", note))
+        if accuracy is not None:
+            note = f"loss {number(loss)}" if loss is not None else ""
+            cards.append((f"{of}accuracy".capitalize(), f"{accuracy:.2%}", note))
     return cards
 
 

@@ -90,7 +90,7 @@ def _lattice(density: Density, view: str, reach: float | None) -> Array:
     if view == "linear":
         step = _round((reach or high - low) / ACROSS or largest)
         first, last = math.floor(low / step + 0.5), math.ceil(high / step - 0.5)
-        edges: Array = (np.arange(first, last + 2) - 0.5) * step
+        edges: Array = step * (np.arange(first, last + 2, dtype=np.float64) - 0.5)
         return edges if low < 0 else np.append(0.0, edges[edges > 0])
     first = math.floor(PER_DECADE * math.log10(SMALLEST * largest) + 1e-9)
     sides = {}

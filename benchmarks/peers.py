@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -179,10 +179,28 @@ class PyHessian:
         return [*kept, v]
 
     def density(self, case: Case, num_products: int, seed: int) -> Quadrature:
-        """Its nodes and weights."""
+        """Its nodes and weights; `torch.eig`, which it needs and PyTorch no longer has, is lent to it."""
         torch.manual_seed(seed)
-        nodes, weights = self._whole(case).density(iter=num_products)
-        return torch.tensor(nodes).flatten(), torch.tensor(weights).flatten()
+        with _lent(torch, "eig", _eig):
+            nodes, weights = self._whole(case).density(iter=num_products)
+        return torch.tensor(np.array(nodes)).flatten(), torch.tensor(np.array(weights)).flatten()
+
+
+def _eig(matrix: Tensor, eigenvectors: bool = False) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n, 2), real and imaginary, and eigenvectors of a symmetric matrix, as `torch.eig` gave them."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return torch.stack([values, torch.zeros_like(values)], 1), vectors if eigenvectors else vectors[:, :0]
+
+
+@contextlib.contextmanager
+def _lent(module: Any, name: str, value: Any) -> Iterator[None]:
+    """A module with another value under a name."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 class _Limited:
@@ -258,7 +276,31 @@ class NNGeometry:
         return lambda v: fisher.mv(PVector(layers, vector_repr=v)).to_torch().detach()
 
 
-PEERS = (Curvlinops, Eigenthings, PyHessian, Backpack, NNGeometry)
+class Nngeom:
+    """Ritz values of one Lanczos run, without weights."""
+
+    name, package = "nngeom", "nngeom"
+
+    def __init__(self) -> None:
+        import nngeom
+
+        self.module = nngeom
+
+    def spectrum(self, matrix: Tensor, num_products: int, seed: int) -> Quadrature:
+        """What it shows as the spectrum of a matrix: its Ritz values, alike."""
+
+        class Model:
+            num_parameters = len(matrix)
+
+            def hvp(self, _: Any, v: np.ndarray) -> np.ndarray:
+                return (matrix @ torch.from_numpy(v).to(matrix)).double().numpy()
+
+        found = self.module.curvature.lanczos_spectrum(Model(), None, m=num_products, seed=seed)
+        nodes = torch.from_numpy(found.eigenvalues.copy())
+        return nodes, torch.full_like(nodes, 1 / len(nodes))
+
+
+PEERS = (Curvlinops, Eigenthings, PyHessian, Backpack, NNGeometry, Nngeom)
 
 
 def installed() -> tuple[list[Any], dict[str, str]]:

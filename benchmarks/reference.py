@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import BATCH, Case
 
+FLOOR = 1e-6  # of the largest |λ|: what is less is zero, as it is drawn
+
 
 def products(case: Case, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """H V and G V in float64, one vector and one batch at a time, from the definitions."""
@@ -67,9 +69,31 @@ def bounds(case: Case) -> dict[str, float]:
 def wasserstein(nodes: Tensor, weights: Tensor, exact: Tensor) -> float:
     """W1 between a quadrature and eigenvalues (P,), over the mean of their absolute values."""
     points = torch.cat([nodes.double(), exact.double()])
-    masses = torch.cat(
-        [weights.double() / weights.double().sum(), -torch.full_like(exact, 1 / len(exact)).double()]
-    )
     order = points.argsort()
     gaps = points[order].diff()
-    return float((masses[order].cumsum(0)[:-1].abs() * gaps).sum() / exact.abs().mean())
+    return float((_masses(weights, exact)[order].cumsum(0)[:-1].abs() * gaps).sum() / exact.abs().mean())
+
+
+def kolmogorov(nodes: Tensor, weights: Tensor, exact: Tensor) -> float:
+    """Largest difference of a quadrature's distribution function from that of eigenvalues (P,); under FLOOR is zero."""
+    floor = FLOOR * float(exact.abs().max())
+    points = torch.cat([nodes.double(), exact.double()])
+    points = torch.where(points.abs() < floor, 0.0, points)
+    order = points.argsort()
+    apart = _masses(weights, exact)[order].cumsum(0).abs()
+    last = points[order].diff(append=points.new_full((1,), torch.inf)) > 0  # of those at one place
+    return float(apart[last].max())
+
+
+def decades(nodes: Tensor, weights: Tensor, exact: Tensor) -> float:
+    """W1 of log10|λ|, sizes below FLOOR taken for it."""
+    floor = FLOOR * float(exact.abs().max())
+    points = torch.cat([nodes.double(), exact.double()]).abs().clamp_min(floor).log10()
+    order = points.argsort()
+    return float((_masses(weights, exact)[order].cumsum(0)[:-1].abs() * points[order].diff()).sum())
+
+
+def _masses(weights: Tensor, exact: Tensor) -> Tensor:
+    """Of a quadrature's nodes, and, with the other sign, of eigenvalues."""
+    mine = weights.double() / weights.double().sum()
+    return torch.cat([mine, -torch.full_like(exact, 1 / len(exact)).double()])

@@ -33,20 +33,22 @@ class Jacobi(NamedTuple):
         diagonal: (m,) α.
         beside: (m − 1,) β.
         mass: of the measure.
+        complete: whether it has no more polynomials: it is its own Gauss quadrature.
     """
 
     diagonal: Array
     beside: Array
     mass: float
+    complete: bool
 
     @classmethod
-    def of(cls, nodes: Array, weights: Array, count: int) -> Jacobi:
-        """Of a discrete measure (M,), for its first `count` polynomials, or those that it has.
+    def of(cls, nodes: Array, weights: Array, wanted: int) -> Jacobi:
+        """Of a discrete measure (M,), for as many polynomials as are wanted, or as it has.
 
-        By Lanczos' recurrence with full reorthogonalisation: count² M operations.
+        By Lanczos' recurrence with full reorthogonalisation: wanted² M operations.
         """
         mass, largest = float(weights.sum()), float(np.abs(nodes).max(initial=0)) or 1.0
-        count, x = min(count, len(nodes)), nodes / largest
+        count, x = min(wanted, len(nodes)), nodes / largest
         basis = np.zeros((count, len(x)))
         basis[0] = np.sqrt(weights / mass)
         diagonal, beside = np.zeros(count), np.zeros(count - 1)
@@ -62,7 +64,7 @@ class Jacobi(NamedTuple):
                 diagonal, beside = diagonal[: k + 1], beside[:k]
                 break
             basis[k + 1] = image / beside[k]
-        return cls(diagonal * largest, beside * largest, mass)
+        return cls(diagonal * largest, beside * largest, mass, len(diagonal) < wanted)
 
     def christoffel(self, x: Array) -> Array:
         """Christoffel's function at x (k,): the most that a measure of these moments can have there.
@@ -87,11 +89,16 @@ class Jacobi(NamedTuple):
 
         Nodes are known up to rounding: ask beside them, not at them.
         """
+        if self.complete:
+            nodes, weights = self._quadrature(0.0)
+            sums = np.concatenate([[0.0], weights.cumsum()])
+            return sums[np.searchsorted(nodes, x, side="left")], sums[np.searchsorted(nodes, x, side="right")]
         order = np.argsort(x, kind="stable")
         at = x[order]
         most = self.christoffel(at)
         low, high = np.zeros_like(at), np.full_like(at, self.mass)
-        for nodes, weights in self._quadratures():
+        for turn in range(PINS):
+            nodes, weights = self._quadrature(math.tan(math.pi * turn / PINS))
             sums = np.concatenate([[0.0], weights.cumsum()])  # of the nodes before each
             up_to = np.searchsorted(nodes, at, side="right")
             below = np.searchsorted(nodes, at, side="left")
@@ -102,15 +109,12 @@ class Jacobi(NamedTuple):
         rising = np.maximum.accumulate(low), np.minimum.accumulate(high[::-1])[::-1]
         return rising[0][back], rising[1][back]
 
-    def _quadratures(self) -> list[tuple[Array, Array]]:
-        """Nodes and weights for choices of the last diagonal entry that spread the nodes over the gaps."""
+    def _quadrature(self, raised: float) -> tuple[Array, Array]:
+        """Nodes and weights, with the last diagonal entry raised by so many times the one beside it."""
         from scipy.linalg import eigh_tridiagonal  # noqa: PLC0415  (SciPy's import takes a while)
 
-        found = []
-        for turn in range(PINS):
-            diagonal = self.diagonal.copy()
-            if len(self.beside):
-                diagonal[-1] += self.beside[-1] * math.tan(math.pi * turn / PINS)
-            nodes, vectors = eigh_tridiagonal(diagonal, self.beside)
-            found.append((nodes, self.mass * vectors[0] ** 2))
-        return found
+        diagonal = self.diagonal.copy()
+        if len(self.beside):
+            diagonal[-1] += raised * self.beside[-1]
+        nodes, vectors = eigh_tridiagonal(diagonal, self.beside)
+        return nodes, self.mass * vectors[0] ** 2

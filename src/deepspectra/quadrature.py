@@ -57,6 +57,8 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
             were freed of, but not all, are nodes of weight 1/P among theirs.
         num_steps: Krylov steps a probe was given; the resolution at which an exact spectrum is drawn.
         deflation_residual: the largest ‖A v − λ v‖/|λ| of the deflated pairs, 0 without.
+        num_deflated: how many pairs were.
+        merged: whether copies of nodes were: no probe with fewer nodes than steps is known to have no others.
         num_products: products spent.
     """
 
@@ -66,6 +68,8 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
     num_probes: int
     num_steps: int
     deflation_residual: float = 0.0
+    num_deflated: int = 0
+    merged: bool = False
     num_products: int = 0
 
     @property
@@ -145,16 +149,17 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         """Of each probe, the indices of its nodes, and as many polynomials of its measure as it has steps."""
         counts = torch.bincount(self.probes + 1, minlength=self.num_probes + 1)
         _, *rows = torch.split(self.probes.argsort(stable=True), counts.tolist())
+        wanted = [min(self.num_steps, len(r)) if self.merged else self.num_steps for r in rows]
         return [
-            (r, Jacobi.of(self.nodes[r].numpy(), self.weights[r].numpy(), self.num_steps))
-            for r in rows
+            (r, Jacobi.of(self.nodes[r].numpy(), self.weights[r].numpy(), count))
+            for r, count in zip(rows, wanted, strict=True)
             if len(r)
         ]
 
     def _resolution(self, x: float, rows: Tensor, jacobi: Jacobi) -> float:
         """Christoffel's function at x of a probe's measure, unless exact eigenvalues enclose x."""
         apart, known = self.nodes[rows] - x, self.exact - x
-        if not any(_nearest(side * apart) < _nearest(side * known) for side in (1, -1)):
+        if jacobi.complete or not any(_nearest(s * apart) < _nearest(s * known) for s in (1, -1)):
             return 0.0
         return float(jacobi.christoffel(np.array([x]))[0])
 
@@ -165,8 +170,8 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         Stieltjes), to how far the probes are from the spectrum. One probe is enough for that: of a set of k of d
         eigenvalues a Gaussian probe sees a share that is a Beta(k/2, (d − k)/2) variable. Both bounds are whole
         multiples of 1/P, rise from 0 to 1, and are `cdf` itself for a spectrum that is known exactly. Values of x
-        that differ by the rounding of products are one. Deflated pairs of residual R move no more eigenvalues past x than they are, and none by more
-        than ‖R‖.
+        that differ by the rounding of products are one. Deflated pairs of residual R move no more eigenvalues past x
+        than they are, and none by more than ‖R‖.
 
         Raises:
             OptionError: confidence is not between 0 and 1.
@@ -197,8 +202,9 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         rounding = max(ROUNDING * torch.finfo(getattr(torch, self.provenance.dtype)).eps, LEAST_ROUNDING)
         low, high = self._mass_within(a, b, rounding * largest, confidence)
         if self.deflation_residual:
-            moved = (a.isfinite().double() + b.isfinite()) * len(self.exact) / self.size
-            reach = rounding * largest + self.deflation_residual * float(self.exact.norm())
+            moved = (a.isfinite().double() + b.isfinite()) * self.num_deflated / self.size
+            values = self.exact.abs().topk(self.num_deflated).values  # no smaller than those deflated
+            reach = rounding * largest + self.deflation_residual * float(values.norm())
             least, most = self._mass_within(a, b, reach, confidence)
             low, high = torch.maximum(low - moved, least), torch.minimum(high + moved, most)
         return low, high

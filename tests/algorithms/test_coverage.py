@@ -10,6 +10,7 @@ import pytest
 import torch
 from reproductions import coverage
 from reproductions.coverage import (
+    BAND_TABLES,
     SAMPLE_TABLES,
     SAMPLES,
     SEEDS,
@@ -17,10 +18,10 @@ from reproductions.coverage import (
     Check,
     Probes,
     Tally,
-    cases,
     measure,
     tally,
 )
+from reproductions.spectra import BAND_WORDS, WORDS, band_cases, cases
 from scipy.stats import norm, t
 
 import deepspectra as ds
@@ -45,10 +46,39 @@ def fair(found: Tally) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spectrum", list(coverage.WORDS))
+@pytest.mark.parametrize("spectrum", list(WORDS))
 @pytest.mark.parametrize(("title", "row"), [(title, row) for title, rows in TABLES.items() for row in rows])
 def test_estimates_keep_their_word_over_many_seeds(title: str, row: str, spectrum: str) -> None:
     fair(measure(TABLES[title][row], cases()[spectrum], SEEDS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spectrum", list(BAND_WORDS))
+@pytest.mark.parametrize(
+    ("title", "row"), [(title, row) for title, rows in BAND_TABLES.items() for row in rows]
+)
+def test_bands_of_the_mass_hold_it_over_many_seeds(title: str, row: str, spectrum: str) -> None:
+    assert measure(BAND_TABLES[title][row], band_cases()[spectrum], SEEDS).keeps()
+
+
+@pytest.mark.parametrize("spectrum", list(BAND_WORDS))
+@pytest.mark.parametrize("row", ["4 × 8", "4 × 8, 3 pairs of residual .05 deflated"])
+def test_bands_of_the_mass_hold_it(row: str, spectrum: str) -> None:
+    for rows in BAND_TABLES.values():
+        assert measure(rows[row], band_cases()[spectrum], 20).keeps()
+
+
+def test_a_band_is_no_wider_than_what_a_wrong_one_would_need() -> None:
+    """Probes of other spectra, or one whose nodes are moved by a tenth, lie outside at many points."""
+    case = band_cases()["Marchenko-Pastur + 3"]
+    x = coverage.points(case.values)
+    found, _ = coverage.density(Probes(2, 48), case.name, 0)
+    low, high = found.cdf_band(x)
+    moved = torch.searchsorted(1.1 * case.values.flip(0), x, right=True).double() / len(case.values)
+    other = torch.searchsorted(band_cases()["half zeros"].values.flip(0), x, right=True).double() / 300
+    for wrong in (moved, other):
+        outside = (wrong < low - 1e-9) | (wrong > high + 1e-9)
+        assert float(outside[(x > 0.2) & (x < 5)].double().mean()) > 0.1
 
 
 @pytest.mark.parametrize("spectrum", ["flat + spiked", "multiple"])
@@ -218,11 +248,16 @@ def test_the_page_has_a_row_for_every_estimate() -> None:
     for title, rows in TABLES.items():
         assert f"## {title}" in page
         assert all(f"| {row} | 94.5% (-1.2) |" in page for row in rows)
-    assert set(coverage.WORDS) == set(cases())
+    banded = {t: {row: dict.fromkeys(band_cases(), cell) for row in rows} for t, rows in BAND_TABLES.items()}
+    page_of_bands = coverage.page(banded)
+    assert all(f"| {row} | 94.5% (-1.2) |" in page_of_bands for rows in BAND_TABLES.values() for row in rows)
+    assert (set(WORDS), set(BAND_WORDS)) == (set(cases()), set(band_cases()))
 
 
 def test_the_page_in_the_documents_is_that_of_the_records() -> None:
-    found = {title: rows for title in (*TABLES, *SAMPLE_TABLES) if (rows := coverage.recorded(title))}
+    found = {
+        title: rows for title in (*TABLES, *BAND_TABLES, *SAMPLE_TABLES) if (rows := coverage.recorded(title))
+    }
     assert coverage.PAGE.read_text() == coverage.page(found)
     assert {*ESTIMATES, *DENSITIES} <= set(found)
 

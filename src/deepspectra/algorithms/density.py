@@ -102,9 +102,9 @@ def density(
     generator, scaled = stream(seed, "density"), InUnits(operator)
     run = Probes(scaled, num_probes * num_steps, progress)
     known = _known_rows(scaled, deflate, seed)
+    keeps = _keeps_basis(operator, basis, num_steps, len(known))
     if len(known) < operator.shape[0]:
-        explore = _with_basis if _keeps_basis(operator, basis, num_steps, len(known)) else _without_basis
-        groups = explore(run, known, num_probes, num_steps, generator)
+        groups = (_with_basis if keeps else _without_basis)(run, known, num_probes, num_steps, generator)
     else:
         groups = [_complete(NO_ENDS, torch.zeros(0, dtype=torch.float64), num_probes)]
     values = torch.zeros(0) if deflate is None else deflate.values.cpu()
@@ -117,6 +117,8 @@ def density(
         num_probes=num_probes,
         num_steps=num_steps,
         deflation_residual=0.0 if deflate is None else deflate.worst,
+        num_deflated=len(known),
+        merged=not keeps,
         num_products=run.spent + (deflate is not None),
         seconds=time.perf_counter() - began,
         provenance=Provenance.of(operator, seed=seed),
@@ -232,19 +234,23 @@ def _folds(krylov: Krylov, start: Tensor, locked: Ends, num_steps: int) -> list[
 
 def _krylov_space(matrix: Tensor, start: Tensor, num_steps: int) -> Tensor:
     """Orthonormal columns (m, k) that span the first num_steps powers of the matrix (m, m) on start (m, g)."""
-    eps, largest = torch.finfo(torch.float64).eps, 0.0
-    space, new = matrix[:, :0], start / start.norm(dim=0)
+    eps, largest, count = torch.finfo(torch.float64).eps, 0.0, 0
+    rows = matrix.new_empty(
+        min(len(matrix), num_steps * start.shape[1]), len(matrix)
+    )  # contiguous, filled in turn
+    new = (start / start.norm(dim=0)).T
     for _ in range(num_steps):
-        largest = max(largest, float(new.norm(dim=0).max()))
-        new = new - space @ (space.T @ new)
-        columns, sizes, _ = torch.linalg.svd(new, full_matrices=False)
-        new = columns[:, sizes > ROUNDING * eps * largest]
-        if new.shape[1] == 0 or space.shape[1] == len(matrix):
+        largest, space = max(largest, float(new.norm(dim=1).max())), rows[:count]
+        new = new - (new @ space.T) @ space
+        _, sizes, new = torch.linalg.svd(new, full_matrices=False)
+        new = new[sizes > ROUNDING * eps * largest][: len(rows) - count]
+        if not len(new):
             break
-        new = torch.linalg.qr(new - space @ (space.T @ new))[0]  # twice is enough
-        space = torch.cat([space, new], 1)
-        new = matrix @ new
-    return space
+        new = torch.linalg.qr((new - (new @ space.T) @ space).T)[0].T  # twice is enough
+        rows[count : count + len(new)] = new
+        count += len(new)
+        new = new @ matrix
+    return rows[:count].T
 
 
 def _converged(

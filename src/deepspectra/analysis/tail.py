@@ -46,11 +46,11 @@ Verdict = Literal[
 ]
 
 FURTHER = 2.25  # times the power law's reach at which another law holds and the power law does not
-FEW, AS_FAR = 400, 1.5  # of so few eigenvalues, laws that reach so much further are not told from it
+FEW, AS_FAR = 500, 1.6  # of so few eigenvalues, laws that reach so much further are not told from it; up to
+SURE, ALMOST = 900, 2.1  # as many, such that reach so much further: those of log-normal draws often do
 ALIKE = 0.9  # times the log-normal's reach at which the exponential, the simpler law, is taken
 ENOUGH = 50  # effective eigenvalues that a power law is called on
 ENOUGH_BLURRED = 100  # of quadrature nodes, above whose x_min a log-normal's curvature may hide
-SURE = 900  # eigenvalues from which on log-normal draws are hardly taken for power laws: in 4 % of cases at 1,000
 LEVEL = 0.005  # of the goodness of fit below which a power law is rejected
 OTHERS: tuple[Other, ...] = ("exponential", "log-normal")
 SIDES = {"magnitude": "x = |λ|", "positive": "x = λ > 0", "negative": "x = −λ > 0"}
@@ -312,7 +312,8 @@ def _tail_verdict(total: float, law: PowerLaw, others: Mapping[str, Alternative]
         return rival.name, f"it holds for the largest {rival.reach:,.0f}; {power}."
     if law.p_value < LEVEL or not law.reach:
         return "none of these", f"{power}; {beside}; no law of a bulk is near."
-    if exponential.reach >= law.reach or (total < FEW and rival.reach >= AS_FAR * law.reach):
+    as_far = AS_FAR if total < FEW else ALMOST if total < SURE else FURTHER
+    if exponential.reach >= law.reach or rival.reach >= as_far * law.reach:
         return "undecided", f"{power}; {beside}: they are not told apart."
     if law.effective < min(law.num_tail, ENOUGH_BLURRED):
         few = f"what is known of its tail says no more than {law.effective:,.0f} eigenvalues would"

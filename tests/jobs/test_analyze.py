@@ -197,7 +197,8 @@ def test_test_data_stand_beside_those_of_training():
             if start > 1e-4
         ]
         above = bins.bin_start.values > 1e-4
-        covered = (bins.bin_low.values[above] <= inside) & (inside <= bins.bin_high.values[above])
+        low, high = (bins[f"bin_{end}"].values[above] for end in ("low", "high"))
+        covered = (low - 1e-9 <= inside) & (inside <= high + 1e-9)
         assert covered.mean() >= 0.9
     assert dataset.attrs["test_accuracy"] == test.accuracy()
     assert dataset.attrs["test_loss_value"] == pytest.approx(test.loss())

@@ -96,7 +96,7 @@ def test_where_parameters_are_few_every_eigenvalue_is_exact(dtype):
         assert len(nodes) == len(exact)
         assert float((nodes - exact).abs().max()) <= 20 * torch.finfo(dtype).eps * float(exact.abs().max())
     assert set(found["density_probe"].values.ravel().tolist()) <= {-1, -2}
-    np.testing.assert_array_equal(found["bin_low"], found["bin_high"])
+    assert not (found["bin_low"] < found["bin_high"]).any()
     assert float(found["trace_standard_error"].max()) == 0
 
 

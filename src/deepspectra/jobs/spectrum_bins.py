@@ -24,6 +24,7 @@ ENOUGH, SPARSE = (
 )  # eigenvalues in a bin of more than one cell of the lattice, and for each of its cells
 NARROW = 1e-4  # of each cell of a bin that is known: of two such bins the narrower is taken
 DEAR = 1e-3  # of a bin that is neither known nor empty, in units of one that is: the fewer the better
+SLACK = 1e-9  # of a cell, for rounding
 LESS_THAN_ONE = 0.5  # eigenvalue at most: a bin holds none
 
 
@@ -89,13 +90,13 @@ def _lattice(density: Density, view: str, reach: float | None) -> Array:
     largest = max(-low, high)
     if view == "linear":
         step = _round((reach or high - low) / ACROSS or largest)
-        first, last = math.floor(low / step + 0.5), math.ceil(high / step - 0.5)
+        first, last = math.ceil(low / step - 0.5 - SLACK), math.ceil(high / step - 0.5 + SLACK)
         edges: Array = step * (np.arange(first, last + 2, dtype=np.float64) - 0.5)
         return edges if low < 0 else np.append(0.0, edges[edges > 0])
-    first = math.floor(PER_DECADE * math.log10(SMALLEST * largest) + 1e-9)
+    first = math.floor(PER_DECADE * math.log10(SMALLEST * largest))
     sides = {}
     for name, end in (("negative", -low), ("positive", high)):
-        last = math.ceil(PER_DECADE * math.log10(end)) if end > 0 else first
+        last = 1 + math.floor(PER_DECADE * math.log10(end) + SLACK) if end > 0 else first
         sides[name] = 10.0 ** (np.arange(first, max(last, first) + 1) / PER_DECADE)
     found: Array = np.append(-sides["negative"][::-1], sides["positive"])
     return found if view == "signed" else np.append(0.0, max(sides.values(), key=len))

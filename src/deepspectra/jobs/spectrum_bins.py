@@ -18,10 +18,8 @@ ACROSS = 200  # bins of a linear axis, about
 PER_DECADE = 8  # of a logarithmic one
 SMALLEST = 1e-6  # of an operator's largest |λ|: what is drawn on logarithmic axes
 MEANT = 1.0  # width of a band, in units of the mass it is of, up to which a bin is known
-ENOUGH, SPARSE = (
-    6,
-    1 / 3,
-)  # eigenvalues in a bin of more than one cell of the lattice, and for each of its cells
+ENOUGH = 6  # eigenvalues in a bin of more than one cell of the lattice,
+SPARSE = 1 / 3  # and for each of its cells
 NARROW = 1e-4  # of each cell of a bin that is known: of two such bins the narrower is taken
 DEAR = 1e-3  # of a bin that is neither known nor empty, in units of one that is: the fewer the better
 SLACK = 1e-9  # of a cell, for rounding

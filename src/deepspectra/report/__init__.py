@@ -5,7 +5,7 @@ from deepspectra.report.class_charts import class_cosines, cross_class_weights, 
 from deepspectra.report.drawing import save_chart
 from deepspectra.report.figures import charts
 from deepspectra.report.page import render, render_series, write, write_series
-from deepspectra.report.spectrum_charts import log_spectrum, spectrum
+from deepspectra.report.spectrum_charts import log_spectrum, magnitude_spectrum, spectrum
 
 __all__ = [
     "averaging",
@@ -15,6 +15,7 @@ __all__ = [
     "cross_class_weights",
     "knockouts",
     "log_spectrum",
+    "magnitude_spectrum",
     "render",
     "render_series",
     "save_chart",

@@ -40,6 +40,7 @@ INK, MUTED, GRID = "#1f2933", "#5f6c7b", "#e4e8ed"
 FONT = "-apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 WIDTH = 720
 OVERLAP = "overlap ‖UᵀV‖² / k"
+LETTERS, POINTS, ASPECT = 7, 72, 0.68  # of a printed chart: their size, points an inch, height by width
 MOST_ROWS = 40  # more cannot be labelled legibly
 FORMATS = ("svg", "pdf", "png", "html", "json")
 
@@ -170,6 +171,31 @@ def finished(chart: Mark, **properties: Any) -> alt.LayerChart:
         title=alt.TitleConfig(anchor="start", fontSize=13, fontWeight=600, color=INK, subtitleColor=MUTED),
     )
     return finished
+
+
+def printed(chart: alt.LayerChart, inches: float | None) -> alt.LayerChart:
+    """The same for print: as wide as some inches, all marks and letters included, these of 7 points."""
+    if inches is None:
+        return chart
+    spec = chart.to_dict()
+    config = spec["config"]
+    text = {"labelFontSize": LETTERS, "titleFontSize": LETTERS}
+    config["axis"] |= {**text, "titlePadding": 3, "tickSize": 3}
+    config["legend"] |= {**text, "symbolSize": 30, "columnPadding": 6, "rowPadding": 1, "offset": 3}
+    config["padding"] = 1
+    width = inches * POINTS
+    spec |= {"width": width, "height": ASPECT * width, "autosize": {"type": "fit", "contains": "padding"}}
+    pending: list[Any] = [spec]
+    while pending:
+        one = pending.pop()
+        pending += one.get("layer", [])
+        mark = one.get("mark")
+        if isinstance(mark, dict):
+            mark |= {"fontSize": LETTERS} if mark["type"] == "text" else {}
+            mark |= {"size": mark["size"] / 3} if "size" in mark and mark["type"] != "bar" else {}
+            mark |= {"strokeWidth": min(0.9, mark["strokeWidth"])} if "strokeWidth" in mark else {}
+    found: alt.LayerChart = alt.LayerChart.from_dict(spec)
+    return found
 
 
 def colour(colours: Mapping[str, str], **options: Any) -> alt.Color:

@@ -192,15 +192,17 @@ def _cards(dataset: xr.Dataset) -> str:
 
 
 def _size_cards(dataset: xr.Dataset) -> list[tuple[str, str, str]]:
-    names = ("num_parameters", "num_examples", "num_classes", "accuracy", "loss_value")
-    parameters, examples, classes, accuracy, loss = (attribute(dataset, name) for name in names)
+    parameters, classes = attribute(dataset, "num_parameters"), attribute(dataset, "num_classes")
     cards = [("Parameters", f"{parameters:,}", "")] if parameters is not None else []
-    if examples is not None:
+    for prefix, of in (("", ""), ("test_", "Test ")):
+        names = ("num_examples", "accuracy", "loss_value")
+        examples, accuracy, loss = (attribute(dataset, prefix + name) for name in names)
         note = f"in {quantity(classes, 'class', 'classes')}" if classes else ""
-        cards.append(("Examples", f"{examples:,}", note))
-    if accuracy is not None:
-        note = f"loss {number(loss)}" if loss is not None else ""
-        cards.append(("Training accuracy", f"{accuracy:.2%}", note))
+        if examples is not None:
+            cards.append((f"{of}examples".capitalize(), f"{examples:,}", note))
+        if accuracy is not None:
+            note = f"loss {number(loss)}" if loss is not None else ""
+            cards.append((f"{of}accuracy".capitalize(), f"{accuracy:.2%}", note))
     return cards
 
 
@@ -257,20 +259,21 @@ def _figures(dataset: xr.Dataset) -> tuple[dict[str, str], dict[str, Any]]:
 
 def _boxes(figure: Figure, drawn: dict[Chart, str]) -> str:
     """Places for charts: of several side by side, or one at a time."""
-    boxes = {chart.name: f'<div class="chart" id="chart-{chart.name}"></div>' for chart in drawn}
-    labels = dict(zip(boxes, drawn.values(), strict=True))
-    if len(boxes) == 1:
-        return "".join(boxes.values())
+    panels: dict[str, str] = {}
+    for chart, label in drawn.items():
+        panels[label] = panels.get(label, "") + f'<div class="chart" id="chart-{chart.name}"></div>'
+    if len(panels) == 1:
+        return "".join(panels.values())
     if not figure.tabs:
-        pair = "".join(f"<div><h3>{labels[name]}</h3>{box}</div>" for name, box in boxes.items())
+        pair = "".join(f"<div><h3>{label}</h3>{boxes}</div>" for label, boxes in panels.items())
         return f'<div class="pair">{pair}</div>'
     buttons = [
-        f'<input type="radio" name="view" id="view-{name}"{" checked" if index == 0 else ""}>'
-        f'<label for="view-{name}">{label}</label>'
-        for index, (name, label) in enumerate(labels.items())
+        f'<input type="radio" name="view" id="view-{index}"{"" if index else " checked"}>'
+        f'<label for="view-{index}">{label}</label>'
+        for index, label in enumerate(panels)
     ]
-    panels = [f'<div class="panel">{box}</div>' for box in boxes.values()]
-    return f'<div class="tabs">{"".join(buttons)}{"".join(panels)}</div>'
+    shown = [f'<div class="panel">{boxes}</div>' for boxes in panels.values()]
+    return f'<div class="tabs">{"".join(buttons)}{"".join(shown)}</div>'
 
 
 def tables_section(dataset: xr.Dataset) -> str:

@@ -6,6 +6,7 @@ python -m reproductions --data-root DIR [--store DIR] [--pages] [--stages 3]
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,15 +14,22 @@ from typing import Any
 
 import deepspectra as ds
 from reproductions.measure import ClaimsCell
+from reproductions.pages import Grid, claims_page, dynamics_page
+from reproductions.records import earlier
 
+DOCS = Path(__file__).parent.parent / "docs"
 STORE = Path("reproductions-store")
 LOOKS = "progress"
-SMALL = {"model": ["mlp", "lenet", "mlp-bn"], "data": ["mnist", "fashion", "cifar10"], LOOKS: [0.02, 0.1, 0.33, 1]}
+SMALL = {
+    "data": ["fashion", "mnist", "cifar10"],
+    "model": ["mlp", "lenet", "mlp-bn"],
+    LOOKS: [0.02, 0.1, 0.33, 1],
+}
 DEAR = SMALL | {"model": ["resnet18-small"]}
 
 
 def stages() -> Iterator[dict[str, list[Any]]]:
-    """Grids in the order in which they tell most for their cost; together all models, data, sizes and seeds."""
+    """Grids in the order in which they tell most for their cost; they do not overlap."""
     yield SMALL | {"per_class": [13], "seed": [0]}
     yield SMALL | {"per_class": [136], "seed": [0]}
     yield SMALL | {"per_class": [13], "seed": [1, 2]}
@@ -33,6 +41,15 @@ def stages() -> Iterator[dict[str, list[Any]]]:
     yield DEAR | {"per_class": [51, 136, 702], "seed": [0, 1, 2]}
 
 
+def write_pages(store: Path, docs: Path = DOCS) -> None:
+    """From whatever cells there are."""
+    found = ds.gather(store)
+    cells = sum(math.prod(map(len, axes.values())) for axes in stages())
+    grid = Grid(cells, cells // len(SMALL[LOOKS]))
+    (docs / "claims.md").write_text(claims_page(found, earlier(DOCS / "claims.jsonl"), grid))
+    (docs / "dynamics.md").write_text(dynamics_page(found, docs / "dynamics", grid))
+
+
 def main() -> None:
     """Measure what is missing, stage by stage, and write the pages after each."""
     parser = argparse.ArgumentParser(prog="python -m reproductions", description=__doc__)
@@ -41,10 +58,14 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=len(list(stages())), help="how many of the grids")
     parser.add_argument("--pages", action="store_true", help="write the pages from what the store has")
     options = parser.parse_args()
-    if options.data_root is None and not options.pages:
+    if options.pages:
+        write_pages(options.store)
+        return
+    if options.data_root is None:
         parser.error("--data-root or DEEPSPECTRA_DATA must name the folder of the data sets.")
-    for axes in [] if options.pages else list(stages())[: options.stages]:
+    for axes in list(stages())[: options.stages]:
         ds.sweep(ClaimsCell(options.data_root), axes, options.store, looks=LOOKS, executor=1)
+        write_pages(options.store)
 
 
 if __name__ == "__main__":

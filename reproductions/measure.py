@@ -70,7 +70,7 @@ class ClaimsCell(ZooCell):
 
 
 def measure(problem: ds.Problem, seed: int = 0, ended: bool = True) -> dict[str, Any]:
-    """Every number that claims are judged by, of a network at its training data; of layers when training has ended."""
+    """Every number that claims are judged by, of a network at its training data; of layers at the end of training."""
     exact = problem.num_examples * (problem.num_classes - 1) <= EXACT_ROWS
     found: dict[str, Any] = {
         "loss": problem.loss(),
@@ -136,7 +136,7 @@ def overlaps(averaged: Mapping[str, Tensor], pairs: ds.Eigenpairs, prefix: str) 
 
 
 def operator_measures(found: Attribution) -> dict[str, Any]:
-    """``value``, the largest eigenvalues; ``outliers``, ``bulk_edge``; ``share_…``; ``value_without_…``, ``left_…``."""
+    """``value``, the largest; ``outliers`` and ``bulk_edge``; ``share_…``; ``value_without_…`` and ``left_…``."""
     measured: dict[str, Any] = {
         "value": found.values,
         "outliers": found.num_outliers,

@@ -91,7 +91,9 @@ class ZooCell:
         )
 
         def build() -> nn.Module:
-            network = zoo.build(model, input_shape=train.input_shape, num_classes=train.num_classes, seed=seed)
+            network = zoo.build(
+                model, input_shape=train.input_shape, num_classes=train.num_classes, seed=seed
+            )
             return zoo.normalised(network, train.input_shape) if batch_norm else network
 
         looks = epochs if progress is None else progress

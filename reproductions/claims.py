@@ -249,7 +249,7 @@ def misclassification(records: list[Record]) -> Claim:
     for data in sorted({r["data"] for r in records}):
         some = [r for r in records if r["data"] == data]
         pairs = np.array([[ratio(r), 1 - r["test_accuracy"]] for r in some])
-        if len(pairs) < 5:
+        if len(pairs) < 5 or not np.ptp(pairs, axis=0).all():  # nothing to correlate
             continue
         value = spearmanr(pairs[:, 0], pairs[:, 1]).statistic
         draws = [pairs[rng.integers(len(pairs), size=len(pairs))] for _ in range(RESAMPLES)]

@@ -22,7 +22,7 @@ import deepspectra as ds
 from deepspectra import zoo
 from deepspectra.analysis.study import LEFT, WHOLE
 from deepspectra.jobs.study_dataset import STUDIES, Variant
-from reproductions.claims import table
+from reproductions.verdicts import table
 
 HERE = Path(__file__).parent.parent / "docs"
 RECORDS, PAGE = HERE / "dissecting.jsonl", HERE / "dissecting.md"

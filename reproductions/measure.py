@@ -26,7 +26,6 @@ from deepspectra.jobs.sweep_zoo import ZooCell, decades_over, gram_measures
 from deepspectra.operators.curvature import Curvature, Residual
 from deepspectra.operators.parts import Decomposition
 from deepspectra.results import Provenance
-from deepspectra.rows.spectrum import significant
 
 SPARE_PAIRS = 3  # beyond the number of classes
 RTOL = 1e-2  # of eigenpairs
@@ -157,12 +156,13 @@ def means_measures(problem: ds.Problem, parts: Decomposition, edge: float) -> di
     gram, values = means.T @ means, {}
     for name in ("class", "logit", "interaction", "true"):
         basis = parts.projections.basis(name).flatten(0, 1)
-        values[name] = torch.linalg.eigvalsh(basis.T @ gram @ basis)
+        rank = round(float(basis.square().sum()))  # of columns that are orthonormal, or a projection
+        values[name] = torch.linalg.eigvalsh(basis.T @ gram @ basis)[-rank:]
     traces = {name: float(some.sum()) for name, some in values.items()}
     total, bump = gradient_trace(problem)[0], values["interaction"]
     traces["within"] = max(0.0, total - sum(traces.values()))
     found = {f"trace_{name}": value for name, value in traces.items()}
-    return found | {"trace": total, "bump_clearance": decades_over(bump[significant(bump)], edge)}
+    return found | {"trace": total, "bump_clearance": decades_over(bump, edge)}
 
 
 def shifts(problem: ds.Problem) -> dict[str, Any]:

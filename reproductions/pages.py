@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import xarray as xr
 
+from deepspectra.analysis.principal_subspace import overlap_bound
 from deepspectra.report.drawing import save_chart
 from deepspectra.report.dynamics_charts import drawn
 from reproductions import claims
@@ -111,9 +112,57 @@ def claims_page(found: xr.Dataset, before: list[Record], grid: Grid) -> str:
         "",
         table(*_trajectory(cells, kinds["fitted"], MOVING)),
     ]
+    parts += _samples(large)
     for j, claim in enumerate(every):
         parts += ["", *_section(claim, {kind: judged_of[kind][j] for kind in list(kinds)[:3]})]
     return "\n".join(parts) + "\n"
+
+
+def _samples(records: list[Record]) -> list[str]:
+    """Which networks were measured by a sample, and how good it is."""
+    top, rows = claims.NUM_CLASSES - 1, []
+    for r in records:
+        if "sample" in r:
+            sample, outliers = r["sample"], min(claims.outliers_at(r), top)
+            measured = [
+                f"{sample['examples']:,}",
+                f"{sample['residual']:.2g} ± {sample['error']:.1g}",
+                f"{r['hessian_value'][top - 1]:.2g}",
+                _at_least(within(r, top)),
+                str(outliers),
+                _at_least(within(r, outliers)),
+            ]
+            rows.append([r["model"], r["data"], str(r["per_class"]), *measured])
+    text = (
+        "Of these large networks eigenpairs, shares and knock-outs are those of a sample drawn by importance, means "
+        f"of all images. U are the sample's first {top} eigenvectors, H is the Hessian on all images; the overlap of "
+        "U with H's own is at least what this residual and the gap allow. Where fewer than these are outliers, there "
+        "is no gap after the last of U, but one after the outliers: at least so much of their eigenspace lies in U."
+    )
+    head = [
+        *HEAD[:3],
+        "images drawn",
+        "‖(I − UUᵀ)HU‖",
+        f"λ of the {top}th",
+        "overlap at least",
+        "outliers among them",
+        "outliers in U at least",
+    ]
+    return ["", "## Large networks, by a sample", "", text, "", table(head, rows)] if rows else []
+
+
+def _at_least(bound: float) -> str:
+    """Rounded down."""
+    return f"{math.floor(1000 * bound) / 1000:.3f}"
+
+
+def within(record: Record, num: int) -> float:
+    """Of the span X of H's first m eigenvectors so much, ‖UᵀX‖² / m, is in a sample's U at least."""
+    if not num:
+        return 0.0
+    values = record["hessian_value"]
+    gap = values[num - 1] - values[claims.NUM_CLASSES - 1]
+    return overlap_bound(record["sample"]["residual"], gap, num)
 
 
 def _networks(records: list[Record]) -> str:

@@ -1,4 +1,4 @@
-"""The chart of a sweep: what a store has against every axis of numbers, chosen by menus, mean and spread over seeds."""
+"""The chart of a sweep: what a store has against every axis of numbers, by menus, mean and spread over seeds."""
 
 import concurrent.futures
 
@@ -47,7 +47,9 @@ def test_each_finished_cell_is_a_row_with_what_the_store_has():
     spec = dynamics(MINE).to_dict()
     rows = spec["datasets"][spec["data"]["name"]]
     assert len(rows) == 30
-    (row,) = [r for r in rows if (r["model"], r["per_class"], r["progress"], r["seed"]) == ("b", 136, 0.33, 1)]
+    (row,) = [
+        r for r in rows if (r["model"], r["per_class"], r["progress"], r["seed"]) == ("b", 136, 0.33, 1)
+    ]
     assert (row["mine"], row["value"], row["accuracy"]) == (111.1, 3, pytest.approx(0.05))
     assert row["per_class "] == "136"  # as the menu spells it
 
@@ -132,4 +134,3 @@ def test_known_measures_are_those_that_cells_of_the_zoo_have(tmp_path):
     assert known - set(found) == {"norm", "norm_residual", "share_residual"}  # of other cells
     titles = list(figures(dynamics(found).to_dict()))
     assert len(titles) == len(FAMILIES) - 1 + 1  # not of H, and any measure
-

@@ -229,7 +229,7 @@ def gram_measures(problem: Problem, spectrum: GramSpectrum) -> dict[str, Any]:
         "value": spectrum.values[: num_classes**2],
         "outliers": spectrum.num_outliers(),
         "bulk_edge": spectrum.bulk_edge,
-        "trace": spectrum.values.sum(),
+        "trace": float(spectrum.values.sum()),
     }
     for name, total, share in zip(spectrum.part_names, traces, shares, strict=True):
         found[f"trace_{name}"], found[f"share_{name}"] = total, share

@@ -45,8 +45,9 @@ class ClaimsCell(ZooCell):
 
     Measures of the Hessian are those of `operator_measures`, with ``hessian_`` before their names; of G likewise, or
     those of `gram_measures` where its whole spectrum is computed; ``overlap_class`` and ``overlap_cross_class`` of
-    both; ``norm`` and ``norm_residual``, Frobenius norms of G and R; ``clustering``; and, at the end of a training
-    whose spectrum is computed, those of `shifts` and `layer_measures`.
+    both; ``norm`` and ``norm_residual``, Frobenius norms of G (without the whole spectrum that of its first pairs, a
+    little less) and R; ``clustering``; and, at the end of a training whose spectrum is computed, those of `shifts`
+    and `layer_measures`.
     """
 
     rates: tuple[float, ...] = (0.25, 1.0, 4.0)
@@ -92,7 +93,7 @@ def measure(problem: ds.Problem, seed: int = 0, ended: bool = True) -> dict[str,
         pairs = judged(hessian, parts, "random", found, "hessian_")
         found |= overlaps(averaged, judged(gauss_newton, parts, pairs.vectors, found, ""), "")
         found |= means_measures(problem, parts, found["bulk_edge"])
-        found["norm"] = frobenius_norm(gauss_newton, NORM_PRODUCTS, seed).value
+        found["norm"] = float(found["value"].norm())
     found |= overlaps(averaged, pairs, "hessian_")
     residual = frobenius_norm(Residual(problem), NORM_PRODUCTS, seed)
     found |= {"norm_residual": residual.value, "norm_residual_error": residual.standard_error}

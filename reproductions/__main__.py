@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspectra as ds
+from reproductions import dissecting
 from reproductions.measure import ClaimsCell
 from reproductions.pages import Grid, claims_page, dynamics_page
 from reproductions.records import earlier
@@ -54,18 +55,20 @@ def main() -> None:
     """Measure what is missing, stage by stage, and write the pages after each."""
     parser = argparse.ArgumentParser(prog="python -m reproductions", description=__doc__)
     parser.add_argument("--data-root", type=Path, default=os.environ.get("DEEPSPECTRA_DATA"))
-    parser.add_argument("--store", type=Path, default=STORE, help="folder of the sweep")
+    parser.add_argument("--store", type=Path, default=STORE, help="folder of the sweeps")
     parser.add_argument("--stages", type=int, default=len(list(stages())), help="how many of the grids")
     parser.add_argument("--pages", action="store_true", help="write the pages from what the store has")
     options = parser.parse_args()
-    if options.pages:
-        write_pages(options.store)
-        return
-    if options.data_root is None:
-        parser.error("--data-root or DEEPSPECTRA_DATA must name the folder of the data sets.")
-    for axes in list(stages())[: options.stages]:
-        ds.sweep(ClaimsCell(options.data_root), axes, options.store, looks=LOOKS, executor=1)
-        write_pages(options.store)
+    layers = options.store / "dissecting"
+    if not options.pages:
+        if options.data_root is None:
+            parser.error("--data-root or DEEPSPECTRA_DATA must name the folder of the data sets.")
+        dissecting.go_on(layers, options.data_root)
+        for axes in list(stages())[: options.stages]:
+            ds.sweep(ClaimsCell(options.data_root), axes, options.store, looks=LOOKS, executor=1)
+            write_pages(options.store)
+    dissecting.write_page(layers)
+    write_pages(options.store)
 
 
 if __name__ == "__main__":

@@ -260,11 +260,19 @@ def test_networks_are_trained_as_in_the_papers() -> None:
     assert (recipe.momentum, recipe.weight_decay, len(cell.rates)) == (0.9, 5e-4, 3)
 
 
-def test_layers_are_dissected_and_set_beside_published_numbers() -> None:
+def test_layers_are_dissected_and_set_beside_published_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build = partial(zoo.mlp, widths=(8,))
     run = dissecting.Run("784-200-200-10, mnist", "batch-norm", build, "digits", None, 4, 2)
-    record = dissecting.measure(run, Path())
+    monkeypatch.setitem(dissecting.RUNS, "tiny", run)
+    cell, threads = dissecting.DissectingCell(Path()), ThreadPoolExecutor(1)
+    ds.sweep(cell, {"run": ["tiny"]}, tmp_path, executor=threads, progress=False)
+    (found,) = of_store(ds.gather(tmp_path))
+    record = dissecting.record(run, found)
     assert record == json.loads(json.dumps(record))
+    accuracies = np.asarray(found["accuracies"]).tolist()
+    assert record["accuracies"] == dict(zip(["plain", "batch norm"], accuracies, strict=True))
     assert list(record["values"]) == ["plain", "batch norm"]
     assert list(record["values"]["plain"]) == ["fc1", "fc2", "all layers"]
     text = dissecting.page([record])
@@ -278,3 +286,12 @@ def test_layers_are_dissected_and_set_beside_published_numbers() -> None:
     nearest = [line.split(" | ") for line in text.splitlines() if line.startswith("| fully connected")]
     assert [sum(map(int, row[1:3])) + int(row[3].rstrip(" |")) for row in nearest] == [2, 2]
     assert list(dissecting.RUNS)[1] == "lenet-mnist-batch-norm"
+
+
+def test_the_page_of_layers_is_that_of_its_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = dissecting.PAGE.read_text()
+    monkeypatch.setattr(dissecting, "PAGE", tmp_path / "page.md")
+    dissecting.write_page(tmp_path / "no store")
+    assert (tmp_path / "page.md").read_text() == written
+    every = {(run.name, run.study) for run in dissecting.RUNS.values()}
+    assert {(record["name"], record["study"]) for record in dissecting._recorded()} == every

@@ -19,7 +19,7 @@ from reproductions.pages import Grid, claims_page, dynamics_page
 from reproductions.records import earlier
 
 DOCS = Path(__file__).parent.parent / "docs"
-STORE = Path("reproductions-store")
+STORE = Path("runs/reproductions")
 LOOKS = "progress"
 SMALL = {
     "data": ["fashion", "mnist", "cifar10"],

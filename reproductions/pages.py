@@ -186,8 +186,8 @@ def _about(
     return [
         f"{_cells(found, grid)}: {models}; {data}; {sizes} images a class. Networks are trained as in the "
         "papers, 200 epochs (350 on CIFAR-10) of SGD with momentum .9 and weight decay 5e-4, the learning rate "
-        "divided by ten after each third; it is the best by test error of three, a factor of four apart, each tried "
-        "for a tenth of the epochs on the same schedule (the papers try a hundred, for all of them).",
+        "divided by ten after each third; of three, a factor of two apart, it is the "
+        "one with the lowest test error in the end (the papers try a hundred).",
         "",
         f"A network is fitted if it misclassifies at most {FITTED:.0%} of its training images: "
         f"{sum(map(fits, trained))} of these {len(trained)} are, and {sum(map(fits, large))} of the {len(large)} "

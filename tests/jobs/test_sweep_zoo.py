@@ -90,9 +90,8 @@ def test_progress_is_a_share_of_the_epochs():
 
 
 def test_the_best_of_some_rates_is_looked_at():
-    cell = ZooCell(training_epochs=6, rates=(0.1, 1, 1e8), trial=0.5)
-    with np.errstate(all="raise"):
-        found = cell(per_class=5)
+    cell = ZooCell(training_epochs=6, rates=(0.1, 1, 1e8))
+    found = cell(per_class=5)
     rate = zoo.recipe("mlp", "digits", 50).learning_rate
     assert found["rates"] == [0.1 * rate, rate, 1e8 * rate]
     assert found["rate_test_accuracy"][2] == 0  # diverges
@@ -100,8 +99,7 @@ def test_the_best_of_some_rates_is_looked_at():
     assert found["rate"] == found["rates"][int(np.argmax(found["rate_test_accuracy"]))]
     chosen = ZooCell(training_epochs=6)(per_class=5, learning_rate=found["rate"])
     assert chosen["loss"] == found["loss"]
-    short = ZooCell(training_epochs=3)(per_class=5, learning_rate=rate)
-    assert found["rate_test_accuracy"][1] == short["test_accuracy"]
+    assert max(found["rate_test_accuracy"]) == found["test_accuracy"] == chosen["test_accuracy"]
 
 
 def test_networks_vary_by_batch_norm_and_by_their_labels():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +46,10 @@ class ZooCell:
         root: folder of the data sets' files, as in `zoo.load`.
         training_epochs: how long each network is trained, whatever is looked at; by default as `recipe` says.
         residual_products: to spend on the trace of R, the Hessian without G; 0 for none.
-        rates: multiples of the learning rate that are tried; the network looked at is trained with that which
-            classifies the test set best, or, of equal ones, ends at the lowest loss.
-        trial: how long each is tried, as a share of the epochs.
+        rates: multiples of the learning rate that are tried; looked at is the network that classifies the test set
+            best in the end, or, of equal ones, has the lowest loss.
 
-    Cost: a training a task, and a trial a rate; four gradients, eight eigendecompositions of R × R numbers,
+    Cost: a training a task, or one a rate; four gradients, eight eigendecompositions of R × R numbers,
     R = N (C − 1), and `residual_products` products a look.
     """
 
@@ -58,7 +57,6 @@ class ZooCell:
     training_epochs: int | None = None
     residual_products: int = 0
     rates: tuple[float, ...] = ()
-    trial: float = 1.0
 
     @property
     def version(self) -> str:
@@ -134,13 +132,12 @@ class ZooCell:
         weights, features, outputs = _network_size(model, shape, num_classes)
         looks = epochs if progress is None else progress
         num_looks = len(looks) if isinstance(looks, tuple) else 1
-        held = num_examples * (features + num_classes * outputs)
-        matrices = self._matrices(num_examples * (num_classes - 1), num_classes, weights)
-        return PROCESS + FLOAT64 * (matrices + held + (COPIES + num_looks) * weights)
+        held = self._held(num_examples, num_classes, features + num_classes * outputs, weights)
+        return PROCESS + FLOAT64 * (held + (COPIES + num_looks * max(1, len(self.rates))) * weights)
 
-    def _matrices(self, num_rows: int, num_classes: int, num_weights: int) -> int:
-        """Numbers that the measures of a look hold at most, beside features and errors."""
-        return MATRICES * num_rows**2
+    def _held(self, num_examples: int, num_classes: int, num_captured: int, num_weights: int) -> int:
+        """Numbers that the measures of a look hold at most, with so many features and errors of an example."""
+        return MATRICES * (num_examples * (num_classes - 1)) ** 2 + num_examples * num_captured
 
     def _looks(
         self,
@@ -151,56 +148,58 @@ class ZooCell:
         epochs: tuple[int, ...],
         seed: int,
     ) -> Iterator[dict[str, Any]]:
-        """Train once, with the best rate, keeping the weights at these epochs, then look at each."""
-        recipe, tried = self._with_best_rate(build, train, test, recipe, seed)
-        states: dict[int, dict[str, Tensor]] = {}
-        network = build()
-
-        def keep(epoch: int) -> None:
-            if epoch in epochs:
-                states[epoch] = {name: value.clone() for name, value in network.state_dict().items()}
-
-        keep(0)
-        diverged: NonFiniteError | None = None
-        try:
-            zoo.train(network, train, recipe, seed=seed, progress=lambda history: keep(len(history)))
-        except NonFiniteError as error:  # there is something to see of before
-            diverged = error
+        """Train once a rate, keeping the weights at these epochs, then look at each of the best."""
+        recipes = [
+            replace(recipe, learning_rate=factor * recipe.learning_rate) for factor in self.rates or (1.0,)
+        ]
+        tried = [_trained(build(), train, test, one, epochs, seed) for one in recipes]
+        at = max(range(len(tried)), key=lambda j: (tried[j].test_accuracy, -tried[j].loss))
+        about: dict[str, Any] = {"rate": recipes[at].learning_rate}
+        if self.rates:
+            about["rates"] = [one.learning_rate for one in recipes]
+            about["rate_test_accuracy"] = [one.test_accuracy for one in tried]
+            about["rate_loss"] = [one.loss for one in tried]
+        network, best = build(), tried[at]
         for epoch in epochs:
-            if epoch not in states:
-                assert diverged is not None
-                raise diverged
-            network.load_state_dict(states[epoch])
+            if epoch not in best.states:
+                assert best.diverged is not None
+                raise best.diverged
+            network.load_state_dict(best.states[epoch])
             network.eval()
             problem = Problem(network, (train.inputs, train.targets))
             found = self.measures(problem, seed, epoch == recipe.epochs)
-            yield {"epoch": epoch, "test_accuracy": zoo.accuracy(network, test)} | tried | found
+            yield {"epoch": epoch, "test_accuracy": zoo.accuracy(network, test)} | about | found
 
-    def _with_best_rate(
-        self,
-        build: Callable[[], nn.Module],
-        train: zoo.LabelledData,
-        test: zoo.LabelledData,
-        recipe: zoo.Recipe,
-        seed: int,
-    ) -> tuple[zoo.Recipe, dict[str, Any]]:
-        """The recipe with the best of the rates, and how all of them did."""
-        if not self.rates:
-            return recipe, {"rate": recipe.learning_rate}
-        rates = [factor * recipe.learning_rate for factor in self.rates]
-        accuracies, losses = [], []
-        for rate in rates:
-            network = build()
-            short = replace(recipe, learning_rate=rate, epochs=max(1, round(self.trial * recipe.epochs)))
-            try:
-                losses.append(zoo.train(network, train, short, seed=seed).losses[-1])
-                accuracies.append(zoo.accuracy(network, test))
-            except NonFiniteError:
-                losses.append(math.inf)
-                accuracies.append(0.0)
-        best = max(range(len(rates)), key=lambda j: (accuracies[j], -losses[j]))
-        tried = {"rate": rates[best], "rates": rates, "rate_test_accuracy": accuracies, "rate_loss": losses}
-        return replace(recipe, learning_rate=rates[best]), tried
+
+class _Trained(NamedTuple):
+    """Weights at some epochs, and how well training ended; if it diverged, those of before."""
+
+    states: dict[int, dict[str, Tensor]]
+    test_accuracy: float
+    loss: float
+    diverged: NonFiniteError | None
+
+
+def _trained(
+    network: nn.Module,
+    train: zoo.LabelledData,
+    test: zoo.LabelledData,
+    recipe: zoo.Recipe,
+    epochs: tuple[int, ...],
+    seed: int,
+) -> _Trained:
+    states: dict[int, dict[str, Tensor]] = {}
+
+    def keep(epoch: int) -> None:
+        if epoch in epochs:
+            states[epoch] = {name: value.clone() for name, value in network.state_dict().items()}
+
+    keep(0)
+    try:
+        history = zoo.train(network, train, recipe, seed=seed, progress=lambda history: keep(len(history)))
+    except NonFiniteError as error:  # there is something to see of before
+        return _Trained(states, 0.0, math.inf, error)
+    return _Trained(states, zoo.accuracy(network, test), history.losses[-1] if history else math.nan, None)
 
 
 def gram_measures(problem: Problem, spectrum: GramSpectrum) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def sweep_of(
 
     Args:
         words: axes such as "seed=0,1,2"; perhaps first a function of the user's, file.py:function or
-            package.module:function. Without one the axes are those of `ZooCell`, with looks at epochs.
+            package.module:function. Without one the axes are those of `ZooCell`, with looks at epochs or progress.
         folder: of the results.
         looks: as in `sweep`.
         data_root: as in `ZooCell`.

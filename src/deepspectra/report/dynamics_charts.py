@@ -88,8 +88,8 @@ FAMILIES = (
     Family(
         "Gauss-Newton G against residual R",
         {
-            "norm": Line("‖G‖_F", G),
-            "norm_residual": Line("‖R‖_F", R),
+            "norm": Line("Frobenius norm of G", G),
+            "norm_residual": Line("Frobenius norm of R", R),
             "trace": Line("trace of G", "#b79ad0"),
             "trace_residual": Line("trace of R", "#eaa27a"),
         },

@@ -95,7 +95,7 @@ def claims_page(found: xr.Dataset, before: list[Record], grid: Grid) -> str:
         "",
         "## What changed",
         "",
-        *_changes(judged_of["before"], judged_of["fitted"]),
+        *_changes(kinds["fitted"], before),
         "",
         "## What depends on the thresholds",
         "",
@@ -202,17 +202,24 @@ def _about(
     ]
 
 
-def _changes(before: list[Claim], fitted: list[Claim]) -> list[str]:
-    """A line for each verdict that is another one in fitted networks."""
+def _changes(fitted: list[Record], before: list[Record]) -> list[str]:
+    """A line for each verdict that is another one in fitted networks than it was in such networks before."""
+    same = [record for group, some in groups(before).items() if group in groups(fitted) for record in some]
+    both = [record for group, some in groups(fitted).items() if group in groups(same) for record in some]
     lines = []
-    for old, new in zip(before, fitted, strict=True):
+    for claim in CLAIMS:
+        old, new = claim(same), claim(both)
         was = {verdict.subject: verdict for verdict in old.verdicts}
         for verdict in new.verdicts:
             earlier = was[verdict.subject]
             if verdict.word not in (earlier.word, "Not measured"):
                 subject = f" ({verdict.subject.lower()})" if verdict.subject else ""
                 lines.append(f"- {new.title}{subject}. Before: {earlier.text} Fitted: {verdict.text}")
-    return lines or ["No verdict is another one in fitted networks."]
+    said = (
+        f"{_networks(both)} that fit their data beside the {len(same)} of the same kinds, data and sizes of before, "
+        f"{sum(map(fits, same))} of which did."
+    )
+    return [said, "", *(lines or ["- No verdict is another one."])]
 
 
 def _thresholds(records: list[Record]) -> tuple[list[str], list[list[str]]]:

@@ -97,15 +97,20 @@ def test_verdicts_are_of_fitted_networks_with_others_apart(store: Path) -> None:
     assert "2 of these 4 are, and 1 of the 1 large" in text
 
 
-def test_what_changed_is_said(store: Path) -> None:
-    text = claims_page(ds.gather(store), [record(left=8), record("resnet18", left=8)], GRID)
+def test_what_changed_is_said_of_the_same_kinds_of_networks(store: Path) -> None:
+    others = [record("resnet18", left=8), record("lenet", left=0)]
+    text = claims_page(ds.gather(store), [record(left=8), record(left=8, seed=1), *others], GRID)
     (line,) = (line for line in text.splitlines() if line.startswith("- "))
     assert line == (
         "- The outliers are attributable to the class means (by subtraction). Before: Does not hold: in 0 of 2 "
-        "networks. Fitted: Holds: in 2 of 2 networks."
+        "networks. Fitted: Holds: in 1 of 1 networks."
+    )
+    assert (
+        "1 network that fit, beside the 2 of the same kinds, data and sizes of before, of which 2 fitted"
+        in text
     )
     same = claims_page(ds.gather(store), [record()], GRID)
-    assert "No verdict is another one in fitted networks." in same
+    assert "no verdict is another one." in same
 
 
 def test_the_way_of_fitted_networks_is_shown(store: Path) -> None:

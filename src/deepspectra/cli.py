@@ -328,7 +328,7 @@ def sweep_command(
     out: Annotated[Path, typer.Option(help="Directory of the results.")] = Path("deepspectra-sweep"),
     retry: Annotated[bool, typer.Option("--retry", help="Do failed cells again.")] = False,
 ) -> None:
-    """Measure a grid of networks, a process each; goes on where an earlier sweep in OUT was stopped or killed."""
+    """Measure a grid of networks, a process each, and draw what moves; goes on where a sweep in OUT was stopped."""
     typer.echo(
         sweep_of(
             words or (),

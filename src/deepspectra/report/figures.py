@@ -12,6 +12,7 @@ from deepspectra.errors import OptionError
 from deepspectra.report import captions, drawing, layer_charts, spectrum_charts, tables
 from deepspectra.report.attribution_charts import averaging, cost, knockouts, shares
 from deepspectra.report.class_charts import class_cosines, cross_class_weights, three_level_map
+from deepspectra.report.dynamics_charts import dynamics, is_sweep
 from deepspectra.report.network_charts import overlap_curves, overlap_whole, study_measures
 from deepspectra.report.region_charts import region_shifts
 
@@ -180,6 +181,22 @@ FIGURES = {
     ),
     "cost": Figure("Cost", "What it cost", {cost: ""}, captions.cost),
 }
+OF_SWEEPS = {
+    "dynamics": Figure(
+        "Dynamics",
+        "What moves with what",
+        {dynamics: ""},
+        "Measures of a sweep's finished cells against each axis of numbers, one column an axis; menus choose where "
+        "on the other axes. Points are cells, lines are means over seeds, and bands run from the lowest seed to the "
+        "highest. On logarithmic axes what is zero or negative is left out. The last row draws any number that the "
+        "sweep measured.",
+    ),
+}
+
+
+def figures_of(dataset: xr.Dataset) -> dict[str, Figure]:
+    """Those that a dataset may have: a sweep's measures may be called as an analysis' variables are."""
+    return OF_SWEEPS if is_sweep(dataset) else FIGURES
 
 
 def chart(dataset: xr.Dataset, name: str, inches: float | None = None) -> alt.LayerChart:
@@ -197,4 +214,8 @@ def chart(dataset: xr.Dataset, name: str, inches: float | None = None) -> alt.La
 
 def charts(dataset: xr.Dataset) -> dict[str, alt.TopLevelMixin]:
     """Every chart whose variables the analysis holds, by name."""
-    return {chart.name: chart(dataset) for figure in FIGURES.values() for chart in figure.drawn(dataset)}
+    return {
+        chart.name: chart(dataset)
+        for figure in figures_of(dataset).values()
+        for chart in figure.drawn(dataset)
+    }

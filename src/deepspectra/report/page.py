@@ -25,7 +25,8 @@ import xarray as xr
 from deepspectra.errors import DataError, FileError
 from deepspectra.report import tables
 from deepspectra.report.drawing import Chart, by_operator, holds, number
-from deepspectra.report.figures import FIGURES, Figure
+from deepspectra.report.dynamics_charts import is_sweep
+from deepspectra.report.figures import FIGURES, OF_SWEEPS, Figure, figures_of
 from deepspectra.report.findings import mean_shares, outliers
 from deepspectra.report.tables import Cell, table_html
 from deepspectra.report.text import (
@@ -133,7 +134,7 @@ def _filled(
     )
 
 
-LINKS = {name: figure.link for name, figure in FIGURES.items()} | {
+LINKS = {name: figure.link for name, figure in (FIGURES | OF_SWEEPS).items()} | {
     "tables": "Tables",
     "measured": "How it was measured",
     "glossary": "Glossary",
@@ -180,6 +181,8 @@ def _citation(dataset: xr.Dataset) -> str:
 
 
 def _cards(dataset: xr.Dataset) -> str:
+    if is_sweep(dataset):
+        return ""
     cards = [*_size_cards(dataset), *_outlier_cards(dataset), *_share_cards(dataset), *_cost_cards(dataset)]
     if not cards:
         return ""
@@ -246,15 +249,20 @@ def _figures(dataset: xr.Dataset) -> tuple[dict[str, str], dict[str, Any]]:
     """Sections by name, and the specifications of their charts."""
     sections: dict[str, str] = {}
     specs: dict[str, Any] = {}
-    for name, figure in FIGURES.items():
+    for name, figure in figures_of(dataset).items():
         if drawn := figure.drawn(dataset):
             caption = f"<b>Figure {len(sections) + 1}.</b> {figure.captioned(dataset)}"
             sections[name] = (
                 f'<section id="{name}">\n<h2>{figure.heading}</h2>\n<figure>{_boxes(figure, drawn)}'
                 f"<figcaption>{caption}</figcaption></figure>\n</section>"
             )
-            specs |= {chart.name: chart(dataset).to_dict() | RESPONSIVE for chart in drawn}
+            specs |= {chart.name: _responsive(chart(dataset).to_dict()) for chart in drawn}
     return sections, specs
+
+
+def _responsive(spec: dict[str, Any]) -> dict[str, Any]:
+    """As wide as its place; figures side by side keep their widths."""
+    return spec if "vconcat" in spec else spec | RESPONSIVE
 
 
 def _boxes(figure: Figure, drawn: dict[Chart, str]) -> str:
@@ -278,7 +286,9 @@ def _boxes(figure: Figure, drawn: dict[Chart, str]) -> str:
 
 def tables_section(dataset: xr.Dataset) -> str:
     """Every table whose numbers the analysis holds."""
-    body = "\n".join(filter(None, (table(dataset) for one in FIGURES.values() for table in one.tables)))
+    body = "\n".join(
+        filter(None, (table(dataset) for one in figures_of(dataset).values() for table in one.tables))
+    )
     return f'<section id="tables">\n<h2>Tables</h2>\n{body}\n</section>' if body else ""
 
 
@@ -286,7 +296,9 @@ def tables_section(dataset: xr.Dataset) -> str:
 
 
 def _measured(dataset: xr.Dataset) -> str:
-    blocks = [_conditions(dataset), _convergence(dataset), _threshold_table(dataset), tables.cost(dataset)]
+    blocks = [_conditions(dataset)]
+    if not is_sweep(dataset):
+        blocks += [_convergence(dataset), _threshold_table(dataset), tables.cost(dataset)]
     body = "\n".join(filter(None, blocks))
     return f'<section id="measured">\n<h2>How it was measured</h2>\n{body}\n</section>'
 

@@ -1,5 +1,6 @@
 """The command line, run as a user runs it."""
 
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -337,3 +338,9 @@ def test_a_damaged_file_of_a_command_is_said(tmp_path, stem):
     (tmp_path / f"{stem}.nc").write_bytes(b"\x89HDF\r\n\x1a\n" + b"\xff" * 500)
     with pytest.raises(errors.FileError, match=r"damaged or foreign .*Run the command again"):
         load_page(tmp_path)
+
+
+@pytest.mark.parametrize("program", ["deepspectra", "deepspectra.cli"])
+def test_the_version_is_said(program, tmp_path):
+    outcome = finished([sys.executable, "-m", program, "--version"], timeout=120, cwd=tmp_path, check=True)
+    assert outcome.stdout == f"deepspectra {importlib.metadata.version('deepspectra')}\n"

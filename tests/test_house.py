@@ -48,7 +48,7 @@ def has_tests(path: str) -> bool:
 
 
 def test_every_source_file_has_its_tests() -> None:
-    sources = [name for name in FILES if not name.endswith("__init__.py")]
+    sources = [name for name in FILES if not Path(name).name.startswith("__")]
     expected = {source: ELSEWHERE.get(source, file_of_tests(source)) for source in sources}
     assert {source: path for source, path in expected.items() if not has_tests(path)} == {}
 

@@ -300,5 +300,3 @@ def test_the_page_of_layers_is_that_of_its_records(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "page.md").read_text() == written
     every = {(run.name, run.study) for run in dissecting.RUNS.values()}
     assert {(record["name"], record["study"]) for record in dissecting._recorded()} == every
-
-

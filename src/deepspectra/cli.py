@@ -31,14 +31,10 @@ from deepspectra.jobs.regions_dataset import regions_dataset
 from deepspectra.jobs.study_dataset import STUDIES, study_dataset
 from deepspectra.jobs.sweep_command import sweep_of
 from deepspectra.problem.problem import Problem
+from deepspectra.results import versions
 from deepspectra.rows.averages import METHODS
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Split the spectrum of a deep network into the parts that cause it.",
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 Target = Annotated[
     str | None, typer.Argument(help="file.py:function or package.module:function that returns a Problem.")
@@ -51,6 +47,19 @@ SECONDS_OF_CUBE = 4e-10  # of eigenvalues and vectors of a dense matrix, times t
 FEW_ROWS = 3000  # whose eigenvalues take seconds
 SPECTRA_OF_REGIONS = 3  # of a layer, with its knock-outs, in units of eigenvalues and vectors
 STAGES = "stages"  # folder of what an analysis keeps to be resumed
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Say which version this is.")] = False,
+) -> None:
+    """Split the spectrum of a deep network into the parts that cause it.
+
+    Exit status: 0 done; 1 an unforeseen failure; 2 an option, a model or data that cannot be used; 130 interrupted.
+    """
+    if version:
+        typer.echo(f"deepspectra {versions()['deepspectra']}")
+        raise typer.Exit
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The whole job on a small trained network: numbers, files, report."""
 
 import functools
+import html
 import json
 import math
 import os
@@ -371,6 +372,23 @@ def test_a_foreign_netcdf_file_is_refused(analysis, tmp_path):
     xr.Dataset({"x": ("n", [1.0])}).to_netcdf(tmp_path / "analysis.nc", engine="h5netcdf")
     with pytest.raises(errors.FileError, match="not an analysis"):
         ds.load(tmp_path)
+
+
+def test_a_notebook_shows_the_verdict_and_the_spectrum(analysis):
+    shown = analysis._repr_html_()
+    assert html.escape(analysis.verdict, quote=False) in shown
+    assert "<svg" in shown
+    assert repr(analysis).startswith("<Analysis: Spectrum of")
+
+
+def test_pairs_are_a_table_with_their_shares(analysis):
+    table = analysis.to_dataframe()
+    shares = table[[name for name in table if name.startswith("share of ")]].sum(axis=1)
+    assert shares.to_numpy() == pytest.approx(1, abs=1e-3)
+    of_h = table[table["operator"] == "hessian"]
+    assert of_h["is_outlier"].sum() == int(analysis.dataset["num_outliers"].sel(operator="hessian"))
+    lines = analysis.to_latex().splitlines()
+    assert len([line for line in lines if line.endswith(r"\\") and line[0].isdigit()]) == len(of_h)
 
 
 def test_class_names_must_be_one_a_class(analysis):

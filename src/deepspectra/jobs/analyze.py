@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepspectra.argument_checks import check_choice, check_count, check_rtol
+from deepspectra.dataframes import latex_table
 from deepspectra.errors import FileError, OptionError
 from deepspectra.file_writing import save_whole
 from deepspectra.jobs import stages
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 DATASET_FILE, VECTORS_FILE = "analysis.nc", "vectors.safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Analysis:
     """An attributed spectrum: numbers with labels, eigenvectors, a verdict.
 
@@ -51,6 +53,29 @@ class Analysis:
 
     def __str__(self) -> str:
         return self.verdict
+
+    def __repr__(self) -> str:
+        return f"<Analysis: {self.dataset.attrs['title']}>"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the verdict above the spectrum."""
+        from deepspectra.report import spectrum, svg  # noqa: PLC0415  (Altair's import takes a while)
+
+        drawn = "" if spectrum.lacks(self.dataset) else svg(self.chart())
+        return f"<p>{html.escape(self.verdict, quote=False)}</p>{drawn}"
+
+    def to_dataframe(self) -> Any:
+        """A row for each eigenpair of H and of G: rank, eigenvalue, residual, whether an outlier, and shares."""
+        names = ["eigenvalue", "residual_norm", "is_outlier"]
+        table = self.dataset[names].to_dataframe().dropna(subset=["eigenvalue"])
+        shares = self.dataset["share"].to_dataset("part").to_dataframe().add_prefix("share of ")
+        return table.join(shares).reset_index()
+
+    def to_latex(self, digits: int = 3) -> str:
+        """The eigenpairs of H with their shares, for LaTeX (with the package booktabs)."""
+        pairs = self.to_dataframe()
+        pairs = pairs[pairs["operator"] == "hessian"].drop(columns="operator")
+        return latex_table(pairs.assign(is_outlier=pairs["is_outlier"].map({1: "yes", 0: "no"})), digits)
 
     def labelled(
         self, *, title: str = "", model: str = "", data: str = "", class_names: Sequence[str] | None = None

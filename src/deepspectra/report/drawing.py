@@ -10,6 +10,7 @@ from typing import Any
 
 import altair as alt
 import numpy as np
+import vl_convert
 import xarray as xr
 from numpy.typing import NDArray
 
@@ -280,6 +281,12 @@ def choice(
     binding = alt.binding_select if menu else alt.binding_radio
     bind = binding(options=values, labels=labels, name=menu or " ")
     return alt.param(name=name, value=first or values[0], bind=bind)
+
+
+def svg(chart: alt.TopLevelMixin) -> str:
+    """A chart as an SVG image."""
+    found: str = vl_convert.vegalite_to_svg(chart.to_json())
+    return found
 
 
 def save_chart(chart: alt.TopLevelMixin, path: str | Path) -> None:

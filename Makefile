@@ -9,7 +9,7 @@ MANIFESTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check bench reproduce clean
+.PHONY: help demo test test-slow check bench reproduce docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -37,8 +37,13 @@ reproduce: $(VENV)/.installed ## measure the papers' claims on DEEPSPECTRA_DATA 
 	$(BIN)/python -m reproductions.dissecting
 	$(BIN)/python -m reproductions.coverage
 
+docs: $(VENV)/.installed-docs ## run what the documents show, and build their site in site/
+	$(BIN)/python -m pytest -q tests/test_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+	@echo "Documents: site/index.html"
+
 clean: ## remove the environment and every cache
-	rm -rf $(VENV) $(BENCH) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -52,6 +57,10 @@ $(VENV)/.installed: $(MANIFESTS) | $(BIN)/python
 $(VENV)/.installed-dev: $(MANIFESTS) tests/oracle.txt | $(BIN)/python
 	$(PIP_INSTALL) -e '.[dev]'
 	$(PIP_INSTALL) --no-deps -r tests/oracle.txt || echo "The outside oracle cannot be installed here: its tests skip."
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: $(MANIFESTS) | $(BIN)/python
+	$(PIP_INSTALL) -e '.[dev,docs]'
 	@touch $@ $(VENV)/.installed
 
 # The peers have an environment of their own. Without them, on a machine that cannot reach them, we are measured alone.

@@ -56,7 +56,7 @@ Wasserstein-1 of log₁₀|λ| in decades, where sizes below 10⁻⁶ of the lar
 the same float32 matrix, PyHessian with its own products. curvlinops gets the spectrum's ends for free; it gives a
 smooth curve, whose kernel counts. hessian-eigenthings is given in several divisions into runs × steps; a user has to
 choose one beforehand. deepspectra's probes have 64 steps, its default, or half of the products, as in an analysis.
-nngeom gives Ritz values without weights. PyHessian needs a function that PyTorch has no more, which is lent to it.""",
+nngeom gives Ritz values without weights. PyHessian needs a function that PyTorch dropped, which is lent to it.""",
 }
 WHY = {  # why targets of a section are out of reach, and what was tried
     "products": """\

@@ -75,7 +75,7 @@ def wasserstein(nodes: Tensor, weights: Tensor, exact: Tensor) -> float:
 
 
 def kolmogorov(nodes: Tensor, weights: Tensor, exact: Tensor) -> float:
-    """Largest difference of a quadrature's distribution function from that of eigenvalues (P,); under FLOOR is zero."""
+    """Largest gap between the distribution functions of a quadrature and eigenvalues (P,); under FLOOR is zero."""
     floor = FLOOR * float(exact.abs().max())
     points = torch.cat([nodes.double(), exact.double()])
     points = torch.where(points.abs() < floor, 0.0, points)

@@ -321,7 +321,7 @@ errors, all of bounds but for 1 run in 100. The spectra:
 
 {spectra}
 
-`python -m reproductions.coverage` measures all of it and writes this page; `tests/algorithms/test_coverage.py`
+`python -m reproductions.coverage` measures all of it and writes this page; `tests/test_coverage.py`
 asks the same.
 """
 BANDS = """\

@@ -6,6 +6,8 @@ each; builders take a dtype and make everything anew, from a seed of their own.
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ from torch.nn import functional
 
 import deepspectra as ds
 from deepspectra import zoo
+from deepspectra.rows.held_rows import HeldRows
 
 
 @dataclass
@@ -238,10 +241,9 @@ def layernorm_gelu(dtype: torch.dtype = torch.float64) -> Case:
         nn.Linear(5, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 4)
     )
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.4 * torch.randn(len(parameter)))
-            assert name
     return Case(model.to(dtype), chunks(x, y, [5, 5, 4]))
 
 
@@ -454,6 +456,8 @@ UNLABELLED = {
     builder.__name__: builder
     for builder in (linear_regression, mse_module, callable_loss, binary_targets, soft_targets)
 }
+
+
 CLASSIFICATION = {
     builder.__name__: builder
     for builder in (
@@ -482,7 +486,21 @@ CLASSIFICATION = {
         dict_batches,
     )
 }
+
+
 CASES = UNLABELLED | CLASSIFICATION
+
+
+@functools.cache
+def _trained_on_digits(
+    per_class: int | None, widths: tuple[int, ...], epochs: int, rate: float, batch: int, seed: int
+) -> tuple[nn.Module, zoo.LabelledData]:
+    data = zoo.load("digits", per_class=per_class)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = zoo.mlp((1, 8, 8), 10, widths=widths)
+    zoo.train(net, data, epochs=epochs, learning_rate=rate, batch_size=batch)
+    return net, data
 
 
 def trained_on_digits(
@@ -494,10 +512,49 @@ def trained_on_digits(
     batch: int = 16,
     seed: int = 0,
 ) -> tuple[nn.Module, zoo.LabelledData]:
-    """A perceptron and the digits that it was trained on; the global random state stays as it is."""
-    data = zoo.load("digits", per_class=per_class)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        net = zoo.mlp((1, 8, 8), 10, widths=widths)
-    zoo.train(net, data, epochs=epochs, learning_rate=rate, batch_size=batch)
-    return net, data
+    """A perceptron, trained once a process, and its digits; the global random state stays as it is."""
+    net, data = _trained_on_digits(per_class, widths, epochs, rate, batch, seed)
+    return copy.deepcopy(net), data
+
+
+def digits_problem() -> ds.Problem:
+    """A network that has learned all the digits, in float64."""
+    net, data = trained_on_digits(None, (32, 32), epochs=15, batch=32)
+    return ds.Problem(net.double(), (data.inputs.double(), data.targets), batch_size=400)
+
+
+OPERATORS = {
+    "hessian": ds.Hessian,
+    "gauss_newton": ds.GaussNewton,
+    "residual": ds.Residual,
+    "empirical_fisher": ds.EmpiricalFisher,
+}
+
+
+CENTRAL = ["unbalanced", "absent_class", "ragged", "every_option", "token_classes"]
+
+
+def held(problem: ds.Problem) -> HeldRows:
+    rows = HeldRows(problem)
+    assert rows.captures.hold()
+    return rows
+
+
+def clustered() -> Case:
+    """Well separated classes, a network that has begun to learn them: outliers stand clear of the bulk."""
+    torch.manual_seed(40)
+    y = torch.arange(40) % 4
+    x = 2.5 * torch.eye(4, 6, dtype=torch.float64)[y] + 0.5 * torch.randn(40, 6, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return Case(model, [(x, y)])
+
+
+def block_of(K: ds.Kronecker, matrix: Tensor, name: str) -> Tensor:
+    """Rows and columns of a block, in its own order."""
+    index = K.index[name]
+    return matrix[index[:, None], index]

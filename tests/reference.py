@@ -356,3 +356,43 @@ def inputs_and_errors(ref: Reference, module: nn.Module) -> tuple[Tensor, Tensor
         gradients = torch.autograd.grad(loss, outputs, retain_graph=True)
         rows.append(torch.cat([gradient.flatten(1) for gradient in gradients]))
     return torch.cat(inputs), torch.stack(rows, 1)
+
+
+def close(given: Tensor, expected: Tensor, scale: Tensor) -> bool:
+    """Equal up to 1e-8 of what a part belongs to: a part may be all but zero."""
+    return bool((given - expected).abs().max() <= 1e-8 * scale.abs().max())
+
+
+def descending(matrix: Tensor) -> Tensor:
+    return torch.linalg.eigvalsh((matrix + matrix.T) / 2).flip(0)
+
+
+def same_spectrum(found: Tensor, matrix: Tensor, scale: float) -> bool:
+    """Whether values are the matrix's eigenvalues, up to zeros on either side, to 1e-10 of a scale."""
+    expected = descending(matrix)
+    size = max(len(found), len(expected))
+    found, expected = (
+        functional.pad(values, (0, size - len(values))).sort().values for values in (found, expected)
+    )
+    return bool((found - expected).abs().max() <= 1e-10 * scale)
+
+
+def projections_of(ref: Reference, groups: Tensor | None = None, first: str = "class") -> dict[str, Tensor]:
+    """The projections of the two-way parts by groups, or with logit first."""
+    on = projections(ref.weights, ref.labels, groups)
+    second = {"class": "class_second", "logit": "logit_first"} if first == "logit" else {}
+    return {part: on[second.get(part, part)] for part in ("class", "logit", "interaction", "within", "true")}
+
+
+RTOL = 1e-10
+
+
+def padded(values: Tensor, size: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, size - len(values)))
+
+
+def agrees(found: Tensor, matrix: Tensor, scale: float) -> bool:
+    expected = descending(matrix)
+    size = max(len(found), len(expected))
+    difference = padded(found, size).sort().values - padded(expected, size).sort().values
+    return bool(difference.abs().max() <= RTOL * scale)

@@ -58,3 +58,12 @@ def test_bounds_rise_and_hold_far_from_the_spectrum():
     assert bool((np.diff(low) >= 0).all() and (np.diff(high) >= 0).all())
     assert (low[1], high[1]) == pytest.approx((0, 0), abs=1e-12)
     assert (low[-2], high[-2]) == pytest.approx((1, 1), abs=1e-12)
+
+
+def test_christoffels_function_is_the_least_square_of_a_polynomial_that_is_one_there():
+    rng = np.random.default_rng(2)
+    nodes, weights = np.linspace(-1, 1, 40), rng.random(40)
+    powers = nodes[:, None] ** np.arange(6)
+    gram = powers.T @ (weights[:, None] * powers)
+    expected = 1 / np.linalg.inv(gram)[0, 0]
+    assert Jacobi.of(nodes, weights, 6).christoffel(np.zeros(1))[0] == pytest.approx(expected, rel=1e-9)

@@ -1,13 +1,128 @@
-"""Bands of the mass, against spectra that are known."""
+"""A density as nodes and weights: counts, moments, distribution functions, and curves with their error bands."""
+
+from __future__ import annotations
 
 import math
 
 import pytest
 import torch
+from reproductions.coverage import cases
+from scipy.stats import norm
 
+import deepspectra as ds
 from deepspectra.algorithms.density import density
+from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.errors import OptionError
-from spectra import rotated
+from deepspectra.operators.base import Matrix
+from deepspectra.quadrature import Density
+from deepspectra.results import Provenance
+from spectra import broadened, integral, rotated, trained
+
+# --- curves and distribution functions ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return density(rotated(torch.cat([trained(300), -0.2 * torch.rand(100).double() - 0.01])), 4, 30)
+
+
+def test_a_curve_integrates_to_the_mass_it_shows(sample):
+    linear = sample.smooth(num_points=4000)
+    assert integral(linear.density, linear.grid) == pytest.approx(linear.mass, abs=1e-3)
+    logarithmic = sample.smooth("log")
+    assert logarithmic.mass == pytest.approx(1, abs=1e-12)
+    assert integral(logarithmic.density, logarithmic.grid.log10()) == pytest.approx(1, abs=1e-3)
+    sides = [sample.smooth("log", sign=sign) for sign in (1, -1)]
+    assert sum(side.mass for side in sides) == pytest.approx(1, abs=1e-9)
+    assert sides[1].mass == pytest.approx(sample.cdf(0.0), abs=1e-9)
+
+
+def test_a_curve_has_the_width_and_the_points_asked_for(sample):
+    curve = sample.smooth(width=0.05, num_points=77)
+    assert curve.width == 0.05
+    assert curve.grid.shape == curve.density.shape == curve.standard_error.shape == (77,)
+
+
+def test_the_error_band_covers_the_exact_curve(sample):
+    values = trained(300)
+    inside = []
+    for seed in range(10):
+        curve = density(rotated(values), 8, 20, seed=seed).smooth(width=0.003)
+        gap = (curve.density - broadened(curve.grid, values, 0.003)).abs()
+        inside.append(
+            float((gap <= 2 * curve.standard_error + 0.02 * float(curve.density.max())).double().mean())
+        )
+    assert sum(inside) / len(inside) > 0.8
+
+
+def test_one_probe_has_no_error_band_and_says_so():
+    result = density(rotated(trained(100)), 1, 20)
+    curve = result.smooth()
+    assert bool(curve.standard_error.isnan().all())
+    assert bool(torch.isfinite(curve.density).all())
+    assert math.isnan(result.count_above(0.5)[1])
+    assert "no error band" in str(result)
+
+
+def test_the_cdf_is_a_step_function(sample):
+    grid = torch.linspace(-2, 2, 30).reshape(5, 6)
+    steps = sample.cdf(grid)
+    assert steps.shape == (5, 6)
+    assert bool((steps.flatten().diff() >= 0).all())
+    assert (sample.cdf(-1e9), sample.cdf(1e9)) == (0.0, 1.0)
+    assert isinstance(sample.cdf(0.1), float)
+    top = float(sample.nodes.max())
+    assert sample.cdf(top) == 1.0
+    assert sample.cdf(top - 1e-9) == pytest.approx(1 - 1 / 400, abs=1e-9)
+
+
+def test_counts_and_means_are_those_of_the_weights(sample):
+    assert sample.count_above(0.05)[0] == pytest.approx(10, abs=1e-9)
+    assert sample.count_above(0.05)[1] == pytest.approx(0, abs=1e-9)  # all ten are locked
+    assert sample.mean == pytest.approx(float(sample.nodes @ sample.weights))
+
+
+def test_the_printed_table_ends_with_a_verdict(sample):
+    assert (
+        str(sample)
+        .splitlines()[-1]
+        .startswith("density of matrix: 4 probes × 30 steps, error band over probes")
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": "loglog"},
+        {"width": 0.0},
+        {"width": math.inf},
+        {"num_points": 1},
+        {"sign": 2},
+        {"epsilon": 0.0},
+    ],
+)
+def test_bad_smoothing_is_refused(sample, options):
+    with pytest.raises(OptionError):
+        sample.smooth(**options)
+
+
+def test_the_interval_of_a_mean_eigenvalue_has_the_normal_quantile_and_covers_it() -> None:
+    case = cases()["decaying"]
+    truth, inside = float(case.values.mean()), 0
+    for seed in range(60):
+        found = ds.density(case.matrix, 4, 8, seed=seed)
+        low, high = found.mean_interval(0.8)
+        assert (low + high) / 2 == pytest.approx(found.mean)
+        assert (high - low) / 2 == pytest.approx(found.mean_standard_error * norm.ppf(0.9))
+        inside += low <= truth <= high
+    assert inside >= 0.7 * 60  # of which .8 are stated
+    exact = ds.density(torch.diag(torch.arange(4.0)), 1, 8)
+    assert exact.mean_interval() == pytest.approx((1.5, 1.5))
+    with pytest.raises(OptionError, match="confidence"):
+        exact.mean_interval(0)
+
+
+# --- bands of the mass ---------------------------------------------------------------------------------
 
 
 def points(values):
@@ -60,6 +175,40 @@ def test_more_steps_and_more_probes_make_a_band_narrower():
         low, high = density(matrix, num_probes, num_steps).cdf_band(x)
         widths.append(float((high - low).mean()))
     assert widths[0] > widths[1] > 1.5 * widths[2]
+
+
+def test_a_density_that_was_asked_for_a_band_is_saved_as_any_other(tmp_path):
+    found, x = density(rotated(torch.linspace(-1, 1, 50)), 2, 4), torch.linspace(-1, 1, 5)
+    band = found.cdf_band(x)
+    torch.save(found, tmp_path / "density.pt")
+    with torch.serialization.safe_globals([Density, Provenance]):
+        again = torch.load(tmp_path / "density.pt", weights_only=True)
+    for one, other in zip(band, again.cdf_band(x), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_copies_and_zeros_are_known_exactly_where_a_probe_knows_its_measure():
+    values = torch.cat([torch.full((40,), 2.0), torch.zeros(50), torch.full((10,), -1.0)])
+    x = torch.tensor([-2.0, -0.5, 1.0, 3.0])
+    low, high = density(rotated(values), 4, 16).cdf_band(x)
+    truth = torch.tensor([0.0, 0.1, 0.6, 1.0])
+    assert bool((low <= truth).all() and (truth <= high).all())
+    assert float((high - low).max()) < 0.3  # of 4 probes that are no longer told from their moments
+    assert (float(high[0]), float(low[-1])) == (0, 1)
+
+
+def test_deflated_pairs_widen_a_band_by_what_they_may_move():
+    values = torch.cat([torch.tensor([10.0, 8.0, 6.0]), torch.linspace(0, 1, 197)]).double()
+    A, x = Matrix(rotated(values)), torch.linspace(-0.5, 12, 101, dtype=torch.float64)
+    truth = (values <= x[:, None]).double().mean(1)
+    widths = []
+    for rtol in (1e-8, 5e-2):
+        found = density(A, 3, 30, deflate=eigenpairs(A, 3, rtol=rtol))
+        low, high = found.cdf_band(x)
+        assert float(((low <= truth + 1e-9) & (truth <= high + 1e-9)).double().mean()) > 0.9
+        widths.append((high - low)[x > 1.5].sum())
+    assert found.num_deflated == 3
+    assert float(widths[0]) < 0.2 * float(widths[1])
 
 
 def test_what_is_asked_of_a_band_is_checked():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nets import CASES, CLASSIFICATION, UNLABELLED, Case
+from nets import CASES, CLASSIFICATION, UNLABELLED, Case, labels
 from reference import Reference, case_and_reference, error, onto, projections, rank
 
 SMOOTH = [
@@ -172,3 +172,7 @@ def test_every_case_is_tiny() -> None:
         assert ref.num_parameters <= 1500
         assert len(ref.outputs[0]) <= 40
         assert name in UNLABELLED or 3 <= ref.num_classes <= 5
+
+
+def test_labels_helper_covers_every_class() -> None:
+    assert set(labels(9, 4).tolist()) == {0, 1, 2, 3}

@@ -25,7 +25,8 @@ from deepspectra.jobs.executors import RayExecutor
 from deepspectra.jobs.sweep import sweep
 from deepspectra.jobs.sweep_store import gather
 from deepspectra.jobs.sweep_zoo import ZooCell
-from deepspectra.kfac.kronecker import Kronecker, kronecker
+from deepspectra.kfac.kronecker import kronecker
+from deepspectra.kfac.operators import Kronecker
 from deepspectra.operators.base import Identity
 from deepspectra.operators.curvature import EmpiricalFisher, GaussNewton, Hessian, Residual
 from deepspectra.operators.parts import decompose

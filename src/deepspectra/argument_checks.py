@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,9 +11,16 @@ from torch import Tensor
 from deepspectra.errors import DataError, OptionError, ShapeError
 
 Progress = Callable[[int, int | None], object]  # of products so far, and of those expected
-LayerProgress = Callable[
-    [int, int | None, str], object
-]  # of layers done, of all of them, and the next one's name
+LayerProgress = Callable[[int, int | None, str], object]  # of layers done, of all, and the next one's name
+Item = TypeVar("Item", bound=tuple[Any, ...])
+
+
+def announced(layers: Iterable[Item], progress: LayerProgress | None, total: int) -> Iterator[Item]:
+    """The same layers, each named before it is looked at."""
+    for done, layer in enumerate(layers):
+        if progress is not None:
+            progress(done, total, layer[0])
+        yield layer
 
 
 def check_count(name: str, value: object, smallest: int = 1, largest: int | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
 
@@ -71,6 +71,10 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
     num_deflated: int = 0
     merged: bool = False
     num_products: int = 0
+
+    def __getstate__(self) -> dict[str, object]:
+        """What is saved: the fields, and nothing that is made of them."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
     @property
     def size(self) -> int:
@@ -200,35 +204,14 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
             return mass, mass.clone()
         largest = float(self.nodes.abs().max())
         rounding = max(ROUNDING * torch.finfo(getattr(torch, self.provenance.dtype)).eps, LEAST_ROUNDING)
-        low, high = self._mass_within(a, b, rounding * largest, confidence)
+        low, high = _mass_within(self, a, b, rounding * largest, confidence)
         if self.deflation_residual:
             moved = (a.isfinite().double() + b.isfinite()) * self.num_deflated / self.size
             values = self.exact.abs().topk(self.num_deflated).values  # no smaller than those deflated
             reach = rounding * largest + self.deflation_residual * float(values.norm())
-            least, most = self._mass_within(a, b, reach, confidence)
+            least, most = _mass_within(self, a, b, reach, confidence)
             low, high = torch.maximum(low - moved, least), torch.minimum(high + moved, most)
         return low, high
-
-    def _mass_within(self, a: Tensor, b: Tensor, blur: float, confidence: float) -> tuple[Tensor, Tensor]:
-        """Bounds of the mass in (a, b] if no eigenvalue is further off than `blur`."""
-        ends = torch.stack([a + blur, b - blur, a - blur, b + blur])
-        least, most = torch.zeros(2, *ends.shape, dtype=torch.float64)
-        for _, jacobi in self._measures:
-            found = jacobi.mass_below(ends.flatten().numpy())
-            least += torch.from_numpy(found[0]).view(ends.shape)
-            most += torch.from_numpy(found[1]).view(ends.shape)
-        free = float(self.weights[self.probes >= 0].sum())
-        least, most = (torch.where(ends == -math.inf, 0.0, mass / free).clamp(0, 1) for mass in (least, most))
-        low, high = count_interval(
-            (least[1] - most[0]).clamp_min(0),
-            (most[3] - least[2]).clamp_min(0),
-            free * self.size,
-            self.num_probes,
-            confidence,
-        )
-        known = torch.searchsorted(self.exact, ends, right=True)
-        low, high = low + (known[1] - known[0]).clamp_min(0), high + known[3] - known[2]
-        return low / self.size, (high / self.size).clamp_max(1)
 
     def smooth(
         self,
@@ -303,6 +286,30 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
             + f", {Cost(self.num_products, self.seconds)}",
         ]
         return "\n".join(rows)
+
+
+def _mass_within(
+    density: Density, a: Tensor, b: Tensor, blur: float, confidence: float
+) -> tuple[Tensor, Tensor]:
+    """Bounds of the mass in (a, b] if no eigenvalue is further off than `blur`."""
+    ends = torch.stack([a + blur, b - blur, a - blur, b + blur])
+    least, most = torch.zeros(2, *ends.shape, dtype=torch.float64)
+    for _, jacobi in density._measures:
+        found = jacobi.mass_below(ends.flatten().numpy())
+        least += torch.from_numpy(found[0]).view(ends.shape)
+        most += torch.from_numpy(found[1]).view(ends.shape)
+    free = float(density.weights[density.probes >= 0].sum())
+    least, most = (torch.where(ends == -math.inf, 0.0, mass / free).clamp(0, 1) for mass in (least, most))
+    low, high = count_interval(
+        (least[1] - most[0]).clamp_min(0),
+        (most[3] - least[2]).clamp_min(0),
+        free * density.size,
+        density.num_probes,
+        confidence,
+    )
+    known = torch.searchsorted(density.exact, ends, right=True)
+    low, high = low + (known[1] - known[0]).clamp_min(0), high + known[3] - known[2]
+    return low / density.size, (high / density.size).clamp_max(1)
 
 
 def _nearest(distances: Tensor) -> float:

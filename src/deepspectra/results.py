@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from deepspectra.confidence import interval
 from deepspectra.dataframes import Tabular, text_table
+from deepspectra.errors import MissingNameError
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,39 @@ class Result:
 
     seconds: float
     provenance: Provenance
+
+
+def origin(
+    began: float, source: Any, name: str = "", *, size: int | None = None, seed: int | None = None
+) -> dict[str, Any]:
+    """What a `Result` says beside its numbers: began at that `time.perf_counter()`, and as `Provenance.of`."""
+    provenance = Provenance.of(source, name, size=size, seed=seed)
+    return {"seconds": time.perf_counter() - began, "provenance": provenance}
+
+
+@dataclass(frozen=True)
+class ByLayer(Result, Mapping[str, Entry]):
+    """Layer → its result, from input to output: what every analysis by layer returns. They are in `layers`."""
+
+    layers: Mapping[str, Entry]
+
+    def __getitem__(self, name: str) -> Entry:
+        if name not in self.layers:
+            raise MissingNameError("layer", name, self.layers)
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def _table(
+        self, head: Sequence[str], cells: Callable[[Entry], Iterable[float | str]], *notes: str
+    ) -> str:
+        """A line for each layer, as in `text_table`."""
+        rows = ((name[-26:], *cells(entry)) for name, entry in self.layers.items())
+        return text_table(("layer", *head), rows, *notes)
 
 
 def versions() -> dict[str, str]:
@@ -170,8 +208,7 @@ class Eigenpairs(Result, Tabular, columns=("values", "residual_norms", "error_bo
         return float(((self.residual_norms + self._rounding()) / self.separation.gap).norm())
 
     def _gaps(self) -> Tensor:
-        known = self.separation is not None and self.converged
-        return self.separation.gaps if self.separation and known else torch.zeros_like(self.values)
+        return self.separation.gaps if self.separation and self.converged else torch.zeros_like(self.values)
 
     def _rounding(self) -> float:
         norm = self.separation.norm if self.separation else float(self.values.abs().max())

@@ -1,11 +1,14 @@
 """Trace, diagonal and Frobenius norm against those of dense matrices."""
 
+from __future__ import annotations
+
 import math
 from itertools import product
 
 import pytest
 import torch
 
+import deepspectra as ds
 from deepspectra.algorithms.estimates import _diagonal_left_out, diagonal, frobenius_norm, sketch, trace
 from deepspectra.algorithms.probes import Probes, stream
 from deepspectra.confidence import standard_error
@@ -15,8 +18,14 @@ from deepspectra.results import Diagonal
 from spectra import SIZE, SPECTRA, Function, rotated
 
 TRUTHS = {trace: torch.trace, frobenius_norm: torch.linalg.norm, diagonal: torch.diagonal}
+
+
 LEAST_COVERED = {trace: 0.8, frobenius_norm: 0.8, diagonal: 0.9}  # a diagonal has many entries a run
+
+
 RATIOS = {trace: (0.5, 1.15), frobenius_norm: (0.3, 1.1), diagonal: (0.5, 1)}  # errors over standard errors
+
+
 estimates = pytest.mark.parametrize("estimate", TRUTHS, ids=lambda estimate: estimate.__name__)
 
 
@@ -229,3 +238,27 @@ def test_bad_arguments_are_refused(estimate):
         estimate(torch.ones(3, 4))
     with pytest.raises(NonFiniteError, match="NaN"):
         estimate(Function(lambda block: block * math.nan, 100))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float64, s) for s in (1e-290, 1e-200, 1e155, 1e300)]
+    + [(torch.float32, s) for s in (1e-37, 1e36)],
+)
+def test_estimates_are_right_at_any_scale_a_type_holds(dtype: torch.dtype, scale: float) -> None:
+    A = torch.diag(torch.linspace(1, 10, 30, dtype=dtype))
+    rtol = 1e-9 if dtype == torch.float64 else 1e-4
+    large = (A.double() * scale).to(dtype)
+    for estimate in (ds.trace, ds.frobenius_norm):
+        for num_products in (3, 10, 30):
+            unit, found = estimate(A, num_products), estimate(large, num_products)
+            assert found.value / scale == pytest.approx(unit.value, rel=rtol)
+            assert found.standard_error / scale == pytest.approx(unit.standard_error, rel=0.01)
+    for num_products in (3, 10, 30):
+        entries = ds.diagonal(large, num_products).values.double() / scale
+        torch.testing.assert_close(entries, ds.diagonal(A, num_products).values.double(), rtol=rtol, atol=0)
+    for basis in ("full", "none"):
+        unit, found = ds.density(A, 3, 6, basis=basis), ds.density(large, 3, 6, basis=basis)
+        torch.testing.assert_close(found.nodes / scale, unit.nodes, rtol=10 * rtol, atol=0)
+        torch.testing.assert_close(found.weights, unit.weights, rtol=1e-3, atol=1e-9)
+        assert found.mean_standard_error / scale == pytest.approx(unit.mean_standard_error, rel=1e-2)

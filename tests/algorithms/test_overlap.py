@@ -1,12 +1,16 @@
 """The overlap of subspaces."""
 
+from __future__ import annotations
+
 import math
 
 import pytest
 import torch
 
+import deepspectra as ds
 from deepspectra.algorithms.overlap import overlap
 from deepspectra.errors import DataError, ShapeError
+from reference import case_and_reference
 
 
 def test_the_overlap_is_that_of_the_spans():
@@ -52,3 +56,10 @@ def test_overlap_refuses_what_spans_nothing():
         overlap(torch.ones(4, 1, 1), good)
     with pytest.raises(DataError, match="NaN"):
         overlap(good, good * math.nan)
+
+
+def test_overlap_of_the_averaged_subspace_with_a_random_one_is_small_and_with_itself_is_one() -> None:
+    U = ds.principal_subspace(case_and_reference("relu_mlp")[0].problem(), level="class").vectors
+    assert ds.overlap(U, U) == pytest.approx(1, abs=1e-10)
+    random = torch.linalg.qr(torch.randn_like(U))[0]
+    assert ds.overlap(U, random) == pytest.approx(((U.T @ random) ** 2).sum().item() / U.shape[1], rel=1e-10)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import deepspectra as ds
 from deepspectra.errors import OptionError
 from nets import CASES, Case, chunks, labels
-from reference import Reference, case_and_reference, error, projections
+from reference import Reference, case_and_reference, descending, error, projections
 
 NAMES = ("relu_mlp", "conv_pool", "absent_class", "class_weights", "token_classes")
 
@@ -17,10 +17,6 @@ NAMES = ("relu_mlp", "conv_pool", "absent_class", "class_weights", "token_classe
 def groups_of(num_classes: int) -> Tensor:
     """Two classes together, the others alone: 0, 1, 0, 2, ..."""
     return torch.tensor([0, 1, 0, *range(2, num_classes - 1)])
-
-
-def descending(matrix: Tensor) -> Tensor:
-    return torch.linalg.eigvalsh((matrix + matrix.T) / 2).flip(0)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,87 +6,26 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 import deepspectra as ds
-from deepspectra.analysis.gram_spectrum import gradient_pairs, gradient_spectrum
-from deepspectra.errors import LossError, MemoryBudgetError, OptionError
+from deepspectra.analysis.gram_spectrum import (
+    RowGram,
+    gradient_pairs,
+    gradient_spectrum,
+    gradient_trace,
+    nonzero_density,
+)
+from deepspectra.errors import LossError, OptionError
 from deepspectra.operators.parts import decompose
 from deepspectra.rows.gradients import GradientRows
-from deepspectra.rows.held_rows import HeldRows
-from nets import CASES, CLASSIFICATION, Case, chunks, labels
-from reference import case_and_reference, error
+from nets import CASES, CLASSIFICATION, chunks, labels
+from reference import case_and_reference, descending, error, same_spectrum
 
 FOUR = ("class", "cross", "within", "true")
+
+
 FIVE = ("class", "logit", "interaction", "within", "true")
-
-# parameters that no rule covers, and so are differentiated one example at a time
-ALONE = {
-    "tied_parameter": ("temperature",),
-    "attention_function": ("position",),
-    "reparametrised": ("0.parametrizations.weight.original",),
-    "recurrent": ("lstm.weight_ih_l0", "lstm.weight_hh_l0", "lstm.bias_ih_l0", "lstm.bias_hh_l0"),
-}
-
-
-def held(problem: ds.Problem) -> HeldRows:
-    rows = HeldRows(problem)
-    assert rows.captures.hold()
-    return rows
-
-
-def descending(matrix: Tensor) -> Tensor:
-    return torch.linalg.eigvalsh((matrix + matrix.T) / 2).flip(0)
-
-
-def same_spectrum(found: Tensor, matrix: Tensor, scale: float) -> bool:
-    """Whether values are the matrix's eigenvalues, up to zeros on either side, to 1e-10 of a scale."""
-    expected = descending(matrix)
-    size = max(len(found), len(expected))
-    found, expected = (
-        functional.pad(values, (0, size - len(values))).sort().values for values in (found, expected)
-    )
-    return bool((found - expected).abs().max() <= 1e-10 * scale)
-
-
-# ------------------------------------------------------------------------------------------------- held rows
-
-
-@pytest.mark.parametrize("name", CLASSIFICATION)
-def test_products_with_held_rows_are_those_through_the_network(name: str) -> None:
-    problem = CASES[name]().problem()
-    rows, through = held(problem), GradientRows(problem)
-    block = torch.randn(problem.num_parameters, 3, dtype=torch.float64)
-    carried = torch.randn(*rows.weights.shape, 3, dtype=torch.float64)
-    carried[::2, :, 1] = 0  # a column that lives on some examples only
-    assert error(rows.apply(block), through.apply(block)) < 1e-12
-    assert error(rows.transpose(carried), through.transpose(carried)) < 1e-12
-
-
-@pytest.mark.parametrize("name", CLASSIFICATION)
-def test_every_use_is_understood_but_for_the_known_exceptions(name: str) -> None:
-    assert HeldRows(CASES[name]().problem()).captures.plan.alone == set(ALONE.get(name, ()))
-
-
-@pytest.mark.parametrize("name", ["unbalanced", "absent_class", "token_classes", "conv_batchnorm"])
-@pytest.mark.parametrize("effects", ["four-way", "two-way"])
-def test_parts_of_held_rows_are_the_parts(name: str, effects: str) -> None:
-    case, ref = case_and_reference(name)
-    parts = decompose(case.problem(), effects=effects, hold=True)
-    assert isinstance(parts.rows, HeldRows)
-    assert parts.rows.captures.hold()
-    for part, operator in parts.items():
-        assert (operator.dense() - ref.parts[part]).abs().max() < 1e-10 * ref.gauss_newton.abs().max()
-
-
-def test_released_rows_go_through_the_network_again() -> None:
-    problem = CASES["relu_mlp"]().problem()
-    rows = held(problem)
-    block = torch.randn(problem.num_parameters, 2, dtype=torch.float64)
-    before = rows.apply(block)
-    rows.captures.release()
-    assert error(rows.apply(block), before) < 1e-12
 
 
 def test_one_dead_unit_and_one_example_a_batch() -> None:
@@ -101,129 +40,6 @@ def test_one_dead_unit_and_one_example_a_batch() -> None:
         ds.GaussNewton(problem).dense(),
         float(ds.GaussNewton(problem).dense().norm()),
     )
-
-
-class Odd(nn.Module):
-    """Operations at the edges of what the rules know."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-        self.weight = nn.Parameter(torch.randn(6, 4))
-        self.square = nn.Parameter(torch.randn(6, 6))
-        self.bias = nn.Parameter(torch.randn(4))
-        self.scale = nn.Parameter(torch.randn(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "addmm":
-            return torch.addmm(self.bias, x, self.weight)
-        if self.kind == "scaled addmm":
-            return torch.addmm(self.bias, x, self.weight, alpha=2.0)
-        if self.kind == "matmul":
-            return torch.relu(x @ self.square) @ self.weight
-        if self.kind == "turned":
-            return functional.linear(torch.relu(x @ self.square.t()), self.weight.t(), self.bias)
-        if self.kind == "tied turned":
-            return torch.relu(functional.linear(x, self.square) @ self.square) @ self.weight
-        if self.kind == "halves":
-            first, second = self.square.chunk(2)
-            return torch.cat([functional.linear(x, first), functional.linear(x, second)], 1) @ self.weight
-        if self.kind == "overlapping":
-            wide = functional.linear(x, self.square[:4]) + functional.linear(x, self.square[1:5])
-            return wide + self.bias
-        if self.kind == "in place":
-            out = x @ self.weight
-            out += self.bias
-            out.relu_()
-            return out * 1.5
-        return self.scale * (x @ self.weight)
-
-
-UNDERSTOOD = {
-    "addmm": (),
-    "scaled addmm": ("weight", "bias"),
-    "matmul": (),
-    "turned": (),
-    "tied turned": (),
-    "halves": (),
-    "overlapping": ("square", "bias"),
-    "in place": ("bias",),
-    "scalar": ("scale",),
-}
-
-
-@pytest.mark.parametrize("kind", UNDERSTOOD)
-def test_odd_uses_of_parameters_are_understood_or_differentiated_alone(kind: str) -> None:
-    x, y = torch.randn(11, 6, dtype=torch.float64), labels(11, 4)
-    problem = ds.Problem(Odd(kind).double(), chunks(x, y, [4, 7]))
-    rows = held(problem)
-    assert rows.captures.plan.alone == set(UNDERSTOOD[kind])
-    truth = ds.GaussNewton(problem).dense()
-    assert same_spectrum(ds.gram_spectrum(problem).values, truth, float(truth.norm()))
-
-
-def convolutional(kind: str) -> nn.Module:
-    flat = [nn.Flatten(), nn.LazyLinear(3)]
-    layers: dict[str, list[nn.Module]] = {
-        "strided, dilated": [nn.Conv2d(2, 4, 3, stride=2, padding=2, dilation=2), nn.ReLU(inplace=True)],
-        "grouped": [nn.Conv2d(2, 6, 3, groups=2), nn.Tanh(), nn.Conv2d(6, 6, 3, groups=6, padding=1)],
-        "circular": [nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), nn.Tanh()],
-        "by name": [nn.Conv2d(2, 3, 3, padding="same"), nn.Tanh()],
-        "wide": [nn.Conv2d(2, 3, (1, 3), padding=(0, 1)), nn.Tanh()],
-        "one-dimensional": [nn.Flatten(2), nn.Conv1d(2, 3, 5, stride=2, padding=1), nn.Tanh()],
-        "transposed": [nn.ConvTranspose2d(2, 3, 2), nn.Tanh()],
-        "group norm": [nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Tanh()],
-        "instance norm": [nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.Tanh()],
-        "rms norm": [nn.Conv2d(2, 4, 3), nn.RMSNorm([4, 4, 4]), nn.Tanh()],
-    }
-    return nn.Sequential(*layers[kind], *flat)
-
-
-@pytest.mark.parametrize(
-    ("kind", "alone"),
-    [
-        ("strided, dilated", ()),
-        ("grouped", ()),
-        ("circular", ()),
-        ("by name", ()),
-        ("wide", ()),
-        ("one-dimensional", ()),
-        ("transposed", ("0.weight", "0.bias")),
-        ("group norm", ()),
-        ("instance norm", ()),
-        ("rms norm", ()),
-    ],
-)
-def test_convolutions_and_normalisations_in_every_form(kind: str, alone: tuple[str, ...]) -> None:
-    x, y = torch.randn(8, 2, 6, 6, dtype=torch.float64), labels(8, 3)
-    model = convolutional(kind).double()
-    model(x[:1])
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.3)
-    problem = ds.Problem(model.eval(), chunks(x, y, [5, 3]))
-    rows = held(problem)
-    assert rows.captures.plan.alone == set(alone)
-    truth = ds.GaussNewton(problem).dense()
-    assert same_spectrum(ds.gram_spectrum(problem).values, truth, float(truth.norm()))
-    block = torch.randn(problem.num_parameters, 2, dtype=torch.float64)
-    assert error(rows.apply(block), GradientRows(problem).apply(block)) < 1e-12
-
-
-def test_an_embedding_that_pads_and_is_used_twice() -> None:
-    class Bag(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(9, 5, padding_idx=-9)
-            self.out = nn.Linear(5, 3)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.out(torch.tanh(self.embed(ids).sum(1)) + self.embed(ids[:, 0]))
-
-    ids = torch.randint(0, 9, (10, 4))
-    problem = ds.Problem(Bag().double(), [(ids, labels(10, 3))])
-    assert held(problem).captures.plan.alone == set()
-    truth = ds.GaussNewton(problem).dense()
-    assert same_spectrum(ds.gram_spectrum(problem).values, truth, float(truth.norm()))
 
 
 # ------------------------------------------------------------------------------------------------- spectra
@@ -277,33 +93,6 @@ def test_a_wrong_gram_matrix_is_seen_in_the_residuals(monkeypatch: pytest.Monkey
     )
     pairs = gradient_pairs(gradient_spectrum(parts), parts, 3, 0.0)
     assert float(pairs.residual_norms.min()) > 1e-3
-
-
-def test_the_gram_matrix_does_not_depend_on_batches_nor_on_memory() -> None:
-    """Held at once, or captured parameter by parameter; in batches of any size."""
-    case = CASES["layernorm_gelu"]()
-    whole = ds.gram_spectrum(case.problem())
-    x, y = case.tensors
-    ragged = ds.gram_spectrum(ds.Problem(case.model, chunks(x, y, [1, len(x) - 1])))
-    assert error(ragged.values, whole.values) < 1e-12
-    rows = HeldRows(case.problem())
-    rows.captures.limit = 0
-    assert not rows.captures.hold()
-    rows.captures.limit = max(rows.captures.bytes_by_layer.values())
-    assert len(rows.captures._groups()) > 1
-    small = torch.linalg.eigvalsh(rows.gram()).flip(0)
-    assert error(small[: len(whole.values)], whole.values) < 1e-12
-
-
-def test_memory_is_refused_beforehand() -> None:
-    problem = CASES["relu_mlp"]().problem()
-    rows = HeldRows(problem)
-    rows.captures.limit = 1
-    with pytest.raises(MemoryBudgetError, match="features and errors of layer"):
-        rows.gram()
-    problem.memory = 1000
-    with pytest.raises(MemoryBudgetError, match="60 rows"):
-        HeldRows(problem).gram()
 
 
 def test_more_rows_than_parameters_leaves_all_eigenvalues() -> None:
@@ -371,71 +160,82 @@ def test_text_and_errors() -> None:
     assert math.isclose(float(found.shares[0].sum()), 1)
 
 
-def test_a_first_batch_of_one_example_does_not_hide_the_order_of_examples() -> None:
-    case = CASES["attention_module"]()
-    x, y = case.tensors
-    problem = case.problem(chunks(x, y, [1, len(x) - 1]))
-    rows = held(problem)
-    assert {layout.kind for layout in (call.layout for call in rows.captures.plan.calls)} == {
-        "blocks",
-        "second",
-        "interleaved",
-    }
-    block = torch.randn(problem.num_parameters, 2, dtype=torch.float64)
-    assert error(rows.apply(block), GradientRows(problem).apply(block)) < 1e-12
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_the_sum_of_all_squared_gradients_is_the_trace_of_g(name):
+    case, ref = case_and_reference(name)
+    trace, error = gradient_trace(case.problem())
+    assert error == 0
+    assert trace == pytest.approx(float(ref.gauss_newton.trace()), rel=1e-9)
 
 
-def test_a_sequence_model_whose_examples_come_second() -> None:
-    """Tensors (T, B, d), as recurrent models and attention have them."""
+@pytest.mark.parametrize("name", ["relu_mlp", "absent_class", "every_option", "conv_pool"])
+def test_the_gram_matrix_has_the_non_zero_spectrum(name):
+    case, ref = case_and_reference(name)
+    gram = RowGram(GradientRows(case.problem()))
+    dense = gram.dense()
+    torch.testing.assert_close(dense, dense.T)
+    num = min(len(dense), len(ref.gauss_newton))
+    found, expected = (torch.linalg.eigvalsh(one).flip(0)[:num] for one in (dense, ref.gauss_newton))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * float(expected[0]))
 
-    class Second(nn.Module):
-        def __init__(self) -> None:
+
+def test_of_many_classes_random_sums_tell_the_trace_with_its_error():
+    """A convolution, a table of embeddings and a matrix used twice; over seeds the error is that which is said."""
+
+    class Net(nn.Module):
+        def __init__(self):
             super().__init__()
-            self.inner = nn.Linear(4, 5)
-            self.norm = nn.LayerNorm(5)
-            self.flat = nn.Linear(5, 3)
+            self.conv, self.twice, self.out = nn.Conv1d(3, 4, 3, padding=1), nn.Linear(4, 4), nn.Linear(4, 30)
 
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.norm(torch.tanh(self.inner(x.transpose(0, 1))))
-            steps, num = h.shape[:2]
-            return self.flat(h.reshape(steps * num, -1)).view(steps, num, -1).mean(0)
+        def forward(self, x):
+            hidden = torch.tanh(self.conv(x)).mean(2)
+            return self.out(torch.tanh(self.twice(torch.tanh(self.twice(hidden)))))
 
-    x, y = torch.randn(9, 6, 4, dtype=torch.float64), labels(9, 3)
-    problem = Case(Second().double(), chunks(x, y, [4, 5])).problem()
-    rows = held(problem)
-    assert rows.captures.plan.alone == set()
-    assert {layout.kind for layout in (call.layout for call in rows.captures.plan.calls)} == {
-        "second",
-        "interleaved",
-    }
-    truth = ds.GaussNewton(problem).dense()
-    assert same_spectrum(ds.gram_spectrum(problem).values, truth, float(truth.norm()))
+    torch.manual_seed(0)
+    problem = ds.Problem(Net().double(), (torch.randn(50, 3, 6).double(), torch.arange(50) % 30))
+    exact = float(ds.GaussNewton(problem).dense().trace())
+    found = torch.tensor([gradient_trace(problem, seed) for seed in range(12)], dtype=torch.float64)
+    assert (found[:, 1] > 0).all()
+    assert abs(found[:, 0] - exact).max() < 0.1 * exact
+    off = (found[:, 0] - exact) / found[:, 1]  # Student's t of 15 degrees of freedom
+    assert 0.6 < float(off.std()) < 1.6
+    assert abs(float(off.mean())) < 4 / math.sqrt(12)
 
 
-class Mixture(nn.Module):
-    """Two experts, each of which sees the tokens that a gate sends to it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = nn.Linear(6, 2)
-        self.experts = nn.ModuleList([nn.Linear(6, 5), nn.Linear(6, 5)])
-        self.out = nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, 1)
-        shares = self.gate(tokens).softmax(-1)
-        found = tokens.new_zeros(len(tokens), 5)
-        for i, expert in enumerate(self.experts):
-            mine = (shares.argmax(-1) == i).nonzero().flatten()
-            found = found.index_add(0, mine, torch.tanh(expert(tokens[mine])) * shares[mine, i, None])
-        return self.out(found).view(len(x), -1, 3).mean(1)
+def test_inner_products_and_formed_gradients_square_the_same(monkeypatch):
+    case, _ = case_and_reference("conv_pool")
+    found = []
+    for inner in (True, False):
+        monkeypatch.setattr("deepspectra.analysis.gram_spectrum._prefers_inner", lambda _, inner=inner: inner)
+        found.append(gradient_trace(case.problem())[0])
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_tokens_routed_by_their_values_are_right(seed: int) -> None:
-    torch.manual_seed(seed)
-    model, x, y = Mixture().double(), torch.randn(8, 4, 6).double(), torch.arange(8) % 3
-    dense = ds.GaussNewton(ds.Problem(model, (x, y))).dense()
-    for batch_size in (1, 2, 4):
-        found = ds.gram_spectrum(ds.Problem(model, (x, y), batch_size=batch_size)).values
-        assert same_spectrum(found, dense, float(dense.norm()))
+@pytest.mark.parametrize("num", [1, 3, 12])
+def test_its_density_is_that_of_g_with_the_zeros_that_are_known(num):
+    """Whatever pairs are taken out first, and if some of them are of eigenvalue zero."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)).double()
+    problem = ds.Problem(net, (torch.randn(5, 6).double(), torch.arange(5) % 3))  # 10 rows, 93 parameters
+    matrix = ds.GaussNewton(problem).dense()
+    values, vectors = torch.linalg.eigh(matrix)
+    pairs = ds.eigenpairs(matrix, num)
+    top, u = values.flip(0)[:num].clamp_min(0), vectors.flip(1)[:, :num]
+    pairs = type(pairs)(
+        **{
+            **vars(pairs),
+            "values": top,
+            "vectors": u,
+            "residual_norms": torch.zeros_like(top),
+        }
+    )
+    gram = RowGram(GradientRows(problem))
+    rows = gram.reduced(gram.rows.apply(u))
+    rows = rows / rows.norm(dim=0).clamp_min(1e-300)
+    found = nonzero_density(gram, pairs, rows, 3, 10, seed=1)
+    assert found.size == 93
+    assert float(found.weights.sum()) == pytest.approx(1, abs=1e-12)
+    assert float(found.weights[found.nodes == 0].sum()) == pytest.approx(83 / 93, abs=1e-12)
+    assert found.mean * 93 == pytest.approx(float(matrix.trace()), rel=1e-9)
+    for x in torch.logspace(-4, 0, 9, dtype=torch.float64) * values[-1]:
+        assert found.cdf(float(x)) == pytest.approx(float((values <= x).double().mean()), abs=1e-9)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,25 +12,9 @@ from deepspectra.operators.curvature import HessianBlock
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.spectrum import Spectrum
 from nets import CASES, CLASSIFICATION, Case, chunks, labels
-from reference import Reference, case_and_reference, error, inputs_and_errors
+from reference import Reference, agrees, case_and_reference, descending, error, inputs_and_errors
 
 FIVE = ("class", "logit", "interaction", "within", "true")
-RTOL = 1e-10
-
-
-def descending(matrix: Tensor) -> Tensor:
-    return torch.linalg.eigvalsh((matrix + matrix.T) / 2).flip(0)
-
-
-def padded(values: Tensor, size: int) -> Tensor:
-    return torch.nn.functional.pad(values, (0, size - len(values)))
-
-
-def agrees(found: Tensor, matrix: Tensor, scale: float) -> bool:
-    expected = descending(matrix)
-    size = max(len(found), len(expected))
-    difference = padded(found, size).sort().values - padded(expected, size).sort().values
-    return bool(difference.abs().max() <= RTOL * scale)
 
 
 @pytest.mark.parametrize("name", ["relu_mlp", "unbalanced", "absent_class", "conv_pool", "class_weights"])
@@ -80,84 +62,6 @@ def test_gradients_of_a_layer_are_its_block_of_g(name: str) -> None:
         assert agrees(layer.gradients.values, block, scale)
         for part in FIVE:
             assert agrees(layer.gradients.parts[part], ref.block(ref.parts[part], *own), scale)
-
-
-def test_with_one_example_a_class_means_of_products_are_products_of_means() -> None:
-    torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5)).double()
-    x, y = torch.randn(5, 4, dtype=torch.float64), torch.arange(5)
-    for layer in ds.layers(ds.Problem(model, (x, y))).values():
-        assert layer.khatri_rao is not None
-        off = ~torch.eye(5, dtype=torch.bool)
-        assert (layer.khatri_rao.class_cosine - 1).abs().max() < 1e-10
-        assert layer.khatri_rao.class_error.max() < 1e-10
-        assert (layer.khatri_rao.cross_cosine[off] - 1).abs().max() < 1e-10
-        assert layer.khatri_rao.cross_cosine.diagonal().isnan().all()
-
-
-@pytest.mark.parametrize("name", ["relu_mlp", "unbalanced"])
-def test_the_khatri_rao_claim_is_measured_by_its_definition(name: str) -> None:
-    case, ref = case_and_reference(name)
-    modules = dict(case.model.named_modules())
-    w_c, g_c, w_ck, g_ck = ref.means
-    names = list(ref.parameters)
-    for layer in ds.layers(case.problem()).values():
-        h, e = inputs_and_errors(ref, modules[layer.name])
-        start = sum(ref.parameters[n].numel() for n in names[: names.index(f"{layer.name}.weight")])
-        stop = start + ref.parameters[f"{layer.name}.weight"].numel()
-        assert layer.khatri_rao is not None
-        for c in range(ref.num_classes):
-            inside = ref.labels == c
-            h_c = h[inside].mean(0)
-            others = [k for k in range(ref.num_classes) if k != c]
-            e_ck = {k: (ref.weights[inside, k, None] * e[inside, k]).sum(0) / w_ck[c, k] for k in others}
-            e_c = sum((w_ck[c, k] * e_ck[k] for k in others), torch.zeros_like(e_ck[others[0]])) / w_c[c]
-            pairs = [(g_c[c], e_c, layer.khatri_rao.class_cosine[c], layer.khatri_rao.class_error[c])]
-            pairs += [
-                (g_ck[c, k], e_ck[k], layer.khatri_rao.cross_cosine[c, k], layer.khatri_rao.cross_error[c, k])
-                for k in others
-            ]
-            for gradient, mean_error, cosine, relative in pairs:
-                truth, product = gradient[start:stop], torch.outer(mean_error, h_c).flatten()
-                expected = truth @ product / (truth.norm() * product.norm())
-                assert float(cosine) == pytest.approx(float(expected), abs=1e-9)
-                assert float(relative) == pytest.approx(
-                    float((truth - product).norm() / truth.norm()), abs=1e-9
-                )
-
-
-@pytest.mark.parametrize("name", ["relu_mlp", "conv_pool", "absent_class", "class_weights"])
-def test_gradients_without_the_mean_feature(name: str) -> None:
-    """Against gradients to a weight less Σ e ⊗ h̄, where Σ e is the gradient to its bias."""
-    case, ref = case_and_reference(name)
-    starts, at = {}, 0
-    for key, value in ref.parameters.items():
-        starts[key], at = (at, value.numel()), at + value.numel()
-    modules = dict(case.model.named_modules())
-    for layer in ds.layers(case.problem()).values():
-        module = modules[layer.name]
-        assert isinstance(module, (nn.Linear, nn.Conv2d))
-        inputs, _ = inputs_and_errors(ref, module)
-        if isinstance(module, nn.Conv2d):
-            images = inputs.view(len(inputs), module.in_channels, -1)
-            side = math.isqrt(images.shape[2])
-            patches = torch.nn.functional.unfold(
-                images.view(*images.shape[:2], side, side), module.kernel_size
-            )
-            features = patches.mT
-        else:
-            features = inputs[:, None]
-        counts = (ref.weights.sum(1) > 0).double()  # rows of classes with weight
-        mean = (counts[:, None, None] * features).sum((0, 1)) / (counts.sum() * features.shape[1])
-        (start, size), (begin, num) = starts[f"{layer.name}.weight"], starts[f"{layer.name}.bias"]
-        rows, summed = ref.rows[:, start : start + size], ref.rows[:, begin : begin + num]
-        centred = rows - torch.einsum("ro,d->rod", summed, mean).flatten(1)
-        scale = float(descending(centred.T @ centred)[0])
-        assert layer.centred is not None
-        assert agrees(layer.centred.values, centred.T @ centred, scale)
-        for part in FIVE:
-            expected = centred.T @ ref.projections[part] @ centred
-            assert agrees(layer.centred.parts[part], expected, scale)
 
 
 @pytest.mark.parametrize("groups", [2, 4])
@@ -209,71 +113,6 @@ def test_a_saturated_network_has_layers_of_no_curvature(scale: float) -> None:
         assert layer.collapse.nc1 > 0
 
 
-def test_logit_means_of_constant_features_are_products_with_them() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 3)).double()
-    x = torch.randn(1, 4).double().expand(12, 4).contiguous()
-    (layer,) = ds.layers(ds.Problem(model, (x, labels(12, 3)))).values()
-    assert layer.khatri_rao is not None
-    assert error(layer.khatri_rao.logit_cosine, torch.ones(3).double()) < 1e-12
-    assert layer.centred is not None
-    assert float(layer.centred.values[0]) < 1e-12 * float(layer.gradients.values[0])
-
-
-def simplex(num_classes: int) -> Tensor:
-    return torch.eye(num_classes, dtype=torch.float64) - 1 / num_classes
-
-
-def test_collapsed_features_are_seen_as_such() -> None:
-    """Features at the corners of a simplex, and a classifier that is their means."""
-    model = nn.Linear(4, 4, bias=False).double()
-    with torch.no_grad():
-        model.weight.copy_(3 * simplex(4))
-    y = torch.arange(4).repeat(3)
-    found = ds.layers(ds.Problem(model, (5.0 + simplex(4)[y], y)))[""].collapse
-    assert found is not None
-    for value in (found.nc1, found.nc2_norms, found.nc2_angles, found.nc2_simplex, found.nc3, found.nc4):
-        assert abs(value) < 1e-10
-    assert error(found.cosines.fill_diagonal_(1), (4 * simplex(4) / 3).fill_diagonal_(1)) < 1e-10
-
-
-def test_neural_collapse_by_its_definitions() -> None:
-    torch.manual_seed(5)
-    model = nn.Linear(6, 3).double()
-    x, y = torch.randn(20, 6, dtype=torch.float64), labels(20, 3)
-    found = ds.layers(ds.Problem(model, (x, y)))[""].collapse
-    assert found is not None
-    means = torch.stack([x[y == c].mean(0) for c in range(3)])
-    shares = torch.bincount(y).double() / 20
-    centred = means - x.mean(0)
-    between = centred.T @ (shares[:, None] * centred)
-    within = (x - means[y]).T @ (x - means[y]) / 20
-    assert found.nc1 == pytest.approx(
-        float((within @ torch.linalg.pinv(between, rtol=1e-8)).trace()) / 3, rel=1e-8
-    )
-    norms = centred.norm(dim=1)
-    assert found.nc2_norms == pytest.approx(float(norms.std() / norms.mean()))
-    duality = model.weight.detach() / model.weight.detach().norm() - centred / centred.norm()
-    assert found.nc3 == pytest.approx(float(duality.square().sum()))
-    nearest = torch.cdist(x, means).argmin(1)
-    assert found.nc4 == pytest.approx(float((nearest != model(x).argmax(1)).double().mean()))
-
-
-def test_an_absent_class_has_no_angles() -> None:
-    (found, *_) = ds.layers(CASES["absent_class"]().problem()).values()
-    assert found.collapse is not None
-    assert found.collapse.cosines[2].isnan().all()
-    assert math.isfinite(found.collapse.nc1)
-    assert math.isnan(found.collapse.nc3)
-    assert found.khatri_rao is not None
-    assert found.khatri_rao.class_cosine.isnan().tolist() == [False, False, True, False]
-
-
-def test_reused_layers_have_no_product_of_means() -> None:
-    reused = ds.layers(CASES["reused_module"]().problem()).values()
-    assert any(layer.khatri_rao is None and layer.features is not None for layer in reused)
-
-
 def test_normalisations_have_gradients_only() -> None:
     found = ds.layers(CASES["conv_batchnorm"]().problem())
     norm = found["1"]
@@ -313,11 +152,59 @@ def test_batches_do_not_matter() -> None:
             assert a.collapse.nc1 == pytest.approx(b.collapse.nc1, rel=1e-9)
 
 
+def test_either_side_of_rows_gives_the_same_spectrum() -> None:
+    torch.manual_seed(1)
+    rows = torch.randn(40, 7).double()
+    basis = torch.linalg.qr(torch.randn(40, 5).double()).Q
+    averages = Averages({"class": basis[:, :2]}, basis, ("class", "within"))
+    wide = Spectrum.of_gram(rows @ rows.T, averages, 7, 1e-16)
+    narrow = Spectrum.of_rows(rows, averages, 1e-16)
+    assert narrow.vectors is None
+    assert error(wide.values, narrow.values) < 1e-12
+    for part in ("class", "within"):
+        assert error(wide.part(part)[0], narrow.part(part)[0]) < 1e-12
+        assert error(wide.part(part)[1], narrow.part(part)[1]) < 1e-12
+
+
+def test_stable_ranks() -> None:
+    case, ref = case_and_reference("relu_mlp")
+    values = descending(ref.gauss_newton)
+    found = ds.gram_spectrum(case.problem())
+    assert found.stable_rank == pytest.approx(float(values.square().sum() / values[0] ** 2), rel=1e-9)
+    assert found.intrinsic_dimension == pytest.approx(float(values.sum() / values[0]), rel=1e-9)
+
+
+def test_a_matrix_too_large_for_memory_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 3))
+    problem = ds.Problem(model, (torch.randn(900, 300), labels(900, 3)), memory="60MiB", batch_size=100)
+    with pytest.raises(MemoryBudgetError, match="1,800 rows"):
+        ds.layers(problem)
+
+
+def test_text_dtype_and_errors() -> None:
+    problem = CASES["relu_mlp"](torch.float32).problem()
+    text = str(ds.layers(problem))
+    assert "NC1" in text
+    assert len(text.splitlines()) == 10
+    assert text.count("that of G") == 3
+    assert ds.layers(problem, dtype=torch.float64)["0"].gradients.provenance.dtype == "float64"
+    assert ds.layers(problem, effects="four-way")["0"].gradients.part_names == (
+        "class",
+        "cross",
+        "within",
+        "true",
+    )
+    with pytest.raises(LossError, match="class structure"):
+        ds.layers(CASES["mse_module"]().problem())
+
+
 def own_names(ref: Reference, layer: str) -> list[str]:
     return [name for name in ref.parameters if name.rpartition(".")[0] == layer]
 
 
 PIECEWISE_LINEAR = ("relu_mlp", "conv_batchnorm", "conv_pool")
+
+
 CURVED = ("layernorm_gelu", "attention_module", "tied_modules", "reused_module")
 
 
@@ -402,49 +289,3 @@ def test_without_second_derivatives_there_are_no_blocks_of_h() -> None:
     with pytest.warns(OptionWarning, match="num=3 is not used"):
         ds.layers(problem, hessian=False, num=3)
     assert "‖R‖/‖G‖" in str(found)
-
-
-def test_either_side_of_rows_gives_the_same_spectrum() -> None:
-    torch.manual_seed(1)
-    rows = torch.randn(40, 7).double()
-    basis = torch.linalg.qr(torch.randn(40, 5).double()).Q
-    averages = Averages({"class": basis[:, :2]}, basis, ("class", "within"))
-    wide = Spectrum.of_gram(rows @ rows.T, averages, 7, 1e-16)
-    narrow = Spectrum.of_rows(rows, averages, 1e-16)
-    assert narrow.vectors is None
-    assert error(wide.values, narrow.values) < 1e-12
-    for part in ("class", "within"):
-        assert error(wide.part(part)[0], narrow.part(part)[0]) < 1e-12
-        assert error(wide.part(part)[1], narrow.part(part)[1]) < 1e-12
-
-
-def test_stable_ranks() -> None:
-    case, ref = case_and_reference("relu_mlp")
-    values = descending(ref.gauss_newton)
-    found = ds.gram_spectrum(case.problem())
-    assert found.stable_rank == pytest.approx(float(values.square().sum() / values[0] ** 2), rel=1e-9)
-    assert found.intrinsic_dimension == pytest.approx(float(values.sum() / values[0]), rel=1e-9)
-
-
-def test_a_matrix_too_large_for_memory_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 3))
-    problem = ds.Problem(model, (torch.randn(900, 300), labels(900, 3)), memory="60MiB", batch_size=100)
-    with pytest.raises(MemoryBudgetError, match="1,800 rows"):
-        ds.layers(problem)
-
-
-def test_text_dtype_and_errors() -> None:
-    problem = CASES["relu_mlp"](torch.float32).problem()
-    text = str(ds.layers(problem))
-    assert "NC1" in text
-    assert len(text.splitlines()) == 10
-    assert text.count("that of G") == 3
-    assert ds.layers(problem, dtype=torch.float64)["0"].gradients.provenance.dtype == "float64"
-    assert ds.layers(problem, effects="four-way")["0"].gradients.part_names == (
-        "class",
-        "cross",
-        "within",
-        "true",
-    )
-    with pytest.raises(LossError, match="class structure"):
-        ds.layers(CASES["mse_module"]().problem())

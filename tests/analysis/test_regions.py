@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-import re
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import deepspectra as ds
-from deepspectra.analysis.regions import OF, Shifts
-from deepspectra.errors import DataError, LossError, MemoryBudgetError, OptionError
-from deepspectra.jobs.pages import Labels, save_page
-from deepspectra.jobs.regions_dataset import CLAIMS, regions_dataset, sentences
-from deepspectra.report.drawing import save_chart
-from deepspectra.report.region_charts import region_shifts
+from deepspectra.analysis.regions import Shifts
+from deepspectra.errors import LossError, MemoryBudgetError, OptionError
+from deepspectra.jobs.regions_dataset import regions_dataset
 from nets import CASES, labels
 from reference import GONE, case_and_reference, error
 
 REMOVED = {name: GONE[name] for name in ("class", "class + logit", "interaction", "cross", "within")}
+
+
 REMOVED_OF_HESSIAN = REMOVED | {"residual": ("residual",)}
 
 
@@ -298,62 +296,3 @@ def test_a_part_makes_a_region_that_it_moves_most_and_far_enough() -> None:
     assert [shifts.makes("a", region) for region in shifts.regions] == [True, False, False]
     assert shifts.makes("b", "outliers") is False  # moved most, and by an eighth only
     assert [shifts.makes("c", region) for region in shifts.regions] == [None, None, False]
-
-
-def test_the_dataset_and_the_verdict_are_the_shifts() -> None:
-    case, _ = case_and_reference("relu_mlp")
-    problem = case.problem()
-    found = [ds.regions(problem, of, num_groups=3) for of in ("gradients", "hessian", "features")]
-    dataset = regions_dataset(found, problem, Labels("small", "noise", seed=1))
-    layers = list(found[0])
-    assert list(dataset["place"].values) == ["all layers", *layers]
-    gradients, hessian, features = found
-    for one, place, shifts in (
-        (gradients, "all layers", gradients.whole),
-        (gradients, layers[1], gradients[layers[1]]),
-        (hessian, "all layers", hessian.whole),
-        (features, layers[0], features[layers[0]]),
-    ):
-        for name in shifts.knockouts:
-            saved = dataset.sel(spectrum=one.of, place=place, removed=name)
-            row = shifts.knockouts.index(name)
-            assert saved["region_shift"].values == pytest.approx(shifts.values[row].numpy(), nan_ok=True)
-            errors = shifts.standard_errors[row].numpy()
-            assert saved["region_shift_error"].values == pytest.approx(errors, nan_ok=True)
-            most = shifts.moved(name)
-            assert int(saved["region_moved"]) == (-1 if most is None else shifts.regions.index(most))
-    assert bool(dataset["region_shift"].sel(spectrum="hessian", place=layers[0]).isnull().all())
-    said = sentences(found)
-    for one, sentence in zip(found, said, strict=False):
-        judged = {name: region for name, region in CLAIMS.items() if name in one.whole.knockouts}
-        for name, region in judged.items():
-            verdict = {None: "is open", True: "holds", False: "does not"}[one.whole.makes(name, region)]
-            claims = next(part for part in sentence.split("; ") if f"{verdict}: " in part)
-            assert f"{region} ← {name}" in re.split(": |, ", claims.rstrip("."))
-    assert dataset.attrs["verdict"] == " ".join(said)
-    assert sum("move, in decades of λ" in sentence for sentence in said) == 2
-    (counted,) = (sentence for sentence in said if sentence.startswith("In layers' gradients"))
-    there = [shifts for shifts in gradients.values() if not math.isnan(shifts.of("within", "bulk"))]
-    held = sum(shifts.makes("within", "bulk") is True for shifts in there)
-    assert f"bulk ← within in {held} of {len(there)}" in counted
-    assert dataset["region_missed"].values.tolist() == [0, pytest.approx(hessian.missed), 0]
-    alone = [ds.regions(problem, num_groups=0)]
-    assert "nothing says how sure" in regions_dataset(alone, problem).attrs["verdict"]
-
-
-def test_a_page_draws_every_kind_of_spectrum(tmp_path) -> None:
-    case, _ = case_and_reference("relu_mlp")
-    problem = case.problem()
-    dataset = regions_dataset([ds.regions(problem, of, num_groups=2) for of in OF], problem)
-    chart = region_shifts(dataset).to_dict()
-    assert chart["params"][0]["bind"]["options"] == list(OF)
-    (table,) = chart["datasets"].values()
-    assert {row["spectrum"] for row in table} == set(OF)
-    assert all(row["low"] <= row["region_shift"] <= row["high"] for row in table)
-    page = save_page(dataset, tmp_path, "regions").read_text()
-    assert 'id="chart-region_shifts"' in page
-    assert 'id="region-table"' in page
-    save_chart(region_shifts(dataset), tmp_path / "regions.svg")
-    assert "outliers" in (tmp_path / "regions.svg").read_text()
-    with pytest.raises(DataError, match="region_shift"):
-        region_shifts(dataset.drop_vars("region_shift"))

@@ -15,7 +15,7 @@ from deepspectra.analysis import layer_blocks
 from deepspectra.analysis.study import LEFT, MEASURES
 from deepspectra.errors import OptionError, ShapeError
 from deepspectra.jobs.pages import Labels
-from deepspectra.jobs.study_dataset import STUDIES, sentences, study_dataset
+from deepspectra.jobs.study_dataset import sentences, study_dataset
 from nets import labels
 
 SHAPE = (1, 4, 4)
@@ -123,58 +123,6 @@ def test_bad_variants_are_refused() -> None:
     odd = ds.Problem(other, (torch.rand(9, *SHAPE).double(), labels(9, 3)))
     with pytest.raises(ShapeError, match="same parameters"):
         ds.study({"plain": [problem(0), odd]})
-
-
-def test_batch_norm_after_every_relu_keeps_names_and_centres_features() -> None:
-    plain = zoo.build("lenet", input_shape=(1, 8, 8), num_classes=10)
-    changed = zoo.normalised(zoo.build("lenet", input_shape=(1, 8, 8), num_classes=10), (1, 8, 8))
-    assert {n: p.shape for n, p in plain.named_parameters()} == {
-        n: p.shape for n, p in changed.named_parameters()
-    }
-    seen = []
-    changed.fc2.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    changed(torch.randn(50, 1, 8, 8))
-    assert seen[0].mean(0).abs().max() < 1e-5
-    live = seen[0].std(0) > 0.1  # units that never fire stay zero
-    assert live.any()
-    assert (seen[0].std(0, correction=0)[live] - 1).abs().median() < 1e-2
-    with pytest.raises(OptionError, match="batch norm already"):
-        zoo.normalised(changed, (1, 8, 8))
-    with pytest.raises(OptionError, match="0 ReLU modules"):
-        zoo.normalised(zoo.build("transformer", input_shape=(1, 8, 8), num_classes=10), (1, 8, 8))
-
-
-def test_random_labels_are_drawn_once() -> None:
-    data = zoo.load("digits", per_class=20)
-    one, again, other = data.relabelled(0), data.relabelled(0), data.relabelled(1)
-    assert torch.equal(one.targets, again.targets)
-    assert not torch.equal(one.targets, other.targets)
-    assert one.inputs is data.inputs
-    assert one.name == "digits, random labels"
-    assert float((one.targets == data.targets).double().mean()) < 0.25
-    assert set(one.targets.tolist()) == set(range(10))
-
-
-def test_the_first_classes_of_a_data_set() -> None:
-    data = zoo.load("digits", per_class=5)
-    some = data.of_classes(3)
-    assert some.targets.unique().tolist() == [0, 1, 2]
-    assert torch.equal(some.inputs, data.inputs[data.targets < 3])
-    assert some.class_names == ("0", "1", "2")
-    assert (some.name, data.of_classes(10).name) == ("digits, 3 classes", "digits")
-    for num in (1, 11):
-        with pytest.raises(OptionError, match="at least 2 and at most 10"):
-            data.of_classes(num)
-
-
-def test_there_are_four_studies() -> None:
-    assert list(STUDIES) == ["batch-norm", "random-labels", "initialisation", "classes"]
-    assert [variant.of(zoo.load("digits", per_class=2), 0).num_classes for variant in STUDIES["classes"]] == [
-        2,
-        3,
-        5,
-        10,
-    ]
 
 
 def test_each_block_is_decomposed_once_a_network(monkeypatch) -> None:

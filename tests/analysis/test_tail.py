@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
-from collections.abc import Callable
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from scipy.integrate import quad
-from scipy.linalg import eigvalsh_tridiagonal
 
 import deepspectra as ds
-from deepspectra.analysis.bulk_laws import Sample, fit_bulk_law
-from deepspectra.analysis.tail_laws import scan, thresholds_of
 from deepspectra.errors import DataError, OptionError
 from nets import CASES
-
-Draw = Callable[[np.random.Generator], np.ndarray]
+from spectra import Draw, log_normal, pareto
 
 
 def covariance(size: int, samples: int) -> Draw:
@@ -63,24 +55,8 @@ def heavy(size: int, samples: int, offset: float = 0.0, index: float = 1.0) -> D
     return draw
 
 
-def pareto(size: int, exponent: float, share: float = 0.5, body: str = "uniform") -> Draw:
-    """A share of Pareto's law from 1 on, above a uniform body, or Clauset's, with a continuous density."""
-
-    def draw(rng: np.random.Generator) -> np.ndarray:
-        num = rng.binomial(size, share)
-        u = rng.random(size - num)
-        below = u if body == "uniform" else 1 - np.log(1 + u * math.expm1(exponent)) / exponent
-        return np.concatenate([(1 - rng.random(num)) ** (-1 / (exponent - 1)), below])
-
-    return draw
-
-
 def exponential(size: int) -> Draw:
     return lambda rng: rng.exponential(size=size)
-
-
-def log_normal(size: int, sigma: float) -> Draw:
-    return lambda rng: np.exp(sigma * rng.normal(size=size))
 
 
 # name → a draw, its law, and the exponent
@@ -96,6 +72,8 @@ QUICK: dict[str, tuple[Draw, str, float]] = {
     "exponential": (exponential(500), "exponential", math.nan),
     "log-normal": (log_normal(1000, 1), "log-normal", math.nan),
 }
+
+
 FULL: dict[str, tuple[Draw, str, float]] = {
     **QUICK,
     "covariance 200 × 2000": (covariance(200, 2000), "Marchenko-Pastur", math.nan),
@@ -154,50 +132,12 @@ def test_few_log_normal_draws_are_called_a_power_law() -> None:
     assert found["undecided"]  # of so few
 
 
-def test_the_bulk_laws_are_the_textbook_densities() -> None:
-    """Quantiles of the densities are nowhere further off than their spacing."""
-    share = (np.arange(400) + 0.5) / 400
-    for ratio in (0.1, 0.5, 1.0):
-        low, high = 3 * (1 - math.sqrt(ratio)) ** 2, 3 * (1 + math.sqrt(ratio)) ** 2
-
-        def angle(t: float, low: float = low, high: float = high, ratio: float = ratio) -> float:
-            x = (low + high) / 2 - (high - low) / 2 * math.cos(t)
-            density = math.sqrt((high - x) * (x - low)) / (2 * math.pi * 3 * ratio * x)
-            return density * (high - low) / 2 * math.sin(t)
-
-        angles = np.linspace(1e-9, math.pi - 1e-9, 401)
-        mass = np.concatenate([[0], np.cumsum([quad(angle, a, b)[0] for a, b in pairwise(angles)])])
-        assert mass[-1] == pytest.approx(1, abs=1e-6)
-        values = (low + high) / 2 - (high - low) / 2 * np.cos(np.interp(share, mass, angles))
-        law = fit_bulk_law("Marchenko-Pastur", Sample(values, np.ones(400)))
-        assert law.distance < 1 / 400
-        assert law.ratio == pytest.approx(ratio, abs=0.005)
-        assert law.centre == pytest.approx(3, rel=0.01)
-        assert (law.low, law.high) == pytest.approx((low, high), abs=0.05)
-    angles = np.linspace(0, math.pi, 5001)
-    mass = (angles - np.sin(angles) * np.cos(angles)) / math.pi
-    law = fit_bulk_law("semicircle", Sample(5 - 2 * np.cos(np.interp(share, mass, angles)), np.ones(400)))
-    assert law.distance < 1 / 400
-    assert (law.low, law.high) == pytest.approx((3, 7), abs=0.01)
-
-
-def test_p_of_a_bulk_law_is_that_of_eigenvalues_that_repel() -> None:
-    """Of tridiagonal models (Dumitriu and Edelman 2002): as many below a level as it says."""
-    rng, found = np.random.default_rng(0), []
-    for size in (80, 400):
-        for k in range(150):
-            below = rng.chisquare(np.arange(size - 1, 0, -1))
-            if k % 2:
-                values = eigvalsh_tridiagonal(rng.normal(0, math.sqrt(2), size), np.sqrt(below))
-                law = fit_bulk_law("semicircle", Sample(values, np.ones(size)))
-            else:
-                squares = rng.chisquare(2 * size - np.arange(size))
-                diagonal = squares + np.concatenate([[0], below])
-                values = eigvalsh_tridiagonal(diagonal, np.sqrt(squares[:-1] * below))
-                law = fit_bulk_law("Marchenko-Pastur", Sample(values, np.ones(size)))
-            found.append(law.p_value)
-    shares = [float(np.mean(np.array(found) < level)) for level in (0.05, 0.2, 0.5, 0.8)]
-    assert shares == pytest.approx([0.05, 0.2, 0.5, 0.8], abs=0.09)
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "most"), [(400, 7), (500, 28), (600, 19), (700, 10), (1000, 10)])
+def test_log_normal_draws_are_called_a_power_law_no_more_often_than_is_said(size: int, most: int) -> None:
+    """Of 100 draws; allowed is what is said and three standard errors."""
+    found = verdicts(log_normal(size, 1), 100, 1)
+    assert found["power law"] <= most, found
 
 
 def test_outliers_and_zeros_are_counted_and_units_do_not_matter() -> None:
@@ -217,42 +157,6 @@ def test_outliers_and_zeros_are_counted_and_units_do_not_matter() -> None:
     mirrored = ds.tail(-values, side="negative", num_draws=5)
     assert mirrored.power_law == found.power_law
     assert mirrored.verdict == found.verdict == "Marchenko-Pastur"
-
-
-def test_fits_agree_with_the_powerlaw_package() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        powerlaw = pytest.importorskip("powerlaw")
-    for values in (pareto(400, 2.5)(np.random.default_rng(0)), log_normal(400, 1)(np.random.default_rng(1))):
-        found = ds.tail(torch.from_numpy(values), num_draws=1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            fit = powerlaw.Fit(values, xmin=found.power_law.x_min, verbose=0)
-            assert fit.power_law.alpha == pytest.approx(found.power_law.exponent, rel=1e-9)
-            assert (
-                pytest.approx(found.power_law.distance, abs=1.01 / found.power_law.num_tail)
-                == fit.power_law.D
-            )
-            ratio, p_value = fit.distribution_compare("power_law", "exponential")
-            assert found.alternatives["exponential"].ratio == pytest.approx(ratio, rel=1e-4)
-            assert found.alternatives["exponential"].p_value == pytest.approx(p_value, rel=1e-3)
-            ratio, _ = fit.distribution_compare("power_law", "lognormal")
-            assert found.alternatives["log-normal"].ratio == pytest.approx(ratio, abs=0.02)
-
-
-def test_weights_count_as_copies_do() -> None:
-    rng = np.random.default_rng(0)
-    values = np.sort(pareto(200, 2)(rng))
-    copies = rng.integers(1, 4, 200)
-    one, other = (
-        Sample(values, copies.astype(float)),
-        Sample(np.repeat(values, copies), np.ones(copies.sum())),
-    )
-    places = thresholds_of(one)[:20]
-    for name in ("power law", "exponential", "log-normal"):
-        weighted, repeated = scan(name, one, places), scan(name, other, places)
-        for field in ("counts", "effective", "rates", "heights"):
-            assert getattr(weighted, field) == pytest.approx(getattr(repeated, field))
 
 
 def operator_of(draw: Draw, seed: int = 0) -> torch.Tensor:

@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import deepspectra as ds
-from deepspectra.errors import CurvatureError, FallbackWarning, LossError, MemoryBudgetError, OptionError
-from deepspectra.kfac import blocks, moments
-from deepspectra.rows.captures import Captures
-from nets import CASES, Case, chunks, labels
+from deepspectra.errors import CurvatureError, LossError, MemoryBudgetError, OptionError
+from nets import CASES, Case, block_of, chunks, labels
 from reference import Reference, case_and_reference, error
 
 RTOL = 1e-10
+
+
 KINDS = ("kfac", "ekfac", "cfac")
+
+
 MLPS = [
     "relu_mlp",
     "ragged",
@@ -69,12 +71,6 @@ def mlp_factors(case: Case) -> list[tuple[str, Tensor, Tensor, Tensor, Tensor]]:
 def dense_kfac(h: Tensor, e: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     """S = Σ w e eᵀ and A = Σ_i (share of i) h hᵀ."""
     return torch.einsum("nko,nkp->op", e, e), torch.einsum("n,ni,nj->ij", shares, h, h)
-
-
-def block_of(K: ds.Kronecker, matrix: Tensor, name: str) -> Tensor:
-    """Rows and columns of a block, in its own order."""
-    index = K.index[name]
-    return matrix[index[:, None], index]
 
 
 # ------------------------------------------------------------------------------------------- what each one is
@@ -132,34 +128,6 @@ def test_ekfac_is_nearer_than_kfac_and_its_diagonal_is_the_best(name: str, shari
                 block.diagonal += step * noise * truth.norm()
                 assert (truth - block.dense()).norm() > missed
                 block.diagonal -= step * noise * truth.norm()
-
-
-def symmetric_part(size: int) -> Tensor:
-    """The projection (size², size²) of matrices on symmetric ones."""
-    swap = torch.eye(size**2).view(size, size, size, size).transpose(2, 3).reshape(size**2, size**2)
-    return (torch.eye(size**2) + swap).double() / 2
-
-
-@pytest.mark.parametrize("name", ["relu_mlp", "conv_pool", "token_classes"])
-@pytest.mark.parametrize("rank", [1, 3])
-def test_the_optimal_sum_is_as_near_as_singular_values_say(name: str, rank: int) -> None:
-    case, ref = case_and_reference(name)
-    K = ds.kronecker(case.problem(), "optimal", rank=rank)
-    for layer, place in K.places.items():
-        truth, (_, o, d) = block_of(K, ref.gauss_newton, layer), place.shape
-        rearranged = truth.view(o, d, o, d).transpose(1, 2).reshape(o * o, d * d)
-        values = torch.linalg.svdvals(symmetric_part(o) @ rearranged @ symmetric_part(d))
-        least = truth.square().sum() - values[:rank].square().sum()
-        missed = (truth - K.blocks[layer].dense()).square().sum()
-        assert float((missed - least) / truth.square().sum()) == pytest.approx(0, abs=1e-6)
-
-
-def test_the_optimal_product_is_semi_definite_and_has_an_inverse() -> None:
-    K = ds.kronecker(CASES["conv_pool"]().problem(), "optimal")
-    values = K.eigenvalues()
-    assert error(values, torch.linalg.eigvalsh(K.dense()).flip(0)) < RTOL
-    inverse = K.inverse(0.1).dense()
-    assert error(inverse @ (K.dense() + 0.1 * torch.eye(len(values)).double()), torch.eye(len(values))) < RTOL
 
 
 # ---------------------------------------------------------------------------------------------- weight sharing
@@ -247,49 +215,6 @@ def test_groups_of_a_convolution_are_blocks(kind: str) -> None:
     assert error(K.blocks["0"].dense(), expected) < RTOL
 
 
-def test_a_table_of_embeddings_is_a_matrix_of_indicators() -> None:
-    case = CASES["token_classes"]()
-
-    class Indicators(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table, self.head = nn.Linear(6, 4, bias=False), nn.Linear(4, 3)
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            return self.head(torch.tanh(self.table(functional.one_hot(tokens, 6).double()))).movedim(-1, 1)
-
-    twin = Indicators().double()
-    with torch.no_grad():
-        twin.table.weight.copy_(case.model.embedding.weight.T)
-        twin.head.load_state_dict(case.model.head.state_dict())
-    for kind in ("kfac", "ekfac"):
-        K = ds.kronecker(case.problem(), kind)
-        L = ds.kronecker(ds.Problem(twin, case.batches, loss=case.loss), kind)
-        assert error(K.blocks["embedding"].dense(), L.blocks["table"].dense()) < RTOL
-        assert error(K.blocks["head"].dense(), L.blocks["head"].dense()) < RTOL
-    assert ds.kronecker(case.problem()).blocks["embedding"].right.shape == (
-        1,
-        1,
-        6,
-    )  # counts, not their matrix
-
-
-def test_padding_rows_of_a_table_count_nowhere() -> None:
-    torch.manual_seed(0)
-    tokens, y = torch.randint(1, 5, (6, 1)), labels(6, 3)
-    table = nn.Embedding(5, 4, padding_idx=0)
-    with torch.no_grad():
-        table.weight[0] = 0
-    model = nn.Sequential(table, nn.Flatten(), nn.Linear(4, 3)).double()
-    padded = torch.cat([tokens, torch.zeros_like(tokens)], 1)
-    wide = nn.Sequential(table, nn.Flatten(), nn.Linear(8, 3)).double()
-    with torch.no_grad():
-        wide[2].weight[:, :4] = model[2].weight
-        wide[2].bias.copy_(model[2].bias)
-    expected = ds.kronecker(ds.Problem(model, (tokens, y))).blocks["0"].dense()
-    assert error(ds.kronecker(ds.Problem(wide, (padded, y))).blocks["0"].dense(), expected) < RTOL
-
-
 # ------------------------------------------------------------------------------------------- where it is exact
 
 
@@ -372,58 +297,6 @@ def test_batches_do_not_matter(name: str, sharing: str) -> None:
         assert error(apart.dense(), together.dense()) < RTOL
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_chunks_do_not_matter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = CASES["conv_pool"]().problem()
-    expected = ds.kronecker(problem, kind).dense()
-    monkeypatch.setattr(blocks, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(moments, "PANEL", 3)
-    monkeypatch.setattr(moments, "LONG", 2)
-    assert error(ds.kronecker(problem, kind).dense(), expected) < RTOL
-
-
-def test_what_does_not_fit_is_captured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = CASES["conv_pool"]().problem()
-    expected = ds.kronecker(problem, "ekfac").dense()
-    monkeypatch.setattr(Captures, "hold", lambda _: False)
-    assert error(ds.kronecker(problem, "ekfac").dense(), expected) < RTOL
-
-
-# ------------------------------------------------------------------------------------------------ the operator
-
-
-@pytest.mark.parametrize("name", ["conv_batchnorm", "token_classes", "unused_parameter", "frozen_parameter"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_operator_is_block_diagonal_with_its_closed_forms(name: str, kind: str) -> None:
-    case = CASES[name]()
-    if name == "token_classes" and kind == "cfac":
-        pytest.skip("several rows an example")
-    K = ds.kronecker(case.problem(), kind)
-    assert K.shape == ds.GaussNewton(case.problem()).shape
-    matrix = torch.zeros(K.shape, dtype=torch.float64)
-    for layer, index in K.index.items():
-        matrix[index[:, None], index] = K.blocks[layer].dense()
-    V = torch.randn(K.shape[0], 3, generator=torch.Generator().manual_seed(0)).double()
-    assert error(K @ V, matrix @ V) < RTOL
-    assert error(K @ V[:, 0], matrix @ V[:, 0]) < RTOL
-    assert error(K.dense(), K.dense().T) < RTOL
-    assert K.trace == pytest.approx(float(matrix.trace()), rel=1e-10)
-    assert K.norm == pytest.approx(float(matrix.norm()), rel=1e-10)
-    values = K.eigenvalues()
-    assert len(values) == K.shape[0]
-    assert error(values, torch.linalg.eigvalsh(matrix).flip(0)) < RTOL
-
-
-@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
-def test_the_inverse_inverts_with_its_damping(kind: str) -> None:
-    K = ds.kronecker(CASES["unused_parameter"]().problem(), kind)
-    inverse = K.inverse(0.01)
-    eye = torch.eye(K.shape[0]).double()
-    assert error(inverse @ (K.dense() + 0.01 * eye), eye) < RTOL
-    assert inverse.trace == pytest.approx(float(inverse.dense().trace()), rel=1e-10)
-    assert inverse.norm == pytest.approx(float(inverse.dense().norm()), rel=1e-10)
-
-
 def test_products_compare_with_those_of_gauss_newton() -> None:
     case, ref = case_and_reference("relu_mlp")
     K, G = ds.kronecker(case.problem()), ds.GaussNewton(case.problem())
@@ -441,49 +314,6 @@ def test_vectors_have_their_exact_blocks(name: str, layer: str) -> None:
     for kind in KINDS:
         K = ds.kronecker(case.problem(), kind)
         assert error(K.blocks[layer].dense(), block_of(K, ref.gauss_newton, layer)) < RTOL
-
-
-def test_long_vectors_have_their_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moments, "LARGEST_VECTOR", 20)
-    case, ref = case_and_reference("recurrent")
-    with pytest.warns(FallbackWarning, match="diagonal"):
-        K = ds.kronecker(case.problem())
-    layer = "lstm.weight_hh_l0"
-    assert error(K.blocks[layer].dense(), block_of(K, ref.gauss_newton, layer).diag().diag()) < RTOL
-
-
-def test_a_packed_attention_is_one_block_with_its_bias() -> None:
-    K = ds.kronecker(CASES["attention_module"]().problem())
-    assert K.places["attention"].shape == (1, 12, 5)
-    assert len(K.index["attention"]) == 60
-
-
-def test_separate_inputs_of_attention_give_a_block_each() -> None:
-    class Cross(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.attention(x, x.flip(1), 2 * x, need_weights=False)[0].mean(1))
-
-    torch.manual_seed(0)
-    case = Case(Cross().double(), chunks(torch.randn(6, 3, 4).double(), labels(6, 3), [4, 2]))
-    kfac, ekfac = ds.kronecker(case.problem()), ds.kronecker(case.problem(), "ekfac")
-    slices = [name for name in kfac.blocks if "in_proj_weight" in name]
-    assert slices == [f"attention.in_proj_weight[{16 * j}:{16 * j + 16}]" for j in range(3)]
-    covered = torch.cat(list(kfac.index.values()))
-    assert len(covered) == len(covered.unique()) == kfac.shape[0]
-    assert ekfac.trace == pytest.approx(float(Reference(case).gauss_newton.trace()), rel=1e-10)
-
-
-# ------------------------------------------------------------------------------------------------------ errors
-
-
-@pytest.mark.parametrize("name", ["tied_parameter", "tied_modules"])
-def test_a_parameter_used_in_two_ways_is_refused(name: str) -> None:
-    with pytest.raises(CurvatureError, match="different ways"):
-        ds.kronecker(CASES[name]().problem())
 
 
 def spread(z: Tensor, y: Tensor) -> Tensor:
@@ -541,12 +371,6 @@ def concave(output: Tensor, target: Tensor) -> Tensor:
     return torch.cos(output - target).mean()
 
 
-def test_eigenvalues_of_large_sums_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepspectra.kfac.operators.LARGEST_SUM", 10)
-    with pytest.raises(MemoryBudgetError, match="densely"):
-        ds.kronecker(CASES["relu_mlp"]().problem(), "cfac").eigenvalues()
-
-
 # ----------------------------------------------------------------------------------------------- outside oracle
 
 
@@ -568,60 +392,3 @@ def test_curvlinops_agrees_without_class_weights(name: str, loss: nn.Module, sha
     theirs = make(case.model, loss, list(case.model.parameters()), case.batches, **options)
     expected = (theirs @ torch.eye(theirs.shape[0]).double()).detach()
     assert error(ds.kronecker(case.problem(), kind, sharing=sharing).dense(), expected) < 1e-8
-
-
-# ----------------------------------------------------------------------------------------------------- quality
-
-
-@pytest.mark.parametrize("name", ["relu_mlp", "conv_pool", "token_classes", "mse_module"])
-@pytest.mark.parametrize("small", [3000, 0])
-def test_quality_is_that_of_dense_blocks(name: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepspectra.analysis.kronecker_quality.SMALL", small)
-    monkeypatch.setattr("deepspectra.analysis.layer_blocks.SMALL", small)
-    monkeypatch.setattr("deepspectra.analysis.layer_blocks.PAIRED_ROWS", 20)
-    case, ref = case_and_reference(name)
-    kinds = ("kfac", "ekfac", "optimal") if name in ("token_classes", "mse_module") else KINDS
-    found = ds.kronecker_quality(case.problem(), kinds, ks=(1, 3), rtol=1e-8)
-    operators = {kind: ds.kronecker(case.problem(), kind) for kind in kinds}
-    assert set(found) == {name for name, place in operators["kfac"].places.items() if place.is_matrix}
-    for layer in found.values():
-        truth = block_of(operators["kfac"], ref.gauss_newton, layer.name)
-        values, vectors = torch.linalg.eigh(truth)
-        assert layer.num_parameters == len(truth)
-        assert layer.norm == pytest.approx(float(truth.norm()), rel=1e-10)
-        assert layer.largest == pytest.approx(float(values[-1]), rel=1e-8)
-        assert layer.baseline.tolist() == [k / len(truth) for k in layer.ks]
-        for kind, fit in layer.fits.items():
-            given = operators[kind].blocks[layer.name].dense()
-            if (truth - given).norm() < 1e-7 * truth.norm():
-                assert fit.frobenius < 1e-6
-                continue
-            others, basis = torch.linalg.eigh(given)
-            assert fit.frobenius == pytest.approx(float((truth - given).norm() / truth.norm()), rel=1e-6)
-            cosine = (truth * given).sum() / truth.norm() / given.norm()
-            assert fit.cosine == pytest.approx(float(cosine), rel=1e-8)
-            spectral = torch.linalg.eigvalsh(truth - given).abs().max() / values[-1]
-            assert fit.spectral == pytest.approx(float(spectral), rel=1e-2)
-            assert fit.trace == pytest.approx(float(given.trace() / truth.trace()), rel=1e-8)
-            for k, overlap in zip(layer.ks, fit.overlaps.tolist(), strict=True):
-                gaps = [(w[-k] - w[-k - 1]) / w[-1] for w in (values, others)]
-                if min(gaps) > 1e-4:
-                    expected = ds.overlap(vectors[:, -k:], basis[:, -k:])
-                    assert overlap == pytest.approx(expected, abs=1e-5)
-            floor = found.floor * values[-1]
-            logs = [w.clamp_min(floor).log10() for w in (values, others)]
-            above = max(int((w > floor).sum()) for w in (values, others))
-            decades = float((logs[0] - logs[1]).abs().sum()) / above
-            assert fit.decades == pytest.approx(decades, abs=1e-6 if layer.exact_spectrum else 0.05)
-    lines = str(found).splitlines()
-    assert len(lines) == 2 + len(found) * (len(kinds) + 1)
-
-
-def test_quality_checks_its_options() -> None:
-    problem = CASES["relu_mlp"]().problem()
-    with pytest.raises(OptionError, match="kinds"):
-        ds.kronecker_quality(problem, ("shampoo",))
-    with pytest.raises(OptionError, match="ascend"):
-        ds.kronecker_quality(problem, ks=(3, 1))
-    with pytest.raises(KeyError, match="no layer"):
-        ds.kronecker_quality(problem, ("kfac",), ks=(1,))["17"]

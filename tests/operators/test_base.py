@@ -1,14 +1,20 @@
 """The algebra of operators is that of their dense matrices."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 import torch
+from scipy.sparse.linalg import eigsh
 
 import deepspectra as ds
-from deepspectra.algorithms.start_vectors import named_start
+from deepspectra.algorithms.eigenpairs import named_start
 from deepspectra.errors import DataError, DeepSpectraError, MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Matrix
+from reference import case_and_reference, error
 from spectra import Function
+
+RTOL = 1e-9
 
 
 def symmetric(size, seed=0, dtype=torch.float64):
@@ -17,6 +23,7 @@ def symmetric(size, seed=0, dtype=torch.float64):
 
 
 A, B = Matrix(symmetric(7, 1), "A"), Matrix(symmetric(7, 2), "B")
+
 
 CASES = {
     "matrix": (A, A.matrix),
@@ -261,3 +268,37 @@ def test_a_named_start_needs_class_structure():
 
 def test_an_operator_introduces_itself():
     assert repr(A) == "<A, 7 × 7, torch.float64, cpu>"
+
+
+def test_scipy_sees_the_same_matrix() -> None:
+    case, ref = case_and_reference("softmax_regression")
+    adaptor = ds.Hessian(case.problem()).to_scipy()
+    P = ref.num_parameters
+    assert adaptor.shape == (P, P)
+    assert adaptor.dtype == np.float64
+    assert error(torch.from_numpy(adaptor @ np.eye(P)), ref.hessian) < RTOL
+    v = np.arange(P, dtype=float)
+    assert error(torch.from_numpy(adaptor @ v), ref.hessian @ torch.from_numpy(v)) < RTOL
+
+    top = eigsh(adaptor, k=3, which="LA", v0=np.arange(1.0, P + 1))[0]
+    assert np.allclose(np.sort(top), torch.linalg.eigvalsh(ref.hessian)[-3:], rtol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (0,), (38, 1, 1)])
+def test_a_product_with_the_wrong_shape_says_both_shapes(shape: tuple[int, ...]) -> None:
+    case, ref = case_and_reference("softmax_regression")
+    with pytest.raises(ShapeError, match=rf"\({ref.num_parameters}.*{shape[0]}"):
+        ds.Hessian(case.problem()) @ torch.zeros(shape, dtype=torch.float64)
+
+
+def test_a_block_without_columns_stays_empty() -> None:
+    case, ref = case_and_reference("softmax_regression")
+    empty = torch.zeros(ref.num_parameters, 0, dtype=torch.float64)
+    assert (ds.GaussNewton(case.problem()) @ empty).shape == empty.shape
+
+
+def test_operators_of_different_sizes_do_not_add() -> None:
+    case, _ = case_and_reference("relu_mlp")
+    problem = case.problem()
+    with pytest.raises(ShapeError, match="sizes differ"):
+        ds.Hessian(problem) + ds.Hessian(problem.restrict("0.*"))

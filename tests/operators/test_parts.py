@@ -16,84 +16,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import deepspectra as ds
-from deepspectra.errors import LossError, OptionError
+from deepspectra.errors import DeepSpectraError, LossError, OptionError
+from deepspectra.operators.parts import decompose
+from deepspectra.rows.held_rows import HeldRows
 from nets import CASES, CLASSIFICATION, Case, chunks
-from reference import Reference, case_and_reference, error, onto, rank
+from reference import Reference, case_and_reference, close, error, rank
 
 RTOL = 1e-8
+
+
 FOUR = ("class", "cross", "within", "true")
+
+
 FIVE = ("class", "logit", "interaction", "within", "true")
-CENTRAL = ["unbalanced", "absent_class", "ragged", "every_option", "token_classes"]
 
 
 def dense(parts: Any) -> dict[str, Tensor]:
     return {name: operator.dense() for name, operator in parts.items()}
-
-
-def close(given_: Tensor, expected: Tensor, scale: Tensor) -> bool:
-    """Equal up to RTOL of what the part belongs to: a part may be all but zero."""
-    return bool((given_ - expected).abs().max() <= RTOL * scale.abs().max())
-
-
-# ------------------------------------------------------------------------------------------------ class means
-
-
-@pytest.mark.parametrize("name", CLASSIFICATION)
-def test_class_means_are_weighted_means_of_the_extended_gradients(name: str) -> None:
-    """g_{c,k} = Σ_{i∈c} w_{i,k} g_{i,k} / w_{c,k} and g_c = Σ_{k≠c} w_{c,k} g_{c,k} / w_c."""
-    case, ref = case_and_reference(name)
-    means = ds.class_means(case.problem())
-    w_c, g_c, w_ck, g_ck = ref.means
-    assert error(means.class_weights, w_c) < RTOL
-    assert error(means.cross_class_weights, w_ck) < RTOL
-    assert error(means.class_means, g_c) < RTOL
-    off = ~torch.eye(ref.num_classes, dtype=torch.bool)
-    assert error(means.cross_class_means[off], g_ck[off]) < RTOL
-    assert error(means.cross_class_means, g_ck) < RTOL
-
-
-@pytest.mark.parametrize("hold", [False, True])
-@pytest.mark.parametrize("by_group", [False, True])
-@pytest.mark.parametrize("name", CENTRAL)
-def test_products_with_all_means_at_once_are_those_of_single_vectors(
-    name: str, by_group: bool, hold: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Many columns take the means of one class at a time, where classes can be told apart; few go through J."""
-    problem = CASES[name]().problem()
-    groups = [c % 2 for c in range(problem.num_classes)] if by_group else None
-    parts = ds.decompose(problem, effects="two-way", hold=hold, groups=groups)
-    num = parts.projections.num_classes
-    block = torch.randn(problem.num_parameters, num + 1, dtype=torch.float64)
-    expected = parts.rows.cells(parts.projections).T @ block
-    reserved = parts.rows.products.allowance.reserved
-    alone = [parts.rows.coordinates(parts.projections, column[:, None]) for column in block.T]
-    assert close(torch.cat(alone, 1), expected, expected)
-    assert close(parts.rows.coordinates(parts.projections, block), expected, expected)
-    assert parts.rows.products.allowance.reserved == reserved
-    if not hold and problem.splits_by_class:
-        monkeypatch.delattr(type(parts.rows), "apply")
-        assert close(parts.rows.coordinates(parts.projections, block), expected, expected)
-
-
-def test_the_weights_of_all_pairs_sum_to_one() -> None:
-    case, _ = case_and_reference("unbalanced")
-    means = ds.class_means(case.problem())
-    assert means.cross_class_weights.sum().item() == pytest.approx(1, rel=1e-12)
-    assert means.cross_class_weights.sum(1) == pytest.approx(
-        torch.tensor([14, 5, 2, 1]).double() / 22, rel=1e-12
-    )
-
-
-def test_an_absent_class_has_weight_zero_and_finite_means() -> None:
-    case, ref = case_and_reference("absent_class")
-    means = ds.class_means(case.problem())
-    assert means.class_weights[2] == 0
-    assert means.cross_class_weights[2].abs().sum() == 0
-    assert means.cross_class_weights[:, 2].min() == 0
-    assert means.cross_class_weights[[0, 1, 3], 2].min() > 0
-    assert means.class_means.isfinite().all()
-    assert means.cross_class_means.isfinite().all()
-    assert means.class_means.shape == (4, ref.num_parameters)
 
 
 # ------------------------------------------------------------------------------------------------- the parts
@@ -382,17 +321,6 @@ def test_a_class_whose_label_is_thought_impossible(margin: float, dtype: torch.d
         assert (matrix - ref.parts[part]).abs().max() < tolerance * scale, part
 
 
-def test_one_dominant_example_does_not_swamp_a_small_class() -> None:
-    """Weights of 1e-6 against 1: each part keeps its relative accuracy."""
-    case = CASES["unbalanced"]()
-    with torch.no_grad():
-        case.model[2].weight.mul_(8.0)
-    ref = Reference(case)
-    means = ds.class_means(case.problem())
-    for c in range(4):
-        assert error(means.class_means[c], ref.means[1][c]) < 1e-7
-
-
 # ----------------------------------------------------------------------------------------- asked for in vain
 
 
@@ -418,200 +346,86 @@ def test_unknown_effects_and_levels() -> None:
         ds.class_means(problem, of="colours")
 
 
-# ----------------------------------------------------------------------------------------- principal subspace
-
-
-@pytest.mark.parametrize("level", ["class", "cross_class"])
-@pytest.mark.parametrize("name", ["relu_mlp", "layernorm_gelu", "attention_function", *CENTRAL])
-def test_the_averaged_subspace_is_spanned_by_the_means(name: str, level: str) -> None:
-    """Its eigenpairs are those of G_class + G_true, or of these and G_cross: by averaging alone."""
-    case, ref = case_and_reference(name)
-    space = ds.principal_subspace(case.problem(), level=level)
-    matrix = ref.parts["class"] + ref.parts["true"] + (ref.parts["cross"] if level == "cross_class" else 0)
-    expected = torch.linalg.eigvalsh(matrix).flip(0)
-    values, U = space.values, space.vectors
-    K = len(values)
-    assert U.shape == (ref.num_parameters, K)
-    assert (values.diff() <= 0).all()
-    assert (values - expected[:K]).abs().max() < 1e-9 * expected[0]
-    assert expected[K:].abs().max() < 1e-9 * expected[0], "all that is not zero is there"
-    assert (U.T @ U - torch.eye(K).to(U)).abs().max() < 1e-8
-    sizeable = values > 1e-6 * values[0]
-    assert (matrix @ U - U * values).abs()[:, sizeable].max() < 1e-8 * values[0]
-    _, g_c, _, g_ck = ref.means
-    means = g_c if level == "class" else g_ck.flatten(0, 1)
-    inside = onto(U)
-    large = means.norm(dim=1) > 1e-8 * means.norm(dim=1).max()
-    assert error(means[large] @ inside, means[large]) < 1e-6
-
-
-def test_num_asks_for_the_largest() -> None:
-    case, ref = case_and_reference("relu_mlp")
-    space = ds.principal_subspace(case.problem(), level="cross_class", num=3)
-    expected = torch.linalg.eigvalsh(ref.parts["class"] + ref.parts["true"] + ref.parts["cross"]).flip(0)[:3]
-    assert space.vectors.shape == (ref.num_parameters, 3)
-    assert error(space.values, expected) < 1e-9
-
-
-def test_overlap_of_the_averaged_subspace_with_a_random_one_is_small_and_with_itself_is_one() -> None:
-    U = ds.principal_subspace(case_and_reference("relu_mlp")[0].problem(), level="class").vectors
-    assert ds.overlap(U, U) == pytest.approx(1, abs=1e-10)
-    random = torch.linalg.qr(torch.randn_like(U))[0]
-    assert ds.overlap(U, random) == pytest.approx(((U.T @ random) ** 2).sum().item() / U.shape[1], rel=1e-10)
-
-
-# ---------------------------------------------------------------------------------------------- Theorem 8.1
-
-T, ALPHA, C8, D8 = 2.5, 0.3, 4, 9
-
-
-def given_logits(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits Wx + log p with W = 0: the derivative is softmax regression's, p is 1−α on the true class."""
-    x, y = batch
-    p = torch.full((len(y), C8), ALPHA / (C8 - 1), dtype=x.dtype)
-    p[torch.arange(len(y)), y] = 1 - ALPHA
-    return model(x) + p.log(), y
-
-
-def theorem_8_1() -> list[tuple[float, int]]:
-    """Eigenvalues of E[G] and their multiplicities: outliers, bump, bulk, zeros."""
-    s, a, b = T**2, ALPHA / (C8 - 1), 2 - ALPHA * C8 / (C8 - 1)
-    return [
-        (a * (s * (1 - ALPHA) + b), C8),
-        (a * (s / C8 + b), C8 * (C8 - 2)),
-        (a * b, (D8 - C8) * (C8 - 1)),
-        (0.0, D8),
-    ]
-
-
-def regression_at_zero(noise: Tensor, labels: Tensor) -> Case:
-    x = T * torch.eye(C8, D8, dtype=torch.float64)[labels] + noise
-    model = nn.Linear(D8, C8, bias=False).double()
-    nn.init.zeros_(model.weight)
-    return Case(model, [(x, labels)], forward=given_logits)
-
-
-def exact_design() -> Case:
-    """Noise ±√D e_d, each once in each class: mean 0 and covariance I exactly, so that G is E[G]."""
-    steps = D8**0.5 * torch.eye(D8, dtype=torch.float64)
-    return regression_at_zero(
-        torch.cat([steps, -steps]).repeat(C8, 1), torch.arange(C8).repeat_interleave(2 * D8)
-    )
-
-
-def spectrum(levels: list[tuple[float, int]]) -> Tensor:
-    values = [value for value, multiplicity in levels for _ in range(multiplicity)]
-    return torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
-
-
-def test_theorem_8_1_holds_exactly_in_an_exact_design() -> None:
-    """C outliers a(s(1−α)+b), C(C−2) in the bump a(s/C+b), (D−C)(C−1) in the bulk ab, D zeros."""
-    found = torch.linalg.eigvalsh(ds.GaussNewton(exact_design().problem()).dense()).flip(0)
-    expected = spectrum(theorem_8_1())
-    assert len(expected) == C8 * D8
-    assert (found - expected).abs().max() < 1e-12
-
-
-def test_theorem_8_1_holds_within_sampling_error() -> None:
-    """40,000 Gaussian examples: deviations below twice the ‖G − E[G]‖ that random matrix theory expects."""
-    n = 40_000
-    labels = torch.arange(n) % C8
-    noise = torch.randn(n, D8, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
-    found = torch.linalg.eigvalsh(ds.GaussNewton(regression_at_zero(noise, labels).problem()).dense()).flip(0)
-    expected = spectrum(theorem_8_1())
-    tolerance = 2 * expected[0] * (2 * (D8 / n) ** 0.5)
-    assert (found - expected).abs().max() < tolerance
-    gaps = [expected[j] - expected[j + 1] for j in (C8 - 1, C8 * (C8 - 1) - 1)]
-    assert tolerance < min(gaps) / 3, "the tolerance tells outliers, bump and bulk apart"
-
-
-def test_theorem_8_1_attributes_outliers_bump_and_bulk() -> None:
-    """Knock-outs move the feature they cause: the bulk is all within, and class means carry the outliers."""
-    problem = exact_design().problem()
-    parts = dense(ds.decompose(problem))
-    values, U = torch.linalg.eigh(ds.GaussNewton(problem).dense())
-    values, U = values.flip(0), U.flip(1)
-    ends = torch.tensor([m for _, m in theorem_8_1()]).cumsum(0).tolist()
-    spaces = {"outliers": slice(0, ends[0]), "bump": slice(ends[0], ends[1]), "bulk": slice(ends[1], ends[2])}
-
-    def shares(feature: str) -> dict[str, float]:
-        u, v = U[:, spaces[feature]], values[spaces[feature]]
-        return {part: ((u * (m @ u)).sum(0) / v).mean().item() for part, m in parts.items()}
-
-    s, a, b = T**2, ALPHA / (C8 - 1), 2 - ALPHA * C8 / (C8 - 1)
-    outliers, bump, bulk = shares("outliers"), shares("bump"), shares("bulk")
-    for found in (outliers, bump, bulk):
-        assert sum(found.values()) == pytest.approx(1, abs=1e-10)
-    assert bulk["within"] == pytest.approx(1, abs=1e-10)
-    assert outliers["cross"] == pytest.approx(0, abs=1e-10)
-    assert outliers["class"] + outliers["true"] == pytest.approx(
-        s * (1 - ALPHA) / (s * (1 - ALPHA) + b), rel=1e-9
-    )
-    assert bump["cross"] == pytest.approx((s / C8) / (s / C8 + b), rel=1e-9)
-    assert a * b == pytest.approx(values[spaces["bulk"]][0].item(), rel=1e-9)
-
-
-# ---------------------------------------------------------------------------------------------- attribution
-
-
-def clustered() -> Case:
-    """Well separated classes, a network that has begun to learn them: outliers stand clear of the bulk."""
-    torch.manual_seed(40)
-    y = torch.arange(40) % 4
-    x = 2.5 * torch.eye(4, 6, dtype=torch.float64)[y] + 0.5 * torch.randn(40, 6, dtype=torch.float64)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
-    for _ in range(40):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return Case(model, [(x, y)])
-
-
-@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("name", ["unbalanced", "absent_class", "token_classes", "conv_batchnorm"])
 @pytest.mark.parametrize("effects", ["four-way", "two-way"])
-def test_shares_sum_to_one_and_are_quadratic_forms(kind: str, effects: str) -> None:
-    """share_j(B) = u_jᵀ B u_j / λ_j over G's parts and the residual."""
-    case = clustered()
-    problem, ref = case.problem(), Reference(case)
-    operator = {"hessian": ds.Hessian, "gauss_newton": ds.GaussNewton}[kind](problem)
-    parts = ds.decompose(problem, effects=effects)
-    found = ds.attribute(operator, parts, pairs=ds.eigenpairs(operator, num=7, rtol=1e-9))
-    values, U = torch.linalg.eigh(getattr(ref, kind))
-    values, U = values.flip(0), U.flip(1)
-    assert found.num_outliers >= 2
-    assert found.shares.shape == (found.num_outliers, len(parts) + 1)
-    assert (found.shares.sum(1) - 1).abs().max() < 1e-6
-    expected = {
-        **{name: ref.parts[name] for name in parts},
-        "residual": getattr(ref, kind) - ref.gauss_newton,
+def test_parts_of_held_rows_are_the_parts(name: str, effects: str) -> None:
+    case, ref = case_and_reference(name)
+    parts = decompose(case.problem(), effects=effects, hold=True)
+    assert isinstance(parts.rows, HeldRows)
+    assert parts.rows.captures.hold()
+    for part, operator in parts.items():
+        assert (operator.dense() - ref.parts[part]).abs().max() < 1e-10 * ref.gauss_newton.abs().max()
+
+
+def other_problems() -> dict[str, ds.Problem]:
+    """Problems with as many parameters as `relu_mlp`, each different in one thing."""
+    case = CASES["relu_mlp"]()
+    x, y = case.tensors
+    turned = CASES["relu_mlp"]()
+    with torch.no_grad():
+        next(turned.model.parameters()).mul_(1.5)
+    smooth, weighted = (
+        torch.nn.CrossEntropyLoss(label_smoothing=0.1),
+        torch.nn.CrossEntropyLoss(weight=torch.linspace(1, 2, 4).double()),
+    )
+    return {
+        "weights": turned.problem(),
+        "data": ds.Problem(case.model, (x + 1, y)),
+        "data, its labels": ds.Problem(case.model, (x, (y + 1) % 4)),
+        "loss, smoothed": ds.Problem(case.model, (x, y), loss=smooth),
+        "loss, weighted": ds.Problem(case.model, (x, y), loss=weighted),
+        "dtypes": case.problem().to(torch.float32),
     }
-    for column, name in enumerate(found.part_names):
-        for j in range(found.num_outliers):
-            share = (U[:, j] @ expected[name] @ U[:, j] / values[j]).item()
-            assert found.shares[j, column].item() == pytest.approx(share, abs=1e-5), (name, j)
-    assert found.verdicts
-    assert all(isinstance(sentence, str) for sentence in found.verdicts)
 
 
-def test_knock_outs_bound_the_eigenvalues_of_what_is_left() -> None:
-    """Rayleigh-Ritz values of A − B, each with a true eigenvalue within its residual norm.
+@pytest.mark.parametrize("which", [*other_problems()])
+def test_parts_of_another_problem_of_the_same_size_are_refused(which: str) -> None:
+    problem, other = CASES["relu_mlp"]().problem(), other_problems()[which]
+    parts = ds.decompose(problem, effects="two-way")
+    odd = which.partition(",")[0]
+    with pytest.raises(OptionError, match=f"two problems, which differ in their {odd}"):
+        ds.attribute(ds.Hessian(other), parts)
+    if which != "dtypes":
+        with pytest.raises(DeepSpectraError, match=f"differ in their {odd}"):
+            ds.attribute(ds.Hessian(problem) - ds.Residual(other), parts)
 
-    Class goes with true, whose means are collinear with the class means; "means" is all but within.
-    """
-    case = clustered()
-    problem, ref = case.problem(), Reference(case)
-    found = ds.attribute(ds.Hessian(problem), ds.decompose(problem))
-    stands_for = {"class": ["class", "true"], "logit": ["logit"], "means": ["class", "cross", "true"]}
-    tried = set()
-    for knockout in found.knockouts:
-        if knockout.method != "subtraction" or not set(knockout.removed) <= set(stands_for):
-            continue
-        tried.add(knockout.removed)
-        parts = {part for name in knockout.removed for part in stands_for[name]}
-        left = torch.linalg.eigvalsh(ref.hessian - sum(ref.parts[part] for part in parts)).flip(0)
-        values, scale = knockout.values, left.abs().max()
-        assert (values <= left[: len(values)] + 1e-6 * scale).all(), knockout.removed
-        distance = (values[:, None] - left).abs().min(1).values
-        assert (distance <= knockout.residual_norms + 1e-6 * scale).all(), knockout.removed
-    assert tried >= {("class",), ("class", "logit")}
+
+def test_running_statistics_make_another_problem_too() -> None:
+    case, other = CASES["conv_batchnorm"](), CASES["conv_batchnorm"]()
+    other.model[1].running_mean += 1
+    with pytest.raises(OptionError, match="differ in their weights"):
+        ds.attribute(ds.Hessian(other.problem()), ds.decompose(case.problem()))
+
+
+def test_restrictions_to_other_parameters_are_other_problems() -> None:
+    problem = CASES["relu_mlp"]().problem()
+    square = ds.Problem(
+        torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(2))).double(),
+        (torch.randn(6, 4).double(), torch.arange(6) % 4),
+    )
+    with pytest.raises(OptionError, match="differ in their parameters"):
+        ds.attribute(ds.Hessian(square.restrict("0.*")), ds.decompose(square.restrict("1.*")))
+    some = problem.restrict("0.*")
+    assert (
+        ds.attribute(ds.Hessian(problem.restrict("0.*")), ds.decompose(some)).provenance.size
+        == some.num_parameters
+    )
+
+
+def test_the_same_problem_made_anew_summed_or_sampled_is_accepted() -> None:
+    case = CASES["relu_mlp"]()
+    problem = case.problem()
+    parts = ds.decompose(problem, effects="two-way")
+    x, y = case.tensors
+    g = ds.GaussNewton(problem)
+    some = {
+        "made anew": ds.GaussNewton(CASES["relu_mlp"]().problem()),
+        "in another order": ds.GaussNewton(ds.Problem(case.model, (x.flip(0), y.flip(0)))),
+        "a sum": ds.Hessian(problem) - ds.Residual(problem),
+    }
+    expected = ds.attribute(g, parts, rtol=1e-8)
+    for name, operator in some.items():
+        found = ds.attribute(operator, parts, rtol=1e-8)
+        assert error(found.values, expected.values) < 1e-6, name
+    sampled = g.sampled(torch.Generator().manual_seed(0), 15)
+    assert len(ds.attribute(sampled, parts).values)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,161 +9,10 @@ from torch.nn import functional
 
 import deepspectra as ds
 from deepspectra import errors
-from deepspectra.problem.cross_entropy import CrossEntropy
-from reference import error
+from given import HALVES, UNEVEN, X, Y, mlp, refused, seeded_mlp
+from nets import Case
+from reference import Reference, error
 from truth import truth
-
-GENERATOR = torch.Generator().manual_seed(0)
-X, Y = (
-    torch.randn(12, 5, dtype=torch.float64, generator=GENERATOR),
-    torch.tensor([0, 0, 0, 1, 0, 2, 1, 0, 0, 2, 1, 0]),
-)
-HALVES = [(X[:5], Y[:5]), (X[5:], Y[5:])]
-WEIGHT = torch.tensor([0.2, 1.0, 5.0], dtype=torch.float64)
-
-
-def mlp(outputs: int = 3) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, outputs)).double()
-
-
-# ------------------------------------------------------------------------------------------------- losses
-
-
-def summed(z: Tensor, y: Tensor) -> Tensor:
-    return functional.cross_entropy(z, y, reduction="sum")
-
-
-def weighted(z: Tensor, y: Tensor) -> Tensor:
-    return functional.cross_entropy(z, y, weight=WEIGHT)
-
-
-def ignoring(z: Tensor, y: Tensor) -> Tensor:
-    return functional.cross_entropy(z, y, ignore_index=2)
-
-
-def jaccard(z: Tensor, y: Tensor) -> Tensor:
-    """Soft intersection over union of the whole batch."""
-    p, t = z.softmax(1), functional.one_hot(y, 3).to(z)
-    return 1 - (p * t).sum() / (p + t - p * t).sum()
-
-
-def diversity(z: Tensor, y: Tensor) -> Tensor:
-    """Negative entropy of the mean prediction."""
-    mean = z.softmax(1).mean(0)
-    return (mean * mean.log()).sum()
-
-
-def contrastive(z: Tensor, y: Tensor) -> Tensor:
-    z = functional.normalize(z)
-    return functional.cross_entropy(5 * z @ z.T, torch.arange(len(z)).roll(1))
-
-
-NO_MEANS = [summed, weighted, ignoring, jaccard, diversity, contrastive]
-
-
-@pytest.mark.parametrize("loss", NO_MEANS)
-def test_a_loss_that_is_no_mean_is_what_it_is_on_the_one_batch(loss: Callable[..., Tensor]) -> None:
-    model = mlp()
-    gradient, hessian = truth(model, lambda: loss(model(X), Y))
-    for data in ((X, Y), [(X, Y)]):
-        problem = ds.Problem(model, data, loss=loss)
-        assert problem.batches.num_batches == 1
-        assert not problem.cuts
-        assert error(problem.gradient(), gradient) < 1e-12
-        assert error(ds.Hessian(problem).dense(), hessian) < 1e-9
-        whole = ds.GaussNewton(problem).dense() + ds.Residual(problem).dense()
-        assert error(whole, hessian) < 1e-9
-
-
-@pytest.mark.parametrize("loss", NO_MEANS)
-def test_a_loss_that_is_no_mean_is_refused_over_several_batches(loss: Callable[..., Tensor]) -> None:
-    for data, options in ((HALVES, {}), ((X, Y), {"batch_size": 8})):
-        with pytest.raises(errors.LossError, match=r"no mean over rows.*data=\[\(x, y\)\]"):
-            ds.Problem(mlp(), data, loss=loss, **options)
-
-
-def test_batches_of_one_class_each_do_not_hide_class_weights() -> None:
-    """Within each batch the weights cancel."""
-    order = Y.argsort()
-    x, y = X[order], Y[order]
-    batches = [(x[y == c], y[y == c]) for c in range(3)]
-    with pytest.raises(errors.LossError, match="no mean over rows"):
-        ds.Problem(mlp(), batches, loss=weighted)
-
-
-def test_data_that_we_would_cut_stays_one_batch_for_a_loss_that_is_no_mean() -> None:
-    x, y = torch.randn(3000, 5, dtype=torch.float64), torch.arange(3000) % 3
-    wide = nn.Sequential(nn.Linear(5, 3000), nn.Tanh(), nn.Linear(3000, 3)).double()
-    assert ds.Problem(wide, (x, y)).batches.num_batches > 1
-    problem = ds.Problem(wide, (x, y), loss=contrastive)
-    assert problem.batches.num_batches == 1
-    assert problem.loss() == pytest.approx(float(contrastive(wide(x), y).detach()), rel=1e-12)
-
-
-def own_mean(z: Tensor, y: Tensor) -> Tensor:
-    return -z.log_softmax(1).gather(1, y[:, None]).mean()
-
-
-def test_means_are_taken_as_such_even_of_a_fitted_network_in_float32() -> None:
-    """Losses of 1e-7 are nothing but rounding, and still a mean."""
-    model = mlp().float()
-    with torch.no_grad():
-        model[2].weight.zero_()
-        model[2].bias.copy_(torch.tensor([18.0, 0.0, 0.0]))
-    batches = [(x.float(), torch.zeros(len(x), dtype=torch.long)) for x, _ in HALVES]
-    problem = ds.Problem(model, batches, loss=own_mean)
-    assert problem.loss() < 1e-6
-    assert ds.Problem(mlp(), HALVES, loss=own_mean).cuts
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [
-        partial(functional.cross_entropy, weight=WEIGHT),
-        partial(functional.cross_entropy, weight=WEIGHT, ignore_index=1, label_smoothing=0.1),
-        partial(partial(functional.cross_entropy, ignore_index=1), label_smoothing=0.2),
-    ],
-)
-def test_partials_of_known_losses_are_read_as_their_modules(loss: Any) -> None:
-    model = mlp()
-    gradient, hessian = truth(model, lambda: loss(model(X), Y))
-    for data in ((X, Y), HALVES):
-        problem = ds.Problem(model, data, loss=loss)
-        assert isinstance(problem.loss_function, CrossEntropy)
-        assert error(problem.gradient(), gradient) < 1e-12
-        assert error(ds.Hessian(problem).dense(), hessian) < 1e-9
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [
-        functional.l1_loss,
-        functional.mse_loss,
-        partial(functional.huber_loss, delta=0.5),
-        partial(functional.binary_cross_entropy_with_logits, pos_weight=torch.tensor(2.0)),
-    ],
-)
-def test_functions_refuse_to_broadcast_as_their_modules_do(loss: Any) -> None:
-    model, t = mlp(1), (X[:, 0] > 0).double()
-    with pytest.raises(errors.ShapeError, match=r"\(12, 1\)"):
-        ds.Problem(model, (X, t), loss=loss)
-    _, hessian = truth(model, lambda: loss(model(X), t[:, None]))
-    problem = ds.Problem(model, [(X[:5], t[:5, None]), (X[5:], t[5:, None])], loss=loss)
-    assert (ds.Hessian(problem).dense() - hessian).abs().max() < 1e-12
-
-
-def test_a_loss_whose_rows_cannot_be_told_apart_is_told() -> None:
-    """Targets of another number than the outputs, which no cut keeps together."""
-    model = mlp()
-
-    def loss(z: Tensor, y: Tensor) -> Tensor:
-        return (z.mean(0) - y.mean()).square().sum()
-
-    batches = [(X[:6], torch.rand(4, dtype=torch.float64)), (X[6:], torch.rand(4, dtype=torch.float64))]
-    with pytest.warns(errors.FallbackWarning, match="cannot be told"):
-        ds.Problem(model, batches, loss=loss)
-
 
 # --------------------------------------------------------------------------------------------- first axis
 
@@ -250,20 +95,20 @@ class Attending(nn.Module):
 
 def test_rows_that_influence_each_other_are_taken_as_the_one_batch_that_is_given() -> None:
     model = Attending()
-    for data, options in (((X, Y), {}), ((X, Y), {"batch_size": 12}), (HALVES, {})):
+    for data, options in (((X, UNEVEN), {}), ((X, UNEVEN), {"batch_size": 12}), (HALVES, {})):
         with pytest.raises(errors.DataError, match=r"influence each other.*data=\[\(x, y\)\]"):
             ds.Problem(model, data, **options)
     with pytest.warns(errors.FallbackWarning, match="taken as a whole"):
-        problem = ds.Problem(model, [(X, Y)])
-    _, hessian = truth(model, lambda: functional.cross_entropy(model(X), Y))
+        problem = ds.Problem(model, [(X, UNEVEN)])
+    _, hessian = truth(model, lambda: functional.cross_entropy(model(X), UNEVEN))
     assert error(ds.Hessian(problem).dense(), hessian) < 1e-9
 
 
 def test_examples_that_come_first_are_cut_and_sorted_as_before() -> None:
-    problem = ds.Problem(mlp(), HALVES)
+    problem = ds.Problem(seeded_mlp(), HALVES)
     assert problem.cuts
     assert problem.splits_by_class
-    assert torch.equal(torch.cat([y for _, y in problem.batches]), Y.sort().values)
+    assert torch.equal(torch.cat([y for _, y in problem.batches]), UNEVEN.sort().values)
 
 
 def test_a_batch_size_that_would_cut_positions_is_refused() -> None:
@@ -276,54 +121,65 @@ def test_a_first_batch_of_one_example_hides_no_influence() -> None:
     class Centred(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net = mlp()
+            self.net = seeded_mlp()
 
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x - x.mean(0))
 
     with pytest.raises(errors.DataError, match="influence each other"):
-        ds.Problem(Centred(), [(X[:1], Y[:1]), (X[1:], Y[1:])])
+        ds.Problem(Centred(), [(X[:1], UNEVEN[:1]), (X[1:], UNEVEN[1:])])
 
 
-def test_batches_of_one_row_say_nothing_against_a_mean() -> None:
-    expected = ds.Problem(mlp(), (X, Y)).loss()
-    for sizes in ([11, 1], [1] * 12, [1, 11]):
-        batches = list(zip(X.split(sizes), Y.split(sizes), strict=True))
-        assert ds.Problem(mlp(), batches, loss=own_mean).loss() == pytest.approx(expected, rel=1e-12)
-    with pytest.raises(errors.LossError, match="no mean over rows"):
-        ds.Problem(mlp(), [(x[None], y[None]) for x, y in zip(X, Y, strict=True)], loss=summed_twice)
+class OverBatch(nn.Module):
+    """Attention of each example to all others of its batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ x.T).softmax(-1) @ x
 
 
-def summed_twice(z: Tensor, y: Tensor) -> Tensor:
-    return functional.cross_entropy(z, y) * len(z)
+@pytest.mark.parametrize("batch_size", [5, 12])
+def test_examples_that_influence_each_other(batch_size: int) -> None:
+    without_statistics = mlp(nn.BatchNorm1d(6, track_running_stats=False)).eval()
+    caught = refused(
+        errors.DataError,
+        "influence each other.*batch_size",
+        lambda: ds.Problem(without_statistics, (X, Y), batch_size=batch_size),
+    )
+    assert "'1'" in str(caught), "the module is named"
+    assert "track_running_stats" in str(caught)
+    refused(
+        errors.DataError,
+        "influence each other",
+        lambda: ds.Problem(mlp(OverBatch()), (X, Y), batch_size=batch_size),
+    )
 
 
-def test_a_loss_of_one_s_own_is_judged_on_a_bounded_number_of_rows() -> None:
-    """However many batches there are, and however many outputs."""
-    seen: list[int] = []
+def test_examples_in_a_fixed_order_that_labels_would_sort() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+            self.register_buffer("neighbours", torch.eye(12).roll(1, 0).double())
 
-    def counted(z: Tensor, y: Tensor) -> Tensor:
-        seen.append(z.numel())
-        return functional.cross_entropy(z, y)
+        def forward(self, x: Tensor) -> Tensor:
+            return self.neighbours @ self.inner(x)
 
-    x, y = torch.randn(2000, 5, dtype=torch.float64), torch.arange(2000) % 3
-    batches = list(zip(x.split(5), y.split(5), strict=True))
-    ds.Problem(mlp(), batches, loss=counted)
-    assert len(seen) < 400 + 80
-    assert max(seen) <= 2**21
-
-
-class Texts(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """Each item with a text beside its tensors."""
-
-    def __len__(self) -> int:
-        return 1200
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"x": X[index % 12], "y": Y[index % 12], "text": f"item {index}"}
+    graph = Graph()
+    expected = Reference(Case(graph, [(X, Y)])).hessian
+    for data in ((X, Y), [(X, Y)]):
+        problem = ds.Problem(graph, data)
+        assert not problem.cuts
+        assert error(ds.Hessian(problem).dense(), expected) < 1e-9
 
 
-def test_lists_beside_the_tensors_of_a_batch_lose_no_examples() -> None:
-    problem = ds.Problem(mlp(), Texts(), forward=lambda model, batch: (model(batch["x"]), batch["y"]))
-    assert problem.num_examples == 1200
-    assert problem.loss() == pytest.approx(ds.Problem(mlp(), (X, Y)).loss(), rel=1e-12)
+def test_positions_that_come_before_examples_may_influence_each_other() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.last = nn.RNN(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.rnn(x)[0].flip(0).cumsum(0))
+
+    x, y = torch.randn(6, 4, 5, dtype=torch.float64), torch.arange(24).view(6, 4) % 3
+    assert ds.Problem(Recurrent().double(), [(x, y)]).num_examples == 24

@@ -14,6 +14,8 @@ from nets import CASES, chunks
 from reference import case_and_reference, error, inputs_and_errors
 
 NAMES = ["relu_mlp", "unbalanced", "absent_class", "conv_pool", "class_weights"]
+
+
 RTOL = 1e-10
 
 
@@ -162,19 +164,6 @@ def test_batches_do_not_matter_to_means() -> None:
     for of in ("features", "errors"):
         one, two = ds.class_means(case.problem(), of=of), ds.class_means(other, of=of)
         assert error(one.class_means, two.class_means) < RTOL
-
-
-def test_collapse_is_that_of_layers() -> None:
-    problem = CASES["conv_pool"]().problem()
-    alone, found = ds.collapse(problem), ds.layers(problem)
-    assert list(alone) == [name for name, layer in found.items() if layer.collapse]
-    for name, measures in alone.items():
-        other = found[name].collapse
-        assert other is not None
-        assert measures.nc1 == pytest.approx(other.nc1)
-        assert measures.nc4 == other.nc4
-    assert "NC1" in str(alone)
-    assert len(str(alone).splitlines()) == len(alone) + 2
 
 
 def test_text_and_errors() -> None:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import deepspectra as ds
 from deepspectra.errors import FallbackWarning, OptionError
-from deepspectra.kfac.kronecker import Kronecker, all_from
+from deepspectra.kfac.kronecker import all_from
+from deepspectra.kfac.operators import Kronecker
 from deepspectra.rows import random_scalars
 from deepspectra.rows.random_scalars import DrawnCaptures
 from nets import Case, chunks, labels

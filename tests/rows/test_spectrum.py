@@ -13,32 +13,31 @@ from torch.nn import functional
 import deepspectra as ds
 from deepspectra.analysis.gram_spectrum import gradient_spectrum
 from deepspectra.analysis.knockouts import Knockout
-from deepspectra.errors import DeepSpectraError, OptionError
 from deepspectra.operators.parts import decompose
-from deepspectra.rows.averages import METHODS, Averages, taken
-from deepspectra.rows.projections import FOUR_WAY, TWO_WAY
+from deepspectra.rows.averages import METHODS, Averages
 from deepspectra.rows.spectrum import Spectrum, range_of, significant
-from nets import CASES
 from reference import (
     GONE,
     Reference,
     case_and_reference,
+    descending,
     error,
     inputs_and_errors,
     onto,
-    projections,
+    projections_of,
     without,
 )
 
 NAMES = ("relu_mlp", "conv_pool", "conv_batchnorm", "unbalanced", "absent_class", "every_option")
+
+
 PROJECTABLE = [name for name in GONE if name != "within"]
+
+
 EVERY = [*((name, "subtraction") for name in GONE), *((name, "projection") for name in PROJECTABLE)]
-SECOND = {"class": "class_second", "logit": "logit_first"}  # their projections when logit comes first
+
+
 GROUPS = torch.tensor([0, 1, 0, 2])
-
-
-def descending(matrix: Tensor) -> Tensor:
-    return torch.linalg.eigvalsh((matrix + matrix.T) / 2).flip(0)
 
 
 def same(found: Tensor, matrix: Tensor, scale: float, rtol: float = 1e-9) -> bool:
@@ -100,13 +99,6 @@ def test_layers_errors_and_features_mean_the_same_by_a_name(name: str) -> None:
                 left = without(moment, rows, gone(on, knockout), method)
                 found = spectrum.knockout(*names_of(knockout), method=method)
                 assert same(found, left, top(moment)), (layer.name, of, knockout, method)
-
-
-def projections_of(ref: Reference, groups: Tensor | None = None, first: str = "class") -> dict[str, Tensor]:
-    """The projections by groups, or with logit first."""
-    on = projections(ref.weights, ref.labels, groups)
-    names = SECOND if first == "logit" else {}
-    return {part: on[names.get(part, part)] for part in TWO_WAY}
 
 
 @pytest.mark.parametrize("name", ["relu_mlp", "unbalanced"])
@@ -237,63 +229,6 @@ def test_with_logit_first_true_goes_when_class_and_logit_both_go(name: str) -> N
         assert error(*both) < 1e-9
 
 
-@pytest.mark.parametrize("first", ["class", "logit"])
-@pytest.mark.parametrize("groups", [None, GROUPS])
-def test_what_goes_along_is_what_lies_in_the_span_of_what_is_named(first: str, groups: Tensor | None) -> None:
-    """By projection the parts in the span vanish and no others; subtraction takes the same."""
-    _, ref = case_and_reference("relu_mlp")
-    on = projections_of(ref, groups, first)
-    for removed in (("class",), ("logit",), ("class", "logit"), ("interaction",), ("class", "interaction")):
-        named = torch.stack([on[part] for part in removed]).sum(0)
-        vanish = {
-            part
-            for part, projection in on.items()
-            if float(without(ref.rows.T @ projection @ ref.rows, ref.rows, named, "projection").trace())
-            < 1e-9 * float((ref.rows.T @ projection @ ref.rows).trace())
-        }
-        assert set(taken(removed, TWO_WAY, first=first)) == vanish, removed
-
-
-def test_a_part_named_twice_or_within_a_sum_goes_once() -> None:
-    case, _ = case_and_reference("relu_mlp")
-    found = ds.gram_spectrum(case.problem(), effects="two-way")
-    for once, again in (
-        (("class",), ("class", "class")),
-        (("class",), ("class", "true")),
-        (("means",), ("means", "class", "logit")),
-        (("cross",), ("interaction", "cross")),
-        (("means",), ("class", "cross")),
-    ):
-        for method in METHODS:
-            torch.testing.assert_close(
-                found.knockout(*once, method=method),
-                found.knockout(*again, method=method),
-                atol=1e-12,
-                rtol=0,
-            )
-    assert not found.knockout("means", "within").any()
-    assert taken(("cross", "class"), FOUR_WAY) == ("class", "cross", "true")
-    assert taken(("means",), ("mean", "class", "within")) == ("mean", "class")
-    assert taken(("class",), ("mean", "class", "within")) == ("class",)
-
-
-@pytest.mark.parametrize(
-    ("removed", "parts", "method", "known"),
-    [
-        ((), TWO_WAY, "subtraction", "class, logit, interaction, true, means, cross, within"),
-        (("mean",), TWO_WAY, "subtraction", "class, logit"),
-        (("logit",), FOUR_WAY, "subtraction", "class, cross, true, means, within"),
-        (("within",), FOUR_WAY, "projection", "class, cross, true, means"),
-        (("cross",), ("mean", "class", "within"), "subtraction", "mean, class, means, within"),
-    ],
-)
-def test_names_that_are_not_there_are_refused(
-    removed: tuple[str, ...], parts: tuple[str, ...], method: str, known: str
-) -> None:
-    with pytest.raises(OptionError, match=f"name some of {known}"):
-        taken(removed, parts, method=method)
-
-
 def test_one_rule_says_which_ranks_are_rounding() -> None:
     assert significant(torch.tensor([2.0, 1e-5, 1e-6])).tolist() == [True, True, False]
     assert significant(torch.zeros(3)).tolist() == [False] * 3
@@ -305,77 +240,3 @@ def test_one_rule_says_which_ranks_are_rounding() -> None:
     nothing = Spectrum(torch.ones(4).double(), Averages({"class": none}, none, ("class", "within")))
     for method in METHODS:
         torch.testing.assert_close(nothing.without(("class",), method), torch.ones(4).double())
-
-
-def other_problems() -> dict[str, ds.Problem]:
-    """Problems with as many parameters as `relu_mlp`, each different in one thing."""
-    case = CASES["relu_mlp"]()
-    x, y = case.tensors
-    turned = CASES["relu_mlp"]()
-    with torch.no_grad():
-        next(turned.model.parameters()).mul_(1.5)
-    smooth, weighted = (
-        torch.nn.CrossEntropyLoss(label_smoothing=0.1),
-        torch.nn.CrossEntropyLoss(weight=torch.linspace(1, 2, 4).double()),
-    )
-    return {
-        "weights": turned.problem(),
-        "data": ds.Problem(case.model, (x + 1, y)),
-        "data, its labels": ds.Problem(case.model, (x, (y + 1) % 4)),
-        "loss, smoothed": ds.Problem(case.model, (x, y), loss=smooth),
-        "loss, weighted": ds.Problem(case.model, (x, y), loss=weighted),
-        "dtypes": case.problem().to(torch.float32),
-    }
-
-
-@pytest.mark.parametrize("which", [*other_problems()])
-def test_parts_of_another_problem_of_the_same_size_are_refused(which: str) -> None:
-    problem, other = CASES["relu_mlp"]().problem(), other_problems()[which]
-    parts = ds.decompose(problem, effects="two-way")
-    odd = which.partition(",")[0]
-    with pytest.raises(OptionError, match=f"two problems, which differ in their {odd}"):
-        ds.attribute(ds.Hessian(other), parts)
-    if which != "dtypes":
-        with pytest.raises(DeepSpectraError, match=f"differ in their {odd}"):
-            ds.attribute(ds.Hessian(problem) - ds.Residual(other), parts)
-
-
-def test_running_statistics_make_another_problem_too() -> None:
-    case, other = CASES["conv_batchnorm"](), CASES["conv_batchnorm"]()
-    other.model[1].running_mean += 1
-    with pytest.raises(OptionError, match="differ in their weights"):
-        ds.attribute(ds.Hessian(other.problem()), ds.decompose(case.problem()))
-
-
-def test_restrictions_to_other_parameters_are_other_problems() -> None:
-    problem = CASES["relu_mlp"]().problem()
-    square = ds.Problem(
-        torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(2))).double(),
-        (torch.randn(6, 4).double(), torch.arange(6) % 4),
-    )
-    with pytest.raises(OptionError, match="differ in their parameters"):
-        ds.attribute(ds.Hessian(square.restrict("0.*")), ds.decompose(square.restrict("1.*")))
-    some = problem.restrict("0.*")
-    assert (
-        ds.attribute(ds.Hessian(problem.restrict("0.*")), ds.decompose(some)).provenance.size
-        == some.num_parameters
-    )
-
-
-def test_the_same_problem_made_anew_summed_or_sampled_is_accepted() -> None:
-    case = CASES["relu_mlp"]()
-    problem = case.problem()
-    parts = ds.decompose(problem, effects="two-way")
-    x, y = case.tensors
-    g = ds.GaussNewton(problem)
-    some = {
-        "made anew": ds.GaussNewton(CASES["relu_mlp"]().problem()),
-        "in another order": ds.GaussNewton(ds.Problem(case.model, (x.flip(0), y.flip(0)))),
-        "a sum": ds.Hessian(problem) - ds.Residual(problem),
-    }
-    expected = ds.attribute(g, parts, rtol=1e-8)
-    for name, operator in some.items():
-        found = ds.attribute(operator, parts, rtol=1e-8)
-        assert error(found.values, expected.values) < 1e-6, name
-    sampled = g.sampled(torch.Generator().manual_seed(0), 15)
-    assert len(ds.attribute(sampled, parts).values)

@@ -1,5 +1,7 @@
 """The data sets: parsers on files written here, balanced draws, preprocessing; the real files where given."""
 
+from __future__ import annotations
+
 import gzip
 import os
 import pickle
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from deepspectra import zoo
 from deepspectra.errors import DataError, FileError, OptionError
 from deepspectra.zoo import CIFAR100_SAMPLE_SIZES, DATA_NAMES, SAMPLE_SIZES, load
 
@@ -16,6 +19,7 @@ needs_data = pytest.mark.skipif(
     not os.environ.get("DEEPSPECTRA_DATA"),
     reason="DEEPSPECTRA_DATA does not name a folder with the data sets",
 )
+
 
 # --- files
 
@@ -290,8 +294,8 @@ def test_the_sample_sizes_are_the_papers():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "svhn"}, "choose one of " + ", ".join(DATA_NAMES)),
-        ({"split": "val"}, '"train" or "test"'),
+        ({"name": "svhn"}, "one of " + ", ".join(map(repr, DATA_NAMES))),
+        ({"split": "val"}, "one of 'train', 'test'"),
         ({"per_class": 0}, "at least 1"),
         ({"size": 7}, "larger size"),
     ],
@@ -323,3 +327,26 @@ def test_the_real_colour_images_are_standardised(name, num_classes):
     assert data.inputs.shape == (60 * num_classes, 3, 32, 32)
     torch.testing.assert_close(data.inputs.mean(dim=(0, 2, 3)), torch.zeros(3), rtol=0, atol=0.1)
     torch.testing.assert_close(data.inputs.std(dim=(0, 2, 3)), torch.ones(3), rtol=0, atol=0.1)
+
+
+def test_random_labels_are_drawn_once() -> None:
+    data = zoo.load("digits", per_class=20)
+    one, again, other = data.relabelled(0), data.relabelled(0), data.relabelled(1)
+    assert torch.equal(one.targets, again.targets)
+    assert not torch.equal(one.targets, other.targets)
+    assert one.inputs is data.inputs
+    assert one.name == "digits, random labels"
+    assert float((one.targets == data.targets).double().mean()) < 0.25
+    assert set(one.targets.tolist()) == set(range(10))
+
+
+def test_the_first_classes_of_a_data_set() -> None:
+    data = zoo.load("digits", per_class=5)
+    some = data.of_classes(3)
+    assert some.targets.unique().tolist() == [0, 1, 2]
+    assert torch.equal(some.inputs, data.inputs[data.targets < 3])
+    assert some.class_names == ("0", "1", "2")
+    assert (some.name, data.of_classes(10).name) == ("digits, 3 classes", "digits")
+    for num in (1, 11):
+        with pytest.raises(OptionError, match="at least 2 and at most 10"):
+            data.of_classes(num)

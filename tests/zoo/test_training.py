@@ -172,9 +172,9 @@ def test_misuse_says_what_to_do(digits):
     ):
         with pytest.raises(OptionError, match=next(iter(change))):
             train(small(), digits, **({"epochs": 1, "learning_rate": 0.1} | change))
-    with pytest.raises(OptionError, match="choose one of mlp"):
+    with pytest.raises(OptionError, match="one of 'mlp'"):
         recipe("vgg", "mnist")
-    with pytest.raises(OptionError, match="choose one of digits"):
+    with pytest.raises(OptionError, match="one of 'digits'"):
         recipe("mlp", "svhn")
     with pytest.raises(OptionError, match="at least 1"):
         recipe("mlp", "mnist", 0)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.completeness import Challenge, Edge
-from deepspectra.algorithms.krylov_basis import Krylov, Ritz, basis_capacity, basis_dtype
+from deepspectra.algorithms.krylov_basis import Krylov, Ritz
+from deepspectra.algorithms.long_vectors import vector_dtype, vectors_that_fit
 from deepspectra.argument_checks import Progress
 from deepspectra.errors import DataError, MemoryBudgetError
 from deepspectra.operators.base import Operator
@@ -16,6 +17,10 @@ from deepspectra.operators.base import Operator
 # Products of a challenge, or relative to those before it, after which it gives up unless told.
 PATIENCE = (20, 0.6)
 SPARE_VECTORS = 8  # the fewest basis vectors beyond `num` with which a restart makes headway
+MISSED = 2e-4  # probability at which a pair may be missing that lies beyond the last but one wanted,
+AT_EDGE = 1e-2  # and at which one may that lies between that and the last: nothing but the last can be wrong
+# Parts of the range within the last wanted value: from how far down on may none hide?
+DEPTHS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 
 
 class Wanted(NamedTuple):
@@ -43,9 +48,9 @@ class Search:
         self.num, self.which, self.rtol = wanted
         self.budget, self.generator, self.progress = budget, generator, progress
         self.patient = patient  # whether a challenge may take all that is left of the budget
-        self.eps = torch.finfo(basis_dtype(operator)).eps
+        self.eps = torch.finfo(vector_dtype(operator)).eps
         self.capacity = min(
-            basis_capacity(operator), operator.shape[0], budget + max(self.num, num_start) + SPARE_VECTORS
+            vectors_that_fit(operator), operator.shape[0], budget + max(self.num, num_start) + SPARE_VECTORS
         )
         if self.capacity < min(self.num + SPARE_VECTORS, operator.shape[0]):
             raise MemoryBudgetError(
@@ -63,7 +68,12 @@ class Search:
     def run(self, first: Tensor | None) -> str:
         """Search until the outcome is known: "converged", "budget", "challenge" or "stagnation"."""
         if first is not None:
-            self._begin(first)
+            self.krylov.append(first)
+            if self.krylov.num_pending == 0:
+                raise DataError("start is zero. Pass start=None for a random vector.")
+            if self.krylov.num_pending > 1:  # Rayleigh-Ritz on the whole start, in one block product
+                self.krylov.expand(self.krylov.num_pending)
+                self._aim(self.krylov.ritz())
         while True:
             outcome = self.settle()
             if outcome == "settled" and self.challenged:
@@ -73,14 +83,6 @@ class Search:
                 self.challenge = None
             if outcome not in ("passed", "revealed"):
                 return outcome
-
-    def _begin(self, first: Tensor) -> None:
-        self.krylov.append(first)
-        if self.krylov.num_pending == 0:
-            raise DataError("start is zero. Pass start=None for a random vector.")
-        if self.krylov.num_pending > 1:  # Rayleigh-Ritz on the whole start, in one block product
-            self.krylov.expand(self.krylov.num_pending)
-            self._aim(self.krylov.ritz())
 
     def settle(self, least: int = 0) -> str:
         """Multiply until the wanted pairs have converged, and have no rivals or after `least` products, or cannot."""
@@ -267,3 +269,88 @@ def select(values: Tensor, which: str, num: int) -> Tensor:
     if which == "magnitude":
         return values.abs().argsort(descending=True)[:num].sort(descending=True).values
     return order[:num]
+
+
+class Edge(NamedTuple):
+    """Where an end of the spectrum that is wanted stops, in values that grow towards that end."""
+
+    side: float  # 1: the largest are wanted, −1: the smallest, whose values change sign here
+    last: float  # wanted value
+    tolerance: float  # of it
+    second: float | None  # the last but one, if there is one
+    depth: float  # from the last value to the other end
+
+    def levels(self) -> list[float]:
+        """From where on a hidden pair would be wanted, a copy of the second would, and others below."""
+        edge = self.last + self.tolerance / 2
+        return [edge, edge if self.second is None else self.second] + [
+            self.last - depth * self.depth for depth in DEPTHS
+        ]
+
+    def chances(self) -> list[float]:
+        """At which a pair beyond each level may be missing."""
+        return [AT_EDGE, AT_EDGE if self.second is None else MISSED] + [AT_EDGE] * len(DEPTHS)
+
+
+class Challenge:
+    """May a wanted pair hide from a random vector x? Components along the vectors met, for each edge and level.
+
+    Let A' be A compressed to the complement of the basis Q. An eigenvector u of A without a part in Q is one of A';
+    for a value τ, Lanczos' recurrence of A' from the random x gives its components along the vectors met, in
+    multiples of g = uᵀx. Their squares add up to at most 1, so |g| ≤ 1/√Σ, which a standard normal number is with a
+    probability of at most √(2/πΣ). Σ grows as fast as polynomials can that are bounded on the rest of the spectrum of
+    A', and with τ, where τ lies beyond all Ritz values of A'.
+
+    Args:
+        edges: where the wanted ends of the spectrum stop.
+        num_basis: vectors in the basis before x, along which such an eigenvector has none.
+        direction: what x adds to the basis; the next vector is along it.
+    """
+
+    def __init__(self, edges: list[Edge], num_basis: int, direction: Tensor) -> None:
+        self.sides = torch.tensor([[edge.side] for edge in edges], dtype=torch.float64)
+        self.levels = torch.tensor([edge.levels() for edge in edges], dtype=torch.float64)
+        self.allowed = torch.tensor([edge.chances() for edge in edges], dtype=torch.float64)
+        self.hidden = torch.zeros(num_basis + 1, *self.levels.shape, dtype=torch.float64)
+        self.hidden[-1] = 1 / direction.norm()  # uᵀx = g, in multiples of g
+        self.chances = torch.ones_like(self.levels)
+        self.beyond = torch.full(self.levels.shape, True)  # no Ritz value of A' lies beyond the level
+
+    @property
+    def passed(self) -> bool:
+        """Whether no wanted pair can be hidden but with the chances allowed."""
+        return not bool((self.chances > self.allowed)[:, :2].any())
+
+    @property
+    def missed(self) -> float:
+        """The probability at which a wanted pair may be missing."""
+        return float(self.chances[:, :2].max())
+
+    def reveals(self, column: Tensor) -> bool:
+        """Take in what the newest product has along the basis (m,): whether a Ritz value lies among the wanted."""
+        newest = self.hidden[-1]
+        # uᵀA q = τ uᵀq, and A q has these parts: what they leave of τ uᵀq is uᵀ of the next vector.
+        self.rest = self.sides * self.levels * newest - torch.tensordot(column, self.hidden, 1)
+        # A change of sign: a Ritz value lies beyond the level.
+        self.beyond &= self.sides * self.rest * newest >= 0
+        return not bool(self.beyond[:, 0].all())
+
+    def follow(self, length: float) -> None:
+        """Go on to the next vector, of which the newest product has this much; 0: x can show no more."""
+        following = self.rest / length if length else torch.full_like(self.rest, torch.inf)
+        self.hidden = torch.cat([self.hidden, following[None]])
+        chances = (math.pi / 2 * self.hidden.square().sum(0)).rsqrt()
+        self.chances = chances.where(self.beyond, 1.0).clamp_max(1.0)
+
+    def contract(self, coefficients: Tensor) -> None:
+        """A restart has replaced the basis by combinations (m, k) of it; the next vector stays."""
+        turned = torch.tensordot(coefficients.T, self.hidden[:-1], 1)
+        self.hidden = torch.cat([turned, self.hidden[-1:]])
+
+    def limits(self) -> dict[float, float]:
+        """The value of each side beyond which an unseen pair lies with a chance of no more than 1 in 100."""
+        fine = self.chances <= AT_EDGE
+        return {
+            side: side * float(level[good].min())
+            for (side,), level, good in zip(self.sides.tolist(), self.levels, fine, strict=True)
+        }

@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.eigenpair_search import Search, Wanted
+from deepspectra.algorithms.eigenpair_search import SPARE_VECTORS, Search, Wanted
 from deepspectra.algorithms.krylov_basis import Krylov, Ritz
-from deepspectra.algorithms.start_vectors import enough_products, start_rows
-from deepspectra.argument_checks import Progress, check_choice, check_count, check_rtol, seeded
-from deepspectra.errors import ConvergenceWarning
-from deepspectra.operators.base import Operator, as_operator
-from deepspectra.results import Eigenpairs, Provenance, Separation
+from deepspectra.algorithms.long_vectors import vectors_that_fit
+from deepspectra.argument_checks import Progress, check_choice, check_columns, check_count, check_rtol, seeded
+from deepspectra.errors import ConvergenceWarning, OptionError
+from deepspectra.operators.base import Identity, Operator, Sum, as_operator
+from deepspectra.results import Eigenpairs, Separation, origin
 
 ENDS = ("largest", "smallest", "magnitude", "both")
 REACH = 3  # residuals of a Ritz value within which its eigenvalue is taken to lie
+STEADY = 1 / 6  # variation of a sample that a search starts from, relative to the residual asked for
 ROUGH = 2e-2  # residual relative to the value, of pairs that others go on from
 
 
@@ -99,11 +101,10 @@ def explore(
     check_rtol(rtol)
     if max_products is not None:
         check_count("max_products", max_products, smallest=num)
-    budget = enough_products(num) if max_products is None else max_products
+    budget, patient = max_products or enough_products(num), max_products is not None
     generator = seeded(seed)
-    first, num_sample_products = start_rows(operator, start, wanted, budget, generator)
+    first, num_sample_products = _start_rows(operator, start, wanted, budget, generator)
     num_start = 1 if first is None else len(first)
-    patient = max_products is not None
     search = Search(
         operator, wanted, budget, generator, num_start=num_start, progress=progress, patient=patient
     )
@@ -115,12 +116,11 @@ def explore(
         residual_norms=ritz.residual_norms[chosen],
         converged=outcome == "converged",
         num_products=search.krylov.num_products,
-        seconds=time.perf_counter() - began,
         which=which,
         rtol=rtol,
-        provenance=Provenance.of(operator, seed=seed),
         separation=_separation(ritz, chosen, search.krylov.num_basis == operator.shape[0], search.limits),
         num_sample_products=num_sample_products,
+        **origin(began, operator, seed=seed),
     )
     if not result.converged:
         warnings.warn(_complaint(outcome, result, search.missed), ConvergenceWarning, stacklevel=3)
@@ -165,3 +165,102 @@ def _complaint(outcome: str, result: Eigenpairs, missed: float) -> str:
         f"eigenpairs: not converged after max_products={result.num_products}: {worst}. "
         "Raise max_products, ask for fewer pairs, or raise rtol."
     )
+
+
+# -- what a search starts from ----------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Named(Protocol):
+    """An operator that knows good starting vectors, by name."""
+
+    def start_block(self, kind: str) -> Tensor:
+        """Those of this name (P, K)."""
+
+
+@runtime_checkable
+class Sampled(Protocol):
+    """An operator made of examples, a few of which make one with nearly its eigenvectors."""
+
+    def sample_size(self, error: float) -> int:
+        """Examples for eigenvectors to about this error; 0: not known, or too many to pay."""
+
+    def sampled(self, generator: torch.Generator, num_samples: int | None = None) -> Operator:
+        """The same operator on a few examples."""
+
+
+def _start_rows(
+    operator: Operator, start: Tensor | str | None, wanted: Wanted, budget: int, generator: torch.Generator
+) -> tuple[Tensor | None, int]:
+    """The start as rows (k, P), None for a random vector, and the products with a sample that it took.
+
+    Raises:
+        OptionError, ShapeError, DataError: no start, or one that the operator does not know.
+    """
+    num_products = num_samples = 0
+    largest = _most_rows(operator, wanted.num, budget)
+    if start == "sampled" or (start is None and wanted.which == "largest" and wanted.num <= largest):
+        num_samples = sample_size(operator, STEADY * wanted.rtol)
+    if start == "sampled" or num_samples:
+        few = sample_of(operator, generator, num_samples or None)
+        search = Search(few, wanted, enough_products(wanted.num), generator)
+        search.run(None)
+        ritz, chosen = search.extract()
+        start, num_products = search.krylov.combine(ritz.coefficients[:, chosen]), search.krylov.num_products
+    elif isinstance(start, str):
+        start = None if start == "random" else named_start(operator, start)
+    if start is None:
+        return None, num_products
+    rows = check_columns("start, unless it is None or a name,", start, operator.shape[0]).T
+    if len(rows) > largest:
+        raise OptionError(
+            f"start has {len(rows)} vectors; at most {max(largest, 0)} fit P, max_products and A.memory."
+        )
+    return rows, num_products
+
+
+def named_start(operator: Operator, name: str) -> Tensor:
+    """Starting vectors (P, K) of this name; of a sum, those of its first term that is not an identity.
+
+    Raises:
+        OptionError: the operator knows none.
+    """
+    if isinstance(operator, Sum):
+        operator = next((term for _, term in operator.terms if not isinstance(term, Identity)), operator)
+    if not isinstance(operator, Named):
+        raise OptionError(
+            f"start={name!r}: {operator.name} has no class structure to start from. "
+            "Pass start=None or a (P, K) tensor, or use an operator made from a Problem."
+        )
+    return operator.start_block(name)
+
+
+def sample_size(operator: Operator, error: float) -> int:
+    """Examples that a sample needs for eigenvectors to about this error; 0: not known, or too many to pay."""
+    return operator.sample_size(error) if isinstance(operator, Sampled) else 0
+
+
+def sample_of(operator: Operator, generator: torch.Generator, num_samples: int | None = None) -> Operator:
+    """The operator on a few examples; of a sum, each term on its own.
+
+    Raises:
+        OptionError: it is not made of examples.
+    """
+    if isinstance(operator, Sum):
+        return Sum([(scale, sample_of(term, generator, num_samples)) for scale, term in operator.terms])
+    if isinstance(operator, Identity):
+        return operator
+    if not isinstance(operator, Sampled):
+        raise OptionError(f"start='sampled': {operator.name} is not made of examples. Pass start=None.")
+    return operator.sampled(generator, num_samples)
+
+
+def enough_products(num: int) -> int:
+    """After which a search gives up unless told otherwise."""
+    return max(20 * num, 300)
+
+
+def _most_rows(operator: Operator, num: int, budget: int) -> int:
+    """Rows for which there is room, for their products, and for what a restart keeps."""
+    size, room = operator.shape[0], vectors_that_fit(operator) - SPARE_VECTORS
+    return min(budget, size, size if room >= size else min(room // 2, room - num))

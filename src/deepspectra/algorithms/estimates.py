@@ -31,14 +31,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov_basis import basis_capacity
-from deepspectra.algorithms.long_vectors import inner_products, small
+from deepspectra.algorithms.long_vectors import inner_products, small, vectors_that_fit
 from deepspectra.algorithms.probes import Probes, stream
 from deepspectra.argument_checks import Progress, check_count
 from deepspectra.confidence import standard_error, student_scale
 from deepspectra.errors import FallbackWarning
 from deepspectra.operators.base import Operator, as_operator
-from deepspectra.results import Diagonal, Estimate, Provenance
+from deepspectra.results import Diagonal, Estimate, origin
 
 ESSENTIAL = 1 - 1e-3  # leverage of a column that the others do not span
 ROWS_PER_CHUNK = 2**14  # of the (P, n) estimates of a diagonal, in float64
@@ -237,8 +236,7 @@ def _estimate(
         found = of.finish(_mean(of.samples(*block) for block in run.samples(of.draw, generator)))
     value, error = (run.operator.back(part.to(run.like) if part.ndim else part) for part in found[:2])
     how = {"method": method, "num_products": run.spent, "degrees_of_freedom": found.freedom}
-    seconds, provenance = time.perf_counter() - began, Provenance.of(operator, seed=seed)
-    return value, error, {**how, "seconds": seconds, "provenance": provenance}
+    return value, error, {**how, **origin(began, operator, seed=seed)}
 
 
 def _method(run: Probes, num_products: int, name: str) -> str:
@@ -246,7 +244,7 @@ def _method(run: Probes, num_products: int, name: str) -> str:
     half = num_products // 2
     if num_products >= run.size:
         return "exact"
-    if half >= 2 and 3 * half <= basis_capacity(run.operator):
+    if half >= 2 and 3 * half <= vectors_that_fit(run.operator):
         return "leave-one-out"
     if half >= 2:
         warnings.warn(

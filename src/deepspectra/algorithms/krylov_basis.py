@@ -27,6 +27,7 @@ from deepspectra.algorithms.long_vectors import (
     orthonormal_rows,
     small,
     unit_of,
+    vector_dtype,
 )
 from deepspectra.errors import NonFiniteError
 from deepspectra.operators.base import Operator
@@ -59,7 +60,7 @@ class Krylov:
     def __init__(self, operator: Operator, capacity: int) -> None:
         self.operator = operator
         self.rows = torch.empty(
-            capacity, operator.shape[0], dtype=basis_dtype(operator), device=operator.device
+            capacity, operator.shape[0], dtype=vector_dtype(operator), device=operator.device
         )
         self.num_fixed = self.num_basis = self.num_pending = self.num_products = 0
         self.projected = torch.zeros(0, 0, dtype=torch.float64)
@@ -114,9 +115,7 @@ class Krylov:
         norms = norms_of(block)
         largest = max(norms.tolist(), default=0.0) or 1.0
         within, beyond, _ = self._absorb(block, largest * float((norms / largest).norm()))
-        rows = torch.zeros(beyond.shape[0], self.num_basis, dtype=torch.float64)
-        self.projected = torch.cat([self.projected, rows])
-        self.tracked = _grown(self.tracked, beyond.shape[0])
+        self.projected, self.tracked = (_taller(part, len(beyond)) for part in (self.projected, self.tracked))
         return torch.cat([within[self.num_fixed :], beyond])
 
     def track(self, coordinates: Tensor) -> slice:
@@ -157,9 +156,8 @@ class Krylov:
             self._unit = unit_of(largest)
         self._scale = max(self._scale, largest)
         within, beyond, dropped = self._absorb(products, self._scale)
-        left = torch.cat([self.projected, torch.zeros(beyond.shape[0], self.num_basis, dtype=torch.float64)])
+        left, self.tracked = (_taller(part, len(beyond)) for part in (self.projected, self.tracked))
         self.projected = torch.cat([left, torch.cat([within[self.num_fixed :], beyond])], dim=1)
-        self.tracked = _grown(self.tracked, beyond.shape[0])
         self.num_basis += count
         self.num_pending -= count
         # Only the Gram matrix of what is dropped is kept: products with what was dropped before are not known.
@@ -247,16 +245,6 @@ class Krylov:
         self.projected = self._lost = self.tracked = torch.zeros(0, 0, dtype=torch.float64)
 
 
-def _grown(coordinates: Tensor, count: int) -> Tensor:
+def _taller(coordinates: Tensor, count: int) -> Tensor:
     """Coordinates with zeros for new rows."""
     return torch.nn.functional.pad(coordinates, (0, 0, 0, count))
-
-
-def basis_dtype(operator: Operator) -> torch.dtype:
-    """The operator's own type, or float32 if that is shorter: a basis in half precision is not orthogonal."""
-    return torch.promote_types(operator.dtype, torch.float32)
-
-
-def basis_capacity(operator: Operator) -> int:
-    """Vectors of length P that fit the operator's memory budget."""
-    return int(operator.memory // (operator.shape[0] * torch.finfo(basis_dtype(operator)).bits // 8))

@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov_basis import ROUNDING, basis_capacity
+from deepspectra.algorithms.krylov_basis import ROUNDING
+from deepspectra.algorithms.long_vectors import vectors_that_fit
 from deepspectra.algorithms.probes import BLOCK, Probes
 from deepspectra.errors import MemoryBudgetError
 
@@ -28,7 +29,7 @@ def quadratures(
     run: Probes, known: Tensor, num_probes: int, num_steps: int, generator: torch.Generator
 ) -> list[tuple[Tensor, Tensor]]:
     """Nodes (m,) and weights (m,) of each Gaussian probe, on the complement of orthonormal rows (k, P)."""
-    room = basis_capacity(run.operator)
+    room = vectors_that_fit(run.operator)
     if room < VECTORS:
         raise MemoryBudgetError(
             f"a probe needs room for {VECTORS} vectors of length {run.size:,}, even without a basis; "

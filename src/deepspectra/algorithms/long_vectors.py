@@ -1,4 +1,4 @@
-"""A few vectors of length P as rows: random ones, and norms, inner products and bases that float32 sums would spoil.
+"""A few vectors of length P as rows: how many fit, random ones, and norms, inner products, bases beyond float32 sums.
 
 What they make is small: float64, on the CPU.
 """
@@ -10,9 +10,21 @@ import math
 import torch
 from torch import Tensor
 
+from deepspectra.operators.base import Operator
+
 COLUMNS_PER_CHUNK = 2**16  # of rows, that are copied in float64 or rotated at once
 STRETCH = 1024  # numbers whose norm is taken in their own type,
 SAFE_SQUARES = (1e-14, 1e14)  # if the largest of them lies between these
+
+
+def vector_dtype(operator: Operator) -> torch.dtype:
+    """The operator's own type, or float32 if that is shorter: a basis in half precision is not orthogonal."""
+    return torch.promote_types(operator.dtype, torch.float32)
+
+
+def vectors_that_fit(operator: Operator) -> int:
+    """Vectors of length P that fit the operator's memory budget."""
+    return int(operator.memory // (operator.shape[0] * torch.finfo(vector_dtype(operator)).bits // 8))
 
 
 def gaussian_rows(count: int, size: int, generator: torch.Generator) -> Tensor:

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.krylov_basis import basis_dtype
-from deepspectra.algorithms.long_vectors import gaussian_rows
+from deepspectra.algorithms.long_vectors import gaussian_rows, vector_dtype
 from deepspectra.argument_checks import Progress, check_seed
 from deepspectra.errors import NonFiniteError
 from deepspectra.operators.base import Operator
@@ -101,7 +100,7 @@ class Probes:
         self.operator = operator if isinstance(operator, InUnits) else InUnits(operator)
         self.expected, self.progress = expected, progress
         self.size, self.done = operator.shape[0], 0
-        self.like = torch.empty(0, dtype=basis_dtype(operator), device=operator.device)
+        self.like = torch.empty(0, dtype=vector_dtype(operator), device=operator.device)
 
     def __call__(self, columns: Tensor) -> Tensor:
         """A times columns (P, k)."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import explore
-from deepspectra.algorithms.krylov_basis import Krylov, basis_capacity
+from deepspectra.algorithms.krylov_basis import Krylov
+from deepspectra.algorithms.long_vectors import vectors_that_fit
 from deepspectra.analysis.gram_spectrum import MARGIN
 from deepspectra.analysis.knockouts import NEWEST, Knockout, KnockoutSpace, knockouts
 from deepspectra.argument_checks import Progress, seeded
@@ -17,7 +18,7 @@ from deepspectra.dataframes import text_table
 from deepspectra.errors import MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.parts import Decomposition, Means
-from deepspectra.results import Eigenpairs, Provenance, Result
+from deepspectra.results import Eigenpairs, Result, origin
 from deepspectra.rows.averages import taken
 
 EDGE_PRODUCTS = 30  # at most, from a basis that knows the operator
@@ -156,12 +157,12 @@ def attribute(
     parts.check_operator(operator)
     if margin < 1:
         raise OptionError(f"margin={margin}: it is at least 1.")
+    spent, basis = 0, None
 
     def report(done: int, _: int | None) -> None:
         if progress is not None:
-            progress(done, None)
+            progress(spent + done, None)
 
-    spent, basis = 0, None
     if pairs is None:
         num = min(parts.projections.num_classes + 3, operator.shape[0])
         pairs, basis = explore(operator, num, rtol=rtol, start="random", seed=seed, progress=report)
@@ -174,7 +175,7 @@ def attribute(
         margin=margin,
         max_products=max_products,
         seed=seed,
-        progress=lambda done, _: report(spent + done, None),
+        progress=report,
     )
     return replace(found, num_products=spent + found.num_products, seconds=time.perf_counter() - began)
 
@@ -205,10 +206,15 @@ def attribute_known(
     least = num + NEWEST + factors
     capacity = _capacity(operator, parts, least, most)
     most = min(most, capacity - least) if capacity < size else most
-    borrowed = parts.num_bytes(max(0, capacity - basis_capacity(operator)))
+    borrowed = parts.num_bytes(max(0, capacity - vectors_that_fit(operator)))
     with parts.rows.products.allowance.lent(borrowed):
         try:
-            basis = _grown(operator, pairs, basis, capacity, seed)
+            if basis is None:
+                basis = Krylov.of_pairs(operator, pairs, capacity)
+                basis.append_random(seeded(seed))
+                basis.expand(1)
+            elif len(basis.rows) < capacity:
+                basis.enlarge(capacity)
             space = KnockoutSpace(basis, num, lambda done: progress and progress(done - before, None))
             edges, edge_norms = space.bulk_edge(Means(parts), EDGE_PRODUCTS)
             threshold = margin * float(edges[0])
@@ -236,20 +242,8 @@ def attribute_known(
         complete=bool(pairs.values[-1] <= threshold),
         knockouts=found,
         num_products=basis.num_products - before,
-        seconds=time.perf_counter() - began,
-        provenance=Provenance.of(operator, seed=seed),
+        **origin(began, operator, seed=seed),
     )
-
-
-def _grown(operator: Operator, pairs: Eigenpairs, basis: Krylov | None, capacity: int, seed: int) -> Krylov:
-    """The basis that the pairs were found with, of that capacity; or one of the pairs and a random vector."""
-    if basis is None:
-        basis = Krylov.of_pairs(operator, pairs, capacity)
-        basis.append_random(seeded(seed))
-        basis.expand(1)
-    elif len(basis.rows) < capacity:
-        basis.enlarge(capacity)
-    return basis
 
 
 def _capacity(operator: Operator, parts: Decomposition, least: int, most: int) -> int:
@@ -258,7 +252,7 @@ def _capacity(operator: Operator, parts: Decomposition, least: int, most: int) -
     Raises:
         MemoryBudgetError: there is no room for one product.
     """
-    size, own, lender = operator.shape[0], basis_capacity(operator), parts.rows.products.allowance
+    size, own, lender = operator.shape[0], vectors_that_fit(operator), parts.rows.products.allowance
     wanted = min(size, least + most)
     room = own + (lender.size - lender.reserved) // parts.num_bytes(1)
     if room < min(size, least + min(most, 1)):

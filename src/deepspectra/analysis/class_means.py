@@ -14,24 +14,23 @@ from torch import Tensor
 
 from deepspectra.argument_checks import check_choice
 from deepspectra.dataframes import text_table
-from deepspectra.errors import CurvatureError, MissingNameError, OptionWarning
-from deepspectra.operators.parts import KINDS, Decomposition
+from deepspectra.errors import MissingNameError, OptionWarning
+from deepspectra.operators.parts import KINDS
 from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Provenance, Result
+from deepspectra.results import Result, origin
 from deepspectra.rows.averages import means_of
 from deepspectra.rows.captures import Captured, layer_of
-from deepspectra.rows.gradients import class_sums, labelled_loss
+from deepspectra.rows.gradients import GradientRows, class_sums, labelled_loss
 from deepspectra.rows.held_rows import HeldRows
 from deepspectra.rows.layer_rows import (
+    alike,
     counted,
     error_averages,
     feature_averages,
     layer_errors,
     layer_inputs,
     membership,
-    refuse_missing,
-    refuse_unequal,
 )
 from deepspectra.rows.parameter_uses import Use
 from deepspectra.rows.projections import Projections, collinear, grouped, num_groups
@@ -131,8 +130,13 @@ def class_means(
     if of == "gradients":
         factors = _of_gradients(problem, level, check_means(problem, level, groups))
     else:
-        parts = Decomposition(problem, hold=True, groups=groups)
-        factors = _of_features(parts) if of == "features" else _of_errors(parts, level)
+        rows = HeldRows(problem)
+        projections = Projections(
+            rows.weights, rows.labels, groups=grouped(groups, problem.num_classes, problem.device)
+        )
+        factors = (
+            _of_features(rows, projections) if of == "features" else _of_errors(rows, projections, level)
+        )
     weights, cells = factors.class_weights, factors.cell_weights
     means = means_of(factors.classes, weights).T
     crossed = None
@@ -145,8 +149,7 @@ def class_means(
         cross_class_weights=cells,
         of=of,
         layers=factors.layers,
-        seconds=time.perf_counter() - began,
-        provenance=Provenance.of(means, of),
+        **origin(began, means, of),
     )
 
 
@@ -163,8 +166,9 @@ class _Factors(NamedTuple):
 def _of_gradients(problem: Problem, level: str, groups: Tensor | None) -> _Factors:
     layers = _parameter_places(problem)
     if level == "cross_class":
-        parts = Decomposition(problem, groups=groups)
-        return _of_cells(parts.factor("means"), parts.projections, layers)
+        rows = GradientRows(problem)
+        projections = Projections(rows.weights, rows.labels, groups=groups)
+        return _of_cells(rows.cells(projections), projections, layers)
     sums, cells = class_sums(problem, groups)  # one pass, which need not know the weights beforehand
     weights = cells.clone().fill_diagonal_(0).sum(1)
     return _Factors(sums * -collinear(cells)[0].to(sums), None, weights, cells, layers)
@@ -178,19 +182,15 @@ def _of_cells(factor: Tensor, projections: Projections, layers: dict[str, tuple[
     return _Factors(classes, cells, projections.class_weights, projections.cell_weights, layers)
 
 
-def _of_features(parts: Decomposition) -> _Factors:
-    rows = parts.rows
-    assert isinstance(rows, HeldRows)
-    groups = parts.projections.groups
+def _of_features(rows: HeldRows, projections: Projections) -> _Factors:
+    groups = projections.groups
     sizes, weight = membership(rows, groups).sum(0), counted(rows)
     basis = feature_averages(rows, groups).every * (weight / weight.sum()).sqrt()[:, None]
     means, layers = _averaged(rows.captures.features(), layer_inputs, basis, rows.problem.memory)
     return _Factors(means.T, None, sizes / sizes.sum(), None, layers)
 
 
-def _of_errors(parts: Decomposition, level: str) -> _Factors:
-    rows, projections = parts.rows, parts.projections
-    assert isinstance(rows, HeldRows)
+def _of_errors(rows: HeldRows, projections: Projections, level: str) -> _Factors:
     basis = error_averages(rows, projections, ()).every  # (R, C²)
     means, layers = _averaged(rows.captures.batches(), layer_errors, basis, rows.problem.memory)
     found = _of_cells(means.T, projections, layers)
@@ -203,26 +203,17 @@ def _averaged(
     """BᵀX (r, D) of rows X read from each batch, all layers one after the other, and where each of them is."""
     sums: dict[str, Tensor] = {}
     start = 0
-    for batch in batches:
-        found = read(batch.uses)
+    for found in alike(read(batch.uses) for batch in batches):
         if not sums:
             each = sum(rows.shape[1] * rows.element_size() for rows in found.values())
             what = f"{basis.shape[1]:,} means of all layers"
             refuse_beyond(
                 basis.shape[1] * each, memory, f"{what} take", "Restrict the parameters, or raise memory."
             )
-        refuse_missing(sums, found)
-        stop = start + max((len(rows) for rows in found.values()), default=0)
+        stop = start + max(len(rows) for rows in found.values())
         for name, rows in found.items():
-            if name in sums:
-                refuse_unequal(name, {sums[name].shape[1], rows.shape[1]})
             sums[name] = sums.get(name, 0) + basis[start:stop].T.to(rows) @ rows
         start = stop
-    sums = {name: total for name, total in sums.items() if total.shape[1]}
-    if not sums:
-        raise CurvatureError(
-            "no layer multiplies features by a matrix, one row of features for each output row."
-        )
     ends = itertools.accumulate((total.shape[1] for total in sums.values()), initial=0)
     pairs = zip(sums, itertools.pairwise(ends), strict=True)
     places: dict[str, tuple[slice, ...]] = {name: (slice(*pair),) for name, pair in pairs}

@@ -13,7 +13,7 @@ from deepspectra.argument_checks import check_count, seeded
 from deepspectra.dataframes import text_table
 from deepspectra.problem.problem import Problem
 from deepspectra.problem.subsets import drawn_problem
-from deepspectra.results import Provenance, Result
+from deepspectra.results import Result, origin
 from deepspectra.rows.captures import Captures
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held_rows import HeldRows, gram_of, refuse_beyond_memory
@@ -96,8 +96,7 @@ def clustering(problem: Problem, *, num_examples: int = 200, seed: int = 0) -> C
         gradients=gradients,
         gradients_standard_error=gradients_error,
         num_examples=len(live),
-        seconds=time.perf_counter() - began,
-        provenance=Provenance.of(problem, seed=seed),
+        **origin(began, problem, seed=seed),
     )
 
 

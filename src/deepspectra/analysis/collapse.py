@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.analysis.by_layer import ByLayer
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Provenance
+from deepspectra.results import ByLayer, origin
 from deepspectra.rows.captures import parameters_of
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held_rows import HeldRows
@@ -78,9 +77,7 @@ def collapse(problem: Problem) -> CollapseByLayer:
     features = features_of(rows)
     found = {name: collapse_of(entering, rows, name) for name, entering in features.items()}
     *_, last = features.values()
-    return CollapseByLayer(
-        found, seconds=time.perf_counter() - began, provenance=Provenance.of(last, "features")
-    )
+    return CollapseByLayer(found, **origin(began, last, "features"))
 
 
 def collapse_of(features: Tensor, rows: GradientRows, layer: str) -> Collapse:

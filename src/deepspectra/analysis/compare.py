@@ -10,15 +10,14 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.overlap import overlap_curve
-from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.layer_blocks import RTOL, Blocks, top_pairs
-from deepspectra.argument_checks import LayerProgress, check_count
+from deepspectra.argument_checks import LayerProgress, announced, check_count
 from deepspectra.errors import ShapeError
-from deepspectra.kfac.exact_block import ExactBlock
+from deepspectra.kfac.blocks import ExactBlock
 from deepspectra.kfac.operators import Block, Rotated
 from deepspectra.operators.curvature import GaussNewton
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Provenance
+from deepspectra.results import ByLayer, origin
 
 FEWEST = 10  # dimensions of a curve, if the layer has as many
 
@@ -145,8 +144,6 @@ def compare(
     sides = [Blocks(problem) for problem in (first, second)]
     layers = {}
     for name, *pair in announced(sides[0].beside(sides[1]), progress, len(sides[0].names)):
-        if not all(block.trace for block in pair):
-            continue
         groups, outputs, _ = pair[0].place.shape
         wanted = num or max(2 * groups * outputs, FEWEST)
         spaces = [top_pairs(block, wanted, seed)[1] for block in pair]
@@ -158,8 +155,7 @@ def compare(
     if wanted:
         tops = [eigenpairs(GaussNewton(side), wanted, rtol=RTOL, seed=seed) for side in (first, second)]
         whole = overlap_curve(tops[0].vectors, tops[1].vectors)
-    provenance = Provenance.of(first, seed=seed)
-    return Comparison(layers, whole, seconds=time.perf_counter() - began, provenance=provenance)
+    return Comparison(layers, whole, **origin(began, first, seed=seed))
 
 
 def _check_same(first: Problem, second: Problem) -> None:

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.overlap import overlap, overlap_curve
-from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.layer_blocks import RTOL, Blocks, top_pairs
-from deepspectra.argument_checks import LayerProgress, check_count
-from deepspectra.kfac.exact_block import ExactBlock
+from deepspectra.argument_checks import LayerProgress, announced, check_count
+from deepspectra.kfac.blocks import ExactBlock
 from deepspectra.kfac.operators import KroneckerSum
 from deepspectra.operators.curvature import GaussNewton
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Provenance
+from deepspectra.results import ByLayer, origin
 
 
 @dataclass(frozen=True)
@@ -161,15 +160,12 @@ def dissect(
     blocks = Blocks(problem)
     layers, reduced = {}, {}
     for name, exact in announced(blocks, progress, len(blocks.names)):
-        if not exact.trace:
-            continue
         if num_whole:
             reduced[name] = _with_mean_inputs(exact)
         if exact.place.groups == 1:
             layers[name] = dissected(blocks, exact, top_pairs(exact, num, seed), num_directions)
     whole = _dissected_whole(blocks, reduced, num_whole, seed) if reduced else None
-    provenance = Provenance.of(problem, seed=seed)
-    return Dissection(layers, whole, seconds=time.perf_counter() - began, provenance=provenance)
+    return Dissection(layers, whole, **origin(began, problem, seed=seed))
 
 
 def dissected(
@@ -186,7 +182,7 @@ def dissected(
     left = every[:, :num_directions]
     right = torch.eye(inputs).to(left) if kron.right is None else kron.right[0].double().flip(1)
     ratio, alignment = _inputs(exact, factors)
-    forms = _closed_forms(_later_weights(blocks, name), outputs, inner + 1)
+    forms = _closed_forms(blocks, name, outputs)
     closed = [overlap(every[:, :inner], form.to(every)) for form in forms] or [math.nan, math.nan]
     return LayerDissection(
         name=name,
@@ -204,17 +200,6 @@ def dissected(
     )
 
 
-def _later_weights(blocks: Blocks, name: str) -> list[Tensor | None]:
-    """The matrices (outputs, inputs) of the layers after this one in float64, None for kernels and tables."""
-    problem, found = blocks.captures.problem, list[Tensor | None]()
-    for later in blocks.names[blocks.names.index(name) + 1 :]:
-        place = blocks.factors.places[later]
-        value = problem.parameters[place.weight.name]
-        whole = value.numel() == place.weight.numel and value.ndim == 2
-        found.append(place.join(value.detach(), None)[0].double() if whole else None)
-    return found
-
-
 def _inputs(exact: ExactBlock, factors: KroneckerSum) -> tuple[float, float]:
     """λ_1/λ_2 of E[xxᵀ] and (v_1·E[x])²/‖E[x]‖², without the bias."""
     if factors.right.ndim == 3:  # rows of a table
@@ -230,19 +215,25 @@ def _inputs(exact: ExactBlock, factors: KroneckerSum) -> tuple[float, float]:
     return ratio, float((vectors[:, -1] @ total).square() / total.square().sum())
 
 
-def _closed_forms(later: list[Tensor | None], outputs: int, num_classes: int) -> list[Tensor]:
+def _closed_forms(blocks: Blocks, name: str, outputs: int) -> list[Tensor]:
     """Orthonormal bases (outputs, C − 1) of the row space of S without 1ᵀS, and of the rows of S less their mean.
 
-    None where the later weights are not all matrices that follow each other, and of one output.
+    S is the product of the layers after this one; none where these are not all matrices that follow each other, and
+    of one output.
     """
-    if num_classes < 2:
-        return []
+    problem = blocks.captures.problem
+    num_classes = problem.num_classes
     product = torch.eye(num_classes, dtype=torch.float64)
-    for weight in reversed(later):
-        if weight is None or weight.shape[0] != product.shape[1]:
+    for later in reversed(blocks.names[blocks.names.index(name) + 1 :]):
+        place = blocks.factors.places[later]
+        value = problem.parameters[place.weight.name].detach()
+        if value.numel() != place.weight.numel or value.ndim != 2:  # a kernel, or a part of a table
+            return []
+        weight = place.join(value)[0].double()
+        if weight.shape[0] != product.shape[1]:
             return []
         product = product.to(weight) @ weight
-    if product.shape != (num_classes, outputs):
+    if num_classes < 2 or product.shape != (num_classes, outputs):
         return []
     along = product.sum(0)
     along = along / along.norm().clamp_min(torch.finfo(along.dtype).tiny)

@@ -1,29 +1,40 @@
-"""The exact spectrum of G and of its parts, from inner products of the gradients of few examples."""
+"""G from inner products of gradients: the exact spectrum of few examples, and products with their matrix for many."""
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from deepspectra.algorithms.dense_spectrum import of_all
-from deepspectra.argument_checks import seeded
+from deepspectra.algorithms.density import density
+from deepspectra.argument_checks import Progress, seeded
+from deepspectra.confidence import standard_error
 from deepspectra.dataframes import text_table
+from deepspectra.operators.base import Operator
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
-from deepspectra.results import Eigenpairs, Provenance, Result
+from deepspectra.results import Eigenpairs, Provenance, Result, origin
 from deepspectra.rows.averages import Averages
+from deepspectra.rows.captures import Complement, captures_of
+from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held_rows import HeldRows
 from deepspectra.rows.layer_rows import error_averages
+from deepspectra.rows.parameter_uses import Convolution, Lookup, Matrix, Use, by_stretch
+from deepspectra.rows.random_scalars import DrawnCaptures
 from deepspectra.rows.spectrum import Spectrum
 
 MARGIN = 1.25  # an outlier is at least so many times the bulk's edge
 NUM_CHECKS = 2  # random sums by which pairs are checked
+MOST_SCALARS = 16  # gradients of an example that are squared; of more classes, as many random sums
+INDEPENDENT = 0.5  # least eigenvalue of the inner products of unit vectors that are taken to be eigenvectors
+FORMED_BYTES = 2**28  # of gradients that are formed at a time
 
 
 @dataclass(frozen=True)
@@ -166,12 +177,14 @@ def gram_spectrum(
     of a layer's size and T (T/C + 1) d_out for T positions; a dense eigendecomposition (R, R).
     """
     began = time.perf_counter()
-    parts = Decomposition(problem.to(dtype), effects=effects, first=first, hold=True)
-    return spectrum_of(gradient_spectrum(parts), Provenance.of(parts.problem), began)
+    parts = Decomposition(HeldRows(problem.to(dtype)), effects, first)
+    return spectrum_of(gradient_spectrum(parts), began, parts.problem)
 
 
-def spectrum_of(spectrum: Spectrum, provenance: Provenance, began: float) -> GramSpectrum:
-    """All of it as a result."""
+def spectrum_of(
+    spectrum: Spectrum, began: float, source: object, name: str = "", *, size: int | None = None
+) -> GramSpectrum:
+    """All of it as a result, with the `origin` of the rest."""
     names = spectrum.averages.parts
     found = {name: spectrum.part(name) for name in names}
     values = spectrum.values.cpu()
@@ -181,18 +194,16 @@ def spectrum_of(spectrum: Spectrum, provenance: Provenance, began: float) -> Gra
         parts={name: values.cpu() for name, (values, _) in found.items()},
         part_names=names,
         shares=forms / values.where(values > spectrum.tiny, torch.nan)[:, None],
-        seconds=time.perf_counter() - began,
-        provenance=provenance,
+        **origin(began, source, name, size=size),
         _averages=spectrum.averages.map(Tensor.cpu),
     )
 
 
 def gradient_spectrum(parts: Decomposition) -> Spectrum:
     """That of G, of held rows."""
-    assert isinstance(parts.rows, HeldRows)
-    averages = error_averages(parts.rows, parts.projections, tuple(parts))
+    averages = error_averages(parts.held, parts.projections, tuple(parts))
     eps, size = torch.finfo(parts.problem.dtype).eps, parts.problem.num_parameters
-    return Spectrum.of_gram(parts.rows.gram(), averages, size, eps)
+    return Spectrum.of_gram(parts.held.gram(), averages, size, eps)
 
 
 def gradient_pairs(
@@ -204,10 +215,9 @@ def gradient_pairs(
 
     Cost: a third of a gradient a pair.
     """
-    assert isinstance(parts.rows, HeldRows)
     assert spectrum.vectors is not None
     num = min(num, int((spectrum.values > spectrum.tiny).sum()))
-    rows, values, v = parts.rows, spectrum.values[:num], spectrum.vectors[:, :num]
+    rows, values, v = parts.held, spectrum.values[:num], spectrum.vectors[:, :num]
     vectors, missed = rows.products.zeros(0).T, values.new_zeros(())
     if num:
         vectors = rows.transpose_reduced(v / values.sqrt())
@@ -220,8 +230,143 @@ def gradient_pairs(
         residual_norms=missed.cpu().expand(num).clone(),
         converged=True,
         num_products=0,
-        seconds=time.perf_counter() - began,
         which="largest",
         rtol=float(missed / values.min()) if num else 0.0,
-        provenance=Provenance.of(parts.problem),
+        **origin(began, parts.problem),
     )
+
+
+# -- too many rows to form the Gram matrix: products with it ----------------------------------------------------
+
+
+class RowGram(Operator):
+    """A Aᵀ (R, R) of the R = N (C − 1) gradients of the examples that count, by products.
+
+    It has the eigenvalues of G but for P − R zeros, of which nothing is then spent or seen.
+
+    Cost: a product takes one with A and one with Aᵀ, about as much as one with G.
+    """
+
+    def __init__(self, rows: GradientRows) -> None:
+        (self.counted,) = (rows.curvature > 0).nonzero(as_tuple=True)
+        self.rows = rows
+        self.complement = Complement(rows.probabilities)
+        problem = rows.problem
+        size = len(self.counted) * (rows.weights.shape[1] - 1)
+        dtype = torch.promote_types(problem.dtype, torch.float32)
+        super().__init__(size, dtype=dtype, device=problem.device, name="Gram matrix of the gradients")
+        self.memory = problem.memory // 4
+
+    def reduced(self, pushed: Tensor) -> Tensor:
+        """Rows A V (N, C, K) in the coordinates of this matrix: (R, K)."""
+        return self.complement.reduce(pushed)[self.counted].flatten(0, 1)
+
+    def _apply(self, block: Tensor) -> Tensor:
+        num_rows, classes = self.rows.weights.shape
+        spread = block.new_zeros(num_rows, classes - 1, block.shape[1])
+        spread[self.counted] = block.view(len(self.counted), classes - 1, -1)
+        return self.reduced(self.rows.apply(self.rows.transpose(self.complement.expand(spread))))
+
+
+def nonzero_density(
+    gram: RowGram,
+    pairs: Eigenpairs,
+    vectors: Tensor,
+    num_probes: int,
+    num_steps: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Density:
+    """The `density` of G from random vectors that see its R ≤ P non-zero eigenvalues; one node for the P − R zeros.
+
+    Its eigenpairs (λ, u) are known, and what their vectors are in the rows, (R, K) A u / √λ.
+    """
+    size, num_rows = gram.rows.problem.num_parameters, gram.shape[0]
+    num = _num_independent(vectors)
+    # ‖K v − λ v‖ = ‖A (G u − λ u)‖/√λ is at most √(λ₁/λ) times G's own.
+    known = replace(
+        pairs,
+        values=pairs.values[:num],
+        residual_norms=pairs.residual_norms[:num] * (pairs.values[0] / pairs.values[:num]).sqrt(),
+        vectors=vectors[:, :num],
+        separation=None,
+        provenance=Provenance.of(gram, seed=seed),
+    )
+    found = density(gram, num_probes, num_steps, known if num else None, seed, progress)
+    zero = found.nodes.new_zeros(1)
+    share = num_rows / size
+    return replace(
+        found,
+        nodes=torch.cat([found.nodes, zero]),
+        weights=torch.cat([found.weights * share, zero + (1 - share)]),
+        probes=torch.cat([found.probes, found.probes.new_full((1,), -1)]),
+        provenance=Provenance.of(gram.rows.problem, seed=seed),
+    )
+
+
+def _num_independent(vectors: Tensor) -> int:
+    """How many unit vectors (R, K) are far from dependent; those of eigenvalues that are nearly zero need not be."""
+    gram = (vectors.mT @ vectors).double()
+    num = 0
+    while num < len(gram) and float(torch.linalg.eigvalsh(gram[: num + 1, : num + 1])[0]) > INDEPENDENT:
+        num += 1
+    return num
+
+
+def gradient_trace(problem: Problem, seed: int = 0) -> tuple[float, float]:
+    """Tr G and its standard error, 0 for up to 17 classes: the sum of all squared gradients of single examples.
+
+    tr G = Σ_i tr(J_iᵀ F_i F_iᵀ J_i) = Σ_i Σ_j |J_iᵀ f_ij|², F_i F_iᵀ the curvature of the loss of example i; of more
+    classes, 16 random sums F_i s estimate it, each example's independently (`DrawnCaptures`).
+
+    Raises:
+        CurvatureError: features and errors cannot be told apart by example.
+        LossError: not the cross-entropy of class labels.
+
+    Cost: a forward pass and 16 backward passes at most.
+    """
+    num = problem.num_classes - 1
+    is_drawn = num > MOST_SCALARS
+    captures = DrawnCaptures(problem, MOST_SCALARS, seed) if is_drawn else captures_of(problem)
+    total = torch.zeros(min(num, MOST_SCALARS), dtype=torch.float64)  # of each scalar of all examples
+    for batch in captures.batches():
+        for uses in by_stretch(batch.uses).values():
+            squares = _squares(uses)
+            total += squares.view(len(squares), -1, len(total)).sum((0, 1), dtype=torch.float64).cpu()
+    error = standard_error(MOST_SCALARS * total) if is_drawn else 0.0
+    return float(total.sum()), float(error)
+
+
+def _squares(uses: list[Use]) -> Tensor:
+    """|gradient|² of each example and scalar (B, J), of the gradients Σ_t e_t h_tᵀ to one stretch.
+
+    Of a single use Σ_{t,s} (h_tᵀh_s)(e_tᵀe_s) where that is cheaper than gradients.
+    """
+    use = uses[0]
+    if len(uses) == 1 and isinstance(use, (Matrix, Lookup)) and _prefers_inner(use):
+        features, errors = use.factors()
+        if isinstance(use, Lookup):
+            similar = (features[:, :, None] == features[:, None, :]).to(errors)
+            errors = errors.mT
+        else:
+            similar = features @ features.mT
+        return ((errors.mT @ errors) * similar[:, None]).sum((2, 3))
+    num_rows = use.slice.shape[0] if use.slice.shape else 1
+    each = use.errors.shape[0] * use.errors.shape[1] * max(1, use.slice.numel // num_rows)
+    width = max(1, FORMED_BYTES // (each * use.errors.element_size()))
+    total = use.errors.new_zeros(use.errors.shape[:2])
+    for start in range(0, num_rows, width):
+        chunk = slice(start, min(start + width, num_rows))
+        total += functools.reduce(torch.add, (one.formed(chunk) for one in uses)).square().sum(2)
+    return total
+
+
+def _prefers_inner(use: Matrix | Lookup) -> bool:
+    """Whether inner products of features and of errors take fewer multiplications than gradients."""
+    if isinstance(use, Lookup):
+        return True
+    if isinstance(use, Convolution) and use.groups > 1:
+        return False
+    outputs, inputs = use.size
+    scalars, positions = use.errors.shape[1], use.errors.shape[3]
+    return positions * (inputs / scalars + outputs) <= inputs * outputs

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from deepspectra.analysis.gram_spectrum import GramSpectrum, spectrum_of
 from deepspectra.operators.parts import Decomposition
-from deepspectra.results import Provenance
 from deepspectra.rows.averages import Averages, positive
 from deepspectra.rows.held_rows import gram_of
 from deepspectra.rows.layer_rows import counted, membership
@@ -59,8 +58,8 @@ def centred_spectrum(uses: list[Matrix], parts: Decomposition, averages: Average
     gram += (s * norms.repeat_interleave(s.shape[1] // len(norms))) @ s.T - s @ q.T - q @ s.T
     size = uses[0].slice.numel
     spectrum = Spectrum.of_gram(gram, averages, size, torch.finfo(parts.problem.dtype).eps)
-    provenance = Provenance.of(parts.problem, f"gradients of {name} with centred features", size=size)
-    return spectrum_of(spectrum, provenance, began)
+    what = f"gradients of {name} with centred features"
+    return spectrum_of(spectrum, began, parts.problem, what, size=size)
 
 
 def _summed(use: Matrix, mean: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ from deepspectra.algorithms.dense_spectrum import of_all
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.overlap import overlap_curve
-from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.layer_blocks import (
     SMALL,
     Blocks,
@@ -22,16 +21,16 @@ from deepspectra.analysis.layer_blocks import (
     norm_of,
     squared_distance,
 )
-from deepspectra.argument_checks import LayerProgress
+from deepspectra.argument_checks import LayerProgress, announced
 from deepspectra.dataframes import text_table
 from deepspectra.errors import LossError, OptionError
-from deepspectra.kfac.exact_block import ExactBlock
+from deepspectra.kfac.blocks import ExactBlock
 from deepspectra.kfac.kronecker import KINDS
 from deepspectra.kfac.operators import Block, KroneckerSum
 from deepspectra.operators.base import Operator
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
-from deepspectra.results import Provenance
+from deepspectra.results import ByLayer, Provenance, origin
 from deepspectra.rows.captures import rows_an_example
 from deepspectra.rows.gradients import check_labelled
 
@@ -167,20 +166,18 @@ def kronecker_quality(
     """
     began = time.perf_counter()
     kinds = _default_kinds(problem) if kinds is None else kinds
-    sizes = _checked(kinds, ks)
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise OptionError(f"kinds={tuple(kinds)}: name some of {', '.join(KINDS)}.")
+    if not ks or min(ks) < 1 or list(ks) != sorted(set(ks)):
+        raise OptionError(f"ks={tuple(ks)} must ascend from 1 or more.")
     blocks = Blocks(problem if dtype is None else problem.to(dtype), kinds, sharing)
     memory = blocks.captures.problem.memory
     found = {}
     for name, exact in announced(blocks, progress, len(blocks.names)):
-        if not exact.trace:
-            continue
-        comparison = _Comparison(exact, memory, max(sizes), rtol, seed)
+        comparison = _Comparison(exact, memory, max(ks), rtol, seed)
         approximations = {kind: operator.blocks[name] for kind, operator in blocks.approximations.items()}
-        found[name] = comparison.fits(approximations, sizes, floor)
-    provenance = Provenance.of(blocks.factors, seed=seed)
-    return KroneckerQuality(
-        found, tuple(kinds), floor, seconds=time.perf_counter() - began, provenance=provenance
-    )
+        found[name] = comparison.fits(approximations, ks, floor)
+    return KroneckerQuality(found, tuple(kinds), floor, **origin(began, blocks.factors, seed=seed))
 
 
 def _decades(one: Density, other: Density, floor: float) -> float:
@@ -217,7 +214,7 @@ class _Comparison:
             self.values, self.vectors = pairs.values[live], pairs.vectors[:, live.to(exact.device)]
         self.spectrum = _spectrum(exact, every, seed)
 
-    def fits(self, blocks: Mapping[str, Block], sizes: tuple[int, ...], floor: float) -> LayerFits:
+    def fits(self, blocks: Mapping[str, Block], sizes: Sequence[int], floor: float) -> LayerFits:
         """Of all kinds."""
         size = self.exact.shape[0]
         ks = tuple(k for k in sizes if k <= len(self.values))
@@ -240,26 +237,20 @@ class _Comparison:
         if squared > RESOLVED * torch.finfo(self.exact.dtype).eps * self.norm**2:
             pairs = eigenpairs(self.exact - block, 1, "magnitude", rtol=SPECTRAL_RTOL, seed=self.seed)
             furthest = float(pairs.values.abs()[0])
+        if isinstance(block, KroneckerSum) and len(block.left) > 1:  # eigenvectors in no closed form
+            spectrum = _spectrum(block, None if block.shape[0] > SMALL else block.eigenvalues(), self.seed)
+            vectors = eigenpairs(block, ks[-1], rtol=self.rtol, seed=self.seed).vectors
+        else:
+            spectrum = _spectrum(block, block.eigenvalues(), self.seed)
+            _, vectors = block.decomposed.top(ks[-1])
         return Fit(
             frobenius=squared**0.5 / self.norm,
             cosine=product / (self.norm * block.norm),
             spectral=furthest / largest,
-            decades=_decades(self.spectrum, self._spectrum_of(block), floor * largest),
-            overlaps=self._overlaps(block, ks),
+            decades=_decades(self.spectrum, spectrum, floor * largest),
+            overlaps=overlap_curve(self.vectors, vectors)[torch.tensor(ks) - 1],
             trace=block.trace / self.exact.trace,
         )
-
-    def _spectrum_of(self, block: Block) -> Density:
-        is_large = isinstance(block, KroneckerSum) and len(block.left) > 1 and block.shape[0] > SMALL
-        return _spectrum(block, None if is_large else block.eigenvalues(), self.seed)
-
-    def _overlaps(self, block: Block, ks: tuple[int, ...]) -> Tensor:
-        """‖UᵀV‖²_F / k for each k, of the nested leading columns."""
-        if isinstance(block, KroneckerSum) and len(block.left) > 1:
-            others = eigenpairs(block, ks[-1], rtol=self.rtol, seed=self.seed).vectors
-        else:
-            _, others = block.decomposed.top(ks[-1])
-        return overlap_curve(self.vectors, others)[torch.tensor(ks) - 1]
 
 
 def _default_kinds(problem: Problem) -> tuple[str, ...]:
@@ -269,11 +260,3 @@ def _default_kinds(problem: Problem) -> tuple[str, ...]:
     except LossError:
         return ("kfac", "ekfac")
     return ("kfac", "ekfac", "cfac") if rows_an_example(problem) == 1 else ("kfac", "ekfac")
-
-
-def _checked(kinds: Sequence[str], ks: Sequence[int]) -> tuple[int, ...]:
-    if not kinds or not set(kinds) <= set(KINDS):
-        raise OptionError(f"kinds={tuple(kinds)}: name some of {', '.join(KINDS)}.")
-    if not ks or min(ks) < 1 or list(ks) != sorted(set(ks)):
-        raise OptionError(f"ks={tuple(ks)} must ascend from 1 or more.")
-    return tuple(ks)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
-from deepspectra.kfac.blocks import with_ones
-from deepspectra.kfac.exact_block import ExactBlock
-from deepspectra.kfac.kronecker import Kronecker, all_from
-from deepspectra.kfac.operators import Block, KroneckerSum, Rotated
+from deepspectra.kfac.blocks import ExactBlock
+from deepspectra.kfac.kronecker import all_from
+from deepspectra.kfac.operators import Block, Kronecker, KroneckerSum, Rotated
 from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem, per_problem
 from deepspectra.rows.captures import captures_of
@@ -26,7 +25,7 @@ REMEMBERED = 256  # leading eigenvectors of small matrices that stay with the pr
 
 
 class Blocks:
-    """Blocks of all layers that multiply features, and their Kronecker-factored approximations.
+    """Blocks of all layers that multiply features, and their Kronecker-factored approximations; none that is zero.
 
     Attributes:
         captures: features and errors, held if they fit.
@@ -52,7 +51,8 @@ class Blocks:
                     block = ExactBlock(place, batches, self.factors.dtype)
                     block.memory = self.captures.problem.memory // 4
                     block.remembered = self._spectra.setdefault(name, {})
-                    yield name, block
+                    if block.trace:
+                        yield name, block
 
     def beside(self, other: Blocks) -> Iterator[tuple[str, ExactBlock, ExactBlock]]:
         """Layers that both have, and their blocks in both; the data of each are gone through once."""
@@ -81,7 +81,11 @@ def dense_spectrum(exact: ExactBlock, num: int) -> tuple[Tensor, Tensor, Tensor]
     num = min(num, int(live.sum()))
     vectors = vectors[:, :num].to(exact.dtype)
     if not _is_narrow(exact):
-        vectors = _combined(exact, vectors / values[:num].sqrt().to(exact.dtype))
+        mixing, start = vectors / values[:num].sqrt().to(exact.dtype), 0
+        vectors = mixing.new_zeros(exact.shape[0], num)
+        for rows in exact.gradients():
+            vectors += rows.T @ mixing[start : start + len(rows)]
+            start += len(rows)
     return values.clamp_min(0), values[:num], vectors
 
 
@@ -109,15 +113,6 @@ def _is_narrow(exact: ExactBlock) -> bool:
 def _moment(exact: ExactBlock) -> Tensor:
     """(n, n) float64."""
     return functools.reduce(torch.add, ((rows.T @ rows).double() for rows in exact.gradients()))
-
-
-def _combined(exact: ExactBlock, mixing: Tensor) -> Tensor:
-    """Aᵀ times mixing (R, K)."""
-    space, start = torch.zeros(exact.shape[0], mixing.shape[1], dtype=exact.dtype, device=exact.device), 0
-    for rows in exact.gradients():
-        space += rows.T @ mixing[start : start + len(rows)]
-        start += len(rows)
-    return space
 
 
 def top_pairs(exact: ExactBlock, num: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -148,7 +143,7 @@ def norm_of(exact: ExactBlock, memory: int) -> float:
     if known is not None:
         return float(known[0].clamp_min(0).norm())
     rows = exact.num_rows
-    if _is_plain(exact):
+    if exact.num_positions == exact.place.groups == 1 and issubclass(exact.place.kind, Matrix):
         return _paired_norm(exact)
     shared = f"{exact.shape[0]:,} parameters of shared weights in {exact.place.name}"
     what = f"inner products of {rows:,} rows, of {shared},"
@@ -156,18 +151,13 @@ def norm_of(exact: ExactBlock, memory: int) -> float:
     return float(gram_of([exact.batches]).norm())
 
 
-def _is_plain(exact: ExactBlock) -> bool:
-    """A matrix used at one position."""
-    return exact.num_positions == exact.place.groups == 1 and issubclass(exact.place.kind, Matrix)
-
-
 def _paired_norm(exact: ExactBlock) -> float:
-    """‖Σ M ⊗ hhᵀ‖_F from (Σ over scalars (eᵀe')²) (hᵀh')² of pairs of examples, at one position."""
+    """‖Σ M ⊗ hhᵀ‖_F from (Σ over scalars (eᵀe')²) (hᵀh')² of pairs of examples; a matrix used at one position."""
     some = []
     for found in exact.positions():
         scalars = found.errors.shape[1]
         for chosen in torch.split(torch.arange(len(found.errors)), max(1, PAIRED_ROWS // scalars)):
-            features = with_ones(exact.place, found.features[chosen])
+            features = exact.place.with_ones(found.features[chosen])
             some.append((features[:, 0, 0], found.errors[chosen, :, :, 0].flatten(0, 1)))
     total = 0.0
     for index, (features, errors) in enumerate(some):

@@ -5,25 +5,28 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from deepspectra.analysis.by_layer import ByLayer, announced
+from deepspectra.algorithms.density import density
+from deepspectra.algorithms.eigenpairs import eigenpairs
+from deepspectra.algorithms.estimates import trace
 from deepspectra.analysis.collapse import Collapse, collapse_of
 from deepspectra.analysis.gram_spectrum import GramSpectrum, spectrum_of
 from deepspectra.analysis.khatri_rao import KhatriRao, centred_spectrum, khatri_rao
 from deepspectra.analysis.kronecker_quality import KroneckerQuality, kronecker_quality
 from deepspectra.analysis.layer_blocks import SMALL
-from deepspectra.analysis.layer_hessians import LayerHessian, layer_hessians
-from deepspectra.argument_checks import LayerProgress, check_count
+from deepspectra.argument_checks import LayerProgress, announced, check_count, seeded
 from deepspectra.errors import CurvatureError, FallbackWarning, OptionWarning
+from deepspectra.operators.curvature import Hessian, HessianBlock, Residual
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Provenance
+from deepspectra.quadrature import Density
+from deepspectra.results import ByLayer, origin
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.captures import parameters_of
 from deepspectra.rows.held_rows import HeldRows, gram_bytes, gram_of, moment_of
@@ -39,6 +42,48 @@ from deepspectra.rows.spectrum import Spectrum
 
 PARTS = ("features", "mean", "class", "errors", "class")
 STRUCTURE = ("λ₁ of G", "class", "logit", "within", *PARTS, "⊗ class", "⊗ cross", "NC1")
+CHECKS = 2  # random vectors by which R's blocks are seen to be zero or not
+ROUNDING = 100  # times ε, below which R's block is zero
+RTOL = 1e-2  # of eigenpairs of a block of H,
+PROBES, STEPS = 2, 24  # of its density,
+TRACE_PRODUCTS = 16  # and of its trace
+
+
+@dataclass(frozen=True)
+class LayerHessian:
+    """The spectrum of one layer's diagonal block of the Hessian.
+
+    Where the outputs are linear in the layer's own parameters (piecewise linear networks without sharing of
+    weights) the residual's block is zero and the Hessian's is that of G, whose exact spectrum this then is.
+
+    Attributes:
+        residual: ‖R‖_F/‖G‖_F of the blocks, estimated from 2 random vectors; 0 up to rounding, ∞ where
+            only G's is zero.
+        values: (K,) largest eigenvalues, descending.
+        residual_norms: (K,) ‖H v − λ v‖, measured; 0 where G's block was taken.
+        trace: of the block.
+        trace_standard_error: of `trace`.
+        density: of its eigenvalues.
+        num_products: with the block, spent on all of it.
+    """
+
+    residual: float
+    values: Tensor
+    residual_norms: Tensor
+    trace: float
+    trace_standard_error: float
+    density: Density
+    num_products: int
+
+    @property
+    def smallest(self) -> float:
+        """The lowest node of the density."""
+        return float(self.density.nodes.min())
+
+    @property
+    def is_gauss_newton(self) -> bool:
+        """Whether the block is G's, up to rounding."""
+        return not self.num_products
 
 
 @dataclass(frozen=True)
@@ -178,9 +223,8 @@ def layers(
         warnings.warn(f"num={num} is not used: hessian=False.", OptionWarning, stacklevel=2)
     num = problem.num_classes if num is None else num
     check_count("num", num)
-    parts = Decomposition(problem if dtype is None else problem.to(dtype), effects=effects, hold=True)
-    rows = parts.rows
-    assert isinstance(rows, HeldRows)
+    rows = HeldRows(problem if dtype is None else problem.to(dtype))
+    parts = Decomposition(rows, effects)
     averages = error_averages(rows, parts.projections, tuple(parts))
     found = {}
     for name, uses in announced(rows.captures.by_layer(), progress, len(parts.problem.layers)):
@@ -189,8 +233,7 @@ def layers(
     if hessian:
         found = _with_hessian(parts.problem, found, num, progress)
     quality = kronecker_quality(problem, kronecker, dtype=dtype, progress=progress) if kronecker else None
-    provenance = Provenance.of(parts.problem)
-    return Layers(found, quality, seconds=time.perf_counter() - began, provenance=provenance)
+    return Layers(found, quality, **origin(began, parts.problem))
 
 
 def _with_hessian(
@@ -199,7 +242,7 @@ def _with_hessian(
     """The layers with the spectra of their blocks of H, if the network has second derivatives."""
     spectra = {name: layer.gradients for name, layer in found.items()}
     try:
-        blocks = layer_hessians(problem, spectra, num, progress=progress)
+        blocks = _layer_hessians(problem, spectra, num, progress)
     except CurvatureError as error:
         warnings.warn(
             f"layers: without the Hessian's blocks, since {error} Pass hessian=False if that is meant.",
@@ -208,6 +251,77 @@ def _with_hessian(
         )
         return found
     return {name: replace(layer, hessian=blocks[name]) for name, layer in found.items()}
+
+
+def _layer_hessians(
+    problem: Problem, gradients: Mapping[str, GramSpectrum], num: int, progress: LayerProgress | None
+) -> dict[str, LayerHessian]:
+    """Spectra of every layer's block of H, `num` eigenvalues of each, given the exact spectra of G's blocks.
+
+    Raises:
+        CurvatureError: the network cannot be differentiated twice.
+
+    Cost: one pass that builds second-order graphs; for each layer whose outputs are not linear in its
+        parameters, about 100 products with its block, of graphs that all layers share.
+
+    Source: Wu et al. 2020, arXiv 2010.04261, section 3, for layer-wise Hessians of piecewise linear networks.
+    """
+    owned = {layer: list(parameters_of(problem, layer)) for layer in gradients}
+    sizes = _residual_sizes(problem, owned, gradients)
+    eps = torch.finfo(torch.promote_types(problem.dtype, torch.float32)).eps
+    hessian = Hessian(problem)
+    hessian.products.release()  # R's graphs
+    found = {}
+    for done, (layer, spectrum) in enumerate(gradients.items()):
+        if sizes[layer] <= ROUNDING * eps:
+            values = spectrum.values[:num]
+            found[layer] = LayerHessian(
+                residual=sizes[layer],
+                values=values,
+                residual_norms=torch.zeros_like(values),
+                trace=float(spectrum.values.sum()),
+                trace_standard_error=0.0,
+                density=spectrum.density,
+                num_products=0,
+            )
+            continue
+        if progress is not None:
+            progress(done, len(gradients), f"{layer} of H")
+        found[layer] = _measured(HessianBlock(hessian, owned[layer]), sizes[layer], num)
+    hessian.products.release()
+    return found
+
+
+def _residual_sizes(
+    problem: Problem, owned: Mapping[str, list[str]], gradients: Mapping[str, GramSpectrum]
+) -> dict[str, float]:
+    """‖R‖_F/‖G‖_F of each layer's blocks; 0 if both are zero, ∞ if only G's is."""
+    generator = seeded(0)
+    blocks = []
+    for names in owned.values():
+        size = sum(problem.parameters[name].numel() for name in names)
+        blocks.append((names, torch.randn(size, CHECKS, generator=generator).to(problem.device)))
+    products = Residual(problem).diagonal_blocks(blocks)
+    found = {}
+    for layer, product in zip(owned, products, strict=True):
+        size, whole = float(product.double().norm()) / CHECKS**0.5, float(gradients[layer].values.norm())
+        found[layer] = size / whole if whole else math.inf if size else 0.0
+    return found
+
+
+def _measured(block: HessianBlock, residual: float, num: int) -> LayerHessian:
+    pairs = eigenpairs(block, min(num, block.shape[0]), rtol=RTOL)
+    spectrum = density(block, PROBES, STEPS, deflate=pairs)
+    total = trace(block, TRACE_PRODUCTS)
+    return LayerHessian(
+        residual=residual,
+        values=pairs.values.cpu(),
+        residual_norms=pairs.residual_norms.cpu(),
+        trace=total.value,
+        trace_standard_error=total.standard_error,
+        density=spectrum,
+        num_products=pairs.num_products + spectrum.num_products + total.num_products,
+    )
 
 
 def _layer(name: str, uses: list[list[Use]], parts: Decomposition, averages: Averages) -> Layer:
@@ -249,7 +363,7 @@ def _row_spectrum(rows: Tensor, averages: Averages, parts: Decomposition, what: 
     """Of rows that are held."""
     began = time.perf_counter()
     spectrum = Spectrum.of_rows(rows, averages, torch.finfo(parts.problem.dtype).eps)
-    return spectrum_of(spectrum, Provenance.of(rows, what), began)
+    return spectrum_of(spectrum, began, rows, what)
 
 
 def _gradient_spectrum(
@@ -269,8 +383,7 @@ def _gradient_spectrum(
         if size < num_rows
         else Spectrum.of_gram(gram_of([uses]), averages, size, eps)
     )
-    provenance = Provenance.of(parts.problem, f"gradients of {name}", size=size)
-    return spectrum_of(spectrum, provenance, began)
+    return spectrum_of(spectrum, began, parts.problem, f"gradients of {name}", size=size)
 
 
 def _feature_spectrum(features: Tensor, parts: Decomposition, name: str) -> GramSpectrum:

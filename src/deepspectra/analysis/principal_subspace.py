@@ -18,8 +18,8 @@ from deepspectra.errors import OptionError
 from deepspectra.operators.curvature import Hessian
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Provenance, Result
-from deepspectra.rows.gradients import class_sums
+from deepspectra.results import Result, origin
+from deepspectra.rows.gradients import GradientRows, class_sums
 from deepspectra.rows.projections import collinear
 
 ROWS_PER_CHUNK = 2**14  # of parameter-sized factors, whose products are summed in float64
@@ -133,13 +133,12 @@ def principal_subspace(
         sums, cells = class_sums(problem, found)
         values, vectors = _principal(_class_and_true(sums, cells), num, level)
     else:
-        values, vectors = subspace_of(Decomposition(problem, groups=found), level, num)
+        values, vectors = subspace_of(Decomposition(GradientRows(problem), groups=found), level, num)
     return Subspace(
         values=values[: vectors.shape[1]],
         vectors=vectors,
         level=level,
-        seconds=time.perf_counter() - began,
-        provenance=Provenance.of(vectors.T, "means of gradients"),
+        **origin(began, vectors.T, "means of gradients"),
     )
 
 
@@ -167,8 +166,7 @@ def _sampled(
         values=values[:num],
         vectors=vectors,
         level="sampled",
-        seconds=time.perf_counter() - began,
-        provenance=Provenance.of(vectors.T, "Hessian of a sample", seed=seed),
+        **origin(began, vectors.T, "Hessian of a sample", seed=seed),
         certificate=Certificate(few.problem.num_examples, num_checks, norm, error, gap, bound),
     )
 

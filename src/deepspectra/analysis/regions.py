@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.gram_spectrum import gradient_spectrum
-from deepspectra.argument_checks import LayerProgress, check_choice, check_count, seeded
+from deepspectra.argument_checks import LayerProgress, announced, check_choice, check_count, seeded
 from deepspectra.dataframes import text_table
 from deepspectra.derivatives.products import products_of
 from deepspectra.errors import CurvatureError, OptionError, OptionWarning
@@ -23,7 +22,7 @@ from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem
 from deepspectra.problem.subsets import drawn_problem
-from deepspectra.results import Provenance
+from deepspectra.results import ByLayer, origin
 from deepspectra.rows.averages import METHODS, WIDE, Averages
 from deepspectra.rows.captures import Complement
 from deepspectra.rows.held_rows import HeldRows, gram_of
@@ -191,36 +190,28 @@ def regions(
             stacklevel=2,
         )
     problem = problem.to(torch.float64) if of == "hessian" else problem  # rounding fills the gaps of its bulk
-    parts = Decomposition(problem, effects="two-way", hold=True)
+    parts = Decomposition(HeldRows(problem), "two-way")
     judge = _Judge(parts, of, method, num_groups, seed)
     if of == "hessian":
         hessian = Hessian(problem)
         whole, missed = _of_hessian(hessian, parts, judge, progress)
-        provenance = Provenance.of(hessian, seed=seed)
-        return Regions(
-            {}, of, whole, missed, method, seconds=time.perf_counter() - began, provenance=provenance
-        )
-    provenance = Provenance.of(problem, seed=seed)
+        return Regions({}, of, whole, missed, method, **origin(began, hessian, seed=seed))
     found, total = {}, torch.zeros(())
     for name, gram in announced(_grams(parts, of), progress, len(problem.layers)):
         if by_layer is not False:
             found[name] = judge(gram)
         total = total + gram
     whole = next(iter(found.values())) if len(found) == 1 else judge(total)
-    return Regions(
-        found, of, whole, method=method, seconds=time.perf_counter() - began, provenance=provenance
-    )
+    return Regions(found, of, whole, method=method, **origin(began, problem, seed=seed))
 
 
 def _grams(parts: Decomposition, of: str) -> Iterator[tuple[str, Tensor]]:
     """Inner products of each layer's rows, float64."""
-    rows = parts.rows
-    assert isinstance(rows, HeldRows)
     if of == "gradients":
-        for name, uses in rows.captures.by_layer():
+        for name, uses in parts.held.captures.by_layer():
             yield name, gram_of([uses])
         return
-    split = feature_rows(rows) if of == "features" else error_rows(rows)
+    split = feature_rows(parts.held) if of == "features" else error_rows(parts.held)
     for name in split.matrices:
         yield name, split.layer(name).gram()
 
@@ -229,8 +220,7 @@ class _Judge:
     """Shifts of a spectrum from the Gram matrix of its rows, with jackknife errors."""
 
     def __init__(self, parts: Decomposition, of: str, method: str, num_groups: int, seed: int) -> None:
-        assert isinstance(parts.rows, HeldRows)
-        self.rows, self.of, self.method = parts.rows, of, method
+        self.rows, self.of, self.method = parts.held, of, method
         known = {"features": REMOVED_OF_FEATURES, "hessian": REMOVED_OF_HESSIAN}.get(of, REMOVED)
         projected = method == "projection"
         self.removed = [some for some in known if not (projected and set(some) & set(WIDE))]
@@ -295,8 +285,7 @@ def _of_hessian(
     whole: Hessian, parts: Decomposition, judge: _Judge, progress: LayerProgress | None
 ) -> tuple[Shifts, float]:
     """Shifts of the spectrum of H, and how far its first pairs in the space of gradients are from those of H."""
-    rows = parts.rows
-    assert isinstance(rows, HeldRows)
+    rows = parts.held
     groups = _hessians(rows, judge.groups) or [whole]
     spectrum = gradient_spectrum(parts)
     assert spectrum.vectors is not None

@@ -12,19 +12,18 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.overlap import overlap
-from deepspectra.analysis.by_layer import ByLayer, announced
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.dissect import dissected
 from deepspectra.analysis.gram_spectrum import MARGIN, GramSpectrum, gram_spectrum
 from deepspectra.analysis.layer_blocks import Blocks, norm_of, relative_error, top_pairs
 from deepspectra.analysis.layers import layers
-from deepspectra.argument_checks import LayerProgress
+from deepspectra.argument_checks import LayerProgress, announced
 from deepspectra.dataframes import text_table
 from deepspectra.errors import OptionError
-from deepspectra.kfac.exact_block import ExactBlock
+from deepspectra.kfac.blocks import ExactBlock
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Provenance
+from deepspectra.results import ByLayer, origin
 from deepspectra.rows.spectrum import significant
 
 MEASURES = {
@@ -150,16 +149,8 @@ def study(
     for v, networks in enumerate(variants.values()):
         for n, problem in enumerate(networks):
             losses[v, n], accuracies[v, n] = problem.loss(), problem.accuracy()
-    provenance = Provenance.of(next(iter(variants.values()))[0], seed=seed)
-    return Study(
-        tables,
-        tuple(found),
-        MEASURES,
-        losses,
-        accuracies,
-        seconds=time.perf_counter() - began,
-        provenance=provenance,
-    )
+    how = origin(began, next(iter(variants.values()))[0], seed=seed)
+    return Study(tables, tuple(found), MEASURES, losses, accuracies, **how)
 
 
 def _tables(found: Mapping[str, Sequence[Sample]]) -> dict[str, Tensor]:
@@ -183,7 +174,7 @@ def _of_network(problem: Problem, seed: int) -> Sample:
     inner = max(1, problem.num_classes - 1)
     is_classifier = isinstance(problem.loss_function, CrossEntropy)
     blocks = Blocks(problem, ("kfac", "ekfac", "cfac") if is_classifier else ("kfac", "ekfac"))
-    found = {name: _of_block(blocks, exact, inner, seed) for name, exact in blocks if exact.trace}
+    found = {name: _of_block(blocks, exact, inner, seed) for name, exact in blocks}
     if is_classifier and problem.num_examples * inner <= MOST_ROWS:
         for name, entry in layers(problem, hessian=False).items():
             if name not in found:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from deepspectra.analysis.by_layer import ByLayer
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Provenance
+from deepspectra.results import ByLayer, origin
 from deepspectra.rows.averages import positive
 from deepspectra.rows.captures import Captures, layer_of
 from deepspectra.rows.gradients import labelled_loss
@@ -93,17 +93,17 @@ def weights(problem: Problem) -> Weights:
         found[layer_of(name)] = _explained(
             name, weight, gradient[name].double(), features / positive(sizes), errors
         )
-    return Weights(found, seconds=time.perf_counter() - began, provenance=Provenance.of(problem))
+    return Weights(found, **origin(began, problem))
 
 
-def _class_sums(problem: Problem) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def _class_sums(problem: Problem) -> dict[str, list[Tensor]]:
     """Weight → Σ_{i∈c} h_i (C, inputs), Σ_{i∈c} e_i (C, outputs) and N_c (C, 1), of fully connected layers."""
     loss = labelled_loss(problem)
 
     def weigh(outputs: Tensor, targets: Tensor) -> Tensor:
         return loss.gradient(outputs, targets)[:, :, None] / problem.total_weight
 
-    found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    found: dict[str, list[Tensor]] = {}
     for batch in Captures(problem, weigh).batches():  # the loss itself: one scalar an example
         member = torch.nn.functional.one_hot(loss.labels(batch.targets), problem.num_classes).double()
         member = member * (batch.weights > 0)[:, None]
@@ -112,14 +112,9 @@ def _class_sums(problem: Problem) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
             name = use.slice.name
             if uses[name] > 1 or use.num_examples != len(member) or not _is_plain(use, problem):
                 continue
-            h, e, n = (
-                member.T @ use.inputs.double(),
-                member.T @ use.errors[:, 0, :, 0].double(),
-                member.sum(0)[:, None],
-            )
-            if name in found:
-                h, e, n = h + found[name][0], e + found[name][1], n + found[name][2]
-            found[name] = h, e, n
+            each = use.inputs.double(), use.errors[:, 0, :, 0].double(), torch.ones_like(member[:, :1])
+            before: Sequence[Tensor | float] = found.get(name, (0.0, 0.0, 0.0))
+            found[name] = [total + member.T @ rows for total, rows in zip(before, each, strict=True)]
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.derivatives.convolution import Convolutions
-from deepspectra.problem.evaluation import Tree, differentiable
+from deepspectra.problem.evaluation import Tree, differentiable, leaves_of
 from deepspectra.problem.problem import Problem
 
 Scalar = Callable[[Tree], Tensor]
@@ -45,7 +45,7 @@ class DoubleBackward(Way):
     name = "double backward"
 
     def __init__(self, function: Scalar, parameters: Tree) -> None:
-        leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+        leaves = leaves_of(parameters)
         self.leaves = list(leaves.values())
         with torch.enable_grad(), differentiable(), Convolutions():
             value = function(leaves)
@@ -121,7 +121,7 @@ class OutputGraph:
     def __init__(
         self, problem: Problem, batch: Any, mode: contextlib.AbstractContextManager[Any] | None = None
     ) -> None:
-        leaves = {name: value.detach().requires_grad_() for name, value in problem.parameters.items()}
+        leaves = leaves_of(problem.parameters)
         self.names, self.leaves = list(leaves), list(leaves.values())
         with torch.enable_grad(), differentiable(), mode or contextlib.nullcontext():
             self.graph, self.targets = problem.evaluate(leaves, batch)

@@ -19,8 +19,8 @@ from torch import Tensor
 from deepspectra.algorithms.dense_spectrum import exact_density
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import explore
-from deepspectra.algorithms.krylov_basis import Krylov, basis_capacity
-from deepspectra.algorithms.long_vectors import inner_products
+from deepspectra.algorithms.krylov_basis import Krylov
+from deepspectra.algorithms.long_vectors import inner_products, vectors_that_fit
 from deepspectra.algorithms.overlap import overlap
 from deepspectra.analysis.attribute import (
     ROWS_BYTES,
@@ -29,11 +29,13 @@ from deepspectra.analysis.attribute import (
     pair_shares,
     squared_norms,
 )
-from deepspectra.analysis.gram_products import RowGram, gradient_trace, nonzero_density
 from deepspectra.analysis.gram_spectrum import (
     GramSpectrum,
+    RowGram,
     gradient_pairs,
     gradient_spectrum,
+    gradient_trace,
+    nonzero_density,
     spectrum_of,
 )
 from deepspectra.analysis.principal_subspace import subspace_of
@@ -52,7 +54,8 @@ from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
-from deepspectra.results import Eigenpairs, Provenance, versions
+from deepspectra.results import Eigenpairs, versions
+from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held_rows import HeldRows, gram_bytes
 from deepspectra.rows.projections import num_groups
 
@@ -150,12 +153,12 @@ def _parts(
     if problem.num_examples * (problem.num_classes - 1) <= exact_rows:
         products.release()
         try:
-            parts = Decomposition(problem, effects="two-way", hold=True, groups=groups)
-            assert isinstance(parts.rows, HeldRows)
-            return parts, gram_bytes(parts.rows.num_reduced) <= problem.memory and parts.rows.captures.hold()
+            rows = HeldRows(problem)
+            fits = gram_bytes(rows.num_reduced) <= problem.memory and rows.captures.hold()
+            return Decomposition(rows, "two-way", groups=groups), fits
         except CurvatureError as error:  # a network that does not tell its examples apart
             products.notes["exact spectrum of G"] = f"not computed: {error}"
-    return Decomposition(problem, effects="two-way", groups=groups), False
+    return Decomposition(GradientRows(problem), "two-way", groups=groups), False
 
 
 def _find_exact(found: Findings) -> None:
@@ -166,7 +169,7 @@ def _find_exact(found: Findings) -> None:
     def work(_: Report) -> tuple[GramSpectrum, Eigenpairs]:
         began = time.perf_counter()
         spectrum = gradient_spectrum(parts)
-        exact = spectrum_of(spectrum, Provenance.of(parts.problem), began)
+        exact = spectrum_of(spectrum, began, parts.problem)
         return exact, gradient_pairs(spectrum, parts, found.num, began)
 
     exact, found.pairs["gauss_newton"] = found.ledger.run("exact spectrum of G" + found.of, work)
@@ -367,7 +370,7 @@ def _find_pairs(found: Findings, name: str, operator: Operator) -> Krylov | None
 def _find_density(found: Findings, name: str, operator: Operator) -> None:
     """All of it; or by Lanczos quadrature beside the known pairs, with fewer steps if memory asks for it."""
     known = len(found.pairs[name].values) if name in found.pairs else 0
-    room = basis_capacity(operator) - known - 1
+    room = vectors_that_fit(operator) - known - 1
 
     def work(report: Report) -> Density:
         if found.effort.dense:

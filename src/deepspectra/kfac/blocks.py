@@ -1,20 +1,24 @@
-"""Where Kronecker factors belong: a weight with its bias, and its features and errors at every position.
+"""G's own block of one place: whose it is, features and errors at every position, and products made of these.
 
-A *place* is a weight with its bias, or a vector of parameters alone. In its own order its numbers are a matrix
-(groups, outputs, inputs) whose last input is the bias: gradients are Σ_t e_t h_tᵀ over positions t, with features
-h_t that end with 1.
+The place of a block is a weight with its bias, or a vector of parameters alone. In its own order its numbers are a
+matrix (groups, outputs, inputs) whose last input is the bias: gradients are Σ_t e_t h_tᵀ over positions t, with
+features h_t that end with 1.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import functools
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deepspectra.errors import CurvatureError
+from deepspectra.operators.base import Operator
 from deepspectra.rows.captures import layer_of
 from deepspectra.rows.parameter_uses import Convolution, Lookup, Matrix, Slice, Use, as_slice
 
@@ -23,7 +27,7 @@ COMPARED = 16  # examples by whose errors a bias is recognised
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterBlock:
     """A weight with its bias, or a vector alone."""
 
     name: str  # of the layer if nothing else belongs to it, or of the parameters
@@ -61,18 +65,31 @@ class Place:
         matrix = matrix[:, 0]
         return (matrix.mT if turned else matrix).reshape(-1, *self.weight.shape), bias
 
-    def index(self, starts: dict[str, int]) -> Tensor:
-        """(n,) where its numbers, in its own order, lie in the vector of all parameters."""
-
-        def numbers(stretch: Slice) -> Tensor:
-            start = starts[stretch.name] + stretch.start
-            return torch.arange(start, start + stretch.numel).view(stretch.shape)
-
-        return self.join(numbers(self.weight), None if self.bias is None else numbers(self.bias)).flatten()
+    def ordered(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """(n,) its numbers, in its own order, of tensors that are named and shaped as the parameters."""
+        pieces = (
+            parameters[some.name].flatten()[some.start : some.start + some.numel].view(some.shape)
+            for some in (self.weight, self.bias)
+            if some is not None
+        )
+        return self.join(*pieces).flatten()
 
     def mine(self, uses: list[Use]) -> list[Use]:
         """The uses of its weight among those of a batch."""
         return [use for use in uses if use.slice == self.weight]
+
+    def with_ones(self, features: Tensor, scale: Tensor | None = None) -> Tensor:
+        """(b, T, groups, inputs) of features (b, T, d): ending with 1 where there is a bias, times a scale (b, T)."""
+        groups, _, inputs = self.shape
+        wide = features.new_empty(*features.shape[:2], groups, inputs)
+        if self.bias is not None:
+            wide[..., -1] = 1
+        wide[..., : inputs - (self.bias is not None)] = torch.unflatten(features, 2, (groups, -1))
+        return wide if scale is None else wide.mul_(scale[:, :, None, None].to(wide))
+
+    def by_group(self, errors: Tensor) -> Tensor:
+        """(b, J, o, T) → (b, J, groups, o / groups, T)."""
+        return torch.unflatten(errors, 2, (self.groups, -1))
 
     def _weight_of(self, weight: Tensor) -> Tensor:
         if not self.is_matrix:
@@ -83,7 +100,7 @@ class Place:
         return matrix.reshape(self.groups, -1, matrix.shape[1])
 
 
-def places(uses: list[Use], sizes: dict[str, int]) -> list[Place]:
+def places(uses: list[Use], sizes: dict[str, int]) -> list[ParameterBlock]:
     """What a batch's uses say of the parameters with these sizes."""
     by_slice: dict[Slice, list[Use]] = {}
     for use in uses:
@@ -98,7 +115,9 @@ def places(uses: list[Use], sizes: dict[str, int]) -> list[Place]:
                 biases[key] = found
                 del vectors[found]
     return [
-        Place(_name(key, biases.get(key), sizes), type(mine[0]), key, biases.get(key), mine[0].groups)
+        ParameterBlock(
+            _name(key, biases.get(key), sizes), type(mine[0]), key, biases.get(key), mine[0].groups
+        )
         for key, mine in by_slice.items()
         if key not in biases.values()
     ]
@@ -146,8 +165,7 @@ def _name(weight: Slice, bias: Slice | None, sizes: dict[str, int]) -> str:
 # -- positions ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Positions:
+class Positions(NamedTuple):
     """Some examples' features and errors at every position."""
 
     features: Tensor  # (b, T, d), or indices (b, T) of rows of a table
@@ -169,28 +187,48 @@ class Positions:
         return Positions(mean, self.errors.sum(3, keepdim=True), total / max(1, self.counts.shape[1]))
 
 
-def positions(uses: list[Use], weights: Tensor, chosen: Tensor) -> Positions:
-    """Of chosen examples, over all uses of one place; weights (B, R) are those of the examples' rows."""
-    some, mine = as_slice(chosen), []
+def positions(
+    uses: list[Use], weights: Tensor | None = None, chosen: Tensor | None = None, numbers: int = 0
+) -> Iterator[Positions]:
+    """Of all uses of one place, some examples at a time, for which so many more numbers each fit a chunk.
+
+    Weights (B, R) are those of the examples' rows, 1 by default; all examples unless some are chosen.
+    """
+    num, device = uses[0].num_examples, uses[0].errors.device
+    weights = torch.ones(num, 1, dtype=torch.float64, device=device) if weights is None else weights
     for use in uses:
-        errors = single(use.errors[some])
-        if isinstance(use, Lookup):
-            features, errors = use.given[some], errors.mT
-        else:
-            assert isinstance(use, Matrix)
-            features = single(use.features(some))
-        rows, num = weights[some], features.shape[1]
-        counts = rows if rows.shape[1] == num else rows.mean(1, keepdim=True).expand(-1, num)
-        if isinstance(use, Lookup) and use.padding is not None:
-            counts = counts * (features != use.padding)
-        mine.append(Positions(features, errors, counts))
-    if len(mine) == 1:
-        return mine[0]
-    return Positions(
-        torch.cat([one.features for one in mine], 1),
-        torch.cat([one.errors for one in mine], 3),
-        torch.cat([one.counts for one in mine], 1),
-    )
+        numbers += use.errors[0].numel()
+        if isinstance(use, Convolution):
+            numbers += use.errors.shape[3] * use.slice.numel // use.slice.shape[0] * use.groups
+    size = max(1, CHUNK_BYTES // (max(1, numbers) * uses[0].errors.element_size()))
+    for chunk in torch.split(torch.arange(num, device=device) if chosen is None else chosen, size):
+        some = as_slice(chunk)
+        each = [_of_use(use, weights[some], some) for use in uses]
+        if len(each) == 1:
+            yield each[0]
+            continue
+        features, errors, counts = zip(*each, strict=True)
+        yield Positions(torch.cat(features, 1), torch.cat(errors, 3), torch.cat(counts, 1))
+
+
+def _of_use(use: Use, rows: Tensor, some: Tensor | slice) -> Positions:
+    """Of one use, given the weights (b, R) of some examples' rows."""
+    errors = single(use.errors[some])
+    if isinstance(use, Lookup):
+        features, errors = use.given[some], errors.mT
+    else:
+        assert isinstance(use, Matrix)
+        features = single(use.features(some))
+    num = features.shape[1]
+    counts = rows if rows.shape[1] == num else rows.mean(1, keepdim=True).expand(-1, num)
+    if isinstance(use, Lookup) and use.padding is not None:
+        counts = counts * (features != use.padding)
+    return Positions(features, errors, counts)
+
+
+def num_positions(uses: list[Use]) -> int:
+    """T, of all uses together."""
+    return sum(use.errors.shape[2 if isinstance(use, Lookup) else 3] for use in uses)
 
 
 def single(numbers: Tensor) -> Tensor:
@@ -198,7 +236,95 @@ def single(numbers: Tensor) -> Tensor:
     return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
 
 
-def widened(use: Use) -> Use:
+# -- the block -------------------------------------------------------------------------------------------------
+
+
+class ExactBlock(Operator):
+    """G's block of one place, in the place's own order, by features and errors: uses, one list a batch.
+
+    Cost: of a product, two products of the features with a matrix of the weight's shape.
+    """
+
+    def __init__(self, place: ParameterBlock, batches: list[list[Use]], dtype: torch.dtype) -> None:
+        groups, outputs, inputs = place.shape
+        device = batches[0][0].errors.device
+        super().__init__(groups * outputs * inputs, dtype=dtype, device=device, name=f"G of {place.name}")
+        self.place = place
+        self.remembered: dict[str, Tensor] = {}  # what is known of it from one question to the next
+        self.batches = [
+            [_widened(use) for use in batch if use.slice in (place.weight, place.bias)] for batch in batches
+        ]
+        self.num_rows = sum(math.prod(batch[0].errors.shape[:2]) for batch in self.batches)
+
+    def _apply(self, block: Tensor) -> Tensor:
+        pieces = zip((self.place.weight, self.place.bias), self.place.split(block.T), strict=True)
+        tangents = {stretch: piece for stretch, piece in pieces if piece is not None}
+        totals = {stretch: torch.zeros_like(piece) for stretch, piece in tangents.items()}
+        for batch in self.batches:
+            scalars = functools.reduce(torch.add, (use.push(tangents[use.slice]) for use in batch))
+            for use in batch:
+                totals[use.slice] += use.pull(scalars, slice(None)).view_as(totals[use.slice])
+        joined = [self.place.join(*each) for each in zip(*totals.values(), strict=True)]
+        return torch.stack(joined).flatten(1).T
+
+    @functools.cached_property
+    def trace(self) -> float:
+        """Σ ‖g‖²."""
+        return self.inner(None, None)
+
+    def inner(self, left: Tensor | None, right: Tensor | None) -> float:
+        """⟨G, S ⊗ A⟩ = Σ tr(S g A gᵀ), of factors (groups, o, o) and (groups, d, d), or identities.
+
+        From similarities of positions, or from gradients, whichever is less to multiply.
+        """
+        groups, outputs, inputs = self.place.shape
+        scalars = self.batches[0][0].errors.shape[1]
+        num = self.num_positions
+        # with g = Σ_t e_t h_tᵀ, tr(S g A gᵀ) = Σ_{t,s} (e_tᵀ S e_s)(h_tᵀ A h_s): multiplications an example
+        of_similarities = num * (inputs**2 + scalars * outputs**2 + num * (inputs + scalars * outputs))
+        of_gradients = scalars * outputs * inputs * (outputs + inputs + num)
+        by_similarities = of_similarities < of_gradients
+        total = 0.0
+        for found in self.positions(num**2 if by_similarities else scalars * groups * outputs * inputs):
+            features, errors = self.factors(found)
+            if by_similarities:
+                similar = (features if right is None else across_features(features, right)) @ features.mT
+                turned = errors if left is None else across_errors(left, errors)
+                alike = turned.mT @ errors if num > 1 else (turned * errors).sum(3, keepdim=True)
+                pairs = alike.sum(2)
+                total += float((similar * pairs).double().sum())
+            else:
+                gradients = errors @ features[:, :, None]
+                turned = gradients if left is None else left[:, None] @ gradients
+                turned = turned if right is None else turned @ right[:, None]
+                total += float((gradients * turned).double().sum())
+        return total
+
+    @property
+    def num_positions(self) -> int:
+        """T, of all uses together."""
+        return num_positions(self.place.mine(self.batches[0]))
+
+    def factors(self, found: Positions) -> tuple[Tensor, Tensor]:
+        """Features (b, groups, T, d) and errors (b, groups, J, o, T)."""
+        features = self.place.with_ones(found.dense_features(self.place.shape[2])).transpose(1, 2)
+        return features, self.place.by_group(found.errors).transpose(1, 2)
+
+    def gradients(self) -> Iterator[Tensor]:
+        """The rows (m, n) of a root of the block, a chunk at a time."""
+        groups, outputs, inputs = self.place.shape
+        for found in self.positions(groups * outputs * inputs * self.batches[0][0].errors.shape[1]):
+            features, errors = self.factors(found)
+            gradients = errors @ features[:, :, None]  # (b, groups, J, o, d)
+            yield gradients.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def positions(self, numbers: int = 0) -> Iterator[Positions]:
+        """Features and errors of some examples at a time, for which so many more numbers each fit a chunk."""
+        for batch in self.batches:
+            yield from positions(self.place.mine(batch), numbers=numbers)
+
+
+def _widened(use: Use) -> Use:
     """A use whose features and errors are in single precision at least; itself if they are."""
     if use.errors.dtype.itemsize >= torch.float32.itemsize:
         return use
@@ -207,33 +333,6 @@ def widened(use: Use) -> Use:
     if use.given is not None and use.given.is_floating_point():
         wide.given = single(use.given)
     return wide
-
-
-def chunks(uses: list[Use], chosen: Tensor, numbers: int = 0) -> Iterator[Tensor]:
-    """Chosen examples, a few at a time, for which patches, errors and so many more numbers fit a chunk."""
-    for use in uses:
-        numbers += use.errors[0].numel()
-        if isinstance(use, Convolution):
-            numbers += use.errors.shape[3] * use.slice.numel // use.slice.shape[0] * use.groups
-    size = max(1, CHUNK_BYTES // (max(1, numbers) * uses[0].errors.element_size()))
-    return iter(torch.split(chosen, size))
-
-
-def with_ones(place: Place, features: Tensor, scale: Tensor | None = None) -> Tensor:
-    """(b, T, groups, inputs): features ending with 1 where there is a bias, times a scale (b, T)."""
-    groups, _, inputs = place.shape
-    wide = features.new_empty(*features.shape[:2], groups, inputs)
-    if place.bias is not None:
-        wide[..., -1] = 1
-    wide[..., : inputs - (place.bias is not None)] = features.reshape(
-        *features.shape[:2], groups, features.shape[2] // groups
-    )
-    return wide if scale is None else wide.mul_(scale[:, :, None, None].to(wide))
-
-
-def by_group(errors: Tensor, groups: int) -> Tensor:
-    """(b, J, o, T) → (b, J, groups, o / groups, T)."""
-    return errors.view(*errors.shape[:2], groups, errors.shape[2] // groups, errors.shape[3])
 
 
 def across_features(features: Tensor, matrix: Tensor) -> Tensor:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from deepspectra.argument_checks import check_count, check_seed
-from deepspectra.errors import CurvatureError, LossError, OptionError
-from deepspectra.kfac.blocks import Place, places
-from deepspectra.kfac.exact_block import ExactBlock
+from deepspectra.argument_checks import check_choice, check_count, check_seed
+from deepspectra.errors import ConvergenceWarning, CurvatureError, LossError, OptionError
+from deepspectra.kfac.blocks import ExactBlock, ParameterBlock, across_errors, across_features, places
 from deepspectra.kfac.moments import LARGEST_VECTOR, Moments, Squares, num_replicates
-from deepspectra.kfac.nearest import nearest_sum
-from deepspectra.kfac.operators import Block, KroneckerSum, Rotated, check_damping
-from deepspectra.operators.base import Operator
+from deepspectra.kfac.operators import Block, Kronecker, KroneckerSum, Rotated
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem, check_problem
@@ -26,99 +22,8 @@ from deepspectra.rows.random_scalars import all_or_drawn
 
 KINDS = ("kfac", "ekfac", "cfac", "optimal")
 SHARINGS = ("expand", "reduce")
-
-
-class Kronecker(Operator):
-    """A block-diagonal operator on the parameters of a problem, with Kronecker-factored blocks.
-
-    A block is a weight with its bias (the last column of inputs), or a vector such as a scale of normalised
-    features. Parameters without effect on the outputs are in no block.
-
-    Attributes:
-        kind: "kfac", "ekfac", "cfac" or "optimal".
-        sharing: "expand" or "reduce".
-        blocks: name of a layer or parameter → its block, in the block's own order.
-        places: name → which parameters the block is of.
-        standard_errors: name → ‖·‖_F of what the draws leave open of the block, relative to its own: its root mean
-            square error against the block that all scalars would give ("ekfac": in the eigenvectors that it has);
-            0 if nothing was drawn, NaN of a single draw. From the scatter of at most 8 sets of draws: with fewer than
-            8 draws it is itself rough.
-        samples: how many scalars of each example were drawn; 0 if all are there.
-        index: name → (n,) where the block's numbers lie in the vector of all parameters.
-    """
-
-    def __init__(
-        self,
-        blocks: Mapping[str, Block],
-        index: Mapping[str, Tensor],
-        places: Mapping[str, Place],
-        *,
-        size: int,
-        kind: str,
-        sharing: str,
-        name: str,
-    ) -> None:
-        first = next(iter(blocks.values()))
-        super().__init__(size, dtype=first.dtype, device=first.device, name=name)
-        self.blocks = MappingProxyType(dict(blocks))
-        self.index = MappingProxyType(dict(index))
-        self.places = MappingProxyType(dict(places))
-        self.kind = kind
-        self.sharing = sharing
-        self.beyond = 0.0  # what multiplies parameters of no block
-        self.samples = 0  # and what they leave open, where blocks come from draws
-        self.standard_errors: Mapping[str, float] = MappingProxyType({})
-
-    def _apply(self, block: Tensor) -> Tensor:
-        total = block * self.beyond
-        for name, operator in self.blocks.items():
-            index = self.index[name]
-            total[index] = operator @ block[index]
-        return total
-
-    @property
-    def trace(self) -> float:
-        """Exact."""
-        return sum(block.trace for block in self.blocks.values()) + self.beyond * self._num_beyond
-
-    @property
-    def norm(self) -> float:
-        """‖·‖_F, exact."""
-        squares = sum(block.norm**2 for block in self.blocks.values()) + self.beyond**2 * self._num_beyond
-        return float(squares**0.5)
-
-    def eigenvalues(self) -> Tensor:
-        """All P, descending, float64.
-
-        Raises:
-            MemoryBudgetError: "cfac" with a block of more than 4,096 rows.
-
-        Cost: eigenvalues of each factor, once.
-        """
-        found = [block.eigenvalues() for block in self.blocks.values()]
-        rest = torch.full((self._num_beyond,), self.beyond, dtype=torch.float64, device=self.device)
-        return torch.cat([*found, rest]).sort(descending=True).values
-
-    def inverse(self, damping: float) -> Kronecker:
-        """(K + δ I)⁻¹ exactly, with the eigenvectors of the factors.
-
-        Args:
-            damping: δ > 0.
-
-        Raises:
-            OptionError: damping is not positive.
-            CurvatureError: "cfac" with more than one class: a sum of products has no inverse in closed form.
-        """
-        inverse = copy.copy(self)
-        inverse.beyond = 1 / (self.beyond + check_damping(damping))
-        blocks = {name: block.inverse(damping) for name, block in self.blocks.items()}
-        inverse.blocks, inverse.name = MappingProxyType(blocks), f"({self.name} + {damping:g} I)⁻¹"
-        inverse.samples, inverse.standard_errors = 0, MappingProxyType({})
-        return inverse
-
-    @property
-    def _num_beyond(self) -> int:
-        return self.shape[0] - sum(block.shape[0] for block in self.blocks.values())
+RTOL = 1e-7  # of the norm of the nearest sum, from one iteration to the next
+MOST_ITERATIONS = 100
 
 
 def kronecker(
@@ -203,7 +108,17 @@ def all_from(
     They are made of the same second moments: the data are gone through once, and once more for "ekfac".
     """
     problem = captures.problem
-    _check(problem, kinds, sharing, rank)
+    for kind in kinds:
+        check_choice("kind", kind, KINDS)
+    check_choice("sharing", sharing, SHARINGS)
+    if not isinstance(rank, int) or rank < 1 or (rank > 1 and "optimal" not in kinds):
+        raise OptionError(
+            f"rank={rank!r}: an integer, at least 1, and more than 1 product for kind='optimal' only."
+        )
+    if "cfac" in kinds and not isinstance(problem.loss_function, CrossEntropy):
+        raise LossError(
+            f"cfac needs the cross-entropy of class labels; the loss is {problem.loss_function.name}."
+        )
     if "ekfac" in kinds and not captures.samples:
         captures.hold()  # it goes through them twice; draws it needs anew, see `_corrected`
     by_class = "cfac" in kinds
@@ -240,11 +155,10 @@ def _made(
         variances |= of_diagonals
     if kind == "optimal":
         blocks |= _nearest(captures, found, products, rank)
-    ends = itertools.accumulate((value.numel() for value in problem.parameters.values()), initial=0)
-    starts = dict(zip(problem.parameters, ends, strict=False))
+    indices = problem.unflatten(torch.arange(problem.num_parameters, device=problem.device))
     operator = Kronecker(
         blocks,
-        {name: place.index(starts).to(problem.device) for name, place in found.items()},
+        {name: place.ordered(indices) for name, place in found.items()},
         found,
         size=problem.num_parameters,
         kind=kind,
@@ -258,23 +172,6 @@ def _made(
         {name: variances[name] ** 0.5 / norm if norm else 0.0 for name, norm in norms.items()}
     )
     return operator
-
-
-def _check(problem: Problem, kinds: Sequence[str], sharing: str, rank: int) -> None:
-    """Raise for what `kronecker` cannot make of a problem."""
-    for kind in kinds:
-        if kind not in KINDS:
-            raise OptionError(f"kind={kind!r}; it is one of {', '.join(map(repr, KINDS))}.")
-    if sharing not in SHARINGS:
-        raise OptionError(f"sharing={sharing!r}; it is 'expand' or 'reduce'.")
-    if not isinstance(rank, int) or rank < 1 or (rank > 1 and "optimal" not in kinds):
-        raise OptionError(
-            f"rank={rank!r}: an integer, at least 1, and more than 1 product for kind='optimal' only."
-        )
-    if "cfac" in kinds and not isinstance(problem.loss_function, CrossEntropy):
-        raise LossError(
-            f"cfac needs the cross-entropy of class labels; the loss is {problem.loss_function.name}."
-        )
 
 
 def _moments(captures: Captures, sharing: str, *, by_class: bool) -> dict[str, Moments]:
@@ -301,7 +198,7 @@ def _moments(captures: Captures, sharing: str, *, by_class: bool) -> dict[str, M
 
 
 def _corrected(
-    captures: Captures, found: dict[str, Place], blocks: dict[str, Block]
+    captures: Captures, found: dict[str, ParameterBlock], blocks: dict[str, Block]
 ) -> tuple[dict[str, Block], dict[str, float]]:
     """The blocks of matrices, with G's own diagonal for their eigenvectors, and what draws leave open of it."""
     # draws differ from those of the eigenvectors, in which they would have too large a diagonal: their own
@@ -310,9 +207,8 @@ def _corrected(
     samples = captures.samples
     squares = {name: Squares(found[name], basis.left, basis.right, samples) for name, basis in bases.items()}
     for batch in captures.batches():
-        weights = batch.by_example
         for total in squares.values():
-            total.add(total.place.mine(batch.uses), weights)
+            total.add(total.place.mine(batch.uses))
     corrected: dict[str, Block] = {
         name: Rotated(basis.left, basis.right, squares[name].sums.total, basis.dtype, f"EKFAC of {name}")
         for name, basis in bases.items()
@@ -322,7 +218,7 @@ def _corrected(
 
 
 def _nearest(
-    captures: Captures, found: dict[str, Place], blocks: dict[str, Block], rank: int
+    captures: Captures, found: dict[str, ParameterBlock], blocks: dict[str, Block], rank: int
 ) -> dict[str, Block]:
     """The blocks of matrices, as near to G as sums of products can be."""
     result: dict[str, Block] = {}
@@ -340,6 +236,77 @@ def _nearest(
     return result
 
 
+def nearest_sum(exact: ExactBlock, start: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """S (rank, groups, o, o) and A (rank, groups, d, d), float64, symmetric, with ‖G − Σ S_r ⊗ A_r‖_F least.
+
+    Rearranged, the block is a matrix (o², d²) that takes A to Σ g A gᵀ over gradients g, and its transpose takes
+    S to Σ gᵀ S g; the leading singular vectors are found by subspace iteration from `start` (groups, d, d).
+
+    Source: Van Loan and Pitsianis 1993, Approximation with Kronecker products.
+
+    Cost: of an iteration, about two second moments of errors and of features for each of the products.
+    """
+    groups, outputs, inputs = exact.place.shape
+    rank = min(rank, outputs * (outputs + 1) // 2, inputs * (inputs + 1) // 2)
+    generator = torch.Generator().manual_seed(0)
+    # the first product starts at KFAC's A, already near; the others anywhere, of its size so that none is lost to
+    # rounding
+    drawn = torch.randn(rank - 1, groups, inputs, inputs, generator=generator, dtype=torch.float64)
+    right = torch.cat([start[None], (drawn + drawn.mT).to(start) * start.abs().mean()])
+    previous = 0.0
+    for _ in range(MOST_ITERATIONS):
+        right = _orthonormal(right)
+        left = _swept(exact, right, to_left=True)
+        norm = float(left.norm())
+        if abs(norm - previous) <= RTOL * norm:
+            return left, right
+        previous = norm
+        right = _swept(exact, _orthonormal(left), to_left=False)
+    warnings.warn(
+        f"{exact.name}: the nearest sum of {rank} Kronecker products has not settled to {RTOL:g} in "
+        f"{MOST_ITERATIONS} iterations; two singular values are nearly equal.",
+        ConvergenceWarning,
+        stacklevel=4,
+    )
+    right = _orthonormal(right)
+    return _swept(exact, right, to_left=True), right
+
+
+def _orthonormal(matrices: Tensor) -> Tensor:
+    """Of each group, in the Frobenius inner product."""
+    rank, groups, size, _ = matrices.shape
+    columns: Tensor = torch.linalg.qr(matrices.reshape(rank, groups, -1).permute(1, 2, 0)).Q
+    basis = columns.permute(2, 0, 1).reshape(rank, groups, size, size)
+    # signs are free; with positive traces the first product, of positive matrices, comes out positive
+    trace = basis.diagonal(dim1=2, dim2=3).sum(2)
+    return basis.where(trace[:, :, None, None] >= 0, -basis)
+
+
+def _swept(exact: ExactBlock, matrices: Tensor, *, to_left: bool) -> Tensor:
+    """Σ g A gᵀ or Σ gᵀ S g for each of several matrices (rank, groups, ...)."""
+    _, outputs, inputs = exact.place.shape
+    size = outputs if to_left else inputs
+    total = matrices.new_zeros(*matrices.shape[:2], size, size)
+    for found in exact.positions(exact.num_positions**2 * exact.batches[0][0].errors.shape[1]):
+        features, errors = exact.factors(found)
+        for index, matrix in enumerate(matrices.to(features)):
+            if to_left:
+                similar = across_features(features, matrix) @ features.mT  # (b, groups, T, T)
+                total[index] += _weighted(errors, similar[:, :, None])
+            else:
+                similar = (errors.mT @ across_errors(matrix, errors)).sum(2)
+                total[index] += _weighted(features.mT[:, :, None], similar[:, :, None])
+    return total
+
+
+def _weighted(columns: Tensor, similar: Tensor) -> Tensor:
+    """Σ X Q Xᵀ of columns X (b, groups, j, k, T) and Q (b, groups, 1, T, T): (groups, k, k)."""
+    single = columns.shape[4] == 1
+    mixed = columns * similar if single else columns @ similar
+    left, right = (x.permute(1, 3, 0, 2, 4).flatten(2) for x in (mixed, columns))  # (groups, k, b·j·T)
+    return (left @ right.mT).double()
+
+
 def _classes(problem: Problem, batch: Captured) -> Tensor:
     """(B,) the class of each example."""
     loss = problem.loss_function
@@ -350,7 +317,9 @@ def _classes(problem: Problem, batch: Captured) -> Tensor:
     return labels
 
 
-def _refuse_beyond_memory(problem: Problem, every: list[Place], num_sets: int, replicates: int) -> None:
+def _refuse_beyond_memory(
+    problem: Problem, every: list[ParameterBlock], num_sets: int, replicates: int
+) -> None:
     numbers = 0
     for place in every:
         groups, outputs, inputs = place.shape

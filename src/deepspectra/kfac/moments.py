@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import FallbackWarning
-from deepspectra.kfac.blocks import Place, Positions, by_group, chunks, positions, single, with_ones
+from deepspectra.kfac.blocks import ParameterBlock, Positions, num_positions, positions, single
 from deepspectra.rows.parameter_uses import Lookup, Use
 
 LARGEST_VECTOR = 4096  # numbers of a vector whose exact block is held; of longer ones its diagonal
@@ -72,7 +72,7 @@ class Moments:
     """Σ α h hᵀ and Σ e eᵀ of one place, apart for each of several sets of examples."""
 
     def __init__(
-        self, place: Place, num_sets: int, sharing: str, device: torch.device, num_draws: int = 0
+        self, place: ParameterBlock, num_sets: int, sharing: str, device: torch.device, num_draws: int = 0
     ) -> None:
         self.place = place
         self.sharing = sharing
@@ -105,10 +105,8 @@ class Moments:
                 total[0] += rows.double().square().sum(0) if self.is_diagonal else second_moment(rows)
             return
         for which in set(sets.tolist()):
-            for chosen in chunks(uses, (sets == which).nonzero().flatten()):
-                found = positions(uses, weights, chosen)
-                if self.sharing == "reduce":
-                    found = found.reduced(self.place.shape[2])
+            for each in positions(uses, weights, (sets == which).nonzero().flatten()):
+                found = each.reduced(self.place.shape[2]) if self.sharing == "reduce" else each
                 self._add_features(found, which)
                 for total, errors in self.errors.of(found.errors):
                     total[which] += self._second_moment(errors)
@@ -118,7 +116,7 @@ class Moments:
         if self.is_diagonal:
             self.inputs[which, 0].index_add_(0, found.features.flatten(), found.counts.flatten())
         else:
-            rows = with_ones(self.place, found.features, found.counts.sqrt())
+            rows = self.place.with_ones(found.features, found.counts.sqrt())
             self.inputs[which] += second_moment(rows.flatten(0, 1))
 
     def _second_moment(self, errors: Tensor) -> Tensor:
@@ -129,7 +127,7 @@ class Moments:
         if groups == 1 and errors.shape[3] >= LONG:
             flat = errors.flatten(0, 1)
             return torch.addbmm(flat.new_zeros(outputs, outputs), flat, flat.mT)[None]
-        return second_moment(by_group(errors, groups).permute(0, 1, 4, 2, 3).flatten(0, 2))
+        return second_moment(self.place.by_group(errors).permute(0, 1, 4, 2, 3).flatten(0, 2))
 
     def together(self) -> Moments:
         """Those of all sets as of one."""
@@ -172,26 +170,24 @@ def _mirrored(lower: Tensor) -> Tensor:
 class Squares:
     """Σ (u_iᵀ g v_j)² over the gradients g (o, d) of one place."""
 
-    def __init__(self, place: Place, left: Tensor, right: Tensor | None, num_draws: int = 0) -> None:
+    def __init__(self, place: ParameterBlock, left: Tensor, right: Tensor | None, num_draws: int = 0) -> None:
         self.place = place
         self.left = left
         self.right = right
         self.sums = Replicates(place.shape, num_draws, left.device)
 
-    def add(self, uses: list[Use], weights: Tensor) -> None:
+    def add(self, uses: list[Use]) -> None:
         """A batch's uses of the place."""
-        every = torch.arange(uses[0].num_examples, device=uses[0].errors.device)
         groups, outputs, inputs = self.place.shape
         scalars = uses[0].errors.shape[1]
-        one_position = len(uses) == 1 and uses[0].errors.shape[2 if isinstance(uses[0], Lookup) else 3] == 1
-        for chosen in chunks(uses, every, 0 if one_position else groups * outputs * inputs * scalars):
-            found = positions(uses, weights, chosen)
+        one_position = num_positions(uses) == 1
+        for found in positions(uses, numbers=0 if one_position else groups * outputs * inputs * scalars):
             if self.right is None:
                 for total, mine in self.sums.of(found.errors.to(self.left)):
                     self._add_rows(total, found.features, self.left.mT @ mine)
                 continue
-            features = with_ones(self.place, found.dense_features(inputs)).transpose(1, 2).to(self.left)
-            for total, mine in self.sums.of(by_group(found.errors, groups).to(self.left)):
+            features = self.place.with_ones(found.dense_features(inputs)).transpose(1, 2).to(self.left)
+            for total, mine in self.sums.of(self.place.by_group(found.errors).to(self.left)):
                 if one_position:
                     self._add_single(total, features[:, :, 0], mine[..., 0])
                 else:

@@ -1,13 +1,17 @@
-"""Blocks of a Kronecker-factored operator: sums of products, and diagonals between rotations."""
+"""Kronecker-factored operators: sums of products, diagonals between rotations, and all blocks of a network."""
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
+from deepspectra.kfac.blocks import ParameterBlock
 from deepspectra.operators.base import Operator
 
 LARGEST_SUM = 4096  # rows of a sum of several products whose eigenvalues are found densely
@@ -146,6 +150,99 @@ class Rotated(Operator):
 
 
 Block = KroneckerSum | Rotated
+
+
+class Kronecker(Operator):
+    """A block-diagonal operator on the parameters of a problem, with Kronecker-factored blocks.
+
+    A block is a weight with its bias (the last column of inputs), or a vector such as a scale of normalised
+    features. Parameters without effect on the outputs are in no block.
+
+    Attributes:
+        kind: "kfac", "ekfac", "cfac" or "optimal".
+        sharing: "expand" or "reduce".
+        blocks: name of a layer or parameter → its block, in the block's own order.
+        places: name → which parameters the block is of.
+        standard_errors: name → ‖·‖_F of what the draws leave open of the block, relative to its own: its root mean
+            square error against the block that all scalars would give ("ekfac": in the eigenvectors that it has);
+            0 if nothing was drawn, NaN of a single draw. From the scatter of at most 8 sets of draws: with fewer than
+            8 draws it is itself rough.
+        samples: how many scalars of each example were drawn; 0 if all are there.
+        index: name → (n,) where the block's numbers lie in the vector of all parameters.
+    """
+
+    def __init__(
+        self,
+        blocks: Mapping[str, Block],
+        index: Mapping[str, Tensor],
+        places: Mapping[str, ParameterBlock],
+        *,
+        size: int,
+        kind: str,
+        sharing: str,
+        name: str,
+    ) -> None:
+        first = next(iter(blocks.values()))
+        super().__init__(size, dtype=first.dtype, device=first.device, name=name)
+        self.blocks = MappingProxyType(dict(blocks))
+        self.index = MappingProxyType(dict(index))
+        self.places = MappingProxyType(dict(places))
+        self.kind = kind
+        self.sharing = sharing
+        self.beyond = 0.0  # what multiplies parameters of no block
+        self.samples = 0  # and what they leave open, where blocks come from draws
+        self.standard_errors: Mapping[str, float] = MappingProxyType({})
+
+    def _apply(self, block: Tensor) -> Tensor:
+        total = block * self.beyond
+        for name, operator in self.blocks.items():
+            index = self.index[name]
+            total[index] = operator @ block[index]
+        return total
+
+    @property
+    def trace(self) -> float:
+        """Exact."""
+        return sum(block.trace for block in self.blocks.values()) + self.beyond * self._num_beyond
+
+    @property
+    def norm(self) -> float:
+        """‖·‖_F, exact."""
+        squares = sum(block.norm**2 for block in self.blocks.values()) + self.beyond**2 * self._num_beyond
+        return float(squares**0.5)
+
+    def eigenvalues(self) -> Tensor:
+        """All P, descending, float64.
+
+        Raises:
+            MemoryBudgetError: "cfac" with a block of more than 4,096 rows.
+
+        Cost: eigenvalues of each factor, once.
+        """
+        found = [block.eigenvalues() for block in self.blocks.values()]
+        rest = torch.full((self._num_beyond,), self.beyond, dtype=torch.float64, device=self.device)
+        return torch.cat([*found, rest]).sort(descending=True).values
+
+    def inverse(self, damping: float) -> Kronecker:
+        """(K + δ I)⁻¹ exactly, with the eigenvectors of the factors.
+
+        Args:
+            damping: δ > 0.
+
+        Raises:
+            OptionError: damping is not positive.
+            CurvatureError: "cfac" with more than one class: a sum of products has no inverse in closed form.
+        """
+        inverse = copy.copy(self)
+        inverse.beyond = 1 / (self.beyond + check_damping(damping))
+        blocks = {name: block.inverse(damping) for name, block in self.blocks.items()}
+        inverse.blocks, inverse.name = MappingProxyType(blocks), f"({self.name} + {damping:g} I)⁻¹"
+        inverse.samples, inverse.standard_errors = 0, MappingProxyType({})
+        return inverse
+
+    @property
+    def _num_beyond(self) -> int:
+        return self.shape[0] - sum(block.shape[0] for block in self.blocks.values())
 
 
 def check_damping(damping: float) -> float:

@@ -96,10 +96,9 @@ class Decomposition(Parts):
 
     def __init__(
         self,
-        problem: Problem,
+        rows: GradientRows,
         effects: str = "four-way",
         first: str = "class",
-        hold: bool = False,
         groups: Tensor | Sequence[int] | None = None,
     ) -> None:
         names = {"four-way": FOUR_WAY, "two-way": TWO_WAY}
@@ -107,13 +106,18 @@ class Decomposition(Parts):
         if effects == "four-way" and first != "class":
             raise OptionError("first= orders the two-way effects; the published four parts take no order.")
         super().__init__(names[effects], Part)
-        self.problem = problem
+        self.rows, self.problem = rows, rows.problem
         self.effects = effects
-        self.rows = HeldRows(problem) if hold else GradientRows(problem)
-        found = grouped(groups, problem.num_classes, self.rows.weights.device)
-        self.projections = Projections(self.rows.weights, self.rows.labels, first=first, groups=found)
+        found = grouped(groups, self.problem.num_classes, rows.weights.device)
+        self.projections = Projections(rows.weights, rows.labels, first=first, groups=found)
         self._factors: dict[str, Tensor] = {}
         self._reserved: weakref.finalize[..., Decomposition] | None = None  # memory set aside for the means
+
+    @property
+    def held(self) -> HeldRows:
+        """The rows, with features and errors that are held: of `hold=True`."""
+        assert isinstance(self.rows, HeldRows)
+        return self.rows
 
     def factor(self, name: str) -> Tensor:
         """F (P, r) with F Fᵀ the part "class", "logit" or "true", or "means": all cells, r = C². Kept.
@@ -283,10 +287,10 @@ def decompose(
     their products cost.
     """
     check_choice("of", of, KINDS)
-    parts = Decomposition(problem, effects, first, hold or of != "gradients", groups)
     if of == "gradients":
-        return parts
-    assert isinstance(parts.rows, HeldRows)
+        return Decomposition(HeldRows(problem) if hold else GradientRows(problem), effects, first, groups)
+    rows = HeldRows(problem)
+    parts = Decomposition(rows, effects, first, groups)
     if of == "features":
         if effects != "four-way" or first != "class":
             warnings.warn(
@@ -294,9 +298,8 @@ def decompose(
                 OptionWarning,
                 stacklevel=2,
             )
-        averages = feature_averages(parts.rows, parts.projections.groups)
-        return LayerParts(of, feature_rows(parts.rows), averages)
-    return LayerParts(of, error_rows(parts.rows), error_averages(parts.rows, parts.projections, tuple(parts)))
+        return LayerParts(of, feature_rows(rows), feature_averages(rows, parts.projections.groups))
+    return LayerParts(of, error_rows(rows), error_averages(rows, parts.projections, tuple(parts)))
 
 
 def _problems_of(operator: Operator) -> Iterator[Problem]:

@@ -72,7 +72,7 @@ class Evaluated(nn.Module):
     def values(self, parameters: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
         """The same without a graph."""
         if self.differentiates:  # hooks and derivatives inside ask for tensors that need gradients
-            parameters = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+            parameters = leaves_of(parameters)
         with torch.set_grad_enabled(self.differentiates), differentiable():
             outputs, targets = self.at(parameters, batch)
         return outputs.detach(), targets
@@ -81,7 +81,7 @@ class Evaluated(nn.Module):
         self, loss: Loss, parameters: Mapping[str, Tensor], batch: Any
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Leaves that stand for the parameters, outputs of a batch's rows and their summed loss, with their graph."""
-        leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+        leaves = leaves_of(parameters)
         with torch.enable_grad(), differentiable():
             outputs, targets = loss.rows(*self.at(leaves, batch))
             value = loss.total(outputs, targets)
@@ -226,6 +226,11 @@ class _Replaced(TorchFunctionMode):
 
     def _swap(self, tensor: Tensor) -> Tensor:
         return self.given.get(id(tensor), tensor)
+
+
+def leaves_of(parameters: Mapping[str, Tensor]) -> Tree:
+    """The same numbers, of which derivatives are taken."""
+    return {name: value.detach().requires_grad_() for name, value in parameters.items()}
 
 
 def gradient(value: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:

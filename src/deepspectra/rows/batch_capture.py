@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deepspectra.errors import CurvatureError
 from deepspectra.problem.batches import is_pair
-from deepspectra.problem.evaluation import differentiable
+from deepspectra.problem.evaluation import differentiable, leaves_of
 from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.example_axis import Examples, agree
@@ -131,7 +131,7 @@ class Graph:
 
     def __init__(self, problem: Problem, batch: Any, alone: frozenset[str] = frozenset()) -> None:
         self.problem, self.batch = problem, batch
-        self.leaves = {name: value.detach().requires_grad_() for name, value in problem.parameters.items()}
+        self.leaves = leaves_of(problem.parameters)
         watched = {name: leaf for name, leaf in self.leaves.items() if name not in alone}
         with torch.enable_grad(), differentiable(), Watch(watched) as watch:
             self.outputs, self.targets = problem.evaluate(self.leaves, batch)

@@ -6,7 +6,7 @@ are √w_{i,k} e_{i,k}, with the parts of G.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -116,46 +116,46 @@ def error_averages(rows: HeldRows, projections: Projections, parts: tuple[str, .
 def _gathered(
     rows: HeldRows, batches: Iterable[Captured], of: Callable[[list[Use]], dict[str, Tensor]], num_rows: int
 ) -> dict[str, Tensor]:
-    """The rows of all batches; the first one tells whether they fit."""
+    """The rows of all batches."""
     pieces: dict[str, list[Tensor]] = {}
-    for batch in batches:
-        found = of(batch.uses)
+    for found in alike(of(batch.uses) for batch in batches):
         if not pieces:
             size = num_rows * sum(tensor.shape[1] * tensor.element_size() for tensor in found.values())
             instead = (
                 "Raise memory, of which that is a third, take fewer examples, or restrict the parameters."
             )
             refuse_beyond(size, rows.captures.limit, f"{num_rows:,} rows of all layers take", instead)
-        refuse_missing(pieces, found)
         for name, tensor in found.items():
             pieces.setdefault(name, []).append(tensor)
-    pieces = {name: tensors for name, tensors in pieces.items() if any(tensor.shape[1] for tensor in tensors)}
-    if not pieces:
-        raise CurvatureError(
-            "no layer multiplies features by a matrix, one row of features for each output row."
-        )
-    for name, tensors in pieces.items():
-        refuse_unequal(name, {tensor.shape[1] for tensor in tensors})
     return {name: torch.cat(tensors) for name, tensors in pieces.items()}
 
 
-def refuse_missing(known: Mapping[str, object], found: Mapping[str, object]) -> None:
-    """Raise CurvatureError for layers that have rows of their own on some batches only."""
-    missing = sorted(known.keys() ^ found.keys()) if known else []
-    if missing:
-        raise CurvatureError(
-            f"layer {missing[0]!r} has features of its own for each output row on some batches only: on others rows "
-            "belong to no single examples, or a way through the network is chosen by values. Those of gradients can "
-            "be had: of='gradients', gram_spectrum and layers work. Or restrict the parameters."
-        )
+def alike(read: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Layer → rows of each batch, layers with no numbers left out.
 
-
-def refuse_unequal(layer: str, widths: set[int]) -> None:
-    """Raise CurvatureError for a layer whose rows have different numbers of entries in different batches."""
-    if len(widths) > 1:
-        raise CurvatureError(
-            f"rows of layer {layer!r} have {' or '.join(f'{width:,}' for width in sorted(widths))} numbers: examples "
-            "have unequal numbers of positions, of which whole features or errors make no matrix. Those of gradients "
-            "do: of='gradients', gram_spectrum and layers work. Or pad all examples to one length, or restrict the "
-            "parameters."
-        )
+    Raises:
+        CurvatureError: a layer has rows on some batches only, or rows of another length, or no layer has rows.
+    """
+    widths: dict[str, int] = {}
+    for found in read:
+        here = {name: rows.shape[1] for name, rows in found.items()}
+        if missing := sorted(widths.keys() ^ here.keys()) if widths else []:
+            raise CurvatureError(
+                f"layer {missing[0]!r} has features of its own for each output row on some batches only: on others "
+                "rows belong to no single examples, or a way through the network is chosen by values. Those of "
+                "gradients can be had: of='gradients', gram_spectrum and layers work. Or restrict the parameters."
+            )
+        widths = widths or here
+        for name, width in here.items():
+            if width != widths[name]:
+                both = " or ".join(f"{size:,}" for size in sorted((width, widths[name])))
+                raise CurvatureError(
+                    f"rows of layer {name!r} have {both} numbers: examples have unequal numbers of positions, of "
+                    "which whole features or errors make no matrix. Those of gradients do: of='gradients', "
+                    "gram_spectrum and layers work. Or pad all examples to one length, or restrict the parameters."
+                )
+        if not any(widths.values()):
+            raise CurvatureError(
+                "no layer multiplies features by a matrix, one row of features for each output row."
+            )
+        yield {name: rows for name, rows in found.items() if widths[name]}

@@ -2,7 +2,7 @@
 
 from deepspectra.zoo.convolutional import lenet, resnet18, vgg11, vgg11_bn
 from deepspectra.zoo.data import CIFAR100_SAMPLE_SIZES, DATA_NAMES, SAMPLE_SIZES, LabelledData, load
-from deepspectra.zoo.models import MODEL_NAMES, build, mlp, normalised, paper_side
+from deepspectra.zoo.models import MODEL_NAMES, build, mlp, normalised, paper_side, transformer
 from deepspectra.zoo.training import (
     History,
     Recipe,
@@ -12,7 +12,6 @@ from deepspectra.zoo.training import (
     save_checkpoint,
     train,
 )
-from deepspectra.zoo.transformer import transformer
 
 __all__ = [
     "CIFAR100_SAMPLE_SIZES",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -165,26 +166,18 @@ class ResNet(nn.Module):
         self, in_channels: int, num_classes: int, widths: tuple[int, int, int, int], batch_norm: bool
     ) -> None:
         super().__init__()
-        first, second, third, fourth = widths
-        self.conv1 = nn.Conv2d(in_channels, first, 3, padding=1, bias=not batch_norm)
-        self.bn1 = nn.BatchNorm2d(first) if batch_norm else nn.Identity()
-        self.layer1 = self._stage(first, first, 1, batch_norm)
-        self.layer2 = self._stage(first, second, 2, batch_norm)
-        self.layer3 = self._stage(second, third, 2, batch_norm)
-        self.layer4 = self._stage(third, fourth, 2, batch_norm)
-        self.fc = nn.Linear(fourth, num_classes)
-
-    @staticmethod
-    def _stage(in_channels: int, out_channels: int, stride: int, batch_norm: bool) -> nn.Module:
-        return nn.Sequential(
-            BasicBlock(in_channels, out_channels, stride, batch_norm),
-            BasicBlock(out_channels, out_channels, 1, batch_norm),
-        )
+        self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=not batch_norm)
+        self.bn1 = nn.BatchNorm2d(widths[0]) if batch_norm else nn.Identity()
+        for stage, (fan_in, width) in enumerate(pairwise((widths[0], *widths)), start=1):
+            first = BasicBlock(fan_in, width, 1 if stage == 1 else 2, batch_norm)
+            self.add_module(f"layer{stage}", nn.Sequential(first, BasicBlock(width, width, 1, batch_norm)))
+        self.fc = nn.Linear(widths[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, C, H, W)."""
         x = nn.functional.relu(self.bn1(self.conv1(x)))  # (B, first width, H, W)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, last width, H / 8, W / 8)
+        for stage in range(1, 5):
+            x = self.get_submodule(f"layer{stage}")(x)  # at last (B, last width, H / 8, W / 8)
         return self.fc(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 

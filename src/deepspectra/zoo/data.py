@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from deepspectra.argument_checks import check_choice, check_count
 from deepspectra.errors import DataError, FileError, OptionError
 
 SAMPLE_SIZES = (
@@ -90,10 +91,7 @@ class LabelledData(Dataset[tuple[Tensor, Tensor]]):
         Raises:
             OptionError: fewer than two, or more than there are.
         """
-        if not 2 <= num <= self.num_classes:
-            raise OptionError(
-                f"{num} classes of {self.name}: it is at least 2 and at most {self.num_classes}."
-            )
+        check_count(f"the number of classes of {self.name}", num, 2, self.num_classes)
         kept = self.targets < num
         name = self.name if num == self.num_classes else f"{self.name}, {num} classes"
         return replace(
@@ -203,12 +201,10 @@ def load(
 
     Source: Papyan, JMLR 2020 and the code of Papyan 2019.
     """
-    if name not in _SOURCES:
-        raise OptionError(f"Unknown data set {name!r}; choose one of {', '.join(DATA_NAMES)}.")
-    if split not in {"train", "test"}:
-        raise OptionError(f'split is {split!r}; it must be "train" or "test".')
-    if per_class is not None and per_class < 1:
-        raise OptionError(f"per_class is {per_class}; it must be at least 1, or None for all examples.")
+    check_choice("data", name, DATA_NAMES)
+    check_choice("split", split, ("train", "test"))
+    if per_class is not None:
+        check_count("per_class", per_class)
     images, labels = _read(name, split, root)
     source = _SOURCES[name]
     num_classes = len(source.class_names)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from deepspectra.argument_checks import check_choice, check_count
 from deepspectra.errors import DataError, FileError, NonFiniteError, OptionError, first_line
 from deepspectra.file_writing import save_whole
 from deepspectra.zoo.data import DATA_NAMES, LabelledData
@@ -78,10 +79,8 @@ class Recipe:
     weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
-        if self.epochs < 0 or self.batch_size < 1:
-            raise OptionError(
-                f"epochs={self.epochs} and batch_size={self.batch_size}; expected at least 0 and 1."
-            )
+        check_count("epochs", self.epochs, 0)
+        check_count("batch_size", self.batch_size)
         if not self.learning_rate > 0:
             raise OptionError(f"learning_rate is {self.learning_rate}; it must be positive.")
 
@@ -122,14 +121,10 @@ def recipe(model: str, data: str, num_examples: int | None = None) -> Recipe:
     Raises:
         OptionError: a name is unknown, or `num_examples` is not positive.
     """
-    if model not in MODEL_NAMES:
-        raise OptionError(f"Unknown model {model!r}; choose one of {', '.join(MODEL_NAMES)}.")
-    if data not in DATA_NAMES:
-        raise OptionError(f"Unknown data set {data!r}; choose one of {', '.join(DATA_NAMES)}.")
-    if num_examples is None:
-        num_examples = _NUM_EXAMPLES[data]
-    if num_examples < 1:
-        raise OptionError(f"num_examples is {num_examples}; it must be at least 1.")
+    check_choice("model", model, MODEL_NAMES)
+    check_choice("data", data, DATA_NAMES)
+    num_examples = _NUM_EXAMPLES[data] if num_examples is None else num_examples
+    check_count("num_examples", num_examples)
     if num_examples >= 10_000:
         batch_size, epochs = 128, 15
     elif num_examples >= 1000:

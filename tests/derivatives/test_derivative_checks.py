@@ -1,0 +1,137 @@
+"""Ways that are wrong on a network are found out, and those that are right are not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import deepspectra as ds
+from deepspectra import errors
+from given import X, Y, mlp, use
+from nets import CASES, Case
+from reference import Reference, error
+from truth import OnceDifferentiable
+
+
+class WrongTwice(torch.autograd.Function):
+    """tanh, whose backward is right and whose second derivative is silently zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = torch.tanh(x)
+        ctx.slope = (1 - y**2).detach()
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.slope
+
+
+class Custom(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function.apply(x)
+
+
+@pytest.mark.parametrize("function", [OnceDifferentiable, WrongTwice])
+def test_an_op_with_no_or_a_wrong_second_derivative(function: Any) -> None:
+    torch.manual_seed(3)
+    model = mlp(Custom(function))
+
+    def product() -> Any:
+        problem = ds.Problem(model, (X, Y))
+        return ds.Hessian(problem) @ torch.randn(problem.num_parameters, dtype=torch.float64)
+
+    with pytest.raises(errors.CurvatureError, match=r"(?i)second|deriv|finite difference") as caught:
+        product()
+    assert isinstance(caught.value, RuntimeError)
+
+
+@pytest.mark.parametrize("function", [OnceDifferentiable, WrongTwice])
+def test_gauss_newton_needs_first_derivatives_only(function: Any) -> None:
+    """Right, whatever the second derivative is; refused where there is no right way to J v either."""
+    torch.manual_seed(3)
+    model, right = mlp(Custom(function)), mlp()
+    right.load_state_dict(model.state_dict())
+    problem = ds.Problem(model, (X, Y))
+    if function is OnceDifferentiable:
+        with pytest.raises(errors.CurvatureError, match=r"no way to J v.*is right"):
+            ds.GaussNewton(problem)
+        return
+    assert error(ds.GaussNewton(problem).dense(), Reference(Case(right, [(X, Y)])).gauss_newton) < 1e-9
+
+
+def test_weight_norm_has_a_wrong_second_derivative_in_pytorch() -> None:
+    """Its fused kernel fails `gradgradcheck` (torch 2.13, CPU): refused, or right some other way.
+
+    G, which needs first derivatives only, is right.
+    """
+    torch.manual_seed(5)
+    fused = mlp()
+    nn.utils.parametrizations.weight_norm(fused[0])
+    with torch.no_grad():
+        fused[0].parametrizations.weight.original0.mul_(1.5)
+
+    class Plain(nn.Module):
+        def forward(self, length: Tensor, direction: Tensor) -> Tensor:
+            return direction * (length / direction.norm(dim=1, keepdim=True))
+
+        def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+            return weight.norm(dim=1, keepdim=True), weight
+
+    plain = mlp()
+    nn.utils.parametrize.register_parametrization(plain[0], "weight", Plain())
+    plain.load_state_dict(fused.state_dict())
+    ref, problem = Reference(Case(plain, [(X, Y)])), ds.Problem(fused, (X, Y))
+    assert list(problem.parameter_names) == list(ref.parameters)
+    assert error(ds.GaussNewton(problem).dense(), ref.gauss_newton) < 1e-9
+    assert error(ds.Hessian(ds.Problem(plain, (X, Y))).dense(), ref.hessian) < 1e-9
+    for kind, operator in (("hessian", ds.Hessian), ("residual", ds.Residual)):
+        try:
+            matrix = operator(problem).dense()
+        except errors.CurvatureError:
+            continue
+        assert error(matrix, getattr(ref, kind)) < 1e-9, kind
+
+
+@pytest.mark.parametrize("name", ["attention_module", "attention_function", "layernorm_gelu"])
+def test_transformers_pass_the_curvature_check(name: str) -> None:
+    """Fused attention and layer norm are known traps, and no fault of the user's."""
+    use(CASES[name]().problem())
+
+
+def test_a_network_that_computes_in_float32_inside_is_accepted():
+    class Norm(nn.Module):
+        def forward(self, x):
+            wide = x.float()
+            return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), Norm(), nn.Linear(8, 3))
+    problem = ds.Problem(net, (X.float(), Y))
+    v = torch.ones(problem.num_parameters)
+    H, G, R = ds.Hessian(problem), ds.GaussNewton(problem), ds.Residual(problem)
+    assert error(G @ v + R @ v, H @ v) < 1e-4
+    assert float(v @ (H @ v)) != 0
+
+
+def test_a_network_that_runs_in_float32_alone_is_checked_in_it():
+    class Cast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+
+        def forward(self, x):
+            return self.body((x + 1).float())
+
+    torch.manual_seed(0)
+    net = Cast()
+    problem, plain = ds.Problem(net, (X.float(), Y)), ds.Problem(net.body, (X.float() + 1, Y))
+    for operator in (ds.Hessian, ds.GaussNewton):
+        assert error(operator(problem).dense(), operator(plain).dense()) < 1e-5

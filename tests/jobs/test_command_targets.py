@@ -1,0 +1,82 @@
+"""From the options of a command to the problem that it looks at."""
+
+import sys
+
+import pytest
+
+from deepspectra.errors import FileError, OptionError, TargetError
+from deepspectra.jobs.command_targets import WEIGHTS, Choice, chosen_problem, load_function, moments
+
+MINE = """
+import torch
+import deepspectra as ds
+
+def problem():
+    return ds.Problem(torch.nn.Linear(2, 3), (torch.ones(6, 2), torch.arange(6) % 3))
+
+number = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = tmp_path / "a_target_of_mine.py"
+    path.write_text(MINE)
+    return path
+
+
+def test_a_target_is_a_function_in_a_file(mine):
+    problem, names, labels = chosen_problem(f"{mine}:problem", Choice(seed=3))
+    assert problem.num_parameters == 9
+    assert names is None
+    assert labels.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("{}", "expected file.py:function"),
+        ("{}:", "expected file.py:function"),
+        ("{}:number", "has no function 'number'"),
+        ("none.py:problem", "there is no file"),
+        ("no_such_module_at_all:problem", "cannot be imported"),
+    ],
+)
+def test_what_is_no_target_is_told(mine, target, words):
+    with pytest.raises(TargetError, match=words):
+        load_function(target.format(mine), "that is wanted")
+
+
+def test_options_of_the_zoo_are_refused_beside_a_target(mine):
+    with pytest.raises(OptionError, match="--per-class, --device belong to the zoo"):
+        chosen_problem(f"{mine}:problem", Choice(per_class=3, device="cpu"))
+
+
+@pytest.mark.parametrize("at", ["3,1", "1,1", "-1", "1,x"])
+def test_epochs_are_given_in_order(at, tmp_path):
+    with pytest.raises(OptionError, match=f"--at {at}: expected epochs in order"):
+        moments(None, Choice(at=at, out=tmp_path))
+
+
+def test_a_training_is_kept_where_it_is_asked_for_and_not_done_again(tmp_path, capsys):
+    chosen = Choice(per_class=2, epochs=2, at="0,1", out=tmp_path, seed=1)
+    found = moments(None, chosen)
+    assert [moment.label for moment in found] == ["epoch 0", "epoch 1", "end"]
+    assert [moment.out.name for moment in found] == ["epoch-0", "epoch-1", "end"]
+    losses = [moment.problem.loss() for moment in found]
+    assert losses[0] > losses[2]
+    written = (tmp_path / WEIGHTS).stat().st_mtime_ns
+    again = moments(None, chosen._replace(resume=True))
+    assert [moment.problem.loss() for moment in again] == losses
+    assert (tmp_path / WEIGHTS).stat().st_mtime_ns == written
+    with pytest.raises(FileError, match="was trained otherwise"):
+        moments(None, chosen._replace(resume=True, seed=2))
+    by_checkpoint, names, labels = chosen_problem(
+        None, Choice(per_class=2, checkpoint=tmp_path / WEIGHTS, seed=1)
+    )
+    assert by_checkpoint.loss() == pytest.approx(losses[2])
+    assert names == [str(digit) for digit in range(10)]
+    assert labels.data == "digits, 2 images a class"
+    with pytest.raises(OptionError, match="--at follows the training"):
+        moments(None, Choice(at="0", checkpoint=tmp_path / WEIGHTS))

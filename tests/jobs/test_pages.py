@@ -1,0 +1,94 @@
+"""What every job ends in: a labelled dataset and a page, written side by side and read again."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from deepspectra.errors import FileError
+from deepspectra.jobs.pages import (
+    Labels,
+    check_writable,
+    dataset_of,
+    load_page,
+    measured,
+    page_dataset,
+    provenance,
+    save_dataset,
+    save_page,
+    titled,
+)
+from nets import CASES
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (1.23456, 0.0, "1.23"),
+        (1.23456, float("nan"), "1.23"),
+        (12345.678, 0.0, "12300"),
+        (1.23456, 0.0567, "1.235 ± 0.057"),
+        (12345.6, 234.0, "12350 ± 230"),
+        (3.2e-9, 4.1e-10, "3.2e-09 ± 4.1e-10"),
+    ],
+)
+def test_a_number_has_as_many_digits_as_its_error_allows(value, error, text):
+    assert measured(value, error) == text
+
+
+def test_values_by_name_are_put_where_their_names_are_and_nan_elsewhere():
+    found = dataset_of(
+        {
+            "curve": (("layer", "point"), {"b": torch.tensor([1.0, 2.0]), "": [3.0]}),
+            "one": (("layer", "kind"), {("", "x"): 5.0}),
+            "plain": (("layer",), np.arange(3)),
+        },
+        {"layer": ["a", "b", ""], "kind": ["x", "y"]},
+        {"title": "T"},
+    )
+    assert list(found["layer"].values) == ["a", "b", "(model)"]
+    np.testing.assert_equal(found["curve"].values, [[np.nan] * 2, [1, 2], [3, np.nan]])
+    np.testing.assert_equal(found["one"].values, [[np.nan] * 2, [np.nan] * 2, [5, np.nan]])
+    assert found.attrs == {"title": "T"}
+
+
+def test_a_page_says_what_was_looked_at_and_how():
+    problem = CASES["relu_mlp"]().problem()
+    variables = {"study_loss": (("network",), np.ones(2))}
+    found = page_dataset(variables, {}, problem, Labels(data="noise"), "Layers of", ["One.", "Two."], 1.26)
+    assert found.attrs["verdict"] == "One. Two."
+    assert found.attrs["title"] == "Layers of Sequential on noise"
+    assert found.attrs["num_parameters"] == problem.num_parameters
+    assert found.attrs["loss_value"] == pytest.approx(problem.loss())
+    assert json.loads(found.attrs["provenance"])["seconds"] == 1.3
+    assert json.loads(provenance(probes=3))["probes"] == 3
+    assert titled("Spectra of", "net", "") == "Spectra of net"
+
+
+def test_what_is_saved_is_loaded_an_analysis_before_others(tmp_path):
+    dataset = xr.Dataset({"region_missed": ("spectrum", [1.5, 2.5])}, attrs={"verdict": "One."})
+    page = save_page(dataset, tmp_path, "study")
+    assert "One." in page.read_text()
+    assert load_page(tmp_path).identical(dataset)
+    save_dataset(dataset.assign_attrs(verdict="Two."), tmp_path / "analysis.nc")
+    assert load_page(tmp_path).attrs["verdict"] == "Two."
+    with pytest.raises(FileError, match=r"none of analysis\.nc, layers\.nc"):
+        load_page(tmp_path / "nowhere")
+
+
+def test_a_damaged_file_is_told_with_what_to_do(tmp_path):
+    (tmp_path / "layers.nc").write_bytes(b"no numbers")
+    with pytest.raises(
+        FileError, match=r"layers\.nc is truncated, damaged or foreign.*Run the command again"
+    ):
+        load_page(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_found_beforehand(tmp_path):
+    check_writable(tmp_path / "new")
+    assert (tmp_path / "new").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match="cannot be written"):
+        check_writable(tmp_path / "file" / "below")

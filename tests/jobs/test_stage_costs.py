@@ -1,0 +1,47 @@
+"""What a stage costs, in a unit that is measured beside it."""
+
+import pytest
+
+from deepspectra.jobs.stage_costs import Ledger
+
+
+class Machine:
+    """A clock that runs slower or faster as `load` says, and a gradient of one second of its own work."""
+
+    def __init__(self):
+        self.now, self.load, self.measured = 0.0, 1.0, 0
+
+    def work(self, seconds):
+        self.now += seconds * self.load
+
+    def gradient(self):
+        self.measured += 1
+        self.work(1.0)
+
+
+def test_the_unit_of_cost_is_measured_beside_each_stage():
+    """The same stages cost the same in gradients on a machine that grows three times slower between them."""
+    bills = []
+    for loads in ([1, 1, 1, 1], [1, 3, 3, 1]):
+        machine = Machine()
+        ledger = Ledger(show=False, gradient=machine.gradient, clock=lambda machine=machine: machine.now)
+        for stage, load in enumerate(loads):
+            machine.load = load
+            with ledger.stage(f"wait {stage}"):
+                machine.work(200)  # by which the change is noticed
+            with ledger.stage(f"stage {stage}"):
+                machine.work(100)
+        bills.append([ledger.gradients[f"stage {stage}"] for stage in range(4)])
+        assert machine.measured <= 0.06 * 4 * 300 + 2
+    assert bills[0] == pytest.approx([100] * 4)
+    assert bills[1] == pytest.approx([100] * 4)
+
+
+def test_short_stages_pay_for_no_measurement_of_their_own():
+    machine = Machine()
+    ledger = Ledger(show=False, gradient=machine.gradient, clock=lambda: machine.now)
+    for stage in range(30):
+        with ledger.stage(str(stage)):
+            machine.work(0.5)
+    assert machine.measured == 1
+    assert sum(ledger.gradients.values()) == pytest.approx(15)

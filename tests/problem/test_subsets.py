@@ -1,0 +1,82 @@
+"""Problems on some of the examples, or on draws with weights, are problems of the same loss."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import deepspectra as ds
+from deepspectra.errors import OptionError
+from deepspectra.problem.subsets import class_batches, drawn_problem, small_problem
+from nets import digits_problem
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return digits_problem()
+
+
+LOSSES = {
+    "plain": nn.CrossEntropyLoss(),
+    "class weights": nn.CrossEntropyLoss(weight=torch.linspace(0.5, 2, 10).double()),
+    "smoothed, ignoring a class": nn.CrossEntropyLoss(label_smoothing=0.1, ignore_index=3),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_drawing_everything_is_the_problem_itself(problem, name):
+    batches = [(x, y) for x, y in problem.batches][:2]
+    net = copy.deepcopy(problem.model).requires_grad_()
+    whole = ds.Problem(net, batches, loss=LOSSES[name])
+    every = torch.arange(sum(len(y) for _, y in batches))
+    drawn = drawn_problem(whole, every, torch.ones(len(every)))
+    v = torch.randn(whole.num_parameters, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for operator in (ds.Hessian, ds.GaussNewton, ds.Residual):
+        torch.testing.assert_close(operator(drawn) @ v, operator(whole) @ v, rtol=1e-9, atol=1e-13)
+    assert drawn.loss() == pytest.approx(whole.loss(), rel=1e-12)
+
+
+def test_a_few_rows_are_rows_that_count_in_another_type() -> None:
+    x, y = torch.randn(12, 4), torch.arange(12) % 3
+    y[::2] = -100  # 6 count
+    whole = ds.Problem(nn.Linear(4, 3), [(x[:2], y[:2]), (x[2:], y[2:])])
+    few = small_problem(whole, 3, torch.float64)
+    ((inputs, labels),) = few.batches
+    assert few.num_examples == 3
+    assert few.dtype == torch.float64
+    assert bool((labels >= 0).all())
+    assert set(map(tuple, inputs.tolist())) <= set(map(tuple, x.double().tolist()))
+    most = max(int((labels >= 0).sum()) for _, labels in whole.batches)
+    assert small_problem(whole, 100, torch.float64).num_examples == most < 6
+    assert whole.dtype == torch.float32
+
+
+def test_a_drawn_problem_weights_its_examples_and_divides_by_all() -> None:
+    x, y = torch.randn(9, 4, dtype=torch.float64), torch.arange(9) % 3
+    model = nn.Linear(4, 3).double()
+    chosen, weights = torch.tensor([1, 4, 8]), torch.tensor([2.0, 0.5, 3.0], dtype=torch.float64)
+    whole = ds.Problem(model, [(x[:5], y[:5]), (x[5:], y[5:])])
+    inputs, labels = (torch.cat(parts) for parts in zip(*whole.batches, strict=True))
+    with torch.no_grad():
+        each = nn.functional.cross_entropy(model(inputs[chosen]), labels[chosen], reduction="none")
+    drawn = drawn_problem(whole, chosen, weights)
+    assert drawn.loss() == pytest.approx(float(weights @ each) / 9, rel=1e-12)
+    regression = ds.Problem(model, (x, torch.randn(9, 3, dtype=torch.float64)), loss="mse")
+    with pytest.raises(OptionError, match="examples can be drawn from"):
+        drawn_problem(regression, chosen, weights)
+
+
+@pytest.mark.parametrize("groups", [None, torch.tensor([0, 1, 0])])
+def test_batches_by_class_hold_one_class_and_all_examples(groups: torch.Tensor | None) -> None:
+    x, y = torch.randn(10, 4, dtype=torch.float64), torch.tensor([0, 2, 1, 0, 1, 1, 2, 0, 1, 2])
+    problem = ds.Problem(nn.Linear(4, 3).double(), [(x[:7], y[:7]), (x[7:], y[7:])])
+    kind = y if groups is None else groups[y]
+    seen = list(class_batches(problem, groups))
+    for _, labels in seen:
+        assert len((labels if groups is None else groups[labels]).unique()) == 1
+    assert sorted(torch.cat([inputs for inputs, _ in seen])[:, 0].tolist()) == sorted(x[:, 0].tolist())
+    some = torch.cat([inputs for inputs, _ in class_batches(problem, groups, {1})])
+    assert sorted(some[:, 0].tolist()) == sorted(x[kind == 1, 0].tolist())

@@ -1,0 +1,76 @@
+"""Rows held as features and errors are the rows through the network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import deepspectra as ds
+from deepspectra.errors import MemoryBudgetError
+from deepspectra.rows.gradients import GradientRows
+from deepspectra.rows.held_rows import HeldRows
+from example_orders import made, random
+from nets import CASES, CLASSIFICATION, chunks, held
+from reference import error
+
+
+@pytest.mark.parametrize("name", ["time first, flat", "nodes", "sorted", "experts", "listed"])
+def test_rows_held_are_rows_through_the_network(name: str) -> None:
+    problem, _ = made(name)
+    rows, through = HeldRows(problem), GradientRows(problem)
+    order = torch.arange(len(rows.labels)) if rows.order is None else rows.order
+    assert (rows.order is not None) == (name == "time first, flat")
+    block, carried = random(problem.num_parameters, 2), random(*rows.weights.shape, 2)
+    products = rows.apply(block), rows.transpose(carried)
+    assert rows.captures.hold()
+    assert error(rows.apply(block), products[0]) < 1e-12
+    assert error(rows.transpose(carried), products[1]) < 1e-12
+    assert error(products[0][order.argsort()], through.apply(block)) < 1e-12
+    assert error(products[1], through.transpose(carried[order.argsort()])) < 1e-12
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_products_with_held_rows_are_those_through_the_network(name: str) -> None:
+    problem = CASES[name]().problem()
+    rows, through = held(problem), GradientRows(problem)
+    block = torch.randn(problem.num_parameters, 3, dtype=torch.float64)
+    carried = torch.randn(*rows.weights.shape, 3, dtype=torch.float64)
+    carried[::2, :, 1] = 0  # a column that lives on some examples only
+    assert error(rows.apply(block), through.apply(block)) < 1e-12
+    assert error(rows.transpose(carried), through.transpose(carried)) < 1e-12
+
+
+def test_released_rows_go_through_the_network_again() -> None:
+    problem = CASES["relu_mlp"]().problem()
+    rows = held(problem)
+    block = torch.randn(problem.num_parameters, 2, dtype=torch.float64)
+    before = rows.apply(block)
+    rows.captures.release()
+    assert error(rows.apply(block), before) < 1e-12
+
+
+def test_the_gram_matrix_does_not_depend_on_batches_nor_on_memory() -> None:
+    """Held at once, or captured parameter by parameter; in batches of any size."""
+    case = CASES["layernorm_gelu"]()
+    whole = ds.gram_spectrum(case.problem())
+    x, y = case.tensors
+    ragged = ds.gram_spectrum(ds.Problem(case.model, chunks(x, y, [1, len(x) - 1])))
+    assert error(ragged.values, whole.values) < 1e-12
+    rows = HeldRows(case.problem())
+    rows.captures.limit = 0
+    assert not rows.captures.hold()
+    rows.captures.limit = max(rows.captures.bytes_by_layer.values())
+    assert len(rows.captures._groups()) > 1
+    small = torch.linalg.eigvalsh(rows.gram()).flip(0)
+    assert error(small[: len(whole.values)], whole.values) < 1e-12
+
+
+def test_memory_is_refused_beforehand() -> None:
+    problem = CASES["relu_mlp"]().problem()
+    rows = HeldRows(problem)
+    rows.captures.limit = 1
+    with pytest.raises(MemoryBudgetError, match="features and errors of layer"):
+        rows.gram()
+    problem.memory = 1000
+    with pytest.raises(MemoryBudgetError, match="60 rows"):
+        HeldRows(problem).gram()

@@ -66,7 +66,7 @@ def _looks(found: Findings) -> dict[str, Findings]:
 def _histograms(found: Findings) -> Variables:
     """Of every spectrum, without its zeros, and what they do not show."""
     bins: dict[tuple[str, str, str], Bins] = {}
-    zeros, smallest, small = {}, {}, {}
+    zeros: dict[tuple[str, str], float] = {}
     for split, one in _looks(found).items():
         nodes = torch.cat([density.nodes for density in one.densities.values()]).nan_to_num()
         reach = float(nodes.max() - nodes.min())
@@ -81,13 +81,9 @@ def _histograms(found: Findings) -> Variables:
                 density, zeros[split, name] = spectrum
                 for view in VIEWS:
                     bins[split, name, view] = binned(density, view, np.nan_to_num(zeros[split, name]), reach)
-                (smallest[split, name], *_), (small[split, name], *_) = bins[split, name, "magnitude"][1:3]
     dims = ("split", "operator")
-    return {f"bin_{n}": ((*dims, "view", "bin"), _row(bins, j)) for j, n in enumerate(Bins._fields)} | {
-        "zero_share": (dims, zeros),
-        "smallest_drawn": (dims, smallest),
-        "small_share": (dims, small),
-    }
+    found_bins = {f"bin_{n}": ((*dims, "view", "bin"), _row(bins, j)) for j, n in enumerate(Bins._fields)}
+    return found_bins | {"zero_share": (dims, zeros)}
 
 
 def _tails(found: Findings) -> Variables:

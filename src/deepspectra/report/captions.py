@@ -7,24 +7,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from deepspectra.report import drawing as d
+from deepspectra.report import text as t
 from deepspectra.report.class_charts import class_names, cosines
-from deepspectra.report.drawing import LEVEL_NAMES, Row, by_operator, holds, number, rows
-from deepspectra.report.findings import (
-    knockout_summary,
-    mean_shares,
-    outliers,
-    outliers_left,
-)
-from deepspectra.report.text import (
-    attribute,
-    escaped,
-    finite,
-    joined,
-    number_html,
-    quantity,
-    share_html,
-    symbol,
-)
+from deepspectra.report.findings import knockout_summary, mean_shares, outliers, outliers_left
 
 
 def spectrum(dataset: xr.Dataset) -> str:
@@ -44,24 +30,26 @@ def spectrum(dataset: xr.Dataset) -> str:
 def _zero_sentences(dataset: xr.Dataset) -> str:
     """Which share of the eigenvalues are zeros, left out."""
     text = ""
-    for row in rows(dataset, "zero_share"):
-        of = symbol(row["operator"]) + (" on the test data" if row["split"] == "test" else "")
-        text += f" Left out: {share_html(row['zero_share'])} of the eigenvalues of {of}, zero up to rounding."
+    for row in d.rows(dataset, "zero_share"):
+        of = t.symbol(row["operator"]) + (" on the test data" if row["split"] == "test" else "")
+        text += (
+            f" Left out: {t.share_html(row['zero_share'])} of the eigenvalues of {of}, zero up to rounding."
+        )
     return text
 
 
 def _outlier_sentences(dataset: xr.Dataset) -> str:
     found = outliers(dataset)
-    edges = by_operator(dataset, "bulk_edge")
-    thresholds = by_operator(dataset, "outlier_threshold")
+    edges = d.by_operator(dataset, "bulk_edge")
+    thresholds = d.by_operator(dataset, "outlier_threshold")
     text = ""
     for operator, threshold in thresholds.items():
         top = [row["eigenvalue"] for row in found if row["operator"] == operator]
-        name = symbol(operator)
-        text += f" {name} has {quantity(len(top), 'outlier')} above {number_html(threshold)}"
+        name = t.symbol(operator)
+        text += f" {name} has {t.quantity(len(top), 'outlier')} above {t.number_html(threshold)}"
         if top and edges.get(operator):
-            ratio, edge = number(max(top) / edges[operator], 2), number_html(edges[operator])
-            text += f"; the largest, {number_html(max(top))}, is {ratio} times its bulk edge {edge}"
+            ratio, edge = d.number(max(top) / edges[operator], 2), t.number_html(edges[operator])
+            text += f"; the largest, {t.number_html(max(top))}, is {ratio} times its bulk edge {edge}"
         text += "."
     return text
 
@@ -76,10 +64,10 @@ def shares(dataset: xr.Dataset) -> str:
     )
     for operator, means in mean_shares(dataset).items():
         ranked = sorted(means.items(), key=lambda item: -item[1])
-        listed = joined(
-            f"{escaped(part)} {share_html(share)}" for part, share in ranked if abs(share) >= 0.0005
+        listed = t.joined(
+            f"{t.escaped(part)} {t.share_html(share)}" for part, share in ranked if abs(share) >= 0.0005
         )
-        text += f" Mean over the outliers of {symbol(operator)}: {listed}."
+        text += f" Mean over the outliers of {t.symbol(operator)}: {listed}."
     return text
 
 
@@ -93,14 +81,16 @@ def knockouts(dataset: xr.Dataset) -> str:
     )
     summary = knockout_summary(dataset)
     first = summary[0]["operator"]
-    left = [f"{_removal(row)}, {escaped(outliers_left(row))}" for row in summary if row["operator"] == first]
-    return f"{text} For {symbol(first)}: {'; '.join(left)}."
+    left = [
+        f"{_removal(row)}, {t.escaped(outliers_left(row))}" for row in summary if row["operator"] == first
+    ]
+    return f"{text} For {t.symbol(first)}: {'; '.join(left)}."
 
 
-def _removal(row: Row) -> str:
+def _removal(row: d.Row) -> str:
     if row["knockout"] == "nothing":
         return "nothing removed"
-    return f"without {escaped(row['knockout'])} by {escaped(row['method'])}"
+    return f"without {t.escaped(row['knockout'])} by {t.escaped(row['method'])}"
 
 
 def averaging(dataset: xr.Dataset) -> str:
@@ -111,44 +101,44 @@ def averaging(dataset: xr.Dataset) -> str:
         "by class and by pair of classes. Symbols on the dots mean that the averages carry the whole "
         "eigenvalue."
     )
-    table = rows(dataset, "subspace_overlap", "subspace_dimension", "subspace_gradients")
+    table = d.rows(dataset, "subspace_overlap", "subspace_dimension", "subspace_gradients")
     for level in dict.fromkeys(row["level"] for row in table):
         text += _overlap_sentence([row for row in table if row["level"] == level])
     return text
 
 
-def _overlap_sentence(table: list[Row]) -> str:
+def _overlap_sentence(table: list[d.Row]) -> str:
     level = table[0]["level"]
-    listed = joined(
-        f"{share_html(row['subspace_overlap'])} of the top {_dimension(row)}{symbol(row['operator'])}"
+    listed = t.joined(
+        f"{t.share_html(row['subspace_overlap'])} of the top {_dimension(row)}{t.symbol(row['operator'])}"
         for row in table
     )
     gradients = table[0].get("subspace_gradients")
-    known = gradients is not None and finite(gradients)
+    known = gradients is not None and t.finite(gradients)
     price = f", for the cost of about {_gradients(gradients)}" if known else ""
-    return f" The {LEVEL_NAMES.get(level, escaped(level))} span {listed}{price}."
+    return f" The {d.LEVEL_NAMES.get(level, t.escaped(level))} span {listed}{price}."
 
 
 def _gradients(cost: Any) -> str:
     """To the two digits that mean something, for a clock gave them."""
-    return f"{number_html(cost, 2)} {'gradient' if number(cost, 2) == '1' else 'gradients'}"
+    return f"{t.number_html(cost, 2)} {'gradient' if d.number(cost, 2) == '1' else 'gradients'}"
 
 
-def _dimension(row: Row) -> str:
+def _dimension(row: d.Row) -> str:
     size = row.get("subspace_dimension")
-    return f"{size:.0f} eigenvectors of " if finite(size) else "eigenvectors of "
+    return f"{size:.0f} eigenvectors of " if t.finite(size) else "eigenvectors of "
 
 
 def classes(dataset: xr.Dataset) -> str:
     """With the closest and the most confused pair of classes."""
     text = ""
-    if holds(dataset, "mean_gram"):
+    if d.holds(dataset, "mean_gram"):
         text += (
             "Cosines between the mean gradients of two classes: purple when they pull the parameters the "
             "same way, orange when they pull against each other. "
         )
         text += _cosine_sentence(dataset)
-    if holds(dataset, "cross_class_weight"):
+    if d.holds(dataset, "cross_class_weight"):
         text += (
             " Weights: how much the loss counts the examples of the class in a row under the label in a "
             "column, which is large where the network confuses them. The diagonal (true labels) is left "
@@ -165,10 +155,10 @@ def _cosine_sentence(dataset: xr.Dataset) -> str:
     if not np.isfinite(values).any():
         return ""
     best = int(np.nanargmax(values))
-    pair = f"{escaped(names[i[best]])} and {escaped(names[j[best]])}"
+    pair = f"{t.escaped(names[i[best]])} and {t.escaped(names[j[best]])}"
     return (
-        f"The mean cosine of two classes is {number_html(np.nanmean(values), 2)}; the closest are {pair} "
-        f"({number_html(values[best], 2)})."
+        f"The mean cosine of two classes is {t.number_html(np.nanmean(values), 2)}; the closest are {pair} "
+        f"({t.number_html(values[best], 2)})."
     )
 
 
@@ -179,13 +169,13 @@ def _confusion_sentence(dataset: xr.Dataset) -> str:
     if not np.isfinite(weights).any():
         return ""
     true, label = np.unravel_index(int(np.nanargmax(weights)), weights.shape)
-    pair = f"{escaped(names[true])} under the label {escaped(names[label])}"
-    return f"The largest is {pair} ({number_html(weights[true, label])})."
+    pair = f"{t.escaped(names[true])} under the label {t.escaped(names[label])}"
+    return f"The largest is {pair} ({t.number_html(weights[true, label])})."
 
 
 def regions(dataset: xr.Dataset) -> str:
     """With the method of the knock-outs."""
-    gone = "projected out" if attribute(dataset, "method") == "projection" else "subtracted"
+    gone = "projected out" if t.attribute(dataset, "method") == "projection" else "subtracted"
     return (
         f"How far the eigenvalues of each region move when a part is {gone}: the mean of |log₁₀ λ/λ′| over its "
         "ranks, one that is gone counting as three decades. Outliers are the first C − 1 eigenvalues (C of "
@@ -197,13 +187,13 @@ def regions(dataset: xr.Dataset) -> str:
 
 def cost(dataset: xr.Dataset) -> str:
     """With the total and the dearest stage."""
-    table = rows(dataset, "cost_gradients", "cost_seconds")
+    table = d.rows(dataset, "cost_gradients", "cost_seconds")
     total = sum(row["cost_gradients"] for row in table)
     most = max(table, key=lambda row: row["cost_gradients"])
-    largest = share_html(most["cost_gradients"] / total if total else 0)
+    largest = t.share_html(most["cost_gradients"] / total if total else 0)
     text = (
         "What each stage cost, in the time of one gradient of the loss over all examples, which is measured beside "
-        f"it. Together about {_gradients(total)}, {largest} of them for {escaped(most['stage'])}."
+        f"it. Together about {_gradients(total)}, {largest} of them for {t.escaped(most['stage'])}."
     )
-    seconds = attribute(dataset, "gradient_seconds")
-    return text + (f" One gradient took {number_html(seconds)} s." if seconds is not None else "")
+    seconds = t.attribute(dataset, "gradient_seconds")
+    return text + (f" One gradient took {t.number_html(seconds)} s." if seconds is not None else "")

@@ -183,6 +183,7 @@ def printed(chart: alt.LayerChart, inches: float | None) -> alt.LayerChart:
     text = {"labelFontSize": LETTERS, "titleFontSize": LETTERS}
     config["axis"] |= {**text, "titlePadding": 3, "tickSize": 3}
     config["legend"] |= {**text, "symbolSize": 30, "columnPadding": 6, "rowPadding": 1, "offset": 3}
+    config["title"]["fontSize"] = LETTERS + 1
     config["padding"] = 1
     width = inches * POINTS
     spec |= {"width": width, "height": ASPECT * width, "autosize": {"type": "fit", "contains": "padding"}}

@@ -24,21 +24,12 @@ import xarray as xr
 
 from deepspectra.errors import DataError, FileError
 from deepspectra.report import tables
+from deepspectra.report import text as t
 from deepspectra.report.drawing import Chart, by_operator, holds, number
 from deepspectra.report.dynamics_charts import is_sweep
 from deepspectra.report.figures import FIGURES, OF_SWEEPS, Figure, figures_of
 from deepspectra.report.findings import mean_shares, outliers
 from deepspectra.report.tables import Cell, table_html
-from deepspectra.report.text import (
-    attribute,
-    escaped,
-    joined,
-    json_attribute,
-    number_html,
-    percent,
-    quantity,
-    symbol,
-)
 
 # What lets a chart take the width of its place on the page.
 RESPONSIVE = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
@@ -96,7 +87,7 @@ def render_series(series: Mapping[str, xr.Dataset]) -> str:
         specs |= {f"{name}-m{j}": spec for name, spec in drawn.items()}
     buttons = [
         f'<input type="radio" name="moment" id="moment-{j}" value="{j}"{" checked" if j == last else ""}>'
-        f'<label for="moment-{j}">{escaped(label)}</label>'
+        f'<label for="moment-{j}">{t.escaped(label)}</label>'
         for j, label in enumerate(series)
     ]
     choice = f'<div class="moments" role="radiogroup" aria-label="Which analysis">{"".join(buttons)}</div>'
@@ -122,7 +113,7 @@ def _filled(
 ) -> str:
     template = Template(files("deepspectra.report").joinpath("template.html").read_text(encoding="utf-8"))
     return template.substitute(
-        title=escaped(attribute(dataset, "title", "A spectrum")),
+        title=t.escaped(t.attribute(dataset, "title", "A spectrum")),
         verdict=verdict,
         subject=_subject(dataset),
         cards=cards,
@@ -152,29 +143,29 @@ def _bundle() -> str:
 
 def _verdict(dataset: xr.Dataset) -> str:
     """The first sentence large, the rest below."""
-    text = str(attribute(dataset, "verdict", "")).strip()
+    text = str(t.attribute(dataset, "verdict", "")).strip()
     if not text:
         return ""
     first, *rest = re.split(r"(?<=[.!?])\s+(?=[A-Z0-9])", text, maxsplit=1)
-    more = "".join(f'<p class="rest">{escaped(part)}</p>' for part in rest)
-    return f'<div class="verdict"><p class="first">{escaped(first)}</p>{more}</div>'
+    more = "".join(f'<p class="rest">{t.escaped(part)}</p>' for part in rest)
+    return f'<div class="verdict"><p class="first">{t.escaped(first)}</p>{more}</div>'
 
 
 def _subject(dataset: xr.Dataset) -> str:
     names = ("model", "data", "loss", "created")
-    known = [str(attribute(dataset, name, "")) for name in names]
-    return " &nbsp;·&nbsp; ".join(escaped(item) for item in known if item)
+    known = [str(t.attribute(dataset, name, "")) for name in names]
+    return " &nbsp;·&nbsp; ".join(t.escaped(item) for item in known if item)
 
 
 def _citation(dataset: xr.Dataset) -> str:
-    known = json_attribute(dataset, "provenance")
+    known = t.json_attribute(dataset, "provenance")
     versions = known.get("versions", known)  # files of before name them among the rest
     version = versions.get("deepspectra", "") if isinstance(versions, dict) else ""
     parts = [f"deepspectra {version}".strip()]
-    parts += [str(attribute(dataset, name, "")) for name in ("model", "data", "loss")]
-    seed = attribute(dataset, "seed")
+    parts += [str(t.attribute(dataset, name, "")) for name in ("model", "data", "loss")]
+    seed = t.attribute(dataset, "seed")
     parts += [f"seed {seed}"] if seed is not None else []
-    return f"<em>{escaped('; '.join(part for part in parts if part))}</em>."
+    return f"<em>{t.escaped('; '.join(part for part in parts if part))}</em>."
 
 
 # ----------------------------------------------------------------------------------------------------- cards
@@ -187,20 +178,20 @@ def _cards(dataset: xr.Dataset) -> str:
     if not cards:
         return ""
     items = [
-        f'<li><span class="name">{escaped(name)}</span><span class="figure">{escaped(figure)}</span>'
-        f'<span class="note">{escaped(note)}</span></li>'
+        f'<li><span class="name">{t.escaped(name)}</span><span class="figure">{t.escaped(figure)}</span>'
+        f'<span class="note">{t.escaped(note)}</span></li>'
         for name, figure, note in cards
     ]
     return f'<ul class="cards">{"".join(items)}</ul>'
 
 
 def _size_cards(dataset: xr.Dataset) -> list[tuple[str, str, str]]:
-    parameters, classes = attribute(dataset, "num_parameters"), attribute(dataset, "num_classes")
+    parameters, classes = t.attribute(dataset, "num_parameters"), t.attribute(dataset, "num_classes")
     cards = [("Parameters", f"{parameters:,}", "")] if parameters is not None else []
     for prefix, of in (("", ""), ("test_", "Test ")):
         names = ("num_examples", "accuracy", "loss_value")
-        examples, accuracy, loss = (attribute(dataset, prefix + name) for name in names)
-        note = f"in {quantity(classes, 'class', 'classes')}" if classes else ""
+        examples, accuracy, loss = (t.attribute(dataset, prefix + name) for name in names)
+        note = f"in {t.quantity(classes, 'class', 'classes')}" if classes else ""
         if examples is not None:
             cards.append((f"{of}examples".capitalize(), f"{examples:,}", note))
         if accuracy is not None:
@@ -210,7 +201,7 @@ def _size_cards(dataset: xr.Dataset) -> list[tuple[str, str, str]]:
 
 
 def _outlier_cards(dataset: xr.Dataset) -> list[tuple[str, str, str]]:
-    counts = [(f"{num:.0f}", symbol(name)) for name, num in by_operator(dataset, "num_outliers").items()]
+    counts = [(f"{num:.0f}", t.symbol(name)) for name, num in by_operator(dataset, "num_outliers").items()]
     if not counts:
         return []
     (first, name), *others = counts
@@ -221,8 +212,8 @@ def _outlier_cards(dataset: xr.Dataset) -> list[tuple[str, str, str]]:
 def _share_cards(dataset: xr.Dataset) -> list[tuple[str, str, str]]:
     for operator, means in mean_shares(dataset).items():
         part = max(means, key=lambda name: means[name])
-        name = symbol(operator)
-        return [("Largest share", f"{part} {percent(means[part], 0)}", f"mean over the outliers of {name}")]
+        name = t.symbol(operator)
+        return [("Largest share", f"{part} {t.percent(means[part], 0)}", f"mean over the outliers of {name}")]
     return []
 
 
@@ -313,15 +304,15 @@ def _conditions(dataset: xr.Dataset) -> str:
         "gradient_seconds": "seconds for one gradient",
         "averages": "averages over",
     }
-    listed = {label: attribute(dataset, name) for name, label in names.items()}
+    listed = {label: t.attribute(dataset, name) for name, label in names.items()}
     listed |= {
         "memory budget": _bytes(dataset, "memory_bytes"),
         "peak memory": _bytes(dataset, "peak_memory_bytes"),
     }
     listed |= _probes(dataset)
-    listed |= dict(_flat(json_attribute(dataset, "provenance")))
+    listed |= dict(_flat(t.json_attribute(dataset, "provenance")))
     items = [
-        f"<dt>{escaped(name)}</dt><dd>{escaped(number(value) if isinstance(value, float) else value)}</dd>"
+        f"<dt>{t.escaped(name)}</dt><dd>{t.escaped(number(value) if isinstance(value, float) else value)}</dd>"
         for name, value in listed.items()
         if value is not None
     ]
@@ -329,7 +320,7 @@ def _conditions(dataset: xr.Dataset) -> str:
 
 
 def _bytes(dataset: xr.Dataset, name: str) -> str | None:
-    value = attribute(dataset, name)
+    value = t.attribute(dataset, name)
     return None if value is None else f"{value / 1e9:.3g} GB" if value >= 1e9 else f"{value / 1e6:.3g} MB"
 
 
@@ -341,7 +332,7 @@ def _probes(dataset: xr.Dataset) -> dict[str, str]:
     for operator, table in dataset["density_probe"].groupby("operator"):
         probe, node = table.values.ravel(), dataset["density_node"].sel(operator=operator).values.ravel()
         drawn, exact = probe[probe >= 0], int(((probe == -1) & (node != 0)).sum())  # zeros have one node
-        text = f"{symbol(str(operator))}: {len(np.unique(drawn))} probes, {drawn.size} nodes"
+        text = f"{t.symbol(str(operator))}: {len(np.unique(drawn))} probes, {drawn.size} nodes"
         out.append(text + (f" and {exact} exact eigenvalues" if exact else ""))
     return {"density estimates": "; ".join(out)}
 
@@ -366,13 +357,13 @@ def _convergence(dataset: xr.Dataset) -> str:
         worst[row["operator"]] = max(ratio, worst.get(row["operator"], 0.0))
     if not worst:
         return ""
-    listed = joined(f"{number_html(ratio, 2)} for {symbol(name)}" for name, ratio in worst.items())
+    listed = t.joined(f"{t.number_html(ratio, 2)} for {t.symbol(name)}" for name, ratio in worst.items())
     return f"<p>Largest measured ‖Av − λv‖ / |λ| among the outliers: {listed}.</p>"
 
 
 def _threshold_table(dataset: xr.Dataset) -> str:
     body: list[list[Cell]] = []
-    for name, entry in json_attribute(dataset, "thresholds").items():
+    for name, entry in t.json_attribute(dataset, "thresholds").items():
         value, explanation = entry if isinstance(entry, list) and len(entry) == 2 else (entry, "")
         body.append([name, value if isinstance(value, (int, float)) else str(value), str(explanation)])
     return table_html("thresholds", "Thresholds", ["threshold", "value", "meaning"], body) if body else ""

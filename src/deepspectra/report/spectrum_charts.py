@@ -37,43 +37,8 @@ class _Line:
         return (self.place(value) - self.ends[0]) / (self.ends[1] - self.ends[0])
 
 
-@d.needs("bin_mass")
-def spectrum(dataset: xr.Dataset) -> alt.LayerChart:
-    """Densities of H, G and R with their outliers over a linear eigenvalue axis."""
-    return _linear(dataset, "train")
-
-
-@d.needs("bin_mass")
-def log_spectrum(dataset: xr.Dataset) -> alt.LayerChart:
-    """Densities per decade of |λ|, negative eigenvalues mirrored to the left, with the power laws of their tails."""
-    return _mirrored(dataset, "train")
-
-
-@d.needs("bin_mass")
-def magnitude_spectrum(dataset: xr.Dataset) -> alt.LayerChart:
-    """Densities per decade of |λ|, both signs together, with the power laws of their tails."""
-    return _of_sizes(dataset, "train")
-
-
-@d.needs("bin_mass", "test_eigenvalue")
-def spectrum_test(dataset: xr.Dataset) -> alt.LayerChart:
-    """As `spectrum`, of the test data and on the same axes."""
-    return _linear(dataset, "test")
-
-
-@d.needs("bin_mass", "test_eigenvalue")
-def log_spectrum_test(dataset: xr.Dataset) -> alt.LayerChart:
-    """As `log_spectrum`, of the test data and on the same axes."""
-    return _mirrored(dataset, "test")
-
-
-@d.needs("bin_mass", "test_eigenvalue")
-def magnitude_spectrum_test(dataset: xr.Dataset) -> alt.LayerChart:
-    """As `magnitude_spectrum`, of the test data and on the same axes."""
-    return _of_sizes(dataset, "test")
-
-
 def _linear(dataset: xr.Dataset, split: str) -> alt.LayerChart:
+    """Densities of H, G and R with their outliers over a linear eigenvalue axis."""
     table = [row for row in _bins(dataset, "linear") if row["split"] == split]
     low, high = min(row["start"] for row in table), max(row["end"] for row in table)
     ends = low - MARGIN * (high - low), high + MARGIN * (high - low)
@@ -82,11 +47,13 @@ def _linear(dataset: xr.Dataset, split: str) -> alt.LayerChart:
 
 
 def _mirrored(dataset: xr.Dataset, split: str) -> alt.LayerChart:
+    """Densities per decade of |λ|, negative eigenvalues mirrored to the left, with the power laws of their tails."""
     table = _bins(dataset, "signed")
     return _spectrum(dataset, table, _mirrored_log(table), split, PER_DECADE, ("negative", "positive"))
 
 
 def _of_sizes(dataset: xr.Dataset, split: str) -> alt.LayerChart:
+    """Densities per decade of |λ|, both signs together, with the power laws of their tails."""
     table = _bins(dataset, "magnitude")
     low, high = _sizes(table)
     ticks = d.decades(low, high, most=7)
@@ -94,6 +61,24 @@ def _of_sizes(dataset: xr.Dataset, split: str) -> alt.LayerChart:
     ends = math.log10(low), math.log10(high)
     line = _Line(lambda value: math.log10(max(abs(value), low)), ends, _axis(ends, axis))
     return _spectrum(dataset, table, line, split, PER_DECADE, ("magnitude",))
+
+
+def _both(name: str, draw: Callable[[xr.Dataset, str], alt.LayerChart]) -> tuple[d.Chart, d.Chart]:
+    """A chart of the problem's data, and another of the test data, on the same axes where these are logarithmic."""
+    drawn = []
+    for split, end in (("train", ""), ("test", "_test")):
+
+        def chart(dataset: xr.Dataset, split: str = split) -> alt.LayerChart:
+            return draw(dataset, split)
+
+        chart.__name__, chart.__doc__ = name + end, draw.__doc__
+        drawn.append(d.needs("bin_mass", *(["test_eigenvalue"] if end else []))(chart))
+    return drawn[0], drawn[1]
+
+
+spectrum, spectrum_test = _both("spectrum", _linear)
+log_spectrum, log_spectrum_test = _both("log_spectrum", _mirrored)
+magnitude_spectrum, magnitude_spectrum_test = _both("magnitude_spectrum", _of_sizes)
 
 
 def _sizes(table: list[d.Row]) -> tuple[float, float]:

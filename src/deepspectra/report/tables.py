@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 
 import xarray as xr
 
+from deepspectra.report import text as t
 from deepspectra.report.drawing import LEVEL_NAMES, holds, number, pivot, rows
 from deepspectra.report.findings import knockout_summary, outliers
 from deepspectra.report.network_charts import peaks
-from deepspectra.report.text import escaped, finite, json_attribute, operator_name, percent, symbol
 
 Cell = str | int | float | tuple[str, float] | None  # a pair: the text shown and the value behind it
 Filled = tuple[list[str], list[list[Cell]]] | tuple[list[str], list[list[Cell]], list[int]]
@@ -24,7 +24,7 @@ def table_html(
     """A table with its heading and a button that saves it; rows in `strong` stand out."""
     numeric = [any(isinstance(row[i], (int, float, tuple)) for row in body) for i in range(len(head))]
     top = "".join(
-        f"<th{' class=n' if wide else ''}>{escaped(cell)}</th>"
+        f"<th{' class=n' if wide else ''}>{t.escaped(cell)}</th>"
         for cell, wide in zip(head, numeric, strict=True)
     )
     marked = set(strong)
@@ -33,7 +33,7 @@ def table_html(
         for index, row in enumerate(body)
     ]
     return (
-        f'<h3>{escaped(heading)} <button class="csv" data-table="{name}">Save as CSV</button></h3>\n'
+        f'<h3>{t.escaped(heading)} <button class="csv" data-table="{name}">Save as CSV</button></h3>\n'
         f'<div class="scroll"><table id="{name}"><thead><tr>{top}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
@@ -41,9 +41,9 @@ def table_html(
 
 def _cell_html(value: Cell) -> str:
     if isinstance(value, str):
-        return f"<td>{escaped(value)}</td>"
+        return f"<td>{t.escaped(value)}</td>"
     if isinstance(value, tuple):
-        return f'<td class=n data-value="{value[1]!r}">{escaped(value[0])}</td>'
+        return f'<td class=n data-value="{value[1]!r}">{t.escaped(value[0])}</td>'
     if value is None or not math.isfinite(value):
         return '<td class=n data-value="">–</td>'
     shown = f"{value:,}" if isinstance(value, int) else number(value, 4)
@@ -80,17 +80,17 @@ def eigenvalue(dataset: xr.Dataset) -> Filled:
         strong += [len(body)] if found else []
         shares = [_percentage(found.get(f"share {part}")) for part in parts]
         residual = about(row.get("residual_norm"))
-        body.append([symbol(row["operator"]), row["pair"] + 1, row["eigenvalue"], residual, *shares])
+        body.append([t.symbol(row["operator"]), row["pair"] + 1, row["eigenvalue"], residual, *shares])
     return ["operator", "pair", "eigenvalue λ", "‖Av − λv‖", *parts], body, strong
 
 
 def about(value: float | None) -> Cell:
     """A number of which two digits mean something, such as one that a clock gave."""
-    return (number(value, 2), value) if value is not None and finite(value) else None
+    return (number(value, 2), value) if value is not None and t.finite(value) else None
 
 
 def _percentage(share: float | None) -> Cell:
-    return None if share is None else (percent(share), share)
+    return None if share is None else (t.percent(share), share)
 
 
 @_table("tail-table", "Tails of the spectra", "bin_mass")
@@ -99,7 +99,7 @@ def tail(dataset: xr.Dataset) -> Filled:
     names = [f"tail_{name}" for name in ("exponent", "exponent_low", "exponent_high", "start", "p_value")]
     body: list[list[Cell]] = [
         [
-            symbol(row["operator"]),
+            t.symbol(row["operator"]),
             row["split"],
             row["side"],
             row["tail_verdict"],
@@ -118,7 +118,7 @@ def knockout(dataset: xr.Dataset) -> Filled:
     """What each knock-out leaves."""
     body: list[list[Cell]] = [
         [
-            operator_name(row["operator"]),
+            t.operator_name(row["operator"]),
             row["knockout"],
             row["method"] if row["knockout"] != "nothing" else "",
             row["knockout_value"],
@@ -243,7 +243,7 @@ def study(dataset: xr.Dataset) -> Filled:
         means.setdefault((layer, variant), {})[measure] = sum(values.values()) / len(values)
     layers, variants = ([str(name) for name in dataset[dim].values] for dim in ("layer", "variant"))
     known = [pair for pair in itertools.product(layers, variants) if pair in means]
-    labels = json_attribute(dataset, "measures")
+    labels = t.json_attribute(dataset, "measures")
     body: list[list[Cell]] = [[*pair, *map(means[pair].get, labels)] for pair in known]
     return ["layer", "variant", *labels.values()], body
 
@@ -264,7 +264,7 @@ def averaging(dataset: xr.Dataset) -> Filled:
     body: list[list[Cell]] = [
         [
             LEVEL_NAMES.get(row["level"], row["level"]),
-            operator_name(row["operator"]),
+            t.operator_name(row["operator"]),
             row["subspace_overlap"],
             row.get("subspace_dimension"),
             about(row.get("subspace_gradients")),
@@ -279,7 +279,7 @@ def trace(dataset: xr.Dataset) -> str:
     body: list[list[Cell]] = []
     for name in ("trace", "part_trace"):
         for row in rows(dataset, name, f"{name}_standard_error"):
-            of = f"part of G: {row['part']}" if "part" in row else operator_name(row["operator"])
+            of = f"part of G: {row['part']}" if "part" in row else t.operator_name(row["operator"])
             error = row.get(f"{name}_standard_error")
             body.append([of, row[name], ("exact", 0.0) if error == 0 else about(error)])
     return table_html("traces", "Traces", ["operator", "trace", "standard error"], body) if body else ""

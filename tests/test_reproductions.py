@@ -232,4 +232,5 @@ def test_the_page_of_what_efforts_resolve_says_where_marks_are_missed() -> None:
 def test_the_page_of_what_efforts_resolve_is_that_of_its_records() -> None:
     records = [json.loads(line) for line in resolution.RECORDS.read_text().splitlines()]
     assert resolution.PAGE.read_text() == resolution.page(records)
-    assert {record["network"] for record in records} == set(resolution.NETWORKS)
+    assert records
+    assert {record["network"] for record in records} <= set(resolution.NETWORKS)

@@ -1,68 +1,74 @@
-"""Measure every network of the grid that has no record yet, and write the table.
+"""Sweep the networks that have not been measured yet, and write the pages from all that have.
 
-python -m reproductions --data-root DIR [--models mlp lenet] [--data mnist] [--per-class 13 136] [--seeds 3]
+python -m reproductions --data-root DIR [--store DIR] [--pages] [--stages 3]
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
+import math
 import os
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import torch
-from rich.console import Console
+import deepspectra as ds
+from reproductions import dissecting
+from reproductions.measure import ClaimsCell
+from reproductions.pages import Grid, claims_page, dynamics_page
+from reproductions.records import earlier
 
-from reproductions.claims import page
-from reproductions.measure import Run, measure
+DOCS = Path(__file__).parent.parent / "docs"
+STORE = Path("runs/reproductions")
+LOOKS = "progress"
+SMALL = {
+    "data": ["fashion", "mnist", "cifar10"],
+    "model": ["mlp", "lenet", "mlp-bn"],
+    LOOKS: [0.02, 0.1, 0.33, 1],
+}
+DEAR = SMALL | {"model": ["resnet18-small"]}
 
-HERE = Path(__file__).parent.parent / "docs"
-RECORDS, PAGE = HERE / "claims.jsonl", HERE / "claims.md"
-MODELS = ("mlp", "mlp-bn", "lenet", "vgg11-bn", "resnet18")
-SMALL = ("mlp", "mlp-bn", "lenet")  # that train in minutes: several seeds
+
+def stages() -> Iterator[dict[str, list[Any]]]:
+    """Grids in the order in which they tell most for their cost; they do not overlap."""
+    yield SMALL | {"per_class": [13], "seed": [0]}
+    yield SMALL | {"per_class": [136], "seed": [0]}
+    yield SMALL | {"per_class": [13], "seed": [1, 2]}
+    for seed in range(3):
+        yield SMALL | {"per_class": [51], "seed": [seed]}
+    yield DEAR | {"per_class": [13], "seed": [0, 1, 2]}
+    yield SMALL | {"per_class": [136], "seed": [1, 2]}
+    yield SMALL | {"per_class": [702], "seed": [0, 1, 2]}
+    yield DEAR | {"per_class": [51, 136, 702], "seed": [0, 1, 2]}
 
 
-def grid(models: list[str], data: list[str], sizes: list[int], seeds: int) -> list[Run]:
-    """Runs in the order of their cost."""
-    runs = [
-        Run(model, name, size, seed)
-        for size, model, name, seed in itertools.product(sizes, models, data, range(seeds))
-        if model in SMALL or seed == 0
-    ]
-    return sorted(runs, key=lambda run: (run.model not in SMALL, run.per_class, run.data != "cifar10"))
+def write_pages(store: Path, docs: Path = DOCS) -> None:
+    """From whatever cells there are."""
+    found = ds.gather(store)
+    cells = sum(math.prod(map(len, axes.values())) for axes in stages())
+    grid = Grid(cells, cells // len(SMALL[LOOKS]))
+    (docs / "claims.md").write_text(claims_page(found, earlier(DOCS / "claims.jsonl"), grid))
+    (docs / "dynamics.md").write_text(dynamics_page(found, docs / "dynamics", grid))
 
 
 def main() -> None:
-    """Measure what is missing, a record a line, and write the page anew after each."""
+    """Measure what is missing, stage by stage, and write the pages after each."""
     parser = argparse.ArgumentParser(prog="python -m reproductions", description=__doc__)
     parser.add_argument("--data-root", type=Path, default=os.environ.get("DEEPSPECTRA_DATA"))
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--data", nargs="+", default=["mnist", "fashion", "cifar10"])
-    parser.add_argument("--per-class", nargs="+", type=int, default=[13, 136, 702])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--page-only", action="store_true", help="write the page from the records there are")
+    parser.add_argument("--store", type=Path, default=STORE, help="folder of the sweeps")
+    parser.add_argument("--stages", type=int, default=len(list(stages())), help="how many of the grids")
+    parser.add_argument("--pages", action="store_true", help="write the pages from what the store has")
     options = parser.parse_args()
-    records = [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.exists() else []
-    done = {tuple(record[key] for key in asdict(Run("", "", 0, 0))) for record in records}
-    console = Console()
-    runs = [] if options.page_only else grid(options.models, options.data, options.per_class, options.seeds)
-    for run in runs:
-        if tuple(asdict(run).values()) in done:
-            continue
+    layers = options.store / "dissecting"
+    if not options.pages:
         if options.data_root is None:
             parser.error("--data-root or DEEPSPECTRA_DATA must name the folder of the data sets.")
-        torch.manual_seed(run.seed)
-        record = measure(run, Path(options.data_root))
-        records.append(record)
-        with RECORDS.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        found = record["H"]
-        console.print(f"{run}: {found['outliers']} outliers, {record['seconds']:.0f} s")
-        PAGE.write_text(page(records))
-    if records:
-        PAGE.write_text(page(records))
+        dissecting.go_on(layers, options.data_root)
+        for axes in list(stages())[: options.stages]:
+            ds.sweep(ClaimsCell(options.data_root), axes, options.store, looks=LOOKS, executor=1)
+            write_pages(options.store)
+    dissecting.write_page(layers)
+    write_pages(options.store)
 
 
 if __name__ == "__main__":

@@ -1,201 +1,56 @@
-"""From records to a page: each claim with its table, and whether it holds by a stated rule."""
+"""The claims of the papers: each with its table, and whether it holds by a stated rule."""
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import spearmanr
 
-from deepspectra.analysis.principal_subspace import overlap_bound
+from reproductions.records import Record
+from reproductions.verdicts import HEAD, Claim, Verdict, by_group, groups, judged, named, spread
 
-Record = dict[str, Any]
-Group = tuple[str, str, int]
 NUM_CLASSES = 10
+MARGIN = 1.25  # an outlier is at least so many times the bulk's edge
 GONE = 0.25  # of the outliers; a knock-out that leaves no more explains them
-MOST = 0.75  # of the runs; a claim that is true in as many holds, in a quarter of them in part
 RISES = 0.9  # rank correlation with depth from which something rises with it
 FOUND = 0.95  # overlap from which a subspace counts as found
 RESAMPLES = 2000
+REGIONS = ("outliers", "bump", "bulk")
 
 
-class Verdict(NamedTuple):
-    """Whether something holds, and in how many runs of each network."""
-
-    text: str
-    networks: str = ""
-    subject: str = ""  # if a claim has several
-
-    def __str__(self) -> str:
-        return f"{self.subject}: {self.text}" if self.subject else self.text
+def outliers_at(record: Record, margin: float = MARGIN) -> int:
+    """Of H, if one is so many times the edge."""
+    return int((record["hessian_value"] > margin * record["hessian_bulk_edge"]).sum())
 
 
-class Claim(NamedTuple):
-    """A claim of the papers, the rule by which it is judged, and what was measured."""
-
-    title: str
-    source: str
-    rule: str
-    verdicts: list[Verdict]
-    head: list[str]
-    rows: list[list[str]]
-
-    @property
-    def verdict(self) -> str:
-        """All verdicts in one line."""
-        return " ".join(map(str, self.verdicts))
+def left(record: Record, name: str, method: str = "subtraction", margin: float = MARGIN) -> float:
+    """Outliers of H that are left without some means; NaN if it was not measured."""
+    values = record.get(f"hessian_value_without_{name}_{method}")
+    if values is None:
+        known = margin == MARGIN
+        return float(record.get(f"hessian_left_{name}_{method}", math.nan)) if known else math.nan
+    return float((values > margin * record["hessian_bulk_edge"]).sum())
 
 
-def page(records: list[Record]) -> str:
-    """The page as Markdown."""
-    records = sorted(records, key=lambda r: (r["model"], r["data"], r["per_class"], r["seed"]))
-    claims = [claim(records) for claim in CLAIMS]
-    summary = [[claim.title, claim.source, claim.verdict] for claim in claims]
-    fitted = [r["train_accuracy"] for r in records]
-    parts = [
-        "# The papers' claims on real data",
-        "",
-        f"{len(records)} networks, trained with `zoo.recipe` and analysed at the end of training: "
-        f"{_list(sorted({r['model'] for r in records}))}; {_list(sorted({r['data'] for r in records}))}; "
-        f"{_list([str(n) for n in sorted({r['per_class'] for r in records})])} images a class. Training accuracy "
-        f"{min(fitted):.1%} to {max(fitted):.1%}. Numbers are means ± standard errors over seeds, where there are "
-        "several. An outlier is an eigenvalue above 1.25 times the bulk's edge, the largest eigenvalue without any "
-        "class or cross-class mean. `make reproduce` measures what is missing in [claims.jsonl](claims.jsonl) and "
-        "writes this page from it.",
-        *_samples(records),
-        "",
-        table(["claim", "source", "verdict"], summary),
-    ]
-    for claim in claims:
-        parts += ["", f"## {claim.title}", "", f"**{claim.verdict}** Rule: {claim.rule}"]
-        for verdict in claim.verdicts:
-            if verdict.networks:
-                parts += ["", f"{verdict.subject or 'Runs'} by network: {verdict.networks}."]
-        parts += ["", table(claim.head, claim.rows)]
-    return "\n".join(parts) + "\n"
+def as_many_as_classes(record: Record, margin: float = MARGIN) -> bool:
+    """Whether there are about as many outliers as classes."""
+    return abs(outliers_at(record, margin) - NUM_CLASSES) <= 1
 
 
-def _samples(records: list[Record]) -> list[str]:
-    """Which networks were measured by a sample, and how good it is."""
-    top = NUM_CLASSES - 1
-    rows = []
-    for r in records:
-        if "sample" not in r:
-            continue
-        sample, outliers = r["sample"], min(r["H"]["outliers"], top)
-        rows.append(
-            [
-                r["model"],
-                r["data"],
-                str(r["per_class"]),
-                f"{sample['examples']:,}",
-                f"{sample['residual']:.2g} ± {sample['error']:.1g}",
-                f"{r['H']['values'][top - 1]:.2g}",
-                _at_least(_within(r, top)),
-                str(outliers),
-                _at_least(_within(r, outliers)),
-            ]
-        )
-    text = (
-        "Of the networks below, eigenpairs, shares and knock-outs are those of a sample drawn by importance, means "
-        f"of all images. U are the sample's first {top} eigenvectors, H is the Hessian on all images; the overlap of "
-        "U with H's own is at least what this residual and the gap allow. Where fewer than these are outliers, there "
-        "is no gap after the last of U, but one after the outliers: at least so much of their eigenspace lies in U."
-    )
-    head = [
-        *RUN[:3],
-        "images drawn",
-        "‖(I − UUᵀ)HU‖",
-        f"λ of the {top}th",
-        "overlap at least",
-        "outliers among them",
-        "outliers in U at least",
-    ]
-    return ["", text, "", table(head, rows)] if rows else []
-
-
-def _at_least(bound: float) -> str:
-    """Rounded down."""
-    return f"{math.floor(1000 * bound) / 1000:.3f}"
-
-
-def _within(record: Record, num: int) -> float:
-    """Of the span X of H's first m eigenvectors so much, ‖UᵀX‖² / m, is in U at least."""
-    if not num:
-        return 0.0
-    values = record["H"]["values"]
-    return overlap_bound(record["sample"]["residual"], values[num - 1] - values[NUM_CLASSES - 1], num)
-
-
-def table(head: list[str], rows: Iterable[list[str]]) -> str:
-    """Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def groups(records: list[Record]) -> dict[Group, list[Record]]:
-    """Runs that differ in their seed alone."""
-    found: dict[Group, list[Record]] = {}
-    for record in records:
-        found.setdefault((record["model"], record["data"], record["per_class"]), []).append(record)
-    return found
-
-
-def by_group(records: list[Record], *values: Callable[[Record], float], digits: int = 2) -> list[list[str]]:
-    """One row a group: its name, runs, and mean ± s.e. of each value."""
-    return [
-        [
-            model,
-            data,
-            str(size),
-            str(len(some)),
-            *(spread([value(r) for r in some], digits) for value in values),
-        ]
-        for (model, data, size), some in groups(records).items()
-    ]
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    """Mean ± standard error."""
-    known = [value for value in values if math.isfinite(value)]
-    if not known:
-        return "–"
-    mean = f"{statistics.mean(known):.{digits}f}"
-    if len(known) < 2:
-        return mean
-    return f"{mean} ± {statistics.stdev(known) / math.sqrt(len(known)):.{digits}f}"
-
-
-def judged(
-    records: list[Record], rule: Callable[[Record], bool], subject: str = "", unit: str = "runs"
-) -> Verdict:
-    """A verdict from single runs."""
-    truths: dict[str, list[bool]] = {}
-    for record in records:
-        truths.setdefault(record["model"], []).append(rule(record))
-    found = [truth for some in truths.values() for truth in some]
-    if not found:
-        return Verdict("Not measured.", "", subject)
-    share = sum(found) / len(found)
-    word = "Holds" if share >= MOST else "Holds in part" if share >= 1 - MOST else "Does not hold"
-    networks = ", ".join(f"{name} {sum(some)} of {len(some)}" for name, some in truths.items())
-    return Verdict(f"{word}: in {sum(found)} of {len(found)} {unit}.", networks, subject)
-
-
-RUN = ["network", "data", "a class", "runs"]
-
-
-def _left(record: Record, name: str, method: str = "subtraction") -> float:
-    return float(record["H"]["left"].get(f"{name}, {method}", [math.nan])[0])
-
-
-def _explained(records: list[Record], name: str) -> Verdict:
+def explained(
+    record: Record, name: str, method: str = "subtraction", margin: float = MARGIN, gone: float = GONE
+) -> bool:
     """Whether the outliers go with these means."""
-    some = [record for record in records if record["H"]["outliers"]]
-    return judged(some, lambda r: _left(r, name) <= GONE * r["H"]["outliers"])
+    return left(record, name, method, margin) <= gone * outliers_at(record, margin)
+
+
+def _explained(records: list[Record], name: str) -> list[Verdict]:
+    some = [record for record in records if outliers_at(record)]
+    return [
+        judged(some, lambda r, method=method: explained(r, name, method), f"By {method}")
+        for method in ("subtraction", "projection")
+    ]
 
 
 def number_of_outliers(records: list[Record]) -> Claim:
@@ -204,14 +59,14 @@ def number_of_outliers(records: list[Record]) -> Claim:
         "There are about as many outliers as classes",
         "Papyan 2018, 2020",
         f"the Hessian has {NUM_CLASSES - 1} to {NUM_CLASSES + 1} of them.",
-        [judged(records, lambda r: abs(r["H"]["outliers"] - NUM_CLASSES) <= 1)],
-        [*RUN, "outliers of H", "outliers of G", "λ₁ over the edge", "mean of the first 9 over the edge"],
+        [judged(records, as_many_as_classes)],
+        [*HEAD, "outliers of H", "outliers of G", "λ₁ over the edge", "mean of the first 9 over the edge"],
         by_group(
             records,
-            lambda r: r["H"]["outliers"],
-            lambda r: r["G"]["outliers"],
-            lambda r: r["H"]["values"][0] / r["H"]["edge"],
-            lambda r: r["H"]["ratio"],
+            outliers_at,
+            lambda r: r["outliers"],
+            lambda r: r["hessian_value"][0] / r["hessian_bulk_edge"],
+            lambda r: ratio(r, "hessian_"),
             digits=1,
         ),
     )
@@ -222,15 +77,15 @@ def class_means_make_outliers(records: list[Record]) -> Claim:
     return Claim(
         "The outliers are attributable to the class means",
         "Papyan 2019, 2020",
-        f"class and true-class means knocked out by subtraction leave at most {GONE:.0%} of the outliers of H.",
-        [_explained(records, "class")],
-        [*RUN, "outliers", "share of class", "left by subtraction", "left by projection"],
+        f"class and true-class means, knocked out, leave at most {GONE:.0%} of the outliers of H.",
+        _explained(records, "class"),
+        [*HEAD, "outliers", "share of class", "left by subtraction", "left by projection"],
         by_group(
             records,
-            lambda r: r["H"]["outliers"],
-            lambda r: r["H"]["shares"]["class"],
-            lambda r: _left(r, "class"),
-            lambda r: _left(r, "class", "projection"),
+            outliers_at,
+            lambda r: r.get("hessian_share_class", math.nan),
+            lambda r: left(r, "class"),
+            lambda r: left(r, "class", "projection"),
         ),
     )
 
@@ -240,35 +95,33 @@ def additive(records: list[Record]) -> Claim:
     return Claim(
         "The outliers lie in the additive space of class and logit means",
         "this library",
-        f"class, true-class and logit means knocked out by subtraction leave at most {GONE:.0%} of the outliers.",
-        [_explained(records, "class + logit")],
-        [*RUN, "class", "logit", "interaction", "within", "left by subtraction", "by projection"],
+        f"class, true-class and logit means, knocked out, leave at most {GONE:.0%} of the outliers of H.",
+        _explained(records, "class_logit"),
+        [*HEAD, "class", "logit", "interaction", "within", "left by subtraction", "by projection"],
         by_group(
             records,
             *(
-                lambda r, part=part: r["H"]["shares"][part]
+                lambda r, part=part: r.get(f"hessian_share_{part}", math.nan)
                 for part in ("class", "logit", "interaction", "within")
             ),
-            lambda r: _left(r, "class + logit"),
-            lambda r: _left(r, "class + logit", "projection"),
+            lambda r: left(r, "class_logit"),
+            lambda r: left(r, "class_logit", "projection"),
         ),
     )
 
 
 def bump_and_bulk(records: list[Record]) -> Claim:
     """Bump ← cross, bulk ← within."""
-    exact = [r for r in records if "shifts" in r]
+    exact = [r for r in records if "shift_cross" in r]
 
     def largest(record: Record, removed: str) -> str:
-        shifts = record["shifts"][removed]
-        return max(shifts, key=lambda region: shifts[region])
+        return REGIONS[int(np.argmax(record[f"shift_{removed}"]))]
 
-    removed = ("class", "class + logit", "interaction", "cross", "within")
-    regions = ("outliers", "bump", "bulk")
+    removed = ("class", "class_logit", "interaction", "cross", "within")
     rows = [
-        [model, data, str(size), str(len(some)), name]
-        + [spread([r["shifts"][name][region] for r in some]) for region in regions]
-        for (model, data, size), some in groups(exact).items()
+        [*named(group, some), name.replace("_", " + ")]
+        + [spread(r[f"shift_{name}"][j] for r in some) for j in range(len(REGIONS))]
+        for group, some in groups(exact).items()
         for name in removed
     ]
     return Claim(
@@ -281,7 +134,7 @@ def bump_and_bulk(records: list[Record]) -> Claim:
             judged(exact, lambda r: largest(r, "cross") == "bump", "Bump"),
             judged(exact, lambda r: largest(r, "within") == "bulk", "Bulk"),
         ],
-        [*RUN, "removed", *regions],
+        [*HEAD, "removed", *REGIONS],
         rows,
     )
 
@@ -292,39 +145,43 @@ def averaging(records: list[Record]) -> Claim:
         "Averaging finds the principal subspace without eigenanalysis",
         "Papyan 2019",
         f"the cross-class means' first C − 1 directions overlap the top C − 1 eigenspace of H by {FOUND:.0%}.",
-        [judged(records, lambda r: r["H"]["overlap"]["cross_class"] >= FOUND)],
-        [*RUN, "class means, H", "class means, G", "cross-class means, H", "cross-class means, G"],
+        [judged(records, lambda r: r["hessian_overlap_cross_class"] >= FOUND)],
+        [*HEAD, "class means, H", "class means, G", "cross-class means, H", "cross-class means, G"],
         by_group(
             records,
             *(
-                lambda r, level=level, name=name: r[name]["overlap"][level]
+                lambda r, level=level, prefix=prefix: r[f"{prefix}overlap_{level}"]
                 for level in ("class", "cross_class")
-                for name in ("H", "G")
+                for prefix in ("hessian_", "")
             ),
             digits=3,
         ),
     )
 
 
+def _deep(records: list[Record], least: int = 2) -> list[Record]:
+    """Those of which so many layers were looked at."""
+    return [record for record in records if len(record.get("layer", [])) >= least]
+
+
 def _layer_rows(records: list[Record], *names: str) -> list[list[str]]:
     rows = []
-    for (model, data, size), some in groups([r for r in records if r.get("layers")]).items():
-        for depth, layer in enumerate(some[0]["layers"]):
-            values = [[r["layers"][depth][name] for r in some] for name in names]
-            cells = [spread([math.nan if v is None else v for v in each]) for each in values]
-            rows.append([model, data, str(size), str(len(some)), layer["layer"], *cells])
+    for group, some in groups(_deep(records, 1)).items():
+        for depth, layer in enumerate(some[0]["layer"]):
+            cells = [spread(r[f"layer_{name}"][depth] for r in some) for name in names]
+            rows.append([*named(group, some), layer, *cells])
     return rows
 
 
 def _rises(record: Record, name: str) -> bool:
     """With depth; of up to five layers none may fall behind the one before, of twenty a few."""
-    values = [layer[name] for layer in record["layers"]]
+    values = record[f"layer_{name}"]
     return float(spearmanr(range(len(values)), values).statistic) >= RISES
 
 
 def emergence(records: list[Record]) -> Claim:
     """Outliers of features with depth, of errors towards the output."""
-    deep = [r for r in records if len(r.get("layers", [])) > 1]
+    deep = _deep(records)
     return Claim(
         "Outliers of features emerge with depth; those of errors fade towards the input",
         "Papyan 2020",
@@ -335,7 +192,7 @@ def emergence(records: list[Record]) -> Claim:
             judged(deep, lambda r: _rises(r, "errors_top_over_bulk"), "Errors"),
         ],
         [
-            *RUN,
+            *HEAD,
             "layer",
             "features: class over within",
             "errors: top over within",
@@ -347,7 +204,7 @@ def emergence(records: list[Record]) -> Claim:
 
 def separation(records: list[Record]) -> Claim:
     """Depth separates classes and orthogonalises."""
-    deep = [r for r in records if len(r.get("layers", [])) > 1]
+    deep = _deep(records)
     return Claim(
         "Depth separates class information from variability and orthogonalises it",
         "Papyan 2020",
@@ -355,9 +212,9 @@ def separation(records: list[Record]) -> Claim:
         "the angles of class means are nearer to a simplex at the last layer than at the first.",
         [
             judged(deep, lambda r: _rises(r, "features_between"), "Separation"),
-            judged(deep, lambda r: r["layers"][-1]["simplex"] < r["layers"][0]["simplex"], "Angles"),
+            judged(deep, lambda r: r["layer_simplex"][-1] < r["layer_simplex"][0], "Angles"),
         ],
-        [*RUN, "layer", "between-class share", "NC1", "distance of angles from a simplex"],
+        [*HEAD, "layer", "between-class share", "NC1", "distance of angles from a simplex"],
         _layer_rows(deep, "features_between", "nc1", "simplex"),
     )
 
@@ -365,19 +222,24 @@ def separation(records: list[Record]) -> Claim:
 def products_of_means(records: list[Record]) -> Claim:
     """h_c ⊗ e_c for g_c."""
     layers = [
-        layer | {"model": r["model"]}
-        for r in records
-        for layer in r.get("layers", [])
-        if layer["class_cosine"] is not None
+        {"model": r["model"], "cosine": cosine}
+        for r in _deep(records, 1)
+        for cosine in r["layer_class_cosine"]
+        if math.isfinite(cosine)
     ]
     return Claim(
         "Mean gradients are products of mean features and mean errors",
         "Papyan 2020",
         "the mean cosine between g_c and h_c ⊗ e_c is at least 0.9, layer by layer.",
-        [judged(layers, lambda layer: layer["class_cosine"] >= 0.9, unit="layers of all runs")],
-        [*RUN, "layer", "cos g_c, h_c ⊗ e_c", "cos g_ck, h_c ⊗ e_ck"],
+        [judged(layers, lambda layer: layer["cosine"] >= 0.9, unit="layers of all networks")],
+        [*HEAD, "layer", "cos g_c, h_c ⊗ e_c", "cos g_ck, h_c ⊗ e_ck"],
         _layer_rows(records, "class_cosine", "cross_cosine"),
     )
+
+
+def ratio(record: Record, prefix: str = "") -> float:
+    """Of the mean of the first C − 1 eigenvalues to the edge of the bulk; of G, or of the Hessian."""
+    return float(np.mean(record[f"{prefix}value"][: NUM_CLASSES - 1])) / record[f"{prefix}bulk_edge"]
 
 
 def misclassification(records: list[Record]) -> Claim:
@@ -386,8 +248,8 @@ def misclassification(records: list[Record]) -> Claim:
     rows, certain = [], []
     for data in sorted({r["data"] for r in records}):
         some = [r for r in records if r["data"] == data]
-        pairs = np.array([[r["G"]["ratio"], r["test_error"]] for r in some])
-        if len(pairs) < 5:
+        pairs = np.array([[ratio(r), 1 - r["test_accuracy"]] for r in some])
+        if len(pairs) < 5 or not np.ptp(pairs, axis=0).all():  # nothing to correlate
             continue
         value = spearmanr(pairs[:, 0], pairs[:, 1]).statistic
         draws = [pairs[rng.integers(len(pairs), size=len(pairs))] for _ in range(RESAMPLES)]
@@ -417,7 +279,7 @@ def clustering(records: list[Record]) -> Claim:
         "Fort and Ganguli 2019; Papyan 2019",
         "the mean cosine of g_{i,k} and g_{j,l} is larger for the same class alone than for the same logit alone.",
         [judged(records, lambda r: r["clustering"][2] > r["clustering"][1])],
-        [*RUN, "same class and logit", "same logit", "same class", "neither"],
+        [*HEAD, "same class and logit", "same logit", "same class", "neither"],
         by_group(records, *(lambda r, j=j: r["clustering"][j] for j in range(4))),
     )
 
@@ -434,8 +296,3 @@ CLAIMS = (
     misclassification,
     clustering,
 )
-
-
-def _list(items: list[str]) -> str:
-    *most, last = items
-    return f"{', '.join(most)} and {last}" if most else last

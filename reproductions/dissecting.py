@@ -1,33 +1,30 @@
-"""Measure the claims on layers and Kronecker factors, and write them beside the published numbers.
-
-python -m reproductions.dissecting --data-root DIR [--runs lenet-cifar10-batch-norm ...]
-"""
+"""The claims on layers and Kronecker factors, measured, and written beside the published numbers."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from rich.console import Console
 from torch import nn
 
 import deepspectra as ds
 from deepspectra import zoo
 from deepspectra.analysis.study import LEFT, WHOLE
 from deepspectra.jobs.study_dataset import STUDIES, Variant
-from reproductions.claims import table
+from deepspectra.jobs.sweep_store import MANIFEST
+from reproductions.records import Record, of_store
+from reproductions.verdicts import table
 
 HERE = Path(__file__).parent.parent / "docs"
 RECORDS, PAGE = HERE / "dissecting.jsonl", HERE / "dissecting.md"
 NETWORKS = 2  # trainings of each variant
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -129,36 +126,81 @@ PUBLISHED: dict[tuple[str, str, str, str], str] = {
 }
 
 
-def measure(run: Run, root: Path) -> Record:
-    """Train every variant, study them, and return plain numbers."""
+@dataclass(frozen=True)
+class DissectingCell:
+    """A cell of a sweep over runs: every variant is trained and studied.
+
+    Measures: ``study`` (variants, layers, measures, samples), with their names ``variant``, ``layer`` and
+    ``measured``; ``whole`` (variants, 2), how much of the top C − 1 eigenspace u ⊗ E[x] finds over all parameters,
+    and as published; ``accuracies`` (variants, networks).
+    """
+
+    root: Path = field(repr=False)
+    version = "1"
+
+    def __call__(self, run: str) -> dict[str, Any]:
+        """See the class."""
+        return measure(RUNS[run], self.root)
+
+
+def measure(run: Run, root: Path) -> dict[str, Any]:
+    """Train every variant, and study them."""
     variants = {
         variant.name: [_trained(run, variant, seed, root) for seed in range(NETWORKS)]
         for variant in STUDIES_HERE[run.study]
     }
-    found = ds.study(variants)
-    values = {
-        variant: {
-            layer: {measure: found.of(variant, layer, measure).tolist() for measure in found.measures}
-            for layer in found
-        }
-        for variant in found.variants
-    }
-    whole = {}
-    for variant, problems in variants.items():
+    found, whole = ds.study(variants), []
+    for problems in variants.values():
         dissected = ds.dissect(problems[0]).whole
         assert dissected is not None
         top = problems[0].num_classes - 2  # of the top C − 1
-        whole[variant] = [float(some[top]) for some in (dissected.overlaps, dissected.published_overlaps)]
+        whole.append([float(some[top]) for some in (dissected.overlaps, dissected.published_overlaps)])
     return {
-        "name": run.name,
-        "study": run.study,
-        "per_class": run.per_class,
-        "epochs": run.epochs,
-        "values": values,
+        "study": torch.stack([*found.values()], 1),
+        "variant": found.variants,
+        "layer": list(found),
+        "measured": list(found.measures),
         "whole": whole,
-        "accuracies": dict(zip(found.variants, found.accuracies.tolist(), strict=True)),
-        "seconds": found.seconds,
+        "accuracies": found.accuracies,
     }
+
+
+def record(run: Run, cell: Mapping[str, Any]) -> Record:
+    """What the page shows of a run, with its layers and measures by name."""
+    values = {
+        variant: {
+            layer: {
+                measure: [one for one in samples.tolist() if math.isfinite(one)]
+                for measure, samples in zip(cell["measured"], measures, strict=True)
+            }
+            for layer, measures in zip(cell["layer"], layers, strict=True)
+        }
+        for variant, layers in zip(cell["variant"], np.asarray(cell["study"]), strict=True)
+    }
+    whole, accuracies = (
+        dict(zip(cell["variant"], np.asarray(cell[name]).tolist(), strict=True))
+        for name in ("whole", "accuracies")
+    )
+    about = {"name": run.name, "study": run.study, "per_class": run.per_class, "epochs": run.epochs}
+    return about | {"values": values, "whole": whole, "accuracies": accuracies}
+
+
+def go_on(store: Path, root: Path) -> None:
+    """Sweep the runs of which there is no record."""
+    known = {(record["name"], record["study"]) for record in _recorded()}
+    missing = [key for key, run in RUNS.items() if (run.name, run.study) not in known]
+    if missing:
+        ds.sweep(DissectingCell(root), {"run": missing}, store, executor=1)
+
+
+def write_page(store: Path) -> None:
+    """From the records, and what a store has beyond."""
+    cells = of_store(ds.gather(store)) if (store / MANIFEST).is_file() else []
+    PAGE.write_text(page([*_recorded(), *(record(RUNS[cell["run"]], cell) for cell in cells)]))
+
+
+def _recorded() -> list[Record]:
+    return [json.loads(line) for line in RECORDS.read_text().splitlines()]
 
 
 def _trained(run: Run, variant: Variant, seed: int, root: Path) -> ds.Problem:
@@ -179,8 +221,8 @@ def page(records: list[Record]) -> str:
         "",
         f"{NETWORKS} trainings of each network by SGD without momentum or weight decay, measured on the images that "
         "they were trained on; published numbers are those of Wu et al. 2020 (arXiv 2010.04261), who train on all "
-        "of the data. `python -m reproductions.dissecting` measures what is missing in "
-        "[dissecting.jsonl](dissecting.jsonl) and writes this page from it.",
+        "of the data. `make reproduce` measures what is missing in [dissecting.jsonl](dissecting.jsonl) and writes "
+        "this page.",
     ]
     for record in records:
         parts += ["", *_section(record)]
@@ -271,32 +313,3 @@ def _best(records: list[Record]) -> list[str]:
         "",
         table(["layers", *(kind.upper() for kind in KINDS)], rows),
     ]
-
-
-def main() -> None:
-    """Measure what is missing, a record a line, and write the page anew after each."""
-    parser = argparse.ArgumentParser(prog="python -m reproductions.dissecting", description=__doc__)
-    parser.add_argument("--data-root", type=Path, default=os.environ.get("DEEPSPECTRA_DATA"))
-    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
-    parser.add_argument("--page-only", action="store_true", help="write the page from the records there are")
-    options = parser.parse_args()
-    records = [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.exists() else []
-    done = {(record["name"], record["study"]) for record in records}
-    for key in () if options.page_only else options.runs:
-        run = RUNS[key]
-        if (run.name, run.study) in done:
-            continue
-        if options.data_root is None:
-            parser.error("--data-root or DEEPSPECTRA_DATA must name the folder of the data sets.")
-        record = measure(run, Path(options.data_root))
-        records.append(record)
-        with RECORDS.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        Console().print(f"{key}: {record['seconds']:.0f} s")
-        PAGE.write_text(page(records))
-    if records:
-        PAGE.write_text(page(records))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,164 +1,207 @@
-"""One trained network: every number that the claims are judged by."""
+"""A cell of the claims' sweep: a network trained as the papers train, and every number that claims are judged by."""
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from deepspectra.analysis.gram_products import gradient_trace
+from torch import Tensor
 
 import deepspectra as ds
 from deepspectra import zoo
 from deepspectra.algorithms.eigenpair_search import SPARE_VECTORS
 from deepspectra.algorithms.eigenpairs import explore
-from deepspectra.analysis.attribute import attribute_known, pair_shares
-from deepspectra.analysis.principal_subspace import residual_norm, subspace_of
-from deepspectra.argument_checks import seeded
+from deepspectra.algorithms.estimates import frobenius_norm
+from deepspectra.analysis.attribute import Attribution, attribute_known
+from deepspectra.analysis.gram_spectrum import gradient_pairs, gradient_spectrum, spectrum_of
+from deepspectra.analysis.principal_subspace import subspace_of
+from deepspectra.errors import ConvergenceWarning, MemoryBudgetError
+from deepspectra.jobs.sweep_zoo import ZooCell, decades_over, gram_measures
+from deepspectra.operators.curvature import Curvature, Residual
+from deepspectra.operators.parts import Decomposition
+from deepspectra.results import Provenance
 
 SPARE_PAIRS = 3  # beyond the number of classes
-RTOL = 1e-2  # of eigenpairs; of
-LARGE = 5_000_000  # parameters or more: those of G from those of H, and, from
-RTOL_LARGE = 3e-2
-DEAR = 1_000  # examples on, of a sample of
-SHARE = 10  # one in so many,
-FEWEST = 340  # and no fewer than these, which
-CHECKS = 2  # products on all the data certify
-TEST_EXAMPLES = 2000
-EXACT_ROWS = 3000  # up to which the whole spectrum of G, and every layer, are computed
-NETWORK_SIZE = {"mlp": None, "mlp-bn": None}  # others take images padded to 32
+RTOL = 1e-2  # of eigenpairs
+EXACT_ROWS = 3000  # N (C − 1) up to which the whole spectrum of G, and every layer, are computed
+NORM_PRODUCTS = 4  # for a Frobenius norm
+AT_ONCE = 512  # examples of a batch of products, where nothing is held of all
+CLUSTERED = 60  # examples whose gradients are compared
+EPOCHS = {"cifar10": 350}  # of others 200, as the papers
+KNOCKOUTS = {"class": ("class",), "logit": ("logit",), "class_logit": ("class", "logit")}
 
 
 @dataclass(frozen=True)
-class Run:
-    """A network, what it is trained on, and the seed of both."""
+class ClaimsCell(ZooCell):
+    """A network of the zoo, trained for 200 or 350 epochs at the best of three rates, and what claims ask of it.
 
-    model: str
-    data: str
-    per_class: int
-    seed: int
+    Rates are that of `zoo.recipe`, whose batches are taken, a half and a quarter of it.
+
+    Measures of the Hessian are those of `operator_measures`, with ``hessian_`` before their names; of G likewise, or
+    those of `gram_measures` where its whole spectrum is computed; ``overlap_class`` and ``overlap_cross_class`` of
+    both; ``norm`` and ``norm_residual``, Frobenius norms of G (without the whole spectrum that of its first pairs, a
+    little less) and R; ``clustering``; and, at the end of a training whose spectrum is computed, those of `shifts`
+    and `layer_measures`.
+    """
+
+    rates: tuple[float, ...] = (0.25, 0.5, 1.0)
+
+    def recipe(self, model: str, data: str, num_examples: int) -> zoo.Recipe:
+        """That of the papers."""
+        milestones = zoo.Recipe.milestones
+        return replace(
+            zoo.recipe(model, data, num_examples), epochs=EPOCHS.get(data, 200), milestones=milestones
+        )
+
+    def measures(self, problem: ds.Problem, seed: int, ended: bool) -> dict[str, Any]:
+        """See the class."""
+        return measure(problem, seed, ended)
+
+    def _held(self, num_examples: int, num_classes: int, num_captured: int, num_weights: int) -> int:
+        means = (2 * num_classes**2 + 4 * num_classes) * num_weights  # and a basis that grows
+        if num_examples * (num_classes - 1) <= EXACT_ROWS:
+            return means + super()._held(num_examples, num_classes, num_captured, num_weights)
+        return means + min(num_examples, AT_ONCE) * num_captured
 
 
-def measure(run: Run, root: Path) -> dict[str, Any]:
-    """Train, analyse, and return a record of plain numbers."""
-    began = time.perf_counter()
-    size = 32 if run.model not in NETWORK_SIZE else None
-    train = zoo.load(run.data, root=root, per_class=run.per_class, size=size, seed=run.seed)
-    test = zoo.load(run.data, root=root, split="test", size=size)
-    some = torch.linspace(0, len(test) - 1, TEST_EXAMPLES).long()
-    num_classes = len(train.class_names)
-    model = zoo.build(
-        run.model, input_shape=tuple(train.inputs.shape[1:]), num_classes=num_classes, seed=run.seed
-    )
-    recipe = asdict(zoo.recipe(run.model, run.data, len(train)))
-    zoo.train(model, train, **recipe, seed=run.seed)
-    with torch.no_grad():
-        wrong = (model(test.inputs[some]).argmax(1) != test.targets[some]).double().mean()
-    problem = ds.Problem(model, train)
-    record: dict[str, Any] = {
-        **asdict(run),
-        "num_parameters": problem.num_parameters,
-        "train_accuracy": problem.accuracy(),
+def measure(problem: ds.Problem, seed: int = 0, ended: bool = True) -> dict[str, Any]:
+    """Every number that claims are judged by, of a network at its training data; of layers at the end of training."""
+    exact = problem.num_examples * (problem.num_classes - 1) <= EXACT_ROWS
+    found: dict[str, Any] = {
         "loss": problem.loss(),
-        "test_error": float(wrong),
+        "accuracy": problem.accuracy(),
+        "num_examples": problem.num_examples,
+        "num_parameters": problem.num_parameters,
     }
-    record |= outliers_and_averages(problem, num_classes)
-    if problem.num_examples * (num_classes - 1) <= EXACT_ROWS:
-        record |= regions(problem, num_classes) | by_layer(problem)
-    record["clustering"] = ds.clustering(problem, num_examples=60, seed=run.seed).gradients.tolist()
-    return record | {"seconds": time.perf_counter() - began}
-
-
-def outliers_and_averages(problem: ds.Problem, num_classes: int) -> dict[str, Any]:
-    """Counts, shares and knock-outs of H and G, and overlaps of the averaged subspaces with both."""
-    large = problem.num_parameters >= LARGE
     parts = ds.decompose(problem, effects="two-way")
-    top, num = num_classes - 1, num_classes + SPARE_PAIRS
-    held = parts.holds_means()  # once for the averages and both attributions, if they fit
+    top = problem.num_classes - 1
+    if not parts.holds_means():  # once for all that is asked of them
+        raise MemoryBudgetError("the means of all pairs of classes do not fit memory. Take fewer parameters.")
     averaged = {level: subspace_of(parts, level, top)[1] for level in ("class", "cross_class")}
-    if not held:
-        parts.factor("logit")  # while they are there
-        parts.forget_means()
-    record: dict[str, Any] = {}
-    start: torch.Tensor | str = "random"
-    for name, whole in (("H", ds.Hessian(problem)), ("G", ds.GaussNewton(problem))):
-        operator, shared = whole, parts
-        if large and problem.num_examples >= DEAR:
-            operator = whole.sampled(seeded(0), max(FEWEST, problem.num_examples // SHARE))
-            shared = ds.decompose(operator.problem, effects="two-way")
-        operator.memory = max(operator.memory, parts.num_bytes(2 * num + SPARE_VECTORS))
-        pairs, basis = explore(operator, num, rtol=RTOL_LARGE if large else RTOL, start=start)
-        start = pairs.vectors if large else "random"
-        found = attribute_known(operator, parts, pairs, basis, shares=pair_shares(shared, pairs))
-        del basis
-        for some in (operator, whole):
-            some.products.release()
-        if operator is not whole and name == "H":
-            record["sample"] = certified(problem, pairs, operator.problem.num_examples, top)
-            whole.products.release()
-        record[name] = {
-            "values": pairs.values.tolist(),
-            "converged": pairs.converged,
-            "edge": found.bulk_edge,
-            "outliers": found.num_outliers,
-            "shares": found.mean_shares,
-            "left": {
-                f"{knockout.name}, {knockout.method}": [knockout.num_outliers, knockout.num_outliers_at_most]
-                for knockout in found.knockouts
-                if knockout.removed
-            },
-            "overlap": {
-                level: ds.overlap(vectors, pairs.vectors[:, :top]) for level, vectors in averaged.items()
-            },
-            "ratio": float(pairs.values[:top].mean()) / found.bulk_edge,
-        }
-    return record
+    hessian, gauss_newton = ds.Hessian(problem), ds.GaussNewton(problem)
+    if exact:
+        whole, pairs = exact_pairs(problem, top + SPARE_PAIRS)
+        found |= gram_measures(problem, whole) | overlaps(averaged, pairs, "")
+        found["norm"] = float(whole.values.norm())
+        pairs = judged(hessian, parts, pairs.vectors, found, "hessian_")
+    else:
+        pairs = judged(hessian, parts, "random", found, "hessian_")
+        found |= overlaps(averaged, judged(gauss_newton, parts, pairs.vectors, found, ""), "")
+        found |= means_measures(problem, parts, found["bulk_edge"])
+        found["norm"] = float(found["value"].norm())
+    found |= overlaps(averaged, pairs, "hessian_")
+    residual = frobenius_norm(Residual(problem), NORM_PRODUCTS, seed)
+    found |= {"norm_residual": residual.value, "norm_residual_error": residual.standard_error}
+    found["clustering"] = ds.clustering(problem, num_examples=CLUSTERED, seed=seed).gradients
+    return found | (shifts(problem) | layer_measures(problem) if exact and ended else {})
 
 
-def certified(problem: ds.Problem, pairs: ds.Eigenpairs, num_samples: int, top: int) -> dict[str, float]:
-    """How far the span of the first pairs of a sample is from an eigenspace of H on all the data."""
-    norm, error = residual_norm(problem, pairs.vectors[:, :top], CHECKS, seeded(1))
-    return {"examples": num_samples, "residual": norm, "error": error}
+def exact_pairs(problem: ds.Problem, num: int) -> tuple[ds.GramSpectrum, ds.Eigenpairs]:
+    """The whole spectrum of G, and its first pairs, in float64."""
+    began = time.perf_counter()
+    parts = Decomposition(problem.to(torch.float64), effects="two-way", hold=True)
+    spectrum = gradient_spectrum(parts)
+    whole = spectrum_of(spectrum, Provenance.of(parts.problem), began)
+    pairs = gradient_pairs(spectrum, parts, num, began)
+    return whole, replace(pairs, vectors=pairs.vectors.to(problem.dtype))
 
 
-def regions(problem: ds.Problem, num_classes: int) -> dict[str, Any]:
-    """How far each knock-out moves outliers, bump and bulk of G, in decades of λ, from the exact spectrum."""
-    found = ds.regions(problem.to(torch.float64), by_layer=False, num_groups=0).whole
-    spectrum = ds.gram_spectrum(problem, effects="two-way")
+def judged(
+    operator: Curvature, parts: Decomposition, start: Tensor | str, found: dict[str, Any], prefix: str
+) -> ds.Eigenpairs:
+    """The first pairs of H or G; what is measured of them joins what was found."""
+    num = parts.problem.num_classes + SPARE_PAIRS
+    operator.memory = max(operator.memory, parts.num_bytes(2 * num + SPARE_VECTORS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # is told below
+        pairs, basis = explore(operator, num, rtol=RTOL, start=start)
+    measured = operator_measures(attribute_known(operator, parts, pairs, basis))
+    found |= {f"{prefix}{name}": value for name, value in measured.items()}
+    found[f"{prefix}converged"] = pairs.converged
+    operator.products.release()
+    return pairs
+
+
+def overlaps(averaged: Mapping[str, Tensor], pairs: ds.Eigenpairs, prefix: str) -> dict[str, float]:
+    """How much of the first C − 1 eigenvectors averages find."""
     return {
-        "shifts": {
-            name: dict(zip(found.regions, shifts, strict=True))
-            for name, shifts in zip(found.knockouts, found.values.tolist(), strict=True)
-        },
-        "traces": dict(zip(spectrum.part_names, spectrum.traces.tolist(), strict=True)),
-        "exact_values": spectrum.values[: num_classes**2 + 1].tolist(),
+        f"{prefix}overlap_{level}": ds.overlap(vectors, pairs.vectors[:, : vectors.shape[1]])
+        for level, vectors in averaged.items()
     }
 
 
-def by_layer(problem: ds.Problem) -> dict[str, Any]:
-    """Each layer, from input to output: class shares of features and errors, products of means, neural collapse."""
-    rows = []
+def operator_measures(found: Attribution) -> dict[str, Any]:
+    """``value``, the largest; ``outliers`` and ``bulk_edge``; ``share_…``; ``value_without_…`` and ``left_…``."""
+    measured: dict[str, Any] = {
+        "value": found.values,
+        "outliers": found.num_outliers,
+        "bulk_edge": found.bulk_edge,
+    }
+    measured |= {f"share_{name}": share for name, share in found.mean_shares.items()}
+    for name, removed in KNOCKOUTS.items():
+        for method in ("subtraction", "projection"):
+            knockout = found.knockout(*removed, method=method)
+            measured[f"value_without_{name}_{method}"] = knockout.values
+            measured[f"left_{name}_{method}"] = knockout.num_outliers
+    return measured
+
+
+def means_measures(problem: ds.Problem, parts: Decomposition, edge: float) -> dict[str, Any]:
+    """Of `gram_measures` those that the means tell at any size: ``trace_…`` and ``bump_clearance``."""
+    means = parts.factor("means").double()
+    gram, values = means.T @ means, {}
+    for name in ("class", "logit", "interaction", "true"):
+        basis = parts.projections.basis(name).flatten(0, 1)
+        rank = round(float(basis.square().sum()))  # of columns that are orthonormal, or a projection
+        values[name] = torch.linalg.eigvalsh(basis.T @ gram @ basis)[-rank:]
+    traces = {name: float(some.sum()) for name, some in values.items()}
+    total, bump = gradient_trace(problem)[0], values["interaction"]
+    traces["within"] = max(0.0, total - sum(traces.values()))
+    found = {f"trace_{name}": value for name, value in traces.items()}
+    return found | {"trace": total, "bump_clearance": decades_over(bump, edge)}
+
+
+def shifts(problem: ds.Problem) -> dict[str, Any]:
+    """``shift_class`` and so on: how far each knock-out moves outliers, bump and bulk of G, in decades of λ."""
+    found = ds.regions(problem.to(torch.float64), by_layer=False, num_groups=0).whole
+    names = (name.replace(" + ", "_") for name in found.knockouts)
+    return {f"shift_{name}": values for name, values in zip(names, found.values, strict=True)}
+
+
+def layer_measures(problem: ds.Problem) -> dict[str, Any]:
+    """Of each layer, from input to output: ``layer``, its name, and ``layer_…``.
+
+    Class shares of features and errors, products of means, neural collapse.
+    """
+    found: dict[str, list[Any]] = {}
     for layer in ds.layers(problem, hessian=False).values():
         if layer.features is None or layer.errors is None or layer.collapse is None:
             continue
-        features, errors = layer.features, layer.errors
+        features, errors, products = layer.features, layer.errors, layer.khatri_rao
         between = float(features.parts["class"].sum())
-        products = layer.khatri_rao
-        tops = dict(zip(layer.gradients.part_names, layer.gradients.shares[0].tolist(), strict=True))
-        rows.append(
-            {
-                "layer": layer.name,
-                "features_between": between / (between + float(features.parts["within"].sum())),
-                "features_mean": float(features.parts["mean"].sum() / features.values.sum()),
-                "errors_class": float(errors.parts["class"].sum() / errors.values.sum()),
-                "errors_top_over_bulk": float(errors.values[0] / errors.parts["within"][0]),
-                "features_top_over_bulk": float(features.parts["class"][0] / features.parts["within"][0]),
-                "gradient_top": tops,
-                "class_cosine": float(products.class_cosine.nanmean()) if products else None,
-                "cross_cosine": float(products.cross_cosine.nanmean()) if products else None,
-                "nc1": layer.collapse.nc1,
-                "simplex": layer.collapse.nc2_simplex,
-            }
-        )
-    return {"layers": rows}
+        one = {
+            "layer": layer.name,
+            "layer_features_between": between / (between + float(features.parts["within"].sum())),
+            "layer_features_mean": float(features.parts["mean"].sum() / features.values.sum()),
+            "layer_errors_class": float(errors.parts["class"].sum() / errors.values.sum()),
+            "layer_errors_top_over_bulk": _over(errors.values, errors.parts["within"]),
+            "layer_features_top_over_bulk": _over(features.parts["class"], features.parts["within"]),
+            "layer_class_cosine": float(products.class_cosine.nanmean()) if products else math.nan,
+            "layer_cross_cosine": float(products.cross_cosine.nanmean()) if products else math.nan,
+            "layer_nc1": layer.collapse.nc1,
+            "layer_simplex": layer.collapse.nc2_simplex,
+        }
+        for name, value in one.items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def _over(values: Tensor, others: Tensor) -> float:
+    """How many times the largest of some eigenvalues is that of others; NaN without any."""
+    return float(values[0] / others[0]) if len(values) and len(others) else math.nan

@@ -1,5 +1,6 @@
 """The command line, run as a user runs it."""
 
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -26,6 +27,11 @@ def twin():
     torch.manual_seed(1)
     x, y = torch.randn(60, 5), torch.arange(60) % 3
     return ds.Problem(make(), (x, y))
+
+def pair():
+    network = make()
+    cut = [(torch.randn(num, 5), torch.arange(num) % 3) for num in (24, 9)]
+    return tuple(ds.Problem(network, data) for data in cut)
 
 def nothing():
     return None
@@ -87,6 +93,17 @@ def test_anybodys_model_and_data(analysed, folder):
 def test_a_module_path_is_a_target_too(folder):
     done = run("analyze", "mine:problem", "--out", "two", "--num-probes", 1, "--num-steps", 4, cwd=folder)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("split", ["train", "test", "both"])
+def test_a_pair_of_problems_is_training_and_test(folder, split):
+    options = ("--num-probes", 1, "--num-steps", 4, "--out", f"pair-{split}")
+    done = run("analyze", "mine.py:pair", "--split", split, *options, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    saved = ds.load(folder / f"pair-{split}").dataset
+    assert saved.attrs["num_examples"] == (9 if split == "test" else 24)
+    assert saved.split.values.tolist() == (["train", "test"] if split == "both" else ["train"])
+    assert saved.attrs.get("test_num_examples") == (9 if split == "both" else None)
 
 
 def test_the_report_is_made_again_from_the_saved_numbers(analysed, folder):
@@ -183,6 +200,8 @@ def test_layers_of_anybodys_model(folder):
         (("analyze", "no_such_module:problem"), "cannot be imported"),
         (("analyze", "mine.py:other"), "has no function"),
         (("analyze", "mine.py:nothing"), "NoneType"),
+        (("analyze", "mine.py:problem", "--split", "both"), "mine.py:problem returns one problem"),
+        (("analyze", "mine.py:problem", "--split", "half"), "split"),
         (("analyze", "mine.py:problem", "--device", "cpu", "--per-class", "3"), "--per-class, --device"),
         (("analyze", "--model", "nonsense"), "nonsense"),
         (("analyze", "--data", "mnist", "--data-root", "nowhere"), "nowhere"),
@@ -231,7 +250,7 @@ def test_every_command_that_makes_a_problem_spells_the_same_options(folder):
         assert ("--at " in text, "--checkpoint " in text) == ((command not in ("compare", "study"),) * 2), (
             command
         )
-        assert ("--resume " in text) == (command == "analyze")
+        assert ("--resume " in text, "--split " in text) == ((command == "analyze",) * 2)
 
 
 def test_the_demo_ends_with_its_verdict_and_its_report(tmp_path):
@@ -319,3 +338,9 @@ def test_a_damaged_file_of_a_command_is_said(tmp_path, stem):
     (tmp_path / f"{stem}.nc").write_bytes(b"\x89HDF\r\n\x1a\n" + b"\xff" * 500)
     with pytest.raises(errors.FileError, match=r"damaged or foreign .*Run the command again"):
         load_page(tmp_path)
+
+
+@pytest.mark.parametrize("program", ["deepspectra", "deepspectra.cli"])
+def test_the_version_is_said(program, tmp_path):
+    outcome = finished([sys.executable, "-m", program, "--version"], timeout=120, cwd=tmp_path, check=True)
+    assert outcome.stdout == f"deepspectra {importlib.metadata.version('deepspectra')}\n"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import deepspectra as ds
+from deepspectra import errors
 from deepspectra.dataframes import text_table
 
 MATRIX = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5, 0.0, -1.0]).double())
@@ -48,3 +49,23 @@ def test_a_table_of_text_has_words_left_numbers_right_and_three_digits():
         "              as is",
         "a note",
     ]
+
+
+def test_a_table_for_latex_has_significant_digits_and_powers_of_ten():
+    lines = ds.eigenpairs(torch.diag(torch.tensor([12345.0, 2e-9]).double()), 2).to_latex(2).splitlines()
+    assert lines[2].startswith(r"values & residual\_norms & ")
+    assert lines[4].startswith(r"$1.2 \cdot 10^{4}$ & ")
+    assert lines[5].startswith(r"$2 \cdot 10^{-9}$ & ")
+
+
+@pytest.mark.parametrize("digits", [0, 1.5])
+def test_digits_are_a_number_of_them(digits):
+    with pytest.raises(errors.OptionError, match="digits"):
+        ds.trace(MATRIX, 2).to_latex(digits)
+
+
+def test_a_table_of_commas_keeps_all_digits(tmp_path):
+    pairs = ds.eigenpairs(MATRIX, 3)
+    pairs.to_csv(tmp_path / "pairs.csv")
+    first = (tmp_path / "pairs.csv").read_text().splitlines()[1].split(",")
+    assert float(first[0]) == float(pairs.values[0])

@@ -18,8 +18,6 @@ from deepspectra.quadrature import Density
 from deepspectra.results import Provenance
 from spectra import broadened, integral, rotated, trained
 
-# --- curves and distribution functions ---------------------------------------------------------------------
-
 
 @pytest.fixture(scope="module")
 def sample():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import warnings
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from deepspectra.algorithms.eigenpairs import ENDS, eigenpairs
 from deepspectra.errors import ConvergenceWarning, MissingNameError
 from deepspectra.operators.base import Matrix
 from deepspectra.problem.problem import Problem
-from deepspectra.results import Provenance
+from deepspectra.results import Provenance, Result
 from nets import CASES
 from spectra import OUTLIERS, rotated, trained
 
@@ -168,3 +169,24 @@ def test_progress_is_what_is_done_of_how_much_and_what_comes_next(name: str) -> 
     assert seen
     assert [done for done, *_ in seen] == sorted(done for done, *_ in seen)
     assert all(0 <= done <= total and what for done, total, what in seen)
+
+
+def test_results_are_short_where_they_are_named_and_whole_where_they_are_shown():
+    results = [
+        ds.eigenpairs(torch.eye(400).double(), 3),
+        ds.density(torch.eye(400).double()),
+        ds.trace(torch.eye(400).double()),
+        ds.diagonal(torch.eye(400).double()),
+    ]
+    for result in results:
+        assert repr(result) == f"<{type(result).__name__} of matrix, 400 dimensions>"
+        assert html.unescape(result._repr_html_()).removesuffix("</pre>").endswith(str(result))
+
+
+def test_every_result_has_the_short_form():
+    """A dataclass would write all of its arrays."""
+    pending = [Result]
+    while pending:
+        kind = pending.pop()
+        pending += kind.__subclasses__()
+        assert kind.__repr__ is Result.__repr__, kind

@@ -31,26 +31,35 @@ from deepspectra.jobs.regions_dataset import regions_dataset
 from deepspectra.jobs.study_dataset import STUDIES, study_dataset
 from deepspectra.jobs.sweep_command import sweep_of
 from deepspectra.problem.problem import Problem
+from deepspectra.results import versions
 from deepspectra.rows.averages import METHODS
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Split the spectrum of a deep network into the parts that cause it.",
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 Target = Annotated[
     str | None, typer.Argument(help="file.py:function or package.module:function that returns a Problem.")
 ]
 Command = Callable[..., None]
-LAST = ("at", "resume", "seed")  # of a command's options
+LAST = ("split", "at", "resume", "seed")  # of a command's options
 MALLOC_OPTIONS = {-3: 2**31 - 1, -1: 2**31 - 1, -2: 2**28}  # mmap threshold, trim threshold, top pad
 JUDGED = ("kfac", "ekfac", "cfac")  # Kronecker-factored approximations
 SECONDS_OF_CUBE = 4e-10  # of eigenvalues and vectors of a dense matrix, times the cube of its rows, on a CPU
 FEW_ROWS = 3000  # whose eigenvalues take seconds
 SPECTRA_OF_REGIONS = 3  # of a layer, with its knock-outs, in units of eigenvalues and vectors
 STAGES = "stages"  # folder of what an analysis keeps to be resumed
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Say which version this is.")] = False,
+) -> None:
+    """Split the spectrum of a deep network into the parts that cause it.
+
+    Exit status: 0 done; 1 an unforeseen failure; 2 an option, a model or data that cannot be used; 130 interrupted.
+    """
+    if version:
+        typer.echo(f"deepspectra {versions()['deepspectra']}")
+        raise typer.Exit
 
 
 def main() -> None:
@@ -106,8 +115,11 @@ def _command(name: str, *, out: str, without: tuple[str, ...] = ()) -> Callable[
 def demo(out: Out = Path("deepspectra-demo"), seed: Seed = 0) -> None:
     """Train a small network on the embedded digits, analyse it and write the report."""
     check_writable(out)
-    problem, names, (model, data, _) = chosen_problem(None, Choice(model="mlp-small", out=out, seed=seed))
-    _finish(analyze(problem, seed=seed).labelled(model=model, data=data, class_names=names), out)
+    one = chosen_problem(None, Choice(model="mlp-small", out=out, seed=seed))
+    model, data, _ = one.labels
+    _finish(
+        analyze(one.problem, seed=seed).labelled(model=model, data=data, class_names=one.class_names), out
+    )
 
 
 @_command("analyze", out="deepspectra-run")
@@ -133,11 +145,15 @@ def analyze_command(
     check_writable(chosen.out)
     series, folders = {}, []
     for moment in moments(target, chosen):
-        stages = moment.out / STAGES if chosen.resume else None
-        owner = None if groups is None else class_groups(moment.problem, groups, seed=chosen.seed)
-        names = moment.class_names if owner is None else _group_names(moment.class_names, owner.tolist())
+        stages, (problem, names, labels, test) = (
+            moment.out / STAGES if chosen.resume else None,
+            moment.subject,
+        )
+        owner = None if groups is None else class_groups(problem, groups, seed=chosen.seed)
+        names = names if owner is None else _group_names(names, owner.tolist())
         found = analyze(
-            moment.problem,
+            problem,
+            test=test,
             num=num,
             num_probes=num_probes,
             num_steps=num_steps,
@@ -147,7 +163,7 @@ def analyze_command(
             groups=owner,
             resume=stages,
         )
-        model, data, _ = moment.labels
+        model, data, _ = labels
         title = f"Spectrum of {target}" if target else ""
         found = found.labelled(title=title, model=model, data=data, class_names=names)
         series[moment.label] = found
@@ -166,7 +182,7 @@ def _group_names(names: list[str] | None, owner: list[int]) -> list[str]:
     return [", ".join(some[:2]) + (f" +{len(some) - 2}" if len(some) > 2 else "") for some in members]
 
 
-@_command("layers", out="deepspectra-run", without=("resume",))
+@_command("layers", out="deepspectra-run", without=("resume", "split"))
 def layers_command(
     target: Target = None,
     *,
@@ -178,15 +194,15 @@ def layers_command(
     """Features, errors and gradients of every layer, exactly: for up to about 12,000 examples × (classes − 1)."""
 
     def look(moment: Moment) -> tuple[str, Dataset]:
-        _warn_of_long_spectra(moment.problem)
+        _warn_of_long_spectra(moment.subject.problem)
         with _status("layers") as show:
-            found = layers(moment.problem, kronecker=JUDGED if kronecker else (), progress=show)
-        return str(found), layer_dataset(found, moment.problem, moment.labels)
+            found = layers(moment.subject.problem, kronecker=JUDGED if kronecker else (), progress=show)
+        return str(found), layer_dataset(found, moment.subject.problem, moment.subject.labels)
 
     _look_at_moments(target, chosen, "layers", look)
 
 
-@_command("regions", out="deepspectra-run", without=("resume",))
+@_command("regions", out="deepspectra-run", without=("resume", "split"))
 def regions_command(
     target: Target = None,
     *,
@@ -207,13 +223,15 @@ def regions_command(
 
     def look(moment: Moment) -> tuple[str, Dataset]:
         groups = NUM_GROUPS if num_groups is None else num_groups
-        _warn_of_long_spectra(moment.problem, spectra=(groups + 1) * SPECTRA_OF_REGIONS)
+        _warn_of_long_spectra(moment.subject.problem, spectra=(groups + 1) * SPECTRA_OF_REGIONS)
         found = []
         for kind in kinds:
             with _status(kind) as show:
                 settings = functools.partial(regions, method=method, num_groups=num_groups, seed=chosen.seed)
-                found.append(settings(moment.problem, kind, progress=show))
-        return "\n\n".join(map(str, found)), regions_dataset(found, moment.problem, moment.labels)
+                found.append(settings(moment.subject.problem, kind, progress=show))
+        return "\n\n".join(map(str, found)), regions_dataset(
+            found, moment.subject.problem, moment.subject.labels
+        )
 
     _look_at_moments(target, chosen, "regions", look)
 
@@ -249,7 +267,7 @@ def _warn_of_long_spectra(problem: Problem, spectra: int = 1) -> None:
         )
 
 
-@_command("compare", out="deepspectra-compare", without=("checkpoint", "at", "resume"))
+@_command("compare", out="deepspectra-compare", without=("checkpoint", "at", "resume", "split"))
 def compare_command(first: Target = None, second: Target = None, *, chosen: Choice) -> None:
     """Do two networks share eigenspaces? Your own two problems (FIRST and SECOND), or two trainings of the zoo."""
     if (first is None) != (second is None):
@@ -258,7 +276,7 @@ def compare_command(first: Target = None, second: Target = None, *, chosen: Choi
     seed = chosen.seed
     problems = []
     for target, one in zip((first, second), _seeds(chosen, chosen.out, 2), strict=True):
-        problem, _, labels = chosen_problem(target, one, draw=seed)
+        problem, _, labels, _ = chosen_problem(target, one, draw=seed)
         problems.append(problem)
     with _status("comparing") as show:
         found = compare(*problems, seed=seed, progress=show)
@@ -272,7 +290,7 @@ def _seeds(chosen: Choice, out: Path, num: int) -> list[Choice]:
     return [chosen._replace(out=out / f"seed-{seed}", seed=seed) for seed in seeds]
 
 
-@_command("study", out="deepspectra-study", without=("checkpoint", "at", "resume"))
+@_command("study", out="deepspectra-study", without=("checkpoint", "at", "resume", "split"))
 def study_command(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(STUDIES)}.")],
     *,
@@ -286,7 +304,7 @@ def study_command(
     variants: dict[str, list[Problem]] = {}
     for variant in STUDIES[name]:
         for one in _seeds(chosen, chosen.out / variant.name.replace(" ", "-"), networks):
-            problem, _, labels = chosen_problem(None, one, draw=chosen.seed, variant=variant)
+            problem, _, labels, _ = chosen_problem(None, one, draw=chosen.seed, variant=variant)
             variants.setdefault(variant.name, []).append(problem)
     with _status("measuring") as show:
         found = study(variants, seed=chosen.seed, progress=show)
@@ -319,7 +337,7 @@ def sweep_command(
     out: Annotated[Path, typer.Option(help="Directory of the results.")] = Path("deepspectra-sweep"),
     retry: Annotated[bool, typer.Option("--retry", help="Do failed cells again.")] = False,
 ) -> None:
-    """Measure a grid of networks, a process each; goes on where an earlier sweep in OUT was stopped or killed."""
+    """Measure a grid of networks, a process each, and draw what moves; goes on where a sweep in OUT was stopped."""
     typer.echo(
         sweep_of(
             words or (),

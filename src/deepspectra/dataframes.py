@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
+
+from deepspectra.argument_checks import check_count
 
 
 class Tabular:
@@ -24,6 +28,37 @@ class Tabular:
         import pandas  # noqa: PLC0415  (its import takes a while)
 
         return pandas.DataFrame({name: _column(getattr(self, name)) for name in self._columns})
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the same table as comma-separated values, all digits."""
+        self.to_dataframe().to_csv(path, index=False)
+
+    def to_latex(self, digits: int = 3) -> str:
+        """The same table for LaTeX (with the package booktabs), numbers to so many significant digits."""
+        return latex_table(self.to_dataframe(), digits)
+
+
+def latex_table(table: Any, digits: int = 3) -> str:
+    """A `pandas.DataFrame` for LaTeX, numbers to so many significant digits, powers of ten as such.
+
+    Raises:
+        OptionError: digits below 1.
+    """
+    check_count("digits", digits)
+    found: str = table.to_latex(
+        index=False, float_format=lambda x: _in_latex(x, digits), escape=True, na_rep="--"
+    )
+    return found
+
+
+def _in_latex(number: float, digits: int) -> str:
+    mantissa, _, exponent = f"{number:.{digits}g}".partition("e")
+    return f"${mantissa} \\cdot 10^{{{int(exponent)}}}$" if exponent else f"${mantissa}$"
+
+
+def preformatted(text: str) -> str:
+    """Text as HTML, in letters of one width."""
+    return f'<pre style="line-height: 1.3">{html.escape(text, quote=False)}</pre>'
 
 
 def _column(value: Any) -> Any:

@@ -44,7 +44,7 @@ class Curve(Tabular, columns=("grid", "density", "standard_error")):
     mass: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
     """A spectral density (1/P) Σ_i δ(λ − λ_i) as a quadrature: nodes and weights.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.confidence import interval
-from deepspectra.dataframes import Tabular, text_table
+from deepspectra.dataframes import Tabular, preformatted, text_table
 from deepspectra.errors import MissingNameError
 
 Entry = TypeVar("Entry")
@@ -52,7 +52,7 @@ class Provenance:
         return Provenance(name, size, dtype, str(source.device), seed, versions())
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Result:
     """What every result says beside its numbers.
 
@@ -64,6 +64,13 @@ class Result:
     seconds: float
     provenance: Provenance
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.provenance.operator}, {self.provenance.size:,} dimensions>"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: all that `print` does."""
+        return preformatted(str(self))
+
 
 def origin(
     began: float, source: Any, name: str = "", *, size: int | None = None, seed: int | None = None
@@ -73,7 +80,7 @@ def origin(
     return {"seconds": time.perf_counter() - began, "provenance": provenance}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ByLayer(Result, Mapping[str, Entry]):
     """Layer → its result, from input to output: what every analysis by layer returns. They are in `layers`."""
 
@@ -128,7 +135,7 @@ class Separation:
     complete: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Eigenpairs(Result, Tabular, columns=("values", "residual_norms", "error_bounds", "angle_bounds")):
     """Eigenvalues and eigenvectors, with measured residuals.
 
@@ -231,7 +238,7 @@ class Eigenpairs(Result, Tabular, columns=("values", "residual_norms", "error_bo
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Estimate(Result, Tabular, columns=("quantity", "value", "standard_error")):
     """A number that random vectors tell of an operator, with its standard error.
 
@@ -267,7 +274,7 @@ class Estimate(Result, Tabular, columns=("quantity", "value", "standard_error"))
         return text_table((self.quantity, f"{self.value:.6g}"), rows, note)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagonal(Result, Tabular, columns=("values", "standard_error")):
     """A diagonal with a standard error per entry.
 

@@ -9,8 +9,6 @@ from deepspectra.algorithms.long_vectors import gaussian_rows
 from deepspectra.operators.base import Matrix
 from spectra import OUTLIERS, diagonal, rotated, trained
 
-# --- the basis ---------------------------------------------------------------------------------------------
-
 
 def basis_of(matrix, num_products, width=1, capacity=60):
     krylov = Krylov(Matrix(matrix), capacity)

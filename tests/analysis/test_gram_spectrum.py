@@ -42,9 +42,6 @@ def test_one_dead_unit_and_one_example_a_batch() -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------- spectra
-
-
 @pytest.mark.parametrize("name", CLASSIFICATION)
 @pytest.mark.parametrize(("effects", "names"), [("four-way", FOUR), ("two-way", FIVE)])
 def test_the_exact_spectrum_is_that_of_the_dense_matrices(

@@ -155,3 +155,12 @@ def test_graphs_that_fit_are_built_once_and_dropped_for_what_is_reserved() -> No
     list(graphs.each("a kind", build))
     assert built == [6, 6, 6, 6]
     assert graphs.num_bytes() == 0
+
+
+def test_a_graph_that_is_wanted_once_is_not_kept_and_its_size_is_known() -> None:
+    graphs = Graphs(ds.Problem(mlp(), (X, Y)))
+    assert len(graphs.once("a kind", torch.zeros, 100)) == 100
+    assert graphs.num_bytes() == 0
+    assert graphs.largest("a kind") == 400
+    graphs.once("a kind", torch.zeros, 10)
+    assert graphs.largest("a kind") == 400

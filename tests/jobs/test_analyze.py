@@ -1,9 +1,11 @@
 """The whole job on a small trained network: numbers, files, report."""
 
 import functools
+import html
 import json
 import math
 import os
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -127,64 +129,105 @@ def test_a_network_that_does_not_tell_examples_apart_is_analysed(passes, monkeyp
     assert ("not computed" in dataset.attrs["provenance"]) == few
 
 
-def few_examples(num=8):
+def few_examples(num=8, seed=0):
     """More parameters than gradients: G has zeros."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     x, y = torch.randn(num, 5, dtype=torch.float64), torch.arange(num) % 3
     net = torch.nn.Sequential(torch.nn.Linear(5, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3)).double()
     return ds.Problem(net, (x, y))
 
 
-def integral(grid, density):
-    known = np.isfinite(grid)
-    return np.trapezoid(density[known], grid[known])
-
-
-def test_the_curve_of_g_is_its_spectrum_without_zeros_whatever_the_route(route):
+def test_the_bins_of_g_are_its_spectrum_without_zeros_whatever_the_route(route):
     problem = few_examples()
     values = torch.linalg.eigvalsh(ds.GaussNewton(problem).dense())
     rank = 8 * 2
     assert int((values > 1e-12).sum()) == rank
-    g = analysed(route, problem).dataset.sel(operator="gauss_newton")
+    g = analysed(route, problem).dataset.sel(operator="gauss_newton", split="train")
     assert float(g.zero_share) == pytest.approx(1 - rank / problem.num_parameters, abs=1e-12)
-    drawn = float((values >= float(g.smallest_drawn)).double().mean())
-    assert drawn + float(g.small_share) + float(g.zero_share) == pytest.approx(1, abs=1e-9)
-    left, right = g.log_density.values
-    assert np.isnan(left).all()
-    assert integral(np.log10(g.log_grid.values[1]), right) == pytest.approx(drawn, rel=0.05)
-    assert np.nanmin(g.curve_grid) >= 0
-    assert integral(g.curve_grid.values, g.curve_density.values) <= 1.01 * drawn
+    for view in ("linear", "signed", "magnitude"):
+        bins = g.sel(view=view)
+        assert float(bins.bin_mass.sum() + g.zero_share) == pytest.approx(1, abs=1e-9)
+        for start, end, low, high in zip(
+            bins.bin_start, bins.bin_end, bins.bin_low, bins.bin_high, strict=True
+        ):
+            inside = (values > max(float(start), 1e-12)) & (values <= float(end))
+            assert not float(low) - 1e-9 > float(inside.double().mean())
+            assert not float(high) + 1e-9 < float(inside.double().mean())
+    assert not (g.bin_mass.where(g.bin_end <= 0) > 0).any()
 
 
-def test_the_curve_of_g_ends_at_zero_and_says_no_zeros_that_are_only_estimated(analysis, route):
+def test_no_zeros_are_said_that_are_only_estimated(analysis, route):
     """More gradients than parameters, some of which no gradient reaches: random vectors cannot count the zeros."""
     problem = trained()
     values = torch.linalg.eigvalsh(ds.GaussNewton(problem).dense())
     zeros = float((values < 1e-13 * values[-1]).double().mean())
-    g = analysis.dataset.sel(operator="gauss_newton")
-    assert np.isnan(g.log_density.values[0]).all()
-    assert np.nanmin(g.curve_grid) >= 0
+    g = analysis.dataset.sel(operator="gauss_newton", split="train")
     if route == "exact":
         assert float(g.zero_share) == pytest.approx(zeros, abs=3 / problem.num_parameters)
     else:
         assert np.isnan(float(g.zero_share))
 
 
-def test_above_what_is_called_unresolved_nodes_are_near_and_light(analysis):
-    for name in ("hessian", "residual"):
-        found = analysis.dataset.sel(operator=name)
-        above, probe = float(found.resolved_above), found.density_probe.values
-        nodes, weights = found.density_node.values, found.density_weight.values
-        assert above > 0
-        seen = (probe >= 0) & (np.abs(nodes) > above)
-        assert (weights[seen] * 2 <= 0.05).all()
-        for sign in (-1, 1):
-            sizes = np.sort(sign * nodes[(probe >= 0) & (sign * nodes >= above)])
-            assert (sizes[1:] <= 2 * sizes[:-1]).all()
-        below = weights[(probe >= -1) & (np.abs(nodes) <= above)].sum()
-        assert float(found.unresolved_share) == pytest.approx(below, abs=1e-12)
-        smallest = np.nanmin(found.log_grid)
-        assert smallest >= float(found.smallest_drawn) == pytest.approx(1e-6 * np.nanmax(np.abs(nodes)))
+def test_tails_are_judged_of_every_spectrum_and_said(analysis):
+    dataset = analysis.dataset.sel(split="train")
+    verdicts = dataset.tail_verdict
+    assert (verdicts.sel(operator=["hessian", "residual"]) != "").all()
+    assert (verdicts.sel(operator="gauss_newton").values == "").tolist() == [False, True, True]
+    said = {
+        name: str(verdicts.sel(operator=name, side="magnitude").values)
+        for name in ("gauss_newton", "residual")
+    }
+    assert f"G {said['gauss_newton']}" in analysis.verdict
+    assert f"R {said['residual']}" in analysis.verdict
+
+
+def test_test_data_stand_beside_those_of_training():
+    problem = trained()
+    data = zoo.load("digits", split="test", per_class=6)
+    test = ds.Problem(network()[0].double(), (data.inputs.double(), data.targets))
+    found = ds.analyze(problem, test=test, num_probes=2, num_steps=24, progress=False)
+    dataset = found.dataset
+    for name, operator in (("hessian", ds.Hessian), ("gauss_newton", ds.GaussNewton)):
+        exact = torch.linalg.eigvalsh(operator(test).dense())
+        values = dataset.test_eigenvalue.sel(operator=name).values
+        np.testing.assert_allclose(values, exact.flip(0).numpy()[: len(values)], rtol=2e-4)
+        bins = dataset.sel(split="test", operator=name, view="signed").dropna("bin")
+        inside = [
+            ((exact > start) & (exact <= end)).double().mean()
+            for start, end in zip(bins.bin_start.values, bins.bin_end.values, strict=True)
+            if start > 1e-4
+        ]
+        above = bins.bin_start.values > 1e-4
+        low, high = (bins[f"bin_{end}"].values[above] for end in ("low", "high"))
+        covered = (low - 1e-9 <= inside) & (inside <= high + 1e-9)
+        assert covered.mean() >= 0.9
+    assert dataset.attrs["test_accuracy"] == test.accuracy()
+    assert dataset.attrs["test_loss_value"] == pytest.approx(test.loss())
+    assert f"on the test data (loss {test.loss():.3g}, accuracy {test.accuracy():.1%})" in found.verdict
+    alone = analysed("exact").dataset
+    xr.testing.assert_allclose(dataset.eigenvalue, alone.eigenvalue, rtol=1e-4)
+    assert alone.split.values.tolist() == ["train"]
+    page = report.render(dataset)
+    for name in ("spectrum_test", "log_spectrum_test", "magnitude_spectrum_test"):
+        assert f'id="chart-{name}"' in page
+
+
+def test_another_network_is_no_test_of_this_one():
+    problem = few_examples()
+    other = few_examples(seed=1)
+    with pytest.raises(errors.OptionError, match="same network with other data"):
+        ds.analyze(problem, test=other, progress=False)
+
+
+def test_figures_are_saved_as_wide_as_a_column(analysis, tmp_path):
+    pdf = analysis.save_chart(tmp_path / "spectrum.pdf").read_bytes()
+    left, top, right, bottom = map(float, re.search(rb"MediaBox \[([^\]]*)\]", pdf)[1].split())
+    assert (right - left, bottom > top) == (pytest.approx(3.3 * 72, abs=0.5), True)
+    for name in ("log_spectrum", "magnitude_spectrum"):
+        assert analysis.save_chart(tmp_path / f"{name}.svg", name).read_bytes().startswith(b"<svg")
+    assert analysis.chart("shares").to_dict()["width"] == 720
+    with pytest.raises(errors.OptionError, match="there is no chart 'density'; there are spectrum, "):
+        analysis.chart("density")
 
 
 @pytest.mark.parametrize("sizes", [(1, 0, 2, 3), (2, 0, 4, 6), (2, 3, 4, 1), (3, 2, 5, 20)])
@@ -219,7 +262,7 @@ def test_values_that_are_not_finite_are_said_and_not_drawn(monkeypatch):
     monkeypatch.setattr(stages, "density", broken)
     analysis = analysed("exact", few_examples())
     assert "the density of R has values that are not finite" in analysis.verdict
-    assert np.isnan(analysis.dataset.log_density.sel(operator="residual")).all()
+    assert np.isnan(analysis.dataset.bin_mass.sel(operator="residual")).all()
     assert report.render(analysis.dataset)
 
 
@@ -329,6 +372,23 @@ def test_a_foreign_netcdf_file_is_refused(analysis, tmp_path):
     xr.Dataset({"x": ("n", [1.0])}).to_netcdf(tmp_path / "analysis.nc", engine="h5netcdf")
     with pytest.raises(errors.FileError, match="not an analysis"):
         ds.load(tmp_path)
+
+
+def test_a_notebook_shows_the_verdict_and_the_spectrum(analysis):
+    shown = analysis._repr_html_()
+    assert html.escape(analysis.verdict, quote=False) in shown
+    assert "<svg" in shown
+    assert repr(analysis).startswith("<Analysis: Spectrum of")
+
+
+def test_pairs_are_a_table_with_their_shares(analysis):
+    table = analysis.to_dataframe()
+    shares = table[[name for name in table if name.startswith("share of ")]].sum(axis=1)
+    assert shares.to_numpy() == pytest.approx(1, abs=1e-3)
+    of_h = table[table["operator"] == "hessian"]
+    assert of_h["is_outlier"].sum() == int(analysis.dataset["num_outliers"].sel(operator="hessian"))
+    lines = analysis.to_latex().splitlines()
+    assert len([line for line in lines if line.endswith(r"\\") and line[0].isdigit()]) == len(of_h)
 
 
 def test_class_names_must_be_one_a_class(analysis):

@@ -95,7 +95,8 @@ def test_where_parameters_are_few_every_eigenvalue_is_exact(dtype):
         nodes = torch.from_numpy(found["density_node"].sel(operator=name).dropna("node").values).sort().values
         assert len(nodes) == len(exact)
         assert float((nodes - exact).abs().max()) <= 20 * torch.finfo(dtype).eps * float(exact.abs().max())
-    assert not found["unresolved_share"].any()
+    assert set(found["density_probe"].values.ravel().tolist()) <= {-1, -2}
+    assert not (found["bin_low"] < found["bin_high"]).any()
     assert float(found["trace_standard_error"].max()) == 0
 
 

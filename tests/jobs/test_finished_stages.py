@@ -122,6 +122,27 @@ def test_stages_of_another_computation_are_refused(tmp_path, monkeypatch):
         analysed(tmp_path, first)
 
 
+def test_test_data_are_resumed_and_belong_to_the_computation(tmp_path, monkeypatch):
+    first = problem()
+    network, data = (
+        copy.deepcopy(first.model).requires_grad_(True),
+        zoo.load("digits", split="test", per_class=4),
+    )
+    train = zoo.load("digits", per_class=6)
+    first = ds.Problem(network, (train.inputs, train.targets))
+    test = ds.Problem(network, (data.inputs, data.targets))
+    with stopped_in(monkeypatch, "density of R on test data"), pytest.raises(KeyboardInterrupt):
+        analysed(tmp_path, first, test=test)
+    with pytest.raises(errors.FileError, match="test data was"):
+        analysed(tmp_path, first)
+    found = analysed(tmp_path, first, test=test)
+    said = json.loads(found.dataset.attrs["provenance"])["finished before a stop"]
+    assert "top eigenpairs of H on test data" in said
+    whole = analysed(tmp_path / "other", first, test=test).dataset
+    xr.testing.assert_allclose(found.dataset.test_eigenvalue, whole.test_eigenvalue, rtol=1e-4)
+    xr.testing.assert_allclose(found.dataset.bin_mass, whole.bin_mass, atol=1e-3)
+
+
 def test_a_damaged_stage_is_said_and_can_be_done_again(tmp_path, monkeypatch):
     of = problem()
     with stopped_in(monkeypatch, "class structure"), pytest.raises(KeyboardInterrupt):

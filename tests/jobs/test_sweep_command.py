@@ -36,9 +36,16 @@ def test_a_grid_of_a_function_of_the_users_is_swept_and_gathered(folder, monkeyp
     with pytest.warns(errors.SweepWarning, match="a bad kind"), pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 0
-    assert "4 cells: 2 done, 2 failed." in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "4 cells: 2 done, 2 failed." in told
+    assert "Report: out/sweep.html" in told
     assert xr.load_dataset("out/sweep.nc").y.sel(kind="good").values.tolist() == [2, 4]
     assert "2 done, 2 failed" in sweep_of([], folder / "out")
+    (folder / "out" / "sweep.html").unlink()
+    monkeypatch.setattr(sys, "argv", ["deepspectra", "report", "out"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "What moves with what" in (folder / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """The ready cell: networks of the zoo, trained once and looked at several times."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
@@ -48,12 +51,16 @@ def test_measures_are_those_of_a_network_trained_and_looked_at_by_hand(folder):
     assert found.bulk_edge == pytest.approx(spectrum.bulk_edge)
     assert found.left_class_subtraction == spectrum.num_outliers("class")
     left = spectrum.knockout("class", "logit", method="projection")
-    assert found.top_class_logit_projection == pytest.approx(float(left[0]))
+    np.testing.assert_allclose(found.value_without_class_logit_projection, left[:20], rtol=1e-6)
     assert found.left_class_logit_projection == int((left > spectrum.threshold()).sum())
     parts = [found[f"trace_{name}"].item() for name in spectrum.part_names]
     assert sum(parts) == pytest.approx(found.trace.item())
     shares = spectrum.shares[: spectrum.num_outliers()].mean(0)
     assert found.share_logit == pytest.approx(float(shares[spectrum.part_names.index("logit")]))
+    bump, within = (spectrum.parts[name].log10() for name in ("interaction", "within"))
+    assert found.bump_distance == pytest.approx(float(bump.median() - within.median()))
+    assert found.bump_clearance == pytest.approx(float(bump.median() - within.max()))
+    assert (found.epoch, found.rate) == (4, recipe.learning_rate)
 
 
 def test_a_cell_needs_no_more_memory_than_it_says(folder):
@@ -75,6 +82,39 @@ def test_one_training_is_the_same_whichever_epochs_are_looked_at(folder, tmp_pat
     assert cell(per_class=5, seed=1)["loss"] == cell(per_class=5, epochs=6, seed=1)["loss"]
 
 
+def test_progress_is_a_share_of_the_epochs():
+    cell = ZooCell(training_epochs=6)
+    (found,) = cell(per_class=5, progress=(0.66,), seed=1)
+    assert found["epoch"] == 4
+    assert found["loss"] == cell(per_class=5, epochs=4, seed=1)["loss"]
+
+
+def test_the_best_of_some_rates_is_looked_at():
+    cell = ZooCell(training_epochs=6, rates=(0.1, 1, 1e8))
+    found = cell(per_class=5)
+    rate = zoo.recipe("mlp", "digits", 50).learning_rate
+    assert found["rates"] == [0.1 * rate, rate, 1e8 * rate]
+    assert found["rate_test_accuracy"][2] == 0  # diverges
+    assert found["rate_loss"][2] == math.inf
+    assert found["rate"] == found["rates"][int(np.argmax(found["rate_test_accuracy"]))]
+    chosen = ZooCell(training_epochs=6)(per_class=5, learning_rate=found["rate"])
+    assert chosen["loss"] == found["loss"]
+    assert max(found["rate_test_accuracy"]) == found["test_accuracy"] == chosen["test_accuracy"]
+
+
+def test_networks_vary_by_batch_norm_and_by_their_labels():
+    cell = ZooCell(training_epochs=1)
+    plain, normed, drawn = (
+        cell(per_class=5, **o) for o in ({}, {"batch_norm": True}, {"random_labels": True})
+    )
+    assert plain["num_parameters"] == normed["num_parameters"]
+    assert len({one["loss"] for one in (plain, normed, drawn)}) == 3
+    data = zoo.load("digits", per_class=5).relabelled(0)
+    network = zoo.build("mlp", input_shape=data.input_shape, num_classes=10)
+    zoo.train(network, data, zoo.recipe("mlp", "digits", 50), epochs=1)
+    assert drawn["loss"] == pytest.approx(ds.Problem(network, (data.inputs, data.targets)).loss())
+
+
 def test_a_training_that_diverges_keeps_its_earlier_looks():
     looks = ZooCell(training_epochs=3)(per_class=5, learning_rate=1e6, epochs=(0, 3))
     assert next(looks)["loss"] > 0
@@ -83,13 +123,14 @@ def test_a_training_that_diverges_keeps_its_earlier_looks():
 
 
 def test_epochs_beyond_the_training_are_refused():
-    with pytest.raises(errors.OptionError, match="ends at 3"):
-        next(ZooCell(training_epochs=3)(per_class=5, epochs=(0, 4)))
+    for looks in ({"epochs": (0, 4)}, {"progress": (0.5, 1.2)}, {"epochs": (1,), "progress": (1,)}):
+        with pytest.raises(errors.OptionError, match="from 0 to 3 epochs or to 1"):
+            ZooCell(training_epochs=3)(per_class=5, **looks)
 
 
 def test_a_sweep_is_of_one_length_of_training(folder, tmp_path):
     with pytest.raises(
-        errors.FileError, match=r"version 1 ZooCell\(training_epochs=6.* now 1 ZooCell\(training_epochs=7"
+        errors.FileError, match=r"version 2 ZooCell\(training_epochs=6.* now 2 ZooCell\(training_epochs=7"
     ):
         ds.sweep(ZooCell(training_epochs=7), AXES, folder, looks="epochs", progress=False)
     assert ZooCell(tmp_path).version == ZooCell().version

@@ -14,8 +14,6 @@ from nets import Case
 from reference import Reference, error
 from truth import truth
 
-# --------------------------------------------------------------------------------------------- first axis
-
 
 class Tagger(nn.Module):
     """Positions first: (T, B, 5) to (T, B, 3)."""

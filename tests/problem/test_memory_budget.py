@@ -79,7 +79,11 @@ def test_bytes_that_a_graph_keeps_are_those_of_its_own_storages_that_live_on() -
     def build() -> list[torch.Tensor]:
         scratch = given * 2
         kept = scratch + 1
-        return [given, kept, kept.view(10, 10)]  # what was there before, and a view, count nothing
+        return [
+            given.view(10, 10),
+            kept,
+            kept.view(10, 10),
+        ]  # what was there before, and views, count nothing
 
     graph, size = measured(build)
     assert len(graph) == 3

@@ -39,13 +39,6 @@ VERDICT = (
 )
 
 
-def gaussian_mixture(at, centres, masses, width):
-    """Density at `at` of point masses smoothed by a normal of some width."""
-    return (masses * np.exp(-0.5 * ((at[:, None] - centres) / width) ** 2)).sum(1) / (
-        width * math.sqrt(2 * math.pi)
-    )
-
-
 def bulk(rng, operator, num):
     """Eigenvalues of the bulk: of G positive and heavy-tailed, of R on both sides of zero."""
     positive = np.minimum(rng.lognormal(math.log(2e-4), 2.0, num), 0.085)
@@ -65,7 +58,7 @@ def padded(dims, values, num_pairs):
     return np.pad(values, missing, constant_values=np.nan)
 
 
-def make_dataset(num_classes=10, num_points=120, seed=0):
+def make_dataset(num_classes=10, seed=0):
     """A whole analysis by the schema, with numbers like those of a converged MNIST network."""
     rng = np.random.default_rng(seed)
     num_parameters = 269_322
@@ -78,10 +71,16 @@ def make_dataset(num_classes=10, num_points=120, seed=0):
         {},
         {"operator": OPERATORS, "part": PARTS, "level": ["class", "cross_class"], "class": classes},
     )
-    coords |= {"side": ["negative", "positive"], "knockout": KNOCKOUTS, "method": METHODS, "stage": STAGES}
+    coords |= {"split": ["train"], "view": ["linear", "signed", "magnitude"]}
+    coords |= {
+        "side": ["magnitude", "positive", "negative"],
+        "knockout": KNOCKOUTS,
+        "method": METHODS,
+        "stage": STAGES,
+    }
     coords |= {"cross_class": classes, "class_other": classes}
     _add_pairs(data, rng, top, num_known)
-    _add_curves(data, rng, num_parameters, num_points)
+    _add_bins(data, rng, num_parameters)
     _add_shares(data, rng, count, num_known)
     _add_knockouts(data, rng, top, num_known)
     _add_averaging(data, rng, top, num_classes)
@@ -150,35 +149,40 @@ def _add_pairs(data, rng, top, num_pairs):
     data["num_outliers"] = ("operator", outlier.sum(1))
 
 
-def _add_curves(data, rng, num_parameters, num_points):
-    grid, density, error = (np.zeros((3, num_points)) for _ in range(3))
-    log_grid, log_density, log_error = (np.full((3, 2, num_points), np.nan) for _ in range(3))
+def _add_bins(data, rng, num_parameters):
     node, weight, probe = np.full((3, 64), np.nan), np.full((3, 64), np.nan), np.full((3, 64), -2)
+    bins = {name: np.full((1, 3, 3, 60), np.nan) for name in ("start", "end", "mass", "low", "high")}
     for index, operator in enumerate(OPERATORS):
         value = data["eigenvalue"][1][index]
         lonely = value[data["is_outlier"][1][index] == 1]
         nodes = np.concatenate([bulk(rng, operator, 300), lonely])
         mass = np.concatenate([np.full(300, 1 / 300), np.full(len(lonely), 1 / num_parameters)])
         mass /= mass.sum()
-        grid[index] = np.linspace(nodes.min() - 0.02, nodes.max() + 0.05, num_points)
-        density[index] = gaussian_mixture(grid[index], nodes, mass, 0.004)
-        error[index] = density[index] * rng.uniform(0.05, 0.2)
-        for side, sign in enumerate((-1, 1)):
-            here = sign * nodes > 0
-            if here.any():
-                log_grid[index, side] = np.geomspace(1e-6, 1.0, num_points)
-                at, centres = np.log10(log_grid[index, side]), np.log10(sign * nodes[here])
-                log_density[index, side] = gaussian_mixture(at, centres, mass[here], 0.12)
-                log_error[index, side] = 0.12 * log_density[index, side]
-        node[index, :60], weight[index, :60], probe[index, :60] = (
-            nodes[-60:],
-            mass[-60:],
-            np.repeat(np.arange(4), 15),
-        )
-    for name, values in (("grid", grid), ("density", density), ("standard_error", error)):
-        data[f"curve_{name}"] = (("operator", "point"), values)
-    for name, values in (("grid", log_grid), ("density", log_density), ("standard_error", log_error)):
-        data[f"log_{name}"] = (("operator", "side", "log_point"), values)
+        sizes = np.geomspace(1e-6, 1, 31)
+        lattices = (np.linspace(-0.1, 1, 61), np.append(-sizes[::-1], sizes), np.append(0, sizes))
+        for view, edges in enumerate(lattices):
+            shown = np.abs(nodes) if view == 2 else nodes
+            held, _ = np.histogram(shown, edges, weights=mass)
+            rows = {
+                "start": edges[:-1],
+                "end": edges[1:],
+                "mass": held,
+                "low": 0.7 * held,
+                "high": 1.4 * held,
+            }
+            for name, one in rows.items():
+                bins[name][0, index, view, : min(60, len(one))] = one[:60]
+        node[index, :60], weight[index, :60] = nodes[-60:], mass[-60:]
+        probe[index, :60] = np.repeat(np.arange(4), 15)
+    data |= {f"bin_{name}": (("split", "operator", "view", "bin"), one) for name, one in bins.items()}
+    data["zero_share"] = (("split", "operator"), [[np.nan, 0.957, np.nan]])
+    numbers = {"exponent": 2.5, "exponent_low": 2.2, "exponent_high": 2.9, "p_value": 0.4, "start": 1e-3}
+    numbers |= {"end": 0.1, "density_at_start": 0.1, "density_at_end": 1e-4}
+    for name, one in numbers.items():
+        data[f"tail_{name}"] = (("split", "operator", "side"), np.full((1, 3, 3), one))
+    words = {"verdict": ["power law", "log-normal", "not resolved"], "why": ["it holds."] * 3}
+    for name, said in words.items():
+        data[f"tail_{name}"] = (("split", "operator", "side"), np.array([[[one] * 3 for one in said]]))
     for name, values in (("node", node), ("weight", weight), ("probe", probe)):
         data[f"density_{name}"] = (("operator", "node"), values)
 
@@ -242,8 +246,9 @@ def _add_classes(data, rng, num_classes):
 
 
 GROUPS = {
-    "spectrum": ["curve_grid", "curve_density", "curve_standard_error"],
-    "log_spectrum": ["log_grid", "log_density", "log_standard_error"],
+    "spectrum": ["bin_mass"],
+    "log_spectrum": ["bin_mass"],
+    "magnitude_spectrum": ["bin_mass"],
     "shares": ["share"],
     "knockouts": ["knockout_value"],
     "averaging": ["subspace_value"],
@@ -342,7 +347,7 @@ def test_knockout_table_quotes_the_largest_eigenvalue_left(page, dataset):
 
 
 def test_lollipops_are_the_outliers(drawn, dataset):
-    dots = [row for row in values(drawn["spectrum"].to_dict()) if "lane" in row]
+    dots = [row for row in values(drawn["spectrum"].to_dict()) if "rank" in row]
     wanted = dataset["eigenvalue"].values[dataset["is_outlier"].values == 1]
     np.testing.assert_allclose([row["eigenvalue"] for row in dots], wanted, rtol=1e-8)
 
@@ -394,7 +399,11 @@ def test_a_missing_group_leaves_out_its_chart_and_nothing_else(dataset, name):
     with pytest.raises(DataError, match=GROUPS[name][0]):
         getattr(report, name)(smaller)
     page = report.render(smaller)
-    assert set(specs(page)) == set(re.findall(r'id="chart-(\w+)"', page)) == set(GROUPS) - {name}
+    assert (
+        set(specs(page))
+        == set(re.findall(r'id="chart-(\w+)"', page))
+        == {other for other, needed in GROUPS.items() if needed != GROUPS[name]}
+    )
 
 
 @pytest.mark.parametrize(
@@ -486,7 +495,7 @@ def test_every_page_is_cited_with_its_version():
 
 
 def test_flipped_bytes_are_found_or_change_no_number(tmp_path):
-    small = make_dataset(num_classes=3, num_points=20)[["eigenvalue", "share", "trace", "log_density"]]
+    small = make_dataset(num_classes=3)[["eigenvalue", "share", "trace", "bin_mass"]]
     path = tmp_path / "analysis.nc"
     save_dataset(small, path)
     whole, refused = path.read_bytes(), 0
@@ -508,31 +517,49 @@ def test_files_of_before_are_cited_with_their_version(dataset):
     assert "deepspectra 0.0.9; " in _citation(before)
 
 
-def test_the_caption_says_what_the_curves_do_not_show(dataset):
-    told = dataset.copy()
-    for name, values in {
-        "zero_share": [np.nan, 0.957, np.nan],
-        "small_share": [0.2, 0.0, 0.0],
-        "smallest_drawn": [1e-6, 1e-6, 1e-6],
-        "resolved_above": [3e-3, 0.0, 2e-3],
-        "unresolved_share": [0.8, 0.0, 0.7],
-    }.items():
-        told[name] = ("operator", values)
-    text = re.sub(r"<[^>]+>", "", FIGURES["spectrum"].captioned(told))
-    assert "95.7% of the eigenvalues of G are zero" in text
-    assert "the estimate's own: of H up to |λ| = 0.003, with 80.0% of all eigenvalues and R up to" in text
-    assert "R up to |λ| = 0.002, with 70.0% of all eigenvalues." in text
-    assert "Not drawn on the logarithmic axis: 20.0% of those of H, smaller than 10⁻⁶." in text
-    assert "± 2 standard errors" in text
-    points = [
-        row for row in values_of(report.log_spectrum(told)) if "faint" in row and row["operator"] == "hessian"
+def test_the_caption_says_what_is_left_out(dataset):
+    text = re.sub(r"<[^>]+>", "", FIGURES["spectrum"].captioned(dataset))
+    assert "Left out: 95.7% of the eigenvalues of G, zero up to rounding" in text
+    assert "zero up to rounding. H has 9 outliers" in text
+
+
+def test_steps_are_the_densities_of_bins_that_are_known(dataset):
+    """And boxes their bands; where a band is wider than what it is of, there is no step."""
+    told = dataset.copy(deep=True)
+    told["bin_high"][0, 0, 2, 20] = 3 * told["bin_mass"][0, 0, 2, 20]
+    rows = [row for row in values_of(report.magnitude_spectrum(told)) if row["operator"] == "hessian"]
+    boxes = [row for row in rows if "low" in row]
+    bins = told.sel(split="train", operator="hessian", view="magnitude").isel(bin=slice(1, 31))
+    widths = np.log10(bins.bin_end / bins.bin_start).values
+    for row in boxes:
+        index = int(np.argmin(np.abs(bins.bin_start.values - row["start"])))
+        low, high = (float(bins[f"bin_{end}"][index]) / widths[index] for end in ("low", "high"))
+        assert row["high"] == pytest.approx(high, rel=1e-6)
+        assert row["low"] == pytest.approx(low, rel=1e-6) or low < row["low"]
+    stepped = {row["start"] for row in rows if "run" in row}
+    known = (bins.bin_high - bins.bin_low <= bins.bin_mass).values
+    assert known.sum() == 29
+    assert stepped == {float(f"{start:.9g}") for start in bins.bin_start.values[known]}
+
+
+def test_what_is_about_zero_stands_in_the_figure(dataset):
+    texts = [
+        row["text"] for row in values_of(report.magnitude_spectrum(dataset)) if "lane" in row and "x2" in row
     ]
-    for row in points:
-        size = abs(row["eigenvalue"])
-        assert (row["faint"] == "unresolved") == (size <= 3e-3)
-        assert (row["faint"] in ("above", "below")) == (size > 0.12)
-    density = np.array([row["density"] for row in points])
-    assert (np.array([row["upper"] for row in points]) >= density).all()
+    smallest = dataset.bin_mass.sel(split="train", view="magnitude").isel(bin=0)
+    shown = [f"{percent(float(one))} of {name}" for one, name in zip(smallest, "HGR", strict=True) if one > 0]
+    assert texts == shown
+
+
+def test_power_laws_are_lines_with_their_exponents_and_faint_where_they_do_not_hold(dataset):
+    for chart, sides in ((report.magnitude_spectrum, 1), (report.log_spectrum, 2)):
+        rows = values_of(chart(dataset))
+        ends = [row for row in rows if "strength" in row and "text" not in row]
+        assert len(ends) == 2 * 2 * sides  # of H and G: R's is not resolved
+        assert {row["operator"]: row["strength"] for row in ends} == {"hessian": 1.0, "gauss_newton": 0.35}
+        texts = [row["text"] for row in rows if "strength" in row and "text" in row]
+        assert texts == ["|λ|^−2.5"] * sides
+    assert not any("strength" in row for row in values_of(report.spectrum(dataset)))
 
 
 def values_of(chart):

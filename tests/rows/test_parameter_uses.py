@@ -149,6 +149,25 @@ def test_examples_come_first_wherever_they_were(layout: Layout) -> None:
     assert not layout.fits(errors, errors * scale.flip(0), codes, 1e-9)
 
 
+@pytest.mark.parametrize("kind", ["matrix", "scale"])
+def test_what_is_not_needed_after_the_errors_is_let_go(kind: str) -> None:
+    """A matrix needs its features as long as it is held; of scales the errors have all that is needed."""
+    use, _ = used(kind)
+    size = use.errors.numel() * 8
+    assert (use.given is None) == (kind == "scale")
+    assert use.num_bytes == size + (use.given.numel() * 8 if use.given is not None else 0)
+
+
+def test_another_order_is_one_that_a_tensor_can_have_and_that_is_told_apart() -> None:
+    blocks, interleaved, second = LAYOUTS
+    assert not second.divides(torch.ones(B), B)
+    assert second.divides(torch.ones(3, B), B)
+    assert not blocks.divides(torch.ones(B + 1, 2), B)
+    assert blocks.divides(None, B)
+    assert interleaved.differs(torch.ones(2 * B, 3), B)
+    assert not interleaved.differs(torch.ones(B, 3), B), "one row an example lies in one order only"
+
+
 def test_indices_without_a_gap_are_a_slice() -> None:
     assert as_slice(torch.tensor([2, 3, 4])) == slice(2, 5)
     gap = torch.tensor([2, 4])

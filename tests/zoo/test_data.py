@@ -329,6 +329,9 @@ def test_the_real_colour_images_are_standardised(name, num_classes):
     torch.testing.assert_close(data.inputs.std(dim=(0, 2, 3)), torch.ones(3), rtol=0, atol=0.1)
 
 
+# --- other labels, fewer classes
+
+
 def test_random_labels_are_drawn_once() -> None:
     data = zoo.load("digits", per_class=20)
     one, again, other = data.relabelled(0), data.relabelled(0), data.relabelled(1)

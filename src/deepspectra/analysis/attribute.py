@@ -26,7 +26,7 @@ MOSTLY = 0.75  # a knock-out that removes this share of the outliers explains mo
 ROWS_BYTES = 2**28  # of N × C × K float64 that are projected at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Attribution(Result):
     """Shares of the outliers over the parts, and what knocking parts out leaves.
 

@@ -38,7 +38,7 @@ from deepspectra.rows.projections import Projections, collinear, grouped, num_gr
 LEVELS = ("class", "cross_class")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ClassMeans(Result):
     """Weighted means of gradients or errors over classes and over (class, potential class) cells, or of features.
 

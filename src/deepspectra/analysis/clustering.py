@@ -23,7 +23,7 @@ from deepspectra.rows.layer_rows import counted
 GROUPS = ("both", "logit", "class", "neither")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Clustering(Result):
     """Mean cosines between gradients of different examples, by what the two share.
 

@@ -72,7 +72,7 @@ class LayerComparison:
         return "early" if place < self.outputs else "delayed"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison(ByLayer[LayerComparison]):
     """Eigenspaces of two networks of the same architecture, without layers whose block of G is zero in either.
 

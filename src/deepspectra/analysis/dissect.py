@@ -89,7 +89,7 @@ class WholeDissection:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dissection(ByLayer[LayerDissection]):
     """What the blocks of all layers that multiply features are made of.
 

@@ -37,7 +37,7 @@ INDEPENDENT = 0.5  # least eigenvalue of the inner products of unit vectors that
 FORMED_BYTES = 2**28  # of gradients that are formed at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GramSpectrum(Result):
     """All non-zero eigenvalues of G and of its parts, and what each eigenvector owes to which part.
 

@@ -92,7 +92,7 @@ class LayerFits:
         return groups * outputs * inputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class KroneckerQuality(ByLayer[LayerFits]):
     """The approximations of every block that is a matrix and not zero; vectors have exact blocks.
 

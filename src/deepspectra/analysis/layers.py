@@ -119,7 +119,7 @@ class Layer:
     centred: GramSpectrum | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Layers(ByLayer[Layer]):
     """Every layer, in the order of the parameters.
 

@@ -27,7 +27,7 @@ SHARE = 15  # of the examples one in so many is drawn,
 FEWEST = 500  # but not fewer than these
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Subspace(Result):
     """A principal subspace with its eigenvalues, by averaging alone.
 

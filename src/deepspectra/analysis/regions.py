@@ -105,7 +105,7 @@ class Shifts:
         return text_table(("without", *self.regions, "moves most"), rows)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Regions(ByLayer[Shifts]):
     """Shifts of every layer's spectrum, and of all layers together.
 

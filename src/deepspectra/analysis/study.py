@@ -59,7 +59,7 @@ Sample = dict[str, dict[str, float]]  # layer → measure → value, of one netw
 MOST_ROWS = 3000  # N (C − 1) for which the parts of a layer's eigenvalues are computed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Study(ByLayer[Tensor]):
     """Measures of every layer that multiplies features, and of "all layers" together, in variants of a network.
 

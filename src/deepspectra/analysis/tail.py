@@ -64,7 +64,7 @@ class Exact(Protocol):
         """The eigenvalues."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Tail(Result):
     """The laws of a spectrum's bulk and tail, and which of them holds.
 

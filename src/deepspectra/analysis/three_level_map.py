@@ -19,7 +19,7 @@ FEWEST_MEANS = 4
 EXACT_POINTS = 500  # up to which all pairs are as fast as approximations
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ThreeLevelMap(Result):
     """Places in the plane for the means δ_c and δ_{c,k}; only who is near whom has a meaning.
 

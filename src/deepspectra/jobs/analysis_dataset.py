@@ -7,8 +7,7 @@ import math
 import resource
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,28 +16,37 @@ from torch.nn.utils.rnn import pad_sequence
 
 from deepspectra.algorithms.long_vectors import inner_products
 from deepspectra.derivatives.products import products_of
+from deepspectra.jobs.findings import LETTERS, Findings
 from deepspectra.jobs.pages import Dataset, Labels, Variables, dataset_of, described, measured, provenance
-from deepspectra.jobs.stages import LETTERS, Findings
-from deepspectra.quadrature import Curve, Density
+from deepspectra.jobs.spectrum_bins import VIEWS, Bins, binned
 
 OPERATORS = ("hessian", "gauss_newton", "residual")
-SIDES = {"negative": -1, "positive": 1}
+SIDES = ("magnitude", "positive", "negative")
 LEVELS, METHODS = ("class", "cross_class"), ("subtraction", "projection")
 CLASS_AXES = ("class", "cross_class", "class_other")
-POINTS, LOG_POINTS = 801, 301
-SMALLEST = 1e-6  # of an operator's largest |λ|: what is drawn on logarithmic axes
-COARSE = 0.05  # share of the eigenvalues in a single node from which on it resolves nothing,
-APART = 2.0  # or ratio of neighbouring nodes
-EPSILON = 1e-12  # added to |λ| by `Density.smooth`, relative to the largest: nothing
 
 
 def analysis_dataset(found: Findings) -> Dataset:
     """Every number of an analysis."""
     variables: Variables = {}
-    for group in (_curves, _nodes, _pairs, _shares, _knockouts, _averages, _traces, _classes, _costs):
+    for group in (
+        _histograms,
+        _tails,
+        _nodes,
+        _pairs,
+        _of_test,
+        _shares,
+        _knockouts,
+        _averages,
+        _traces,
+        _classes,
+        _costs,
+    ):
         variables |= group(found)
     coords = {
         "operator": list(OPERATORS),
+        "split": list(_looks(found)),
+        "view": list(VIEWS),
         "side": list(SIDES),
         "part": list(found.attribution.part_names),
         "level": list(LEVELS),
@@ -50,108 +58,72 @@ def analysis_dataset(found: Findings) -> Dataset:
     return dataset_of(variables, coords, _attributes(found))
 
 
-class _View(NamedTuple):
-    """What of a density can be drawn, and what only be said."""
-
-    drawn: Density  # without zeros
-    zero_share: float  # of the eigenvalues: known to be zero, up to rounding; NaN if none is
-    small_share: float  # others smaller in size than `smallest`, or zero as far as random vectors tell
-    smallest: float
-    resolved_above: float  # |λ| up to which nodes are too far apart or too heavy; 0 for an exact spectrum
-    unresolved_share: float  # up to there, zeros left out
+def _looks(found: Findings) -> dict[str, Findings]:
+    """By the data that they are of; those of the problem count as those of training."""
+    return {"train": found} | ({} if found.test is None else {"test": found.test})
 
 
-def _view(found: Findings, name: str) -> _View | None:
-    """Of H, G or R; None if nothing but zeros is known.
-
-    Of G, which is positive semi-definite and of rank N (C − 1) at most, what lies below zero is rounding.
-    """
-    density = found.densities[name]
-    if not bool(density.weights.isfinite().all() and density.nodes.isfinite().all()):
-        found.ledger.doubts.append(
-            f"the density of {LETTERS[name]} has values that are not finite; none is drawn"
-        )
-        return None
-    nodes, weights = density.nodes, density.weights
-    largest, zero = float(nodes.abs().max()), nodes == 0
-    if name == "gauss_newton":
-        eps = torch.finfo(torch.promote_types(found.problem.dtype, torch.float32)).eps
-        rounded = len(nodes) if found.exact is not None else 10 if found.effort.dense else 1  # as in Spectrum
-        exact = eps * rounded * largest
-        zero = nodes <= max(exact, -float(nodes.min()))
-    if bool(zero.all()):
-        return None
-    rest, known = ~zero, zero & (density.probes < 0)  # probes only estimate how many are zero
-    mass = float(weights[rest].sum())
-    sizes, smallest = nodes.abs(), SMALLEST * largest
-    drawn = rest & (density.probes >= 0)
-    coarse = sizes[drawn & (weights * density.num_probes > COARSE * mass)]
-    resolved = max(
-        [*(_first_gap(sizes[drawn & (nodes * sign > 0)]) for sign in SIDES.values()), *coarse.tolist()]
-    )
-    return _View(
-        drawn=replace(density, nodes=nodes[rest], weights=weights[rest], probes=density.probes[rest]),
-        zero_share=float(weights[known].sum()) if bool(known.any()) else math.nan,
-        small_share=float(weights[~known & (zero | (sizes < smallest))].sum()),
-        smallest=smallest,
-        resolved_above=resolved,
-        unresolved_share=float(weights[~known & (sizes <= resolved)].sum()),
-    )
+def _histograms(found: Findings) -> Variables:
+    """Of every spectrum, without its zeros, and what they do not show."""
+    bins: dict[tuple[str, str, str], Bins] = {}
+    zeros, smallest, small = {}, {}, {}
+    for split, one in _looks(found).items():
+        nodes = torch.cat([density.nodes for density in one.densities.values()]).nan_to_num()
+        reach = float(nodes.max() - nodes.min())
+        for name in OPERATORS:
+            if not bool(one.densities[name].nodes.any()):
+                zeros[split, name] = 1.0
+            if (spectrum := one.spectrum(name)) is None:
+                if not bool(one.densities[name].weights.isfinite().all()):
+                    of = f"the density of {LETTERS[name]}{one.of}"
+                    found.ledger.doubts.append(f"{of} has values that are not finite; none is drawn")
+            else:
+                density, zeros[split, name] = spectrum
+                for view in VIEWS:
+                    bins[split, name, view] = binned(density, view, np.nan_to_num(zeros[split, name]), reach)
+                (smallest[split, name], *_), (small[split, name], *_) = bins[split, name, "magnitude"][1:3]
+    dims = ("split", "operator")
+    return {f"bin_{n}": ((*dims, "view", "bin"), _row(bins, j)) for j, n in enumerate(Bins._fields)} | {
+        "zero_share": (dims, zeros),
+        "smallest_drawn": (dims, smallest),
+        "small_share": (dims, small),
+    }
 
 
-def _first_gap(sizes: Tensor) -> float:
-    """The upper end of the first gap between neighbouring nodes, from the largest down; the smallest if none is."""
-    falling = sizes.sort(descending=True).values
-    if not len(falling):
-        return 0.0
-    (wide,) = (falling[:-1] > APART * falling[1:]).nonzero(as_tuple=True)
-    return float(falling[wide[0]] if len(wide) else falling[-1])
+def _tails(found: Findings) -> Variables:
+    """Laws of the tails: numbers, and words where there is a verdict."""
+    tails = {(s, *key): kept for s, one in _looks(found).items() for key, kept in one.tails.items()}
+    dims, coords = ("split", "operator", "side"), (list(_looks(found)), OPERATORS, SIDES)
+    names = list(next(iter(tails.values()), {}))
+    words = {
+        n: [
+            [[tails.get((s, o, side), {}).get(n, "") for side in SIDES] for o in OPERATORS] for s in coords[0]
+        ]
+        for n in names[:2]
+    }
+    return {f"tail_{n}": (dims, np.array(table)) for n, table in words.items()} | {
+        f"tail_{n}": (dims, {key: kept[n] for key, kept in tails.items()}) for n in names[2:]
+    }
 
 
-def _curves(found: Findings) -> Variables:
-    """Smoothed densities without zeros, linear, and logarithmic on each side of zero; what they do not show."""
-    views = {name: view for name in OPERATORS if (view := _view(found, name)) is not None}
-    linear, log = {}, {}
-    for name, view in views.items():
-        curve = view.drawn.smooth("linear", num_points=POINTS)
-        linear[name] = _folded(curve) if name == "gauss_newton" else _rows(curve)
-        for side, sign in SIDES.items():
-            shown = (view.drawn.nodes * sign > 0) & (view.drawn.nodes.abs() >= view.smallest)
-            if bool(shown.any()):
-                parts = {key: getattr(view.drawn, key)[shown] for key in ("nodes", "weights", "probes")}
-                curve = replace(view.drawn, **parts).smooth(
-                    "log", num_points=LOG_POINTS, sign=sign, epsilon=EPSILON
-                )
-                log[name, side] = np.where(curve.grid >= view.smallest, _rows(curve), np.nan)
-    names = ("grid", "density", "standard_error")
-    numbers = ("zero_share", "small_share", "smallest_drawn", "resolved_above", "unresolved_share")
-    said = {n: {name: view[j] for name, view in views.items()} for j, n in enumerate(numbers, 1)}
-    if not bool(found.densities["gauss_newton"].nodes.any()):
-        said["zero_share"]["gauss_newton"] = 1.0
-    return (
-        {f"curve_{n}": (("operator", "point"), _row(linear, j)) for j, n in enumerate(names)}
-        | {f"log_{n}": (("operator", "side", "log_point"), _row(log, j)) for j, n in enumerate(names)}
-        | {n: (("operator",), shares) for n, shares in said.items()}
-    )
+def _of_test(found: Findings) -> Variables:
+    """Of the test data what is not beside that of the others: nodes, pairs and traces."""
+    if found.test is None:
+        return {}
+    other = found.test
+    pairs, traces = other.pairs.items(), {name: _trace(other, name) for name in OPERATORS}
+    nodes = {f"test_{n}": ((dims[0], "test_node"), values) for n, (dims, values) in _nodes(other).items()}
+    return nodes | {
+        "test_eigenvalue": (("operator", "pair"), {name: one.values for name, one in pairs}),
+        "test_residual_norm": (("operator", "pair"), {name: one.residual_norms for name, one in pairs}),
+        "test_trace": (("operator",), _row(traces, 0)),
+        "test_trace_standard_error": (("operator",), _row(traces, 1)),
+    }
 
 
 def _row(tables: Mapping[Any, Any], number: int) -> dict[Any, Any]:
     """Entry `number` of each."""
     return {key: table[number] for key, table in tables.items()}
-
-
-def _rows(curve: Curve) -> np.ndarray:
-    found: np.ndarray = torch.stack([curve.grid, curve.density, curve.standard_error]).numpy()
-    return found
-
-
-def _folded(curve: Curve) -> np.ndarray:
-    """A curve of eigenvalues that are not negative, with what the kernel puts left of zero reflected to the right."""
-    grid, *both = _rows(curve)
-    mirrored = [np.interp(-grid, grid, one, left=0, right=0) for one in both]
-    return np.where(
-        grid >= 0, [grid, *(one + other for one, other in zip(both, mirrored, strict=True))], np.nan
-    )
 
 
 def _nodes(found: Findings) -> Variables:
@@ -166,7 +138,7 @@ def _nodes(found: Findings) -> Variables:
 
 def _pairs(found: Findings) -> Variables:
     pairs = found.pairs.items()
-    thresholds = {name: _threshold(found, name) for name in OPERATORS[:2]}
+    thresholds = {name: found.threshold(name) for name in OPERATORS[:2]}
     above = {name: one.values.cpu() > thresholds[name] for name, one in pairs}
     outliers = [above.get(name, torch.zeros(0, dtype=torch.bool)) for name in OPERATORS]
     edges = {"hessian": found.attribution.bulk_edge}
@@ -183,18 +155,10 @@ def _pairs(found: Findings) -> Variables:
     }
 
 
-def _threshold(found: Findings, name: str) -> float:
-    """Above which eigenvalues of H or G are outliers: G's own if its edge is known, else H's."""
-    attribution = found.attribution
-    if name == "gauss_newton" and found.exact is not None:
-        return found.exact.threshold(attribution.margin)
-    return attribution.threshold
-
-
 def _shares(found: Findings) -> Variables:
     means = {}
     for name, table in found.shares.items():
-        above = found.pairs[name].values.cpu() > _threshold(found, name)
+        above = found.pairs[name].values.cpu() > found.threshold(name)
         if above.any():
             means[name] = table.numpy()[above.numpy()].mean(0)
     return {
@@ -213,7 +177,7 @@ def _knockouts(found: Findings) -> Variables:
         if found.exact is not None:
             exact, removed = found.exact, one.removed
             values = exact.knockout(*removed, method=one.method) if removed else exact.values
-            count, values = int((values > _threshold(found, "gauss_newton")).sum()), values[:most]
+            count, values = int((values > found.threshold("gauss_newton")).sum()), values[:most]
             left["gauss_newton", one.name, one.method] = (values, torch.zeros_like(values), count, count)
     dims = ("operator", "knockout", "method")
     return {
@@ -322,6 +286,7 @@ def _attributes(found: Findings) -> dict[str, object]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         **described(problem, labels, "Spectrum of", sentences(found), found.loss, found.accuracy),
+        **_test_attributes(found),
         "gradient_norm": found.gradient_norm,
         "gradient_seconds": found.ledger.gradient_seconds,
         "memory_bytes": problem.memory,
@@ -329,6 +294,18 @@ def _attributes(found: Findings) -> dict[str, object]:
         "provenance": provenance(**conditions),
         "thresholds": json.dumps(thresholds),
     }
+
+
+def _test_attributes(found: Findings) -> dict[str, object]:
+    if found.test is None:
+        return {}
+    problem = found.test.problem
+    numbers = {
+        "num_examples": problem.num_examples,
+        "loss_value": found.test.loss,
+        "accuracy": found.test.accuracy,
+    }
+    return {f"test_{name}": value for name, value in numbers.items()}
 
 
 def sentences(found: Findings) -> list[str]:
@@ -349,6 +326,23 @@ def sentences(found: Findings) -> list[str]:
         lines.append("The class means of gradients are zero, so that averaging finds no eigenvectors.")
     traces = [f"{LETTERS[name]} {measured(*_trace(found, name))}" for name in OPERATORS]
     lines.append(f"Traces, each by itself and ± its standard error: {', '.join(traces)}.")
+    for split, one in _looks(found).items():
+        bulks = {name: one.tails.get((name, "magnitude")) for name in OPERATORS}
+        listed = [f"{LETTERS[name]} {_law(kept)}" for name, kept in bulks.items() if kept]
+        on = (
+            ""
+            if split == "train"
+            else f"on the test data (loss {one.loss:.3g}, accuracy {one.accuracy:.1%}), "
+        )
+        lines += [f"Laws of the tails of |λ|, {on}without outliers: {', '.join(listed)}."] if listed else []
     if found.ledger.doubts:
         lines.append("Not everything converged: " + "; ".join(found.ledger.doubts))
     return lines
+
+
+def _law(kept: Mapping[str, Any]) -> str:
+    if kept["verdict"] != "power law":
+        return str(kept["verdict"])
+    return (
+        f"power law |λ|^−{kept['exponent']:.2g} ({kept['exponent_low']:.2g} to {kept['exponent_high']:.2g})"
+    )

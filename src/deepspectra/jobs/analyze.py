@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -12,21 +14,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepspectra.argument_checks import check_choice, check_count, check_rtol
+from deepspectra.dataframes import latex_table
 from deepspectra.errors import FileError, OptionError
 from deepspectra.file_writing import save_whole
 from deepspectra.jobs import stages
 from deepspectra.jobs.analysis_dataset import CLASS_AXES, analysis_dataset
 from deepspectra.jobs.effort import EFFORTS
+from deepspectra.jobs.findings import Options
 from deepspectra.jobs.pages import Dataset, load_dataset, save_dataset, titled, write_page
 from deepspectra.jobs.stage_costs import Ledger
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.gradients import check_labelled
 from deepspectra.rows.projections import grouped
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 DATASET_FILE, VECTORS_FILE = "analysis.nc", "vectors.safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Analysis:
     """An attributed spectrum: numbers with labels, eigenvectors, a verdict.
 
@@ -46,6 +53,29 @@ class Analysis:
 
     def __str__(self) -> str:
         return self.verdict
+
+    def __repr__(self) -> str:
+        return f"<Analysis: {self.dataset.attrs['title']}>"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the verdict above the spectrum."""
+        from deepspectra.report import spectrum, svg  # noqa: PLC0415  (Altair's import takes a while)
+
+        drawn = "" if spectrum.lacks(self.dataset) else svg(self.chart())
+        return f"<p>{html.escape(self.verdict, quote=False)}</p>{drawn}"
+
+    def to_dataframe(self) -> Any:
+        """A row for each eigenpair of H and of G: rank, eigenvalue, residual, whether an outlier, and shares."""
+        names = ["eigenvalue", "residual_norm", "is_outlier"]
+        table = self.dataset[names].to_dataframe().dropna(subset=["eigenvalue"])
+        shares = self.dataset["share"].to_dataset("part").to_dataframe().add_prefix("share of ")
+        return table.join(shares).reset_index()
+
+    def to_latex(self, digits: int = 3) -> str:
+        """The eigenpairs of H with their shares, for LaTeX (with the package booktabs)."""
+        pairs = self.to_dataframe()
+        pairs = pairs[pairs["operator"] == "hessian"].drop(columns="operator")
+        return latex_table(pairs.assign(is_outlier=pairs["is_outlier"].map({1: "yes", 0: "no"})), digits)
 
     def labelled(
         self, *, title: str = "", model: str = "", data: str = "", class_names: Sequence[str] | None = None
@@ -96,6 +126,35 @@ class Analysis:
         """Write the report, one self-contained HTML file."""
         return write_page(self.dataset, Path(path))
 
+    def chart(self, name: str = "spectrum", inches: float | None = None) -> Any:
+        """A figure of the report as an Altair chart, which notebooks show and whose `save` writes files.
+
+        Args:
+            name: "spectrum" (on a linear axis), "log_spectrum" (both sides of zero) or "magnitude_spectrum" (of |λ|);
+                "shares", "knockouts", "averaging", "class_cosines", "cross_class_weights", "three_level_map", "cost".
+            inches: as wide as that and with letters that are legible there, such as 3.3 for a paper's column; by
+                default as on the page.
+
+        Raises:
+            OptionError: there is no such figure.
+            DataError: the analysis lacks what it draws.
+        """
+        from deepspectra.report import figures  # noqa: PLC0415  (Altair's import takes a while)
+
+        return figures.chart(self.dataset, name, inches)
+
+    def save_chart(self, path: str | Path, name: str = "spectrum", inches: float | None = 3.3) -> Path:
+        """Write a figure as .pdf, .svg, .png, .html or .json, by default as wide as a paper's column.
+
+        Raises:
+            OptionError: there is no such figure, or the suffix is none of these.
+            DataError: the analysis lacks what the figure draws.
+        """
+        from deepspectra.report import save_chart  # noqa: PLC0415  (Altair's import takes a while)
+
+        save_chart(self.chart(name, inches), path)
+        return Path(path)
+
 
 def save_series(analyses: Mapping[str, Analysis], path: str | Path) -> Path:
     """Write one page of several analyses by label, such as those of a network at several epochs.
@@ -136,42 +195,49 @@ def load(directory: str | Path) -> Analysis:
     return Analysis(dataset, vectors)
 
 
+class Counts(TypedDict, total=False):
+    """What an effort decides, where it is to be decided otherwise; `analyze` explains them."""
+
+    num: int | None
+    num_probes: int | None
+    num_steps: int | None
+    rtol: float | None
+
+
 def analyze(
     problem: Problem,
     *,
-    num: int | None = None,
-    num_probes: int | None = None,
-    num_steps: int | None = None,
-    rtol: float | None = None,
-    seed: int = 0,
-    progress: bool = True,
+    test: Problem | None = None,
     effort: str = "standard",
     groups: Tensor | Sequence[int] | None = None,
     resume: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **counts: Unpack[Counts],
 ) -> Analysis:
     """Compute the spectra of H, G and R, attribute the outliers, and judge the papers' claims on them.
 
     Args:
         problem: one with cross-entropy and class labels.
-        num: top eigenpairs of H and of G; by default C + 3, or C for large problems, whose gradient takes over 1e11
-            floating-point operations (on an accelerator 50 times as many), three times what PyTorch counts in a
-            forward pass, or 6 P N if that is more: about three seconds of one core.
-        num_probes: random probes of each density; by default as `effort` says, as are
-        num_steps: Krylov steps of each probe.
-        rtol: of the eigenpairs' residuals; by default 1e-2, or 3e-2 for large problems.
-        seed: of every random vector.
-        progress: draw progress with cost on standard error.
+        test: the same network with other data, whose spectra are computed, too, and shown beside those of the first.
         effort: how well spectra are resolved, told with its cost before the work. All eigenvalues of H and R are
             computed where P is up to about 3,000 ("quick": seconds), 7,000 ("standard": a minute each) or 18,000
             ("paper": a quarter of an hour), if products are cheap; all of G where it has up to 3,000, 4,500 or 20,000
             gradients N (C − 1). Else densities are drawn from up to 4 × 24, 2 × 256 or 4 × 512 products, fewer for
-            "quick" and "standard" where those take more than half a minute or five minutes of one core; what they
-            leave unresolved is faint in the figures.
+            "quick" and "standard" where those take more than half a minute or five minutes of one core; figures have
+            bins as wide as what these leave unresolved.
         groups: (C,) the group of each class, as in `decompose`, for problems of very many classes; C is then the
             number of groups wherever averages are meant.
         resume: a folder where finished stages are kept; called again with it after a stop, the analysis goes on
             behind the last of them, with the same result up to rounding. It takes as much space as the eigenvectors
             and the Krylov basis of H, and can be removed once the result is saved.
+        seed: of every random vector.
+        progress: draw progress with cost on standard error.
+        counts: `num`, top eigenpairs of H and of G; by default C + 3, or C for large problems, whose gradient takes
+            over 1e11 floating-point operations (on an accelerator 50 times as many), three times what PyTorch counts
+            in a forward pass, or 6 P N if that is more: about three seconds of one core. `num_probes` of each density
+            and `num_steps` of each probe, by default as `effort` says. `rtol` of the eigenpairs' residuals; by
+            default 1e-2, or 3e-2 for large problems.
 
     Returns:
         The analysis; `str()` is the verdict, `.save(dir)` and `.to_html(path)` write it, under the names that
@@ -180,22 +246,25 @@ def analyze(
     Raises:
         LossError: the loss is not the cross-entropy of class labels.
         CurvatureError: the network has no right second derivative.
-        OptionError: an unknown effort, counts below 1, rtol not between 0 and 1, or groups that are not one number a
-            class.
+        OptionError: an unknown effort, counts below 1, rtol not between 0 and 1, groups that are not one number a
+            class, or a test problem with other weights.
         FileError: the folder to resume from is of another problem or of other options, or damaged.
 
     Cost: itemised in the result.
     """
-    for name, value in (("num", num), ("num_probes", num_probes), ("num_steps", num_steps)):
-        if value is not None:
+    owner = grouped(groups, problem.num_classes, problem.device)
+    options = Options(groups=owner, seed=seed, effort=effort, **counts)
+    for name in ("num", "num_probes", "num_steps"):
+        if (value := getattr(options, name)) is not None:
             check_count(name, value)
-    if rtol is not None:
-        check_rtol(rtol)
+    if options.rtol is not None:
+        check_rtol(options.rtol)
     check_choice("effort", effort, tuple(EFFORTS))
     check_labelled(problem)
-    owner = grouped(groups, problem.num_classes, problem.device)
-    options = stages.Options(num, num_probes, num_steps, rtol, owner, seed, effort)
-    found = stages.run(problem, Ledger(progress), options, None if resume is None else Path(resume))
+    if test is not None:
+        check_labelled(test)
+        _check_same_network(problem, test)
+    found = stages.run(problem, Ledger(progress), options, None if resume is None else Path(resume), test)
     vectors = {
         name: _named(problem, pairs.vectors) for name, pairs in found.pairs.items() if len(pairs.values)
     }
@@ -203,6 +272,18 @@ def analyze(
     if owner is not None:
         dataset.attrs["averages"] = f"{found.num_classes} groups of {problem.num_classes:,} classes"
     return Analysis(dataset, vectors)
+
+
+def _check_same_network(problem: Problem, test: Problem) -> None:
+    weights, others = (dict(one.model.named_parameters()) for one in (problem, test))
+    names = problem.parameter_names, problem.num_classes
+    if names != (test.parameter_names, test.num_classes) or any(
+        not torch.equal(weights[name], others[name].to(weights[name])) for name in weights
+    ):
+        raise OptionError(
+            "test is a problem of other parameters, classes or weights. Pass the same network with other data, "
+            "ds.Problem(model, test_data)."
+        )
 
 
 def _named(problem: Problem, vectors: Tensor) -> dict[str, Tensor]:

@@ -15,12 +15,14 @@ from rich.console import Console
 from torch import nn
 
 from deepspectra import zoo
+from deepspectra.argument_checks import check_choice
 from deepspectra.errors import FileError, OptionError, TargetError
 from deepspectra.jobs.pages import Labels
 from deepspectra.jobs.study_dataset import Variant
 from deepspectra.problem.problem import Problem
 
 CONSOLE = Console(stderr=True)
+SPLITS = ("train", "test", "both")
 WEIGHTS = "model.safetensors"  # of a trained network, beside its results
 Out = Annotated[Path, typer.Option(help="Directory of the results and the report.")]
 Seed = Annotated[int, typer.Option(help="Seed of the training and of every random vector.")]
@@ -50,6 +52,13 @@ class Choice(NamedTuple):
         str | None,
         typer.Option(help="Also after these epochs of training, such as 0,1,5; one report of all."),
     ] = None
+    split: Annotated[
+        str,
+        typer.Option(
+            help="Analyse the data of training or of test, or both: these, and the test data's spectra beside them. "
+            "TARGET then returns a pair, (Problem, Problem with the test data)."
+        ),
+    ] = "train"
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Keep finished stages in OUT; go on from those of a stopped run."),
@@ -57,14 +66,21 @@ class Choice(NamedTuple):
     seed: Seed = 0
 
 
-class Moment(NamedTuple):
-    """A problem to be looked at, and where what is found of it goes."""
+class Subject(NamedTuple):
+    """A problem to be looked at, names of its classes, of model and data, and test data beside it if asked for."""
 
-    label: str
-    out: Path
     problem: Problem
     class_names: list[str] | None
     labels: Labels
+    test: Problem | None = None
+
+
+class Moment(NamedTuple):
+    """A subject, and where what is found of it goes."""
+
+    label: str
+    out: Path
+    subject: Subject
 
 
 def moments(target: str | None, chosen: Choice) -> list[Moment]:
@@ -81,8 +97,8 @@ def moments(target: str | None, chosen: Choice) -> list[Moment]:
         if not weights.is_file():
             raise OptionError(f"--at {epoch}: training ended before that epoch.")
         earlier = chosen_problem(None, chosen._replace(checkpoint=weights))
-        found.append(Moment(f"epoch {epoch}", weights.parent, *earlier))
-    return [*found, Moment("end" if epochs else "", out / "end" if epochs else out, *final)]
+        found.append(Moment(f"epoch {epoch}", weights.parent, earlier))
+    return [*found, Moment("end" if epochs else "", out / "end" if epochs else out, final)]
 
 
 def _epochs(at: str | None) -> tuple[int, ...]:
@@ -108,12 +124,13 @@ def chosen_problem(
     draw: int | None = None,
     variant: Variant | None = None,
     snapshots: tuple[int, ...] = (),
-) -> tuple[Problem, list[str] | None, Labels]:
+) -> Subject:
     """The problem of a target or of the zoo, its class names, and names of model and data for the report.
 
     `draw` is the seed of the draw of examples, if that is another than the training's; `variant` says how a study
     changes the network, and `snapshots` after which epochs its weights are kept.
     """
+    check_choice("split", chosen.split, SPLITS)
     if target is None:
         return _zoo_problem(chosen, chosen.seed if draw is None else draw, variant or Variant(""), snapshots)
     options = ("model", "data", "checkpoint", "per_class", "epochs", "memory", "device")
@@ -123,12 +140,25 @@ def chosen_problem(
             f"{', '.join(unused)} belong to the zoo; with a target, the function {target} decides. "
             "Leave them out, and set them where the Problem is made."
         )
-    return _load_target(target), None, Labels(seed=chosen.seed)
+    problem, *tests = _load_target(target)
+    if chosen.split != "train" and not tests:
+        raise OptionError(
+            f"--split {chosen.split}: {target} returns one problem. Have it return a pair, that of the training data "
+            "and that of the test data with the same network."
+        )
+    return _of_split(Subject(problem, None, Labels(seed=chosen.seed), *tests), chosen.split)
 
 
-def _zoo_problem(
-    chosen: Choice, draw: int, variant: Variant, snapshots: tuple[int, ...]
-) -> tuple[Problem, list[str], Labels]:
+def _of_split(subject: Subject, split: str) -> Subject:
+    """What is asked for of a problem and its test data."""
+    if split == "test" and subject.test is not None:
+        labels = subject.labels
+        named = labels._replace(data=f"{labels.data}, test".removeprefix(", "))
+        return Subject(subject.test, subject.class_names, named)
+    return subject if split == "both" else subject._replace(test=None)
+
+
+def _zoo_problem(chosen: Choice, draw: int, variant: Variant, snapshots: tuple[int, ...]) -> Subject:
     """Data, and a network from a checkpoint or trained here and saved beside the results."""
     model, data = chosen.model or "mlp", chosen.data or "digits"
     size = zoo.paper_side(model, data)
@@ -154,8 +184,15 @@ def _zoo_problem(
     network.eval()
     pair = (examples.inputs, examples.targets)
     problem = Problem(network, pair, device=chosen.device, memory=chosen.memory)
+    test = None
+    if chosen.split != "train":
+        other = zoo.load(
+            data, root=chosen.data_root, split="test", per_class=chosen.per_class, size=size, seed=draw
+        )
+        pair = (other.inputs, other.targets)
+        test = Problem(network, pair, device=chosen.device, memory=chosen.memory)
     drawn = f"{data}, {chosen.per_class} images a class" if chosen.per_class else data
-    return problem, names, Labels(model, drawn, chosen.seed)
+    return _of_split(Subject(problem, names, Labels(model, drawn, chosen.seed), test), chosen.split)
 
 
 def _was_trained(
@@ -210,14 +247,17 @@ def _train(
     )
 
 
-def _load_target(target: str) -> Problem:
-    """The problem that file.py:function or package.module:function returns."""
-    problem = load_function(target, "that takes nothing and returns a deepspectra.Problem")()
-    if not isinstance(problem, Problem):
-        raise TargetError(
-            f"target {target!r} returned {type(problem).__name__}; expected a deepspectra.Problem."
-        )
-    return problem
+def _load_target(target: str) -> tuple[Problem, ...]:
+    """The problem that file.py:function or package.module:function returns, or a pair with that of the test data."""
+    found = load_function(target, "that takes nothing and returns a deepspectra.Problem")()
+    problems = found if isinstance(found, tuple) and len(found) == 2 else (found,)
+    for problem in problems:
+        if not isinstance(problem, Problem):
+            raise TargetError(
+                f"target {target!r} returned {type(problem).__name__}; expected a deepspectra.Problem, or a pair of "
+                "them, with the training and the test data."
+            )
+    return problems
 
 
 def load_function(target: str, purpose: str) -> Callable[..., Any]:

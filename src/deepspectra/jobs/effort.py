@@ -97,7 +97,7 @@ def plan(problem: Problem, effort: Effort, gradient_seconds: float) -> str:
     rows = problem.num_examples * (problem.num_classes - 1)
     exact, each = rows <= effort.exact_rows, effort.num_probes * effort.num_steps
     drawn = f"{effort.num_probes} × {effort.num_steps} products"
-    resolved = "Where neighbouring nodes are a factor of two apart the figure is faint, and resolves nothing."
+    resolved = "Figures have bins as wide as what these products leave open."
     if effort.dense:
         each, drawn, resolved = problem.num_parameters, "all eigenvalues", "Spectra are exact."
     of_g = f"all eigenvalues of {rows:,} gradients" if exact else drawn

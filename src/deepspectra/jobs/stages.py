@@ -11,9 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,9 +44,11 @@ from deepspectra.argument_checks import seeded
 from deepspectra.confidence import standard_error
 from deepspectra.derivatives.products import Products, products_of
 from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetError
-from deepspectra.jobs.effort import FEWEST_STEPS, Effort, count_operations, effort_for, plan
+from deepspectra.jobs.effort import FEWEST_STEPS, count_operations, effort_for, plan
+from deepspectra.jobs.findings import LETTERS, Findings, Options
 from deepspectra.jobs.finished_stages import FinishedStages, Label
 from deepspectra.jobs.stage_costs import Ledger, Report
+from deepspectra.jobs.tails import judged_tails
 from deepspectra.operators.base import Operator
 from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
 from deepspectra.operators.parts import Decomposition
@@ -59,85 +59,34 @@ from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held_rows import HeldRows, gram_bytes
 from deepspectra.rows.projections import num_groups
 
-LETTERS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
 TRACE_PROBES = 8  # of parts whose traces are not known exactly
 BASIS, EXACT = "basis of H", "exact route"  # names of what is kept beside results of stages
 ROUNDED = 1e-3  # relatively, by which a sum of squares may fall short of one of its parts
 FORM = 3  # of what is kept of a stage
 
 
-class Options(NamedTuple):
-    """What an analysis is asked for; what is None follows from the size of the problem."""
-
-    num: int | None = None
-    num_probes: int | None = None
-    num_steps: int | None = None
-    rtol: float | None = None
-    groups: Tensor | None = None
-    seed: int = 0
-    effort: str = "standard"
-
-
-@dataclass
-class Findings:
-    """What the stages found, to be labelled and saved.
-
-    Attributes:
-        pairs: "hessian" and "gauss_newton" → top eigenpairs.
-        densities: also "residual".
-        subspaces: level → all eigenvalues and the first C−1 vectors by averaging.
-        overlaps: (level, operator) → overlap with the top eigenspace of dimension `dimensions[level]`.
-        shares: operator → (pairs, parts).
-        trace: of G, exact or an estimate, and its standard error; None where only its density tells.
-        part_traces: (2, parts), traces of G's parts and their standard errors, 0 where they are exact.
-        num, rtol: of eigenpairs, and num_probes, num_steps of densities, as they were asked for or chosen.
-        dense: whether all eigenvalues of H and R are computed.
-        operations: floating-point operations of a gradient, by which all of this is chosen.
-        exact: all eigenvalues of G and its parts, if the gradients are few enough.
-        places: of class means and of cross-class means on the map, if these are held.
-    """
-
-    problem: Problem
-    ledger: Ledger
-    seed: int
-    num_classes: int  # or groups of classes, over which averages are taken
-    num: int = 0
-    operations: float = float("nan")
-    loss: float = float("nan")
-    accuracy: float = float("nan")
-    gradient_norm: float = float("nan")
-    pairs: dict[str, Eigenpairs] = field(default_factory=dict)
-    densities: dict[str, Density] = field(default_factory=dict)
-    subspaces: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    subspace_gradients: dict[str, float] = field(default_factory=dict)
-    dimensions: dict[str, int] = field(default_factory=dict)
-    overlaps: dict[tuple[str, str], float] = field(default_factory=dict)
-    shares: dict[str, Tensor] = field(default_factory=dict)
-    exact: GramSpectrum | None = None
-    places: tuple[Tensor, Tensor] | None = None
-    trace: tuple[float, float] | None = None
-    effort: Effort = field(init=False)
-    parts: Decomposition = field(init=False)
-    attribution: Attribution = field(init=False)
-    part_traces: Tensor = field(init=False)
-
-
-def run(problem: Problem, ledger: Ledger, options: Options, resume: Path | None = None) -> Findings:
+def run(
+    problem: Problem,
+    ledger: Ledger,
+    options: Options,
+    resume: Path | None = None,
+    test: Problem | None = None,
+) -> Findings:
     """Every stage; the kept graphs of one kind are dropped before another kind needs their memory."""
-    found = Findings(problem, ledger, options.seed, num_groups(options.groups, problem.num_classes))
+    num_classes = num_groups(options.groups, problem.num_classes)
+    found = Findings(problem, ledger, options.seed, num_classes)
     products = products_of(problem)
-    _measure_gradient(found)
+    _measure_gradient(found, options)
+    if test is not None:
+        found.test = Findings(test, ledger, options.seed, num_classes, of=" on test data")
+        _size_up(found.test, options)
     if resume is not None:
         ledger.finished = FinishedStages(resume, _identity(found, options))
-    effort = effort_for(problem, found.operations, options.effort)
-    found.effort = effort = effort._replace(
-        rtol=options.rtol or effort.rtol,
-        num_probes=options.num_probes or effort.num_probes,
-        num_steps=min(options.num_steps or effort.num_steps, problem.num_parameters),
-        dense=effort.dense and options.num_probes is None and options.num_steps is None,
-    )
-    found.num = options.num or found.num_classes + effort.spare_pairs
+    effort = found.effort
     ledger.tell(plan(problem, effort, ledger.gradient_seconds))
+    if test is not None and found.test is not None:
+        seconds = ledger.gradient_seconds * test.num_examples / problem.num_examples
+        ledger.tell(f"And on test data, {plan(test, found.test.effort, seconds)}")
     with ledger.stage("checking derivatives"):
         hessian = Hessian(problem)
     basis = _find_pairs(found, "hessian", hessian)
@@ -155,15 +104,46 @@ def run(problem: Problem, ledger: Ledger, options: Options, resume: Path | None 
     if not exact:
         found.trace, found.part_traces = ledger.run("traces of G", lambda _: _traces(found))
     found.parts.forget_means()
-    _find_density(found, "hessian", hessian)
-    products.release()
-    _find_density(found, "residual", Residual(problem))
-    products.release()
+    _find_spectra(found, hessian, products, exact)
     if not exact:
         found.shares["hessian"] = found.attribution.pair_shares
-        _find_by_products(found)
     _overlap(found)
+    thresholds = {name: found.threshold(name) for name in found.pairs}
+    found.tails = ledger.run("tails", lambda _: judged_tails(found, thresholds))
+    if found.test is not None:
+        _look_at_test(found, found.test, options.groups)
     return found
+
+
+def _find_spectra(found: Findings, hessian: Hessian, products: Products, exact: bool) -> None:
+    """Of H and of R, and of G if it is not known."""
+    _find_density(found, "hessian", hessian)
+    products.release()
+    _find_density(found, "residual", Residual(found.problem))
+    products.release()
+    if not exact:
+        _find_by_products(found)
+
+
+def _look_at_test(found: Findings, other: Findings, groups: Tensor | None) -> None:
+    """Top pairs, densities and tails of other data under the same weights, whose means are not looked at.
+
+    As many of its largest eigenvalues are left out of the tails as are outliers of the data that were analysed.
+    """
+    problem, products, ledger = other.problem, products_of(other.problem), found.ledger
+    hessian = Hessian(problem)
+    _find_pairs(other, "hessian", hessian)
+    other.parts, exact = _parts(problem, products, groups, other.effort.exact_rows)
+    if ledger.finished is not None:
+        exact = ledger.finished.once(EXACT + other.of, exact)
+    if exact:
+        _find_exact(other)
+    _find_spectra(other, hessian, products, exact)
+    limits = {}
+    for name, pairs in other.pairs.items():
+        outliers = int((found.pairs[name].values > found.threshold(name)).sum())
+        limits[name] = float(pairs.values[outliers]) if outliers < len(pairs.values) else math.inf
+    other.tails = ledger.run("tails" + other.of, lambda _: judged_tails(other, limits))
 
 
 def _parts(
@@ -192,7 +172,7 @@ def _find_exact(found: Findings) -> None:
         exact = spectrum_of(spectrum, began, parts.problem)
         return exact, gradient_pairs(spectrum, parts, found.num, began)
 
-    exact, found.pairs["gauss_newton"] = found.ledger.run("exact spectrum of G", work)
+    exact, found.pairs["gauss_newton"] = found.ledger.run("exact spectrum of G" + found.of, work)
     found.exact = exact
     found.densities["gauss_newton"] = exact.density
     found.trace = float(exact.values.sum()), 0.0
@@ -200,7 +180,7 @@ def _find_exact(found: Findings) -> None:
     shares = exact.shares[: len(found.pairs["gauss_newton"].values)]
     found.shares["gauss_newton"] = torch.cat([shares, 1 - shares.sum(1, keepdim=True)], 1)
     found.shares["hessian"] = found.ledger.run(
-        "shares of H", lambda _: pair_shares(parts, found.pairs["hessian"])
+        "shares of H" + found.of, lambda _: pair_shares(parts, found.pairs["hessian"])
     )
     found.parts.rows.captures.release()
 
@@ -233,18 +213,18 @@ def _find_by_products(found: Findings) -> None:
     gram = RowGram(found.parts.rows)
     if found.effort.dense or gram.shape[0] >= found.problem.num_parameters:  # G need not have zeros
         found.shares["gauss_newton"] = found.ledger.run(
-            "shares of G", lambda _: pair_shares(found.parts, found.pairs["gauss_newton"])
+            "shares of G" + found.of, lambda _: pair_shares(found.parts, found.pairs["gauss_newton"])
         )
-        if not found.effort.dense:
+        if "gauss_newton" not in found.densities:
             _find_density(found, "gauss_newton", gauss_newton)
     else:
         found.shares["gauss_newton"], vectors = found.ledger.run(
-            "shares of G", lambda _: _shares_and_rows(found, gram)
+            "shares of G" + found.of, lambda _: _shares_and_rows(found, gram)
         )
         pairs, effort = found.pairs["gauss_newton"], found.effort
         counts = effort.num_probes, min(effort.num_steps, gram.shape[0])
         found.densities["gauss_newton"] = found.ledger.run(
-            "density of G",
+            "density of G" + found.of,
             lambda report: nonzero_density(gram, pairs, vectors, *counts, found.seed + 2, report),
         )
     gauss_newton.products.release()
@@ -305,8 +285,8 @@ def _squared(factor: Tensor) -> float:
     return float(factor.square().sum(dtype=torch.float64))
 
 
-def _measure_gradient(found: Findings) -> None:
-    """Loss, accuracy and gradient, whose time is the unit of every cost and whose size sets the effort."""
+def _measure_gradient(found: Findings, options: Options) -> None:
+    """A gradient, whose time is the unit of every cost."""
     problem, ledger = found.problem, found.ledger
 
     def gradient() -> None:
@@ -316,9 +296,23 @@ def _measure_gradient(found: Findings) -> None:
     if problem.device.type != "cpu":
         ledger.clock = time.perf_counter
     with ledger.stage("loss and gradient"):
-        found.loss, found.operations = count_operations(problem, problem.loss)
-        found.accuracy = problem.accuracy()
+        _size_up(found, options)
         gradient()
+
+
+def _size_up(found: Findings, options: Options) -> None:
+    """Loss, accuracy, and what to do for a problem of that size where it was not asked for."""
+    problem = found.problem
+    found.loss, found.operations = count_operations(problem, problem.loss)
+    found.accuracy = problem.accuracy()
+    effort = effort_for(problem, found.operations, options.effort)
+    found.effort = effort._replace(
+        rtol=options.rtol or effort.rtol,
+        num_probes=options.num_probes or effort.num_probes,
+        num_steps=min(options.num_steps or effort.num_steps, problem.num_parameters),
+        dense=effort.dense and options.num_probes is None and options.num_steps is None,
+    )
+    found.num = options.num or found.num_classes + effort.spare_pairs
 
 
 def _identity(found: Findings, options: Options) -> dict[str, Label]:
@@ -326,6 +320,7 @@ def _identity(found: Findings, options: Options) -> dict[str, Label]:
     problem, groups = found.problem, options.groups
     names = ",".join(problem.parameter_names)
     first, second = problem.batches.mark
+    marks = found.test.problem.batches.mark if found.test else (None, None)
     return {
         "examples": problem.num_examples,
         "classes": problem.num_classes,
@@ -335,6 +330,8 @@ def _identity(found: Findings, options: Options) -> dict[str, Label]:
         "weights": _digest([*problem.model.parameters(), *problem.model.buffers()], names),
         "data": first,
         "squares of the data": second,
+        "test data": marks[0],
+        "squares of the test data": marks[1],
         "loss": found.loss,
         "loss function": problem.loss_function.name,
         "version": versions()["deepspectra"],
@@ -364,8 +361,8 @@ def _find_pairs(found: Findings, name: str, operator: Operator) -> Krylov | None
         )
         return pairs
 
-    found.pairs[name] = found.ledger.run(f"top eigenpairs of {LETTERS[name]}", work)
-    if found.ledger.finished is not None and basis is not None and name == "hessian":
+    found.pairs[name] = found.ledger.run(f"top eigenpairs of {LETTERS[name]}{found.of}", work)
+    if found.ledger.finished is not None and basis is not None and f"{name}{found.of}" == "hessian":
         found.ledger.finished.write(BASIS, basis.state())
     return basis
 
@@ -395,7 +392,7 @@ def _find_density(found: Findings, name: str, operator: Operator) -> None:
             progress=report,
         )
 
-    found.densities[name] = found.ledger.run(f"density of {LETTERS[name]}", work)
+    found.densities[name] = found.ledger.run(f"density of {LETTERS[name]}{found.of}", work)
 
 
 def _average(found: Findings) -> None:

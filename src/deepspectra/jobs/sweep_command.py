@@ -7,12 +7,14 @@ from pathlib import Path
 
 from deepspectra.errors import OptionError
 from deepspectra.jobs.command_targets import load_function
+from deepspectra.jobs.pages import Dataset, load_dataset, write_page
 from deepspectra.jobs.sweep import sweep
 from deepspectra.jobs.sweep_cell import Cell, Value
 from deepspectra.jobs.sweep_store import STORE, gather
 from deepspectra.jobs.sweep_zoo import ZooCell
 
-LOOKS = "epochs"  # of the zoo's cell
+LOOKS = ("epochs", "progress")  # of the zoo's cell
+PAGE = "sweep.html"
 WORDS: dict[str, Value] = {"true": True, "false": False, "none": None}
 
 
@@ -31,7 +33,7 @@ def sweep_of(
 
     Args:
         words: axes such as "seed=0,1,2"; perhaps first a function of the user's, file.py:function or
-            package.module:function. Without one the axes are those of `ZooCell`, with looks at epochs.
+            package.module:function. Without one the axes are those of `ZooCell`, with looks at epochs or progress.
         folder: of the results.
         looks: as in `sweep`.
         data_root: as in `ZooCell`.
@@ -45,7 +47,7 @@ def sweep_of(
         DeepSpectraError: whatever `sweep` raises.
     """
     if not words:
-        return _told(str(gather(folder).attrs["verdict"]), folder)
+        return _told(gather(folder), folder)
     targets = [word for word in words if "=" not in word]
     if targets and targets != [words[0]]:
         raise OptionError(
@@ -61,13 +63,15 @@ def sweep_of(
         cell = load_function(targets[0], "that takes a point and returns a mapping of names to numbers")
     else:
         cell = ZooCell(data_root, training_epochs)
-        looks = LOOKS if looks is None and LOOKS in axes else looks
+        looks = next((name for name in LOOKS if name in axes), None) if looks is None else looks
     found = sweep(cell, axes, folder, looks=looks, executor=processes, memory=memory, retry=retry)
-    return _told(str(found.attrs["verdict"]), folder)
+    return _told(found, folder)
 
 
-def _told(verdict: str, folder: Path) -> str:
-    return f"{verdict}\nResults: {folder / STORE}"
+def _told(found: Dataset, folder: Path) -> str:
+    """What came of the cells that were asked for; the page is of all that the folder holds."""
+    page = write_page(load_dataset(folder / STORE, "Gather it again."), folder / PAGE)
+    return f"{found.attrs['verdict']}\nResults: {folder / STORE}\nReport: {page}"
 
 
 def _axis(word: str) -> tuple[str, list[Value]]:

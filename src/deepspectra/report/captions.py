@@ -30,47 +30,23 @@ from deepspectra.report.text import (
 def spectrum(dataset: xr.Dataset) -> str:
     """Of the densities: what they do not show, and how many outliers stand above the thresholds."""
     read = (
-        "How the eigenvalues of the Hessian H, of its Gauss-Newton part G and of the residual R = H − G are"
-        " spread. Curves show the fraction of all eigenvalues per decade of |λ|, or per unit of λ, on a "
-        "logarithmic scale; zeros are left out. Bands are ± 2 standard errors over the random vectors, whatever "
-        "the resolution. Each lollipop is one outlier; its height only "
-        "tells operators apart. Curves beyond the threshold are drawn faint. Point at an outlier for its "
-        "eigenvalue, residual norm and shares."
+        "How the eigenvalues of the Hessian H, of its Gauss-Newton part G and of the residual R = H − G are spread: "
+        "the fraction of all eigenvalues per unit of λ, or per decade of |λ|. Bins are as wide as it takes to know "
+        "what is in them; boxes show the least and the most that each can hold (95 %), none where all eigenvalues "
+        "are known. "
+        "Where a bin has a box and no line, no more is known. Bars about zero span what is in one bin of "
+        "logarithmic axes, too small to be told apart. Dots are outliers: point at one for its eigenvalue, residual "
+        "norm and shares. Dotted lines are the power laws nearest to the tails, faint where another law is nearer."
     )
-    return read + _resolution_sentences(dataset) + _outlier_sentences(dataset)
+    return read + _zero_sentences(dataset) + _outlier_sentences(dataset)
 
 
-def _resolution_sentences(dataset: xr.Dataset) -> str:
-    """What of each operator's spectrum the curves do not show, or show without knowing it well."""
-    zero, small, smallest, resolved, unresolved = (
-        by_operator(dataset, name)
-        for name in ("zero_share", "small_share", "smallest_drawn", "resolved_above", "unresolved_share")
-    )
+def _zero_sentences(dataset: xr.Dataset) -> str:
+    """Which share of the eigenvalues are zeros, left out."""
     text = ""
-    for operator, share in zero.items():
-        at_least = "At least " if resolved.get(operator) else ""
-        text += f" {at_least}{share_html(share)} of the eigenvalues of {symbol(operator)} are zero, up to rounding."
-    faint = [
-        f"{symbol(operator)} up to |λ| = {number_html(above)}, with {share_html(unresolved[operator])} of all "
-        "eigenvalues"
-        for operator, above in resolved.items()
-        if above
-    ]
-    if faint:
-        text += (
-            " Curves are faint too where neighbouring nodes of the estimate are more than a factor of 2 apart, or "
-            "one stands for over 5 % of what is drawn, so that peaks and gaps are the estimate's own: of "
-            f"{joined(faint)}."
-        )
-    unseen = [
-        f"{share_html(share)} of those of {symbol(operator)}, smaller than {number_html(smallest[operator])}"
-        for operator, share in small.items()
-        if share > 0
-    ]
-    if unseen:
-        text += f" Not drawn on the logarithmic axis: {joined(unseen)}."
-    if resolved.get("gauss_newton") == 0:
-        text += " Where the curve of G has teeth, each is an eigenvalue that stands by itself."
+    for row in rows(dataset, "zero_share"):
+        of = symbol(row["operator"]) + (" on the test data" if row["split"] == "test" else "")
+        text += f" Left out: {share_html(row['zero_share'])} of the eigenvalues of {of}, zero up to rounding."
     return text
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import altair as alt
 import numpy as np
+import vl_convert
 import xarray as xr
 from numpy.typing import NDArray
 
@@ -40,6 +41,7 @@ INK, MUTED, GRID = "#1f2933", "#5f6c7b", "#e4e8ed"
 FONT = "-apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 WIDTH = 720
 OVERLAP = "overlap ‖UᵀV‖² / k"
+LETTERS, POINTS, ASPECT = 7, 72, 0.68  # of a printed chart: their size, points an inch, height by width
 MOST_ROWS = 40  # more cannot be labelled legibly
 FORMATS = ("svg", "pdf", "png", "html", "json")
 
@@ -172,6 +174,31 @@ def finished(chart: Mark, **properties: Any) -> alt.LayerChart:
     return finished
 
 
+def printed(chart: alt.LayerChart, inches: float | None) -> alt.LayerChart:
+    """The same for print: as wide as some inches, all marks and letters included, these of 7 points."""
+    if inches is None:
+        return chart
+    spec = chart.to_dict()
+    config = spec["config"]
+    text = {"labelFontSize": LETTERS, "titleFontSize": LETTERS}
+    config["axis"] |= {**text, "titlePadding": 3, "tickSize": 3}
+    config["legend"] |= {**text, "symbolSize": 30, "columnPadding": 6, "rowPadding": 1, "offset": 3}
+    config["padding"] = 1
+    width = inches * POINTS
+    spec |= {"width": width, "height": ASPECT * width, "autosize": {"type": "fit", "contains": "padding"}}
+    pending: list[Any] = [spec]
+    while pending:
+        one = pending.pop()
+        pending += one.get("layer", [])
+        mark = one.get("mark")
+        if isinstance(mark, dict):
+            mark |= {"fontSize": LETTERS} if mark["type"] == "text" else {}
+            mark |= {"size": mark["size"] / 3} if "size" in mark and mark["type"] != "bar" else {}
+            mark |= {"strokeWidth": min(0.9, mark["strokeWidth"])} if "strokeWidth" in mark else {}
+    found: alt.LayerChart = alt.LayerChart.from_dict(spec)
+    return found
+
+
 def colour(colours: Mapping[str, str], **options: Any) -> alt.Color:
     """Fixed colours, by the labels that the legend shows."""
     scale = alt.Scale(domain=list(colours), range=list(colours.values()))
@@ -254,6 +281,12 @@ def choice(
     binding = alt.binding_select if menu else alt.binding_radio
     bind = binding(options=values, labels=labels, name=menu or " ")
     return alt.param(name=name, value=first or values[0], bind=bind)
+
+
+def svg(chart: alt.TopLevelMixin) -> str:
+    """A chart as an SVG image."""
+    found: str = vl_convert.vegalite_to_svg(chart.to_json())
+    return found
 
 
 def save_chart(chart: alt.TopLevelMixin, path: str | Path) -> None:

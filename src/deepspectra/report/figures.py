@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import altair as alt
 import xarray as xr
 
-from deepspectra.report import captions, layer_charts, tables
+from deepspectra.errors import OptionError
+from deepspectra.report import captions, drawing, layer_charts, spectrum_charts, tables
 from deepspectra.report.attribution_charts import averaging, cost, knockouts, shares
 from deepspectra.report.class_charts import class_cosines, cross_class_weights, three_level_map
-from deepspectra.report.drawing import Chart
+from deepspectra.report.dynamics_charts import dynamics, is_sweep
 from deepspectra.report.network_charts import overlap_curves, overlap_whole, study_measures
 from deepspectra.report.region_charts import region_shifts
-from deepspectra.report.spectrum_charts import log_spectrum, spectrum
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,17 @@ class Figure:
         charts: with their own headings, for several; those that the analysis lacks are left out.
         caption: below it, the same for every analysis or made of its numbers.
         tables: of its numbers, in the section of all tables; empty for an analysis that lacks them.
-        tabs: whether of several charts one is shown at a time.
+        tabs: whether of several charts one is shown at a time, or those of one heading.
     """
 
     link: str
     heading: str
-    charts: dict[Chart, str]
+    charts: dict[drawing.Chart, str]
     caption: str | Callable[[xr.Dataset], str]
     tables: tuple[Callable[[xr.Dataset], str], ...] = ()
     tabs: bool = False
 
-    def drawn(self, dataset: xr.Dataset) -> dict[Chart, str]:
+    def drawn(self, dataset: xr.Dataset) -> dict[drawing.Chart, str]:
         """The charts that the analysis has the numbers of."""
         return {chart: label for chart, label in self.charts.items() if not chart.lacks(dataset)}
 
@@ -50,9 +50,16 @@ FIGURES = {
     "spectrum": Figure(
         "Spectrum",
         "The spectrum",
-        {log_spectrum: "Density per decade", spectrum: "Density per unit of λ"},
+        {
+            spectrum_charts.spectrum: "On a linear axis",
+            spectrum_charts.spectrum_test: "On a linear axis",
+            spectrum_charts.log_spectrum: "On logarithmic axes",
+            spectrum_charts.log_spectrum_test: "On logarithmic axes",
+            spectrum_charts.magnitude_spectrum: "Of |λ|, both signs together",
+            spectrum_charts.magnitude_spectrum_test: "Of |λ|, both signs together",
+        },
         captions.spectrum,
-        (tables.eigenvalue,),
+        (tables.eigenvalue, tables.tail),
         tabs=True,
     ),
     "shares": Figure("Shares", "What the outliers are made of", {shares: ""}, captions.shares),
@@ -174,8 +181,41 @@ FIGURES = {
     ),
     "cost": Figure("Cost", "What it cost", {cost: ""}, captions.cost),
 }
+OF_SWEEPS = {
+    "dynamics": Figure(
+        "Dynamics",
+        "What moves with what",
+        {dynamics: ""},
+        "Measures of a sweep's finished cells against each axis of numbers, one column an axis; menus choose where "
+        "on the other axes. Points are cells, lines are means over seeds, and bands run from the lowest seed to the "
+        "highest. On logarithmic axes what is zero or negative is left out. The last row draws any number that the "
+        "sweep measured.",
+    ),
+}
+
+
+def figures_of(dataset: xr.Dataset) -> dict[str, Figure]:
+    """Those that a dataset may have: a sweep's measures may be called as an analysis' variables are."""
+    return OF_SWEEPS if is_sweep(dataset) else FIGURES
+
+
+def chart(dataset: xr.Dataset, name: str, inches: float | None = None) -> alt.LayerChart:
+    """One chart by name, as on the page or for print, as wide as some inches.
+
+    Raises:
+        OptionError: there is no chart of this name.
+        DataError: the analysis lacks what it draws.
+    """
+    known = {chart.name: chart for figure in FIGURES.values() for chart in figure.charts}
+    if name not in known:
+        raise OptionError(f"there is no chart {name!r}; there are {', '.join(known)}.")
+    return drawing.printed(known[name](dataset), inches)
 
 
 def charts(dataset: xr.Dataset) -> dict[str, alt.TopLevelMixin]:
     """Every chart whose variables the analysis holds, by name."""
-    return {chart.name: chart(dataset) for figure in FIGURES.values() for chart in figure.drawn(dataset)}
+    return {
+        chart.name: chart(dataset)
+        for figure in figures_of(dataset).values()
+        for chart in figure.drawn(dataset)
+    }

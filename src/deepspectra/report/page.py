@@ -25,7 +25,8 @@ import xarray as xr
 from deepspectra.errors import DataError, FileError
 from deepspectra.report import tables
 from deepspectra.report.drawing import Chart, by_operator, holds, number
-from deepspectra.report.figures import FIGURES, Figure
+from deepspectra.report.dynamics_charts import is_sweep
+from deepspectra.report.figures import FIGURES, OF_SWEEPS, Figure, figures_of
 from deepspectra.report.findings import mean_shares, outliers
 from deepspectra.report.tables import Cell, table_html
 from deepspectra.report.text import (
@@ -133,7 +134,7 @@ def _filled(
     )
 
 
-LINKS = {name: figure.link for name, figure in FIGURES.items()} | {
+LINKS = {name: figure.link for name, figure in (FIGURES | OF_SWEEPS).items()} | {
     "tables": "Tables",
     "measured": "How it was measured",
     "glossary": "Glossary",
@@ -180,6 +181,8 @@ def _citation(dataset: xr.Dataset) -> str:
 
 
 def _cards(dataset: xr.Dataset) -> str:
+    if is_sweep(dataset):
+        return ""
     cards = [*_size_cards(dataset), *_outlier_cards(dataset), *_share_cards(dataset), *_cost_cards(dataset)]
     if not cards:
         return ""
@@ -192,15 +195,17 @@ def _cards(dataset: xr.Dataset) -> str:
 
 
 def _size_cards(dataset: xr.Dataset) -> list[tuple[str, str, str]]:
-    names = ("num_parameters", "num_examples", "num_classes", "accuracy", "loss_value")
-    parameters, examples, classes, accuracy, loss = (attribute(dataset, name) for name in names)
+    parameters, classes = attribute(dataset, "num_parameters"), attribute(dataset, "num_classes")
     cards = [("Parameters", f"{parameters:,}", "")] if parameters is not None else []
-    if examples is not None:
+    for prefix, of in (("", ""), ("test_", "Test ")):
+        names = ("num_examples", "accuracy", "loss_value")
+        examples, accuracy, loss = (attribute(dataset, prefix + name) for name in names)
         note = f"in {quantity(classes, 'class', 'classes')}" if classes else ""
-        cards.append(("Examples", f"{examples:,}", note))
-    if accuracy is not None:
-        note = f"loss {number(loss)}" if loss is not None else ""
-        cards.append(("Training accuracy", f"{accuracy:.2%}", note))
+        if examples is not None:
+            cards.append((f"{of}examples".capitalize(), f"{examples:,}", note))
+        if accuracy is not None:
+            note = f"loss {number(loss)}" if loss is not None else ""
+            cards.append((f"{of}accuracy".capitalize(), f"{accuracy:.2%}", note))
     return cards
 
 
@@ -244,38 +249,46 @@ def _figures(dataset: xr.Dataset) -> tuple[dict[str, str], dict[str, Any]]:
     """Sections by name, and the specifications of their charts."""
     sections: dict[str, str] = {}
     specs: dict[str, Any] = {}
-    for name, figure in FIGURES.items():
+    for name, figure in figures_of(dataset).items():
         if drawn := figure.drawn(dataset):
             caption = f"<b>Figure {len(sections) + 1}.</b> {figure.captioned(dataset)}"
             sections[name] = (
                 f'<section id="{name}">\n<h2>{figure.heading}</h2>\n<figure>{_boxes(figure, drawn)}'
                 f"<figcaption>{caption}</figcaption></figure>\n</section>"
             )
-            specs |= {chart.name: chart(dataset).to_dict() | RESPONSIVE for chart in drawn}
+            specs |= {chart.name: _responsive(chart(dataset).to_dict()) for chart in drawn}
     return sections, specs
+
+
+def _responsive(spec: dict[str, Any]) -> dict[str, Any]:
+    """As wide as its place; figures side by side keep their widths."""
+    return spec if "vconcat" in spec else spec | RESPONSIVE
 
 
 def _boxes(figure: Figure, drawn: dict[Chart, str]) -> str:
     """Places for charts: of several side by side, or one at a time."""
-    boxes = {chart.name: f'<div class="chart" id="chart-{chart.name}"></div>' for chart in drawn}
-    labels = dict(zip(boxes, drawn.values(), strict=True))
-    if len(boxes) == 1:
-        return "".join(boxes.values())
+    panels: dict[str, str] = {}
+    for chart, label in drawn.items():
+        panels[label] = panels.get(label, "") + f'<div class="chart" id="chart-{chart.name}"></div>'
+    if len(panels) == 1:
+        return "".join(panels.values())
     if not figure.tabs:
-        pair = "".join(f"<div><h3>{labels[name]}</h3>{box}</div>" for name, box in boxes.items())
+        pair = "".join(f"<div><h3>{label}</h3>{boxes}</div>" for label, boxes in panels.items())
         return f'<div class="pair">{pair}</div>'
     buttons = [
-        f'<input type="radio" name="view" id="view-{name}"{" checked" if index == 0 else ""}>'
-        f'<label for="view-{name}">{label}</label>'
-        for index, (name, label) in enumerate(labels.items())
+        f'<input type="radio" name="view" id="view-{index}"{"" if index else " checked"}>'
+        f'<label for="view-{index}">{label}</label>'
+        for index, label in enumerate(panels)
     ]
-    panels = [f'<div class="panel">{box}</div>' for box in boxes.values()]
-    return f'<div class="tabs">{"".join(buttons)}{"".join(panels)}</div>'
+    shown = [f'<div class="panel">{boxes}</div>' for boxes in panels.values()]
+    return f'<div class="tabs">{"".join(buttons)}{"".join(shown)}</div>'
 
 
 def tables_section(dataset: xr.Dataset) -> str:
     """Every table whose numbers the analysis holds."""
-    body = "\n".join(filter(None, (table(dataset) for one in FIGURES.values() for table in one.tables)))
+    body = "\n".join(
+        filter(None, (table(dataset) for one in figures_of(dataset).values() for table in one.tables))
+    )
     return f'<section id="tables">\n<h2>Tables</h2>\n{body}\n</section>' if body else ""
 
 
@@ -283,7 +296,9 @@ def tables_section(dataset: xr.Dataset) -> str:
 
 
 def _measured(dataset: xr.Dataset) -> str:
-    blocks = [_conditions(dataset), _convergence(dataset), _threshold_table(dataset), tables.cost(dataset)]
+    blocks = [_conditions(dataset)]
+    if not is_sweep(dataset):
+        blocks += [_convergence(dataset), _threshold_table(dataset), tables.cost(dataset)]
     body = "\n".join(filter(None, blocks))
     return f'<section id="measured">\n<h2>How it was measured</h2>\n{body}\n</section>'
 

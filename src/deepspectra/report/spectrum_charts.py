@@ -1,47 +1,27 @@
-"""Charts of the spectrum: smoothed densities, outliers as lollipops, edges and thresholds, on two axes."""
+"""Charts of the spectrum: histograms with their bands, outliers, tails, edges and thresholds, on three axes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import altair as alt
-import numpy as np
 import xarray as xr
 
-from deepspectra.report.drawing import (
-    MOST_ROWS,
-    MUTED,
-    OPERATOR_COLOURS,
-    OPERATOR_NAMES,
-    PART_COLOURS,
-    WIDTH,
-    Mark,
-    Row,
-    blank,
-    both_sides,
-    by_operator,
-    colour,
-    finished,
-    labelled,
-    log_axis,
-    needs,
-    number,
-    operator_selector,
-    operators_of,
-    plain,
-    rows,
-    tick,
-    ticks_axis,
-    tip,
-    word,
-)
+from deepspectra.report import drawing as d
 from deepspectra.report.findings import outliers
+from deepspectra.report.text import percent, symbol
 
 IS_SHOWN = "shown == 'all' || datum.operator == shown"
-# Heights of lollipops, so that operators do not hide one another.
-LANES = {"hessian": 0.34, "gauss_newton": 0.25, "residual": 0.16}
+# Heights of outliers, so that operators do not hide one another.
+LANES = {"hessian": 0.06, "gauss_newton": 0.03, "residual": 0.0}
+TITLES = {"train": "training data", "test": "test data"}
+SIGNS = {"magnitude": 1.0, "positive": 1.0, "negative": -1.0}
+ENDS = ("start", "end")
+MARGIN = 0.01  # of a linear axis, on either side
+TAIL = [f"tail_{name}" for name in ("exponent", *ENDS, "density_at_start", "density_at_end", "verdict")]
+PER_DECADE, PER_UNIT = "fraction of eigenvalues per decade of |λ|", "fraction of eigenvalues per unit of λ"
 
 
 @dataclass(frozen=True)
@@ -49,139 +29,236 @@ class _Line:
     """The eigenvalue axis: where an eigenvalue is drawn, and the encoding that labels it."""
 
     place: Callable[[float], float]
-    along: Callable[[float], float]  # as a fraction of the axis, 0 at its left end
+    ends: tuple[float, float]  # places
     x: alt.X
 
+    def along(self, value: float) -> float:
+        """As a fraction of the axis, 0 at its left end."""
+        return (self.place(value) - self.ends[0]) / (self.ends[1] - self.ends[0])
 
-@needs("curve_grid", "curve_density")
+
+@d.needs("bin_mass")
 def spectrum(dataset: xr.Dataset) -> alt.LayerChart:
-    """Densities of H, G and R over a symmetric-log eigenvalue axis, outliers as lollipops."""
-    table = _points(dataset, "curve")
-    found = [row["eigenvalue"] for row in outliers(dataset)]
-    line = _symmetric_log(dataset, [*found, *(row["eigenvalue"] for row in table)])
-    return _spectrum(dataset, table, line, "density (fraction of eigenvalues per unit of λ)")
+    """Densities of H, G and R with their outliers over a linear eigenvalue axis."""
+    return _linear(dataset, "train")
 
 
-@needs("log_grid", "log_density")
+@d.needs("bin_mass")
 def log_spectrum(dataset: xr.Dataset) -> alt.LayerChart:
-    """Densities per decade of |λ|, negative eigenvalues mirrored to the left."""
-    table = _points(dataset, "log")
+    """Densities per decade of |λ|, negative eigenvalues mirrored to the left, with the power laws of their tails."""
+    return _mirrored(dataset, "train")
+
+
+@d.needs("bin_mass")
+def magnitude_spectrum(dataset: xr.Dataset) -> alt.LayerChart:
+    """Densities per decade of |λ|, both signs together, with the power laws of their tails."""
+    return _of_sizes(dataset, "train")
+
+
+@d.needs("bin_mass", "test_eigenvalue")
+def spectrum_test(dataset: xr.Dataset) -> alt.LayerChart:
+    """As `spectrum`, of the test data and on the same axes."""
+    return _linear(dataset, "test")
+
+
+@d.needs("bin_mass", "test_eigenvalue")
+def log_spectrum_test(dataset: xr.Dataset) -> alt.LayerChart:
+    """As `log_spectrum`, of the test data and on the same axes."""
+    return _mirrored(dataset, "test")
+
+
+@d.needs("bin_mass", "test_eigenvalue")
+def magnitude_spectrum_test(dataset: xr.Dataset) -> alt.LayerChart:
+    """As `magnitude_spectrum`, of the test data and on the same axes."""
+    return _of_sizes(dataset, "test")
+
+
+def _linear(dataset: xr.Dataset, split: str) -> alt.LayerChart:
+    table = [row for row in _bins(dataset, "linear") if row["split"] == split]
+    low, high = min(row["start"] for row in table), max(row["end"] for row in table)
+    ends = low - MARGIN * (high - low), high + MARGIN * (high - low)
+    x = _axis(ends, alt.Axis(title="eigenvalue λ", tickCount=8, format="~g"))
+    return _spectrum(dataset, table, _Line(lambda value: value, ends, x), split, PER_UNIT)
+
+
+def _mirrored(dataset: xr.Dataset, split: str) -> alt.LayerChart:
+    table = _bins(dataset, "signed")
+    return _spectrum(dataset, table, _mirrored_log(table), split, PER_DECADE, ("negative", "positive"))
+
+
+def _of_sizes(dataset: xr.Dataset, split: str) -> alt.LayerChart:
+    table = _bins(dataset, "magnitude")
+    low, high = _sizes(table)
+    ticks = d.decades(low, high, most=7)
+    axis = d.ticks_axis([*map(math.log10, ticks)], [*map(d.tick, ticks)], title="|λ|")
+    ends = math.log10(low), math.log10(high)
+    line = _Line(lambda value: math.log10(max(abs(value), low)), ends, _axis(ends, axis))
+    return _spectrum(dataset, table, line, split, PER_DECADE, ("magnitude",))
+
+
+def _sizes(table: list[d.Row]) -> tuple[float, float]:
+    """The smallest and the largest |λ| of bins that may hold some."""
+    ends = [abs(row[end]) for row in table if row["high"] > 0 for end in ENDS if row[end]] or [1e-3, 1.0]
+    return min(ends), max(ends)
+
+
+def _axis(ends: tuple[float, float], axis: alt.Axis) -> alt.X:
+    return alt.X("x:Q", scale=alt.Scale(domain=list(ends), nice=False), axis=axis)
+
+
+def _bins(dataset: xr.Dataset, view: str) -> list[d.Row]:
+    """The histograms of a view, rows in the order of their bins."""
+    names = [f"bin_{name}" for name in (*ENDS, "mass", "low", "high")]
+    table = d.labelled(d.rows(dataset[names].sel(view=view), *names))
     for row in table:
-        row["eigenvalue"] = (-1.0 if row["side"] == "negative" else 1.0) * abs(row["eigenvalue"])
-    floor, _ = _density_range(dataset, table)
-    seen = [row["eigenvalue"] for row in table if row["density"] > floor]
-    smallest = min(abs(row["eigenvalue"]) for row in table)
-    line = _mirrored_log([smallest, *seen, *(row["eigenvalue"] for row in outliers(dataset))])
-    return _spectrum(dataset, table, line, "density (fraction of eigenvalues per decade of |λ|)")
+        row |= {name.removeprefix("bin_"): row.pop(name) for name in names}
+    return sorted(table, key=lambda row: (row["split"], row["operator"], row["bin"]))
 
 
-def _points(dataset: xr.Dataset, curve: str) -> list[Row]:
-    """Of the densities' curves of one kind."""
-    grid, density, error = (f"{curve}_{end}" for end in ("grid", "density", "standard_error"))
-    table = rows(dataset, grid, density, error, need=(grid, density))
+def _spectrum(
+    dataset: xr.Dataset, table: list[d.Row], line: _Line, split: str, title: str, sides: tuple[str, ...] = ()
+) -> alt.LayerChart:
+    """Of the bins of all splits, which share axes, those of one, with what stands out of them and what fits them."""
+    operators = d.operators_of(table)
+    about_zero = [row for row in table if sides and row["start"] <= 0 < row["end"]]  # which has no decades
+    table = [row for row in table if row not in about_zero]
     for row in table:
-        row |= {"eigenvalue": row[grid], "density": row[density], "error": row.get(error) or 0.0}
-    return table
+        row["x"], row["x2"] = line.place(row["start"]), line.place(row["end"])
+        row["known"] = row["high"] - row["low"] <= row["mass"]
+        row |= {name: row[name] / ((row["x2"] - row["x"]) or 1.0) for name in ("mass", "low", "high")}
+    tops = [row["mass"] for row in table if row["known"] and row["mass"] > 0] or [0.1, 1.0]
+    span = max(min(tops) / 2, max(tops) * 1e-9), 2 * max(tops)
+    table = [row for row in table if row["split"] == split]
+    tails = [row for row in d.rows(dataset, *TAIL) if row["split"] == split and row["side"] in sides]
+    layers = [alt.layer(*_histograms(table, operators, line, span, title), *_power_laws(tails, line, span))]
+    marks = [*_outliers(dataset, line), *_edges(dataset, operators, line)] if split == "train" else []
+    if marks := marks + _unresolved([row for row in about_zero if row["split"] == split], line):
+        layers.append(alt.layer(*marks))
+    chart = alt.layer(*layers).resolve_scale(y="independent")
+    chart = chart.add_params(d.operator_selector(operators, everything=True))
+    named = {"title": TITLES[split]} if dataset.sizes["split"] > 1 else {}
+    return d.finished(chart, width=d.WIDTH, height=340, **named)
 
 
-def _spectrum(dataset: xr.Dataset, table: list[Row], line: _Line, title: str) -> alt.LayerChart:
-    operators = operators_of(table)
-    limits, coarse = (by_operator(dataset, name) for name in ("outlier_threshold", "resolved_above"))
-    for row in table:
-        size, name = abs(row["eigenvalue"]), row["operator"]
-        row["faint"] = ""
-        if size > limits.get(name, math.inf):  # there the lollipops tell it better
-            row["faint"] = "above" if row["eigenvalue"] > 0 else "below"
-        elif size <= coarse.get(name, 0.0):
-            row["faint"] = "unresolved"
-        row["error"] *= 2
-    curves = _curves(labelled(table), operators, line, _density_range(dataset, table), title)
-    above = [*_lollipops(dataset, line), *_edges(dataset, operators, line)]
-    layers = [curves, alt.layer(*above)] if above else [curves]
-    selector = operator_selector(operators, everything=True)
-    chart = alt.layer(*layers).resolve_scale(y="independent").add_params(selector)
-    return finished(chart, width=WIDTH, height=340)
-
-
-def _density_range(dataset: xr.Dataset, table: list[Row]) -> tuple[float, float]:
-    """From a tenth of one eigenvalue spread over the axis (nine decades down at most) to above the peak."""
-    densities = [row["density"] for row in table if row["density"] > 0]
-    peak = max(densities, default=1.0)
-    spread = max((abs(row["eigenvalue"]) for row in table), default=1.0)
-    num_parameters = int(dataset.attrs.get("num_parameters", 1))
-    smallest = max(0.1 / num_parameters / max(spread, 1.0), peak * 1e-9)
-    low = 10.0 ** math.floor(math.log10(smallest))
-    return low, peak * (peak / low) ** 0.12
-
-
-def _curves(
-    table: list[Row], operators: list[str], line: _Line, span: tuple[float, float], title: str
-) -> Mark:
+def _histograms(
+    table: list[d.Row], operators: list[str], line: _Line, span: tuple[float, float], title: str
+) -> list[d.Mark]:
+    """Steps where a bin is known, and boxes from the least to the most that any can hold."""
     low, high = span
-    keep = ("operator", "label", "side", "eigenvalue", "density", "error", "faint")
-    points = [{key: row[key] for key in keep if key in row} for row in table]
-    for row in points:
-        density, error = row["density"], row.pop("error")
-        row["x"] = plain(line.place(row["eigenvalue"]))
-        row["upper"] = plain(max(density + error, low / 10))
-        row["lower"] = plain(max(density - error, low / 10))
-        row["density"] = plain(max(density, low / 10))
-    scale = alt.Scale(type="log", domain=[low, high], nice=False)
-    y = alt.Y("density:Q", scale=scale, axis=log_axis(low, high, title=title))
-    shade = colour({OPERATOR_NAMES[name]: OPERATOR_COLOURS[name] for name in operators})
-    base = alt.Chart().transform_filter(IS_SHOWN).encode(x=line.x, color=shade, detail=["side:N", "faint:N"])
-    faded = alt.condition("datum.faint != ''", alt.value(0.3), alt.value(1))
-    band = base.mark_area(opacity=0.22, clip=True).encode(y=alt.Y("lower:Q", scale=scale), y2="upper:Q")
-    curve = base.mark_line(strokeWidth=1.6, clip=True).encode(
-        y=y, opacity=faded, tooltip=["label:N", tip("eigenvalue", "λ"), tip("density", "density")]
+    drawn = alt.Scale(type="log", domain=[low, high], nice=False)
+    shade = d.colour({d.OPERATOR_NAMES[name]: d.OPERATOR_COLOURS[name] for name in operators})
+    keep = ("operator", "label", "x", "x2", "start", "end", "mass", "low", "high")
+    boxes, steps, run = [], [], 0
+    for row, following in zip(table, [*table[1:], {}], strict=True):
+        shown: d.Row = {key: d.plain(row[key]) for key in keep}
+        shown |= {name: d.plain(max(row[name], low / 10)) for name in ("mass", "low", "high")}
+        if shown["high"] > shown["low"]:
+            boxes.append(shown)
+        if row["known"]:
+            steps.append({key: shown[key] for key in keep if key not in ("x2", "low", "high")} | {"run": run})
+        goes_on = following.get("x") == row["x2"] and following["operator"] == row["operator"]
+        if row["known"] and not (goes_on and following["known"]):
+            steps.append(steps[-1] | {"x": shown["x2"]})  # where its last step ends
+            run += 1
+    tips = [d.word("label", "of"), d.tip("start", "λ from"), d.tip("end", "to"), d.tip("mass", "density")]
+    band = d.blank(boxes).transform_filter(IS_SHOWN).mark_rect(opacity=0.2, clip=True, strokeWidth=0)
+    band = band.encode(x=line.x, x2="x2:Q", y=alt.Y("low:Q", scale=drawn), y2="high:Q", color=shade)
+    curve = d.blank(steps).transform_filter(IS_SHOWN)
+    curve = curve.mark_line(strokeWidth=1.4, clip=True, interpolate="step-after").encode(
+        x=line.x,
+        y=alt.Y("mass:Q", scale=drawn, axis=d.log_axis(low, high, title=title)),
+        color=shade,
+        detail="run:N",
+        tooltip=tips,
     )
-    return alt.layer(band, curve, data={"values": points})  # added last: chained calls copy their data
+    return [*([band] if boxes else []), curve]
 
 
-def _lollipops(dataset: xr.Dataset, line: _Line) -> list[Mark]:
-    found = labelled(outliers(dataset))
+def _power_laws(tails: list[d.Row], line: _Line, span: tuple[float, float]) -> list[d.Mark]:
+    """The power law of each tail as a straight line, with its exponent where it is the verdict, else faint."""
+    ends, texts = [], []
+    for row in d.labelled([row for row in tails if row["tail_verdict"] != "not resolved"]):
+        own: d.Row = {key: row[key] for key in ("operator", "label", "side")}
+        own["strength"] = 1.0 if row["tail_verdict"] == "power law" else 0.35
+        sign = SIGNS[row["side"]]
+        points = [(line.place(sign * row[f"tail_{at}"]), row[f"tail_density_at_{at}"]) for at in ENDS]
+        ends += [own | {"x": x, "mass": y} for x, y in points]
+        if row["tail_verdict"] == "power law":
+            (x, y), (x2, y2) = points
+            texts.append(own | {"x": (x + x2) / 2, "mass": math.sqrt(y * y2)})
+            texts[-1]["text"] = f"|λ|^−{row['tail_exponent']:.2g}"
+    if not ends:
+        return []
+    y = alt.Y("mass:Q", scale=alt.Scale(type="log", domain=list(span), nice=False))
+    shared = {"x": line.x, "y": y, "color": alt.Color("label:N", sort=None)}
+    rule = d.blank(ends).transform_filter(IS_SHOWN).mark_line(strokeDash=[2, 2], strokeWidth=2, clip=True)
+    rule = rule.encode(**shared, opacity=alt.Opacity("strength:Q", scale=None), detail="side:N")
+    text = d.blank(texts).transform_filter(IS_SHOWN).mark_text(dx=6, dy=-6, align="left", fontSize=11)
+    return [rule, *([text.encode(**shared, text="text:N")] if texts else [])]
+
+
+def _unresolved(about_zero: list[d.Row], line: _Line) -> list[d.Mark]:
+    """Bars over the values about zero that are in one bin, with the share of the eigenvalues there."""
+    table = [
+        {"operator": row["operator"], "label": row["label"], "x": line.place(row["start"])}
+        | {"x2": line.place(row["end"]), "lane": 0.16 + 3 * LANES[row["operator"]]}
+        | {"text": f"{percent(row['mass'])} of {symbol(row['operator'])}"}
+        for row in about_zero
+        if row["mass"] > 0
+    ]
+    shared = {
+        "y": alt.Y("lane:Q", scale=alt.Scale(domain=[0, 1]), axis=None),
+        "color": alt.Color("label:N", sort=None),
+    }
+    base = d.blank(table).transform_filter(IS_SHOWN).encode(**shared)
+    rule = base.mark_rule(strokeWidth=3, opacity=0.5, clip=True).encode(x=line.x, x2="x2:Q")
+    middle = base.transform_calculate(x="(datum.x + datum.x2) / 2")
+    text = middle.mark_text(dy=-7, fontSize=11).encode(x=line.x, text="text:N")
+    return [rule, text] if table else []
+
+
+def _outliers(dataset: xr.Dataset, line: _Line) -> list[d.Mark]:
+    found = d.labelled(outliers(dataset))
     if not found:
         return []
-    parts = [part for part in PART_COLOURS if any(f"share {part}" in row for row in found)]
+    parts = [part for part in d.PART_COLOURS if any(f"share {part}" in row for row in found)]
     for row in found:
-        row |= {"x": plain(line.place(row["eigenvalue"])), "lane": LANES[row["operator"]]}
-    base = blank(found).transform_filter(IS_SHOWN)
+        row |= {"x": d.plain(line.place(row["eigenvalue"])), "lane": LANES[row["operator"]]}
+    base = d.blank(found).transform_filter(IS_SHOWN)
     base = base.encode(
         x=line.x,
         y=alt.Y("lane:Q", scale=alt.Scale(domain=[0, 1]), axis=None),
         color=alt.Color("label:N", sort=None),
         tooltip=[
-            word("label", "outlier of"),
-            tip("rank", "rank"),
-            tip("eigenvalue", "λ", ".4~g"),
-            tip("residual_norm", "‖Av − λv‖", ".2~g"),
-            *(tip(f"share {part}", part, ".1~%") for part in parts),
+            d.word("label", "outlier of"),
+            d.tip("rank", "rank"),
+            d.tip("eigenvalue", "λ", ".4~g"),
+            d.tip("residual_norm", "‖Av − λv‖", ".2~g"),
+            *(d.tip(f"share {part}", part, ".1~%") for part in parts),
         ],
     )
-    crowded = len(found) > 2 * MOST_ROWS
-    stem = base.mark_rule(strokeWidth=1.2, opacity=0.2 if crowded else 0.7).encode(y2=alt.datum(0))
-    dot = base.mark_circle(
-        size=20 if crowded else 70, opacity=1, stroke="white", strokeWidth=0.3 if crowded else 1
-    )
-    return [stem, dot]
+    crowded = len(found) > 2 * d.MOST_ROWS
+    return [base.mark_circle(size=15 if crowded else 40, opacity=1, stroke="white", strokeWidth=0.5)]
 
 
-def _edges(dataset: xr.Dataset, operators: list[str], line: _Line) -> list[Mark]:
+def _edges(dataset: xr.Dataset, operators: list[str], line: _Line) -> list[d.Mark]:
     """Bulk edge and outlier threshold of the selected operator (of the first one when all are shown)."""
     names = {"bulk_edge": "bulk edge", "outlier_threshold": "outlier threshold"}
     table = []
     for name, text in names.items():
-        for operator, value in by_operator(dataset, name).items():
-            late = line.along(value) > 0.62  # no room for a label to its right
-            edge = {"operator": operator, "x": plain(line.place(value)), "kind": name}
-            edge |= {"text": f"{text} {number(value)}", "left": late or name == "bulk_edge"}
-            table.append(edge | {"height": 22 if late and name == "bulk_edge" else 8})
-    base = blank([row for row in table if row["operator"] in operators]).encode(x=line.x)
+        for operator, value in d.by_operator(dataset, name).items():
+            edge = {"operator": operator, "x": d.plain(line.place(value)), "kind": name}
+            edge |= {
+                "text": f"{text} {d.number(value)}",
+                "left": line.along(value) > 0.62,
+            }  # room for a label
+            table.append(edge | {"height": 8 if name == "outlier_threshold" else 22})
+    base = d.blank([row for row in table if row["operator"] in operators]).encode(x=line.x)
     base = base.transform_filter(f"datum.operator == (shown == 'all' ? '{operators[0]}' : shown)")
     dash = alt.StrokeDash("kind:N", scale=alt.Scale(domain=list(names), range=[[2, 2], [6, 3]]), legend=None)
-    marks = [base.mark_rule(color=MUTED).encode(strokeDash=dash)]
+    marks = [base.mark_rule(color=d.MUTED).encode(strokeDash=dash)]
     for side, align, offset in ((True, "right", -5), (False, "left", 5)):
-        for halo in ({"stroke": "white", "strokeWidth": 4}, {"color": MUTED}):
+        for halo in ({"stroke": "white", "strokeWidth": 4}, {"color": d.MUTED}):
             text = base.transform_filter(f"datum.left == {str(side).lower()}").mark_text(
                 align=align, dx=offset, fontSize=11, **halo
             )
@@ -190,44 +267,19 @@ def _edges(dataset: xr.Dataset, operators: list[str], line: _Line) -> list[Mark]
     return marks if table else []
 
 
-def _symmetric_log(dataset: xr.Dataset, eigenvalues: Sequence[float]) -> _Line:
-    """Linear within ± the grid's own resolution, logarithmic outside."""
-    resolution = float(np.nanmedian(np.abs(np.diff(dataset["curve_grid"].values, axis=-1))))
-    low, high = min(eigenvalues), max(eigenvalues)
-    constant = 10.0 ** round(math.log10(max(resolution, max(abs(low), abs(high)) * 1e-6)))
-    ticks = both_sides(low, high, constant * 10)
-
-    def along(value: float) -> float:
-        first, here, last = (math.copysign(math.log1p(abs(x / constant)), x) for x in (low, value, high))
-        return (here - first) / (last - first)
-
-    x = alt.X(
-        "x:Q",
-        scale=alt.Scale(type="symlog", constant=constant, domain=[low, high], nice=False),
-        axis=ticks_axis(ticks, [tick(value) for value in ticks], title="eigenvalue λ (symmetric-log axis)"),
-    )
-    return _Line(lambda value: value, along, x)
-
-
-def _mirrored_log(eigenvalues: Sequence[float]) -> _Line:
-    """Distance from the centre is log₁₀|λ|; the centre is the smallest |λ| of the grid."""
-    smallest = min(abs(value) for value in eigenvalues if value)
-    low = min([-smallest, *eigenvalues])
-    high = max([smallest, *eigenvalues])
+def _mirrored_log(table: list[d.Row]) -> _Line:
+    """Distance from the centre is log₁₀|λ|; the centre is the smallest |λ| of the bins."""
+    smallest, _ = _sizes(table)
+    seen = [row[end] for row in table if row["high"] > 0 for end in ENDS]
+    low, high = min([-smallest, *seen]), max([smallest, *seen])
 
     def place(value: float) -> float:
         return math.copysign(math.log10(max(abs(value) / smallest, 1.0)), value)
 
-    def along(value: float) -> float:
-        return (place(value) - place(low)) / (place(high) - place(low))
-
-    ticks = both_sides(low, high, smallest * 3)
-    labels = [tick(value) if value else f"±{tick(float(f'{smallest:.1g}'))}" for value in ticks]
-    x = alt.X(
-        "x:Q",
-        scale=alt.Scale(domain=[place(low), place(high)], nice=False),
-        axis=ticks_axis(
-            [place(value) for value in ticks], labels, title="eigenvalue λ (logarithmic on both sides)"
-        ),
+    ticks = d.both_sides(low, high, smallest * 3)
+    labels = [d.tick(value) if value else f"±{d.tick(float(f'{smallest:.1g}'))}" for value in ticks]
+    axis = d.ticks_axis(
+        [place(value) for value in ticks], labels, title="eigenvalue λ (logarithmic on both sides)"
     )
-    return _Line(place, along, x)
+    ends = place(low), place(high)
+    return _Line(place, ends, _axis(ends, axis))

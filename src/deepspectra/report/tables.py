@@ -93,6 +93,26 @@ def _percentage(share: float | None) -> Cell:
     return None if share is None else (percent(share), share)
 
 
+@_table("tail-table", "Tails of the spectra", "bin_mass")
+def tail(dataset: xr.Dataset) -> Filled:
+    """The law of every tail, and its power law in any case."""
+    names = [f"tail_{name}" for name in ("exponent", "exponent_low", "exponent_high", "start", "p_value")]
+    body: list[list[Cell]] = [
+        [
+            symbol(row["operator"]),
+            row["split"],
+            row["side"],
+            row["tail_verdict"],
+            *map(row.get, names),
+            row["tail_why"],
+        ]
+        for row in rows(dataset, "tail_verdict", "tail_why", *names)
+        if row["tail_verdict"]
+    ]
+    head = ["operator", "data", "of", "law", "exponent of a power law", "from", "to", "above", "p", "why"]
+    return head, body
+
+
 @_table("knockout-table", "Knock-outs", "knockout_value")
 def knockout(dataset: xr.Dataset) -> Filled:
     """What each knock-out leaves."""

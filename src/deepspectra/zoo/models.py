@@ -174,6 +174,7 @@ _BUILDERS: Mapping[str, Callable[[tuple[int, ...], int], nn.Module]] = {
     "lenet": lenet,
     "vgg11-bn": vgg11_bn,
     "resnet18": resnet18,
+    "resnet18-small": partial(resnet18, widths=(8, 16, 32, 64)),
     "transformer": transformer,
 }
 MODEL_NAMES = tuple(_BUILDERS)
@@ -182,7 +183,7 @@ PAPER_SIDE = 32  # to which the papers pad images for convolutional networks
 
 def paper_side(model: str, data: str) -> int | None:
     """`size` of `load` with which the papers train a network on a data set; None for its own."""
-    padded = model in ("lenet", "vgg11-bn", "resnet18") and data in ("mnist", "fashion")
+    padded = model in ("lenet", "vgg11-bn", "resnet18", "resnet18-small") and data in ("mnist", "fashion")
     return PAPER_SIDE if padded else None
 
 

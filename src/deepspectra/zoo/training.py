@@ -97,6 +97,7 @@ _LEARNING_RATES = {
     "lenet": 0.05,
     "vgg11-bn": 0.01,
     "resnet18": 0.02,
+    "resnet18-small": 0.05,
     "transformer": 0.1,
 }
 _NUM_EXAMPLES = {"digits": 1442, "mnist": 60_000, "fashion": 60_000, "cifar10": 50_000, "cifar100": 50_000}

@@ -1,0 +1,5 @@
+"""`python -m deepspectra` is `deepspectra`."""
+
+from deepspectra.cli import main
+
+main()

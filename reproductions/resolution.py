@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import deepspectra as ds
 from deepspectra import zoo
 from deepspectra.jobs.effort import EFFORTS
-from reproductions.claims import table
+from reproductions.verdicts import table
 
 HERE = Path(__file__).parent.parent / "docs"
 RECORDS, PAGE = HERE / "resolution.jsonl", HERE / "resolution.md"

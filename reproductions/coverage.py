@@ -29,8 +29,8 @@ import deepspectra as ds
 from deepspectra import zoo
 from deepspectra.errors import ConvergenceWarning
 from deepspectra.operators.base import Matrix
-from reproductions.claims import table
 from reproductions.spectra import BAND_WORDS, WORDS, Case, band_cases, cases
+from reproductions.verdicts import table
 
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
 RECORDS = PAGE.with_suffix("")  # a file a table

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import deepspectra as ds
 from deepspectra import zoo
 from deepspectra.jobs.effort import EFFORTS
-from reproductions.claims import table
+from reproductions.verdicts import table
 
 HERE = Path(__file__).parent.parent / "docs"
 RECORDS, PAGE = HERE / "resolution.jsonl", HERE / "resolution.md"
@@ -147,7 +147,7 @@ def measure(problem: ds.Problem, exact: Tensor, num_probes: int, num_steps: int,
 HEAD = """# What the efforts resolve
 
 Densities of H by the products of each effort, against all eigenvalues of H in float64, on networks that an analysis
-could still take apart densely but is made to sample here. All fit their data. Medians of the seeds, and the worst in
+could still take apart densely but is made to sample here. Medians of the seeds, and the worst in
 brackets. Eigenvalues below 10⁻⁶ of the largest are taken for zero, as they are drawn.
 
 - *distribution function*: the largest difference (Kolmogorov and Smirnov);
@@ -162,7 +162,7 @@ brackets. Eigenvalues below 10⁻⁶ of the largest are taken for zero, as they 
 
 def page(records: list[Record]) -> str:
     """As Markdown."""
-    parts = [HEAD.format(points=2 * POINTS)]
+    parts = [HEAD.format(points=2 * POINTS).rstrip()]
     for name, network in NETWORKS.items():
         mine = [r for r in records if r["network"] == name]
         if not mine:

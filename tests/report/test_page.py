@@ -1,10 +1,12 @@
 """The report: what a dataset says is what the charts and the page show, and nothing is fetched to show it."""
 
 import html
+import importlib.util
 import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -740,3 +742,26 @@ def test_a_series_shows_what_is_chosen_and_draws_all_of_it(tmp_path):
     for j in range(2):
         for name in ("spectrum", "shares", "cost"):
             assert "<svg" in elements.split(f'id="chart-{name}-m{j}"')[1].split("</figure>")[0]
+
+
+AXE = importlib.util.find_spec("axe_playwright_python")  # of it only the script that browsers run
+RUN_AXE = """<script type="module">
+const found = await axe.run(document, { resultTypes: ["violations"] });
+const place = node => node.html.slice(0, 120);
+document.title = "axe: " + JSON.stringify(found.violations.map(one => [one.id, one.nodes.slice(0, 3).map(place)]));
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None or AXE is None, reason="needs chromium and axe to judge the page")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_bars_a_reader_who_cannot_see_or_point(page, tmp_path, scheme):
+    script = (
+        (Path(AXE.origin).parent / "axe.min.js").read_text(encoding="utf-8").replace("</script", "<\\/script")
+    )
+    before, _, after = page.rpartition("</body>")
+    if scheme == "dark":
+        before = before.replace("@media screen and (prefers-color-scheme: dark)", "@media screen")
+    elements = opened(f"{before}<script>{script}</script>{RUN_AXE}{after}", tmp_path)
+    title = re.search(r"<title>axe: (.*?)</title>", elements)
+    assert title is not None
+    assert json.loads(html.unescape(title[1])) == []

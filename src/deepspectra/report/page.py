@@ -7,6 +7,7 @@ the full value in `data-value`, which is also what the page's CSV buttons save.
 from __future__ import annotations
 
 import functools
+import html
 import json
 import math
 import os
@@ -242,13 +243,22 @@ def _figures(dataset: xr.Dataset) -> tuple[dict[str, str], dict[str, Any]]:
     specs: dict[str, Any] = {}
     for name, figure in figures_of(dataset).items():
         if drawn := figure.drawn(dataset):
-            caption = f"<b>Figure {len(sections) + 1}.</b> {figure.captioned(dataset)}"
+            words = figure.captioned(dataset)
+            caption = f"<b>Figure {len(sections) + 1}.</b> {words}"
             sections[name] = (
                 f'<section id="{name}">\n<h2>{figure.heading}</h2>\n<figure>{_boxes(figure, drawn)}'
                 f"<figcaption>{caption}</figcaption></figure>\n</section>"
             )
-            specs |= {chart.name: _responsive(chart(dataset).to_dict()) for chart in drawn}
+            specs |= {
+                chart.name: _responsive(chart(dataset).to_dict()) | {"description": _plain(label, words)}
+                for chart, label in drawn.items()
+            }
     return sections, specs
+
+
+def _plain(label: str, words: str) -> str:
+    """What is read aloud in place of a chart: its name and its caption, which has its numbers."""
+    return html.unescape(re.sub(r"<[^>]+>", "", f"{label}: {words}" if label else words))
 
 
 def _responsive(spec: dict[str, Any]) -> dict[str, Any]:
@@ -271,7 +281,7 @@ def _boxes(figure: Figure, drawn: dict[Chart, str]) -> str:
         f'<label for="view-{index}">{label}</label>'
         for index, label in enumerate(panels)
     ]
-    shown = [f'<div class="panel">{boxes}</div>' for boxes in panels.values()]
+    shown = [f'<div class="panel" data-label="{label}">{boxes}</div>' for label, boxes in panels.items()]
     return f'<div class="tabs">{"".join(buttons)}{"".join(shown)}</div>'
 
 

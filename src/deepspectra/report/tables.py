@@ -34,7 +34,8 @@ def table_html(
     ]
     return (
         f'<h3>{t.escaped(heading)} <button class="csv" data-table="{name}">Save as CSV</button></h3>\n'
-        f'<div class="scroll"><table id="{name}"><thead><tr>{top}</tr></thead>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{t.escaped(heading)}">'
+        f'<table id="{name}"><thead><tr>{top}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 

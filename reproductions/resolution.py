@@ -54,7 +54,7 @@ def _small_lenet(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(input_shape[0], 4, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(4, 8, 5), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(200, 20), nn.ReLU(), nn.Linear(20, num_classes),
+        nn.Flatten(), nn.Linear(200, 14), nn.ReLU(), nn.Linear(14, num_classes),
     )  # fmt: skip
 
 

@@ -111,7 +111,7 @@ def test_bins_of_networks_hold_dense_truth(widths, effort):
     zoo.train(net, data, zoo.recipe("mlp-small", "digits", len(data)), seed=0)
     net = net.double().eval()
     problem = ds.Problem(net, (data.inputs.double(), data.targets))
-    counts = {"quick": (4, 24), "standard": (2, 256)}[effort]
+    counts = {"quick": (4, 24), "standard": (4, 256)}[effort]
     found = ds.analyze(problem, num_probes=counts[0], num_steps=counts[1], progress=False).dataset
     held = []
     for name, operator in (("hessian", ds.Hessian), ("residual", ds.Residual)):

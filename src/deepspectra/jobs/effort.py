@@ -43,7 +43,7 @@ class Level(NamedTuple):
 # dense matrices, a minute, a quarter of an hour
 EFFORTS = {
     "quick": Level(4, 24, 6e11, 1e11, 3000),
-    "standard": Level(2, 256, 1e13, 1.2e12, 4500),
+    "standard": Level(4, 256, 1e13, 1.2e12, 4500),
     "paper": Level(4, 512, float("inf"), 2e13, 20_000, large=True),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -201,7 +202,8 @@ def test_deflated_pairs_widen_a_band_by_what_they_may_move():
     truth = (values <= x[:, None]).double().mean(1)
     widths = []
     for rtol in (1e-8, 5e-2):
-        found = density(A, 3, 30, deflate=eigenpairs(A, 3, rtol=rtol))
+        pairs = replace(eigenpairs(A, 3, rtol=rtol), converged=False)  # or gaps between them would be certain
+        found = density(A, 3, 30, deflate=pairs)
         low, high = found.cdf_band(x)
         assert float(((low <= truth + 1e-9) & (truth <= high + 1e-9)).double().mean()) > 0.9
         widths.append((high - low)[x > 1.5].sum())
@@ -221,3 +223,29 @@ def test_what_is_asked_of_a_band_is_checked():
     ):
         with pytest.raises(OptionError, match="edges"):
             found.mass_band(edges)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rough_pairs_leave_counts_between_them_certain_where_gaps_are_wide(seed):
+    """By Sylvester's law of inertia: residuals move eigenvalues, but none past the middle of a wide gap."""
+    outliers = torch.tensor([21.0, 13, 9, 8.5, 6, 5], dtype=torch.float64)
+    values = torch.cat([outliers, trained(300) * 0.5])
+    matrix = rotated(values, seed)
+    found = density(matrix, 2, 12, deflate=eigenpairs(matrix, 6, rtol=3e-2, seed=seed), seed=seed)
+    assert found.deflation_residual > 1e-4
+    assert 4 < found.others_below < 6
+    middle = torch.tensor([17.0, 11, 7.3], dtype=torch.float64)
+    low, high = found.cdf_band(middle)
+    truth = (values <= middle[:, None]).double().mean(1)
+    assert bool(((low - truth).abs() < 1e-12).all() and ((high - truth).abs() < 1e-12).all())
+    least, most = found.mass_band(middle.flip(0))
+    assert (least * len(values)).tolist() == pytest.approx([2, 1])
+    assert (most * len(values)).tolist() == pytest.approx([2, 1])
+    low, high = found.cdf_band(found.exact[-4:])  # where residuals may move an eigenvalue to either side
+    assert bool((high > low).all())
+
+
+def test_pairs_that_may_lack_one_leave_all_counts_open():
+    matrix = rotated(torch.cat([torch.tensor([9.0, 5, 4]), 0.1 * torch.rand(50)]).double())
+    pairs = replace(eigenpairs(matrix, 2, rtol=1e-2), converged=False)
+    assert density(matrix, 2, 8, deflate=pairs).others_below == math.inf

@@ -58,6 +58,7 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         num_steps: Krylov steps a probe was given; the resolution at which an exact spectrum is drawn.
         deflation_residual: the largest ‖A v − λ v‖/|λ| of the deflated pairs, 0 without.
         num_deflated: how many pairs were.
+        others_below: above it lies no eigenvalue of the rest, as `eigenpairs` says of the largest; ∞ if nobody says.
         merged: whether copies of nodes were: no probe with fewer nodes than steps is known to have no others.
         num_products: products spent.
     """
@@ -69,6 +70,7 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
     num_steps: int
     deflation_residual: float = 0.0
     num_deflated: int = 0
+    others_below: float = math.inf
     merged: bool = False
     num_products: int = 0
 
@@ -175,7 +177,7 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         eigenvalues a Gaussian probe sees a share that is a Beta(k/2, (d − k)/2) variable. Both bounds are whole
         multiples of 1/P, rise from 0 to 1, and are `cdf` itself for a spectrum that is known exactly. Values of x
         that differ by the rounding of products are one. Deflated pairs of residual R move no more eigenvalues past x
-        than they are, and none by more than ‖R‖.
+        than they are, none by more than ‖R‖, and none at all past an x in a gap that is wide beside ‖R‖².
 
         Raises:
             OptionError: confidence is not between 0 and 1.
@@ -206,12 +208,25 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         rounding = max(ROUNDING * torch.finfo(getattr(torch, self.provenance.dtype)).eps, LEAST_ROUNDING)
         low, high = _mass_within(self, a, b, rounding * largest, confidence)
         if self.deflation_residual:
-            moved = (a.isfinite().double() + b.isfinite()) * self.num_deflated / self.size
             values = self.exact.abs().topk(self.num_deflated).values  # no smaller than those deflated
-            reach = rounding * largest + self.deflation_residual * float(values.norm())
+            norm = self.deflation_residual * float(values.norm())  # of R, at most
+            passed = [(x.isfinite() & ~self._parted(x, norm)).double() for x in (a, b)]
+            moved = (passed[0] + passed[1]) * self.num_deflated / self.size
+            reach = rounding * largest + norm
             least, most = _mass_within(self, a, b, reach, confidence)
             low, high = torch.maximum(low - moved, least), torch.minimum(high + moved, most)
         return low, high
+
+    def _parted(self, x: Tensor, norm: float) -> Tensor:
+        """Whether as many eigenvalues lie below x as of the deflated values and the rest's together.
+
+        A − x is [[Θ − x, Rᵀ], [R, A₂ − x]], and its inertia that of A₂ − x and of Θ − x − Rᵀ(A₂ − x)⁻¹R (Sylvester).
+        Above all of A₂ the last term is at most ‖R‖² over the distance to it: no sign changes if that is less than
+        the distance to the nearest of Θ.
+        """
+        nearest = (self.exact - x[..., None]).abs().amin(-1)
+        beyond = (x - self.others_below).clamp_min(0)
+        return nearest * beyond > norm**2
 
     def smooth(
         self,

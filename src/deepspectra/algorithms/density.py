@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from typing import NamedTuple
@@ -118,11 +119,23 @@ def density(
         num_steps=num_steps,
         deflation_residual=0.0 if deflate is None else deflate.worst,
         num_deflated=len(known),
+        others_below=math.inf if deflate is None else _others_below(deflate),
         merged=not keeps,
         num_products=run.spent + (deflate is not None),
         seconds=time.perf_counter() - began,
         provenance=Provenance.of(operator, seed=seed),
     )
+
+
+def _others_below(pairs: Eigenpairs) -> float:
+    """Above which no eigenvalue of A on the complement of the pairs lies, if they are all the largest; else ∞.
+
+    Were one there, A would have one more above the smallest pair than there are: it differs from its two blocks by the
+    residuals R, and no eigenvalue by more than ‖R‖. The search itself ends at its tolerance, no more than ‖R‖.
+    """
+    if not pairs.converged or pairs.which != "largest" or not len(pairs.values):
+        return math.inf
+    return float(pairs.values.min() + 2 * pairs.residual_norms.norm())
 
 
 NO_ENDS: Ends = (torch.zeros(2, 0, dtype=torch.float64), torch.zeros(2, 0, dtype=torch.float64))

@@ -119,8 +119,10 @@ def test_measures_of_a_sweep_are_not_taken_for_those_of_an_analysis():
 
 
 def test_without_numbers_along_an_axis_nothing_is_drawn():
+    one = MINE.isel(per_class=[0], progress=[0])
     with pytest.raises(DataError, match="no measure along an axis"):
-        dynamics(MINE.isel(per_class=[0], progress=[0]))
+        dynamics(one)
+    assert "What moves with what" not in render(one)
     with pytest.raises(DataError, match="no measure along an axis"):
         dynamics(MINE.drop_vars(["mine", "trace", "accuracy", "value"]))
 

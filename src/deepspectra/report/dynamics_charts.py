@@ -29,7 +29,7 @@ from deepspectra.report.drawing import (
 
 OF_CELLS = ("seconds", "peak_memory")  # of every sweep
 SEED = "seed"  # the axis over which means are taken
-WIDE_RANGE = 20  # ratio from which an axis of positive numbers is logarithmic
+WIDE_RANGE = 10  # ratio from which an axis of positive numbers is logarithmic
 SIZES = {1: 860, 2: 410, 3: 270}  # widths of figures in a row
 ANY, CHOSEN = "any measure", "measure_chosen"
 PALE_CLASS = "#7fc3ea"

@@ -130,8 +130,8 @@ def density(
 def _others_below(pairs: Eigenpairs) -> float:
     """Above which no eigenvalue of A on the complement of the pairs lies, if they are all the largest; else ∞.
 
-    Were one there, A would have one more above the smallest pair than there are: it differs from its two blocks by the
-    residuals R, and no eigenvalue by more than ‖R‖. The search itself ends at its tolerance, no more than ‖R‖.
+    Were one there, A would have one more above the smallest pair than there are: it differs from its two blocks by
+    the residuals R, and no eigenvalue by more than ‖R‖. The search itself ends at its tolerance, no more than ‖R‖.
     """
     if not pairs.converged or pairs.which != "largest" or not len(pairs.values):
         return math.inf

@@ -210,23 +210,12 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         if self.deflation_residual:
             values = self.exact.abs().topk(self.num_deflated).values  # no smaller than those deflated
             norm = self.deflation_residual * float(values.norm())  # of R, at most
-            passed = [(x.isfinite() & ~self._parted(x, norm)).double() for x in (a, b)]
+            passed = [(x.isfinite() & ~_parted(self, x, norm)).double() for x in (a, b)]
             moved = (passed[0] + passed[1]) * self.num_deflated / self.size
             reach = rounding * largest + norm
             least, most = _mass_within(self, a, b, reach, confidence)
             low, high = torch.maximum(low - moved, least), torch.minimum(high + moved, most)
         return low, high
-
-    def _parted(self, x: Tensor, norm: float) -> Tensor:
-        """Whether as many eigenvalues lie below x as of the deflated values and the rest's together.
-
-        A − x is [[Θ − x, Rᵀ], [R, A₂ − x]], and its inertia that of A₂ − x and of Θ − x − Rᵀ(A₂ − x)⁻¹R (Sylvester).
-        Above all of A₂ the last term is at most ‖R‖² over the distance to it: no sign changes if that is less than
-        the distance to the nearest of Θ.
-        """
-        nearest = (self.exact - x[..., None]).abs().amin(-1)
-        beyond = (x - self.others_below).clamp_min(0)
-        return nearest * beyond > norm**2
 
     def smooth(
         self,
@@ -325,6 +314,18 @@ def _mass_within(
     known = torch.searchsorted(density.exact, ends, right=True)
     low, high = low + (known[1] - known[0]).clamp_min(0), high + known[3] - known[2]
     return low / density.size, (high / density.size).clamp_max(1)
+
+
+def _parted(density: Density, x: Tensor, norm: float) -> Tensor:
+    """Whether as many eigenvalues lie below x as of the deflated values and the rest's together, if ‖R‖ ≤ norm.
+
+    A − x is [[Θ − x, Rᵀ], [R, A₂ − x]], and its inertia that of A₂ − x and of Θ − x − Rᵀ(A₂ − x)⁻¹R (Sylvester).
+    Above all of A₂ the last term is at most ‖R‖² over the distance to it: no sign changes if that is less than the
+    distance to the nearest of Θ.
+    """
+    nearest = (density.exact - x[..., None]).abs().amin(-1)
+    beyond = (x - density.others_below).clamp_min(0)
+    return nearest * beyond > norm**2
 
 
 def _nearest(distances: Tensor) -> float:

@@ -12,7 +12,7 @@ import deepspectra as ds
 from deepspectra import errors
 from deepspectra.analysis.principal_subspace import overlap_bound, residual_norm
 from deepspectra.confidence import standard_error
-from deepspectra.problem.subsets import drawn_problem
+from deepspectra.problem.example_subsets import drawn_problem
 from nets import CENTRAL, digits_problem
 from reference import case_and_reference, error, onto
 

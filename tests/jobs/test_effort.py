@@ -9,7 +9,7 @@ from torch import nn
 import deepspectra as ds
 from deepspectra.errors import OptionError
 from deepspectra.jobs.effort import EFFORTS, count_operations, effort_for
-from deepspectra.jobs.stage_costs import Ledger
+from deepspectra.jobs.stage_meter import Ledger
 
 
 def problem_of(net, x):

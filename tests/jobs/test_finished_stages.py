@@ -20,7 +20,7 @@ from deepspectra.jobs import stages
 from deepspectra.jobs.command_targets import Choice, chosen_problem, moments
 from deepspectra.jobs.effort import effort_for
 from deepspectra.jobs.finished_stages import FinishedStages, forget
-from deepspectra.jobs.stage_costs import Ledger
+from deepspectra.jobs.stage_meter import Ledger
 from nets import trained_on_digits
 
 

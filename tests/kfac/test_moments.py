@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import deepspectra as ds
 from deepspectra.errors import FallbackWarning
-from deepspectra.kfac import blocks, moments
+from deepspectra.kfac import moments
 from deepspectra.rows.captures import Captures
 from nets import CASES, block_of, labels
 from reference import case_and_reference, error
@@ -67,7 +67,7 @@ def test_padding_rows_of_a_table_count_nowhere() -> None:
 def test_chunks_do_not_matter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = CASES["conv_pool"]().problem()
     expected = ds.kronecker(problem, kind).dense()
-    monkeypatch.setattr(blocks, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(exact_blocks, "CHUNK_BYTES", 1)
     monkeypatch.setattr(moments, "PANEL", 3)
     monkeypatch.setattr(moments, "LONG", 2)
     assert error(ds.kronecker(problem, kind).dense(), expected) < RTOL

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deepspectra as ds
 from deepspectra.errors import CurvatureError, MemoryBudgetError
-from deepspectra.problem.subsets import small_problem
+from deepspectra.problem.example_subsets import small_problem
 from deepspectra.rows import batch_capture, capture_plan
 from deepspectra.rows.held_rows import HeldRows
 from example_orders import (

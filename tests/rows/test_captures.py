@@ -16,7 +16,7 @@ from deepspectra.errors import ParameterError
 from deepspectra.rows import captures
 from deepspectra.rows.captures import captures_of
 from deepspectra.rows.held_rows import HeldRows
-from deepspectra.rows.random_scalars import DrawnCaptures
+from deepspectra.rows.random_combinations import DrawnCaptures
 from nets import CASES
 from reference import error
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.krylov_basis import ROUNDING, Krylov
-from deepspectra.algorithms.lanczos import quadratures
+from deepspectra.algorithms.lanczos_quadrature import quadratures
 from deepspectra.algorithms.long_vectors import gaussian_rows, vectors_that_fit
 from deepspectra.algorithms.probes import InUnits, Probes, stream
 from deepspectra.argument_checks import Progress, check_choice, check_count
@@ -61,9 +61,9 @@ def density(
     squared residuals. One product sees that the pairs are those of A.
 
     With basis="none" each probe goes its own way by Lanczos' recurrence, in three vectors, and copies of
-    converged eigenvalues are merged (`algorithms/lanczos.py`). Each probe's nodes and weights are then those
-    of its own exact quadrature up to what the copies cost: after m steps it is as accurate as a reorthogonalised
-    one of m less the number of copies. Nothing is locked, so outliers should be deflated; nodes closer than
+    converged eigenvalues are merged (`algorithms/lanczos_quadrature.py`). Each probe's nodes and weights are then
+    those of its own exact quadrature up to what the copies cost: after m steps it is as accurate as a
+    reorthogonalised one of m less the number of copies. Nothing is locked, so outliers should be deflated; nodes closer than
     100 ε‖A‖ are one.
 
     Args:

@@ -21,9 +21,7 @@ from deepspectra.problem.problem import Problem
 from deepspectra.results import Result, origin
 from deepspectra.rows.averages import means_of
 from deepspectra.rows.captures import Captured, layer_of
-from deepspectra.rows.gradients import GradientRows, class_sums, labelled_loss
-from deepspectra.rows.held_rows import HeldRows
-from deepspectra.rows.layer_rows import (
+from deepspectra.rows.features_and_errors import (
     alike,
     counted,
     error_averages,
@@ -32,6 +30,8 @@ from deepspectra.rows.layer_rows import (
     layer_inputs,
     membership,
 )
+from deepspectra.rows.gradients import GradientRows, class_sums, labelled_loss
+from deepspectra.rows.held_rows import HeldRows
 from deepspectra.rows.parameter_uses import Use
 from deepspectra.rows.projections import Projections, collinear, grouped, num_groups
 

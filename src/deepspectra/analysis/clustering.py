@@ -11,14 +11,14 @@ from torch import Tensor
 
 from deepspectra.argument_checks import check_count, seeded
 from deepspectra.dataframes import text_table
+from deepspectra.problem.example_subsets import drawn_problem
 from deepspectra.problem.problem import Problem
-from deepspectra.problem.subsets import drawn_problem
 from deepspectra.results import Result, origin
 from deepspectra.rows.captures import Captures
+from deepspectra.rows.example_sampling import systematic
+from deepspectra.rows.features_and_errors import counted
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held_rows import HeldRows, gram_of, refuse_beyond_memory
-from deepspectra.rows.importance_sampling import systematic
-from deepspectra.rows.layer_rows import counted
 
 GROUPS = ("both", "logit", "class", "neither")
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from deepspectra.problem.problem import Problem
 from deepspectra.results import ByLayer, origin
 from deepspectra.rows.captures import parameters_of
+from deepspectra.rows.features_and_errors import counted, features_of, membership
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held_rows import HeldRows
-from deepspectra.rows.layer_rows import counted, features_of, membership
 from deepspectra.rows.spectrum import significant
 
 ROUNDING = 100  # times ε of the means, below which these do not differ

@@ -13,7 +13,7 @@ from deepspectra.algorithms.overlap import overlap_curve
 from deepspectra.analysis.layer_blocks import RTOL, Blocks, top_pairs
 from deepspectra.argument_checks import LayerProgress, announced, check_count
 from deepspectra.errors import ShapeError
-from deepspectra.kfac.blocks import ExactBlock
+from deepspectra.kfac.exact_blocks import ExactBlock
 from deepspectra.kfac.operators import Block, Rotated
 from deepspectra.operators.curvature import GaussNewton
 from deepspectra.problem.problem import Problem

@@ -23,11 +23,11 @@ from deepspectra.quadrature import Density
 from deepspectra.results import Eigenpairs, Provenance, Result, origin
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.captures import Complement, captures_of
+from deepspectra.rows.features_and_errors import error_averages
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held_rows import HeldRows
-from deepspectra.rows.layer_rows import error_averages
 from deepspectra.rows.parameter_uses import Convolution, Lookup, Matrix, Use, by_stretch
-from deepspectra.rows.random_scalars import DrawnCaptures
+from deepspectra.rows.random_combinations import DrawnCaptures
 from deepspectra.rows.spectrum import Spectrum
 
 MARGIN = 1.25  # an outlier is at least so many times the bulk's edge

@@ -24,7 +24,7 @@ from deepspectra.analysis.layer_blocks import (
 from deepspectra.argument_checks import LayerProgress, announced
 from deepspectra.dataframes import text_table
 from deepspectra.errors import LossError, OptionError
-from deepspectra.kfac.blocks import ExactBlock
+from deepspectra.kfac.exact_blocks import ExactBlock
 from deepspectra.kfac.kronecker import KINDS
 from deepspectra.kfac.operators import Block, KroneckerSum
 from deepspectra.operators.base import Operator

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import eigenpairs
-from deepspectra.kfac.blocks import ExactBlock
+from deepspectra.kfac.exact_blocks import ExactBlock
 from deepspectra.kfac.kronecker import all_from
 from deepspectra.kfac.operators import Block, Kronecker, KroneckerSum, Rotated
 from deepspectra.problem.memory_budget import refuse_beyond

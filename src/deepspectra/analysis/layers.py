@@ -16,9 +16,9 @@ from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.estimates import trace
 from deepspectra.analysis.collapse import Collapse, collapse_of
 from deepspectra.analysis.gram_spectrum import GramSpectrum, spectrum_of
-from deepspectra.analysis.khatri_rao import KhatriRao, centred_spectrum, khatri_rao
 from deepspectra.analysis.kronecker_quality import KroneckerQuality, kronecker_quality
 from deepspectra.analysis.layer_blocks import SMALL
+from deepspectra.analysis.products_of_means import KhatriRao, centred_spectrum, khatri_rao
 from deepspectra.argument_checks import LayerProgress, announced, check_count, seeded
 from deepspectra.errors import CurvatureError, FallbackWarning, OptionWarning
 from deepspectra.operators.curvature import Hessian, HessianBlock, Residual
@@ -29,14 +29,14 @@ from deepspectra.quadrature import Density
 from deepspectra.results import ByLayer, origin
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.captures import parameters_of
-from deepspectra.rows.held_rows import HeldRows, gram_bytes, gram_of, moment_of
-from deepspectra.rows.layer_rows import (
+from deepspectra.rows.features_and_errors import (
     counted,
     error_averages,
     feature_averages,
     layer_errors,
     layer_inputs,
 )
+from deepspectra.rows.held_rows import HeldRows, gram_bytes, gram_of, moment_of
 from deepspectra.rows.parameter_uses import Lookup, Matrix, Use
 from deepspectra.rows.spectrum import Spectrum
 

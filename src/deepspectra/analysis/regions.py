@@ -19,14 +19,14 @@ from deepspectra.derivatives.products import products_of
 from deepspectra.errors import CurvatureError, OptionError, OptionWarning
 from deepspectra.operators.curvature import Hessian
 from deepspectra.operators.parts import Decomposition
+from deepspectra.problem.example_subsets import drawn_problem
 from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem
-from deepspectra.problem.subsets import drawn_problem
 from deepspectra.results import ByLayer, origin
 from deepspectra.rows.averages import METHODS, WIDE, Averages
 from deepspectra.rows.captures import Complement
+from deepspectra.rows.features_and_errors import error_rows, feature_rows, membership
 from deepspectra.rows.held_rows import HeldRows, gram_of
-from deepspectra.rows.layer_rows import error_rows, feature_rows, membership
 from deepspectra.rows.projections import TWO_WAY, Projections
 from deepspectra.rows.spectrum import Spectrum
 

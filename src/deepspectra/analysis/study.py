@@ -20,7 +20,7 @@ from deepspectra.analysis.layers import layers
 from deepspectra.argument_checks import LayerProgress, announced
 from deepspectra.dataframes import text_table
 from deepspectra.errors import OptionError
-from deepspectra.kfac.blocks import ExactBlock
+from deepspectra.kfac.exact_blocks import ExactBlock
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.problem import Problem
 from deepspectra.results import ByLayer, origin

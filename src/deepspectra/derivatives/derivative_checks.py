@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspectra.derivatives.ways import Jacobian, Way
-from deepspectra.problem.evaluation import Tree
+from deepspectra.problem.evaluated_model import Tree
 from deepspectra.problem.problem import Problem
 
 SINGLE_EASE = 1e-3  # by which errors are judged more leniently where float32 inside limits what can be seen

@@ -17,8 +17,8 @@ from deepspectra.derivatives.kept_graphs import Allowance, Graphs
 from deepspectra.derivatives.way_choice import Choice
 from deepspectra.derivatives.ways import Jacobian, OutputGraph, Scalar
 from deepspectra.errors import NonFiniteError
+from deepspectra.problem.example_subsets import class_batches
 from deepspectra.problem.problem import Problem, per_problem
-from deepspectra.problem.subsets import class_batches
 
 BLOCK_BYTES = (2**30, 2**21)  # graph bytes times columns that go through a graph together: GPU, CPU
 

@@ -18,10 +18,10 @@ from deepspectra.derivatives.derivative_checks import (
 from deepspectra.derivatives.kept_graphs import Graphs
 from deepspectra.derivatives.ways import DoubleBackward, Jacobian, Linearized, Way
 from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError, first_line
-from deepspectra.problem.evaluation import refuse_modes
+from deepspectra.problem.evaluated_model import refuse_modes
+from deepspectra.problem.example_subsets import small_problem, some_rows
 from deepspectra.problem.memory_budget import measured
 from deepspectra.problem.problem import Problem
-from deepspectra.problem.subsets import small_problem, some_rows
 
 EXPECTED_PRODUCTS = 40  # over which the cost of building a kept graph is spread when ways are compared
 WORTH_TRACING = 10.0  # seconds that the expected products must take before linearising is tried

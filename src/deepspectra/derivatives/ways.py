@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspectra.derivatives.convolution import Convolutions
-from deepspectra.problem.evaluation import Tree, differentiable, leaves_of
+from deepspectra.derivatives.convolution_derivatives import Convolutions
+from deepspectra.problem.evaluated_model import Tree, differentiable, leaves_of
 from deepspectra.problem.problem import Problem
 
 Scalar = Callable[[Tree], Tensor]

@@ -22,7 +22,7 @@ from deepspectra.jobs.analysis_dataset import CLASS_AXES, analysis_dataset
 from deepspectra.jobs.effort import EFFORTS
 from deepspectra.jobs.findings import Options
 from deepspectra.jobs.pages import Dataset, load_dataset, save_dataset, titled, write_page
-from deepspectra.jobs.stage_costs import Ledger
+from deepspectra.jobs.stage_meter import Ledger
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.gradients import check_labelled
 from deepspectra.rows.projections import grouped

@@ -12,7 +12,7 @@ from torch import Tensor
 from deepspectra.analysis.attribute import Attribution
 from deepspectra.analysis.gram_spectrum import GramSpectrum
 from deepspectra.jobs.effort import Effort
-from deepspectra.jobs.stage_costs import Ledger
+from deepspectra.jobs.stage_meter import Ledger
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density

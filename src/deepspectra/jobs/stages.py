@@ -47,7 +47,7 @@ from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetE
 from deepspectra.jobs.effort import FEWEST_STEPS, count_operations, effort_for, plan
 from deepspectra.jobs.findings import LETTERS, Findings, Options
 from deepspectra.jobs.finished_stages import FinishedStages, Label
-from deepspectra.jobs.stage_costs import Ledger, Report
+from deepspectra.jobs.stage_meter import Ledger, Report
 from deepspectra.jobs.tails import judged_tails
 from deepspectra.operators.base import Operator
 from deepspectra.operators.curvature import GaussNewton, Hessian, Residual

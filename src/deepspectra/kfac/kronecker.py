@@ -11,14 +11,14 @@ from torch import Tensor
 
 from deepspectra.argument_checks import check_choice, check_count, check_seed
 from deepspectra.errors import ConvergenceWarning, CurvatureError, LossError, OptionError
-from deepspectra.kfac.blocks import ExactBlock, ParameterBlock, across_errors, across_features, places
+from deepspectra.kfac.exact_blocks import ExactBlock, ParameterBlock, across_errors, across_features, places
 from deepspectra.kfac.moments import LARGEST_VECTOR, Moments, Squares, num_replicates
 from deepspectra.kfac.operators import Block, Kronecker, KroneckerSum, Rotated
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.rows.captures import Captured, Captures
-from deepspectra.rows.random_scalars import all_or_drawn
+from deepspectra.rows.random_combinations import all_or_drawn
 
 KINDS = ("kfac", "ekfac", "cfac", "optimal")
 SHARINGS = ("expand", "reduce")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import FallbackWarning
-from deepspectra.kfac.blocks import ParameterBlock, Positions, num_positions, positions, single
+from deepspectra.kfac.exact_blocks import ParameterBlock, Positions, num_positions, positions, single
 from deepspectra.rows.parameter_uses import Lookup, Use
 
 LARGEST_VECTOR = 4096  # numbers of a vector whose exact block is held; of longer ones its diagonal

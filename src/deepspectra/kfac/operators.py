@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
-from deepspectra.kfac.blocks import ParameterBlock
+from deepspectra.kfac.exact_blocks import ParameterBlock
 from deepspectra.operators.base import Operator
 
 LARGEST_SUM = 4096  # rows of a sum of several products whose eigenvalues are found densely

@@ -13,10 +13,10 @@ from deepspectra.derivatives.products import products_of
 from deepspectra.errors import LossError, OptionError
 from deepspectra.operators.base import Operator
 from deepspectra.problem.cross_entropy import CrossEntropy
+from deepspectra.problem.example_subsets import can_draw
 from deepspectra.problem.problem import Problem, check_problem
-from deepspectra.problem.subsets import can_draw
+from deepspectra.rows.example_sampling import drawn, importance, num_enough
 from deepspectra.rows.gradients import GradientRows
-from deepspectra.rows.importance_sampling import drawn, importance, num_enough
 from deepspectra.rows.projections import Projections
 
 FEWEST = 1000  # examples from which on it can pay to seek eigenvectors on a sample first,

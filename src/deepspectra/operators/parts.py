@@ -18,9 +18,15 @@ from deepspectra.operators.curvature import Curvature
 from deepspectra.problem.cross_entropy import CrossEntropy, DrawnCrossEntropy
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.averages import Averages
+from deepspectra.rows.features_and_errors import (
+    LayerRows,
+    error_averages,
+    error_rows,
+    feature_averages,
+    feature_rows,
+)
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held_rows import HeldRows
-from deepspectra.rows.layer_rows import LayerRows, error_averages, error_rows, feature_averages, feature_rows
 from deepspectra.rows.projections import FOUR_WAY, TWO_WAY, Projections, collinear, grouped
 
 KINDS = ("gradients", "features", "errors")

@@ -23,7 +23,7 @@ from deepspectra.errors import (
     first_line,
 )
 from deepspectra.problem.batches import tensors
-from deepspectra.problem.evaluation import Evaluated, Trial, gradient, nodes, reached, refuse_modes
+from deepspectra.problem.evaluated_model import Evaluated, Trial, gradient, nodes, reached, refuse_modes
 from deepspectra.problem.losses import Loss
 from deepspectra.problem.memory_budget import saved_by
 from deepspectra.problem.model_copy import named_tensors, twins

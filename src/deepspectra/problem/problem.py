@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from deepspectra.errors import DataError, FallbackWarning, OptionError, ParameterError
-from deepspectra.problem.batch_cuts import cut_anew, settle_cuts
+from deepspectra.problem.batch_cut_checks import cut_anew, settle_cuts
 from deepspectra.problem.batches import Batches, Move, is_labelled
 from deepspectra.problem.cross_entropy import CrossEntropy
-from deepspectra.problem.evaluation import Evaluated, Forward, Trial, forward_pair, gradient
+from deepspectra.problem.evaluated_model import Evaluated, Forward, Trial, forward_pair, gradient
 from deepspectra.problem.input_checks import check_given, check_gradient, reported, usable_device
 from deepspectra.problem.losses import Loss, MeanLoss
 from deepspectra.problem.memory_budget import free_memory, parse_bytes, suitable_batch_size

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepspectra.errors import DataError, FallbackWarning, LossError, NonFiniteError
 from deepspectra.problem.batches import Batches, Pair, map_tensors, tensors
-from deepspectra.problem.evaluation import Evaluated, Tree, Trial, stamps
+from deepspectra.problem.evaluated_model import Evaluated, Tree, Trial, stamps
 from deepspectra.problem.input_checks import CALLER, check_finite, check_outputs, reported, shapes_of
 from deepspectra.problem.losses import Loss, MeanLoss
 

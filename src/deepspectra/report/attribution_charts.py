@@ -8,7 +8,7 @@ import altair as alt
 import xarray as xr
 
 from deepspectra.report import drawing as d
-from deepspectra.report.findings import knockout_summary, mean_shares, outliers, outliers_left
+from deepspectra.report.saved_outliers import knockout_summary, mean_shares, outliers, outliers_left
 from deepspectra.report.text import percent
 
 RANKED = {  # eigenvalues that are drawn by rank: labels, colours and symbols

@@ -10,7 +10,7 @@ import xarray as xr
 from deepspectra.report import drawing as d
 from deepspectra.report import text as t
 from deepspectra.report.class_charts import class_names, cosines
-from deepspectra.report.findings import knockout_summary, mean_shares, outliers, outliers_left
+from deepspectra.report.saved_outliers import knockout_summary, mean_shares, outliers, outliers_left
 
 
 def spectrum(dataset: xr.Dataset) -> str:

@@ -29,7 +29,7 @@ from deepspectra.report import text as t
 from deepspectra.report.drawing import Chart, by_operator, holds, number
 from deepspectra.report.dynamics_charts import is_sweep
 from deepspectra.report.figures import FIGURES, OF_SWEEPS, Figure, figures_of
-from deepspectra.report.findings import mean_shares, outliers
+from deepspectra.report.saved_outliers import mean_shares, outliers
 from deepspectra.report.tables import Cell, table_html
 
 # What lets a chart take the width of its place on the page.

@@ -10,7 +10,7 @@ import altair as alt
 import xarray as xr
 
 from deepspectra.report import drawing as d
-from deepspectra.report.findings import outliers
+from deepspectra.report.saved_outliers import outliers
 from deepspectra.report.text import percent, symbol
 
 IS_SHOWN = "shown == 'all' || datum.operator == shown"

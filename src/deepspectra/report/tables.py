@@ -11,8 +11,8 @@ import xarray as xr
 
 from deepspectra.report import text as t
 from deepspectra.report.drawing import LEVEL_NAMES, holds, number, pivot, rows
-from deepspectra.report.findings import knockout_summary, outliers
 from deepspectra.report.network_charts import peaks
+from deepspectra.report.saved_outliers import knockout_summary, outliers
 
 Cell = str | int | float | tuple[str, float] | None  # a pair: the text shown and the value behind it
 Filled = tuple[list[str], list[list[Cell]]] | tuple[list[str], list[list[Cell]], list[int]]

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from deepspectra.errors import CurvatureError
 from deepspectra.problem.batches import is_pair
-from deepspectra.problem.evaluation import differentiable, leaves_of
+from deepspectra.problem.evaluated_model import differentiable, leaves_of
 from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.example_axis import Examples, agree
-from deepspectra.rows.forward_watch import Watch
+from deepspectra.rows.parameter_operations import Watch
 from deepspectra.rows.parameter_uses import BLOCKS, Alone, Layout, Slice, Use, joined
 
 CODED = {torch.float64: 1e-5, torch.float32: 1e-3}  # relative, of errors of examples that are weighted

@@ -16,11 +16,11 @@ from deepspectra.derivatives.products import products_of
 from deepspectra.derivatives.way_choice import FAILURES
 from deepspectra.errors import CurvatureError, DeepSpectraError, LossError, MemoryBudgetError, first_line
 from deepspectra.problem.cross_entropy import CrossEntropy
-from deepspectra.problem.evaluation import differentiable
+from deepspectra.problem.evaluated_model import differentiable
+from deepspectra.problem.example_subsets import small_problem
 from deepspectra.problem.losses import Loss
 from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem, per_problem
-from deepspectra.problem.subsets import small_problem
 from deepspectra.rows import batch_capture, capture_plan
 from deepspectra.rows.batch_capture import IrregularError
 from deepspectra.rows.gradients import refuse_one_output

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspectra.problem.batch_cuts import AGREE, AGREE_HALF
+from deepspectra.problem.batch_cut_checks import AGREE, AGREE_HALF
 from deepspectra.problem.batches import map_tensors, tensors
-from deepspectra.problem.evaluation import differentiable
+from deepspectra.problem.evaluated_model import differentiable
 from deepspectra.problem.problem import Problem
 
 MOST_LEFT_OUT = 2  # tensors as long as there are examples that hold something else

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deepspectra.derivatives.convolution import Settings, gradients
+from deepspectra.derivatives.convolution_derivatives import Settings, gradients
 
 
 @dataclass(frozen=True)

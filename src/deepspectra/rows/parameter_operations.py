@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from deepspectra.derivatives.convolution import read_call
+from deepspectra.derivatives.convolution_derivatives import read_call
 from deepspectra.problem.batches import map_tensors, tensors
 from deepspectra.rows.parameter_uses import Convolution, Lookup, Matrix, Slice, Use, Vectors
 

@@ -10,8 +10,8 @@ import deepspectra as ds
 from deepspectra.errors import FallbackWarning, OptionError
 from deepspectra.kfac.kronecker import all_from
 from deepspectra.kfac.operators import Kronecker
-from deepspectra.rows import random_scalars
-from deepspectra.rows.random_scalars import DrawnCaptures
+from deepspectra.rows import random_combinations
+from deepspectra.rows.random_combinations import DrawnCaptures
 from nets import Case, chunks, labels
 from reference import Reference, error
 
@@ -117,12 +117,12 @@ def test_nothing_is_drawn_unless_it_is_asked_for_or_there_is_too_much(
 ) -> None:
     for kind, num in (("labels", 3), ("images", 12), ("pixels", 6), ("quartic", 4)):
         problem = small(kind).problem()
-        assert random_scalars.num_scalars(problem) == num
+        assert random_combinations.num_scalars(problem) == num
         exact = ds.kronecker(problem)
         assert exact.samples == 0
         assert set(exact.standard_errors.values()) == {0.0}
-        monkeypatch.setattr(random_scalars, "MOST_PASSES", num - 1)
-        monkeypatch.setattr(random_scalars, "SAMPLES", 2)
+        monkeypatch.setattr(random_combinations, "MOST_PASSES", num - 1)
+        monkeypatch.setattr(random_combinations, "SAMPLES", 2)
         with pytest.warns(FallbackWarning, match=f"{num} scalars.*samples=0"):
             found = ds.kronecker(problem)
         assert found.samples == 2
@@ -178,7 +178,7 @@ def test_rows_that_belong_to_no_examples_share_their_draws(monkeypatch: pytest.M
     problem = ds.Problem(
         model, [data], forward=lambda m, b: (b["links"] @ m[1](torch.tanh(b["links"] @ m[0](b["x"]))), b["y"])
     )
-    assert random_scalars.num_scalars(problem) == 16
+    assert random_combinations.num_scalars(problem) == 16
     exact = ds.kronecker(problem, samples=0)
     captures = DrawnCaptures(problem, 9, 0)
     runs = [all_from(captures, ("kfac",))["kfac"] for _ in range(60)]
@@ -188,7 +188,7 @@ def test_rows_that_belong_to_no_examples_share_their_draws(monkeypatch: pytest.M
             [run.standard_errors[name] for run in runs],
         )
         check(found, [block.dense()] * 60, errors, 0.75)
-    monkeypatch.setattr(random_scalars, "MOST_PASSES", 15)
+    monkeypatch.setattr(random_combinations, "MOST_PASSES", 15)
     with pytest.warns(FallbackWarning, match="16 scalars"):
         ds.kronecker(problem)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from deepspectra.jobs.stage_costs import Ledger
+from deepspectra.jobs.stage_meter import Ledger
 
 
 class Machine:

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import deepspectra as ds
-from deepspectra.derivatives.convolution import Convolutions
+from deepspectra.derivatives.convolution_derivatives import Convolutions
 
 CASES = {
     "plain": (nn.Conv2d(2, 4, 3), (5, 2, 7, 7)),

@@ -9,7 +9,7 @@ import torch
 
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import eigenpairs
-from deepspectra.algorithms.lanczos import _tridiagonal, _tridiagonals
+from deepspectra.algorithms.lanczos_quadrature import _tridiagonal, _tridiagonals
 from deepspectra.algorithms.probes import Probes, stream
 from deepspectra.errors import FallbackWarning, MemoryBudgetError, NonFiniteError
 from spectra import Function, diagonal, distance, rotated, trained

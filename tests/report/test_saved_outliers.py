@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from deepspectra.report.findings import knockout_summary, mean_shares, outliers, outliers_left
+from deepspectra.report.saved_outliers import knockout_summary, mean_shares, outliers, outliers_left
 
 
 @pytest.mark.parametrize(

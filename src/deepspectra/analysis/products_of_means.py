@@ -12,8 +12,8 @@ from torch import Tensor
 from deepspectra.analysis.gram_spectrum import GramSpectrum, spectrum_of
 from deepspectra.operators.parts import Decomposition
 from deepspectra.rows.averages import Averages, positive
+from deepspectra.rows.features_and_errors import counted, membership
 from deepspectra.rows.held_rows import gram_of
-from deepspectra.rows.layer_rows import counted, membership
 from deepspectra.rows.parameter_uses import Matrix
 from deepspectra.rows.spectrum import Spectrum
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from deepspectra.derivatives.products import products_of
 from deepspectra.errors import LossError
 from deepspectra.problem.cross_entropy import CrossEntropy
+from deepspectra.problem.example_subsets import drawn_problem
 from deepspectra.problem.problem import Problem, per_problem
-from deepspectra.problem.subsets import drawn_problem
 
 
 def drawn(problem: Problem, num_samples: int, generator: torch.Generator) -> Problem:

@@ -10,7 +10,7 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra.errors import OptionError
-from deepspectra.problem.subsets import class_batches, drawn_problem, small_problem
+from deepspectra.problem.example_subsets import class_batches, drawn_problem, small_problem
 from nets import digits_problem
 
 

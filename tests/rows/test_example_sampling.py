@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import deepspectra as ds
-from deepspectra.problem.subsets import drawn_problem
-from deepspectra.rows.importance_sampling import importance, inclusion, num_enough, systematic
+from deepspectra.problem.example_subsets import drawn_problem
+from deepspectra.rows.example_sampling import importance, inclusion, num_enough, systematic
 from nets import digits_problem
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deepspectra.errors import DataError, FallbackWarning, OptionError
 from deepspectra.problem.batches import Batches, Pair, is_pair, map_tensors, other_lengths, tensors
-from deepspectra.problem.evaluation import Evaluated, Tree, Trial
+from deepspectra.problem.evaluated_model import Evaluated, Tree, Trial
 from deepspectra.problem.input_checks import CALLER, check_outputs, check_same
 
 FEW = 3  # examples that are evaluated alone to see whether the others of their batch matter

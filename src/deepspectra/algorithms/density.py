@@ -63,8 +63,8 @@ def density(
     With basis="none" each probe goes its own way by Lanczos' recurrence, in three vectors, and copies of
     converged eigenvalues are merged (`algorithms/lanczos_quadrature.py`). Each probe's nodes and weights are then
     those of its own exact quadrature up to what the copies cost: after m steps it is as accurate as a
-    reorthogonalised one of m less the number of copies. Nothing is locked, so outliers should be deflated; nodes closer than
-    100 ε‖A‖ are one.
+    reorthogonalised one of m less the number of copies. Nothing is locked, so outliers should be deflated; nodes
+    closer than 100 ε‖A‖ are one.
 
     Args:
         A: an operator, or a symmetric matrix (P, P).

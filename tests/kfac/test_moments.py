@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import deepspectra as ds
 from deepspectra.errors import FallbackWarning
-from deepspectra.kfac import moments
+from deepspectra.kfac import exact_blocks, moments
 from deepspectra.rows.captures import Captures
 from nets import CASES, block_of, labels
 from reference import case_and_reference, error

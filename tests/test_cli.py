@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import xarray as xr
 import deepspectra as ds
 from commands import finished
 from deepspectra import cli, errors
-from deepspectra.jobs.pages import load_page
+from deepspectra.jobs.pages import load_pages
 
 MINE = """
 import torch
@@ -113,6 +114,35 @@ def test_the_report_is_made_again_from_the_saved_numbers(analysed, folder):
     assert (folder / "again.html").read_text() == (folder / "run" / "report.html").read_text()
 
 
+def test_a_second_run_takes_no_results_away(analysed, folder, monkeypatch, capsys):
+    assert analysed.returncode == 0
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(cli, "moments", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(sys, "argv", ["deepspectra", "analyze", "mine.py:problem", "--out", "run"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "--overwrite" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr(cli, "moments", lambda *_: [])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--overwrite"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+
+
+def test_every_page_of_a_directory_is_made_again(analysed, folder, tmp_path):
+    assert analysed.returncode == 0
+    shutil.copytree(folder / "run", tmp_path / "run")
+    done = run("layers", folder / "mine.py:problem", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.html")}
+    assert set(before) == {"report.html", "layers.html"}
+    for name in before:
+        (tmp_path / "run" / name).unlink()
+    assert run("report", "run", cwd=tmp_path).returncode == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.html")} == before
+
+
 def test_layers_at_several_epochs_are_one_report(folder):
     options = ("--per-class", 3, "--epochs", 2, "--at", "0,1", "--out", "moments")
     done = run("layers", *options, cwd=folder)
@@ -144,7 +174,7 @@ def test_regions_of_anybodys_model(folder):
         assert f'id="{name}"' in page
     again = run("report", "deepspectra-run", cwd=folder)
     assert again.returncode == 0, again.stderr
-    wrong = run("regions", "mine.py:problem", "--of", "gradients,weights", cwd=folder)
+    wrong = run("regions", "mine.py:problem", "--overwrite", "--of", "gradients,weights", cwd=folder)
     assert wrong.returncode == 2
     assert "expected some of gradients, hessian" in wrong.stderr.replace("\n", " ")
 
@@ -337,7 +367,7 @@ def test_a_verdict_is_told_and_the_page_written_where_the_vectors_find_no_room(f
 def test_a_damaged_file_of_a_command_is_said(tmp_path, stem):
     (tmp_path / f"{stem}.nc").write_bytes(b"\x89HDF\r\n\x1a\n" + b"\xff" * 500)
     with pytest.raises(errors.FileError, match=r"damaged or foreign .*Run the command again"):
-        load_page(tmp_path)
+        load_pages(tmp_path)
 
 
 @pytest.mark.parametrize("program", ["deepspectra", "deepspectra.cli"])

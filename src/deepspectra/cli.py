@@ -26,7 +26,14 @@ from deepspectra.jobs.command_targets import CONSOLE, Choice, Moment, Out, Seed,
 from deepspectra.jobs.compare_dataset import comparison_dataset
 from deepspectra.jobs.finished_stages import forget
 from deepspectra.jobs.layers_dataset import layer_dataset
-from deepspectra.jobs.pages import Dataset, check_writable, load_page, save_page, write_page
+from deepspectra.jobs.pages import (
+    Dataset,
+    check_writable,
+    load_pages,
+    refuse_overwriting,
+    save_page,
+    write_page,
+)
 from deepspectra.jobs.regions_dataset import regions_dataset
 from deepspectra.jobs.study_dataset import STUDIES, study_dataset
 from deepspectra.jobs.sweep_command import sweep_of
@@ -142,7 +149,7 @@ def analyze_command(
 
     What --num, --num-probes, --num-steps and --rtol are by default follows from the size of the problem.
     """
-    check_writable(chosen.out)
+    _claim(chosen, "analysis")
     series, folders = {}, []
     for moment in moments(target, chosen):
         stages, (problem, names, labels, test) = (
@@ -236,11 +243,18 @@ def regions_command(
     _look_at_moments(target, chosen, "regions", look)
 
 
+def _claim(chosen: Choice, stem: str) -> None:
+    """See before any work that results can be written, and that none of an earlier run are lost."""
+    check_writable(chosen.out)
+    if not (chosen.overwrite or chosen.resume):
+        refuse_overwriting(chosen.out / "end" if chosen.at else chosen.out, stem)
+
+
 def _look_at_moments(
     target: str | None, chosen: Choice, stem: str, look: Callable[[Moment], tuple[str, Dataset]]
 ) -> None:
     """A page of each moment, and one of all if there are several; `look` gives what is said and saved of each."""
-    check_writable(chosen.out)
+    _claim(chosen, stem)
     series = {}
     for moment in moments(target, chosen):
         said, series[moment.label] = look(moment)
@@ -272,7 +286,7 @@ def compare_command(first: Target = None, second: Target = None, *, chosen: Choi
     """Do two networks share eigenspaces? Your own two problems (FIRST and SECOND), or two trainings of the zoo."""
     if (first is None) != (second is None):
         raise OptionError("compare takes two targets, or none and a model of the zoo, trained twice.")
-    check_writable(chosen.out)
+    _claim(chosen, "compare")
     seed = chosen.seed
     problems = []
     for target, one in zip((first, second), _seeds(chosen, chosen.out, 2), strict=True):
@@ -300,7 +314,7 @@ def study_command(
     """Train a network of the zoo in several variants, and measure every layer of each."""
     if name not in STUDIES:
         raise OptionError(f"there is no study {name!r}; there are {', '.join(STUDIES)}.")
-    check_writable(chosen.out)
+    _claim(chosen, "study")
     variants: dict[str, list[Problem]] = {}
     for variant in STUDIES[name]:
         for one in _seeds(chosen, chosen.out / variant.name.replace(" ", "-"), networks):
@@ -360,12 +374,20 @@ def report(
     ],
     out: Annotated[Path | None, typer.Option(help="The HTML file; by default in the last directory.")] = None,
 ) -> None:
-    """Write the report of a saved analysis again, or one report of several."""
-    series = {str(directory): load_page(directory) for directory in directories}
-    path = out or directories[-1] / "report.html"
-    check_writable(path.parent)
-    write_page(series if len(series) > 1 else next(iter(series.values())), path)
-    typer.echo(f"Report: {path}")
+    """Write every page of a directory again, or one page of several directories."""
+    found = [load_pages(directory) for directory in directories]
+    pages: dict[Path, Dataset | dict[str, Dataset]]
+    if out is None and len(found) == 1:
+        pages = {directories[0] / name: dataset for name, dataset in found[0].items()}
+    else:
+        first = {
+            str(place): next(iter(some.values())) for place, some in zip(directories, found, strict=True)
+        }
+        pages = {out or directories[-1] / "report.html": first if len(first) > 1 else first.popitem()[1]}
+    for path, shown in pages.items():
+        check_writable(path.parent)
+        write_page(shown, path)
+        typer.echo(f"Report: {path}")
 
 
 def _finish(result: Analysis, out: Path) -> None:

@@ -12,7 +12,7 @@ from deepspectra.jobs.pages import (
     Labels,
     check_writable,
     dataset_of,
-    load_page,
+    load_pages,
     measured,
     page_dataset,
     provenance,
@@ -71,11 +71,14 @@ def test_what_is_saved_is_loaded_an_analysis_before_others(tmp_path):
     dataset = xr.Dataset({"region_missed": ("spectrum", [1.5, 2.5])}, attrs={"verdict": "One."})
     page = save_page(dataset, tmp_path, "study")
     assert "One." in page.read_text()
-    assert load_page(tmp_path).identical(dataset)
+    assert load_pages(tmp_path)["study.html"].identical(dataset)
     save_dataset(dataset.assign_attrs(verdict="Two."), tmp_path / "analysis.nc")
-    assert load_page(tmp_path).attrs["verdict"] == "Two."
+    assert [(name, one.attrs["verdict"]) for name, one in load_pages(tmp_path).items()] == [
+        ("report.html", "Two."),
+        ("study.html", "One."),
+    ]
     with pytest.raises(FileError, match=r"none of analysis\.nc, layers\.nc"):
-        load_page(tmp_path / "nowhere")
+        load_pages(tmp_path / "nowhere")
 
 
 def test_a_damaged_file_is_told_with_what_to_do(tmp_path):
@@ -83,7 +86,7 @@ def test_a_damaged_file_is_told_with_what_to_do(tmp_path):
     with pytest.raises(
         FileError, match=r"layers\.nc is truncated, damaged or foreign.*Run the command again"
     ):
-        load_page(tmp_path)
+        load_pages(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_found_beforehand(tmp_path):

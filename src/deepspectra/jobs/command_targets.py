@@ -46,6 +46,9 @@ class Choice(NamedTuple):
     per_class: Annotated[int | None, typer.Option(help="Examples a class; all by default.")] = None
     epochs: Annotated[int | None, typer.Option(help="Epochs of training, if no checkpoint.")] = None
     out: Out = Path()
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write over an earlier run's results in OUT.")
+    ] = False
     memory: Annotated[str | None, typer.Option(help='Memory budget, such as "8GiB".')] = None
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None
     at: Annotated[

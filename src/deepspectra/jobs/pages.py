@@ -137,15 +137,23 @@ def titled(subject: str, model: str, data: str) -> str:
     return f"{subject} {model}" + (f" on {data}" if data else "")
 
 
-def load_page(directory: str | Path) -> Dataset:
-    """The dataset that a command saved in a directory, an analysis or else that of another; or FileError."""
+def load_pages(directory: str | Path) -> dict[str, Dataset]:
+    """The datasets that commands saved in a directory, by the names of their pages, an analysis first.
+
+    Raises:
+        FileError: there are none, or one is damaged.
+    """
     folder = Path(directory)
-    path = next((folder / f"{stem}.nc" for stem in STEMS if (folder / f"{stem}.nc").is_file()), None)
-    if path is None:
+    stems = [stem for stem in STEMS if (folder / f"{stem}.nc").is_file()]
+    if not stems:
         raise FileError(
             f"{folder} has none of {', '.join(f'{stem}.nc' for stem in STEMS)}; nothing was saved there."
         )
-    return load_dataset(path, "Run the command again.")
+    again = "Run the command again."
+    return {
+        "report.html" if stem == "analysis" else f"{stem}.html": load_dataset(folder / f"{stem}.nc", again)
+        for stem in stems
+    }
 
 
 def load_dataset(path: Path, advice: str) -> Dataset:
@@ -187,6 +195,15 @@ def check_writable(folder: str | Path) -> None:
         raise FileError(
             f"{place} cannot be written ({error.strerror or error}). Choose another directory, or make room."
         ) from error
+
+
+def refuse_overwriting(folder: str | Path, stem: str) -> None:
+    """Raise FileError if a folder holds results of this kind, which another run would take the place of."""
+    path = Path(folder) / f"{stem}.nc"
+    if path.is_file():
+        raise FileError(
+            f"{path} holds the results of an earlier run. Choose another --out; or add --overwrite, if they may go."
+        )
 
 
 def save_page(dataset: Dataset, directory: str | Path, stem: str) -> Path:

@@ -15,7 +15,7 @@ from deepspectra.argument_checks import LayerProgress, check_seed
 from deepspectra.certificates.binomial_bounds import monte_carlo_bound
 from deepspectra.certificates.ledger import Ledger
 from deepspectra.certificates.networks import CHUNK, Examples, GaussianNetwork, examples_of, wrong
-from deepspectra.certificates.optimise import Descent, Settings, Store
+from deepspectra.certificates.optimise import Descent
 from deepspectra.certificates.plain_networks import (
     Deterministic,
     TestBound,
@@ -24,7 +24,8 @@ from deepspectra.certificates.plain_networks import (
     on_unseen,
 )
 from deepspectra.certificates.posterior import curvature_in
-from deepspectra.certificates.priors import Prepared, Prior, prepare
+from deepspectra.certificates.priors import Prepared, Prior, Store, prepare
+from deepspectra.certificates.settings import Settings
 from deepspectra.certificates.stochastic_layers import Draws
 from deepspectra.dataframes import text_table
 from deepspectra.errors import OptionError
@@ -193,7 +194,8 @@ def certify(
         seed: of the prior's weights, of the split and of every draw.
         progress: called with (epochs done, epochs in all, what is being done).
         store: with `read(name)` and `write(name, value)`, for a stopped call to be taken up.
-        settings: those of `Settings` by name: basis, bound, epochs, minutes, …
+        settings: those of `Settings` by name (basis, bound, epochs, minutes, …), and `variant`, a published way to
+            find the posterior: "base", "appr", "iter" or "iter.m".
 
     Raises:
         CertificateError: no classifier with a label an example, or a network that ends otherwise than in a fully
@@ -209,7 +211,7 @@ def certify(
     """
     check_problem(problem)
     check_seed(seed)
-    chosen = Settings(**settings)
+    chosen = Settings.of(**settings)
     examples = examples_of(problem)
     candidates = [prior] if isinstance(prior, (str, Prior)) else list(prior)
     if not candidates:
@@ -363,7 +365,7 @@ def _settled(network: GaussianNetwork, prior: Prior, ledger: Ledger) -> Ledger:
         place = prior.grid.nearest(layer.scale)
         layer.log_scale.data.fill_(math.log(prior.grid.variance(place)))
         ledger = ledger.charged(f"λ of {name}, place {place} of its grid", prior.grid.nats(place))
-    return replace(ledger, divergence={name: float(kl) for name, kl in network.divergence().items()})
+    return replace(ledger, divergence={name: float(kl.detach()) for name, kl in network.divergence().items()})
 
 
 def _draws_seed(seed: int) -> int:

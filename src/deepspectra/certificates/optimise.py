@@ -2,92 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from deepspectra.argument_checks import LayerProgress, check_choice, check_count, seeded
-from deepspectra.certificates.binomial_bounds import BOUNDS, check_delta, price
+from deepspectra.argument_checks import LayerProgress, seeded
+from deepspectra.certificates.binomial_bounds import BOUNDS, price
 from deepspectra.certificates.ledger import Ledger
 from deepspectra.certificates.losses import error_probability, log_loss
 from deepspectra.certificates.networks import Examples, GaussianNetwork
 from deepspectra.certificates.posterior import (
-    BASES,
-    SIDES,
     closed_form,
     coordinates,
     drawn_problem,
+    squared_weights,
     take,
 )
-from deepspectra.certificates.priors import Store
+from deepspectra.certificates.priors import Store, learn
+from deepspectra.certificates.settings import Settings
 from deepspectra.certificates.stochastic_layers import PooledDraws
-from deepspectra.errors import OptionError
 from deepspectra.problem.problem import Problem
 
-LOSSES = ("error", "log")
 SMOOTHING = 0.98  # of the running estimate of the risk
+TRAINING_EPOCHS = 5  # of a posterior that starts at a trained network
 RAMP = 50  # steps over which the step sizes rise
 EXPECTED = 40.0  # nats of a ledger beside the divergence: what the price of a nat is figured with
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a posterior is found and certified; none of this touches the validity of the bound.
-
-    Attributes:
-        basis: of the posterior's variances: "ekfac", "kfac" or "standard" (the weights' own).
-        sides: of the layers that are turned, "inputs" (U_A) or "both" (U_S too, which costs a product a layer).
-        bound: "kl", or the weaker "quadratic" and "lambda".
-        loss: what is minimised in the end: "error", the 0-1 loss integrated given the last features, or its "log".
-        epochs: passes of descent over the examples of the bound.
-        warm_up: share of the epochs in which the log loss is minimised at a price of 1/n a nat.
-        batch_size: examples a step.
-        rate: first step of the means, in standard deviations of the prior; of log variances it is 2.5 times that.
-        refreshes: shares of the epochs after which the basis is that of the network as it then is.
-        transports: variances are carried over when the basis changes, or else keep their places.
-        num_directions: of the first layer's inputs that are kept, if these are the examples' own.
-        num_curvature: examples from which the basis is found.
-        passes: over the examples, for the Monte-Carlo estimate of the posterior's error.
-        delta, monte_carlo_delta, disagreement_delta: with what probability each part may fail.
-        minutes: to stop descent after; None for all epochs.
-    """
-
-    basis: str = "ekfac"
-    sides: str = "inputs"
-    bound: str = "kl"
-    loss: str = "error"
-    epochs: int = 40
-    warm_up: float = 0.3
-    batch_size: int = 500
-    rate: float = 0.02
-    refreshes: tuple[float, ...] = (0.03, 0.1, 0.3, 0.6)
-    transports: bool = True
-    num_directions: int = 128
-    num_curvature: int = 4000
-    passes: int = 30
-    delta: float = 0.025
-    monte_carlo_delta: float = 0.01
-    disagreement_delta: float = 0.01
-    minutes: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, choices in (
-            ("basis", BASES),
-            ("sides", SIDES),
-            ("bound", tuple(BOUNDS)),
-            ("loss", LOSSES),
-        ):
-            check_choice(name, getattr(self, name), choices)
-        for name in ("epochs", "batch_size", "num_directions", "num_curvature", "passes"):
-            check_count(name, getattr(self, name), 0 if name == "epochs" else 1)
-        for name in ("delta", "monte_carlo_delta", "disagreement_delta"):
-            check_delta(name, getattr(self, name))
-        if self.minutes is not None and not self.minutes > 0:
-            raise OptionError(f"minutes={self.minutes!r} must be positive, or None.")
 
 
 @dataclass
@@ -121,8 +66,9 @@ class Descent:
             epoch, num_epochs, spent = kept["epoch"], kept["num_epochs"], kept["seconds"]
             self.curve, self.risk = [tuple(one) for one in kept["curve"]], kept["risk"]
             self.network.restore(kept["network"])
+            num_epochs = self._in_time(epoch, spent)  # there may be more minutes than there were
         else:
-            self.refresh(0)
+            self.begin()
         inputs = self.network.prepared(self.examples.inputs)
         optimizer = self._optimizer()
         if kept is not None:
@@ -130,13 +76,14 @@ class Descent:
         while epoch < num_epochs:
             if epoch and any(epoch == max(1, round(share * num_epochs)) for share in settings.refreshes):
                 self.refresh(epoch)
+                inputs = self.network.prepared(self.examples.inputs) if settings.sides == "both" else inputs
                 optimizer = self._optimizer()
             if progress is not None:
                 progress(epoch, num_epochs, self._status(name))
             self._epoch(inputs, optimizer, epoch, num_epochs)
             epoch += 1
             elapsed = spent + time.perf_counter() - began
-            num_epochs = self._in_time(epoch, num_epochs, elapsed)
+            num_epochs = self._in_time(epoch, elapsed)
             if store is not None:
                 store.write(
                     name,
@@ -151,24 +98,39 @@ class Descent:
                     },
                 )
 
-    def refresh(self, epoch: int) -> None:
-        """Turn to the coordinates of the network as it is; at first, with the variances of the quadratic model."""
-        chosen = torch.randperm(len(self.examples), generator=seeded(self.seed + epoch))
-        some = self.examples.some(chosen[: self.settings.num_curvature].sort().values)
-        if epoch:
-            problem = drawn_problem(self.network, self.plain, some, self.problem)
-        else:
-            problem = Problem(self.plain, (some.inputs, some.labels), memory=self.problem.memory)
+    def begin(self) -> None:
+        """Turn to the coordinates of the prior's centre, or of the network that was trained from there."""
+        start = self.plain
+        if self.settings.start == "trained":
+            start = copy.deepcopy(self.plain)
+            learn(start, self.examples, TRAINING_EPOCHS, self.seed)
+        some = self._some(0)
+        problem = Problem(start, (some.inputs, some.labels), memory=self.problem.memory)
         found = coordinates(problem, self.network, self.settings.basis, self.settings.sides)
-        if epoch:  # inputs stay what they are, and what was prepared of them
-            found = {name: one for name, one in found.items() if name != self.network.first}
-        ranked = {name: layer.log_ratio.detach().clone() for name, layer in self.network.layers.items()}
         take(self.network, found, self.settings.num_directions)
-        if not epoch:
+        if self.settings.start == "trained":
+            self.network.centre(start)
+            squared_weights(self.network)
+        else:
             closed_form(self.network, found, len(self.examples) / 10)
-        elif not self.settings.transports:
-            for name in found:
-                self.network.layers[name].log_ratio.data.copy_(ranked[name])
+
+    def refresh(self, epoch: int) -> None:
+        """Turn to the coordinates of the network as it is now; the first layer's inputs, if they are data, stay."""
+        network = self.network
+        problem = drawn_problem(network, self.plain, self._some(epoch), self.problem)
+        found = coordinates(problem, network, self.settings.basis, self.settings.sides)
+        if network.first is not None and self.settings.sides == "inputs":
+            del found[network.first]
+        ranked = {name: network.layers[name].log_ratio.detach().clone() for name in found}
+        take(network, found, self.settings.num_directions)
+        if not self.settings.transports:
+            for name, log_ratio in ranked.items():
+                network.layers[name].log_ratio.data.copy_(log_ratio)
+
+    def _some(self, epoch: int) -> Examples:
+        """From which a basis is found."""
+        chosen = torch.randperm(len(self.examples), generator=seeded(self.seed + epoch))
+        return self.examples.some(chosen[: self.settings.num_curvature].sort().values)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         layers, rate = self.network.layers.values(), self.settings.rate
@@ -184,20 +146,25 @@ class Descent:
         seed = self.seed * 1000 + epoch
         self.network.draw_from(PooledDraws(seed))
         order = torch.randperm(n, generator=seeded(seed)).split(settings.batch_size)
+        warm_up = settings.warm_up_of(len(self.network.layers[self.network.output].prior_mean))
         total, divergence = 0.0, 0.0
         for step, chosen in enumerate(order):
             done = (epoch + step / len(order)) / num_epochs
             ramp = min(1.0, (epoch * len(order) + step + 1) / RAMP)
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * ramp * (1 + math.cos(math.pi * done)) / 2
-            errors = error_probability(self.network.outputs(inputs[chosen]), self.examples.labels[chosen])
+            labels, outputs = self.examples.labels[chosen], self.network.outputs(inputs[chosen])
+            errors = error_probability(outputs, labels)
             divergences = sum(layer.divergence(errors.dtype) for layer in self.network.layers.values())
             assert isinstance(divergences, Tensor)
             divergence, mean = float(divergences.detach()), errors.mean()
-            if done < settings.warm_up or settings.loss == "log":
+            nats = (divergence + EXPECTED) / n
+            if settings.loss == "cross_entropy":
+                value = F.cross_entropy(outputs.drawn(self.network.draws), labels)
+                value = value + divergences / (4 * n * math.sqrt(nats / 2))
+            elif done < warm_up or settings.loss == "log":
                 value = log_loss(errors).mean() + divergences / n
             else:
-                nats = (divergence + EXPECTED) / n
                 value = mean + price(settings.bound, self.risk, nats, n) * divergences
             optimizer.zero_grad()
             value.backward()  # type: ignore[no-untyped-call]
@@ -206,11 +173,11 @@ class Descent:
             self.risk = SMOOTHING * self.risk + (1 - SMOOTHING) * float(mean.detach())
         self.curve.append((total / n, divergence))
 
-    def _in_time(self, epoch: int, num_epochs: int, seconds: float) -> int:
+    def _in_time(self, epoch: int, seconds: float) -> int:
         """How many epochs there will be, at the pace so far."""
-        if self.settings.minutes is None:
-            return num_epochs
-        return max(epoch, min(num_epochs, int(60 * self.settings.minutes / (seconds / epoch))))
+        if self.settings.minutes is None or not epoch:
+            return self.settings.epochs
+        return max(epoch, min(self.settings.epochs, int(60 * self.settings.minutes / (seconds / epoch))))
 
     def _status(self, name: str) -> str:
         if not self.curve:

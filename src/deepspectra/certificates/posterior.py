@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from deepspectra.certificates.networks import Examples, GaussianNetwork
-from deepspectra.kfac.kronecker import all_from
+from deepspectra.certificates.stochastic_layers import GaussianLinear
+from deepspectra.errors import CertificateError
+from deepspectra.kfac.blocks import Place
+from deepspectra.kfac.kronecker import Kronecker, all_from
 from deepspectra.kfac.moments import Squares
 from deepspectra.kfac.operators import KroneckerSum
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.captures import captures_of, layer_of
 
-BASES = ("ekfac", "kfac", "standard")
+BASES = ("ekfac", "kfac", "standard", "closed_form")
 SIDES = ("inputs", "both")
 BATCH = 500
 
@@ -32,20 +35,26 @@ class Coordinates(NamedTuple):
 def coordinates(problem: Problem, network: GaussianNetwork, basis: str, sides: str) -> dict[str, Coordinates]:
     """Layer → coordinates, from the library's Kronecker factors S ⊗ A of the problem.
 
-    With "ekfac", and in the "standard" basis, the diagonal is that of G itself; with "kfac" that of S ⊗ A. With sides
+    With "ekfac", and in the "standard" basis, the diagonal is that of G itself; with "kfac" that of S ⊗ A. With
+    "closed_form" S is 4^(p−L) WᵀE[diag p − p pᵀ]W, W the product of the weights above layer p of L. With sides
     "inputs" U_S is the identity, and always that of the last layer, for its rows are the classes.
 
+    Raises:
+        CertificateError: "closed_form" of a network with convolutions.
+
     Cost: as `kronecker`, and once more over the captured features and errors for the diagonal.
+
+    Source: Wu et al. 2020, arXiv 2010.04261, section 6 and appendix on the closed form of the output Hessian.
     """
     captures = captures_of(problem)
     captures.hold()
     factors = all_from(captures, ("kfac",))["kfac"]
     found, squares = {}, {}
-    for name, place in factors.places.items():
-        layer, block = layer_of(place.weight.name), factors.blocks[name]
-        if layer not in network.layers or not isinstance(block, KroneckerSum):
-            continue
+    blocks = _blocks(factors, network)
+    outputs = _closed_form_outputs(network, blocks) if basis == "closed_form" else {}
+    for layer, (place, block) in blocks.items():
         S, A = block.left[0, 0].double(), block.right[0, 0].double()
+        S = outputs.get(layer, S)
         values_a, V = _descending(A)
         _, U = _descending(S)
         turned = basis != "standard"
@@ -56,7 +65,7 @@ def coordinates(problem: Problem, network: GaussianNetwork, basis: str, sides: s
         values_s = (U.T @ S @ U).diagonal()
         product = values_s.clamp_min(0)[:, None] * values_a.clamp_min(0)
         found[layer] = Coordinates(left, V if turned else None, product)
-        if basis != "kfac":
+        if basis in ("ekfac", "standard"):
             dtype = block.dtype
             squares[layer] = Squares(place, U[None].to(dtype), V[None].to(dtype))
     for batch in captures.batches() if squares else ():
@@ -66,6 +75,33 @@ def coordinates(problem: Problem, network: GaussianNetwork, basis: str, sides: s
     for layer, total in squares.items():
         found[layer] = found[layer]._replace(curvature=total.sums.total[0])
     return {name: _whole(found[name], network, name) for name in network.layers if name in found}
+
+
+def _blocks(factors: Kronecker, network: GaussianNetwork) -> dict[str, tuple[Place, KroneckerSum]]:
+    """Gaussian layer → its block of a Kronecker-factored operator."""
+    return {
+        layer: (place, block)
+        for name, place in factors.places.items()
+        if (layer := layer_of(place.weight.name)) in network.layers
+        and isinstance(block := factors.blocks[name], KroneckerSum)
+    }
+
+
+def _closed_form_outputs(
+    network: GaussianNetwork, blocks: dict[str, tuple[Place, KroneckerSum]]
+) -> dict[str, Tensor]:
+    """Layer → S of a ReLU network whose units are open half of the time, whatever the others do."""
+    if any(not isinstance(layer, GaussianLinear) for layer in network.layers.values()):
+        raise CertificateError("the closed form of the output Hessian is one of fully connected layers; use 'kfac'.")
+    _, top = blocks[network.output]
+    S = top.left[0, 0].double()
+    found: dict[str, Tensor] = {}
+    for name, layer in reversed(network.layers.items()):
+        found[name] = S
+        weights = layer.posterior_mean().double()
+        weights = weights[:, :-1] if layer.has_bias else weights
+        S = weights.T @ S @ weights / 4
+    return found
 
 
 def curvature_in(problem: Problem, network: GaussianNetwork) -> dict[str, Tensor]:
@@ -93,6 +129,16 @@ def closed_form(network: GaussianNetwork, found: dict[str, Coordinates], strengt
                 h = found[name].curvature[:, : layer.mean.shape[1]]
                 ratio = 1 / (1 + layer.scale * strength * h)
                 layer.log_ratio.copy_(ratio.log().to(layer.log_ratio))
+
+
+def squared_weights(network: GaussianNetwork) -> None:
+    """Variances that are the squares of the means of the weights, in the coordinates that they have."""
+    with torch.no_grad():
+        for layer in network.layers.values():
+            weights = layer.posterior_mean()
+            weights = weights if layer.left is None else layer.left.T @ weights
+            weights = weights if layer.right is None else weights @ layer.right
+            layer.log_ratio.copy_((weights.square() / layer.scale).clamp(1e-8, 1.0).log())
 
 
 def take(network: GaussianNetwork, found: dict[str, Coordinates], num_kept: int | None) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `deepspectra demo`, `analyze`, `layers`, `regions`, `certify`, `compare`, `study` and `report`."""
+"""The command line: `deepspectra demo`, `analyze`, `layers`, `regions`, `certify`, `compare` and others."""
 
 from __future__ import annotations
 
@@ -261,7 +261,8 @@ def certify_command(
     *,
     chosen: Choice,
     prior: Annotated[
-        str, typer.Option(help=f"{', '.join(PRIORS)}; of several, with commas, the best, and all are charged.")
+        str,
+        typer.Option(help=f"{', '.join(PRIORS)}; of several, with commas, the best, and all are charged."),
     ] = PRIORS[0],
     basis: Annotated[str, typer.Option(help=f"Of the posterior's variances: {', '.join(BASES)}.")] = BASES[0],
     bound: Annotated[str, typer.Option(help=f"{', '.join(BOUNDS)}.")] = "kl",
@@ -269,7 +270,8 @@ def certify_command(
         str | None, typer.Option(help=f"As published, for comparison: {', '.join(VARIANTS)}.")
     ] = None,
     test: Annotated[
-        str | None, typer.Option(help="file.py:function that returns unseen (x, y); of the zoo, its test data.")
+        str | None,
+        typer.Option(help="file.py:function that returns unseen (x, y); of the zoo, its test data."),
     ] = None,
     descent_epochs: Annotated[int | None, typer.Option(help="Epochs of descent on the bound.")] = None,
     minutes: Annotated[float | None, typer.Option(help="After which descent ends.")] = None,
@@ -278,10 +280,22 @@ def certify_command(
     check_writable(chosen.out)
     problem, _, labels = chosen_problem(target, chosen)
     folder = chosen.out / STAGES if chosen.resume else None
-    settings = {"basis": basis, "bound": bound, "minutes": minutes, "variant": variant, "epochs": descent_epochs}
+    settings = {
+        "basis": basis,
+        "bound": bound,
+        "minutes": minutes,
+        "variant": variant,
+        "epochs": descent_epochs,
+    }
     with _status("certifying") as show:
         found = certified(
-            problem, prior, unseen(target, test, chosen), settings, seed=chosen.seed, folder=folder, progress=show
+            problem,
+            prior,
+            unseen(target, test, chosen),
+            settings,
+            seed=chosen.seed,
+            folder=folder,
+            progress=show,
         )
     _finish_page(str(found), certificate_dataset(found, problem, labels), chosen.out, "certify")
     if folder is not None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from deepspectra.certificates.binomial_bounds import (
+    BOUNDS,
     binomial_bound,
     kl,
     kl_inverse,
@@ -65,8 +66,6 @@ def test_relaxations_are_never_below_the_kl_bound(risk, c):
 
 @pytest.mark.parametrize("bound", ["kl", "quadratic", "lambda"])
 def test_the_price_of_a_nat_is_the_ratio_of_the_bounds_derivatives(bound):
-    from deepspectra.certificates.binomial_bounds import BOUNDS
-
     function, risk, c, n, h = BOUNDS[bound], 0.04, 0.03, 1000, 1e-6
     by_risk = function(risk + h, c) - function(risk - h, c)
     by_nats = (function(risk, c + h) - function(risk, c - h)) / n

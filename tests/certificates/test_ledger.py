@@ -87,7 +87,7 @@ def test_the_bound_is_what_the_ledger_says():
 
 
 def _failures_in_the_plane(repetitions, delta, seed):
-    """y = sign(x₁) but for one label in five, x on the circle; prior N(0, I), posteriors N(μ, s I) fitted to the data.
+    """Labels are sign(x₁) but for one in five, x on the circle; prior N(0, I), posteriors N(μ, s I) fitted to data.
 
     The error of w ~ N(μ, s I) at angle φ is Φ(−y μ·x/√s), so its mean over the circle is the true risk. Of 48
     posteriors the one of the smallest bound is kept, so that the bound must hold for all of them at once.

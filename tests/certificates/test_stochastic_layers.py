@@ -1,4 +1,4 @@
-"""Gaussian layers give each example what a draw of the weights would give it, in whatever coordinates they are kept."""
+"""Gaussian layers give each example what a draw of the weights would, in whatever coordinates they are kept."""
 
 import math
 
@@ -84,7 +84,9 @@ def test_other_coordinates_keep_the_mean_and_the_marginal_variances():
     moved, new = _covariance(layer)
     assert torch.allclose(moved, mean, atol=1e-6)
     turn = torch.kron(left.contiguous(), right.contiguous()).double()
-    assert torch.allclose((turn.T @ new @ turn).diagonal(), (turn.T @ covariance @ turn).diagonal(), rtol=1e-4)
+    assert torch.allclose(
+        (turn.T @ new @ turn).diagonal(), (turn.T @ covariance @ turn).diagonal(), rtol=1e-4
+    )
     back = layer.mean.detach().clone(), layer.log_ratio.detach().clone()
     layer.turn(left, right)
     assert torch.allclose(layer.mean, back[0], atol=1e-5)

@@ -12,7 +12,7 @@ HALVINGS = 200
 
 
 def kl(q: float, p: float) -> float:
-    """kl(q ‖ p) = q log(q/p) + (1 − q) log((1 − q)/(1 − p)), of coins; ∞ where p is 0 or 1 and q is not.
+    """Divergence of two coins, q log(q/p) + (1 − q) log((1 − q)/(1 − p)); ∞ where p is 0 or 1 and q is not.
 
     Raises:
         OptionError: q or p is no probability.
@@ -39,7 +39,7 @@ def kl_inverse(q: float, c: float) -> float:
         raise OptionError(
             f"c={c!r} must be at least 0: nats by which a share of errors may differ from its mean."
         )
-    # the distance d, and not p, is bisected: near q the divergence is d²/(2 q (1 − q)), of which p would keep no digits
+    # the distance d, and not p, is bisected: near q the divergence is d²/(2 q (1 − q)), too small for the digits of p
     low, high = 0.0, 1.0 - q
     for _ in range(HALVINGS):
         middle = (low + high) / 2
@@ -90,7 +90,7 @@ def quadratic_bound(risk: float, c: float) -> float:
 
 
 def lambda_bound(risk: float, c: float) -> float:
-    """min over λ in (0, 2) of R/(1 − λ/2) + c/(λ (1 − λ/2)), which holds for all λ at once.
+    """Smallest over λ in (0, 2) of R/(1 − λ/2) + c/(λ (1 − λ/2)), which holds for all λ at once.
 
     Source: Thiemann et al. 2017, arXiv 1608.05610.
     """
@@ -132,14 +132,14 @@ def check_delta(name: str, value: float) -> None:
 
 
 def _divergence(q: float, d: float) -> float:
-    """kl(q ‖ q + d) = q φ(d/q) + (1 − q) φ(−d/(1 − q)) with φ(x) = x − log(1 + x): no linear terms are left to cancel."""
+    """Of coins q and q + d: q φ(d/q) + (1 − q) φ(−d/(1 − q)), φ(x) = x − log(1 + x), where no linear terms cancel."""
     first = q * _excess(d / q) if q else d
     second = (1 - q) * _excess(-d / (1 - q)) if q < 1 else -d
     return first + second
 
 
 def _excess(x: float) -> float:
-    """x − log(1 + x), to relative rounding."""
+    """Of x over log(1 + x), to relative rounding: x − log(1 + x)."""
     if abs(x) > SERIES:
         return x - math.log1p(x) if x > -1 else math.inf
     return sum((-x) ** k / k for k in range(2, TERMS + 2))

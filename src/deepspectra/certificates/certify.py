@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepspectra.argument_checks import LayerProgress, check_seed
+from deepspectra.argument_checks import LayerProgress, check_seed, seeded
 from deepspectra.certificates.binomial_bounds import monte_carlo_bound
 from deepspectra.certificates.ledger import Ledger
 from deepspectra.certificates.networks import CHUNK, Examples, GaussianNetwork, examples_of, wrong
@@ -46,8 +46,8 @@ class LayerPosterior:
         scale: λ of its prior.
         num_parameters: of the layer.
         num_kept: of them, those whose posterior may differ from the prior.
-        curvature: (points,) diagonal of G in the posterior's coordinates, descending, of the mean cross-entropy at the
-            posterior's mean.
+        curvature: (points,) diagonal of G in the posterior's coordinates, descending, of the mean cross-entropy at
+            the posterior's mean.
         variance: (points,) posterior variance s of the same coordinates.
         loss_increase: ½ Σ h s over all coordinates, what the quadratic model says that its noise costs.
     """
@@ -140,16 +140,17 @@ class Certificate(Result):
             )
         if not math.isnan(self.test_error):
             found.append(
-                f"On test data the stochastic network errs on {self.test_error:.4f}, its mean on {self.mean_test_error:.4f}."
+                f"On test data the stochastic network errs on {self.test_error:.4f}, its mean on "
+                f"{self.mean_test_error:.4f}."
             )
         if self.prior.kind != "learnt":
             found.append(
                 "The posterior minimises the bound, not the error: it stays as near to random features as it can "
                 "afford, and a network trained for its error errs less."
             )
-        if len(self.curve) < self.settings.epochs:
+        if len(self.curve) < self.num_epochs:
             found.append(
-                f"Descent was stopped after {len(self.curve)} of {self.settings.epochs} epochs; the bound is valid, "
+                f"Descent was stopped after {len(self.curve)} of {self.num_epochs} epochs; the bound is valid, "
                 "and would be lower after all of them."
             )
         return found
@@ -206,8 +207,9 @@ def certify(
     Cost: about two gradients an epoch, and `passes` forward; of a wide first layer on fixed inputs a sixth of that.
 
     Source: Dziugaite and Roy 2017, arXiv 1703.11008; Maurer 2004, cs/0411099 (the bound's form); Wu et al. 2020,
-    arXiv 2010.04261, section 6 (the basis). Departures: (1) the 0-1 loss itself is descended on; (2) each layer has a λ
-    of its own, and is charged for it; (3) variances are carried over when the basis changes; (4) λ cannot leave its grid.
+    arXiv 2010.04261, section 6 (the basis). Departures: (1) the 0-1 loss itself is descended on; (2) each layer has
+    a λ of its own, and is charged for it; (3) variances are carried over when the basis changes; (4) λ cannot leave
+    its grid.
     """
     check_problem(problem)
     check_seed(seed)
@@ -276,7 +278,7 @@ class _Trial:
             loss_increase=increase,
             layers=layers,
             curve=tuple(descent.curve),
-            num_epochs=settings.epochs,
+            num_epochs=descent.num_epochs,
             num_tried=self.num_priors,
             network=made.network,
             mean_network=mean,
@@ -334,7 +336,8 @@ class _Trial:
         self, made: Prepared, ledger: Ledger
     ) -> tuple[tuple[float, float], dict[str, LayerPosterior]]:
         """How well the quadratic model says what the noise costs, and each layer's posterior."""
-        some = made.bound.some(torch.arange(min(len(made.bound), self.settings.num_curvature)))
+        order = torch.randperm(len(made.bound), generator=seeded(self.seed))
+        some = made.bound.some(order[: self.settings.num_curvature])
         mean = made.network.mean_model(made.plain)
         problem = Problem(mean, (some.inputs, some.labels), memory=self.problem.memory)
         curvature = curvature_in(problem, made.network)
@@ -377,7 +380,7 @@ def _draws_seed(seed: int) -> int:
 def _drawn_labels(network: GaussianNetwork, inputs: Tensor, draws: Draws) -> Tensor:
     """(B,) labels, a draw an example."""
     network.draw_from(draws)
-    return torch.cat([network.outputs(x).drawn(draws).argmax(1) for x in inputs.split(CHUNK)])
+    return torch.cat([network.outputs(x).drawn(draws).argmax(1) for x in torch.split(inputs, CHUNK)])
 
 
 def _num_wrong(network: GaussianNetwork, inputs: Tensor, labels: Tensor, passes: int, draws: Draws) -> int:
@@ -391,7 +394,7 @@ def _cross_entropy(made: Prepared, some: Examples, seed: int) -> float:
     made.network.draw_from(draws)
     total = 0.0
     for _ in range(CHECK_PASSES):
-        for x, y in zip(inputs.split(CHUNK), some.labels.split(CHUNK), strict=True):
+        for x, y in zip(torch.split(inputs, CHUNK), torch.split(some.labels, CHUNK), strict=True):
             logits = made.network.outputs(x).drawn(draws).double()
             total += float(nn.functional.cross_entropy(logits, y, reduction="sum"))
     return total / (CHECK_PASSES * len(some))

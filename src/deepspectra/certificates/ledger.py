@@ -1,7 +1,8 @@
 """The account of a bound: every nat that it is charged, and the bound computed from nothing else.
 
-A PAC-Bayes bound holds for one prior that was fixed before the data were seen. Whatever else is to hold with it (another
-prior scale, another candidate, another event) must be paid for by a union bound; what is not entered here was not paid.
+A PAC-Bayes bound holds for one prior that was fixed before the data were seen. Whatever else is to hold with it
+(another prior scale, another candidate, another event) must be paid for by a union bound; what is not entered here
+was not paid.
 """
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ def error_probability(outputs: Outputs, labels: Tensor) -> Tensor:
     scaled = (own[:, None] - mean[:, :, None]) * variance.clamp_min(TINY).rsqrt()[:, :, None]  # (B, C, T)
     below = torch.special.log_ndtr(scaled)
     below = below.sum(1) - below[rows, labels]
-    return 1 - below.exp() @ weights
+    found: Tensor = 1 - below.exp() @ weights
+    return found
 
 
 def log_loss(errors: Tensor) -> Tensor:

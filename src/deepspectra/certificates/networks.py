@@ -25,6 +25,7 @@ from deepspectra.problem.problem import Problem
 CHUNK = 1000  # examples that pass at a time where nothing is differentiated
 SAMPLE = 3  # examples on which a network is understood
 KINDS = (nn.Linear, nn.Conv2d)
+Weighted = nn.Linear | nn.Conv2d
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def examples_of(problem: Problem) -> Examples:
     for batch in problem.fixed_batches():
         if not problem.can_split(batch) or not isinstance(batch[0], Tensor):
             raise CertificateError(
-                "a certificate needs independent examples with one class label each, as pairs (x, y) of tensors; here "
+                "a certificate needs independent examples with one class label each, as pairs (x, y) of "
+                "tensors; here "
                 "examples have several rows or another form. Tokens of a sequence and nodes of a graph depend on "
                 "each other, and the bound would be void."
             )
@@ -90,7 +92,7 @@ class GaussianNetwork:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.layers: dict[str, GaussianLayer] = {}
         for name in uses:
-            layer = _gaussian(self.model.get_submodule(name), scale)
+            layer = _gaussian(weighted(self.model, name), scale)
             self.layers[name] = layer
             self.model = _replaced(self.model, name, layer)
         *_, self.output = self.layers
@@ -120,13 +122,13 @@ class GaussianNetwork:
         return found[0]
 
     def prepared(self, x: Tensor) -> Tensor:
-        """Inputs as `outputs` takes them: with the first layer's products done once, if only reshaping comes before."""
+        """Inputs as `outputs` takes them: the first layer's products done once, if only reshaping comes before."""
         if self.first is None:
             return x
         layer = self.layers[self.first]
         assert isinstance(layer, GaussianLinear)
         layer.takes_prepared = True
-        return torch.cat([layer.prepared(part.flatten(1)) for part in x.split(CHUNK)])
+        return torch.cat([layer.prepared(part.flatten(1)) for part in torch.split(x, CHUNK)])
 
     def divergence(self) -> dict[str, Tensor]:
         """Layer → KL(Q ‖ P), double precision."""
@@ -154,13 +156,13 @@ class GaussianNetwork:
     def centre(self, model: nn.Module) -> None:
         """Move the posterior's mean to a plain network's weights."""
         for name, layer in self.layers.items():
-            layer.move_to(weights_of(model.get_submodule(name)))
+            layer.move_to(weights_of(weighted(model, name)))
 
     def mean_model(self, like: nn.Module) -> nn.Module:
         """A plain network like the given one, with weights at the posterior's mean."""
-        twin = copy.deepcopy(like).eval()
+        twin = copy.deepcopy(like).eval().requires_grad_(True)
         for name, layer in self.layers.items():
-            set_weights(twin.get_submodule(name), layer.posterior_mean())
+            set_weights(weighted(twin, name), layer.posterior_mean())
         return twin
 
     def state(self) -> dict[str, Any]:
@@ -178,7 +180,14 @@ class GaussianNetwork:
                     setattr(layer, key, nn.Parameter(value.clone()))
 
 
-def weights_of(module: nn.Module) -> Tensor:
+def weighted(model: nn.Module, name: str) -> Weighted:
+    """The layer of this name."""
+    found = model.get_submodule(name)
+    assert isinstance(found, KINDS)
+    return found
+
+
+def weights_of(module: Weighted) -> Tensor:
     """(o, d) weights of a layer, the bias last."""
     weight = module.weight.detach().flatten(1)
     bias = module.bias
@@ -186,18 +195,18 @@ def weights_of(module: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def set_weights(module: nn.Module, matrix: Tensor) -> None:
+def set_weights(module: Weighted, matrix: Tensor) -> None:
     """Write (o, d) into a layer."""
     has_bias = module.bias is not None
     module.weight.copy_(matrix[:, : matrix.shape[1] - has_bias].view_as(module.weight))
-    if has_bias:
+    if module.bias is not None:
         module.bias.copy_(matrix[:, -1])
 
 
 @torch.no_grad()
 def wrong(model: nn.Module, examples: Examples) -> int:
     """How many examples a plain network gets wrong."""
-    parts = zip(examples.inputs.split(CHUNK), examples.labels.split(CHUNK), strict=True)
+    parts = zip(torch.split(examples.inputs, CHUNK), torch.split(examples.labels, CHUNK), strict=True)
     return sum(int((model(x).argmax(-1) != y).sum()) for x, y in parts)
 
 
@@ -206,7 +215,7 @@ def _tensors(layer: GaussianLayer) -> dict[str, Tensor | None]:
     return {key: None if (value := getattr(layer, key)) is None else value.detach().clone() for key in kept}
 
 
-def _gaussian(module: nn.Module, scale: float) -> GaussianLayer:
+def _gaussian(module: Weighted, scale: float) -> GaussianLayer:
     has_bias = module.bias is not None
     if isinstance(module, nn.Conv2d):
         return GaussianConvolution(weights_of(module), has_bias, scale, module)
@@ -225,8 +234,8 @@ def _replaced(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
 def _uses(model: nn.Module, sample: Tensor) -> list[str]:
     """Names of the layers that can be Gaussian, in the order of their calls.
 
-    Weights that are used twice, or at several positions by a fully connected layer, have one draw for all of them; those
-    layers are held, as are normalisations and embeddings.
+    Weights that are used twice, or at several positions by a fully connected layer, have one draw for all of them;
+    those layers are held, as are normalisations and embeddings.
 
     Raises:
         CertificateError: the logits are not the outputs of a fully connected layer.
@@ -271,7 +280,7 @@ def _uses(model: nn.Module, sample: Tensor) -> list[str]:
 
 @torch.no_grad()
 def _is_first(model: nn.Module, layers: Mapping[str, GaussianLayer], sample: Tensor) -> bool:
-    """Whether a fully connected layer has the flattened inputs themselves, so that what it needs of them can be kept."""
+    """Whether a fully connected layer has the flattened inputs themselves, and what it needs of them can be kept."""
     name, layer = next(iter(layers.items()))
     if not isinstance(layer, GaussianLinear):
         return False

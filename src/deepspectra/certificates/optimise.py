@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +25,7 @@ from deepspectra.certificates.posterior import (
 )
 from deepspectra.certificates.priors import Store, learn
 from deepspectra.certificates.settings import Settings
-from deepspectra.certificates.stochastic_layers import PooledDraws
+from deepspectra.certificates.stochastic_layers import Draws, PooledDraws
 from deepspectra.problem.problem import Problem
 
 SMOOTHING = 0.98  # of the running estimate of the risk
@@ -60,7 +59,7 @@ class Descent:
     def run(self, store: Store | None, name: str, progress: LayerProgress | None) -> None:
         """All epochs, or as many as there are minutes for: then the steps shrink sooner, and end as small."""
         settings, began = self.settings, time.perf_counter()
-        epoch, num_epochs, spent = 0, settings.epochs, 0.0
+        epoch, num_epochs, spent = 0, self.num_epochs, 0.0
         kept = store.read(name) if store is not None else None
         if kept is not None:
             epoch, num_epochs, spent = kept["epoch"], kept["num_epochs"], kept["seconds"]
@@ -98,6 +97,11 @@ class Descent:
                     },
                 )
 
+    @property
+    def num_epochs(self) -> int:
+        """That are planned."""
+        return self.settings.epochs_of(len(self.examples))
+
     def begin(self) -> None:
         """Turn to the coordinates of the prior's centre, or of the network that was trained from there."""
         start = self.plain
@@ -117,6 +121,7 @@ class Descent:
     def refresh(self, epoch: int) -> None:
         """Turn to the coordinates of the network as it is now; the first layer's inputs, if they are data, stay."""
         network = self.network
+        network.draw_from(Draws(self.seed + epoch))
         problem = drawn_problem(network, self.plain, self._some(epoch), self.problem)
         found = coordinates(problem, network, self.settings.basis, self.settings.sides)
         if network.first is not None and self.settings.sides == "inputs":
@@ -145,7 +150,7 @@ class Descent:
         settings, n = self.settings, len(self.examples)
         seed = self.seed * 1000 + epoch
         self.network.draw_from(PooledDraws(seed))
-        order = torch.randperm(n, generator=seeded(seed)).split(settings.batch_size)
+        order = torch.split(torch.randperm(n, generator=seeded(seed)), settings.batch_size_of(n))
         warm_up = settings.warm_up_of(len(self.network.layers[self.network.output].prior_mean))
         total, divergence = 0.0, 0.0
         for step, chosen in enumerate(order):
@@ -176,8 +181,8 @@ class Descent:
     def _in_time(self, epoch: int, seconds: float) -> int:
         """How many epochs there will be, at the pace so far."""
         if self.settings.minutes is None or not epoch:
-            return self.settings.epochs
-        return max(epoch, min(self.settings.epochs, int(60 * self.settings.minutes / (seconds / epoch))))
+            return self.num_epochs
+        return max(epoch, min(self.num_epochs, int(60 * self.settings.minutes / (seconds / epoch))))
 
     def _status(self, name: str) -> str:
         if not self.curve:

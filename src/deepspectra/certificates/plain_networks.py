@@ -46,7 +46,8 @@ class TestBound:
 class Deterministic:
     """A certificate of the unmodified network: that of the stochastic one and how often the two disagree.
 
-    R(f) ≤ R(Q) + P(f(x) ≠ h_w(x)), w ~ Q: where f errs, h_w errs too or they disagree. The second term needs no labels.
+    R(f) ≤ R(Q) + P(f(x) ≠ h_w(x)), w ~ Q: where f errs, h_w errs too or they disagree. The second term needs no
+    labels.
 
     Attributes:
         value: the bound on the error of the network as it is.
@@ -73,7 +74,8 @@ class Deterministic:
                 else "tighter than the binomial bound"
             )
         return (
-            f"The unmodified network errs on at most {self.value:.4f}, {worth}: it disagrees with the stochastic one on "
+            f"The unmodified network errs on at most {self.value:.4f}, {worth}: it disagrees with the "
+            f"stochastic one on "
             f"{self.disagreement:.4f} of {self.num_inputs:,} unseen inputs, whose labels were not used."
         )
 
@@ -101,7 +103,7 @@ def of_the_network(
 
     Source: the construction of arXiv 2602.23128, a certified surrogate and its disagreement.
     """
-    labels = torch.cat([model(x).argmax(-1) for x in inputs.split(CHUNK)])
+    labels = torch.cat([model(x).argmax(-1) for x in torch.split(inputs, CHUNK)])
     differ = int((labels != drawn).sum())
     above = binomial_bound(differ, len(inputs), delta)
     return Deterministic(min(1.0, certificate + above), differ / len(inputs), above, len(inputs), delta)

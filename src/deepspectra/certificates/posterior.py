@@ -92,7 +92,9 @@ def _closed_form_outputs(
 ) -> dict[str, Tensor]:
     """Layer → S of a ReLU network whose units are open half of the time, whatever the others do."""
     if any(not isinstance(layer, GaussianLinear) for layer in network.layers.values()):
-        raise CertificateError("the closed form of the output Hessian is one of fully connected layers; use 'kfac'.")
+        raise CertificateError(
+            "the closed form of the output Hessian is one of fully connected layers; use 'kfac'."
+        )
     _, top = blocks[network.output]
     S = top.left[0, 0].double()
     found: dict[str, Tensor] = {}
@@ -110,8 +112,7 @@ def curvature_in(problem: Problem, network: GaussianNetwork) -> dict[str, Tensor
     squares: dict[str, Squares] = {}
     for batch in captures.batches():
         if not squares:
-            factors = {name: place for name, place in all_from(captures, ("kfac",))["kfac"].places.items()}
-            for place in factors.values():
+            for place in all_from(captures, ("kfac",))["kfac"].places.values():
                 layer = network.layers.get(layer_of(place.weight.name))
                 if layer is not None and place.is_matrix and place.shape[2] == layer.prior_mean.shape[1]:
                     left, right = layer.whole_left().float(), layer.whole_right().float()
@@ -176,18 +177,13 @@ def _with_noise(
     network: GaussianNetwork, examples: Examples, hidden: list[str]
 ) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
     """Batches of inputs and labels, with what noise added to each hidden layer's outputs."""
-    for x, y in zip(examples.inputs.split(BATCH), examples.labels.split(BATCH), strict=True):
+    for x, y in zip(torch.split(examples.inputs, BATCH), torch.split(examples.labels, BATCH), strict=True):
         noise: dict[str, Tensor] = {}
-
-        def note(layer: Any, inputs: tuple[Tensor, ...], output: Tensor, name: str) -> None:
-            layer.is_noisy = False
-            noise[name] = output - layer.forward(inputs[0])
-            layer.is_noisy = True
 
         with ExitStack() as stack:
             for name in hidden:
                 hook = network.layers[name].register_forward_hook(
-                    lambda layer, inputs, output, name=name: note(layer, inputs, output, name)
+                    lambda layer, x, z, name=name, found=noise: found.update({name: z - layer.quiet(x[0])})
                 )
                 stack.callback(hook.remove)
             network.outputs(network.prepared(x))
@@ -195,7 +191,7 @@ def _with_noise(
 
 
 def _outputs(U: Tensor, size: int, turned: bool, sides: str, *, is_last: bool) -> Tensor | None:
-    """U_S of a layer; of the last, rows are classes, but for two their sum and difference: only the latter matters."""
+    """U_S of a layer; of the last, rows are classes, but for two their sum and difference: the latter matters."""
     if not turned or (is_last and size != 2) or (not is_last and sides == "inputs"):
         return None
     return U.new_tensor([[1.0, 1.0], [-1.0, 1.0]]) / 2**0.5 if is_last else U
@@ -211,5 +207,8 @@ def _whole(found: Coordinates, network: GaussianNetwork, name: str) -> Coordinat
     d = network.layers[name].prior_mean.shape[1]
     if found.curvature.shape[1] == d:
         return found
-    right = None if found.right is None else torch.block_diag(found.right, torch.eye(1).to(found.right))
+    right = found.right
+    if right is not None:
+        right = torch.nn.functional.pad(right, (0, 1, 0, 1))
+        right[-1, -1] = 1
     return Coordinates(found.left, right, torch.nn.functional.pad(found.curvature, (0, 1)))

@@ -122,7 +122,8 @@ def prepare(
     network = GaussianNetwork(plain, sample, 1.0)
     if prior.kind != "learnt" and network.held:
         raise CertificateError(
-            f"{', '.join(network.held[:3])} cannot be Gaussian here (only weights of nn.Linear and nn.Conv2d that are "
+            f"{', '.join(network.held[:3])} cannot be Gaussian here (only weights of nn.Linear and nn.Conv2d "
+            f"that are "
             "used once can), and without data there is nothing to hold them at. Use prior='learnt'."
         )
     if prior.kind == "smooth":
@@ -184,7 +185,7 @@ def learn(model: nn.Module, examples: Examples, epochs: int, seed: int, batch_si
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(2, steps))
     generator = seeded(seed)
     for _ in range(epochs):
-        for chosen in torch.randperm(len(examples), generator=generator).split(batch_size):
+        for chosen in torch.split(torch.randperm(len(examples), generator=generator), batch_size):
             if len(chosen) == 1 and len(examples) > 1:
                 continue  # of which batch norm can learn nothing
             loss = F.cross_entropy(model(examples.inputs[chosen]), examples.labels[chosen])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,11 +13,13 @@ from deepspectra.errors import OptionError
 
 LOSSES = ("error", "log", "cross_entropy")
 STARTS = ("prior", "trained")
+NUM_STEPS = 5000
+SMALLEST_BATCH, LARGEST_BATCH = 50, 500
 WARM_UP = {2: 0.03}  # share of the epochs, by the number of classes;
 WARM_UP_OF_MANY = 0.3  # of more
-# Wu et al. 2020, arXiv 2010.04261, section 6 and algorithm 1: from trained weights, the cross-entropy of a draw plus the
-# square root of the complexity, variances that begin at the squared weights. "Base": of the weights themselves; "Appr":
-# in the basis of the trained weights; "Iter": in one that is found anew and whose variances keep their places; "Iter.M":
+# Wu et al. 2020, arXiv 2010.04261, section 6 and algorithm 1: from trained weights, the cross-entropy of a draw plus
+# the square root of the complexity, variances that begin at the squared weights. "Base": of the weights themselves;
+# "Appr": in the basis of the trained weights; "Iter": in one found anew, whose variances keep their places; "Iter.M":
 # the same with the outputs' factor in closed form.
 _PUBLISHED: dict[str, Any] = {
     "start": "trained",
@@ -28,8 +31,7 @@ _PUBLISHED: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": _PUBLISHED | {"basis": "standard", "refreshes": ()},
     "appr": _PUBLISHED | {"basis": "kfac", "sides": "both", "refreshes": ()},
-    "iter": _PUBLISHED
-    | {"basis": "kfac", "sides": "both", "refreshes": tuple(k / 10 for k in range(1, 10))},
+    "iter": _PUBLISHED | {"basis": "kfac", "sides": "both", "refreshes": tuple(k / 10 for k in range(1, 10))},
     "iter.m": _PUBLISHED
     | {"basis": "closed_form", "sides": "both", "refreshes": tuple(k / 10 for k in range(1, 10))},
 }
@@ -44,13 +46,13 @@ class Settings:
             "kfac" with the outputs' factor of a ReLU network from its weights alone.
         sides: of the layers that are turned, "inputs" (U_A) or "both" (U_S too, which costs a product a layer).
         bound: "kl", or the weaker "quadratic" and "lambda".
-        loss: what is minimised in the end: "error", the 0-1 loss integrated given the last features; its "log"; or the
-            "cross_entropy" of a draw, at the price of the square-root bound.
+        loss: what is minimised in the end: "error", the 0-1 loss integrated given the last features; its "log"; or
+            the "cross_entropy" of a draw, at the price of the square-root bound.
         start: of the posterior's mean: the "prior", or "trained" from there on the cross-entropy.
-        epochs: passes of descent over the examples of the bound.
+        epochs: passes of descent over the examples of the bound; by default so many that they are 5,000 steps.
         warm_up: share of the epochs in which the log loss is minimised at a price of 1/n a nat; by default a few
             hundredths of them for two classes and a third for more, which begin farther from any good error.
-        batch_size: examples a step.
+        batch_size: examples a step; by default a hundredth of all, between 50 and 500.
         rate: first step of the means, in standard deviations of the prior; of log variances it is 2.5 times that.
         refreshes: shares of the epochs after which the basis is that of the network as it then is.
         transports: variances are carried over when the basis changes, or else keep their places.
@@ -66,9 +68,9 @@ class Settings:
     bound: str = "kl"
     loss: str = "error"
     start: str = "prior"
-    epochs: int = 40
+    epochs: int | None = None
     warm_up: float | None = None
-    batch_size: int = 500
+    batch_size: int | None = None
     rate: float = 0.02
     refreshes: tuple[float, ...] = (0.03, 0.1, 0.3, 0.6)
     transports: bool = True
@@ -90,13 +92,12 @@ class Settings:
         ):
             check_choice(name, getattr(self, name), choices)
         for name in ("epochs", "batch_size", "num_directions", "num_curvature", "passes"):
-            check_count(name, getattr(self, name), 0 if name == "epochs" else 1)
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), 0 if name == "epochs" else 1)
         for name in ("delta", "monte_carlo_delta", "disagreement_delta"):
             check_delta(name, getattr(self, name))
         if self.minutes is not None and not self.minutes > 0:
             raise OptionError(f"minutes={self.minutes!r} must be positive, or None.")
-
-
 
     @classmethod
     def of(cls, variant: str | None = None, **options: Any) -> Settings:
@@ -107,11 +108,23 @@ class Settings:
         """
         known = {one.name for one in fields(cls)}
         if unknown := [name for name in options if name not in known]:
-            raise OptionError(f"{', '.join(unknown)}: no such setting; there are variant, {', '.join(sorted(known))}.")
+            raise OptionError(
+                f"{', '.join(unknown)}: no such setting; there are variant, {', '.join(sorted(known))}."
+            )
         if variant is not None:
             check_choice("variant", variant, tuple(VARIANTS))
             options = VARIANTS[variant] | options
         return cls(**options)
+
+    def batch_size_of(self, num_examples: int) -> int:
+        """Examples a step."""
+        return self.batch_size or min(LARGEST_BATCH, max(SMALLEST_BATCH, num_examples // 100))
+
+    def epochs_of(self, num_examples: int) -> int:
+        """Passes over the examples."""
+        if self.epochs is not None:
+            return self.epochs
+        return math.ceil(NUM_STEPS / math.ceil(num_examples / self.batch_size_of(num_examples)))
 
     def warm_up_of(self, num_classes: int) -> float:
         """The share of epochs with the log loss."""

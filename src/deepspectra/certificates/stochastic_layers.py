@@ -1,9 +1,10 @@
-"""Layers whose weights are Gaussian, in rotated coordinates, and what they give: a draw of their own for each example.
+"""Layers whose weights are Gaussian, in rotated coordinates, and what they give: each example a draw of its own.
 
-Weights and bias of a layer are one matrix W (o, d), the bias its last column. Prior: W₀ + √λ E, with E standard normal.
+Weights and bias of a layer are one matrix W (o, d), the bias its last column. Prior: W₀ + √λ E, with E standard
+normal.
 Posterior: W₀ + √λ U_S (M + √exp(ρ) ∘ E) U_Aᵀ, so that KL = ½ Σ (exp(ρ) − 1 − ρ + M²) whatever λ, W₀ and the rotations
-are. Of the inputs' directions only the first k may be kept: in the others the posterior is the prior, exactly, and they
-cost nothing.
+are. Of the inputs' directions only the first k may be kept: in the others the posterior is the prior, exactly, and
+they cost nothing.
 
 B examples, T positions; x̃ = U_Aᵀ x (k).
 """
@@ -11,7 +12,7 @@ B examples, T positions; x̃ = U_Aᵀ x (k).
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -80,6 +81,7 @@ class GaussianLayer(nn.Module):
         draws: where noise comes from.
     """
 
+    prior_mean: Tensor
     left: Tensor | None
     right: Tensor | None
 
@@ -142,8 +144,17 @@ class GaussianLayer(nn.Module):
         deviation = deviation if self.left is None else self.left.T @ deviation
         self.mean.copy_(deviation if self.right is None else deviation @ self.right)
 
+    def quiet(self, x: Tensor) -> Tensor:
+        """Outputs at the posterior's mean, given inputs as `forward` takes them."""
+        self.is_noisy = False
+        try:
+            found: Tensor = self.forward(x)
+        finally:
+            self.is_noisy = True
+        return found
+
     def variances(self) -> Tensor:
-        """s = λ exp(ρ) (o, k), in its coordinates."""
+        """Of the posterior, λ exp(ρ) (o, k), in its coordinates."""
         return self.scale * self.log_ratio.detach().double().exp()
 
     def _across(self, rotated: Tensor) -> Tensor:
@@ -173,10 +184,10 @@ class GaussianLayer(nn.Module):
 
 
 class GaussianLinear(GaussianLayer):
-    """A fully connected layer: each example's outputs are drawn, which is exact, for they are Gaussian given its inputs.
+    """A fully connected layer: each example's outputs are drawn, for given its inputs they are Gaussian.
 
-    Drawn for each example by itself, they have the distribution that a draw of the weights gives to that example; over
-    examples they are independent, as draws of the weights for each of them would be.
+    Drawn for each example by itself, they have the distribution that a draw of the weights gives to that example;
+    over examples they are independent, as draws of the weights for each of them would be.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -187,7 +198,7 @@ class GaussianLinear(GaussianLayer):
     def moments(self, x: Tensor) -> Outputs:
         """Mean and variances of the outputs, given inputs (B, d) or what `prepared` made of them."""
         if self.takes_prepared:
-            turned, rest, base = x.split([self.mean.shape[1], 1, len(self.mean)], 1)
+            turned, rest, base = torch.split(x, [self.mean.shape[1], 1, len(self.mean)], 1)
         else:
             turned, rest, base = self._parts(x)
         root = (self.log_scale / 2).exp()
@@ -201,7 +212,7 @@ class GaussianLinear(GaussianLayer):
 
     @torch.no_grad()
     def prepared(self, x: Tensor) -> Tensor:
-        """(B, k + 1 + o): what the layer needs of inputs that stay the same, of which most is then never done again."""
+        """What the layer needs of inputs that stay the same (B, k + 1 + o): most of it is then never done again."""
         return torch.cat(self._parts(x), 1)
 
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,11 +240,15 @@ class GaussianConvolution(GaussianLayer):
     def __init__(self, prior_mean: Tensor, has_bias: bool, scale: float, like: nn.Conv2d) -> None:
         super().__init__(prior_mean, has_bias, scale)
         self.kernel = like.weight.shape
-        self.options = {"stride": like.stride, "padding": like.padding, "dilation": like.dilation}
+        self.options: dict[str, Any] = {
+            "stride": like.stride,
+            "padding": like.padding,
+            "dilation": like.dilation,
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to those of weights drawn for each example, or of the mean."""
-        o, d = self.prior_mean.shape
+        d = self.prior_mean.shape[1]
         weight = self.prior_mean[:, : d - self.has_bias].view(self.kernel)
         bias = self.prior_mean[:, -1] if self.has_bias else None
         base = F.conv2d(x, weight, bias, **self.options)
@@ -242,12 +257,13 @@ class GaussianConvolution(GaussianLayer):
             patches = torch.cat([patches, torch.ones_like(patches[:, :1])], 1)
         if self.right is not None:
             patches = self.right.T @ patches
-        weights = self.mean
+        weights: Tensor = self.mean
         if self.is_noisy:
             shape = (len(x), *self.mean.shape)
             weights = self.mean + (self.log_ratio / 2).exp() * self.draws.normal(shape, self.mean)
         deviation = self._out((self.log_scale / 2).exp() * (weights @ patches))
-        return base + deviation.view(base.shape)
+        found: Tensor = base + deviation.view(base.shape)
+        return found
 
 
 def _between(new: Tensor | None, old: Tensor | None, size: int) -> Tensor:

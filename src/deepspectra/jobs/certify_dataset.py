@@ -1,4 +1,4 @@
-"""The certificate as a job: a labelled dataset of its numbers and its account, its verdict, and what makes it resumable."""
+"""The certificate as a job: a labelled dataset of its numbers and its account, and what makes it resumable."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def bounds(dataset: xr.Dataset) -> alt.LayerChart:
         observed, bound = (float(value) for value in dataset["bound"].sel(bounded=name).values)
         known = {"observed": observed, "bound": bound}
         table.append({"name": name} | {key: value for key, value in known.items() if math.isfinite(value)})
-    names = [row["name"] for row in table]
+    names = [str(row["name"]) for row in table]
     axis = alt.Axis(title=None, labelLimit=330, ticks=False, domain=False)
     base = blank(table).encode(y=alt.Y("name:N", sort=names, axis=axis))
     tooltip = [word("name", "of"), tip("observed", "observed", ".4f"), tip("bound", "at most", ".4f")]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from reproductions import dissecting
+from reproductions import certificates, dissecting
 from reproductions.claims import Verdict, _within, judged, misclassification, page, spread, table
 from reproductions.measure import Run, measure, outliers_and_averages
 
@@ -187,3 +187,50 @@ def test_layers_are_dissected_and_set_beside_published_numbers() -> None:
     nearest = [line.split(" | ") for line in text.splitlines() if line.startswith("| fully connected")]
     assert [sum(map(int, row[1:3])) + int(row[3].rstrip(" |")) for row in nearest] == [2, 2]
     assert list(dissecting.RUNS)[1] == "lenet-mnist-batch-norm"
+
+
+def _certified(name: str, value: float) -> dict[str, Any]:
+    """A record of the certificates' page."""
+    return {
+        "name": name,
+        "seed": 0,
+        "value": value,
+        "empirical_error": 0.04,
+        "divergence": {"fc1": 1300.0, "fc2": 7.5},
+        "test_error": 0.05,
+        "mean_test_error": 0.03,
+        "binomial": {"your network": [180, 10_000, 0.0209]},
+        "unmodified": [0.19, 0.06],
+        "loss_increase": [0.02, 0.03],
+        "cpu_seconds": 61.0,
+        "variances": {"fc1": [[1.0, 0.1], [1e-3, 1e-2]]},
+        "scales": {"fc1": 0.01},
+    }
+
+
+def test_the_page_of_certificates_has_means_over_seeds_and_says_what_is_missing() -> None:
+    records = [_certified("two-600-isotropic", 0.11), _certified("two-600-isotropic", 0.12)]
+    records += [_certified("two-600-base", 0.16), _certified("two-600-iter", 0.13)]
+    text = certificates.page(records)
+    assert "| two-600-isotropic | 2 | .1150 ± .0071 | .1198 (Wu et al. 2020)" in text
+    assert "1300 + 7.5 | 61 |" in text
+    assert "Base .1600 > Iter .1300" in text
+    assert "Not measured yet" in text
+    assert "two-600-smooth" in text.rsplit("Not measured yet", maxsplit=1)[1]
+    for chart in (
+        certificates._bounds_chart({"two-600-base": records[:1]}),
+        certificates._variances_chart(records[0]),
+    ):
+        assert chart.to_dict()["layer"]
+
+
+def test_a_cell_of_certificates_is_measured_from_end_to_end(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(certificates, "STORE", tmp_path)
+    monkeypatch.setattr(certificates, "TRAINING_EPOCHS", 1)
+    cell = certificates.Cell("tiny", "digits", "two", (8,), "smooth", "–", None, {"epochs": 2, "passes": 1})
+    record = certificates.measure(cell, 0, tmp_path)
+    assert 0 < record["empirical_error"] <= record["value"] <= 1
+    assert "priors before, 10 tried" in record["charges"]
+    assert not list(tmp_path.glob("tiny-0/*"))  # finished
+    json.dumps(record)
+    certificates.page([record | {"name": "two-600-smooth"}])

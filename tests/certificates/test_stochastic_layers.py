@@ -100,7 +100,7 @@ def test_directions_that_are_not_kept_have_the_prior_and_cost_nothing():
     assert torch.allclose(covariance, 0.3 * torch.eye(15).double(), atol=1e-6)
     assert torch.allclose(mean, layer.prior_mean.double().flatten())
     assert float(layer.divergence().detach()) < 1e-12
-    assert float(layer.divergence(torch.float32).detach()) == 0
+    assert float(layer.divergence(torch.float32).detach()) < 1e-6
 
 
 def test_a_convolution_draws_one_kernel_for_all_positions_of_an_example():

@@ -1,7 +1,9 @@
 """Certificates hold, are computed from their ledger, can be stopped, and are refused where there are none."""
 
 import dataclasses
+import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 import deepspectra as ds
 from certificates_problems import cnn, data, images, mlp, problem
+from deepspectra.certificates import optimise
 from deepspectra.certificates.binomial_bounds import binomial_bound, monte_carlo_bound
 from deepspectra.certificates.networks import Examples, GaussianNetwork, examples_of
 from deepspectra.certificates.priors import Blur, Prior, fresh, prepare, split
@@ -171,14 +174,18 @@ def test_a_stopped_certificate_ends_as_an_unbroken_one(prior):
     assert len(resumed.curve) == len(whole.curve) == 6
 
 
-def test_descent_ends_with_its_minutes_and_says_so():
+def test_descent_ends_with_its_minutes_and_says_so(monkeypatch):
+    # a clock of which every look costs a second, of 12 that there are
+    monkeypatch.setattr(optimise, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     said = []
-    found = ds.certify(
-        problem(), epochs=4000, batch_size=100, passes=2, minutes=0.02, progress=lambda *a: said.append(a)
-    )
-    assert 1 <= len(found.curve) < 4000
-    assert "stopped after" in str(found)
+    settings = FEW | {"epochs": 400, "minutes": 0.2}
+    found = ds.certify(problem(), progress=lambda *a: said.append(a), **settings)
+    assert len(found.curve) == 12
+    assert "stopped after 12 of 400 epochs" in str(found)
     assert any("about" in name for *_, name in said)
+    kept = Kept()
+    ds.certify(problem(), store=kept, **settings | {"minutes": 0.1})
+    assert len(ds.certify(problem(), store=kept, **settings).curve) > 6  # there are more minutes now
 
 
 @pytest.mark.parametrize("bound", ["quadratic", "lambda"])

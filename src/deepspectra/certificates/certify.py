@@ -253,7 +253,7 @@ class _Trial:
             ledger = ledger.tried("priors of this call", self.num_priors)
         if prior.tried > 1:
             ledger = ledger.tried("priors before", prior.tried)
-        descent = Descent(made.network, made.plain, made.bound, self.problem, ledger, settings, self.seed)
+        descent = Descent(made.network, made.plain, made.bound, self.problem, prior.grid, settings, self.seed)
         descent.run(self.store, name, self.progress)
         ledger = _settled(made.network, prior, ledger)
         ledger = replace(ledger, seeds={"prior and split": self.seed, "draws": _draws_seed(self.seed)})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deepspectra.argument_checks import LayerProgress, seeded
 from deepspectra.certificates.binomial_bounds import BOUNDS, price
-from deepspectra.certificates.ledger import Ledger
+from deepspectra.certificates.ledger import Grid
 from deepspectra.certificates.losses import error_probability, log_loss
 from deepspectra.certificates.networks import Examples, GaussianNetwork
 from deepspectra.certificates.posterior import (
@@ -30,6 +30,7 @@ from deepspectra.problem.problem import Problem
 
 SMOOTHING = 0.98  # of the running estimate of the risk
 TRAINING_EPOCHS = 5  # of a posterior that starts at a trained network
+SETTLED = 0.7  # share of the epochs after which λ stays on its grid
 RAMP = 50  # steps over which the step sizes rise
 EXPECTED = 40.0  # nats of a ledger beside the divergence: what the price of a nat is figured with
 
@@ -43,14 +44,14 @@ class Descent:
         plain: a network of the same layers, with plain weights.
         examples: of the bound.
         problem: whose data and memory the curvature's problems take.
-        ledger: n, and the bound.
+        grid: of the prior's scales.
     """
 
     network: GaussianNetwork
     plain: nn.Module
     examples: Examples
     problem: Problem
-    ledger: Ledger
+    grid: Grid
     settings: Settings
     seed: int
     curve: list[tuple[float, float]] = field(default_factory=list)  # (risk, KL) of each epoch
@@ -77,6 +78,8 @@ class Descent:
                 self.refresh(epoch)
                 inputs = self.network.prepared(self.examples.inputs) if settings.sides == "both" else inputs
                 optimizer = self._optimizer()
+            if epoch >= SETTLED * num_epochs:
+                self._settle()
             if progress is not None:
                 progress(epoch, num_epochs, self._status(name))
             self._epoch(inputs, optimizer, epoch, num_epochs)
@@ -140,11 +143,16 @@ class Descent:
     def _optimizer(self) -> torch.optim.Optimizer:
         layers, rate = self.network.layers.values(), self.settings.rate
         groups = [
-            {"params": [layer.mean for layer in layers], "rate": rate},
-            {"params": [layer.log_ratio for layer in layers], "rate": 2.5 * rate},
-            {"params": [layer.log_scale for layer in layers], "rate": rate},
+            {"params": [layer.mean for layer in layers], "rate": rate, "settles": False},
+            {"params": [layer.log_ratio for layer in layers], "rate": 2.5 * rate, "settles": False},
+            {"params": [layer.log_scale for layer in layers], "rate": rate, "settles": True},
         ]
         return torch.optim.Adam(groups, lr=rate)
+
+    def _settle(self) -> None:
+        """Put λ on its grid while means and variances can still follow, for a coarse grid is a cheap one."""
+        for layer in self.network.layers.values():
+            layer.log_scale.data.fill_(math.log(self.grid.variance(self.grid.nearest(layer.scale))))
 
     def _epoch(self, inputs: Tensor, optimizer: torch.optim.Optimizer, epoch: int, num_epochs: int) -> None:
         settings, n = self.settings, len(self.examples)
@@ -157,7 +165,8 @@ class Descent:
             done = (epoch + step / len(order)) / num_epochs
             ramp = min(1.0, (epoch * len(order) + step + 1) / RAMP)
             for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * ramp * (1 + math.cos(math.pi * done)) / 2
+                group["lr"] = 0 if group["settles"] and epoch >= SETTLED * num_epochs else group["rate"]
+                group["lr"] *= ramp * (1 + math.cos(math.pi * done)) / 2
             labels, outputs = self.examples.labels[chosen], self.network.outputs(inputs[chosen])
             errors = error_probability(outputs, labels)
             divergences = sum(layer.divergence(errors.dtype) for layer in self.network.layers.values())

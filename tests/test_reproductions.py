@@ -211,26 +211,24 @@ def _certified(name: str, value: float) -> dict[str, Any]:
 def test_the_page_of_certificates_has_means_over_seeds_and_says_what_is_missing() -> None:
     records = [_certified("two-600-isotropic", 0.11), _certified("two-600-isotropic", 0.12)]
     records += [_certified("two-600-base", 0.16), _certified("two-600-iter", 0.13)]
-    text = certificates.page(records)
+    text = certificates.page(records, certificates.CELLS)
     assert "| two-600-isotropic | 2 | .1150 ± .0071 | .1198 (Wu et al. 2020)" in text
     assert "1300 + 7.5 | 61 |" in text
     assert "Base .1600 > Iter .1300" in text
     assert "Not measured yet" in text
     assert "two-600-smooth" in text.rsplit("Not measured yet", maxsplit=1)[1]
-    for chart in (
-        certificates._bounds_chart({"two-600-base": records[:1]}),
-        certificates._variances_chart(records[0]),
-    ):
+    drawn = certificates_page.bounds_chart({"two-600-base": records[2:3]}, certificates.CELLS)
+    for chart in (drawn, certificates_page.variances_chart(records[0])):
         assert chart.to_dict()["layer"]
 
 
 def test_a_cell_of_certificates_is_measured_from_end_to_end(monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setattr(certificates, "STORE", tmp_path)
     monkeypatch.setattr(certificates, "TRAINING_EPOCHS", 1)
-    cell = certificates.Cell("tiny", "digits", "two", (8,), "smooth", "–", None, {"epochs": 2, "passes": 1})
+    cell = certificates.Cell("digits-8", "two", (8,), "smooth", "–", None, {"epochs": 2, "passes": 1})
     record = certificates.measure(cell, 0, tmp_path)
     assert 0 < record["empirical_error"] <= record["value"] <= 1
     assert "priors before, 10 tried" in record["charges"]
-    assert not list(tmp_path.glob("tiny-0/*"))  # finished
+    assert not list(tmp_path.glob("digits-8-0/*"))  # finished
     json.dumps(record)
-    certificates.page([record | {"name": "two-600-smooth"}])
+    certificates.page([record | {"name": "two-600-smooth"}], certificates.CELLS)

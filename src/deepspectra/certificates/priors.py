@@ -151,7 +151,9 @@ def split(num: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def fresh(model: nn.Module, seed: int) -> nn.Module:
-    """The same network with new random weights, as its layers draw them.
+    """The same network with new random weights, as its layers draw them, and statistics as before any data.
+
+    Buffers of other modules stay: they must be constants, and not made of the examples.
 
     Raises:
         CertificateError: a module with parameters of its own has no `reset_parameters`.
@@ -160,14 +162,14 @@ def fresh(model: nn.Module, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for name, module in twin.named_modules():
-            if not any(True for _ in module.parameters(recurse=False)):
-                continue
-            if not callable(getattr(module, "reset_parameters", None)):
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+            elif any(True for _ in module.parameters(recurse=False)):
                 raise CertificateError(
                     f"{name or 'the model'} ({type(module).__name__}) has no reset_parameters, so its weights before "
                     "training are not known. Give them: prior=Prior(centre=the network before training)."
                 )
-            module.reset_parameters()
     return twin
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from reproductions import certificates, dissecting
+from reproductions import certificates, certificates_page, dissecting
 from reproductions.claims import Verdict, _within, judged, misclassification, page, spread, table
 from reproductions.measure import Run, measure, outliers_and_averages
 

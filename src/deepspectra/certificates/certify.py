@@ -343,19 +343,20 @@ class _Trial:
         curvature = curvature_in(problem, made.network)
         layers = {}
         for name, layer in made.network.layers.items():
-            variances = torch.full(layer.prior_mean.shape, layer.scale, dtype=torch.float64)
+            variances = torch.full_like(layer.prior_mean, layer.scale, dtype=torch.float64)
             variances[:, : layer.mean.shape[1]] = layer.variances()
             h = curvature.get(name, torch.zeros_like(variances))
             kept_h = h[:, : layer.mean.shape[1]].flatten()
             order = kept_h.argsort(descending=True)
-            order = order[torch.linspace(0, len(order) - 1, min(POINTS, len(order))).long()]
+            places = torch.linspace(0, len(order) - 1, min(POINTS, len(order))).long()
+            order = order[places.to(order.device)]
             layers[name] = LayerPosterior(
                 divergence=ledger.divergence[name],
                 scale=layer.scale,
                 num_parameters=layer.prior_mean.numel(),
                 num_kept=layer.mean.numel(),
-                curvature=kept_h[order],
-                variance=layer.variances().flatten()[order],
+                curvature=kept_h[order].cpu(),
+                variance=layer.variances().flatten()[order].cpu(),
                 loss_increase=float((h * variances).sum()) / 2,
             )
         measured = _cross_entropy(made, some, self.seed) - problem.loss()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ CHUNK = 1000  # examples that pass at a time where nothing is differentiated
 SAMPLE = 3  # examples on which a network is understood
 KINDS = (nn.Linear, nn.Conv2d)
 Weighted = nn.Linear | nn.Conv2d
+SHAPING = (nn.Flatten, nn.Identity)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Examples:
 
     def some(self, chosen: Tensor) -> Examples:
         """Those of these places."""
+        chosen = chosen.to(self.labels.device)
         return Examples(self.inputs[chosen], self.labels[chosen])
 
 
@@ -99,11 +102,6 @@ class GaussianNetwork:
         owned = {f"{name}.{key}".lstrip(".") for name in self.layers for key in ("weight", "bias")}
         self.held = tuple(name for name, _ in model.named_parameters() if name not in owned)
         self.first: str | None = next(iter(self.layers)) if _is_first(model, self.layers, sample) else None
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """What is learned of the posterior and of the prior's scales."""
-        return [p for layer in self.layers.values() for p in layer.parameters()]
 
     def outputs(self, x: Tensor) -> Outputs:
         """Moments of the logits, given draws of the features of each example."""
@@ -282,18 +280,15 @@ def _uses(model: nn.Module, sample: Tensor) -> list[str]:
 def _is_first(model: nn.Module, layers: Mapping[str, GaussianLayer], sample: Tensor) -> bool:
     """Whether a fully connected layer has the flattened inputs themselves, and what it needs of them can be kept."""
     name, layer = next(iter(layers.items()))
-    if not isinstance(layer, GaussianLinear):
+    if not isinstance(layer, GaussianLinear) or not isinstance(model, nn.Sequential):
         return False
     seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    own = model.get_submodule(name)
+    handle = own.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     try:
         model(sample)
     finally:
         handle.remove()
-    before = [m for n, m in model.named_modules() if n and not any(m.children())]
-    shaping = all(isinstance(m, (nn.Flatten, nn.Identity)) for m in before[: _place(model, name, before)])
-    return isinstance(model, nn.Sequential) and shaping and torch.equal(seen[0], sample.flatten(1))
-
-
-def _place(model: nn.Module, name: str, modules: list[nn.Module]) -> int:
-    return modules.index(model.get_submodule(name))
+    leaves = (module for module in model.modules() if not any(module.children()))
+    shaping = all(isinstance(m, SHAPING) for m in itertools.takewhile(lambda m: m is not own, leaves))
+    return shaping and torch.equal(seen[0], sample.flatten(1))

@@ -167,7 +167,8 @@ class Descent:
             for group in optimizer.param_groups:
                 group["lr"] = 0 if group["settles"] and epoch >= SETTLED * num_epochs else group["rate"]
                 group["lr"] *= ramp * (1 + math.cos(math.pi * done)) / 2
-            labels, outputs = self.examples.labels[chosen], self.network.outputs(inputs[chosen])
+            here = chosen.to(inputs.device)
+            labels, outputs = self.examples.labels[here], self.network.outputs(inputs[here])
             errors = error_probability(outputs, labels)
             divergences = sum(layer.divergence(errors.dtype) for layer in self.network.layers.values())
             assert isinstance(divergences, Tensor)

@@ -190,7 +190,8 @@ def learn(model: nn.Module, examples: Examples, epochs: int, seed: int, batch_si
         for chosen in torch.split(torch.randperm(len(examples), generator=generator), batch_size):
             if len(chosen) == 1 and len(examples) > 1:
                 continue  # of which batch norm can learn nothing
-            loss = F.cross_entropy(model(examples.inputs[chosen]), examples.labels[chosen])
+            some = examples.some(chosen)
+            loss = F.cross_entropy(model(some.inputs), some.labels)
             if not math.isfinite(float(loss.detach())):
                 raise NonFiniteError(
                     f"the loss of the prior's training became {float(loss.detach())}. Check the inputs."

@@ -111,13 +111,14 @@ class GaussianLayer(nn.Module):
         """
         o, d = self.prior_mean.shape
         old_right = self.whole_right()
-        ratio = torch.ones(o, d, dtype=torch.float64)
-        mean = torch.zeros(o, d, dtype=torch.float64)
+        ratio = torch.ones(o, d, dtype=torch.float64, device=self.prior_mean.device)
+        mean = torch.zeros_like(ratio)
         kept = self.mean.shape[1]
         ratio[:, :kept] = self.log_ratio.detach().double().exp()
         mean[:, :kept] = self.mean.detach().double()
-        q_left = _between(left, self.left, o)
-        new_right = torch.eye(d, dtype=torch.float64) if right is None else right.double()
+        q_left = self._identity(o) if left is None else left.double()
+        q_left = q_left.T @ self.whole_left()
+        new_right = self._identity(d) if right is None else right.double()
         q_right = new_right.T @ old_right
         mean = q_left @ mean @ q_right.T
         ratio = q_left.square() @ ratio @ q_right.square().T
@@ -165,21 +166,22 @@ class GaussianLayer(nn.Module):
         """Over outputs."""
         return rotated if self.left is None else self.left @ rotated
 
+    def _identity(self, size: int) -> Tensor:
+        return torch.eye(size, dtype=torch.float64, device=self.prior_mean.device)
+
     def whole_left(self) -> Tensor:
         """U_S (o, o) float64."""
-        return (
-            torch.eye(len(self.prior_mean), dtype=torch.float64) if self.left is None else self.left.double()
-        )
+        return self._identity(len(self.prior_mean)) if self.left is None else self.left.double()
 
     def whole_right(self) -> Tensor:
         """U_A (d, d) float64, with the directions that are not kept."""
         d = self.prior_mean.shape[1]
         if self.right is None:
-            return torch.eye(d, dtype=torch.float64)
+            return self._identity(d)
         kept = self.right.double()
         if kept.shape[1] == d:
             return kept
-        whole, _ = torch.linalg.qr(torch.cat([kept, torch.eye(d, dtype=torch.float64)], 1))
+        whole, _ = torch.linalg.qr(torch.cat([kept, self._identity(d)], 1))
         return torch.cat([kept, whole[:, kept.shape[1] :]], 1)
 
 
@@ -264,9 +266,3 @@ class GaussianConvolution(GaussianLayer):
         deviation = self._out((self.log_scale / 2).exp() * (weights @ patches))
         found: Tensor = base + deviation.view(base.shape)
         return found
-
-
-def _between(new: Tensor | None, old: Tensor | None, size: int) -> Tensor:
-    """Q = U′ᵀ U (size, size) float64; None is the identity."""
-    eye = torch.eye(size, dtype=torch.float64)
-    return (eye if new is None else new.double()).T @ (eye if old is None else old.double())

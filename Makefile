@@ -32,10 +32,11 @@ check: $(VENV)/.installed-dev ## check format, lint, types and the arrows betwee
 bench: $(BENCH)/.installed ## measure cost and accuracy beside the peers, write docs/benchmarks.md
 	OMP_NUM_THREADS=1 $(BENCH)/bin/python -m benchmarks $(BENCH_OPTIONS)
 
-reproduce: $(VENV)/.installed ## measure the papers' claims on DEEPSPECTRA_DATA (hours), write docs/claims.md and docs/dissecting.md
+reproduce: $(VENV)/.installed ## measure the papers' claims on DEEPSPECTRA_DATA (hours), write docs/claims.md, docs/dissecting.md and docs/certificates.md
 	$(BIN)/python -m reproductions
 	$(BIN)/python -m reproductions.dissecting
 	$(BIN)/python -m reproductions.coverage
+	$(BIN)/python -m reproductions.certificates
 
 clean: ## remove the environment and every cache
 	rm -rf $(VENV) $(BENCH) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,6 +1,7 @@
 """The job behind `certify`: what it takes from its options, what it keeps and what it saves."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from deepspectra.jobs.certify_dataset import certificate_dataset
 from deepspectra.jobs.command_targets import Choice
 from deepspectra.jobs.pages import load_page, save_page
 
+FORMAT = Path(__file__).parents[2] / "docs" / "file-format.md"
 FEW = {"epochs": 3, "batch_size": 100, "passes": 2, "basis": None}
 
 
@@ -29,6 +31,9 @@ def test_a_strangers_convolutional_network_is_certified_and_its_page_written(tmp
     assert about["priors_tried"] == 2
     assert about["may_fail"] == {"bound": 0.025, "Monte Carlo": 0.01}
     assert saved.attrs["verdict"].startswith("With probability 0.965")
+    described = FORMAT.read_text().split("## certify.nc")[1]
+    for name in (*saved.data_vars, *saved.coords):
+        assert f"`{name}`" in described, f"{name} is saved and not described"
     page = (tmp_path / "certify.html").read_text()
     for name in (
         "chart-bounds",

@@ -91,8 +91,8 @@ def _failures_in_the_plane(repetitions, delta, seed, num_draws=2000):
     """Labels are sign(x₁) but for one in five, x on the circle; prior N(0, I), posteriors N(μ, s I) of the data.
 
     The error of w ~ N(μ, s I) at angle φ is Φ(−y μ·x/√s), so its mean over the circle is the true risk. Of 96
-    posteriors the one of the smallest bound is kept, so that the bound must hold for all of them at once. Its error on
-    the data is bounded from draws, as a certificate's is, with another δ/2 that they may fail.
+    posteriors the one of the smallest bound is kept, so that the bound must hold for all of them at once. Its error
+    on the data is bounded from draws, as a certificate's is, with another δ/2 that they may fail.
     """
     draw, n = np.random.default_rng(seed), 40
     angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)

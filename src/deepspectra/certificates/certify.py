@@ -121,6 +121,11 @@ class Certificate(Result):
         """Labels (B,) of inputs as the certified network gives them, a draw of the weights for each."""
         return _drawn_labels(self.network, self.network.prepared(self.blur(x)), Draws(seed))
 
+    def _of_the_network(self, plain: Deterministic) -> str:
+        """What its certificate is worth, beside the binomial bound."""
+        sure = self.ledger.must_hold("disagreement", plain.delta).confidence
+        return plain.sentence(min(one.value for one in self.test_bounds), sure)
+
     @property
     def sentences(self) -> list[str]:
         """What it says, what it does not, and which bound is tighter."""
@@ -133,7 +138,7 @@ class Certificate(Result):
             found.append("That is vacuous: guessing a class does as well.")
         found += [one.sentence(self.value) for one in self.test_bounds]
         if self.deterministic is not None:
-            found.append(self.deterministic.sentence(min(one.value for one in self.test_bounds)))
+            found.append(self._of_the_network(self.deterministic))
         else:
             found.append(
                 "Of the unmodified network nothing is certified: that takes data it has not seen, labelled or not."
@@ -244,7 +249,8 @@ class _Trial:
         """Of one prior: posterior, ledger and draws."""
         name = f"prior {number + 1}" if self.num_priors > 1 else "descent"
         settings, n_mc = self.settings, self.settings.passes
-        made = prepare(prior, self.problem.model, self.examples, self.seed, self.store)
+        learnt = "learnt prior" + name.removeprefix("descent").removeprefix("prior")
+        made = prepare(prior, self.problem.model, self.examples, self.seed, self.store, learnt)
         ledger = Ledger(len(made.bound), settings.delta, bound=settings.bound)
         # the draws must hold for whichever prior is best
         share = settings.monte_carlo_delta / self.num_priors

@@ -15,7 +15,7 @@ from deepspectra.argument_checks import LayerProgress, seeded
 from deepspectra.certificates.binomial_bounds import BOUNDS, price
 from deepspectra.certificates.ledger import Grid
 from deepspectra.certificates.losses import error_probability, log_loss
-from deepspectra.certificates.networks import Examples, GaussianNetwork
+from deepspectra.certificates.networks import CHUNK, Examples, GaussianNetwork
 from deepspectra.certificates.posterior import (
     closed_form,
     coordinates,
@@ -31,6 +31,10 @@ from deepspectra.problem.problem import Problem
 SMOOTHING = 0.98  # of the running estimate of the risk
 TRAINING_EPOCHS = 5  # of a posterior that starts at a trained network
 SETTLED = 0.7  # share of the epochs after which λ stays on its grid
+POOL = (
+    4  # times the examples of a basis, from which they are drawn in proportion to p (1 − p) of the error, and
+)
+CERTAIN = 0.003  # where there is no doubt
 RAMP = 50  # steps over which the step sizes rise
 EXPECTED = 40.0  # nats of a ledger beside the divergence: what the price of a nat is figured with
 
@@ -56,6 +60,14 @@ class Descent:
     seed: int
     curve: list[tuple[float, float]] = field(default_factory=list)  # (risk, KL) of each epoch
     risk: float = 0.5
+
+    def __post_init__(self) -> None:
+        name = self.network.first
+        if name is not None:
+            outputs, inputs = self.network.layers[name].prior_mean.shape
+            numbers = len(self.examples) * (min(inputs, self.settings.num_directions) + 1 + outputs)
+            if numbers * self.examples.inputs.element_size() > self.problem.memory // 3:
+                self.network.first = None  # what it needs of the inputs is then found anew each time
 
     def run(self, store: Store | None, name: str, progress: LayerProgress | None) -> None:
         """All epochs, or as many as there are minutes for: then the steps shrink sooner, and end as small."""
@@ -135,10 +147,22 @@ class Descent:
             for name, log_ratio in ranked.items():
                 network.layers[name].log_ratio.data.copy_(log_ratio)
 
+    @torch.no_grad()
     def _some(self, epoch: int) -> Examples:
-        """From which a basis is found."""
-        chosen = torch.randperm(len(self.examples), generator=seeded(self.seed + epoch))
-        return self.examples.some(chosen[: self.settings.num_curvature].sort().values)
+        """From which a basis is found: once there is a network, mostly those whose label it may get wrong.
+
+        Only their error moves when weights do, so it is in their features' moments that variances should be diagonal.
+        """
+        generator, num = seeded(self.seed + epoch), self.settings.num_curvature
+        pool = self.examples.some(torch.randperm(len(self.examples), generator=generator)[: POOL * num])
+        doubt = torch.ones(len(pool))
+        if epoch:
+            self.network.draw_from(Draws(self.seed + epoch))
+            parts = zip(torch.split(pool.inputs, CHUNK), torch.split(pool.labels, CHUNK), strict=True)
+            errors = [error_probability(self.network.outputs(self.network.prepared(x)), y) for x, y in parts]
+            doubt = (torch.cat(errors) * (1 - torch.cat(errors)) + CERTAIN).float().cpu()
+        chosen = torch.multinomial(doubt, min(num, len(pool)), generator=generator)
+        return pool.some(chosen.sort().values)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         layers, rate = self.network.layers.values(), self.settings.rate

@@ -63,8 +63,8 @@ class Deterministic:
     num_inputs: int
     delta: float
 
-    def sentence(self, binomial: float) -> str:
-        """What it is worth."""
+    def sentence(self, binomial: float, confidence: float) -> str:
+        """What it is worth, beside the binomial bound; both terms hold with this probability."""
         if self.value >= 1:
             worth = "which is vacuous"
         else:
@@ -74,9 +74,9 @@ class Deterministic:
                 else "tighter than the binomial bound"
             )
         return (
-            f"The unmodified network errs on at most {self.value:.4f}, {worth}: it disagrees with the "
-            f"stochastic one on "
-            f"{self.disagreement:.4f} of {self.num_inputs:,} unseen inputs, whose labels were not used."
+            f"The unmodified network errs on at most {self.value:.4f} (with probability {confidence:.4g}), "
+            f"{worth}: it disagrees with the stochastic one on {self.disagreement:.4f} of {self.num_inputs:,} unseen "
+            "inputs, whose labels were not used."
         )
 
 

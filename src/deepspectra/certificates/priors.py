@@ -93,9 +93,14 @@ class Prepared:
 
 
 def prepare(
-    prior: Prior, model: nn.Module, examples: Examples, seed: int, store: Store | None = None
+    prior: Prior,
+    model: nn.Module,
+    examples: Examples,
+    seed: int,
+    store: Store | None = None,
+    key: str = "learnt prior",
 ) -> Prepared:
-    """Make the prior; one that is learnt is kept in the store.
+    """Make the prior; one that is learnt is kept in the store under this key.
 
     Raises:
         CertificateError: a data-free prior of a network with parameters beyond those of fully connected layers and
@@ -109,11 +114,11 @@ def prepare(
     sample = examples.inputs[:3]
     if prior.kind == "learnt":
         taught, rest = split(len(examples), prior.share, seed)
-        known = None if store is None else store.read("learnt prior")
+        known = None if store is None else store.read(key)
         if known is None:
             learn(plain, examples.some(taught), prior.epochs, seed)
             if store is not None:
-                store.write("learnt prior", dict(plain.state_dict()))
+                store.write(key, dict(plain.state_dict()))
         else:
             plain.load_state_dict(known)
             plain.eval()
@@ -122,9 +127,8 @@ def prepare(
     network = GaussianNetwork(plain, sample, 1.0)
     if prior.kind != "learnt" and network.held:
         raise CertificateError(
-            f"{', '.join(network.held[:3])} cannot be Gaussian here (only weights of nn.Linear and nn.Conv2d "
-            f"that are "
-            "used once can), and without data there is nothing to hold them at. Use prior='learnt'."
+            f"{', '.join(network.held[:3])} cannot be Gaussian here (only weights of nn.Linear and nn.Conv2d that "
+            "are used once can), and without data there is nothing to hold them at. Use prior='learnt'."
         )
     if prior.kind == "smooth":
         if network.first is None or examples.inputs.ndim != 4:

@@ -63,8 +63,8 @@ def examples_of(problem: Problem) -> Examples:
         if not problem.can_split(batch) or not isinstance(batch[0], Tensor):
             raise CertificateError(
                 "a certificate needs independent examples with one class label each, as pairs (x, y) of "
-                "tensors; here examples have several rows or another form. Tokens of a sequence and nodes of a graph depend on "
-                "each other, and the bound would be void."
+                "tensors; here examples have several rows or another form. Tokens of a sequence and nodes of "
+                "a graph depend on each other, and the bound would be void."
             )
         inputs.append(batch[0])
         labels.append(batch[1].flatten().long())

@@ -289,3 +289,17 @@ def test_state_holds_the_whole_posterior(certificate):
     for one, two in zip(twin.layers.values(), certificate.network.layers.values(), strict=True):
         assert torch.equal(one.posterior_mean(), two.posterior_mean())
         assert torch.equal(one.divergence(), two.divergence())
+
+
+@pytest.mark.slow
+def test_published_variants_rank_as_published():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 10, generator=generator)
+    y = (x[:, 0] + 0.5 * x[:, 1] ** 2 > 0.3).long() + (x[:, 2] > 1).long()
+    of = ds.Problem(mlp(10, 3, 40), (x, y))
+    values = {
+        variant: ds.certify(of, variant=variant, epochs=15, batch_size=100, passes=10).value
+        for variant in ("base", "appr", "iter")
+    }
+    assert values["base"] > values["appr"] > values["iter"]
+    assert ds.certify(of, epochs=15, batch_size=100, passes=10).value < values["base"]

@@ -178,8 +178,8 @@ FIGURES = {
         {certificate_charts.bounds: ""},
         "Upper bounds on the error on unseen data (bars) and the errors that were observed (dots). The "
         "certificate is of the stochastic network, which draws its weights anew for each example. “Unmodified” adds "
-        "how often the network as it is disagrees with that one. “Binomial” is what examples that a "
-        "plain network has not seen say, with the same confidence: where it is lower, the certificate tells less than they do.",
+        "how often the network as it is disagrees with that one. “Binomial” is what examples that a plain network "
+        "has not seen say, with the same confidence: where it is lower, the certificate tells less than they do.",
         (tables.charge,),
     ),
     "posterior": Figure(

@@ -13,6 +13,7 @@ import deepspectra as ds
 from certificates_problems import cnn, data, images, mlp, problem
 from deepspectra.certificates import optimise
 from deepspectra.certificates.binomial_bounds import binomial_bound, monte_carlo_bound
+from deepspectra.certificates.ledger import Grid
 from deepspectra.certificates.networks import Examples, GaussianNetwork, examples_of
 from deepspectra.certificates.priors import Blur, Prior, fresh, prepare, split
 from deepspectra.certificates.settings import Settings
@@ -44,7 +45,7 @@ def test_the_bound_follows_from_the_ledger_and_covers_what_is_measured(certifica
 
 
 def test_scales_of_the_prior_lie_on_their_grid(certificate):
-    grid = certificate.prior.grid
+    grid = certificate.prior.places
     for name, layer in certificate.network.layers.items():
         place = grid.nearest(layer.scale)
         assert layer.scale == pytest.approx(grid.variance(place), rel=1e-6)
@@ -102,6 +103,15 @@ def test_a_learnt_prior_never_sees_the_examples_of_the_bound():
         assert torch.equal(one, two)
     assert torch.equal(made[0].bound.inputs, x[rest])
     assert torch.equal(made[1].bound.labels, other[rest])
+
+
+def test_scales_of_a_learnt_prior_are_fixed_unless_a_grid_is_given_and_paid_for():
+    fixed = ds.certify(problem(), "learnt", **FEW)
+    assert not fixed.ledger.charges
+    again = ds.certify(problem(), "learnt", seed=0, **FEW | {"epochs": 1})
+    assert [one.scale for one in fixed.layers.values()] == [one.scale for one in again.layers.values()]
+    free = ds.certify(problem(), Prior("learnt", grid=Grid()), **FEW)
+    assert len(free.ledger.charges) == 2
 
 
 def test_a_data_free_prior_knows_neither_weights_nor_labels():

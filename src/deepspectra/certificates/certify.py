@@ -259,7 +259,9 @@ class _Trial:
             ledger = ledger.tried("priors of this call", self.num_priors)
         if prior.tried > 1:
             ledger = ledger.tried("priors before", prior.tried)
-        descent = Descent(made.network, made.plain, made.bound, self.problem, prior.grid, settings, self.seed)
+        descent = Descent(
+            made.network, made.plain, made.bound, self.problem, prior.places, settings, self.seed
+        )
         descent.run(self.store, name, self.progress)
         ledger = _settled(made.network, prior, ledger)
         ledger = replace(ledger, seeds={"prior and split": self.seed, "draws": _draws_seed(self.seed)})
@@ -370,11 +372,13 @@ class _Trial:
 
 
 def _settled(network: GaussianNetwork, prior: Prior, ledger: Ledger) -> Ledger:
-    """Put every λ on the grid, and enter what that and the divergences cost."""
+    """Put every λ on the grid, if they were free, and enter what that and the divergences cost."""
+    grid = prior.places
     for name, layer in network.layers.items():
-        place = prior.grid.nearest(layer.scale)
-        layer.log_scale.data.fill_(math.log(prior.grid.variance(place)))
-        ledger = ledger.charged(f"λ of {name}, place {place} of its grid", prior.grid.nats(place))
+        if grid is not None:
+            place = grid.nearest(layer.scale)
+            layer.log_scale.data.fill_(math.log(grid.variance(place)))
+            ledger = ledger.charged(f"λ of {name}, place {place} of its grid", grid.nats(place))
     return replace(ledger, divergence={name: float(kl.detach()) for name, kl in network.divergence().items()})
 
 

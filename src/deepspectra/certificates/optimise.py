@@ -48,14 +48,14 @@ class Descent:
         plain: a network of the same layers, with plain weights.
         examples: of the bound.
         problem: whose data and memory the curvature's problems take.
-        grid: of the prior's scales.
+        grid: of the prior's scales; None where they stay what they are.
     """
 
     network: GaussianNetwork
     plain: nn.Module
     examples: Examples
     problem: Problem
-    grid: Grid
+    grid: Grid | None
     settings: Settings
     seed: int
     curve: list[tuple[float, float]] = field(default_factory=list)  # (risk, KL) of each epoch
@@ -90,8 +90,8 @@ class Descent:
                 self.refresh(epoch)
                 inputs = self.network.prepared(self.examples.inputs) if settings.sides == "both" else inputs
                 optimizer = self._optimizer()
-            if epoch >= SETTLED * num_epochs:
-                self._settle()
+            if self.grid is not None and epoch >= SETTLED * num_epochs:
+                self._settle(self.grid)
             if progress is not None:
                 progress(epoch, num_epochs, self._status(name))
             self._epoch(inputs, optimizer, epoch, num_epochs)
@@ -173,10 +173,10 @@ class Descent:
         ]
         return torch.optim.Adam(groups, lr=rate)
 
-    def _settle(self) -> None:
+    def _settle(self, grid: Grid) -> None:
         """Put λ on its grid while means and variances can still follow, for a coarse grid is a cheap one."""
         for layer in self.network.layers.values():
-            layer.log_scale.data.fill_(math.log(self.grid.variance(self.grid.nearest(layer.scale))))
+            layer.log_scale.data.fill_(math.log(grid.variance(grid.nearest(layer.scale))))
 
     def _epoch(self, inputs: Tensor, optimizer: torch.optim.Optimizer, epoch: int, num_epochs: int) -> None:
         settings, n = self.settings, len(self.examples)
@@ -189,7 +189,8 @@ class Descent:
             done = (epoch + step / len(order)) / num_epochs
             ramp = min(1.0, (epoch * len(order) + step + 1) / RAMP)
             for group in optimizer.param_groups:
-                group["lr"] = 0 if group["settles"] and epoch >= SETTLED * num_epochs else group["rate"]
+                settled = self.grid is None or epoch >= SETTLED * num_epochs
+                group["lr"] = 0 if group["settles"] and settled else group["rate"]
                 group["lr"] *= ramp * (1 + math.cos(math.pi * done)) / 2
             here = chosen.to(inputs.device)
             labels, outputs = self.examples.labels[here], self.network.outputs(inputs[here])

@@ -28,7 +28,7 @@ class Store(Protocol):
 
 
 KINDS = ("isotropic", "smooth", "learnt")
-SCALES = {"isotropic": 2.0, "smooth": 2.0, "learnt": 0.01}  # λ at first, over the mean square of the weights
+SCALES = {"isotropic": 2.0, "smooth": 2.0, "learnt": 1e-3}  # λ at first, over the mean square of the weights
 OUTPUT_SCALE = 0.1  # λ of the last layer at first, where its prior has mean zero
 
 
@@ -45,7 +45,9 @@ class Prior:
         epochs: of learning it.
         centre: a network whose weights are W₀, chosen without the examples, such as the user's before training; by
             default they are drawn.
-        grid: of λ.
+        grid: of λ, which is then found with the posterior and charged for. By default a `Grid`; but about learnt
+            weights, where KL is a few nats and a place on a grid would cost more, λ stays a fixed multiple of the
+            mean square of W₀ in its layer.
         tried: how many priors were tried on these examples to arrive at this one, itself included; the bound pays
             log(tried). One that was fixed beforehand is 1.
     """
@@ -55,7 +57,7 @@ class Prior:
     share: float = 0.5
     epochs: int = 15
     centre: nn.Module | None = field(default=None, repr=False)
-    grid: Grid = field(default_factory=Grid)
+    grid: Grid | None = None
     tried: int = 1
 
     def __post_init__(self) -> None:
@@ -66,6 +68,11 @@ class Prior:
             raise OptionError(
                 f"share={self.share!r} must lie between 0 and 1, and blur={self.blur!r} be positive."
             )
+
+    @property
+    def places(self) -> Grid | None:
+        """The grid of λ; None where λ stays what it is."""
+        return Grid() if self.grid is None and self.kind != "learnt" else self.grid
 
     @property
     def name(self) -> str:

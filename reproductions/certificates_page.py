@@ -29,7 +29,8 @@ def page(records: list[Record], cells: Mapping[str, Any]) -> str:
             "seeds",
             "certificate",
             "published",
-            "asked",
+            "aim",
+            "epochs",
             "error of it",
             "KL by layer",
             "CPU s",
@@ -60,7 +61,8 @@ TEXT = """# Certificates
 
 Upper bounds on the error on unseen data, each with probability .965 (of what may fail, .025 are for the PAC-Bayes
 bound and .01 for its Monte-Carlo estimate). Written by `python -m reproductions.certificates`; a stopped run goes on
-where it was. CPU seconds are those of one core, descent and certificate together; the published took hours of a GPU.
+where it was. CPU seconds are those of one core of a machine that had other work, descent and certificate together;
+the published descents are of 2,000 epochs after 1,000 of training.
 
 {bounds}
 
@@ -101,6 +103,7 @@ def _row(cell: Any, some: list[Record]) -> list[str]:
         _spread([record["value"] for record in some]),
         cell.published,
         "–" if cell.goal is None else f"≤ {_short(cell.goal, 3)}",
+        str(max(len(record["curve"]) for record in some)),
         _spread([record["empirical_error"] for record in some]),
         " + ".join(f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in kl.values()),
         f"{_mean([record['cpu_seconds'] for record in some]):.0f}",

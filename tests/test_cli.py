@@ -1,6 +1,7 @@
 """The command line, run as a user runs it."""
 
 import importlib.metadata
+import json
 import os
 import shutil
 import sys
@@ -36,6 +37,14 @@ def pair():
 
 def nothing():
     return None
+
+def points():
+    torch.manual_seed(2)
+    x = torch.randn(400, 5)
+    return x, (x[:, 0] > 0).long() + (x[:, 1] > 1).long()
+
+def classifier():
+    return ds.Problem(torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)), points())
 """
 NEIGHBOUR = """
 import torch
@@ -78,6 +87,32 @@ def test_two_problems_are_compared(folder):
     alone = run("compare", "mine.py:problem", cwd=folder)
     assert alone.returncode == 2
     assert "two targets" in alone.stderr
+
+
+def test_anybodys_classifier_is_certified(folder):
+    options = "--descent-epochs", 5, "--resume"
+    done = run(
+        "certify", "mine.py:classifier", "--test", "mine.py:points", "--out", "mlp", *options, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the stochastic network errs on at most" in done.stdout
+    assert "The binomial bound of your network" in done.stdout
+    saved = load_pages(folder / "mlp")["certify.html"]
+    assert list(saved["layer"].values) == ["0", "2"]
+    assert float(saved["bound"].sel(bounded="stochastic network", bound_end="bound")) <= 1
+    assert float(saved["charge"].sum()) / 400 == pytest.approx(
+        json.loads(saved.attrs["provenance"])["nats_an_example"]
+    )
+    page = (folder / "mlp" / "certify.html").read_text()
+    for name in (
+        "chart-bounds",
+        "chart-posterior_variances",
+        "chart-descent",
+        "charge-table",
+        "posterior-table",
+    ):
+        assert f'id="{name}"' in page
+    assert not (folder / "mlp" / "stages").exists()  # finished
 
 
 def test_anybodys_model_and_data(analysed, folder):

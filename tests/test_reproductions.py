@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reproductions import dissecting
+from reproductions import certificates, certificates_page, dissecting
 from reproductions.__main__ import SMALL, stages, write_pages
 from reproductions.claims import explained, misclassification
 from reproductions.measure import ClaimsCell, measure
@@ -297,3 +297,49 @@ def test_the_page_of_layers_is_that_of_its_records(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "page.md").read_text() == written
     every = {(run.name, run.study) for run in dissecting.RUNS.values()}
     assert {(record["name"], record["study"]) for record in dissecting._recorded()} == every
+
+
+def _certified(name: str, value: float) -> dict[str, Any]:
+    """A record of the certificates' page."""
+    return {
+        "name": name,
+        "seed": 0,
+        "value": value,
+        "empirical_error": 0.04,
+        "divergence": {"fc1": 1300.0, "fc2": 7.5},
+        "test_error": 0.05,
+        "mean_test_error": 0.03,
+        "binomial": {"your network": [180, 10_000, 0.0209]},
+        "unmodified": [0.19, 0.06],
+        "loss_increase": [0.02, 0.03],
+        "curve": [[0.5, 10.0], [0.05, 1307.5]],
+        "cpu_seconds": 61.0,
+        "variances": {"fc1": [[1.0, 0.1], [1e-3, 1e-2]]},
+        "scales": {"fc1": 0.01},
+    }
+
+
+def test_the_page_of_certificates_has_means_over_seeds_and_says_what_is_missing() -> None:
+    records = [_certified("two-600-isotropic", 0.11), _certified("two-600-isotropic", 0.12)]
+    records += [_certified("two-600-base", 0.16), _certified("two-600-iter", 0.13)]
+    text = certificates.page(records, certificates.CELLS)
+    assert "| two-600-isotropic | 2 | .1150 ± .0071 | .1198 (Wu et al. 2020)" in text
+    assert "1300 + 7.5 | 61 |" in text
+    assert "Base .1600 > Iter .1300" in text
+    assert "Not measured yet" in text
+    assert "two-600-smooth" in text.rsplit("Not measured yet", maxsplit=1)[1]
+    drawn = certificates_page.bounds_chart({"two-600-base": records[2:3]}, certificates.CELLS)
+    for chart in (drawn, certificates_page.variances_chart(records[0])):
+        assert chart.to_dict()["layer"]
+
+
+def test_a_cell_of_certificates_is_measured_from_end_to_end(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(certificates, "STORE", tmp_path)
+    monkeypatch.setattr(certificates, "TRAINING_EPOCHS", 1)
+    cell = certificates.Cell("digits-8", "two", (8,), "smooth", "–", None, {"epochs": 2, "passes": 1})
+    record = certificates.measure(cell, 0, tmp_path)
+    assert 0 < record["empirical_error"] <= record["value"] <= 1
+    assert "priors before, 10 tried" in record["charges"]
+    assert not list(tmp_path.glob("digits-8-0/*"))  # finished
+    json.dumps(record)
+    certificates.page([record | {"name": "two-600-smooth"}], certificates.CELLS)

@@ -20,6 +20,9 @@ from deepspectra.analysis.study import study
 from deepspectra.analysis.tail import tail
 from deepspectra.analysis.three_level_map import three_level_map
 from deepspectra.analysis.weights import weights
+from deepspectra.certificates.binomial_bounds import kl_inverse
+from deepspectra.certificates.certify import certify
+from deepspectra.certificates.priors import Prior
 from deepspectra.jobs.analyze import Analysis, analyze, load, save_series
 from deepspectra.jobs.executors import RayExecutor
 from deepspectra.jobs.sweep import sweep
@@ -39,12 +42,14 @@ __all__ = [
     "Hessian",
     "Identity",
     "Kronecker",
+    "Prior",
     "Problem",
     "RayExecutor",
     "Residual",
     "ZooCell",
     "analyze",
     "attribute",
+    "certify",
     "class_groups",
     "class_means",
     "clustering",
@@ -58,6 +63,7 @@ __all__ = [
     "frobenius_norm",
     "gather",
     "gram_spectrum",
+    "kl_inverse",
     "kronecker",
     "kronecker_quality",
     "layers",

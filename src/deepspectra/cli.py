@@ -1,4 +1,4 @@
-"""The command line: `deepspectra demo`, `analyze`, `layers`, `regions`, `compare`, `study` and `report`."""
+"""The command line: `deepspectra demo`, `analyze`, `layers`, `regions`, `certify`, `compare` and others."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ from deepspectra.analysis.regions import NUM_GROUPS, regions
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
 from deepspectra.analysis.study import study
 from deepspectra.argument_checks import LayerProgress
+from deepspectra.certificates.binomial_bounds import BOUNDS
+from deepspectra.certificates.posterior import BASES
+from deepspectra.certificates.priors import KINDS as PRIORS
+from deepspectra.certificates.settings import VARIANTS
 from deepspectra.errors import DeepSpectraError, OptionError
 from deepspectra.jobs.analyze import Analysis, analyze, save_series
+from deepspectra.jobs.certify import certified, unseen
+from deepspectra.jobs.certify_dataset import certificate_dataset
 from deepspectra.jobs.command_targets import CONSOLE, Choice, Moment, Out, Seed, chosen_problem, moments
 from deepspectra.jobs.compare_dataset import comparison_dataset
 from deepspectra.jobs.finished_stages import forget
@@ -279,6 +285,53 @@ def _warn_of_long_spectra(problem: Problem, spectra: int = 1) -> None:
             f"{num_rows:,} rows (examples × (classes − 1)): about {minutes:.0f} minutes for each layer of more "
             f"parameters than that, seconds with --per-class {FEW_ROWS // problem.num_classes**2 or 1}."
         )
+
+
+@_command("certify", out="deepspectra-certify", without=("at", "split"))
+def certify_command(
+    target: Target = None,
+    *,
+    chosen: Choice,
+    prior: Annotated[
+        str,
+        typer.Option(help=f"{', '.join(PRIORS)}; of several, with commas, the best, and all are charged."),
+    ] = PRIORS[0],
+    basis: Annotated[str, typer.Option(help=f"Of the posterior's variances: {', '.join(BASES)}.")] = BASES[0],
+    bound: Annotated[str, typer.Option(help=f"{', '.join(BOUNDS)}.")] = "kl",
+    variant: Annotated[
+        str | None, typer.Option(help=f"As published, for comparison: {', '.join(VARIANTS)}.")
+    ] = None,
+    test: Annotated[
+        str | None,
+        typer.Option(help="file.py:function that returns unseen (x, y); of the zoo, its test data."),
+    ] = None,
+    descent_epochs: Annotated[int | None, typer.Option(help="Epochs of descent on the bound.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="After which descent ends.")] = None,
+) -> None:
+    """A PAC-Bayes bound on the error on unseen data, beside the binomial bound and that of the network as it is."""
+    _claim(chosen, "certify")
+    problem, _, labels, _ = chosen_problem(target, chosen)
+    folder = chosen.out / STAGES if chosen.resume else None
+    settings = {
+        "basis": basis,
+        "bound": bound,
+        "minutes": minutes,
+        "variant": variant,
+        "epochs": descent_epochs,
+    }
+    with _status("certifying") as show:
+        found = certified(
+            problem,
+            prior,
+            unseen(target, test, chosen),
+            settings,
+            seed=chosen.seed,
+            folder=folder,
+            progress=show,
+        )
+    _finish_page(str(found), certificate_dataset(found, problem, labels), chosen.out, "certify")
+    if folder is not None:
+        forget(folder)
 
 
 @_command("compare", out="deepspectra-compare", without=("checkpoint", "at", "resume", "split"))

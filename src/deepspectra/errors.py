@@ -47,6 +47,10 @@ class OptionError(DeepSpectraError, ValueError):
     """An option has a value outside its range."""
 
 
+class CertificateError(DeepSpectraError, ValueError):
+    """A network, loss or data of which nothing can be certified in this way."""
+
+
 class MissingNameError(DeepSpectraError, KeyError):
     """A name that is asked for, such as a layer's, is not among those there are."""
 

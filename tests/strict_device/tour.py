@@ -159,6 +159,7 @@ QUESTIONS = {
     "quality": ds.kronecker_quality,
     "study": lambda problem: ds.study({"one": [problem], "other": [problem]}),
     "compare": lambda problem: ds.compare(problem, problem),
+    "certificate": lambda problem: ds.certify(problem, "learnt", epochs=2, passes=2),
 }
 QUESTIONS |= {
     f"regions of {of}": partial(ds.regions, of=of) for of in ("gradients", "hessian", "features", "errors")

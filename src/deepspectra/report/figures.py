@@ -9,7 +9,7 @@ import altair as alt
 import xarray as xr
 
 from deepspectra.errors import OptionError
-from deepspectra.report import captions, drawing, layer_charts, spectrum_charts, tables
+from deepspectra.report import captions, certificate_charts, drawing, layer_charts, spectrum_charts, tables
 from deepspectra.report.attribution_charts import averaging, cost, knockouts, shares
 from deepspectra.report.class_charts import class_cosines, cross_class_weights, three_level_map
 from deepspectra.report.dynamics_charts import dynamics, is_sweep
@@ -178,6 +178,33 @@ FIGURES = {
         "All parameters together",
         {overlap_whole: ""},
         "Overlap of the top k eigenvectors of G over all parameters of the two networks.",
+    ),
+    "certificate": Figure(
+        "Bounds",
+        "What is certified",
+        {certificate_charts.bounds: ""},
+        "Upper bounds on the error on unseen data (bars) and the errors that were observed (dots). The "
+        "certificate is of the stochastic network, which draws its weights anew for each example. “Unmodified” adds "
+        "how often the network as it is disagrees with that one. “Binomial” is what examples that a plain network "
+        "has not seen say, with the same confidence: where it is lower, the certificate tells less than they do.",
+        (tables.charge,),
+    ),
+    "posterior": Figure(
+        "Variances",
+        "Where the posterior is narrow",
+        {certificate_charts.posterior_variances: ""},
+        "Optimised variances of a layer's weights, in the coordinates in which they are kept, against the curvature "
+        "(the diagonal of G there, of the cross-entropy at the posterior's mean). Where the loss curves, "
+        "weights must be known; in the bulk they may be the prior's and cost nothing. The quadratic model alone "
+        "would have 1/s = 1/λ + βh.",
+        (tables.posterior,),
+    ),
+    "descent": Figure(
+        "Descent",
+        "How the bound was found",
+        {certificate_charts.descent: ""},
+        "Error of the stochastic network on the examples of the bound, and its divergence from the prior, epoch by "
+        "epoch; the bound weighs the two.",
     ),
     "cost": Figure("Cost", "What it cost", {cost: ""}, captions.cost),
 }

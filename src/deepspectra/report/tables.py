@@ -147,6 +147,24 @@ def layer(dataset: xr.Dataset) -> Filled:
     return ["layer", "of", "largest λ", *parts], body
 
 
+@_table("charge-table", "What the certificate is charged", "charge")
+def charge(dataset: xr.Dataset) -> Filled:
+    """The ledger: nats of each term."""
+    body: list[list[Cell]] = [[row["charged"], row["charge"]] for row in rows(dataset, "charge")]
+    total = sum(row["charge"] for row in rows(dataset, "charge"))
+    body.append(["together, over as many examples", total])
+    return ["charged", "nats"], body, [len(body) - 1]
+
+
+@_table("posterior-table", "Layers of the posterior", "posterior")
+def posterior(dataset: xr.Dataset) -> Filled:
+    """Divergence, prior scale and freedom of each layer, and what its noise costs by the quadratic model."""
+    found = pivot(dataset, "posterior", "posterior_measure", "layer")
+    names = ("kl", "scale", "parameters", "free", "loss_increase")
+    body: list[list[Cell]] = [[layer, *(own.get(name) for name in names)] for (layer,), own in found.items()]
+    return ["layer", "KL, nats", "λ of its prior", "parameters", "of them free", "½ tr(HΣ)"], body
+
+
 @_table("block-table", "Layers: their blocks of G and H", "stable_rank")
 def block(dataset: xr.Dataset) -> Filled:
     """Each layer's blocks of G and H: traces, stable ranks, and how far the two are apart."""

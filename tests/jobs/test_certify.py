@@ -1,0 +1,73 @@
+"""The job behind `certify`: what it takes from its options, what it keeps and what it saves."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import deepspectra as ds
+from certificates_problems import cnn, data, images, problem
+from deepspectra.errors import FileError, OptionError, TargetError
+from deepspectra.jobs.certify import certified, unseen
+from deepspectra.jobs.certify_dataset import certificate_dataset
+from deepspectra.jobs.command_targets import Choice
+from deepspectra.jobs.pages import load_page, save_page
+
+FORMAT = Path(__file__).parents[2] / "docs" / "file-format.md"
+FEW = {"epochs": 3, "batch_size": 100, "passes": 2, "basis": None}
+
+
+def test_a_strangers_convolutional_network_is_certified_and_its_page_written(tmp_path):
+    of = ds.Problem(cnn(), images(200))
+    found = certified(of, "isotropic, learnt", images(100, seed=1), FEW)
+    save_page(certificate_dataset(found, of), tmp_path, "certify")
+    saved = load_page(tmp_path)
+    assert float(saved["bound"].sel(bounded="stochastic network", bound_end="bound")) == pytest.approx(
+        found.value
+    )
+    about = json.loads(saved.attrs["provenance"])
+    assert float(saved["charge"].sum()) / found.ledger.num_examples == pytest.approx(about["nats_an_example"])
+    assert about["priors_tried"] == 2
+    assert about["may_fail"] == {"bound": 0.025, "Monte Carlo": 0.01}
+    assert saved.attrs["verdict"].startswith("With probability 0.965")
+    described = FORMAT.read_text().split("## certify.nc")[1]
+    for name in (*saved.data_vars, *saved.coords):
+        assert f"`{name}`" in described, f"{name} is saved and not described"
+    page = (tmp_path / "certify.html").read_text()
+    for name in (
+        "chart-bounds",
+        "chart-posterior_variances",
+        "chart-descent",
+        "charge-table",
+        "posterior-table",
+    ):
+        assert f'id="{name}"' in page
+
+
+def test_unfinished_work_is_taken_up_and_that_of_another_certificate_refused(tmp_path):
+    once = certified(problem(300), "isotropic", None, FEW, folder=tmp_path)
+    again = certified(problem(300), "isotropic", None, FEW | {"minutes": 5.0}, folder=tmp_path)
+    assert again.value == once.value
+    assert len(list(tmp_path.glob("*.pt"))) == 2  # the descent, and whose it is
+    with pytest.raises(FileError, match="seed was 0 and is 1"):
+        certified(problem(300), "isotropic", None, FEW, seed=1, folder=tmp_path)
+    with pytest.raises(FileError, match="priors was"):
+        certified(problem(300), "learnt", None, FEW, folder=tmp_path)
+
+
+def test_test_data_are_the_zoos_or_a_function_returns_them(tmp_path, monkeypatch):
+    x, y = unseen(None, None, Choice(model="mlp", data="digits"))
+    assert len(x) == len(y) == 355
+    assert unseen("mine.py:problem", None, Choice()) is None
+    (tmp_path / "held.py").write_text(
+        "import torch\ndef pair(): return torch.ones(2, 5), torch.zeros(2)\ndef no(): pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(unseen("mine.py:problem", "held.py:pair", Choice())[0], torch.ones(2, 5))
+    with pytest.raises(TargetError, match="NoneType"):
+        unseen("mine.py:problem", "held.py:no", Choice())
+    with pytest.raises(OptionError, match="'isotropic', 'smooth', 'learnt'"):
+        certified(problem(50), "uniform", None, FEW)
+    with pytest.raises(OptionError, match="as many inputs"):
+        certified(problem(50), "isotropic", (data(5)[0], torch.zeros(4)), FEW)

@@ -68,7 +68,8 @@ the published descents are of 2,000 epochs after 1,000 of training.
 
 Means over seeds ± their standard deviation. "two": the digits 0–4 against 5–9; "ten": all classes; "random": coin
 tosses for labels. All 60,000 images (of CIFAR-10 14,000; the published bound used 50,000). Each layer has a prior
-scale of its own, charged on its grid; log TRIED nats are charged besides, for priors tried on MNIST in making this.
+scale of its own, charged on its grid (fixed about learnt weights); log TRIED nats are charged besides, for priors
+tried on MNIST in making this.
 
 {beside}
 

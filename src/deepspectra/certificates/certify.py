@@ -356,7 +356,9 @@ class _Trial:
             h = curvature.get(name, torch.zeros_like(variances))
             kept_h = h[:, : layer.mean.shape[1]].flatten()
             order = kept_h.argsort(descending=True)
-            places = torch.linspace(0, len(order) - 1, min(POINTS, len(order))).long()
+            # evenly in the logarithm of their rank: most coordinates are flat, and the few that are not matter
+            ranks = torch.logspace(0, math.log10(len(order)), POINTS, dtype=torch.float64)
+            places = torch.unique(ranks.round().long().clamp(1, len(order)) - 1)
             order = order[places.to(order.device)]
             layers[name] = LayerPosterior(
                 divergence=ledger.divergence[name],

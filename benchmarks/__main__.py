@@ -64,12 +64,8 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="one small network, no targets; to see that it runs"
-    )
-    parser.add_argument(
-        "--only", nargs="+", choices=SECTIONS, help="measure these again, keep the file's others"
-    )
+    parser.add_argument("--quick", action="store_true", help="one small network, no targets; to see that it runs")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="measure these again, keep the file's others")
     parser.add_argument("--note", default="", help="what a reader should know of this run, for the page")
     parser.add_argument("--out", type=Path, help="folder; docs/ by default, a temporary one with --quick")
     return parser.parse_args()

@@ -137,11 +137,7 @@ def build(network: str, data: str, num: int, *, epochs: int | None = None, size:
         model = zoo.build(network, input_shape=shape, num_classes=10)
     recipe = zoo.recipe("lenet" if network in _OWN else network, data, num)
     epochs = recipe.epochs if epochs is None else epochs
-    kept = (
-        Path(tempfile.gettempdir())
-        / "deepspectra-bench"
-        / f"{network}-{data}-{num}-{epochs}-{size}.safetensors"
-    )
+    kept = Path(tempfile.gettempdir()) / "deepspectra-bench" / f"{network}-{data}-{num}-{epochs}-{size}.safetensors"
     if kept.is_file():
         zoo.load_checkpoint(kept, model)
     elif epochs:

@@ -157,9 +157,7 @@ def density(rows: list[Row]) -> Chart | None:
     y = alt.Y("distance:Q", scale=alt.Scale(type="log"), axis=alt.Axis(format="~g"), title="W1 / mean |λ|")
     lines = base.mark_line(point=alt.OverlayMarkDef(size=70)).encode(x=x, y=y, color=_colour(table))
     panels = [
-        lines.transform_filter(f"datum.task == {case!r}").properties(
-            width=WIDTH // 2 - 20, height=230, title=case
-        )
+        lines.transform_filter(f"datum.task == {case!r}").properties(width=WIDTH // 2 - 20, height=230, title=case)
         for case in dict.fromkeys(row["task"] for row in table)
     ]
     return finished(alt.concat(*panels, columns=2).resolve_scale(y="shared"))

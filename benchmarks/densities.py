@@ -50,9 +50,7 @@ def spectrum(case: Case) -> tuple[Tensor, Tensor]:
     return (matrix + matrix.T) / 2, torch.linalg.eigvalsh(matrix)
 
 
-def estimates(
-    case: Case, matrix: Tensor, exact: Tensor, budget: int, peers: list[Any]
-) -> dict[str, Estimate]:
+def estimates(case: Case, matrix: Tensor, exact: Tensor, budget: int, peers: list[Any]) -> dict[str, Estimate]:
     """Every tool's way to spend so many products."""
     found: dict[str, Estimate] = {OURS: lambda seed: nodes_of(matrix, budget // STEPS, STEPS, seed)}
     if budget // 2 > STEPS:  # the shape of an analysis' efforts: few probes, many steps

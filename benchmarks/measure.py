@@ -135,10 +135,7 @@ def compare(
                 results[name].append(keep(name, result))
             del result
     gradient = statistics.median(units)
-    return {
-        name: Cost([s / gradient for s in runs[name]], results[name], failures.get(name, ""))
-        for name in calls
-    }
+    return {name: Cost([s / gradient for s in runs[name]], results[name], failures.get(name, "")) for name in calls}
 
 
 def machine() -> dict[str, str]:

@@ -152,11 +152,7 @@ def _verdict(rows: list[Row]) -> str:
         if row.tool == OURS and (best := _best_peer(rows, row)) and _size(best) < _size(row)
     ]
     head = f"## Lost and missed\n\n{len(aimed) - len(missed)} of {len(aimed)} targets are met. "
-    head += (
-        f"A peer is ahead in {len(lost)} comparisons."
-        if lost
-        else "No right peer is ahead in any comparison."
-    )
+    head += f"A peer is ahead in {len(lost)} comparisons." if lost else "No right peer is ahead in any comparison."
     why = [text for name, text in WHY.items() if any(row.section == name for row in aimed if not row.met)]
     return "\n\n".join(filter(None, [head, "\n".join([*missed, *lost]), *why]))
 
@@ -220,11 +216,7 @@ def _cell(row: Row | None) -> str:
         return "–"
     if row.cost is None:
         return "failed"
-    return (
-        f"{_number(row.cost)} [{_number(row.low or 0)}, {_number(row.high or 0)}]"
-        if row.right
-        else _wrong(row)
-    )
+    return f"{_number(row.cost)} [{_number(row.low or 0)}, {_number(row.high or 0)}]" if row.right else _wrong(row)
 
 
 def _wrong(row: Row) -> str:
@@ -259,9 +251,7 @@ def _products(rows: list[Row]) -> str:
         far = "" if ours.cost is None or ours.bound is None else f" ({ours.cost / ours.bound:.2f}×)"
         bound = "–" if ours.bound is None else f"{ours.bound:.2f}{far}"
         targets = "; ".join(filter(None, (_target(row) for row in some.values())))
-        lines.append(
-            [case, what, *(_cell(some.get(tool)) for tool in tools), bound, _ratio(rows, ours), targets]
-        )
+        lines.append([case, what, *(_cell(some.get(tool)) for tool in tools), bound, _ratio(rows, ours), targets])
     return _table(["network, data", "product", *tools, "bound (we)", "best peer / we", "target"], lines)
 
 
@@ -309,9 +299,7 @@ def _subspace(rows: list[Row]) -> str:
 def _density(rows: list[Row]) -> str:
     """A table a measure, one line a tool, one column a budget."""
     notes = [
-        f"{row.case}: {row.what}: {row.quality:.0f} ({_target(row)})."
-        for row in rows
-        if row.measure == "ghosts"
+        f"{row.case}: {row.what}: {row.quality:.0f} ({_target(row)})." for row in rows if row.measure == "ghosts"
     ]
     failed = sorted({f"{row.tool} {row.note}." for row in rows if row.quality is None})
     tables = []

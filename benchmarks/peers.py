@@ -39,9 +39,7 @@ class Curvlinops:
 
     def _operator(self, kind: str, case: Case) -> Any:
         make, parameters = getattr(self.module, kind), list(case.model.parameters())
-        return make(
-            case.model, LOSS, parameters, case.batches, num_data=len(case.y), check_deterministic=False
-        )
+        return make(case.model, LOSS, parameters, case.batches, num_data=len(case.y), check_deterministic=False)
 
     def hessian(self, case: Case) -> Product:
         """v ↦ H v."""
@@ -83,9 +81,7 @@ class Curvlinops:
 
         shape = [(len(matrix),)]
         torch.manual_seed(seed)
-        return lanczos_approximate_spectrum(
-            Dense(shape, shape), num_products, num_points=4096, boundaries=ends
-        )
+        return lanczos_approximate_spectrum(Dense(shape, shape), num_products, num_points=4096, boundaries=ends)
 
 
 class Eigenthings:

@@ -50,9 +50,7 @@ def page(records: list[Record], cells: Mapping[str, Any]) -> str:
         ],
         [_beside(name, by_cell[name]) for name in done],
     )
-    pictures = "\n\n".join(
-        f"![{words}](certificates/{name}.svg)" for name, words in _pictures(by_cell).items()
-    )
+    pictures = "\n\n".join(f"![{words}](certificates/{name}.svg)" for name, words in _pictures(by_cell).items())
     rest = f"Not measured yet, and resumable by the same command: {', '.join(missing)}." if missing else ""
     return TEXT.format(bounds=bounds, beside=beside, pictures=pictures, rest=rest, ranking=_ranking(by_cell))
 
@@ -137,9 +135,7 @@ def _ranking(by_cell: dict[str, list[Record]]) -> str:
     }
     if len(values) < 2:
         return ""
-    order = " > ".join(
-        f"{name} {_short(value)}" for name, value in sorted(values.items(), key=lambda p: -p[1])
-    )
+    order = " > ".join(f"{name} {_short(value)}" for name, value in sorted(values.items(), key=lambda p: -p[1]))
     return (
         f"The published variants, from the same machinery and in as many epochs: {order} "
         "(published: Base > Appr > Iter.M > Iter). They are in CPU minutes what took 1,000 epochs of training and "
@@ -202,12 +198,8 @@ def variances_chart(record: Record) -> Any:
     prior = [{"s": record["scales"][layer]}]
     points = blank(rows).mark_point(filled=True, size=25, opacity=0.6, color="#0072B2")
     points = points.encode(
-        x=alt.X(
-            "h:Q", title=f"curvature h ({layer})", scale=alt.Scale(type="log"), axis=alt.Axis(format=".0e")
-        ),
-        y=alt.Y(
-            "s:Q", title="posterior variance s", scale=alt.Scale(type="log"), axis=alt.Axis(format=".0e")
-        ),
+        x=alt.X("h:Q", title=f"curvature h ({layer})", scale=alt.Scale(type="log"), axis=alt.Axis(format=".0e")),
+        y=alt.Y("s:Q", title="posterior variance s", scale=alt.Scale(type="log"), axis=alt.Axis(format=".0e")),
     )
     rule = blank(prior).mark_rule(color=INK, strokeDash=[5, 4]).encode(y="s:Q")
     return finished(alt.layer(points, rule), width=560, height=300)

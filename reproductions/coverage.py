@@ -399,9 +399,7 @@ def recorded(title: str, seeds: int | None = None) -> dict[str, dict[str, Tally]
     path = _path(title)
     known = json.loads(path.read_text()) if path.is_file() else {}
     rows = {name: {key: Tally(**cell) for key, cell in row.items()} for name, row in known.items()}
-    return {
-        name: row for name, row in rows.items() if seeds is None or all(t.runs == seeds for t in row.values())
-    }
+    return {name: row for name, row in rows.items() if seeds is None or all(t.runs == seeds for t in row.values())}
 
 
 def fill(title: str, name: str, seeds: int) -> None:

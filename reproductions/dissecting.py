@@ -178,8 +178,7 @@ def record(run: Run, cell: Mapping[str, Any]) -> Record:
         for variant, layers in zip(cell["variant"], np.asarray(cell["study"]), strict=True)
     }
     whole, accuracies = (
-        dict(zip(cell["variant"], np.asarray(cell[name]).tolist(), strict=True))
-        for name in ("whole", "accuracies")
+        dict(zip(cell["variant"], np.asarray(cell[name]).tolist(), strict=True)) for name in ("whole", "accuracies")
     )
     about = {"name": run.name, "study": run.study, "per_class": run.per_class, "epochs": run.epochs}
     return about | {"values": values, "whole": whole, "accuracies": accuracies}
@@ -244,8 +243,7 @@ SHOWN = (
 
 def _section(record: Record) -> list[str]:
     accuracies = "; ".join(
-        f"{variant} {' and '.join(f'{a:.1%}' for a in values)}"
-        for variant, values in record["accuracies"].items()
+        f"{variant} {' and '.join(f'{a:.1%}' for a in values)}" for variant, values in record["accuracies"].items()
     )
     rows = []
     for variant, layers in record["values"].items():
@@ -254,9 +252,7 @@ def _section(record: Record) -> list[str]:
                 continue
             cells = [_cell(record["name"], variant, layer, key, measures.get(key, [])) for key, _ in SHOWN]
             rows.append([layer, variant, *cells])
-    wholes = "; ".join(
-        f"{variant} {one:.2f} ({other:.2f})" for variant, (one, other) in record["whole"].items()
-    )
+    wholes = "; ".join(f"{variant} {one:.2f} ({other:.2f})" for variant, (one, other) in record["whole"].items())
     outliers = _outliers(record)
     return [
         f"## {record['name']}: {record['study'].replace('-', ' ')}",

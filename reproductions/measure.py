@@ -55,9 +55,7 @@ class ClaimsCell(ZooCell):
     def recipe(self, model: str, data: str, num_examples: int) -> zoo.Recipe:
         """That of the papers."""
         milestones = zoo.Recipe.milestones
-        return replace(
-            zoo.recipe(model, data, num_examples), epochs=EPOCHS.get(data, 200), milestones=milestones
-        )
+        return replace(zoo.recipe(model, data, num_examples), epochs=EPOCHS.get(data, 200), milestones=milestones)
 
     def measures(self, problem: ds.Problem, seed: int, ended: bool) -> dict[str, Any]:
         """See the class."""

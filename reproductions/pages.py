@@ -232,8 +232,7 @@ def _thresholds(records: list[Record]) -> tuple[list[str], list[list[str]]]:
         some = [r for r in records if claims.outliers_at(r, margin)]
         row = [f"{margin} × edge", _count(claims.as_many_as_classes(r, margin) for r in records)]
         row += [
-            _count(claims.explained(r, name, method, margin, gone) for r in some)
-            for (name, _), method, gone in cases
+            _count(claims.explained(r, name, method, margin, gone) for r in some) for (name, _), method, gone in cases
         ]
         rows.append(row)
     return head, rows
@@ -300,9 +299,7 @@ def dynamics_page(found: xr.Dataset, folder: Path, grid: Grid) -> str:
         sizes = {int(r["per_class"]) for r in trained if (r["model"], r["data"]) == (model, DRAWN)}
         at = {"model": model, "data": DRAWN, "per_class": max(sizes), "progress": 1}
         save_chart(drawn(found, at, SHOWN), folder / f"{model}.svg")
-        against = (
-            f"against sample size at the end of training and against progress at {max(sizes)} images a class"
-        )
+        against = f"against sample size at the end of training and against progress at {max(sizes)} images a class"
         parts += ["", f"## {model} on {DRAWN}", "", f"![{model}, {against}]({folder.name}/{model}.svg)"]
         parts += [
             "",

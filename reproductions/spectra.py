@@ -29,9 +29,7 @@ def spectra() -> dict[str, Tensor]:
         "multiple": 10 * powers.repeat_interleave(4),
         "flat + spiked": torch.cat([line(50, 5, 10), one((190,), 1.0)]),
         "multiple + spiked": torch.cat([one((3,), 5.0), one((2,), -4.0), line(-0.2, 0.5, 195)]),
-        "all four": torch.cat(
-            [one((4,), 9.0), line(6, 3, 4), powers[:40], one((60,), 0.1), line(-1, 0.3, 92)]
-        ),
+        "all four": torch.cat([one((4,), 9.0), line(6, 3, 4), powers[:40], one((60,), 0.1), line(-1, 0.3, 92)]),
         "tiny": torch.cat([line(3, 1, 3), 0.5 ** line(1, 20, 24), -(0.3 ** line(1, 9, 12))]),
         "rank 9 of 60": torch.cat([line(4, 1, 9), one((51,), 0.0)]),
     }

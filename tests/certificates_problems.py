@@ -31,10 +31,36 @@ def mlp(inputs=5, classes=2, width=12, seed=0):
 
 def cnn(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)
-    )
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3))
 
 
 def problem(num=1500):
     return ds.Problem(mlp(), data(num))
+
+
+class Kept(dict):
+    """A store in memory that fails after so many writes."""
+
+    def __init__(self, fails_after=10**9):
+        super().__init__()
+        self.left = fails_after
+
+    def read(self, name):
+        return self.get(name)
+
+    def write(self, name, value):
+        self[name] = value
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+class Twice(nn.Module):
+    """Uses a layer twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.last = nn.Linear(5, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.last(self.shared(self.shared(x).relu()))

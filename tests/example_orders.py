@@ -40,8 +40,7 @@ def truth(net: nn.Module, batches: list[Any], forward: Callable[..., Any]) -> Tr
         for row, label in zip(z, y.tolist(), strict=True):
             if label != IGNORED:
                 parts = [
-                    torch.autograd.grad(logit, parameters, retain_graph=True, materialize_grads=True)
-                    for logit in row
+                    torch.autograd.grad(logit, parameters, retain_graph=True, materialize_grads=True) for logit in row
                 ]
                 jacobians.append(torch.stack([torch.cat([g.flatten() for g in some]) for some in parts]))
                 probabilities.append(row.detach().softmax(0))

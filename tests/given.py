@@ -51,9 +51,7 @@ class Captured(Net):
         return self.last(self.first(x))
 
 
-def check(
-    model: nn.Module, data: Any = None, mean: Callable[[], Tensor] | None = None, **options: Any
-) -> ds.Problem:
+def check(model: nn.Module, data: Any = None, mean: Callable[[], Tensor] | None = None, **options: Any) -> ds.Problem:
     """Gradient, H and H = G + R are right."""
     gradient, hessian = truth(model, mean or (lambda: functional.cross_entropy(model(X), Y)))
     problem = ds.Problem(model, (X, Y) if data is None else data, **options)

@@ -154,9 +154,7 @@ def conv_batchnorm(dtype: torch.dtype = torch.float64) -> Case:
         norm.running_var.uniform_(0.3, 2.5)
         norm.weight.uniform_(0.5, 2.0)
         norm.bias.normal_()
-    model = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), norm, nn.ReLU(), nn.Flatten(), nn.Linear(27, 4)).to(
-        dtype
-    )
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), norm, nn.ReLU(), nn.Flatten(), nn.Linear(27, 4)).to(dtype)
     return Case(model.eval(), chunks(x, y, [4, 4, 4]))
 
 
@@ -169,9 +167,7 @@ class TiedParameter(nn.Module):
         self.temperature = nn.Parameter(torch.tensor(1.3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (
-            functional.linear(torch.tanh(functional.linear(x, self.weight)), self.weight.T) * self.temperature
-        )
+        return functional.linear(torch.tanh(functional.linear(x, self.weight)), self.weight.T) * self.temperature
 
 
 def group_norm(dtype: torch.dtype = torch.float64) -> Case:

@@ -371,9 +371,7 @@ def same_spectrum(found: Tensor, matrix: Tensor, scale: float) -> bool:
     """Whether values are the matrix's eigenvalues, up to zeros on either side, to 1e-10 of a scale."""
     expected = descending(matrix)
     size = max(len(found), len(expected))
-    found, expected = (
-        functional.pad(values, (0, size - len(values))).sort().values for values in (found, expected)
-    )
+    found, expected = (functional.pad(values, (0, size - len(values))).sort().values for values in (found, expected))
     return bool((found - expected).abs().max() <= 1e-10 * scale)
 
 

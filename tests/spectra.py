@@ -49,9 +49,7 @@ class Function(Operator):
 
 def diagonal(values, dtype=torch.float64, *, vectors=None):
     """diag(values), with room for so many vectors if that is given."""
-    operator = Function(
-        lambda block: values.to(block)[:, None] * block, len(values), dtype=dtype, name="diagonal"
-    )
+    operator = Function(lambda block: values.to(block)[:, None] * block, len(values), dtype=dtype, name="diagonal")
     if vectors is not None:
         operator.memory = vectors * len(values) * torch.finfo(dtype).bits // 8
     return operator

@@ -16,9 +16,7 @@ from deepspectra.errors import DataError, OptionError, ShapeError
 def test_a_count_is_an_integer_within_its_limits(value: Any) -> None:
     for right in (1, 10):
         check_count("num", right, 1, 10)
-    with pytest.raises(
-        OptionError, match=rf"num must be an integer, at least 1 and at most 10; got {value!r}"
-    ):
+    with pytest.raises(OptionError, match=rf"num must be an integer, at least 1 and at most 10; got {value!r}"):
         check_count("num", value, 1, 10)
 
 

@@ -237,9 +237,7 @@ def test_calls_take_turns_and_are_given_as_multiples_of_the_unit(bench):
     def work(amount):
         return sum(range(amount))
 
-    calls = {
-        name: lambda _, n=name, k=k: (order.append(n), work(k * 100_000)) for name, k in (("a", 4), ("b", 20))
-    }
+    calls = {name: lambda _, n=name, k=k: (order.append(n), work(k * 100_000)) for name, k in (("a", 4), ("b", 20))}
     costs = bench.measure.compare(calls, lambda: work(400_000), rounds=3)
     assert order == ["a", "b"] * 3
     assert 0.3 < costs["a"].median < 3

@@ -91,9 +91,7 @@ def test_two_problems_are_compared(folder):
 
 def test_anybodys_classifier_is_certified(folder):
     options = "--descent-epochs", 5, "--resume"
-    done = run(
-        "certify", "mine.py:classifier", "--test", "mine.py:points", "--out", "mlp", *options, cwd=folder
-    )
+    done = run("certify", "mine.py:classifier", "--test", "mine.py:points", "--out", "mlp", *options, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "the stochastic network errs on at most" in done.stdout
     assert "The binomial bound of your network" in done.stdout
@@ -243,10 +241,7 @@ def test_layers_of_anybodys_model(folder):
         assert dataset.sizes["layer"] == 2
         shares = dataset.layer_share.sum("layer_part").isel(rank=0)
         assert abs(shares - 1).max() < 1e-6
-        assert (
-            dataset.attrs["verdict"] in done.stdout.replace("\n", " ")
-            or dataset.attrs["verdict"] in done.stdout
-        )
+        assert dataset.attrs["verdict"] in done.stdout.replace("\n", " ") or dataset.attrs["verdict"] in done.stdout
         assert float(dataset["kronecker_fit"].sel(approximation="ekfac", fit="frobenius").max()) < 1
         assert "Nearest to G's block" in dataset.attrs["verdict"]
     page = (folder / "deep" / "layers.html").read_text()
@@ -312,9 +307,7 @@ def test_every_command_that_makes_a_problem_spells_the_same_options(folder):
     common = ("model", "data", "data-root", "per-class", "epochs", "out", "memory", "device", "seed")
     for command, text in words.items():
         assert [option for option in common if f"--{option} " not in text] == [], command
-        assert ("--at " in text, "--checkpoint " in text) == ((command not in ("compare", "study"),) * 2), (
-            command
-        )
+        assert ("--at " in text, "--checkpoint " in text) == ((command not in ("compare", "study"),) * 2), command
         assert ("--resume " in text, "--split " in text) == ((command == "analyze",) * 2)
 
 
@@ -335,8 +328,7 @@ def test_a_checkpoint_is_loaded_instead_of_training(tmp_path):
                  "a/model.safetensors", "--num-probes", 1, "--num-steps", 4, "--out", "b", cwd=tmp_path)  # fmt: skip
     assert second.returncode == 0, second.stderr
     assert (
-        ds.load(tmp_path / "a").verdict.split("Averaging")[0]
-        == ds.load(tmp_path / "b").verdict.split("Averaging")[0]
+        ds.load(tmp_path / "a").verdict.split("Averaging")[0] == ds.load(tmp_path / "b").verdict.split("Averaging")[0]
     )
 
 

@@ -50,9 +50,7 @@ def test_estimates_keep_their_word_over_many_seeds(title: str, row: str, spectru
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spectrum", list(BAND_WORDS))
-@pytest.mark.parametrize(
-    ("title", "row"), [(title, row) for title, rows in BAND_TABLES.items() for row in rows]
-)
+@pytest.mark.parametrize(("title", "row"), [(title, row) for title, rows in BAND_TABLES.items() for row in rows])
 def test_bands_of_the_mass_hold_it_over_many_seeds(title: str, row: str, spectrum: str) -> None:
     assert measure(BAND_TABLES[title][row], band_cases()[spectrum], SEEDS).keeps()
 
@@ -118,9 +116,7 @@ def test_the_page_has_a_row_for_every_estimate() -> None:
     page = coverage.page(found)
     sampled = {t: {row: dict.fromkeys(SAMPLES, cell) for row in rows} for t, rows in SAMPLE_TABLES.items()}
     page_of_samples = coverage.page(sampled)
-    assert all(
-        f"| {row} | 94.5% (-1.2) |" in page_of_samples for rows in SAMPLE_TABLES.values() for row in rows
-    )
+    assert all(f"| {row} | 94.5% (-1.2) |" in page_of_samples for rows in SAMPLE_TABLES.values() for row in rows)
     for title, rows in TABLES.items():
         assert f"## {title}" in page
         assert all(f"| {row} | 94.5% (-1.2) |" in page for row in rows)
@@ -131,9 +127,7 @@ def test_the_page_has_a_row_for_every_estimate() -> None:
 
 
 def test_the_page_in_the_documents_is_that_of_the_records() -> None:
-    found = {
-        title: rows for title in (*TABLES, *BAND_TABLES, *SAMPLE_TABLES) if (rows := coverage.recorded(title))
-    }
+    found = {title: rows for title in (*TABLES, *BAND_TABLES, *SAMPLE_TABLES) if (rows := coverage.recorded(title))}
     assert coverage.PAGE.read_text() == coverage.page(found)
     assert {*ESTIMATES, *DENSITIES} <= set(found)
 

@@ -62,9 +62,7 @@ def test_means_whose_weights_leave_the_range_of_the_dtype_are_zero(of: str, leve
     torch.manual_seed(2)
     model, (x, y) = mlp(), data(12)
     model[2].bias.data[2] -= 400  # probabilities of 1e-174, whose roots are zero in float32
-    short, long = (
-        ds.class_means(ds.Problem(model, (x, y), dtype=t), of, level=level) for t in (torch.float32, None)
-    )
+    short, long = (ds.class_means(ds.Problem(model, (x, y), dtype=t), of, level=level) for t in (torch.float32, None))
     assert bool(short.class_means.isfinite().all())
     heavy = long.class_weights > 1e-6
     assert error(short.class_means[heavy], long.class_means[heavy].float()) < 1e-2
@@ -131,6 +129,4 @@ def test_factors_of_grouped_convolutions_are_those_of_each_group(options: dict) 
     assert error(block.left[0], S) < 1e-10
     index = K.index["0"]
     diagonal = Reference(case).gauss_newton.diagonal()[index]
-    assert ds.kronecker(case.problem(), "ekfac").blocks["0"].trace == pytest.approx(
-        float(diagonal.sum()), rel=1e-10
-    )
+    assert ds.kronecker(case.problem(), "ekfac").blocks["0"].trace == pytest.approx(float(diagonal.sum()), rel=1e-10)

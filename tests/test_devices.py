@@ -35,9 +35,7 @@ def strict_device(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode and not torch.__version__.startswith(WRITTEN_FOR):
-        pytest.skip(
-            f"the device is written for torch {WRITTEN_FOR}; with {torch.__version__} it does not compile"
-        )
+        pytest.skip(f"the device is written for torch {WRITTEN_FOR}; with {torch.__version__} it does not compile")
     assert done.returncode == 0, done.stderr
     return library
 

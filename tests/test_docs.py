@@ -27,9 +27,7 @@ BLOCK = re.compile(r"^```(python|console)\n(.*?)^```", re.S | re.M)
 
 def test_the_readme_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(
-        r"<!-- executed by tests/test_docs.py -->\n```python\n(.*?)```", README.read_text(), re.S
-    )
+    (code,) = re.findall(r"<!-- executed by tests/test_docs.py -->\n```python\n(.*?)```", README.read_text(), re.S)
     exec(compile(code, str(README), "exec"), {})
     assert "outlier" in capsys.readouterr().out
     assert (tmp_path / "run" / "report.html").is_file()

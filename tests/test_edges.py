@@ -152,9 +152,7 @@ def visible(page: str) -> str:
     return re.sub(r"<[^>]*>", " ", re.sub(r"<(script|style).*?</\1>", "", page, flags=re.DOTALL))
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: ds.Problem(mlp(), data(3)), lambda: ds.Problem(Dead(), data()), zero]
-)
+@pytest.mark.parametrize("make", [lambda: ds.Problem(mlp(), data(3)), lambda: ds.Problem(Dead(), data()), zero])
 def test_an_analysis_of_what_is_partly_zero_has_a_page_without_nan(make, tmp_path):
     found = ds.analyze(make(), progress=False, num_probes=1, num_steps=4)
     page = visible(found.to_html(tmp_path / "page.html").read_text())

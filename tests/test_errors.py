@@ -22,9 +22,7 @@ BUILTINS = {
 
 
 def test_every_error_is_also_the_builtin_a_caller_expects() -> None:
-    tree = {
-        e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.DeepSpectraError)
-    }
+    tree = {e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.DeepSpectraError)}
     assert tree - {errors.DeepSpectraError} == set(BUILTINS)
     for kind, builtin in BUILTINS.items():
         assert issubclass(kind, builtin)

@@ -68,9 +68,7 @@ def dissected(one: ds.Problem, _: ds.Problem) -> Tensor:
 
 def compared(one: ds.Problem, other: ds.Problem) -> Tensor:
     found = ds.compare(one, other, num=3)
-    return scaled(
-        *[array for layer in found.values() for array in (layer.measured, layer.kronecker)], found.whole
-    )
+    return scaled(*[array for layer in found.values() for array in (layer.measured, layer.kronecker)], found.whole)
 
 
 def layered(one: ds.Problem, _: ds.Problem) -> Tensor:
@@ -79,9 +77,7 @@ def layered(one: ds.Problem, _: ds.Problem) -> Tensor:
 
 def split(one: ds.Problem, _: ds.Problem) -> Tensor:
     parts = ds.decompose(one)
-    return scaled(
-        *[part.dense() for part in parts.values()], ds.attribute(ds.GaussNewton(one), parts).pair_shares
-    )
+    return scaled(*[part.dense() for part in parts.values()], ds.attribute(ds.GaussNewton(one), parts).pair_shares)
 
 
 def estimated(one: ds.Problem, _: ds.Problem) -> Tensor:
@@ -127,9 +123,7 @@ OF_TABLES = ("kronecker", "kronecker_quality", "dissect", "compare")
 )
 def test_half_precision_rounds_what_the_network_does_and_no_more(name, net, dtype):
     expected = CALLS[name](*problems(net, torch.float64))
-    with (
-        warnings.catch_warnings()
-    ):  # how far pairs can be told is the processor's: how it multiplies such numbers
+    with warnings.catch_warnings():  # how far pairs can be told is the processor's: how it multiplies such numbers
         warnings.filterwarnings("ignore", message=".*the rounding of this dtype allows no less")
         found = CALLS[name](*problems(net, dtype))
     assert float((found - expected).norm()) <= TOLERANCE[dtype] * float(expected.norm())

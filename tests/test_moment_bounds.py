@@ -43,9 +43,7 @@ def test_the_recurrence_gives_back_the_moments():
     rng = np.random.default_rng(1)
     atoms, weights = rng.standard_normal(40), rng.standard_exponential(40)
     jacobi = Jacobi.of(atoms, weights, 6)
-    nodes, vectors = np.linalg.eigh(
-        np.diag(jacobi.diagonal) + np.diag(jacobi.beside, 1) + np.diag(jacobi.beside, -1)
-    )
+    nodes, vectors = np.linalg.eigh(np.diag(jacobi.diagonal) + np.diag(jacobi.beside, 1) + np.diag(jacobi.beside, -1))
     for degree in range(12):
         moment = float(jacobi.mass * vectors[0] ** 2 @ nodes**degree)
         assert moment == pytest.approx(float(weights @ atoms**degree), rel=1e-10, abs=1e-10)

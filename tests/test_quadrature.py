@@ -48,9 +48,7 @@ def test_the_error_band_covers_the_exact_curve(sample):
     for seed in range(10):
         curve = density(rotated(values), 8, 20, seed=seed).smooth(width=0.003)
         gap = (curve.density - broadened(curve.grid, values, 0.003)).abs()
-        inside.append(
-            float((gap <= 2 * curve.standard_error + 0.02 * float(curve.density.max())).double().mean())
-        )
+        inside.append(float((gap <= 2 * curve.standard_error + 0.02 * float(curve.density.max())).double().mean()))
     assert sum(inside) / len(inside) > 0.8
 
 
@@ -82,11 +80,7 @@ def test_counts_and_means_are_those_of_the_weights(sample):
 
 
 def test_the_printed_table_ends_with_a_verdict(sample):
-    assert (
-        str(sample)
-        .splitlines()[-1]
-        .startswith("density of matrix: 4 probes × 30 steps, error band over probes")
-    )
+    assert str(sample).splitlines()[-1].startswith("density of matrix: 4 probes × 30 steps, error band over probes")
 
 
 @pytest.mark.parametrize(

@@ -108,9 +108,7 @@ def test_rows_square_to_gauss_newton(name: str) -> None:
     assert error(ref.rows.T @ ref.rows, ref.gauss_newton) < 1e-12
 
 
-@pytest.mark.parametrize(
-    "name", ["softmax_regression", "ragged", "unbalanced", "absent_class", "every_option"]
-)
+@pytest.mark.parametrize("name", ["softmax_regression", "ragged", "unbalanced", "absent_class", "every_option"])
 def test_projections_agree_with_means(name: str) -> None:
     """AᵀΠA is the sum over means of the published formulas."""
     _, ref = case_and_reference(name)

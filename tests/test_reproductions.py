@@ -221,11 +221,7 @@ def test_the_claims_are_judged_alike_with_the_whole_spectrum_and_by_products(
     monkeypatch.setattr("reproductions.measure.EXACT_ROWS", 0)
     found = measure(problem)
     assert set(exact) >= set(found) - {
-        *(
-            f"{kind}_logit_{method}"
-            for kind in ("left", "value_without")
-            for method in ("subtraction", "projection")
-        ),
+        *(f"{kind}_logit_{method}" for kind in ("left", "value_without") for method in ("subtraction", "projection")),
         *("converged", "share_residual"),
     }
     assert found["value"][:9] == pytest.approx(exact["value"][:9], rel=1e-3)
@@ -243,9 +239,7 @@ def test_the_claims_are_judged_alike_with_the_whole_spectrum_and_by_products(
     hessian = ds.eigenpairs(ds.Hessian(problem), 9)
     assert exact["hessian_value"][:9] == pytest.approx(hessian.values, rel=1e-3)
     averaged = ds.principal_subspace(problem, num=9)
-    assert exact["hessian_overlap_class"] == pytest.approx(
-        ds.overlap(averaged.vectors, hessian.vectors), abs=0.01
-    )
+    assert exact["hessian_overlap_class"] == pytest.approx(ds.overlap(averaged.vectors, hessian.vectors), abs=0.01)
     assert exact["layer"] == ["fc1", "fc2", "fc3"]
     assert "layer" not in measure(problem, ended=False)
 

@@ -19,9 +19,7 @@ def test_distances_of_a_density_are_those_of_the_textbook() -> None:
     exact = torch.cat([torch.zeros(40), torch.logspace(-5, 0, 60), -torch.logspace(-5, -1, 20)]).double()
     exact = exact.sort().values
     same = resolution.distances(exact_density(Matrix(torch.diag(exact))), exact)
-    assert (same.ks, same.decades, same.covered, same.width, same.bins_covered) == pytest.approx(
-        (0, 0, 1, 0, 1)
-    )
+    assert (same.ks, same.decades, same.covered, same.width, same.bins_covered) == pytest.approx((0, 0, 1, 0, 1))
     found = ds.density(torch.diag(exact), 1, 6)
     some = resolution.distances(found, exact)
     shown = [values.abs().clamp_min(1e-6).log10() for values in (found.nodes, exact)]
@@ -37,9 +35,7 @@ def test_the_page_of_what_efforts_resolve_says_where_marks_are_missed() -> None:
     facts = {"network": "mlp", "size": 3540, "examples": 1000, "loss": 0.007, "products": 513, "seconds": 1.0}
     band = {"covered": 0.97, "width": 0.1, "bins_covered": 1.0, "bins_width": 0.01}
     rows = [
-        facts
-        | band
-        | {"probes": level.num_probes, "steps": level.num_steps, "seed": seed, "ks": ks, "decades": 0.1}
+        facts | band | {"probes": level.num_probes, "steps": level.num_steps, "seed": seed, "ks": ks, "decades": 0.1}
         for effort, ks in (("standard", 0.15), ("paper", 0.08))
         for seed in range(2)
         for level in (EFFORTS[effort],)

@@ -48,9 +48,7 @@ def regression_at_zero(noise: Tensor, labels: Tensor) -> Case:
 def exact_design() -> Case:
     """Noise ±√D e_d, each once in each class: mean 0 and covariance I exactly, so that G is E[G]."""
     steps = D8**0.5 * torch.eye(D8, dtype=torch.float64)
-    return regression_at_zero(
-        torch.cat([steps, -steps]).repeat(C8, 1), torch.arange(C8).repeat_interleave(2 * D8)
-    )
+    return regression_at_zero(torch.cat([steps, -steps]).repeat(C8, 1), torch.arange(C8).repeat_interleave(2 * D8))
 
 
 def spectrum(levels: list[tuple[float, int]]) -> Tensor:
@@ -98,8 +96,6 @@ def test_theorem_8_1_attributes_outliers_bump_and_bulk() -> None:
         assert sum(found.values()) == pytest.approx(1, abs=1e-10)
     assert bulk["within"] == pytest.approx(1, abs=1e-10)
     assert outliers["cross"] == pytest.approx(0, abs=1e-10)
-    assert outliers["class"] + outliers["true"] == pytest.approx(
-        s * (1 - ALPHA) / (s * (1 - ALPHA) + b), rel=1e-9
-    )
+    assert outliers["class"] + outliers["true"] == pytest.approx(s * (1 - ALPHA) / (s * (1 - ALPHA) + b), rel=1e-9)
     assert bump["cross"] == pytest.approx((s / C8) / (s / C8 + b), rel=1e-9)
     assert a * b == pytest.approx(values[spaces["bulk"]][0].item(), rel=1e-9)

@@ -130,9 +130,7 @@ def demo(out: Out = Path("deepspectra-demo"), seed: Seed = 0) -> None:
     check_writable(out)
     one = chosen_problem(None, Choice(model="mlp-small", out=out, seed=seed))
     model, data, _ = one.labels
-    _finish(
-        analyze(one.problem, seed=seed).labelled(model=model, data=data, class_names=one.class_names), out
-    )
+    _finish(analyze(one.problem, seed=seed).labelled(model=model, data=data, class_names=one.class_names), out)
 
 
 @_command("analyze", out="deepspectra-run")
@@ -200,9 +198,7 @@ def layers_command(
     target: Target = None,
     *,
     chosen: Choice,
-    kronecker: Annotated[
-        bool, typer.Option(help="Judge KFAC, EKFAC and CFAC too, which takes longer.")
-    ] = False,
+    kronecker: Annotated[bool, typer.Option(help="Judge KFAC, EKFAC and CFAC too, which takes longer.")] = False,
 ) -> None:
     """Features, errors and gradients of every layer, exactly: for up to about 12,000 examples × (classes − 1)."""
 
@@ -224,9 +220,7 @@ def regions_command(
     method: Annotated[str, typer.Option(help=f"{' or '.join(METHODS)}.")] = METHODS[0],
     num_groups: Annotated[
         int | None,
-        typer.Option(
-            help="Groups of examples left out in turn, for standard errors; 0 for none; by default 8."
-        ),
+        typer.Option(help="Groups of examples left out in turn, for standard errors; 0 for none; by default 8."),
     ] = None,
 ) -> None:
     """Which part makes outliers, bump and bulk: exact knock-outs in decades, for up to some hundred examples."""
@@ -242,9 +236,7 @@ def regions_command(
             with _status(kind) as show:
                 settings = functools.partial(regions, method=method, num_groups=num_groups, seed=chosen.seed)
                 found.append(settings(moment.subject.problem, kind, progress=show))
-        return "\n\n".join(map(str, found)), regions_dataset(
-            found, moment.subject.problem, moment.subject.labels
-        )
+        return "\n\n".join(map(str, found)), regions_dataset(found, moment.subject.problem, moment.subject.labels)
 
     _look_at_moments(target, chosen, "regions", look)
 
@@ -298,9 +290,7 @@ def certify_command(
     ] = PRIORS[0],
     basis: Annotated[str, typer.Option(help=f"Of the posterior's variances: {', '.join(BASES)}.")] = BASES[0],
     bound: Annotated[str, typer.Option(help=f"{', '.join(BOUNDS)}.")] = "kl",
-    variant: Annotated[
-        str | None, typer.Option(help=f"As published, for comparison: {', '.join(VARIANTS)}.")
-    ] = None,
+    variant: Annotated[str | None, typer.Option(help=f"As published, for comparison: {', '.join(VARIANTS)}.")] = None,
     test: Annotated[
         str | None,
         typer.Option(help="file.py:function that returns unseen (x, y); of the zoo, its test data."),
@@ -396,9 +386,7 @@ def sweep_command(
         int | None,
         typer.Option(help="Epochs of each training, whatever is looked at; the recipe's by default."),
     ] = None,
-    looks: Annotated[
-        str | None, typer.Option(help="Axis along which one call of TARGET makes all cells.")
-    ] = None,
+    looks: Annotated[str | None, typer.Option(help="Axis along which one call of TARGET makes all cells.")] = None,
     processes: Annotated[int | None, typer.Option(help="At once; one a CPU by default.")] = None,
     memory: Annotated[str | None, typer.Option(help='For all processes together, such as "8GiB".')] = None,
     out: Annotated[Path, typer.Option(help="Directory of the results.")] = Path("deepspectra-sweep"),
@@ -433,9 +421,7 @@ def report(
     if out is None and len(found) == 1:
         pages = {directories[0] / name: dataset for name, dataset in found[0].items()}
     else:
-        first = {
-            str(place): next(iter(some.values())) for place, some in zip(directories, found, strict=True)
-        }
+        first = {str(place): next(iter(some.values())) for place, some in zip(directories, found, strict=True)}
         pages = {out or directories[-1] / "report.html": first if len(first) > 1 else first.popitem()[1]}
     for path, shown in pages.items():
         check_writable(path.parent)

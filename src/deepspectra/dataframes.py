@@ -45,9 +45,7 @@ def latex_table(table: Any, digits: int = 3) -> str:
         OptionError: digits below 1.
     """
     check_count("digits", digits)
-    found: str = table.to_latex(
-        index=False, float_format=lambda x: _in_latex(x, digits), escape=True, na_rep="--"
-    )
+    found: str = table.to_latex(index=False, float_format=lambda x: _in_latex(x, digits), escape=True, na_rep="--")
     return found
 
 

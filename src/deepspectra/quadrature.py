@@ -261,9 +261,7 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
             shown &= (self.nodes >= first) & (self.nodes <= last)
         low, high = positions[shown].aminmax()
         width = width or _default_width(float(low), float(high), self.num_steps)
-        grid = torch.linspace(
-            float(low) - 4 * width, float(high) + 4 * width, num_points, dtype=torch.float64
-        )
+        grid = torch.linspace(float(low) - 4 * width, float(high) + 4 * width, num_points, dtype=torch.float64)
         kernel = (-0.5 * ((grid[:, None] - positions) / width).square()).exp() * shown
         kernel /= width * math.sqrt(2 * math.pi)
         return Curve(
@@ -292,9 +290,7 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         return "\n".join(rows)
 
 
-def _mass_within(
-    density: Density, a: Tensor, b: Tensor, blur: float, confidence: float
-) -> tuple[Tensor, Tensor]:
+def _mass_within(density: Density, a: Tensor, b: Tensor, blur: float, confidence: float) -> tuple[Tensor, Tensor]:
     """Bounds of the mass in (a, b] if no eigenvalue is further off than `blur`."""
     ends = torch.stack([a + blur, b - blur, a - blur, b + blur])
     least, most = torch.zeros(2, *ends.shape, dtype=torch.float64)
@@ -343,9 +339,7 @@ def _bulk(nodes: Tensor, weights: Tensor, num_steps: int) -> tuple[float, float]
     """The range of the bulk: of the middle 90 % of the mass, grown over nodes until a gap too wide for it."""
     nodes, order = nodes.sort()
     mass = weights[order].cumsum(0)
-    first, last = torch.searchsorted(
-        mass, torch.tensor([0.05, 0.95], dtype=torch.float64) * mass[-1]
-    ).tolist()
+    first, last = torch.searchsorted(mass, torch.tensor([0.05, 0.95], dtype=torch.float64) * mass[-1]).tolist()
     last = min(last, len(nodes) - 1)
     values, gap = nodes.tolist(), max(0.1, 4 / num_steps)
     while True:

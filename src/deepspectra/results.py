@@ -97,9 +97,7 @@ class ByLayer(Result, Mapping[str, Entry]):
     def __len__(self) -> int:
         return len(self.layers)
 
-    def _table(
-        self, head: Sequence[str], cells: Callable[[Entry], Iterable[float | str]], *notes: str
-    ) -> str:
+    def _table(self, head: Sequence[str], cells: Callable[[Entry], Iterable[float | str]], *notes: str) -> str:
         """A line for each layer, as in `text_table`."""
         rows = ((name[-26:], *cells(entry)) for name, entry in self.layers.items())
         return text_table(("layer", *head), rows, *notes)
@@ -224,10 +222,7 @@ class Eigenpairs(Result, Tabular, columns=("values", "residual_norms", "error_bo
     def __str__(self) -> str:
         columns = (self.values, self.residual_norms, self.error_bounds, self.angle_bounds)
         numbers = zip(*(column.tolist() for column in columns), strict=True)
-        rows = [
-            (str(j), f"{value:.5g}", *(f"{n:.2g}" for n in rest))
-            for j, (value, *rest) in enumerate(numbers, 1)
-        ]
+        rows = [(str(j), f"{value:.5g}", *(f"{n:.2g}" for n in rest)) for j, (value, *rest) in enumerate(numbers, 1)]
         state = f"converged ({self.status})" if self.converged else "NOT converged"
         before = f", after {self.num_sample_products} with a sample" if self.num_sample_products else ""
         return text_table(

@@ -65,9 +65,7 @@ def test_the_log_density_of_a_heavy_tail_is_exact_when_the_basis_spans_everythin
     torch.testing.assert_close(result.exact, exact, rtol=1e-6, atol=1e-12 * float(exact.max()))
     curve = result.smooth("log", width=0.1)
     positions = (exact.abs() + 1e-5 * exact.abs().max()).log10()
-    torch.testing.assert_close(
-        curve.density, broadened(curve.grid.log10(), positions, 0.1), rtol=1e-6, atol=1e-9
-    )
+    torch.testing.assert_close(curve.density, broadened(curve.grid.log10(), positions, 0.1), rtol=1e-6, atol=1e-9)
 
 
 def test_the_log_density_of_a_heavy_tail_needs_no_full_basis(heavy):
@@ -140,9 +138,7 @@ def test_few_distinct_eigenvalues_are_resolved_exactly(num_probes):
     assert result.num_products <= 3 * num_probes
     for value in (3.0, -1.0, 0.5):
         assert float((result.nodes - value).abs().min()) < 1e-12
-    assert (
-        float(torch.stack([(result.nodes - v).abs() for v in (3.0, -1.0, 0.5)]).min(0).values.max()) < 1e-12
-    )
+    assert float(torch.stack([(result.nodes - v).abs() for v in (3.0, -1.0, 0.5)]).min(0).values.max()) < 1e-12
 
 
 def test_multiple_outliers_are_counted_with_enough_probes():
@@ -214,9 +210,7 @@ def test_locking_never_hurts_an_indefinite_bulk():
 
 def test_float32_equals_float64():
     values = trained(600)
-    double, single = (
-        density(rotated(values, dtype=dtype), 4, 50) for dtype in (torch.float64, torch.float32)
-    )
+    double, single = (density(rotated(values, dtype=dtype), 4, 50) for dtype in (torch.float64, torch.float32))
     grid = torch.logspace(-5, 0, 50)
     assert float((double.cdf(grid) - single.cdf(grid)).abs().max()) < 0.005
     assert int((single.nodes > 0.05).sum()) == 10  # no ghosts
@@ -292,11 +286,7 @@ def test_the_vectors_of_the_run_that_found_the_pairs_are_no_probes():
             mine = found.probes == probe
             means_of = found.nodes[mine] @ found.weights[mine]
             assert all(
-                abs(
-                    float(
-                        means_of - found.nodes[found.probes == other] @ found.weights[found.probes == other]
-                    )
-                )
+                abs(float(means_of - found.nodes[found.probes == other] @ found.weights[found.probes == other]))
                 > 1e-9
                 for other in range(probe)
             )
@@ -332,9 +322,7 @@ def test_a_small_memory_runs_the_probes_in_groups():
 def test_a_memory_too_small_for_the_basis_asked_for_is_an_error():
     operator = Matrix(rotated(trained(300)))
     operator.memory = 8 * 300 * 40
-    with pytest.raises(
-        MemoryBudgetError, match=r"Lower num_steps to 39, raise A\.memory, or use basis='none'"
-    ):
+    with pytest.raises(MemoryBudgetError, match=r"Lower num_steps to 39, raise A\.memory, or use basis='none'"):
         density(operator, basis="full")
 
 
@@ -406,9 +394,7 @@ def test_products_that_are_not_finite_are_an_error():
 
 @pytest.mark.parametrize("basis", ["full", "none"])
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_no_weight_is_nan_however_small_the_problem_and_however_much_is_deflated(
-    size: int, basis: str
-) -> None:
+def test_no_weight_is_nan_however_small_the_problem_and_however_much_is_deflated(size: int, basis: str) -> None:
     line = torch.linspace(-1, 2, size, dtype=torch.float64)
     for values in (line, line.clamp_min(0), torch.zeros(size).double(), torch.ones(size).double(), line**21):
         for deflated in {1, size - 1, size} - {0}:

@@ -27,9 +27,7 @@ def test_a_restarted_run_equals_an_unrestricted_one(memory_in_vectors, which):
     assert restarted.converged
     torch.testing.assert_close(restarted.values, reference.values, rtol=1e-10, atol=0)
     assert float((restarted.vectors * reference.vectors).sum(0).abs().min()) > 1 - 1e-9
-    torch.testing.assert_close(
-        restarted.residual_norms, true_residuals(matrix, restarted), rtol=1e-6, atol=1e-14
-    )
+    torch.testing.assert_close(restarted.residual_norms, true_residuals(matrix, restarted), rtol=1e-6, atol=1e-14)
 
 
 @pytest.mark.parametrize(("which", "most"), [("magnitude", 0), ("both", 3)])

@@ -196,9 +196,7 @@ def test_a_start_orthogonal_to_a_wanted_vector_does_not_hide_it():
     values = trained()
     start = torch.ones(300)
     start[3] = 0  # the diagonal operator never leaves this hyperplane
-    torch.testing.assert_close(
-        eigenpairs(diagonal(values), 10, start=start).values, OUTLIERS, rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(eigenpairs(diagonal(values), 10, start=start).values, OUTLIERS, rtol=1e-5, atol=0)
 
 
 def test_a_named_start_comes_from_the_operator():

@@ -130,9 +130,7 @@ def test_of_the_zero_operator_all_is_zero(estimate):
 def test_never_more_products_than_allowed(estimate, num_products):
     seen = []
     matrix = rotated(SPECTRA["flat"])
-    operator = Function(
-        lambda block: (seen.append(block.shape[1]), matrix @ block)[1], SIZE, dtype=torch.float64
-    )
+    operator = Function(lambda block: (seen.append(block.shape[1]), matrix @ block)[1], SIZE, dtype=torch.float64)
     result = estimate(operator, num_products)
     assert sum(seen) == result.num_products <= num_products
     assert bool(found(result)[1].isnan().all()) == (num_products == 1)
@@ -242,8 +240,7 @@ def test_bad_arguments_are_refused(estimate):
 
 @pytest.mark.parametrize(
     ("dtype", "scale"),
-    [(torch.float64, s) for s in (1e-290, 1e-200, 1e155, 1e300)]
-    + [(torch.float32, s) for s in (1e-37, 1e36)],
+    [(torch.float64, s) for s in (1e-290, 1e-200, 1e155, 1e300)] + [(torch.float32, s) for s in (1e-37, 1e36)],
 )
 def test_estimates_are_right_at_any_scale_a_type_holds(dtype: torch.dtype, scale: float) -> None:
     A = torch.diag(torch.linspace(1, 10, 30, dtype=dtype))

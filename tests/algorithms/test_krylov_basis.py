@@ -68,9 +68,7 @@ def test_a_restarted_basis_at_a_tiny_scale_measures_its_residuals():
         operator.memory = 8 * len(matrix) * 14
         pairs.append(eigenpairs(operator, 5, rtol=1e-4))
     assert pairs[1].converged
-    torch.testing.assert_close(
-        pairs[1].residual_norms / 1e-200, pairs[0].residual_norms, rtol=1e-3, atol=1e-12
-    )
+    torch.testing.assert_close(pairs[1].residual_norms / 1e-200, pairs[0].residual_norms, rtol=1e-3, atol=1e-12)
 
 
 def test_no_ghosts_after_200_steps_in_float32():

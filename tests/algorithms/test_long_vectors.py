@@ -16,9 +16,7 @@ from deepspectra.algorithms.long_vectors import (
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_orthonormal_rows_and_their_coefficients_make_the_block(
-    dtype: torch.dtype, limit: float, count: int
-) -> None:
+def test_orthonormal_rows_and_their_coefficients_make_the_block(dtype: torch.dtype, limit: float, count: int) -> None:
     block = gaussian_rows(count, 40, torch.Generator().manual_seed(0)).to(dtype)
     block *= 10.0 ** -torch.arange(count)[:, None]
     rows, coefficients = orthonormal_rows(block)

@@ -20,9 +20,7 @@ def test_the_overlap_is_that_of_the_spans():
     assert overlap(block, mixed) == pytest.approx(1, abs=1e-12)
     assert overlap(1e-9 * block, 1e9 * mixed) == pytest.approx(1, abs=1e-12)
     assert overlap(block, torch.cat([block, block], 1)) == pytest.approx(1, abs=1e-12)  # dependent columns
-    outside = torch.linalg.qr(
-        torch.cat([block, torch.randn(40, 2, generator=generator, dtype=torch.float64)], 1)
-    )[0]
+    outside = torch.linalg.qr(torch.cat([block, torch.randn(40, 2, generator=generator, dtype=torch.float64)], 1))[0]
     assert overlap(block, outside[:, 3:]) == pytest.approx(0, abs=1e-12)
 
 
@@ -40,8 +38,7 @@ def test_a_contained_subspace_overlaps_fully_and_random_ones_by_the_larger_share
     assert overlap(eye[:, :2], eye[:, :7]) == pytest.approx(1, abs=1e-6)
     generator = torch.Generator().manual_seed(1)
     draws = [
-        overlap(torch.randn(60, 2, generator=generator), torch.randn(60, 6, generator=generator))
-        for _ in range(200)
+        overlap(torch.randn(60, 2, generator=generator), torch.randn(60, 6, generator=generator)) for _ in range(200)
     ]
     assert sum(draws) / 200 == pytest.approx(6 / 60, rel=0.1)
 

@@ -89,15 +89,11 @@ def test_the_published_four_parts_attribute_too(problem, attribution):
     assert found.part_names == ("class", "cross", "within", "true", "residual")
     cross = attribution.pair_shares[:, 1] + attribution.pair_shares[:, 2]
     torch.testing.assert_close(found.pair_shares[:, 1], cross, atol=1e-6, rtol=0)
-    assert (
-        found.knockout("class", "logit").num_outliers == attribution.knockout("class", "logit").num_outliers
-    )
+    assert found.knockout("class", "logit").num_outliers == attribution.knockout("class", "logit").num_outliers
 
 
 def test_means_in_memory_or_in_sample_space_are_one_operator(problem):
-    v = torch.randn(
-        problem.num_parameters, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    v = torch.randn(problem.num_parameters, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     held = ds.decompose(problem)
     streamed = ds.decompose(problem)
     allowance = streamed.rows.products.allowance

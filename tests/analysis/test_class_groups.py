@@ -80,9 +80,7 @@ def test_features_and_errors_by_groups() -> None:
     sizes = torch.stack([(groups[y] == a).sum() for a in groups.unique()]).double()
     centred = means - x.mean(0)
     assert error(parts["class"].dense(), (centred.T * sizes / len(x)) @ centred) < 1e-10
-    assert (
-        error(ds.class_means(case.problem(), "features", groups=groups).layer("0").class_means, means) < 1e-10
-    )
+    assert error(ds.class_means(case.problem(), "features", groups=groups).layer("0").class_means, means) < 1e-10
     errors = ds.decompose(case.problem(), of="errors", groups=groups)
     whole = sum(errors[part].dense() for part in errors)
     single = ds.decompose(case.problem(), of="errors")
@@ -141,16 +139,12 @@ def test_ignored_rows_are_in_no_group(kind: str, ignored: int) -> None:
     ):
         space = ds.principal_subspace(case.problem(), level=level, groups=groups)
         assert error(space.values, descending(wanted)[: len(space.values)]) < 1e-8
-    shares = ds.attribute(
-        ds.GaussNewton(case.problem()), ds.decompose(case.problem(), groups=groups)
-    ).pair_shares
+    shares = ds.attribute(ds.GaussNewton(case.problem()), ds.decompose(case.problem(), groups=groups)).pair_shares
     assert error(shares.sum(1), torch.ones(len(shares)).double()) < 1e-8
 
 
 def test_groups_of_classes_do_not_depend_on_ignored_rows() -> None:
-    model = nn.Linear(
-        2, 4, bias=False
-    ).double()  # on the first input classes go 0 with 1, on the second 0 with 2
+    model = nn.Linear(2, 4, bias=False).double()  # on the first input classes go 0 with 1, on the second 0 with 2
     model.weight.data = torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1]]).double()
     x = torch.randn(12, 2).double() * torch.tensor([1.0, 0.01])
     y = torch.arange(12) % 4

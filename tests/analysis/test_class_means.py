@@ -30,9 +30,7 @@ def test_the_weights_of_all_pairs_sum_to_one() -> None:
     case, _ = case_and_reference("unbalanced")
     means = ds.class_means(case.problem())
     assert means.cross_class_weights.sum().item() == pytest.approx(1, rel=1e-12)
-    assert means.cross_class_weights.sum(1) == pytest.approx(
-        torch.tensor([14, 5, 2, 1]).double() / 22, rel=1e-12
-    )
+    assert means.cross_class_weights.sum(1) == pytest.approx(torch.tensor([14, 5, 2, 1]).double() / 22, rel=1e-12)
 
 
 def test_an_absent_class_has_weight_zero_and_finite_means() -> None:

@@ -41,9 +41,7 @@ def test_neural_collapse_by_its_definitions() -> None:
     centred = means - x.mean(0)
     between = centred.T @ (shares[:, None] * centred)
     within = (x - means[y]).T @ (x - means[y]) / 20
-    assert found.nc1 == pytest.approx(
-        float((within @ torch.linalg.pinv(between, rtol=1e-8)).trace()) / 3, rel=1e-8
-    )
+    assert found.nc1 == pytest.approx(float((within @ torch.linalg.pinv(between, rtol=1e-8)).trace()) / 3, rel=1e-8)
     norms = centred.norm(dim=1)
     assert found.nc2_norms == pytest.approx(float(norms.std() / norms.mean()))
     duality = model.weight.detach() / model.weight.detach().norm() - centred / centred.norm()

@@ -36,9 +36,7 @@ def test_reshaped_eigenvectors_and_correspondences_are_those_of_dense_blocks() -
             columns = (matrix @ v).square().sum(0), (matrix.T @ u).square().sum(0)
             assert (layer.input_correspondence[:, j] - columns[0][:4]).abs().max() < 1e-7
             assert (layer.output_correspondence[:, j] - columns[1][:4]).abs().max() < 1e-7
-        products = torch.outer(
-            torch.linalg.eigvalsh(factors.left[0, 0]), torch.linalg.eigvalsh(factors.right[0, 0])
-        )
+        products = torch.outer(torch.linalg.eigvalsh(factors.left[0, 0]), torch.linalg.eigvalsh(factors.right[0, 0]))
         top = products.flatten().sort(descending=True).values[:3]
         assert error(layer.factored_values, top) < 1e-9
 
@@ -129,9 +127,7 @@ def test_the_whole_is_what_dense_rows_with_mean_inputs_give() -> None:
     w = torch.cat(published)[:, :4]
     assert error(found.published, sigma[:4] * w.square().sum(0)) < 1e-9
     q = torch.linalg.qr(w).Q
-    assert float(found.published_overlaps[3]) == pytest.approx(
-        float((q.T @ exact).square().sum() / 4), abs=1e-3
-    )
+    assert float(found.published_overlaps[3]) == pytest.approx(float((q.T @ exact).square().sum() / 4), abs=1e-3)
     assert bool((found.overlaps[3] <= found.reach.mean() + 1e-9).all())
     assert "E[x]" in str(found)
 

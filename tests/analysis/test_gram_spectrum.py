@@ -44,9 +44,7 @@ def test_one_dead_unit_and_one_example_a_batch() -> None:
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
 @pytest.mark.parametrize(("effects", "names"), [("four-way", FOUR), ("two-way", FIVE)])
-def test_the_exact_spectrum_is_that_of_the_dense_matrices(
-    name: str, effects: str, names: tuple[str, ...]
-) -> None:
+def test_the_exact_spectrum_is_that_of_the_dense_matrices(name: str, effects: str, names: tuple[str, ...]) -> None:
     case, ref = case_and_reference(name)
     found = ds.gram_spectrum(case.problem(), effects=effects)
     scale = float(descending(ref.gauss_newton)[0])
@@ -85,9 +83,7 @@ def test_pairs_are_eigenpairs_with_true_residual_bounds(name: str) -> None:
 def test_a_wrong_gram_matrix_is_seen_in_the_residuals(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = decompose(CASES["relu_mlp"]().problem(), hold=True)
     true = parts.rows.gram()  # type: ignore[union-attr]
-    monkeypatch.setattr(
-        parts.rows, "gram", lambda: true + torch.diag(torch.linspace(0, 0.1, len(true))).to(true)
-    )
+    monkeypatch.setattr(parts.rows, "gram", lambda: true + torch.diag(torch.linspace(0, 0.1, len(true))).to(true))
     pairs = gradient_pairs(gradient_spectrum(parts), parts, 3, 0.0)
     assert float(pairs.residual_norms.min()) > 1e-3
 
@@ -105,9 +101,7 @@ def test_float32_problems_are_computed_in_float64() -> None:
     problem = CASES["relu_mlp"](torch.float32).problem()
     double = ds.gram_spectrum(problem)
     assert double.provenance.dtype == "float64"
-    assert same_spectrum(
-        double.values, ds.GaussNewton(problem.to(torch.float64)).dense(), float(double.values[0])
-    )
+    assert same_spectrum(double.values, ds.GaussNewton(problem.to(torch.float64)).dense(), float(double.values[0]))
     single = ds.gram_spectrum(problem, dtype=torch.float32)
     assert error(single.values[:5], double.values[:5]) < 1e-5
     assert problem.to(torch.float32) is problem

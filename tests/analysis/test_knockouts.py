@@ -83,9 +83,9 @@ def test_a_restart_counts_the_residuals_it_drops(problem):
     _, basis = explore(H, 5, rtol=1e-2)
     basis.append(torch.randn(4, H.shape[0], generator=torch.Generator().manual_seed(1)).double())
     ritz = basis.ritz()
-    pending = torch.linalg.qr(
-        torch.randn(basis.num_pending, 2, generator=torch.Generator().manual_seed(2)).double()
-    )[0]
+    pending = torch.linalg.qr(torch.randn(basis.num_pending, 2, generator=torch.Generator().manual_seed(2)).double())[
+        0
+    ]
     basis.contract(ritz.coefficients[:, -20:], pending)
     assert (basis.num_basis, basis.num_pending) == (20, 2)
     torch.testing.assert_close(basis.rows[:22] @ basis.rows[:22].T, torch.eye(22).double())

@@ -21,9 +21,7 @@ def problem(seed: int, memory: int | None = None) -> ds.Problem:
     torch.manual_seed(seed)
     layers = [part for _ in range(DEPTH - 1) for part in (nn.Linear(8, 8), nn.Tanh())]
     torch.manual_seed(9)
-    made = ds.Problem(
-        nn.Sequential(*layers, nn.Linear(8, 3)).double(), (torch.randn(60, 8).double(), labels(60, 3))
-    )
+    made = ds.Problem(nn.Sequential(*layers, nn.Linear(8, 3)).double(), (torch.randn(60, 8).double(), labels(60, 3)))
     made.memory = memory or made.memory
     return made
 
@@ -61,9 +59,7 @@ def test_what_fits_memory_is_captured_once_a_network(name: str, captured: Counte
 
 
 @pytest.mark.parametrize(("name", "most"), [("compare", 3), ("dissect", 3), ("kronecker_quality", 4)])
-def test_else_the_data_are_gone_through_a_fixed_number_of_times(
-    name: str, most: int, captured: Counter
-) -> None:
+def test_else_the_data_are_gone_through_a_fixed_number_of_times(name: str, most: int, captured: Counter) -> None:
     """To see how large they are, for second moments, for "ekfac" its diagonal, and layer by layer."""
     small = [problem(seed, memory=64_000) for seed in (0, 1)]
     CALLS[name](small)

@@ -43,9 +43,7 @@ def test_the_subspace_is_found_and_certified(problem, top):
 def test_importance_beats_chance(problem, top):
     """With as many uniform examples the subspace is worse: the curvature sits in few of them."""
     by_importance = ds.principal_subspace(problem, level="sampled", num_samples=150, num_checks=0, seed=3)
-    every = (
-        torch.randperm(problem.num_examples, generator=torch.Generator().manual_seed(3))[:150].sort().values
-    )
+    every = torch.randperm(problem.num_examples, generator=torch.Generator().manual_seed(3))[:150].sort().values
     uniform = drawn_problem(problem, every, torch.ones(150))
     chance = ds.eigenpairs(ds.Hessian(uniform), num=9, rtol=1e-2)
     assert ds.overlap(by_importance.vectors, top.vectors) > ds.overlap(chance.vectors, top.vectors) + 0.05

@@ -54,9 +54,7 @@ def test_the_khatri_rao_claim_is_measured_by_its_definition(name: str) -> None:
                 truth, product = gradient[start:stop], torch.outer(mean_error, h_c).flatten()
                 expected = truth @ product / (truth.norm() * product.norm())
                 assert float(cosine) == pytest.approx(float(expected), abs=1e-9)
-                assert float(relative) == pytest.approx(
-                    float((truth - product).norm() / truth.norm()), abs=1e-9
-                )
+                assert float(relative) == pytest.approx(float((truth - product).norm() / truth.norm()), abs=1e-9)
 
 
 @pytest.mark.parametrize("name", ["relu_mlp", "conv_pool", "absent_class", "class_weights"])
@@ -74,9 +72,7 @@ def test_gradients_without_the_mean_feature(name: str) -> None:
         if isinstance(module, nn.Conv2d):
             images = inputs.view(len(inputs), module.in_channels, -1)
             side = math.isqrt(images.shape[2])
-            patches = torch.nn.functional.unfold(
-                images.view(*images.shape[:2], side, side), module.kernel_size
-            )
+            patches = torch.nn.functional.unfold(images.view(*images.shape[:2], side, side), module.kernel_size)
             features = patches.mT
         else:
             features = inputs[:, None]

@@ -37,9 +37,7 @@ def problem(seed: int, **options: bool) -> ds.Problem:
 
 @pytest.fixture(scope="module")
 def found():
-    return ds.study(
-        {"plain": [problem(0), problem(1)], "batch norm": [problem(j, batch_norm=True) for j in (0, 1)]}
-    )
+    return ds.study({"plain": [problem(0), problem(1)], "batch norm": [problem(j, batch_norm=True) for j in (0, 1)]})
 
 
 def test_measures_are_those_of_the_functions_they_come_from(found) -> None:
@@ -55,12 +53,8 @@ def test_measures_are_those_of_the_functions_they_come_from(found) -> None:
             [float(some[layer].values[1] / some[layer].values[2]) for some in dissected]
         )
         quality = ds.kronecker_quality(problem(0), ("kfac", "cfac"), ks=(2,))[layer]
-        assert float(found.of("plain", layer, "kfac_error")[0]) == pytest.approx(
-            quality.fits["kfac"].frobenius
-        )
-        assert float(found.of("plain", layer, "cfac_error")[0]) == pytest.approx(
-            quality.fits["cfac"].frobenius
-        )
+        assert float(found.of("plain", layer, "kfac_error")[0]) == pytest.approx(quality.fits["kfac"].frobenius)
+        assert float(found.of("plain", layer, "cfac_error")[0]) == pytest.approx(quality.fits["cfac"].frobenius)
         together = ds.compare(problem(0, batch_norm=True), problem(1, batch_norm=True))[layer]
         at = min(together.outputs, len(together.ks)) - 1
         shared = found.of("batch norm", layer, "shared")

@@ -94,10 +94,7 @@ FULL: dict[str, tuple[Draw, str, float]] = {
 
 
 def tails(draw: Draw, num: int, num_draws: int) -> list[ds.analysis.tail.Tail]:
-    return [
-        ds.tail(torch.from_numpy(draw(np.random.default_rng(1000 + k))), num_draws=num_draws)
-        for k in range(num)
-    ]
+    return [ds.tail(torch.from_numpy(draw(np.random.default_rng(1000 + k))), num_draws=num_draws) for k in range(num)]
 
 
 def verdicts(draw: Draw, num: int, num_draws: int) -> Counter[str]:
@@ -148,9 +145,7 @@ def test_outliers_and_zeros_are_counted_and_units_do_not_matter() -> None:
     assert found.bulk_laws["Marchenko-Pastur"].num_outside == 3
     small = ds.tail(values * 1e-9, num_draws=5)
     assert small.power_law.exponent == pytest.approx(found.power_law.exponent)
-    assert small.bulk_laws["Marchenko-Pastur"].distance == pytest.approx(
-        found.bulk_laws["Marchenko-Pastur"].distance
-    )
+    assert small.bulk_laws["Marchenko-Pastur"].distance == pytest.approx(found.bulk_laws["Marchenko-Pastur"].distance)
     without = ds.tail(values, above=4.2, num_draws=5)
     assert (without.num, without.num_above) == (147, 3)
     assert without.bulk_laws["Marchenko-Pastur"].num_outside == 0

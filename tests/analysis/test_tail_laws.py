@@ -24,10 +24,7 @@ def test_fits_agree_with_the_powerlaw_package() -> None:
             warnings.simplefilter("ignore")
             fit = powerlaw.Fit(values, xmin=found.power_law.x_min, verbose=0)
             assert fit.power_law.alpha == pytest.approx(found.power_law.exponent, rel=1e-9)
-            assert (
-                pytest.approx(found.power_law.distance, abs=1.01 / found.power_law.num_tail)
-                == fit.power_law.D
-            )
+            assert pytest.approx(found.power_law.distance, abs=1.01 / found.power_law.num_tail) == fit.power_law.D
             ratio, p_value = fit.distribution_compare("power_law", "exponential")
             assert found.alternatives["exponential"].ratio == pytest.approx(ratio, rel=1e-4)
             assert found.alternatives["exponential"].p_value == pytest.approx(p_value, rel=1e-3)

@@ -115,9 +115,7 @@ def _failures_in_the_plane(repetitions, delta, seed, num_draws=2000):
         share = draw.binomial(num_draws, own.mean()) / num_draws
         ledger = Ledger(n, delta / 2, {"w": s - 1 - math.log(s) + r * r / 2}).must_hold("draws", delta / 2)
         bound = ledger.certified(monte_carlo_bound(share, num_draws, delta / 2))
-        wrong = ndtr(
-            -np.where(np.cos(circle) > 0, 1, -1) * np.cos(circle - angles[k]) * r / np.sqrt(s)
-        ).mean()
+        wrong = ndtr(-np.where(np.cos(circle) > 0, 1, -1) * np.cos(circle - angles[k]) * r / np.sqrt(s)).mean()
         failed += bound < 0.2 + 0.6 * wrong
     return failed
 

@@ -50,9 +50,7 @@ def test_the_curvature_of_a_posterior_is_gs_diagonal_in_its_own_coordinates():
         layer = network.layers[name]
         turn = torch.kron(layer.whole_left().contiguous(), layer.whole_right().contiguous())
         expected = (turn.T @ block @ turn).diagonal()
-        assert torch.allclose(
-            found[name].flatten().double(), expected, rtol=1e-4, atol=1e-6 * float(expected.max())
-        )
+        assert torch.allclose(found[name].flatten().double(), expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
 
 
 def test_the_closed_form_minimises_the_bound_of_the_quadratic_model():
@@ -67,9 +65,7 @@ def test_the_closed_form_minimises_the_bound_of_the_quadratic_model():
         for name, layer in network.layers.items():
             h, rho = found[name].curvature, layer.log_ratio.double()
             total = (
-                total
-                + 50 * (h * layer.scale * rho.exp()).sum() / 2
-                + (rho.exp() - 1 - rho + layer.mean**2).sum() / 2
+                total + 50 * (h * layer.scale * rho.exp()).sum() / 2 + (rho.exp() - 1 - rho + layer.mean**2).sum() / 2
             )
         return total
 
@@ -90,9 +86,7 @@ def test_factors_of_a_drawn_network_are_those_of_its_draws():
         features = network.layers["1"](network.prepared(examples.inputs.repeat(200, 1))).relu()
     features = torch.cat([features, torch.ones(len(features), 1)], 1).double()
     expected = features.T @ features / len(features)  # over other draws, many of them
-    found_moment = (
-        found.right @ torch.diag((found.right.T @ expected @ found.right).diagonal()) @ found.right.T
-    )
+    found_moment = found.right @ torch.diag((found.right.T @ expected @ found.right).diagonal()) @ found.right.T
     assert float((found_moment - expected).norm() / expected.norm()) < 0.2
     quiet = coordinates(problem, network, "ekfac", "inputs")["3"]
     A = ds.kronecker(problem).blocks["3"].right[0, 0].double()

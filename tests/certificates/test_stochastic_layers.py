@@ -54,9 +54,7 @@ def test_moments_of_outputs_are_those_of_gaussian_weights(left, kept):
     for row, m, v in zip(x, found.mean, found.variance, strict=True):
         h = torch.kron(torch.eye(3), torch.cat([row, torch.ones(1)])).double()
         assert torch.allclose(m.double(), h @ mean, atol=1e-5)
-        assert torch.allclose(
-            (rotation @ v.diag() @ rotation.T).double(), h @ covariance @ h.T, rtol=1e-4, atol=1e-5
-        )
+        assert torch.allclose((rotation @ v.diag() @ rotation.T).double(), h @ covariance @ h.T, rtol=1e-4, atol=1e-5)
     assert torch.allclose(layer.posterior_mean().double().flatten(), mean, atol=1e-6)
     prepared = layer.prepared(x)
     layer.takes_prepared = True
@@ -84,9 +82,7 @@ def test_other_coordinates_keep_the_mean_and_the_marginal_variances():
     moved, new = _covariance(layer)
     assert torch.allclose(moved, mean, atol=1e-6)
     turn = torch.kron(left.contiguous(), right.contiguous()).double()
-    assert torch.allclose(
-        (turn.T @ new @ turn).diagonal(), (turn.T @ covariance @ turn).diagonal(), rtol=1e-4
-    )
+    assert torch.allclose((turn.T @ new @ turn).diagonal(), (turn.T @ covariance @ turn).diagonal(), rtol=1e-4)
     back = layer.mean.detach().clone(), layer.log_ratio.detach().clone()
     layer.turn(left, right)
     assert torch.allclose(layer.mean, back[0], atol=1e-5)

@@ -93,7 +93,5 @@ def test_padding_by_name_is_padding_in_every_exact_way(kernel, dilation, ends):
         found, expected = (ds.kronecker(problem, kind) for problem in (one, two))
         assert list(found.blocks) == list(expected.blocks) == ["1", "4"]
         torch.testing.assert_close(found.dense(), expected.dense(), rtol=1e-8, atol=1e-12)
-    torch.testing.assert_close(
-        ds.gram_spectrum(one).values, ds.gram_spectrum(two).values, rtol=1e-9, atol=1e-14
-    )
+    torch.testing.assert_close(ds.gram_spectrum(one).values, ds.gram_spectrum(two).values, rtol=1e-9, atol=1e-14)
     assert list(ds.collapse(one)) == list(ds.collapse(two))

@@ -70,9 +70,7 @@ def test_numbers_agree_with_the_dense_spectrum(analysis):
 def test_both_routes_find_the_same():
     exact, products = (analysed(route).dataset for route in ("exact", "products"))
     np.testing.assert_allclose(exact.eigenvalue, products.eigenvalue, rtol=3e-4)
-    np.testing.assert_allclose(
-        exact.share.sel(operator="hessian"), products.share.sel(operator="hessian"), atol=1e-9
-    )
+    np.testing.assert_allclose(exact.share.sel(operator="hessian"), products.share.sel(operator="hessian"), atol=1e-9)
     np.testing.assert_allclose(
         exact.share.sel(operator="gauss_newton"), products.share.sel(operator="gauss_newton"), atol=0.02
     )
@@ -147,9 +145,7 @@ def test_the_bins_of_g_are_its_spectrum_without_zeros_whatever_the_route(route):
     for view in ("linear", "signed", "magnitude"):
         bins = g.sel(view=view)
         assert float(bins.bin_mass.sum() + g.zero_share) == pytest.approx(1, abs=1e-9)
-        for start, end, low, high in zip(
-            bins.bin_start, bins.bin_end, bins.bin_low, bins.bin_high, strict=True
-        ):
+        for start, end, low, high in zip(bins.bin_start, bins.bin_end, bins.bin_low, bins.bin_high, strict=True):
             inside = (values > max(float(start), 1e-12)) & (values <= float(end))
             assert not float(low) - 1e-9 > float(inside.double().mean())
             assert not float(high) + 1e-9 < float(inside.double().mean())
@@ -173,10 +169,7 @@ def test_tails_are_judged_of_every_spectrum_and_said(analysis):
     verdicts = dataset.tail_verdict
     assert (verdicts.sel(operator=["hessian", "residual"]) != "").all()
     assert (verdicts.sel(operator="gauss_newton").values == "").tolist() == [False, True, True]
-    said = {
-        name: str(verdicts.sel(operator=name, side="magnitude").values)
-        for name in ("gauss_newton", "residual")
-    }
+    said = {name: str(verdicts.sel(operator=name, side="magnitude").values) for name in ("gauss_newton", "residual")}
     assert f"G {said['gauss_newton']}" in analysis.verdict
     assert f"R {said['residual']}" in analysis.verdict
 

@@ -1,48 +1,17 @@
 """The job behind `certify`: what it takes from its options, what it keeps and what it saves."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
-import deepspectra as ds
-from certificates_problems import cnn, data, images, problem
+from certificates_problems import data, problem
 from deepspectra.errors import FileError, OptionError, TargetError
 from deepspectra.jobs.certify import certified, unseen
-from deepspectra.jobs.certify_dataset import certificate_dataset
 from deepspectra.jobs.command_targets import Choice
-from deepspectra.jobs.pages import load_page, save_page
 
 FORMAT = Path(__file__).parents[2] / "docs" / "file-format.md"
 FEW = {"epochs": 3, "batch_size": 100, "passes": 2, "basis": None}
-
-
-def test_a_strangers_convolutional_network_is_certified_and_its_page_written(tmp_path):
-    of = ds.Problem(cnn(), images(200))
-    found = certified(of, "isotropic, learnt", images(100, seed=1), FEW)
-    save_page(certificate_dataset(found, of), tmp_path, "certify")
-    saved = load_page(tmp_path)
-    assert float(saved["bound"].sel(bounded="stochastic network", bound_end="bound")) == pytest.approx(
-        found.value
-    )
-    about = json.loads(saved.attrs["provenance"])
-    assert float(saved["charge"].sum()) / found.ledger.num_examples == pytest.approx(about["nats_an_example"])
-    assert about["priors_tried"] == 2
-    assert about["may_fail"] == {"bound": 0.025, "Monte Carlo": 0.01}
-    assert saved.attrs["verdict"].startswith("With probability 0.965")
-    described = FORMAT.read_text().split("## certify.nc")[1]
-    for name in (*saved.data_vars, *saved.coords):
-        assert f"`{name}`" in described, f"{name} is saved and not described"
-    page = (tmp_path / "certify.html").read_text()
-    for name in (
-        "chart-bounds",
-        "chart-posterior_variances",
-        "chart-descent",
-        "charge-table",
-        "posterior-table",
-    ):
-        assert f'id="{name}"' in page
 
 
 def test_unfinished_work_is_taken_up_and_that_of_another_certificate_refused(tmp_path):

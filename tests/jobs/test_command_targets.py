@@ -72,9 +72,7 @@ def test_a_training_is_kept_where_it_is_asked_for_and_not_done_again(tmp_path, c
     assert (tmp_path / WEIGHTS).stat().st_mtime_ns == written
     with pytest.raises(FileError, match="was trained otherwise"):
         moments(None, chosen._replace(resume=True, seed=2))
-    by_checkpoint, names, labels = chosen_problem(
-        None, Choice(per_class=2, checkpoint=tmp_path / WEIGHTS, seed=1)
-    )
+    by_checkpoint, names, labels = chosen_problem(None, Choice(per_class=2, checkpoint=tmp_path / WEIGHTS, seed=1))
     assert by_checkpoint.loss() == pytest.approx(losses[2])
     assert names == [str(digit) for digit in range(10)]
     assert labels.data == "digits, 2 images a class"

@@ -83,9 +83,7 @@ def test_what_is_saved_is_loaded_an_analysis_before_others(tmp_path):
 
 def test_a_damaged_file_is_told_with_what_to_do(tmp_path):
     (tmp_path / "layers.nc").write_bytes(b"no numbers")
-    with pytest.raises(
-        FileError, match=r"layers\.nc is truncated, damaged or foreign.*Run the command again"
-    ):
+    with pytest.raises(FileError, match=r"layers\.nc is truncated, damaged or foreign.*Run the command again"):
         load_pages(tmp_path)
 
 

@@ -156,9 +156,7 @@ def test_only_new_cells_run_when_the_grid_changes(tmp_path):
     first = swept(cell, {"a": [1, 2], "b": [0.1, 0.2]}, tmp_path)
     assert len(cell.points) == 4
     more = swept(cell, {"b": [0.3, 0.2, 0.1], "a": [2, 4, 1.0]}, tmp_path)
-    assert cell.points[4:] == [
-        {"b": b, "a": a} for b in (0.3, 0.2, 0.1) for a in (2, 4, 1) if b == 0.3 or a == 4
-    ]
+    assert cell.points[4:] == [{"b": b, "a": a} for b in (0.3, 0.2, 0.1) for a in (2, 4, 1) if b == 0.3 or a == 4]
     assert more.a.values.tolist() == [2, 4, 1]
     same(first.y.to_dataset(), more.sel(a=[1, 2], b=[0.1, 0.2]).y.transpose("a", "b").to_dataset())
     fewer = swept(cell, {"a": [4], "b": [0.2]}, tmp_path)
@@ -405,9 +403,7 @@ def test_the_peak_of_memory_is_that_of_the_cell_alone(tmp_path):
 def test_measured_cells_run_at_once_as_far_as_they_fit(enough, tmp_path):
     """The first alone, then all others, or each alone."""
     executor = Immediate()
-    swept(
-        sweep_cells.block, {"megabytes": range(1, 6)}, tmp_path, executor, memory=2**50 if enough else 2**20
-    )
+    swept(sweep_cells.block, {"megabytes": range(1, 6)}, tmp_path, executor, memory=2**50 if enough else 2**20)
     assert executor.at_once == ([1, 1, 2, 3, 4] if enough else [1] * 5)
 
 
@@ -488,9 +484,7 @@ def test_no_cell_is_lost_or_done_twice_when_processes_are_killed(kills, tmp_path
     done = collections.Counter(_cells(log.read_text()))
     assert len(done) == 36
     assert sum(done.values()) <= 36 + deaths  # cells whose process was killed before their file was written
-    whole = swept(
-        functools.partial(training, str(tmp_path / "other"), 0), TRAININGS, tmp_path / "w", looks="epochs"
-    )
+    whole = swept(functools.partial(training, str(tmp_path / "other"), 0), TRAININGS, tmp_path / "w", looks="epochs")
     same(found.sel(whole.coords), whole)
 
 
@@ -505,9 +499,7 @@ def test_a_caller_without_a_guard_is_told(tmp_path):
         "def cell(x):\n    return {'y': x}\n"
         f"ds.sweep(cell, {{'x': [1]}}, {str(tmp_path / 's')!r}, executor=1, progress=False)\n"
     )
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=300
-    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=300)
     assert "does not reach another process" in done.stderr
     assert "if __name__ == '__main__':" in done.stderr
 

@@ -104,9 +104,7 @@ def test_the_best_of_some_rates_is_looked_at():
 
 def test_networks_vary_by_batch_norm_and_by_their_labels():
     cell = ZooCell(training_epochs=1)
-    plain, normed, drawn = (
-        cell(per_class=5, **o) for o in ({}, {"batch_norm": True}, {"random_labels": True})
-    )
+    plain, normed, drawn = (cell(per_class=5, **o) for o in ({}, {"batch_norm": True}, {"random_labels": True}))
     assert plain["num_parameters"] == normed["num_parameters"]
     assert len({one["loss"] for one in (plain, normed, drawn)}) == 3
     data = zoo.load("digits", per_class=5).relabelled(0)

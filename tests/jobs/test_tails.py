@@ -32,9 +32,7 @@ def test_the_line_of_a_power_law_lies_on_the_density_per_decade():
     assert whole["exponent_low"] < alpha < whole["exponent_high"]
     assert whole["end"] == pytest.approx(float(sizes[sizes <= 0.2].max()))
     at = np.geomspace(whole["start"], 10 * whole["start"], 6)
-    slope = np.log(whole["density_at_end"] / whole["density_at_start"]) / np.log(
-        whole["end"] / whole["start"]
-    )
+    slope = np.log(whole["density_at_end"] / whole["density_at_start"]) / np.log(whole["end"] / whole["start"])
     for low, high in itertools.pairwise(at):
         drawn = whole["density_at_start"] * (np.sqrt(low * high) / whole["start"]) ** slope
         inside = ((sizes > low) & (sizes <= high)).double().mean() / np.log10(high / low)

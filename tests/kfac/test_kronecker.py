@@ -273,9 +273,7 @@ def test_ignored_examples_count_nowhere(kind: str) -> None:
     some[[0, 3, 4, 9]] = -100
     kept = some != -100
     ignored = ds.kronecker(ds.Problem(case.model, chunks(x, some, [5, 15])), kind)
-    assert (
-        error(ignored.dense(), ds.kronecker(ds.Problem(case.model, (x[kept], y[kept])), kind).dense()) < RTOL
-    )
+    assert error(ignored.dense(), ds.kronecker(ds.Problem(case.model, (x[kept], y[kept])), kind).dense()) < RTOL
 
 
 @pytest.mark.parametrize("kind", ["kfac", "ekfac"])

@@ -105,13 +105,9 @@ def test_complex_products_keep_both_parts(shape):
     assert (Matrix(A.matrix.bfloat16()) @ x).dtype == torch.complex64
 
 
-@pytest.mark.parametrize(
-    "dtype", [np.float16, np.float32, np.longdouble, np.int32, np.complex64, np.clongdouble]
-)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.longdouble, np.int32, np.complex64, np.clongdouble])
 def test_scipy_takes_arrays_of_any_type(dtype):
-    x = (np.arange(14).reshape(7, 2) * (1 + 1j if np.issubdtype(dtype, np.complexfloating) else 1)).astype(
-        dtype
-    )
+    x = (np.arange(14).reshape(7, 2) * (1 + 1j if np.issubdtype(dtype, np.complexfloating) else 1)).astype(dtype)
     assert np.allclose(A.to_scipy() @ x, A.matrix.numpy() @ x, rtol=1e-12)
 
 
@@ -129,9 +125,7 @@ def test_products_with_sparse_vectors_are_dense():
 
 
 def test_products_can_be_backpropagated_to_the_vector():
-    problem = ds.Problem(
-        torch.nn.Linear(3, 2).double(), (torch.randn(5, 3).double(), torch.randint(0, 2, (5,)))
-    )
+    problem = ds.Problem(torch.nn.Linear(3, 2).double(), (torch.randn(5, 3).double(), torch.randint(0, 2, (5,))))
     H = ds.Hessian(problem)
     for operator in (A - 2 * B, A.shifted(3), H.shifted(0.1)):
         w = torch.linspace(-1, 1, operator.shape[0], dtype=torch.float64).requires_grad_()
@@ -163,9 +157,7 @@ def test_a_sum_has_the_widest_type_of_its_terms_and_identities_take_it():
 
 
 def test_a_shift_moves_eigenvalues_and_leaves_starts_as_they_are():
-    problem = ds.Problem(
-        torch.nn.Linear(3, 2).double(), (torch.randn(5, 3).double(), torch.randint(0, 2, (5,)))
-    )
+    problem = ds.Problem(torch.nn.Linear(3, 2).double(), (torch.randn(5, 3).double(), torch.randint(0, 2, (5,))))
     H = ds.Hessian(problem)
     plain, moved = (ds.eigenpairs(operator, 3, rtol=1e-10).values for operator in (H, H.shifted(-0.25)))
     torch.testing.assert_close(moved, plain - 0.25, rtol=1e-9, atol=1e-12)

@@ -124,16 +124,12 @@ def test_batching_and_order_do_not_matter(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", OPERATORS)
-@pytest.mark.parametrize(
-    "name", ["relu_mlp", "conv_batchnorm", "attention_function", "every_option", "mse_module"]
-)
+@pytest.mark.parametrize("name", ["relu_mlp", "conv_batchnorm", "attention_function", "every_option", "mse_module"])
 def test_float32_products_are_near_float64(name: str, kind: str) -> None:
     ref = case_and_reference(name)[1]
     case = CASES[name](torch.float32)
     with torch.no_grad():
-        for p32, p64 in zip(
-            case.model.parameters(), case_and_reference(name)[0].model.parameters(), strict=True
-        ):
+        for p32, p64 in zip(case.model.parameters(), case_and_reference(name)[0].model.parameters(), strict=True):
             p32.copy_(p64)
     case.model.load_state_dict(case_and_reference(name)[0].model.state_dict())
     case.batches = [tuple(t.float() if t.is_floating_point() else t for t in b) for b in ref.case.batches]

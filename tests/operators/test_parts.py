@@ -106,9 +106,7 @@ def _feeds(case: Case) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     yield "ragged", chunks(x[order], y[order], [1, 3, len(x) - 4]), {}
 
 
-@pytest.mark.parametrize(
-    "name", ["unbalanced", "absent_class", "every_option", "token_classes", "conv_batchnorm"]
-)
+@pytest.mark.parametrize("name", ["unbalanced", "absent_class", "every_option", "token_classes", "conv_batchnorm"])
 def test_the_order_and_batching_of_the_data_do_not_matter(name: str) -> None:
     case, ref = case_and_reference(name)
     V = torch.randn(ref.num_parameters, 2, dtype=torch.float64)
@@ -407,8 +405,7 @@ def test_restrictions_to_other_parameters_are_other_problems() -> None:
         ds.attribute(ds.Hessian(square.restrict("0.*")), ds.decompose(square.restrict("1.*")))
     some = problem.restrict("0.*")
     assert (
-        ds.attribute(ds.Hessian(problem.restrict("0.*")), ds.decompose(some)).provenance.size
-        == some.num_parameters
+        ds.attribute(ds.Hessian(problem.restrict("0.*")), ds.decompose(some)).provenance.size == some.num_parameters
     )
 
 

@@ -27,9 +27,7 @@ def test_more_inputs_than_labels() -> None:
 def test_an_empty_loader() -> None:
     empty = TensorDataset(X[:0], Y[:0])
     for data in (DataLoader(empty), empty, [], (X[:0], Y[:0])):
-        refused(
-            errors.DataError, "empty|no (data|example|batch)|0 ", lambda data=data: ds.Problem(mlp(), data)
-        )
+        refused(errors.DataError, "empty|no (data|example|batch)|0 ", lambda data=data: ds.Problem(mlp(), data))
 
 
 @pytest.mark.parametrize("data", [None, 3, "mnist", X], ids=["None", "int", "str", "tensor"])
@@ -79,9 +77,7 @@ class Noisy(Dataset):
 
 def test_random_augmentation() -> None:
     for data in (DataLoader(Noisy(), batch_size=4), DataLoader(Noisy(), batch_size=4, shuffle=True)):
-        refused(
-            errors.NondeterminismError, "augment|random|differ", lambda data=data: ds.Problem(mlp(), data)
-        )
+        refused(errors.NondeterminismError, "augment|random|differ", lambda data=data: ds.Problem(mlp(), data))
 
 
 def test_a_shuffling_loader_that_drops_its_last_batch() -> None:

@@ -112,9 +112,7 @@ def test_constants_of_other_models_are_no_parameters() -> None:
     def distilled(outputs: Tensor, targets: Tensor) -> Tensor:
         return functional.cross_entropy(outputs, targets) + 0.1 * teacher.o.bias.square().sum()
 
-    problem = ds.Problem(
-        model, [(X, Y)], loss=distilled, forward=lambda m, b: (m(b[0]) + teacher(b[0]), b[1])
-    )
+    problem = ds.Problem(model, [(X, Y)], loss=distilled, forward=lambda m, b: (m(b[0]) + teacher(b[0]), b[1]))
     _, hessian = truth(model, lambda: functional.cross_entropy(model(X) + teacher(X).detach(), Y))
     assert error(ds.Hessian(problem).dense(), hessian) < 1e-9
 
@@ -175,9 +173,7 @@ class Polar(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.w = nn.Parameter(
-            torch.randn(3, 5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-        )
+        self.w = nn.Parameter(torch.randn(3, 5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))
 
     def forward(self, x: Tensor) -> Tensor:
         return (torch.view_as_complex(self.w) @ x.to(torch.complex128).T).abs().T

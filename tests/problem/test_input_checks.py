@@ -39,9 +39,7 @@ def test_weights_not_finite(value: float) -> None:
 def test_inputs_not_finite(value: float) -> None:
     spoilt = X.clone()
     spoilt[3, 2] = value
-    refused(
-        (errors.DataError, errors.NonFiniteError), "nan|inf|finite", lambda: ds.Problem(mlp(), (spoilt, Y))
-    )
+    refused((errors.DataError, errors.NonFiniteError), "nan|inf|finite", lambda: ds.Problem(mlp(), (spoilt, Y)))
 
 
 def test_a_buffer_not_finite() -> None:

@@ -77,9 +77,7 @@ def test_outputs_may_be_anything_a_loss_of_one_s_own_understands() -> None:
     total = loss(model(X), y)
     gradient = torch.autograd.grad(total, parameters, create_graph=True)
     flat = torch.cat([g.flatten() for g in gradient])
-    rows = [
-        torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True) for entry in flat
-    ]
+    rows = [torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True) for entry in flat]
     expected = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
     assert problem.loss() == pytest.approx(total.item(), rel=1e-12)
     assert error(ds.Hessian(problem).dense(), expected) < 1e-9

@@ -88,9 +88,7 @@ def test_embedding_bags_have_second_derivatives(mode: str, padding: int | None) 
             return self.o(total / counted.sum(1) if mode == "mean" else total)
 
     plain = Plain()
-    bag = nn.Sequential(
-        nn.EmbeddingBag(7, 5, mode=mode, padding_idx=padding, sparse=mode == "sum"), nn.Linear(5, 3)
-    )
+    bag = nn.Sequential(nn.EmbeddingBag(7, 5, mode=mode, padding_idx=padding, sparse=mode == "sum"), nn.Linear(5, 3))
     bag = bag.double()
     bag.load_state_dict(dict(zip(bag.state_dict(), plain.state_dict().values(), strict=True)))
     gradient, hessian = truth(plain, lambda: functional.cross_entropy(plain(ids), Y))
@@ -114,8 +112,7 @@ def test_bags_of_one_list_with_offsets() -> None:
 def test_sparse_embeddings_inputs_and_adjacency() -> None:
     ids = torch.randint(7, (12, 4), generator=torch.Generator().manual_seed(1))
     sparse, dense = (
-        nn.Sequential(nn.Embedding(7, 5, sparse=s), nn.Flatten(), nn.Linear(20, 3)).double()
-        for s in (True, False)
+        nn.Sequential(nn.Embedding(7, 5, sparse=s), nn.Flatten(), nn.Linear(20, 3)).double() for s in (True, False)
     )
     dense.load_state_dict(sparse.state_dict())
     gradient, hessian = truth(dense, lambda: functional.cross_entropy(dense(ids), Y))

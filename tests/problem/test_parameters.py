@@ -94,9 +94,7 @@ def test_flatten_and_unflatten_are_inverse_in_the_order_of_the_names(name: str) 
     vector = torch.randn(ref.num_parameters, dtype=torch.float64)
     tree = problem.unflatten(vector)
     assert list(tree) == list(ref.parameters)
-    assert {key: value.shape for key, value in tree.items()} == {
-        key: p.shape for key, p in ref.parameters.items()
-    }
+    assert {key: value.shape for key, value in tree.items()} == {key: p.shape for key, p in ref.parameters.items()}
     assert torch.equal(torch.cat([tree[key].reshape(-1) for key in ref.parameters]), vector)
     assert torch.equal(problem.flatten(tree), vector)
     assert torch.equal(problem.flatten(dict(reversed(tree.items()))), vector)
@@ -137,10 +135,7 @@ def test_unused_parameters_have_zero_rows_and_frozen_ones_none() -> None:
     unused = case_and_reference("unused_parameter")[0].problem()
     dense = ds.Hessian(unused).dense()
     inside = unused.flatten(
-        {
-            n: torch.full_like(t, float(n.startswith("unused")))
-            for n, t in unused.unflatten(unused.gradient()).items()
-        }
+        {n: torch.full_like(t, float(n.startswith("unused"))) for n, t in unused.unflatten(unused.gradient()).items()}
     ).bool()
     assert inside.sum() == 8
     assert dense[inside].abs().max() == 0

@@ -44,9 +44,7 @@ def test_tokens_that_always_fit_two_readings_are_told_how_they_are_read() -> Non
     second = functional.cross_entropy(model(batch[0]), batch[1])
     assert problem.loss() == pytest.approx(float(second.detach()), rel=1e-12)
     problem.to(torch.float32)
-    said = ds.Problem(
-        model, [batch], forward=lambda model, pair: (model(pair[0]).flatten(0, -2), pair[1].flatten())
-    )
+    said = ds.Problem(model, [batch], forward=lambda model, pair: (model(pair[0]).flatten(0, -2), pair[1].flatten()))
     last = functional.cross_entropy(model(batch[0]).movedim(-1, 1), batch[1])
     assert said.loss() == pytest.approx(float(last.detach()), rel=1e-12)
 
@@ -156,9 +154,7 @@ def test_batches_of_one_row_say_nothing_against_a_mean() -> None:
         batches = list(zip(X.split(sizes), UNEVEN.split(sizes), strict=True))
         assert ds.Problem(seeded_mlp(), batches, loss=own_mean).loss() == pytest.approx(expected, rel=1e-12)
     with pytest.raises(errors.LossError, match="no mean over rows"):
-        ds.Problem(
-            seeded_mlp(), [(x[None], y[None]) for x, y in zip(X, UNEVEN, strict=True)], loss=summed_twice
-        )
+        ds.Problem(seeded_mlp(), [(x[None], y[None]) for x, y in zip(X, UNEVEN, strict=True)], loss=summed_twice)
 
 
 def summed_twice(z: Tensor, y: Tensor) -> Tensor:

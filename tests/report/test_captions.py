@@ -39,10 +39,7 @@ def test_the_caption_of_averages_has_overlap_dimension_and_price():
         {"level": ["class"], "operator": ["hessian", "gauss_newton"]},
     )
     text = plain(captions.averaging(dataset))
-    assert (
-        "The class means span 87.5% of the top 9 eigenvectors of H and 50.0% of the top eigenvectors of G"
-        in text
-    )
+    assert "The class means span 87.5% of the top 9 eigenvectors of H and 50.0% of the top eigenvectors of G" in text
     assert "for the cost of about 1 gradient." in text
 
 

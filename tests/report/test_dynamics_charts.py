@@ -47,9 +47,7 @@ def test_each_finished_cell_is_a_row_with_what_the_store_has():
     spec = dynamics(MINE).to_dict()
     rows = spec["datasets"][spec["data"]["name"]]
     assert len(rows) == 30
-    (row,) = [
-        r for r in rows if (r["model"], r["per_class"], r["progress"], r["seed"]) == ("b", 136, 0.33, 1)
-    ]
+    (row,) = [r for r in rows if (r["model"], r["per_class"], r["progress"], r["seed"]) == ("b", 136, 0.33, 1)]
     assert (row["mine"], row["value"], row["accuracy"]) == (111.1, 3, pytest.approx(0.05))
     assert row["per_class "] == "136"  # as the menu spells it
 

@@ -45,18 +45,14 @@ def bulk(rng, operator, num):
     """Eigenvalues of the bulk: of G positive and heavy-tailed, of R on both sides of zero."""
     positive = np.minimum(rng.lognormal(math.log(2e-4), 2.0, num), 0.085)
     both = np.clip(rng.standard_t(3, num) * 3e-3, -0.05, 0.06)
-    return {"gauss_newton": positive, "residual": both, "hessian": np.clip(positive + both, -0.05, 0.085)}[
-        operator
-    ]
+    return {"gauss_newton": positive, "residual": both, "hessian": np.clip(positive + both, -0.05, 0.085)}[operator]
 
 
 def padded(dims, values, num_pairs):
     """Values with the dimension `pair` filled up with NaN."""
     if "pair" not in dims:
         return values
-    missing = [
-        (0, num_pairs - size if dim == "pair" else 0) for dim, size in zip(dims, values.shape, strict=True)
-    ]
+    missing = [(0, num_pairs - size if dim == "pair" else 0) for dim, size in zip(dims, values.shape, strict=True)]
     return np.pad(values, missing, constant_values=np.nan)
 
 
@@ -320,22 +316,15 @@ def test_tables_hold_the_numbers_of_the_dataset(page, dataset):
             row, [pair + 1, eigenvalue[operator, pair], residual[operator, pair], *parts], rtol=1e-8
         )
     np.testing.assert_allclose([row[0] for row in table_values(page, "traces")[:3]], dataset["trace"])
-    np.testing.assert_allclose(
-        [row[0] for row in table_values(page, "cost-table")], dataset["cost_gradients"]
-    )
+    np.testing.assert_allclose([row[0] for row in table_values(page, "cost-table")], dataset["cost_gradients"])
     overlaps = dataset["subspace_overlap"].values
-    np.testing.assert_allclose(
-        [row[0] for row in table_values(page, "overlaps")], overlaps[np.isfinite(overlaps)]
-    )
+    np.testing.assert_allclose([row[0] for row in table_values(page, "overlaps")], overlaps[np.isfinite(overlaps)])
 
 
 def test_captions_quote_the_dataset(page, dataset):
     text = re.sub(r"<[^>]+>", "", without_scripts(page))
     largest = float(dataset["eigenvalue"][0].max())
-    assert (
-        f"H has 9 outliers above 0.12; the largest, {largest:.3g}, is {largest / 0.085:.2g} times its bulk"
-        in text
-    )
+    assert f"H has 9 outliers above 0.12; the largest, {largest:.3g}, is {largest / 0.085:.2g} times its bulk" in text
     assert f"class {float(dataset['mean_share'][0, 0]):.1%}" in text
     assert "span 86.8% of the top 9 eigenvectors of H" in text
     assert "without class by subtraction, 7 to 8 left; without class by projection, at least 7;" in text
@@ -408,9 +397,7 @@ def test_a_missing_group_leaves_out_its_chart_and_nothing_else(dataset, name):
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["eigenvalue", "is_outlier", "outlier_threshold", "mean_share", "residual_norm"]
-)
+@pytest.mark.parametrize("name", ["eigenvalue", "is_outlier", "outlier_threshold", "mean_share", "residual_norm"])
 def test_a_missing_variable_leaves_a_page(dataset, name):
     assert "<h2>Glossary</h2>" in report.render(dataset.drop_vars(name))
 
@@ -432,9 +419,7 @@ def test_all_text_is_escaped(dataset):
     changed = dataset.copy(deep=True)
     changed.attrs |= {"title": evil, "verdict": evil, "model": evil, "provenance": json.dumps({evil: evil})}
     changed.attrs["thresholds"] = json.dumps({evil: [1.0, evil]})
-    changed = changed.assign_coords(
-        {"class": [evil, *changed["class"].values[1:]], "stage": [evil, *STAGES[1:]]}
-    )
+    changed = changed.assign_coords({"class": [evil, *changed["class"].values[1:]], "stage": [evil, *STAGES[1:]]})
     page = report.render(changed)
     assert "<script>alert" not in page
     assert html.escape(evil) in page
@@ -545,9 +530,7 @@ def test_steps_are_the_densities_of_bins_that_are_known(dataset):
 
 
 def test_what_is_about_zero_stands_in_the_figure(dataset):
-    texts = [
-        row["text"] for row in values_of(report.magnitude_spectrum(dataset)) if "lane" in row and "x2" in row
-    ]
+    texts = [row["text"] for row in values_of(report.magnitude_spectrum(dataset)) if "lane" in row and "x2" in row]
     smallest = dataset.bin_mass.sel(split="train", view="magnitude").isel(bin=0)
     shown = [f"{percent(float(one))} of {name}" for one, name in zip(smallest, "HGR", strict=True) if one > 0]
     assert texts == shown
@@ -755,9 +738,7 @@ document.title = "axe: " + JSON.stringify(found.violations.map(one => [one.id, o
 @pytest.mark.skipif(CHROMIUM is None or AXE is None, reason="needs chromium and axe to judge the page")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_bars_a_reader_who_cannot_see_or_point(page, tmp_path, scheme):
-    script = (
-        (Path(AXE.origin).parent / "axe.min.js").read_text(encoding="utf-8").replace("</script", "<\\/script")
-    )
+    script = (Path(AXE.origin).parent / "axe.min.js").read_text(encoding="utf-8").replace("</script", "<\\/script")
     before, _, after = page.rpartition("</body>")
     if scheme == "dark":
         before = before.replace("@media screen and (prefers-color-scheme: dark)", "@media screen")

@@ -55,17 +55,14 @@ def dataset():
 
 
 def test_outliers_are_ranked_by_operator_with_their_shares(dataset):
-    found = [
-        (row["operator"], row["rank"], row["eigenvalue"], row["share class"]) for row in outliers(dataset)
-    ]
+    found = [(row["operator"], row["rank"], row["eigenvalue"], row["share class"]) for row in outliers(dataset)]
     assert found == [("hessian", 1, 7, 0.9), ("gauss_newton", 1, 5, 0.6), ("gauss_newton", 2, 2, 0.7)]
     assert mean_shares(dataset)["hessian"] == {"class": pytest.approx(0.7), "within": pytest.approx(0.3)}
 
 
 def test_each_knock_out_has_the_largest_eigenvalue_that_it_leaves_and_nothing_once(dataset):
     found = {
-        (row["operator"], row["knockout"], row["method"]): row["knockout_value"]
-        for row in knockout_summary(dataset)
+        (row["operator"], row["knockout"], row["method"]): row["knockout_value"] for row in knockout_summary(dataset)
     }
     assert found == {
         ("gauss_newton", "nothing", "subtraction"): 5,

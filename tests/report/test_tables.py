@@ -52,9 +52,7 @@ def test_traces_stand_beside_those_of_the_parts_with_errors_or_exact():
         },
         {"operator": ["gauss_newton"], "part": ["class", "within"]},
     )
-    found = re.findall(
-        r"<tr><td>([^<]*)</td><td[^>]*>([^<]*)</td><td[^>]*>([^<]*)</td>", tables.trace(dataset)
-    )
+    found = re.findall(r"<tr><td>([^<]*)</td><td[^>]*>([^<]*)</td><td[^>]*>([^<]*)</td>", tables.trace(dataset))
     assert found == [
         ("Gauss-Newton G", "4", "0.25"),
         ("part of G: class", "3", "exact"),

@@ -44,9 +44,7 @@ def test_attributes_are_plain_values_and_nan_is_none():
     assert json_attribute(dataset, "missing") == {}
 
 
-@pytest.mark.parametrize(
-    ("items", "text"), [(["A"], "A"), (["A", "B"], "A and B"), (["A", "B", "C"], "A, B and C")]
-)
+@pytest.mark.parametrize(("items", "text"), [(["A"], "A"), (["A", "B"], "A and B"), (["A", "B", "C"], "A, B and C")])
 def test_items_are_listed_as_people_do(items, text):
     assert joined(items) == text
 

@@ -65,9 +65,7 @@ def test_scalars_are_of_each_row_or_sums_over_the_rows_of_an_example(name: str, 
             found[use.slice.name][..., stretch] += use.formed(slice(None))
         each = torch.einsum("ncm,nc->nm", weights, z)[rows]  # (B, R, 2)
         scalars = each.sum(1, keepdim=True) if joint else each
-        for scalar, mine in zip(
-            scalars.flatten(), torch.cat(list(found.values()), 2).flatten(0, 1), strict=True
-        ):
+        for scalar, mine in zip(scalars.flatten(), torch.cat(list(found.values()), 2).flatten(0, 1), strict=True):
             parameters = list(net.parameters())
             parts = torch.autograd.grad(scalar, parameters, retain_graph=True, materialize_grads=True)
             assert error(mine, torch.cat([part.flatten() for part in parts])) < 1e-12

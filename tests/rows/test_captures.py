@@ -58,9 +58,7 @@ def test_all_analyses_of_a_problem_capture_it_once(passes: list[int]) -> None:
         assert not passes, name
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in ANALYSES if name not in ("compare", "collapse", "kronecker")]
-)
+@pytest.mark.parametrize("name", [name for name in ANALYSES if name not in ("compare", "collapse", "kronecker")])
 def test_what_another_analysis_captured_gives_the_same(name: str) -> None:
     fresh, used = (CASES["conv_batchnorm"]().problem() for _ in range(2))
     ds.layers(used, hessian=False)
@@ -91,12 +89,8 @@ def test_networks_whose_layers_do_not_fit_together_are_compared_in_passes_over_g
         assert not captures_of(problem).hold()
     passes.clear()
     apart = ds.compare(one, other, num_whole=0)
-    assert (
-        len(passes) <= (2 + len(apart.layers)) * 2 * one.batches.num_batches
-    )  # the factors, and each layer once
-    assert all(
-        error(a.measured, b.measured) < 1e-10 for a, b in zip(apart.values(), whole.values(), strict=True)
-    )
+    assert len(passes) <= (2 + len(apart.layers)) * 2 * one.batches.num_batches  # the factors, and each layer once
+    assert all(error(a.measured, b.measured) < 1e-10 for a, b in zip(apart.values(), whole.values(), strict=True))
 
 
 def test_features_and_errors_make_room_for_graphs_and_are_freed_with_the_problem() -> None:

@@ -40,9 +40,7 @@ def test_time_first_is_batch_first_in_every_exact_way(name: str) -> None:
 
     first = ds.Problem(net, batches)
     second = ds.Problem(net, [(x.T.contiguous(), y.T.contiguous()) for x, y in batches], forward=turned)
-    one_by_one = zip(
-        *(ds.layers(problem, hessian=False).values() for problem in (first, second)), strict=True
-    )
+    one_by_one = zip(*(ds.layers(problem, hessian=False).values() for problem in (first, second)), strict=True)
     for one, two in one_by_one:
         assert one.name == two.name
         assert error(one.gradients.traces, two.gradients.traces) < 1e-10

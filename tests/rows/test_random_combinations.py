@@ -27,9 +27,7 @@ def small(kind: str) -> Case:
         if kind == "labels":
             return Case(model, chunks(x, labels(9, 4), [5, 4]))
         y = torch.rand(9, 4).double()
-        return Case(
-            model, chunks(x, y, [5, 4]), loss=QUARTIC if kind == "quartic" else nn.BCEWithLogitsLoss()
-        )
+        return Case(model, chunks(x, y, [5, 4]), loss=QUARTIC if kind == "quartic" else nn.BCEWithLogitsLoss())
     model = nn.Sequential(nn.Conv2d(1, 3, 2, padding=1), nn.Tanh(), nn.Conv2d(3, 2, 2)).double()
     x = torch.randn(6, 1, 3, 2).double()
     if kind == "images":
@@ -39,9 +37,7 @@ def small(kind: str) -> Case:
     return Case(model, chunks(x, y, [4, 2]), loss=nn.CrossEntropyLoss(ignore_index=255))
 
 
-def drawn(
-    case: Case, samples: int, runs: int, kind: str = "kfac", sharing: str = "expand"
-) -> list[Kronecker]:
+def drawn(case: Case, samples: int, runs: int, kind: str = "kfac", sharing: str = "expand") -> list[Kronecker]:
     captures = DrawnCaptures(case.problem(), samples, seed=0)
     return [all_from(captures, (kind,), sharing)[kind] for _ in range(runs)]
 

@@ -154,8 +154,7 @@ def test_class_alone_would_be_another_matrix() -> None:
     for name in NAMES[:3]:
         _, ref = case_and_reference(name)
         together, alone = (
-            top(ref.gauss_newton - sum(ref.parts[part] for part in gone))
-            for gone in (("class", "true"), ("class",))
+            top(ref.gauss_newton - sum(ref.parts[part] for part in gone)) for gone in (("class", "true"), ("class",))
         )
         assert alone > 1.03 * together, name
 

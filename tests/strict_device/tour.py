@@ -44,9 +44,7 @@ RUN_HERE = [name for name in CASES if name != "recurrent"]  # whose fused kernel
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-8) -> None:
     assert found.device == STRICT
-    torch.testing.assert_close(
-        found.cpu(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
-    )
+    torch.testing.assert_close(found.cpu(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
 def test_the_device_refuses_what_a_gpu_refuses() -> None:
@@ -161,12 +159,8 @@ QUESTIONS = {
     "compare": lambda problem: ds.compare(problem, problem),
     "certificate": lambda problem: ds.certify(problem, "learnt", epochs=2, passes=2),
 }
-QUESTIONS |= {
-    f"regions of {of}": partial(ds.regions, of=of) for of in ("gradients", "hessian", "features", "errors")
-}
-QUESTIONS |= {
-    level: partial(ds.principal_subspace, level=level) for level in ("class", "cross_class", "sampled")
-}
+QUESTIONS |= {f"regions of {of}": partial(ds.regions, of=of) for of in ("gradients", "hessian", "features", "errors")}
+QUESTIONS |= {level: partial(ds.principal_subspace, level=level) for level in ("class", "cross_class", "sampled")}
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
@@ -204,9 +198,7 @@ def test_the_whole_analysis(trained: tuple[ds.Problem, ds.Problem], tmp_path: Pa
 def test_models_go_where_they_are_told(trained: tuple[ds.Problem, ds.Problem]) -> None:
     _, on_cpu = trained
     data = zoo.load("digits", per_class=PER_CLASS)
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(data.inputs, data.targets), batch_size=50
-    )
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(data.inputs, data.targets), batch_size=50)
     problem = ds.Problem(on_cpu.model.requires_grad_(), loader, device="strict")
     close(problem.gradient(), on_cpu.gradient(), 1e-4)
     assert problem.to(torch.float64).gradient().device == STRICT

@@ -89,9 +89,7 @@ def test_a_truncated_idx_file_is_named(tmp_path, images, labels, compress):
         load("mnist", root=tmp_path)
 
 
-@pytest.mark.parametrize(
-    "raw", [b"", b"\x00\x00\x08\x03", idx(np.zeros(20, np.uint8)), b"\x00\x00\x0d\x03" * 9]
-)
+@pytest.mark.parametrize("raw", [b"", b"\x00\x00\x08\x03", idx(np.zeros(20, np.uint8)), b"\x00\x00\x0d\x03" * 9])
 def test_a_wrong_magic_number_is_told(tmp_path, images, labels, raw):
     write_mnist(tmp_path, images, labels)
     (tmp_path / "train-images-idx3-ubyte").write_bytes(raw)
@@ -175,9 +173,7 @@ def write_npz(path, num=10, **change):
 def test_npz_arrays_are_read_channel_first(tmp_path):
     arrays = write_npz(tmp_path / "cifar10_subset.npz")
     data = load("cifar10", root=tmp_path, preprocess=False)
-    np.testing.assert_array_equal(
-        (data.inputs * 255).round().numpy(), arrays["train_x"].transpose(0, 3, 1, 2)
-    )
+    np.testing.assert_array_equal((data.inputs * 255).round().numpy(), arrays["train_x"].transpose(0, 3, 1, 2))
     assert data.inputs.is_contiguous()
 
 
@@ -261,20 +257,14 @@ def test_the_digits_are_split_by_class_and_standardised():
 
 def test_a_draw_is_balanced_seeded_and_nested():
     whole = load("digits")
-    everything = {
-        tuple(x.flatten().tolist()): int(y) for x, y in zip(whole.inputs, whole.targets, strict=True)
-    }
+    everything = {tuple(x.flatten().tolist()): int(y) for x, y in zip(whole.inputs, whole.targets, strict=True)}
     torch.manual_seed(0)
     before = torch.get_rng_state()
     small, large = load("digits", per_class=13), load("digits", per_class=26)
     assert torch.equal(torch.get_rng_state(), before)
     assert small.targets.bincount().tolist() == [13] * 10
-    rows_small = {
-        tuple(x.flatten().tolist()): int(y) for x, y in zip(small.inputs, small.targets, strict=True)
-    }
-    rows_large = {
-        tuple(x.flatten().tolist()): int(y) for x, y in zip(large.inputs, large.targets, strict=True)
-    }
+    rows_small = {tuple(x.flatten().tolist()): int(y) for x, y in zip(small.inputs, small.targets, strict=True)}
+    rows_large = {tuple(x.flatten().tolist()): int(y) for x, y in zip(large.inputs, large.targets, strict=True)}
     assert len(rows_small) == 130  # none twice
     assert rows_small.items() <= rows_large.items() <= everything.items()
     assert torch.equal(load("digits", per_class=13).inputs, small.inputs)

@@ -55,9 +55,7 @@ def test_the_kinds_of_layer_have_symmetric_second_derivatives(name):
     parameters = list(model.parameters())
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 1, 8, 8, generator=generator, dtype=torch.float64)
-    u, v = (
-        [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters] for _ in range(2)
-    )
+    u, v = ([torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters] for _ in range(2))
 
     def product(direction):
         loss = nn.functional.cross_entropy(model(x), torch.tensor([0, 1, 2, 0]))
@@ -126,9 +124,7 @@ def test_misuse_says_what_to_do():
 def test_batch_norm_after_every_relu_keeps_names_and_centres_features() -> None:
     plain = zoo.build("lenet", input_shape=(1, 8, 8), num_classes=10)
     changed = zoo.normalised(zoo.build("lenet", input_shape=(1, 8, 8), num_classes=10), (1, 8, 8))
-    assert {n: p.shape for n, p in plain.named_parameters()} == {
-        n: p.shape for n, p in changed.named_parameters()
-    }
+    assert {n: p.shape for n, p in plain.named_parameters()} == {n: p.shape for n, p in changed.named_parameters()}
     seen = []
     changed.fc2.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     changed(torch.randn(50, 1, 8, 8))

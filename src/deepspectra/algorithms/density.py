@@ -248,9 +248,7 @@ def _folds(krylov: Krylov, start: Tensor, locked: Ends, num_steps: int) -> list[
 def _krylov_space(matrix: Tensor, start: Tensor, num_steps: int) -> Tensor:
     """Orthonormal columns (m, k) that span the first num_steps powers of the matrix (m, m) on start (m, g)."""
     eps, largest, count = torch.finfo(torch.float64).eps, 0.0, 0
-    rows = matrix.new_empty(
-        min(len(matrix), num_steps * start.shape[1]), len(matrix)
-    )  # contiguous, filled in turn
+    rows = matrix.new_empty(min(len(matrix), num_steps * start.shape[1]), len(matrix))  # contiguous, filled in turn
     new = (start / start.norm(dim=0)).T
     for _ in range(num_steps):
         largest, space = max(largest, float(new.norm(dim=1).max())), rows[:count]
@@ -332,9 +330,7 @@ def _assemble(known: Tensor, groups: list[_Group], size: int) -> tuple[Tensor, T
         # Values that only some groups lock stay theirs: they are known, but not to all probes.
         own = torch.cat([end[0, len(both) :] for end, both in zip(group.locked, agreed, strict=True)])
         left = max(0.0, 1 - (len(exact) + len(own)) / size)
-        shares = torch.cat(
-            [torch.full((count, len(own)), 1 / size, dtype=torch.float64), left * group.shares], 1
-        )
+        shares = torch.cat([torch.full((count, len(own)), 1 / size, dtype=torch.float64), left * group.shares], 1)
         nodes.append(torch.cat([own, group.nodes]).repeat(count))
         weights.append(shares.flatten() / num_probes)
         probes.append(torch.arange(first, first + count).repeat_interleave(shares.shape[1]))
@@ -369,9 +365,7 @@ def _known_rows(operator: InUnits, deflate: Eigenpairs | None, seed: int) -> Ten
     if not isinstance(deflate, Eigenpairs):
         raise OptionError(f"deflate must be the result of eigenpairs, or None; got {type(deflate).__name__}.")
     if deflate.vectors.shape[0] != size:
-        raise ShapeError(
-            f"deflate has vectors of length {deflate.vectors.shape[0]:,}, but A has {size:,} rows."
-        )
+        raise ShapeError(f"deflate has vectors of length {deflate.vectors.shape[0]:,}, but A has {size:,} rows.")
     theirs = deflate.provenance.operator
     if theirs != operator.name and not {theirs, operator.name} & set(ANONYMOUS):
         raise DataError(

@@ -214,9 +214,7 @@ class Search:
     def _aim(self, ritz: Ritz) -> None:
         """Of several pending vectors, put first the direction of the largest unconverged wanted residual."""
         chosen = self._chosen(ritz)
-        self._turn(
-            self._residuals(ritz, chosen[ritz.residual_norms[chosen] > self._tolerances(ritz.values)[chosen]])
-        )
+        self._turn(self._residuals(ritz, chosen[ritz.residual_norms[chosen] > self._tolerances(ritz.values)[chosen]]))
 
     def _residuals(self, ritz: Ritz, which: Tensor) -> Tensor:
         """What the residuals of some Ritz pairs have along the pending vectors (w, k)."""

@@ -105,9 +105,7 @@ def explore(
     generator = seeded(seed)
     first, num_sample_products = _start_rows(operator, start, wanted, budget, generator)
     num_start = 1 if first is None else len(first)
-    search = Search(
-        operator, wanted, budget, generator, num_start=num_start, progress=progress, patient=patient
-    )
+    search = Search(operator, wanted, budget, generator, num_start=num_start, progress=progress, patient=patient)
     outcome = search.run(first)
     ritz, chosen = search.extract()
     result = Eigenpairs(

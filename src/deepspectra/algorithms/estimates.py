@@ -43,9 +43,7 @@ ESSENTIAL = 1 - 1e-3  # leverage of a column that the others do not span
 ROWS_PER_CHUNK = 2**14  # of the (P, n) estimates of a diagonal, in float64
 
 
-def trace(
-    A: Operator | Tensor, num_products: int = 64, seed: int = 0, progress: Progress | None = None
-) -> Estimate:
+def trace(A: Operator | Tensor, num_products: int = 64, seed: int = 0, progress: Progress | None = None) -> Estimate:
     """The trace of a symmetric operator, with a standard error.
 
     XTrace: with n = num_products // 2 Gaussian vectors Ω and the orthonormal basis Q of A Ω, each ω_i is left
@@ -310,9 +308,7 @@ def _length(columns: Tensor) -> float:
 
 def _square_ratios(omega: Tensor, image: Tensor) -> Tensor:
     """P ‖Aω‖²/‖ω‖² (k,)."""
-    image_norms, norms = (
-        torch.linalg.vector_norm(columns, dim=0, dtype=torch.float64) for columns in (image, omega)
-    )
+    image_norms, norms = (torch.linalg.vector_norm(columns, dim=0, dtype=torch.float64) for columns in (image, omega))
     ratios: Tensor = len(omega) * (image_norms / norms).square().cpu()
     return ratios
 
@@ -346,9 +342,7 @@ def _diagonal_left_out(parts: Sketch) -> Found:
     H, S, X, g, h = (small.to(parts.Q.device) for small in (parts.H, parts.S, parts.X, parts.g, parts.h))
     values, errors = torch.empty_like(parts.omega[:, 0]), torch.empty_like(parts.omega[:, 0])
     for rows in torch.split(torch.arange(len(values)), ROWS_PER_CHUNK):
-        omega, Q, Z = (
-            columns[rows[0] : rows[-1] + 1].double() for columns in (parts.omega, parts.Q, parts.Z)
-        )
+        omega, Q, Z = (columns[rows[0] : rows[-1] + 1].double() for columns in (parts.omega, parts.Q, parts.Z))
         known = (Q * (Q @ H + 2 * Z)).sum(1)
         QS = Q @ S
         estimates = omega * (g * QS - Z @ X) - QS * (h * QS + 2 * Z @ S)

@@ -59,9 +59,7 @@ class Krylov:
 
     def __init__(self, operator: Operator, capacity: int) -> None:
         self.operator = operator
-        self.rows = torch.empty(
-            capacity, operator.shape[0], dtype=vector_dtype(operator), device=operator.device
-        )
+        self.rows = torch.empty(capacity, operator.shape[0], dtype=vector_dtype(operator), device=operator.device)
         self.num_fixed = self.num_basis = self.num_pending = self.num_products = 0
         self.projected = torch.zeros(0, 0, dtype=torch.float64)
         self.tracked = torch.zeros(0, 0, dtype=torch.float64)
@@ -217,9 +215,7 @@ class Krylov:
         t = torch.eye(len(bottom), dtype=torch.float64) if pending is None else pending
         kept = self.rows[self.num_fixed : self.num_rows]
         small, small_pending = s.T.to(self.rows), t.T.to(self.rows)
-        for columns in torch.split(
-            kept, COLUMNS_PER_CHUNK, dim=1
-        ):  # in place: no second basis fits the memory
+        for columns in torch.split(kept, COLUMNS_PER_CHUNK, dim=1):  # in place: no second basis fits the memory
             turned = columns[m:].clone() if pending is None else small_pending @ columns[m:]
             columns[:k] = small @ columns[:m]
             columns[k : k + len(turned)] = turned

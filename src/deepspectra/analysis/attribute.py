@@ -221,9 +221,7 @@ def attribute_known(
             space.make_room(factors + most)
             every = taken(("means",), tuple(parts))
             found = (
-                Knockout(
-                    (), "subtraction", pairs.values.cpu(), pairs.residual_norms.cpu().double(), threshold
-                ),
+                Knockout((), "subtraction", pairs.values.cpu(), pairs.residual_norms.cpu().double(), threshold),
                 *knockouts(space, parts, pairs, threshold, most),
                 Knockout(("means",), "subtraction", edges, edge_norms, threshold, every),
             )

@@ -169,9 +169,7 @@ def _quartiles_by_ratio() -> tuple[Array, Array]:
     spans, medians = [], []
     for ratio in RATIOS:
         low, high, *_ = _law("Marchenko-Pastur", 1.0, ratio)
-        first, median, third = (
-            _quantile("Marchenko-Pastur", low, high, ratio, share) for share in (0.25, 0.5, 0.75)
-        )
+        first, median, third = (_quantile("Marchenko-Pastur", low, high, ratio, share) for share in (0.25, 0.5, 0.75))
         spans.append((third - first) / median)
         medians.append(median)
     return np.array(spans), np.array(medians)

@@ -134,9 +134,7 @@ def class_means(
         projections = Projections(
             rows.weights, rows.labels, groups=grouped(groups, problem.num_classes, problem.device)
         )
-        factors = (
-            _of_features(rows, projections) if of == "features" else _of_errors(rows, projections, level)
-        )
+        factors = _of_features(rows, projections) if of == "features" else _of_errors(rows, projections, level)
     weights, cells = factors.class_weights, factors.cell_weights
     means = means_of(factors.classes, weights).T
     crossed = None
@@ -207,9 +205,7 @@ def _averaged(
         if not sums:
             each = sum(rows.shape[1] * rows.element_size() for rows in found.values())
             what = f"{basis.shape[1]:,} means of all layers"
-            refuse_beyond(
-                basis.shape[1] * each, memory, f"{what} take", "Restrict the parameters, or raise memory."
-            )
+            refuse_beyond(basis.shape[1] * each, memory, f"{what} take", "Restrict the parameters, or raise memory.")
         stop = start + max(len(rows) for rows in found.values())
         for name, rows in found.items():
             sums[name] = sums.get(name, 0) + basis[start:stop].T.to(rows) @ rows

@@ -94,9 +94,7 @@ def collapse_of(features: Tensor, rows: GradientRows, layer: str) -> Collapse:
     centred = means - centre
     if centred.norm() <= ROUNDING * torch.finfo(means.dtype).eps * means.norm():
         centred.zero_()
-    _, singular, right = torch.linalg.svd(
-        centred * (sizes / sizes.sum()).sqrt()[:, None], full_matrices=False
-    )
+    _, singular, right = torch.linalg.svd(centred * (sizes / sizes.sum()).sqrt()[:, None], full_matrices=False)
     rank = max(1, min(len(centred) - 1, int(significant(singular).sum())))
     scatter = (features - member @ means)[live] @ right[:rank].T  # (N, C' − 1)
     ratios = (scatter.square().mean(0) / singular[:rank].square()).where(singular[0] > 0, torch.nan)

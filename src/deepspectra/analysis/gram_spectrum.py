@@ -206,9 +206,7 @@ def gradient_spectrum(parts: Decomposition) -> Spectrum:
     return Spectrum.of_gram(parts.held.gram(), averages, size, eps)
 
 
-def gradient_pairs(
-    spectrum: Spectrum, parts: Decomposition, num: int, began: float, seed: int = 0
-) -> Eigenpairs:
+def gradient_pairs(spectrum: Spectrum, parts: Decomposition, num: int, began: float, seed: int = 0) -> Eigenpairs:
     """The largest eigenpairs u = Aᵀv/√λ of G, as many as are not zero.
 
     Residual norms are bounds from above, by A u against √λ v for two random sums of the pairs.

@@ -374,9 +374,7 @@ def _gradient_spectrum(
     num_rows = len(averages.every)
     side = min(num_rows, size)
     what = f"a matrix of {side:,} rows, for the spectrum of {name or 'the model'}, and its eigenvectors"
-    refuse_beyond(
-        gram_bytes(side), parts.problem.memory, f"{what} take", "Take fewer examples, or raise memory."
-    )
+    refuse_beyond(gram_bytes(side), parts.problem.memory, f"{what} take", "Take fewer examples, or raise memory.")
     eps = torch.finfo(parts.problem.dtype).eps
     spectrum = (
         Spectrum.of_moment(*moment_of(uses, averages), eps)

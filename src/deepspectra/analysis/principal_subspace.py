@@ -142,9 +142,7 @@ def principal_subspace(
     )
 
 
-def _sampled(
-    problem: Problem, num: int | None, num_samples: int | None, *, num_checks: int, seed: int
-) -> Subspace:
+def _sampled(problem: Problem, num: int | None, num_samples: int | None, *, num_checks: int, seed: int) -> Subspace:
     began = time.perf_counter()
     num = max(1, problem.num_classes - 1) if num is None else num
     check_count("num", num, largest=problem.num_parameters)

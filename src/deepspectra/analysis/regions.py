@@ -92,13 +92,9 @@ class Shifts:
 
     def __str__(self) -> str:
         rows = []
-        for name, *row in zip(
-            self.knockouts, self.values.tolist(), self.standard_errors.tolist(), strict=True
-        ):
+        for name, *row in zip(self.knockouts, self.values.tolist(), self.standard_errors.tolist(), strict=True):
             cells = [
-                "–"
-                if math.isnan(value)
-                else f"{value:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
+                "–" if math.isnan(value) else f"{value:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
                 for value, error in zip(*row, strict=True)
             ]
             rows.append([name, *cells, self.moved(name) or "–"])
@@ -343,9 +339,7 @@ def _hessians(rows: HeldRows, groups: list[Tensor]) -> list[Hessian | None]:
         try:
             some = drawn_problem(problem, group, torch.ones(len(group), dtype=torch.float64))
         except OptionError as error:
-            raise OptionError(
-                f"{error} With num_groups=0 none is left out, and there are no errors."
-            ) from error
+            raise OptionError(f"{error} With num_groups=0 none is left out, and there are no errors.") from error
         some.memory = problem.memory // (len(groups) + 1)
         products_of(some).inherit(products_of(problem))
         found.append(Hessian(some))

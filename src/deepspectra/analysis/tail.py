@@ -235,9 +235,7 @@ def _read(spectrum: Tensor | Density | Exact) -> tuple[Sample, Provenance]:
         nodes, order = spectrum.nodes.sort()
         counts = spectrum.weights[order] * spectrum.size
         blurred = spectrum if bool((spectrum.probes >= 0).any()) else None
-        return Sample(
-            nodes.numpy(), counts.numpy(), _error_above(blurred) if blurred else None
-        ), spectrum.provenance
+        return Sample(nodes.numpy(), counts.numpy(), _error_above(blurred) if blurred else None), spectrum.provenance
     values = spectrum if isinstance(spectrum, Tensor) else spectrum.values
     if values.dim() != 1 or not values.is_floating_point() or not bool(values.isfinite().all()):
         raise DataError(

@@ -222,9 +222,7 @@ def compare(name: Other, sample: Sample, power: Scan, other: Scan) -> Alternativ
     return Alternative(name, ratio, p_value, other.reach(good))
 
 
-def _ratio(
-    name: Other, sample: Sample, power: Scan, here: int, other: Scan, below: int
-) -> tuple[float, float]:
+def _ratio(name: Other, sample: Sample, power: Scan, here: int, other: Scan, below: int) -> tuple[float, float]:
     """Log-likelihood of the power law less that of another, fitted above a lower threshold, for those above `here`.
 
     And its variance, by Vuong (1989).

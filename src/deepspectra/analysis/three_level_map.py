@@ -33,9 +33,7 @@ class ThreeLevelMap(Result):
 
     def __str__(self) -> str:
         count = int(self.cross_classes[..., 0].isfinite().sum())
-        return (
-            f"places of {len(self.classes)} class means and {count} cross-class means, {self.seconds:.3g} s"
-        )
+        return f"places of {len(self.classes)} class means and {count} cross-class means, {self.seconds:.3g} s"
 
 
 def three_level_map(means: ClassMeans, seed: int = 0) -> ThreeLevelMap:

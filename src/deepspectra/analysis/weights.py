@@ -90,9 +90,7 @@ def weights(problem: Problem) -> Weights:
     found = {}
     for name, (features, errors, sizes) in sums.items():
         weight = problem.parameters[name].detach().double()
-        found[layer_of(name)] = _explained(
-            name, weight, gradient[name].double(), features / positive(sizes), errors
-        )
+        found[layer_of(name)] = _explained(name, weight, gradient[name].double(), features / positive(sizes), errors)
     return Weights(found, **origin(began, problem))
 
 

@@ -36,9 +36,7 @@ def kl_inverse(q: float, c: float) -> float:
     """
     check_probability("q", q)
     if not c >= 0:
-        raise OptionError(
-            f"c={c!r} must be at least 0: nats by which a share of errors may differ from its mean."
-        )
+        raise OptionError(f"c={c!r} must be at least 0: nats by which a share of errors may differ from its mean.")
     # the distance d, and not p, is bisected: near q the divergence is d²/(2 q (1 − q)), too small for the digits of p
     low, high = 0.0, 1.0 - q
     for _ in range(HALVINGS):
@@ -73,9 +71,7 @@ def binomial_bound(num_errors: int, num_examples: int, delta: float) -> float:
 
     check_delta("delta", delta)
     if not 0 <= num_errors <= num_examples or num_examples < 1:
-        raise OptionError(
-            f"{num_errors} errors of {num_examples} examples: expected 0 ≤ errors ≤ examples ≥ 1."
-        )
+        raise OptionError(f"{num_errors} errors of {num_examples} examples: expected 0 ≤ errors ≤ examples ≥ 1.")
     if num_errors == num_examples:
         return 1.0
     return float(betaincinv(num_errors + 1, num_examples - num_errors, 1 - delta))

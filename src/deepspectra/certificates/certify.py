@@ -259,9 +259,7 @@ class _Trial:
             ledger = ledger.tried("priors of this call", self.num_priors)
         if prior.tried > 1:
             ledger = ledger.tried("priors before", prior.tried)
-        descent = Descent(
-            made.network, made.plain, made.bound, self.problem, prior.places, settings, self.seed
-        )
+        descent = Descent(made.network, made.plain, made.bound, self.problem, prior.places, settings, self.seed)
         descent.run(self.store, name, self.progress)
         ledger = _settled(made.network, prior, ledger)
         ledger = replace(ledger, seeds={"prior and split": self.seed, "draws": _draws_seed(self.seed)})
@@ -301,9 +299,7 @@ class _Trial:
         if test is not None:
             seen = Examples(found.blur(test.inputs), test.labels)
             draws = Draws(self.seed + 2)
-            errors = _num_wrong(
-                found.network, found.network.prepared(seen.inputs), seen.labels, TEST_PASSES, draws
-            )
+            errors = _num_wrong(found.network, found.network.prepared(seen.inputs), seen.labels, TEST_PASSES, draws)
             found = replace(
                 found,
                 test_error=errors / (TEST_PASSES * len(test)),
@@ -340,9 +336,7 @@ class _Trial:
             total += _num_wrong(made.network, inputs, made.bound.labels, 1, draws)
         return total
 
-    def _checked(
-        self, made: Prepared, ledger: Ledger
-    ) -> tuple[tuple[float, float], dict[str, LayerPosterior]]:
+    def _checked(self, made: Prepared, ledger: Ledger) -> tuple[tuple[float, float], dict[str, LayerPosterior]]:
         """How well the quadratic model says what the noise costs, and each layer's posterior."""
         order = torch.randperm(len(made.bound), generator=seeded(self.seed))
         some = made.bound.some(order[: self.settings.num_curvature])
@@ -422,6 +416,4 @@ def _given(test: Any, problem: Problem) -> Examples | None:
     x, y = test
     if len(x) != len(y) or not isinstance(x, Tensor):
         raise OptionError("test= takes (x, y), tensors of as many inputs as labels, or a Problem.")
-    return Examples(
-        x.to(problem.device, problem.dtype), torch.as_tensor(y).to(problem.device).flatten().long()
-    )
+    return Examples(x.to(problem.device, problem.dtype), torch.as_tensor(y).to(problem.device).flatten().long())

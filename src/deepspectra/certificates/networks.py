@@ -258,9 +258,7 @@ def _uses(model: nn.Module, sample: Tensor) -> list[str]:
         module = model.get_submodule(name)
         alone = len(uses) == 1 and all(owners[id(p)] == 1 for p in module.parameters())
         if isinstance(module, nn.Conv2d):
-            fits = (
-                module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-            )
+            fits = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
         else:
             fits = type(module) is nn.Linear and uses[0][0].ndim == 2
         if alone and fits:

@@ -31,9 +31,7 @@ from deepspectra.problem.problem import Problem
 SMOOTHING = 0.98  # of the running estimate of the risk
 TRAINING_EPOCHS = 5  # of a posterior that starts at a trained network
 SETTLED = 0.7  # share of the epochs after which λ stays on its grid
-POOL = (
-    4  # times the examples of a basis, from which they are drawn in proportion to p (1 − p) of the error, and
-)
+POOL = 4  # times the examples of a basis, from which they are drawn in proportion to p (1 − p) of the error, and
 CERTAIN = 0.003  # where there is no doubt
 RAMP = 50  # steps over which the step sizes rise
 EXPECTED = 40.0  # nats of a ledger beside the divergence: what the price of a nat is figured with

@@ -68,11 +68,7 @@ class Deterministic:
         if self.value >= 1:
             worth = "which is vacuous"
         else:
-            worth = (
-                "looser than the binomial bound"
-                if self.value > binomial
-                else "tighter than the binomial bound"
-            )
+            worth = "looser than the binomial bound" if self.value > binomial else "tighter than the binomial bound"
         return (
             f"The unmodified network errs on at most {self.value:.4f} (with probability {confidence:.4g}), "
             f"{worth}: it disagrees with the stochastic one on {self.disagreement:.4f} of {self.num_inputs:,} unseen "

@@ -92,9 +92,7 @@ def _closed_form_outputs(
 ) -> dict[str, Tensor]:
     """Layer → S of a ReLU network whose units are open half of the time, whatever the others do."""
     if any(not isinstance(layer, GaussianLinear) for layer in network.layers.values()):
-        raise CertificateError(
-            "the closed form of the output Hessian is one of fully connected layers; use 'kfac'."
-        )
+        raise CertificateError("the closed form of the output Hessian is one of fully connected layers; use 'kfac'.")
     _, top = blocks[network.output]
     S = top.left[0, 0].double()
     found: dict[str, Tensor] = {}
@@ -163,9 +161,7 @@ def drawn_problem(network: GaussianNetwork, like: nn.Module, examples: Examples,
     def shifted(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         with ExitStack() as stack:
             for name, noise in zip(hidden, batch[2:], strict=True):
-                hook = model.get_submodule(name).register_forward_hook(
-                    lambda _, __, out, noise=noise: out + noise
-                )
+                hook = model.get_submodule(name).register_forward_hook(lambda _, __, out, noise=noise: out + noise)
                 stack.callback(hook.remove)
             return model(batch[0]), batch[1]
 

@@ -65,9 +65,7 @@ class Prior:
         check_count("tried", self.tried)
         check_count("epochs", self.epochs)
         if not 0 < self.share < 1 or not self.blur > 0:
-            raise OptionError(
-                f"share={self.share!r} must lie between 0 and 1, and blur={self.blur!r} be positive."
-            )
+            raise OptionError(f"share={self.share!r} must lie between 0 and 1, and blur={self.blur!r} be positive.")
 
     @property
     def places(self) -> Grid | None:
@@ -77,9 +75,7 @@ class Prior:
     @property
     def name(self) -> str:
         """What a table calls it."""
-        return {"isotropic": "isotropic", "smooth": f"smooth, {self.blur:g} px", "learnt": "learnt"}[
-            self.kind
-        ]
+        return {"isotropic": "isotropic", "smooth": f"smooth, {self.blur:g} px", "learnt": "learnt"}[self.kind]
 
 
 @dataclass(frozen=True)

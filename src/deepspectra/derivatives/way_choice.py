@@ -117,9 +117,7 @@ class Choice:
 
     def _fault(self, way: type[Way]) -> str:
         """What is wrong with a way to second derivatives on this network; "" if nothing."""
-        return self._fault_of(
-            way.name, lambda sample: curvature_error(sample, way), "symmetry or finite difference"
-        )
+        return self._fault_of(way.name, lambda sample: curvature_error(sample, way), "symmetry or finite difference")
 
     def _jacobian_fault(self, linearize: bool) -> str:
         """The same of J v by a linearised forward pass, or else by reverse mode."""

@@ -61,9 +61,7 @@ class DoubleBackward(Way):
     ) -> list[Tensor]:
         """See `Way`; a block costs only what lies between its layer and the outputs."""
         chosen = range(len(self.leaves)) if among is None else among
-        live = [
-            (self.gradient[j], part) for j, part in zip(chosen, tangent, strict=True) if j in self.gradient
-        ]
+        live = [(self.gradient[j], part) for j, part in zip(chosen, tangent, strict=True) if j in self.gradient]
         if not live:
             return [torch.zeros_like(part) for part in tangent]
         with differentiable():

@@ -92,9 +92,7 @@ def _tails(found: Findings) -> Variables:
     dims, coords = ("split", "operator", "side"), (list(_looks(found)), OPERATORS, SIDES)
     names = list(next(iter(tails.values()), {}))
     words = {
-        n: [
-            [[tails.get((s, o, side), {}).get(n, "") for side in SIDES] for o in OPERATORS] for s in coords[0]
-        ]
+        n: [[[tails.get((s, o, side), {}).get(n, "") for side in SIDES] for o in OPERATORS] for s in coords[0]]
         for n in names[:2]
     }
     return {f"tail_{n}": (dims, np.array(table)) for n, table in words.items()} | {
@@ -325,11 +323,7 @@ def sentences(found: Findings) -> list[str]:
     for split, one in _looks(found).items():
         bulks = {name: one.tails.get((name, "magnitude")) for name in OPERATORS}
         listed = [f"{LETTERS[name]} {_law(kept)}" for name, kept in bulks.items() if kept]
-        on = (
-            ""
-            if split == "train"
-            else f"on the test data (loss {one.loss:.3g}, accuracy {one.accuracy:.1%}), "
-        )
+        on = "" if split == "train" else f"on the test data (loss {one.loss:.3g}, accuracy {one.accuracy:.1%}), "
         lines += [f"Laws of the tails of |λ|, {on}without outliers: {', '.join(listed)}."] if listed else []
     if found.ledger.doubts:
         lines.append("Not everything converged: " + "; ".join(found.ledger.doubts))
@@ -339,6 +333,4 @@ def sentences(found: Findings) -> list[str]:
 def _law(kept: Mapping[str, Any]) -> str:
     if kept["verdict"] != "power law":
         return str(kept["verdict"])
-    return (
-        f"power law |λ|^−{kept['exponent']:.2g} ({kept['exponent_low']:.2g} to {kept['exponent_high']:.2g})"
-    )
+    return f"power law |λ|^−{kept['exponent']:.2g} ({kept['exponent_low']:.2g} to {kept['exponent_high']:.2g})"

@@ -93,9 +93,7 @@ class Analysis:
         """
         model = model or str(self.dataset.attrs["model"])
         data = data or str(self.dataset.attrs["data"])
-        dataset = self.dataset.assign_attrs(
-            title=title or titled("Spectrum of", model, data), model=model, data=data
-        )
+        dataset = self.dataset.assign_attrs(title=title or titled("Spectrum of", model, data), model=model, data=data)
         if class_names is not None:
             num_classes = dataset.sizes["class"]
             if len(class_names) != num_classes:
@@ -183,9 +181,7 @@ def load(directory: str | Path) -> Analysis:
     try:
         flat = load_file(folder / VECTORS_FILE)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise FileError(
-            f"{folder / VECTORS_FILE} is truncated, damaged or foreign ({error}). {again}"
-        ) from error
+        raise FileError(f"{folder / VECTORS_FILE} is truncated, damaged or foreign ({error}). {again}") from error
     if "verdict" not in dataset.attrs:
         raise FileError(f"{folder / DATASET_FILE} is NetCDF but not an analysis of this library.")
     vectors: dict[str, dict[str, Tensor]] = {}
@@ -265,9 +261,7 @@ def analyze(
         check_labelled(test)
         _check_same_network(problem, test)
     found = stages.run(problem, Ledger(progress), options, None if resume is None else Path(resume), test)
-    vectors = {
-        name: _named(problem, pairs.vectors) for name, pairs in found.pairs.items() if len(pairs.values)
-    }
+    vectors = {name: _named(problem, pairs.vectors) for name, pairs in found.pairs.items() if len(pairs.values)}
     dataset = analysis_dataset(found)
     if owner is not None:
         dataset.attrs["averages"] = f"{found.num_classes} groups of {problem.num_classes:,} classes"

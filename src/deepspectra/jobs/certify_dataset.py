@@ -59,9 +59,7 @@ def certificate_dataset(found: Certificate, problem: Problem, labels: Labels = U
         "descent_measure": ["error", "kl"],
         "said_by": ["quadratic model", "draws"],
     }
-    dataset = page_dataset(
-        variables, coords, problem, labels, "Certificate of", found.sentences, found.seconds
-    )
+    dataset = page_dataset(variables, coords, problem, labels, "Certificate of", found.sentences, found.seconds)
     settings = {name: value for name, value in asdict(found.settings).items() if value is not None}
     ledger = found.ledger
     return dataset.assign_attrs(

@@ -31,9 +31,9 @@ Seed = Annotated[int, typer.Option(help="Seed of the training and of every rando
 class Choice(NamedTuple):
     """What the options of a command say of its problem, each with its words on the command line."""
 
-    model: Annotated[
-        str | None, typer.Option(help=f"Zoo model, by default mlp: {', '.join(zoo.MODEL_NAMES)}.")
-    ] = None
+    model: Annotated[str | None, typer.Option(help=f"Zoo model, by default mlp: {', '.join(zoo.MODEL_NAMES)}.")] = (
+        None
+    )
     data: Annotated[
         str | None, typer.Option(help=f"Zoo data set, by default digits: {', '.join(zoo.DATA_NAMES)}.")
     ] = None
@@ -46,9 +46,9 @@ class Choice(NamedTuple):
     per_class: Annotated[int | None, typer.Option(help="Examples a class; all by default.")] = None
     epochs: Annotated[int | None, typer.Option(help="Epochs of training, if no checkpoint.")] = None
     out: Out = Path()
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Write over an earlier run's results in OUT.")
-    ] = False
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over an earlier run's results in OUT.")] = (
+        False
+    )
     memory: Annotated[str | None, typer.Option(help='Memory budget, such as "8GiB".')] = None
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None
     at: Annotated[
@@ -189,18 +189,14 @@ def _zoo_problem(chosen: Choice, draw: int, variant: Variant, snapshots: tuple[i
     problem = Problem(network, pair, device=chosen.device, memory=chosen.memory)
     test = None
     if chosen.split != "train":
-        other = zoo.load(
-            data, root=chosen.data_root, split="test", per_class=chosen.per_class, size=size, seed=draw
-        )
+        other = zoo.load(data, root=chosen.data_root, split="test", per_class=chosen.per_class, size=size, seed=draw)
         pair = (other.inputs, other.targets)
         test = Problem(network, pair, device=chosen.device, memory=chosen.memory)
     drawn = f"{data}, {chosen.per_class} images a class" if chosen.per_class else data
     return _of_split(Subject(problem, names, Labels(model, drawn, chosen.seed), test), chosen.split)
 
 
-def _was_trained(
-    network: nn.Module, about: dict[str, str | int], out: Path, snapshots: tuple[int, ...]
-) -> bool:
+def _was_trained(network: nn.Module, about: dict[str, str | int], out: Path, snapshots: tuple[int, ...]) -> bool:
     """Load the end of a training that was done before; False unless all that it should leave is there.
 
     Raises:

@@ -26,9 +26,7 @@ def comparison_dataset(found: Comparison, problem: Problem, labels: Labels = UNL
         "dimension": range(1, max(map(len, curves.values())) + 1),
         "whole_dimension": range(1, len(found.whole) + 1),
     }
-    return page_dataset(
-        variables, coords, problem, labels, "Two trainings of", sentences(found), found.seconds
-    )
+    return page_dataset(variables, coords, problem, labels, "Two trainings of", sentences(found), found.seconds)
 
 
 def sentences(found: Comparison) -> list[str]:
@@ -45,7 +43,5 @@ def sentences(found: Comparison) -> list[str]:
         f"the predicted heights are off by {sum(off) / len(off):.2f} on average.",
     ]
     if len(found.whole):
-        lines.append(
-            f"Over all parameters the top {len(found.whole)} overlap by {float(found.whole[-1]):.3f}."
-        )
+        lines.append(f"Over all parameters the top {len(found.whole)} overlap by {float(found.whole[-1]):.3f}.")
     return lines

@@ -53,9 +53,7 @@ class FinishedStages:
         earlier = self.read(IDENTITY)
         if earlier is None:
             if next(folder.glob(f"*{SUFFIX}"), None) is not None:
-                raise FileError(
-                    f"{folder} holds stages and does not say of what. Remove it, or choose another."
-                )
+                raise FileError(f"{folder} holds stages and does not say of what. Remove it, or choose another.")
             self.write(IDENTITY, dict(identity))
             return
         differences = [
@@ -81,8 +79,7 @@ class FinishedStages:
             raise
         except Exception as error:  # whatever unpickling a damaged file may raise
             raise FileError(
-                f"{path} cannot be read ({first_line(error)}). "
-                "If it is damaged, remove it to do that stage again."
+                f"{path} cannot be read ({first_line(error)}). If it is damaged, remove it to do that stage again."
             ) from error
 
     def write(self, name: str, value: object) -> None:

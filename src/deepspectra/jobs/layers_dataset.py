@@ -149,9 +149,7 @@ def sentences(found: Layers) -> list[str]:
     if gradients:
         tops = [_top_part(layer.gradients) for layer in gradients]
         counts = {part: tops.count(part) for part in dict.fromkeys(tops)}
-        listed = ", ".join(
-            f"{part} in {count}" for part, count in sorted(counts.items(), key=lambda pair: -pair[1])
-        )
+        listed = ", ".join(f"{part} in {count}" for part, count in sorted(counts.items(), key=lambda pair: -pair[1]))
         lines.append(
             f"Of {len(gradients)} layers with weights, the largest eigenvalue of the gradients is mostly {listed}."
         )
@@ -226,9 +224,7 @@ def _hessian_sentence(found: Layers) -> list[str]:
 def _best_fit(quality: KroneckerQuality) -> str:
     """Which approximation is nearest to G in how many layers."""
     nearest = [min(layer.fits, key=lambda kind: layer.fits[kind].frobenius) for layer in quality.values()]
-    counts = ", ".join(
-        f"{kind.upper()} in {nearest.count(kind)}" for kind in quality.kinds if kind in nearest
-    )
+    counts = ", ".join(f"{kind.upper()} in {nearest.count(kind)}" for kind in quality.kinds if kind in nearest)
     errors = {kind: [layer.fits[kind].frobenius for layer in quality.values()] for kind in quality.kinds}
     ranges = ", ".join(f"{kind.upper()} {min(some):.0%} to {max(some):.0%}" for kind, some in errors.items())
     return f"Nearest to G's block: {counts} of {len(quality)} layers; relative Frobenius errors {ranges}."

@@ -146,9 +146,7 @@ def load_pages(directory: str | Path) -> dict[str, Dataset]:
     folder = Path(directory)
     stems = [stem for stem in STEMS if (folder / f"{stem}.nc").is_file()]
     if not stems:
-        raise FileError(
-            f"{folder} has none of {', '.join(f'{stem}.nc' for stem in STEMS)}; nothing was saved there."
-        )
+        raise FileError(f"{folder} has none of {', '.join(f'{stem}.nc' for stem in STEMS)}; nothing was saved there.")
     again = "Run the command again."
     return {
         "report.html" if stem == "analysis" else f"{stem}.html": load_dataset(folder / f"{stem}.nc", again)

@@ -50,9 +50,7 @@ def regions_dataset(found: Sequence[Regions], problem: Problem, labels: Labels =
         "region": list(REGIONS),
     }
     seconds = sum(one.seconds for one in found)
-    dataset = page_dataset(
-        variables, coords, problem, labels, "Regions of the spectra of", sentences(found), seconds
-    )
+    dataset = page_dataset(variables, coords, problem, labels, "Regions of the spectra of", sentences(found), seconds)
     dataset.attrs["method"] = found[0].method
     return dataset
 
@@ -81,9 +79,7 @@ def sentences(found: Sequence[Regions]) -> list[str]:
         if one.of in TOLD:
             removed = [name for name in ("class", "class + logit", "within") if name in one.whole.knockouts]
             measured = "; ".join(_moves(one.whole, name) for name in removed)
-            lines.append(
-                f"Outliers, bump and bulk of {NAMES[one.of]} move, in decades of λ, without {measured}."
-            )
+            lines.append(f"Outliers, bump and bulk of {NAMES[one.of]} move, in decades of λ, without {measured}.")
         if len(one) > 1 and one.of != "features":
             counts = ", ".join(
                 f"{region} ← {name} in {sum(bool(some.makes(name, region)) for some in there)} of {len(there)}"

@@ -97,13 +97,9 @@ def sentences(found: Study) -> list[str]:
             continue
         before, after = np.array(pairs).mean(0)
         falls = sum(other < one for one, other in pairs)
-        way = (
-            f"lower in {falls}" if after < before else f"higher in {sum(other > one for one, other in pairs)}"
-        )
+        way = f"lower in {falls}" if after < before else f"higher in {sum(other > one for one, other in pairs)}"
         lower += after < before
-        lines.append(
-            f"Mean {found.measures[key]}: {before:.3g}, then {after:.3g} ({way} of {len(pairs)} layers)."
-        )
+        lines.append(f"Mean {found.measures[key]}: {before:.3g}, then {after:.3g} ({way} of {len(pairs)} layers).")
     head = f"From {first} to {last}, {lower} of {len(lines)} measures fall on average over the layers."
     return [*whole, head, *lines]
 

@@ -136,9 +136,7 @@ def _plain(name: str, value: Any) -> Value:
         value = value.item()
     known = isinstance(value, (str, int, float, type(None)))
     if not known or (isinstance(value, float) and not math.isfinite(value)):
-        raise OptionError(
-            f"axis {name} has the value {value!r}; expected numbers, texts, True, False or None."
-        )
+        raise OptionError(f"axis {name} has the value {value!r}; expected numbers, texts, True, False or None.")
     plain: Value = value
     return plain
 
@@ -160,9 +158,7 @@ def _check_takes(cell: Cell, grid: Mapping[str, list[Value]], looks: str | None)
 def _check_parent() -> None:
     """Refuse to begin in a process that is only being started to run cells."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise OptionError(
-            "sweep is called while a process starts. Put the call under `if __name__ == '__main__':`."
-        )
+        raise OptionError("sweep is called while a process starts. Put the call under `if __name__ == '__main__':`.")
 
 
 def _identity(cell: Cell) -> tuple[str, str]:

@@ -139,17 +139,13 @@ def _records(
         results.close()
 
 
-def _results(
-    cell: Cell, point: Point, looks: str | None, values: tuple[Value, ...]
-) -> Generator[Any, None, None]:
+def _results(cell: Cell, point: Point, looks: str | None, values: tuple[Value, ...]) -> Generator[Any, None, None]:
     if looks is None:
         yield cell(**point)
         return
     found = cell(**point, **{looks: values})
     if isinstance(found, Mapping):
-        raise OptionError(
-            f"the cell gave one mapping; with looks={looks!r} it yields one for each of {values}."
-        )
+        raise OptionError(f"the cell gave one mapping; with looks={looks!r} it yields one for each of {values}.")
     yield from found
 
 
@@ -158,9 +154,7 @@ def _arrays(found: object, point: Point, number: int) -> dict[str, np.ndarray]:
     if found is None and number:
         raise OptionError(f"the cell yielded {number} looks and was asked for more.")
     if not isinstance(found, Mapping):
-        raise OptionError(
-            f"the cell gave {type(found).__name__}; expected a mapping of names to numbers or arrays."
-        )
+        raise OptionError(f"the cell gave {type(found).__name__}; expected a mapping of names to numbers or arrays.")
     arrays = {}
     for name, value in found.items():
         if not isinstance(name, str) or not name or "/" in name or name in point or name in RESERVED:
@@ -170,9 +164,7 @@ def _arrays(found: object, point: Point, number: int) -> dict[str, np.ndarray]:
             )
         array = _array(value)
         if array.dtype.kind not in "biufU":
-            raise OptionError(
-                f"measure {name!r} is {type(value).__name__}; expected numbers, strings or arrays."
-            )
+            raise OptionError(f"measure {name!r} is {type(value).__name__}; expected numbers, strings or arrays.")
         arrays[name] = array if array.dtype.kind == "U" else array.astype(np.float64)
     return arrays
 
@@ -211,6 +203,4 @@ def _peak() -> float:
     """Bytes."""
     with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as lines:
         return float(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)

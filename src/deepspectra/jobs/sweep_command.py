@@ -50,9 +50,7 @@ def sweep_of(
         return _told(gather(folder), folder)
     targets = [word for word in words if "=" not in word]
     if targets and targets != [words[0]]:
-        raise OptionError(
-            f"{targets[-1]!r}: expected an axis such as seed=0,1,2, after file.py:function or alone."
-        )
+        raise OptionError(f"{targets[-1]!r}: expected an axis such as seed=0,1,2, after file.py:function or alone.")
     axes = dict(map(_axis, words[len(targets) :]))
     if len(axes) + len(targets) < len(words):
         raise OptionError("an axis is named twice; give all of its values at once, such as seed=0,1,2.")

@@ -192,9 +192,7 @@ class Schedule:
                 return
             self.waiting.popleft()
             try:
-                job = executor.submit(
-                    run_task, self.cell, task.point, task.looks, task.values, str(self.store.cells)
-                )
+                job = executor.submit(run_task, self.cell, task.point, task.looks, task.values, str(self.store.cells))
             except (BrokenExecutor, RuntimeError) as error:  # RuntimeError: after shutdown
                 raise WorkerError(
                     f"the executor takes no more tasks ({first_line(error)}). What was finished is kept; call sweep "
@@ -266,9 +264,7 @@ class Schedule:
         failed = f", {self.num_failed} failed" if self.num_failed else ""
         unfinished = [*self.waiting, *(task for _, task, _ in self.running.values())]
         every = max(1, len(unfinished) // MOST_EXPECTED)
-        left = (
-            self.experience.seconds([point for task in unfinished[::every] for point in task.points]) * every
-        )
+        left = self.experience.seconds([point for task in unfinished[::every] for point in task.points]) * every
         if not (left > 0 and self.spent > 0):
             return failed
         return f"{failed}, about {_duration(left * (time.monotonic() - self.began) / self.spent)} to go"

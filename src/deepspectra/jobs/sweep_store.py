@@ -161,9 +161,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise FileError(f"{path} cannot be read ({first_line(error)}). Choose another folder.") from error
     if found.get("format") != FORMAT:
-        raise FileError(
-            f"{path} is of format {found.get('format')}; expected {FORMAT}. Choose another folder."
-        )
+        raise FileError(f"{path} is of format {found.get('format')}; expected {FORMAT}. Choose another folder.")
     return found
 
 

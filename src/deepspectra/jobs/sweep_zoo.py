@@ -89,9 +89,7 @@ class ZooCell:
         )
 
         def build() -> nn.Module:
-            network = zoo.build(
-                model, input_shape=train.input_shape, num_classes=train.num_classes, seed=seed
-            )
+            network = zoo.build(model, input_shape=train.input_shape, num_classes=train.num_classes, seed=seed)
             return zoo.normalised(network, train.input_shape) if batch_norm else network
 
         looks = epochs if progress is None else progress
@@ -149,9 +147,7 @@ class ZooCell:
         seed: int,
     ) -> Iterator[dict[str, Any]]:
         """Train once a rate, keeping the weights at these epochs, then look at each of the best."""
-        recipes = [
-            replace(recipe, learning_rate=factor * recipe.learning_rate) for factor in self.rates or (1.0,)
-        ]
+        recipes = [replace(recipe, learning_rate=factor * recipe.learning_rate) for factor in self.rates or (1.0,)]
         tried = [_trained(build(), train, test, one, epochs, seed) for one in recipes]
         at = max(range(len(tried)), key=lambda j: (tried[j].test_accuracy, -tried[j].loss))
         about: dict[str, Any] = {"rate": recipes[at].learning_rate}

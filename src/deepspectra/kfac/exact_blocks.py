@@ -115,9 +115,7 @@ def places(uses: list[Use], sizes: dict[str, int]) -> list[ParameterBlock]:
                 biases[key] = found
                 del vectors[found]
     return [
-        ParameterBlock(
-            _name(key, biases.get(key), sizes), type(mine[0]), key, biases.get(key), mine[0].groups
-        )
+        ParameterBlock(_name(key, biases.get(key), sizes), type(mine[0]), key, biases.get(key), mine[0].groups)
         for key, mine in by_slice.items()
         if key not in biases.values()
     ]

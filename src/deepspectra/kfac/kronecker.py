@@ -93,9 +93,7 @@ def kronecker(
     if samples is not None:
         check_count("samples", samples, 0)
         if samples and kind == "optimal":
-            raise OptionError(
-                "samples= draws for 'kfac', 'ekfac' and 'cfac'; 'optimal' would fit the draws. Use 0."
-            )
+            raise OptionError("samples= draws for 'kfac', 'ekfac' and 'cfac'; 'optimal' would fit the draws. Use 0.")
     captures = all_or_drawn(problem, 0 if kind == "optimal" else samples, seed)
     return all_from(captures, (kind,), sharing, rank)[kind]
 
@@ -112,13 +110,9 @@ def all_from(
         check_choice("kind", kind, KINDS)
     check_choice("sharing", sharing, SHARINGS)
     if not isinstance(rank, int) or rank < 1 or (rank > 1 and "optimal" not in kinds):
-        raise OptionError(
-            f"rank={rank!r}: an integer, at least 1, and more than 1 product for kind='optimal' only."
-        )
+        raise OptionError(f"rank={rank!r}: an integer, at least 1, and more than 1 product for kind='optimal' only.")
     if "cfac" in kinds and not isinstance(problem.loss_function, CrossEntropy):
-        raise LossError(
-            f"cfac needs the cross-entropy of class labels; the loss is {problem.loss_function.name}."
-        )
+        raise LossError(f"cfac needs the cross-entropy of class labels; the loss is {problem.loss_function.name}.")
     if "ekfac" in kinds and not captures.samples:
         captures.hold()  # it goes through them twice; draws it needs anew, see `_corrected`
     by_class = "cfac" in kinds
@@ -136,9 +130,7 @@ def all_from(
 def _products(problem: Problem, moments: Mapping[str, Moments], label: str) -> dict[str, Block]:
     """S ⊗ A, or the sum over classes, of every place."""
     dtype = torch.promote_types(problem.dtype, torch.float32)
-    return {
-        name: KroneckerSum(*moment.factors(), dtype, f"{label} of {name}") for name, moment in moments.items()
-    }
+    return {name: KroneckerSum(*moment.factors(), dtype, f"{label} of {name}") for name, moment in moments.items()}
 
 
 def _made(
@@ -185,9 +177,7 @@ def _moments(captures: Captures, sharing: str, *, by_class: bool) -> dict[str, M
             sizes = {name: value.numel() for name, value in problem.parameters.items()}
             every = places(batch.uses, sizes)
             _refuse_beyond_memory(problem, every, num_sets, num_replicates(samples))
-            found = {
-                place.name: Moments(place, num_sets, sharing, problem.device, samples) for place in every
-            }
+            found = {place.name: Moments(place, num_sets, sharing, problem.device, samples) for place in every}
         weights = batch.by_example
         sets = _classes(problem, batch) if by_class else torch.zeros(len(weights), dtype=torch.long)
         for moment in found.values():
@@ -317,9 +307,7 @@ def _classes(problem: Problem, batch: Captured) -> Tensor:
     return labels
 
 
-def _refuse_beyond_memory(
-    problem: Problem, every: list[ParameterBlock], num_sets: int, replicates: int
-) -> None:
+def _refuse_beyond_memory(problem: Problem, every: list[ParameterBlock], num_sets: int, replicates: int) -> None:
     numbers = 0
     for place in every:
         groups, outputs, inputs = place.shape

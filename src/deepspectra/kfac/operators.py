@@ -98,9 +98,7 @@ class Rotated(Operator):
     U is (groups, o, o), V (groups, d, d), or None for the identity, and D (groups, o, d).
     """
 
-    def __init__(
-        self, left: Tensor, right: Tensor | None, diagonal: Tensor, dtype: torch.dtype, name: str
-    ) -> None:
+    def __init__(self, left: Tensor, right: Tensor | None, diagonal: Tensor, dtype: torch.dtype, name: str) -> None:
         self.left = left.to(dtype)
         self.right = None if right is None else right.to(dtype)
         self.diagonal = diagonal

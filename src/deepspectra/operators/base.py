@@ -146,9 +146,7 @@ class Operator(ABC):
         """What can be added."""
         if isinstance(other, Operator):
             return other
-        advice = (
-            f" For {self.name} + c I write A.shifted(c), or A + c * Identity(P)." if _is_number(other) else ""
-        )
+        advice = f" For {self.name} + c I write A.shifted(c), or A + c * Identity(P)." if _is_number(other) else ""
         raise ShapeError(f"an operator can be added to an operator, not to {type(other).__name__}.{advice}")
 
     def _scale(self, value: object) -> float:
@@ -167,9 +165,7 @@ class Operator(ABC):
             given = f"{type(value).__name__}" + (f" {tuple(value.shape)}" if hasattr(value, "shape") else "")
             raise OptionError(f"{self.name} can be multiplied and divided by a real number, not by {given}.")
         if not math.isfinite(number := float(value)):  # type: ignore[arg-type]
-            raise OptionError(
-                f"{self.name} can be multiplied and divided by a finite number, not by {number}."
-            )
+            raise OptionError(f"{self.name} can be multiplied and divided by a finite number, not by {number}.")
         return number
 
     def __repr__(self) -> str:
@@ -198,9 +194,7 @@ class Operator(ABC):
         def apply(block: np.ndarray) -> np.ndarray:
             double = np.complex128 if np.iscomplexobj(block) else np.float64  # PyTorch knows no longer ones
             product = (self @ torch.from_numpy(np.ascontiguousarray(block, double))).cpu()
-            return product.to(
-                torch.promote_types(product.dtype, torch.float32)
-            ).numpy()  # there is no bfloat16
+            return product.to(torch.promote_types(product.dtype, torch.float32)).numpy()  # there is no bfloat16
 
         return LinearOperator(
             self.shape,
@@ -249,9 +243,7 @@ class Identity(Operator):
         device: where they live.
     """
 
-    def __init__(
-        self, size: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, size: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         check_count("size", size)
         super().__init__(size, dtype=dtype, device=device, name="I")
 

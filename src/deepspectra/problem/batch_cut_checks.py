@@ -31,9 +31,7 @@ class Kind(Enum):
     WHOLE = "it cannot be cut: its rows are nodes of a graph, or their number is another"
 
 
-def settle_cuts(
-    module: Evaluated, batches: Batches, parameters: Tree, first: Trial, mode: str
-) -> tuple[Trial, bool]:
+def settle_cuts(module: Evaluated, batches: Batches, parameters: Tree, first: Trial, mode: str) -> tuple[Trial, bool]:
     """Make one batch of all examples where they may not be cut; the first batch, and whether batches may be cut."""
 
     def evaluate(batch: Any) -> Pair:

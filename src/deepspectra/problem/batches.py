@@ -56,9 +56,7 @@ def other_lengths(tree: Any) -> Iterator[int]:
     """Lengths of lists of numbers or texts and of NumPy arrays among the tensors of a tree."""
     parts = _parts(tree)
     nested = any(isinstance(part, (Tensor, Mapping, list, tuple)) for part in parts)
-    if (isinstance(tree, np.ndarray) and tree.ndim) or (
-        isinstance(tree, (list, tuple)) and parts and not nested
-    ):
+    if (isinstance(tree, np.ndarray) and tree.ndim) or (isinstance(tree, (list, tuple)) and parts and not nested):
         yield len(tree)
     for part in parts:
         yield from other_lengths(part)
@@ -129,9 +127,7 @@ class Batches:
 
     """
 
-    def __init__(
-        self, source: Any, *, batch_size: int | None, move: Move, budget: int, pairs: bool = True
-    ) -> None:
+    def __init__(self, source: Any, *, batch_size: int | None, move: Move, budget: int, pairs: bool = True) -> None:
         self._move = move
         read, sized = _reader(source, batch_size, pairs)
         self._source: Iterable[Any] | None = read

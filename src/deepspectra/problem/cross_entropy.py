@@ -22,9 +22,7 @@ class CrossEntropy(Loss):
 
     name = "cross_entropy"
 
-    def __init__(
-        self, weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0
-    ) -> None:
+    def __init__(self, weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> None:
         if weight is not None and not bool(((weight >= 0) & weight.isfinite()).all()):
             raise LossError(f"class weights must be finite and not negative, got {weight.tolist()}.")
         self.weight = None if weight is None else weight.detach()

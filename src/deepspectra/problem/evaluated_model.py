@@ -42,23 +42,17 @@ class Evaluated(nn.Module):
         self.suspects: set[int] = set()  # identities of what would be aliases, while the problem is made
         self.is_caught = False  # operations were given some of them
         self.original: list[tuple[dict[str, Any], str, Any]] = []  # where what was captured stood
-        self.differentiates = (
-            False  # the forward pass takes derivatives itself, and does not run without gradients
-        )
+        self.differentiates = False  # the forward pass takes derivatives itself, and does not run without gradients
         self.writes = False  # the forward pass writes into its batch, and is given copies
         self.written: set[str] = set()  # buffers that the forward pass writes into
-        self.stamps: dict[
-            str, Stamp
-        ] = {}  # how other buffers and the parameters were when the problem was made
+        self.stamps: dict[str, Stamp] = {}  # how other buffers and the parameters were when the problem was made
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Outputs and targets."""
         pair = self.function(self.model, batch)
         if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(t, Tensor) for t in pair):
             kind = f"tuple of {len(pair)}" if isinstance(pair, tuple) else type(pair).__name__
-            raise DataError(
-                f"forward returned a {kind}; it must return a pair of tensors (outputs, targets)."
-            )
+            raise DataError(f"forward returned a {kind}; it must return a pair of tensors (outputs, targets).")
         return pair
 
     def at(self, parameters: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
@@ -77,9 +71,7 @@ class Evaluated(nn.Module):
             outputs, targets = self.at(parameters, batch)
         return outputs.detach(), targets
 
-    def graph(
-        self, loss: Loss, parameters: Mapping[str, Tensor], batch: Any
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
+    def graph(self, loss: Loss, parameters: Mapping[str, Tensor], batch: Any) -> tuple[list[Tensor], Tensor, Tensor]:
         """Leaves that stand for the parameters, outputs of a batch's rows and their summed loss, with their graph."""
         leaves = leaves_of(parameters)
         with torch.enable_grad(), differentiable():
@@ -185,9 +177,7 @@ class Stamp(NamedTuple):
 def stamps(model: nn.Module, *kinds: str) -> dict[str, Stamp]:
     """Of all its "_parameters" or "_buffers" as they are now, by name."""
     return {
-        f"{path}.{key}".lstrip("."): Stamp(
-            getattr(module, kind), key, tensor, _address(tensor), tensor._version
-        )
+        f"{path}.{key}".lstrip("."): Stamp(getattr(module, kind), key, tensor, _address(tensor), tensor._version)
         for path, module in model.named_modules()
         for kind in kinds
         for key, tensor in getattr(module, kind).items()
@@ -261,9 +251,7 @@ def reached(value: Tensor) -> Iterator[Tensor]:
 def forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """The model's outputs for the first of a pair (x, y), and the second."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-        kind = (
-            f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
-        )
+        kind = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
         raise DataError(
             f"a batch is a {kind}; expected a pair (x, y). For other batches pass "
             "forward=lambda model, batch: (outputs, targets)."

@@ -60,9 +60,7 @@ def _check_model(model: nn.Module) -> None:
                 f"parameter {name!r} has no shape yet; pass one batch through the lazy model before."
             )
         if value.is_meta:
-            raise ParameterError(
-                f"{name!r} is on the meta device and has no values; load the weights before."
-            )
+            raise ParameterError(f"{name!r} is on the meta device and has no values; load the weights before.")
         if value.is_complex():
             raise ParameterError(
                 f"{name!r} is complex; only real parameters and buffers are supported. Hold the real and imaginary "
@@ -104,9 +102,7 @@ def reported(kind: type[DeepSpectraError], what: str) -> Iterator[None]:
         raise kind(f"{what}: {first_line(error)}") from error
 
 
-def check_gradient(
-    module: Evaluated, loss: Loss, trainable: Collection[str], first: Trial, given: nn.Module
-) -> int:
+def check_gradient(module: Evaluated, loss: Loss, trainable: Collection[str], first: Trial, given: nn.Module) -> int:
     """Check that a batch's gradient in all trainable parameters can be had, and misses no way; the bytes it keeps.
 
     The graph of the outputs ends at all tensors that they depend on. Parameters of the copy or of the user's model
@@ -173,9 +169,7 @@ def check_gradient(
 def check_outputs(outputs: Tensor) -> None:
     """Raise NonFiniteError for outputs that are no numbers."""
     if not torch.isfinite(outputs).all():
-        raise NonFiniteError(
-            "the model's outputs contain NaN or infinite values; check weights, inputs and dtype."
-        )
+        raise NonFiniteError("the model's outputs contain NaN or infinite values; check weights, inputs and dtype.")
 
 
 def check_same(first: Tensor, again: Tensor) -> None:

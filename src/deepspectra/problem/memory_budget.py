@@ -59,9 +59,7 @@ def free_memory(device: torch.device) -> int:
     return available
 
 
-def suitable_batch_size(
-    example_bytes: float, model: nn.Module, memory: int, device: torch.device
-) -> int | None:
+def suitable_batch_size(example_bytes: float, model: nn.Module, memory: int, device: torch.device) -> int | None:
     """Examples a batch, of which backpropagation keeps so many bytes each; None if that is not known."""
     if not example_bytes:
         return None

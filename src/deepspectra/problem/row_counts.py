@@ -96,9 +96,7 @@ class Count:
         return 0.0 if worst <= MISFIT.get(dtype, MISFIT_HALF) else worst
 
 
-def count_rows(
-    module: Evaluated, batches: Batches, loss: Loss, parameters: Tree, first: Trial | None
-) -> Count:
+def count_rows(module: Evaluated, batches: Batches, loss: Loss, parameters: Tree, first: Trial | None) -> Count:
     """Check shapes, labels and finiteness of every batch, and count; what the `first` gives is known."""
     found, generator = Count(), torch.Generator().manual_seed(0)
     value, several, room = 0.0, [], LARGEST
@@ -137,11 +135,7 @@ def count_rows(
         raise DataError("no row counts: every target is ignored or has weight 0.")
     if not math.isfinite(value):
         raise NonFiniteError("the loss is NaN or infinite on this data.")
-    if (
-        doubted is not None
-        and len(several) > 1
-        and len({(o.shape[1:], t.shape[1:]) for o, t in several}) == 1
-    ):
+    if doubted is not None and len(several) > 1 and len({(o.shape[1:], t.shape[1:]) for o, t in several}) == 1:
         outputs, targets = (torch.cat(column) for column in zip(*several, strict=True))
         found.misfits.append(doubted.misfit(outputs, targets, generator))
     return found

@@ -213,9 +213,7 @@ def averaging(dataset: xr.Dataset) -> alt.LayerChart:
     low, high = max(min(values), max(values) * 1e-8) / 1.3, max(values) * 1.3
     last = max(row["rank"] for row in table)
     ranks = alt.Scale(type="log" if last > 30 else "linear", domain=[0.8, last * 1.1], nice=False)
-    across = (
-        d.log_axis(1, last, 7, grid=False) if last > 30 else alt.Axis(tickMinStep=1, format="d", grid=False)
-    )
+    across = d.log_axis(1, last, 7, grid=False) if last > 30 else alt.Axis(tickMinStep=1, format="d", grid=False)
     shapes = alt.Scale(domain=labels, range=symbols)
     base = d.blank(table).encode(
         x=alt.X("rank:Q", scale=ranks, axis=across, title="rank"),

@@ -32,9 +32,7 @@ def _zero_sentences(dataset: xr.Dataset) -> str:
     text = ""
     for row in d.rows(dataset, "zero_share"):
         of = t.symbol(row["operator"]) + (" on the test data" if row["split"] == "test" else "")
-        text += (
-            f" Left out: {t.share_html(row['zero_share'])} of the eigenvalues of {of}, zero up to rounding."
-        )
+        text += f" Left out: {t.share_html(row['zero_share'])} of the eigenvalues of {of}, zero up to rounding."
     return text
 
 
@@ -81,9 +79,7 @@ def knockouts(dataset: xr.Dataset) -> str:
     )
     summary = knockout_summary(dataset)
     first = summary[0]["operator"]
-    left = [
-        f"{_removal(row)}, {t.escaped(outliers_left(row))}" for row in summary if row["operator"] == first
-    ]
+    left = [f"{_removal(row)}, {t.escaped(outliers_left(row))}" for row in summary if row["operator"] == first]
     return f"{text} For {t.symbol(first)}: {'; '.join(left)}."
 
 

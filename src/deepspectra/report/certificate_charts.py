@@ -101,8 +101,6 @@ def descent(dataset: xr.Dataset) -> alt.LayerChart:
         axis = alt.Axis(title=names[measure], titleColor=colour, labelColor=colour, tickCount=5)
         line = blank(mine).mark_line(color=colour, strokeWidth=2, point={"color": colour, "size": 18})
         charts.append(
-            line.encode(
-                x=alt.X("epoch:Q", title="epoch of descent"), y=alt.Y("descent:Q", scale=scale, axis=axis)
-            )
+            line.encode(x=alt.X("epoch:Q", title="epoch of descent"), y=alt.Y("descent:Q", scale=scale, axis=axis))
         )
     return finished(alt.layer(*charts).resolve_scale(y="independent"), width=WIDTH, height=240)

@@ -59,9 +59,7 @@ def _chosen_classes(dataset: xr.Dataset) -> list[int]:
     return sorted(int(index) for index in heaviest)
 
 
-def _heat_map(
-    dataset: xr.Dataset, matrix: d.Array, scale: alt.Scale, titles: tuple[str, str, str]
-) -> alt.LayerChart:
+def _heat_map(dataset: xr.Dataset, matrix: d.Array, scale: alt.Scale, titles: tuple[str, str, str]) -> alt.LayerChart:
     """A square of classes by classes; `titles` name the rows, the columns and the value."""
     names, chosen = class_names(dataset), _chosen_classes(dataset)
     down_title, across_title, what = titles

@@ -118,9 +118,7 @@ class Chart:
     Called on an analysis that lacks something, it raises DataError with the reason, which `lacks` tells beforehand.
     """
 
-    def __init__(
-        self, draw: Draw, needed: Sequence[str], some: Callable[[xr.Dataset], Any], reason: str
-    ) -> None:
+    def __init__(self, draw: Draw, needed: Sequence[str], some: Callable[[xr.Dataset], Any], reason: str) -> None:
         functools.update_wrapper(self, draw)
         self.name, self.draw = draw.__name__, draw
         self.needed, self.some, self.reason = needed, some, reason

@@ -138,16 +138,12 @@ def drawn(
 ) -> alt.LayerChart:
     """The chart with some choices made, and of some families by title; all, and any measure, by default."""
     columns, scalars = _columns(dataset), _scalars(dataset)
-    menus = {
-        name: _options(dataset, name) for name in _axes(dataset) if name != SEED and dataset.sizes[name] > 1
-    }
+    menus = {name: _options(dataset, name) for name in _axes(dataset) if name != SEED and dataset.sizes[name] > 1}
     first = {name: str((chosen or {}).get(name, _shown_first(dataset, name))) for name in menus}
     params = [choice(f"at_{name}", menus[name], first=first[name], menu=f"{name} ") for name in menus]
     shown = [family for family in FAMILIES if not families or family.title in families]
     figures = [
-        alt.hconcat(
-            *(_figure(dataset, family, lines, column, menus) for column in columns), title=family.title
-        )
+        alt.hconcat(*(_figure(dataset, family, lines, column, menus) for column in columns), title=family.title)
         for family in shown
         if (lines := {name: line for name, line in family.lines.items() if name in _measures(dataset)})
     ]

@@ -241,8 +241,4 @@ def chart(dataset: xr.Dataset, name: str, inches: float | None = None) -> alt.La
 
 def charts(dataset: xr.Dataset) -> dict[str, alt.TopLevelMixin]:
     """Every chart whose variables the analysis holds, by name."""
-    return {
-        chart.name: chart(dataset)
-        for figure in figures_of(dataset).values()
-        for chart in figure.drawn(dataset)
-    }
+    return {chart.name: chart(dataset) for figure in figures_of(dataset).values() for chart in figure.drawn(dataset)}

@@ -52,9 +52,7 @@ def overlap_curves(dataset: xr.Dataset) -> alt.LayerChart:
 
 def peaks(dataset: xr.Dataset) -> list[d.Row]:
     """Of each layer: where measured and predicted curves are highest, and how high."""
-    found: dict[str, d.Row] = {
-        row["layer"]: row for row in d.rows(dataset, "layer_outputs", "layer_alignment")
-    }
+    found: dict[str, d.Row] = {row["layer"]: row for row in d.rows(dataset, "layer_outputs", "layer_alignment")}
     for (layer, curve), heights in d.pivot(dataset, "overlap_curve", "dimension", "layer", "curve").items():
         at = max(heights, key=lambda k: heights[k])
         found[layer] |= {f"{curve}_height": heights[at], f"{curve}_at": int(at)}

@@ -109,9 +109,7 @@ def _body(dataset: xr.Dataset) -> tuple[str, list[str], dict[str, Any]]:
     return "\n".join([*figures.values(), numbers, _measured(dataset)]), names, specs
 
 
-def _filled(
-    dataset: xr.Dataset, verdict: str, cards: str, names: list[str], body: str, specs: dict[str, Any]
-) -> str:
+def _filled(dataset: xr.Dataset, verdict: str, cards: str, names: list[str], body: str, specs: dict[str, Any]) -> str:
     template = Template(files("deepspectra.report").joinpath("template.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=t.escaped(t.attribute(dataset, "title", "A spectrum")),
@@ -287,9 +285,7 @@ def _boxes(figure: Figure, drawn: dict[Chart, str]) -> str:
 
 def tables_section(dataset: xr.Dataset) -> str:
     """Every table whose numbers the analysis holds."""
-    body = "\n".join(
-        filter(None, (table(dataset) for one in figures_of(dataset).values() for table in one.tables))
-    )
+    body = "\n".join(filter(None, (table(dataset) for one in figures_of(dataset).values() for table in one.tables)))
     return f'<section id="tables">\n<h2>Tables</h2>\n{body}\n</section>' if body else ""
 
 

@@ -55,7 +55,5 @@ def knockout_summary(dataset: xr.Dataset) -> list[Row]:
             table[key] = row
     first: dict[str, Row] = {}
     return [
-        row
-        for row in table.values()
-        if row["knockout"] != "nothing" or first.setdefault(row["operator"], row) is row
+        row for row in table.values() if row["knockout"] != "nothing" or first.setdefault(row["operator"], row) is row
     ]

@@ -263,8 +263,6 @@ def _mirrored_log(table: list[d.Row]) -> _Line:
 
     ticks = d.both_sides(low, high, smallest * 3)
     labels = [d.tick(value) if value else f"±{d.tick(float(f'{smallest:.1g}'))}" for value in ticks]
-    axis = d.ticks_axis(
-        [place(value) for value in ticks], labels, title="eigenvalue λ (logarithmic on both sides)"
-    )
+    axis = d.ticks_axis([place(value) for value in ticks], labels, title="eigenvalue λ (logarithmic on both sides)")
     ends = place(low), place(high)
     return _Line(place, ends, _axis(ends, axis))

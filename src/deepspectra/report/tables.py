@@ -18,14 +18,11 @@ Cell = str | int | float | tuple[str, float] | None  # a pair: the text shown an
 Filled = tuple[list[str], list[list[Cell]]] | tuple[list[str], list[list[Cell]], list[int]]
 
 
-def table_html(
-    name: str, heading: str, head: list[str], body: list[list[Cell]], strong: Iterable[int] = ()
-) -> str:
+def table_html(name: str, heading: str, head: list[str], body: list[list[Cell]], strong: Iterable[int] = ()) -> str:
     """A table with its heading and a button that saves it; rows in `strong` stand out."""
     numeric = [any(isinstance(row[i], (int, float, tuple)) for row in body) for i in range(len(head))]
     top = "".join(
-        f"<th{' class=n' if wide else ''}>{t.escaped(cell)}</th>"
-        for cell, wide in zip(head, numeric, strict=True)
+        f"<th{' class=n' if wide else ''}>{t.escaped(cell)}</th>" for cell, wide in zip(head, numeric, strict=True)
     )
     marked = set(strong)
     lines = [

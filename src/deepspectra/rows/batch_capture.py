@@ -162,9 +162,7 @@ class Graph:
         if not self.outputs.requires_grad:
             return tuple(map(torch.zeros_like, ends))
         with differentiable():
-            return torch.autograd.grad(
-                self.outputs, ends, cotangent, retain_graph=True, materialize_grads=True
-            )
+            return torch.autograd.grad(self.outputs, ends, cotangent, retain_graph=True, materialize_grads=True)
 
     def coded(self, ends: list[Tensor], rows: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """Errors of a random scalar a row, beside those of the same times a number an example; these numbers (B,)."""
@@ -218,9 +216,7 @@ def _together(graph: Graph, plan: Plan, rows: Tensor, scalars: Scalars, wanted: 
         for use, end, layout in zip(graph.uses, graph.ends, layouts, strict=True)
         if use.slice.name in wanted
     ]
-    if not all(
-        layout.divides(tensor, len(rows)) for use, end, layout in chosen for tensor in (end, use.given)
-    ):
+    if not all(layout.divides(tensor, len(rows)) for use, end, layout in chosen for tensor in (end, use.given)):
         return None
     num_scalars = scalars.num(rows.shape[1])
     doubtful = plan.checked or graph.by_value or len(graph.uses) != len(plan.calls) or num_scalars >= CHEAP
@@ -241,9 +237,7 @@ def _as_one(
     if irregular:
         raise IrregularError(irregular)
     chosen: list[Receiver] = [
-        (use, end, BLOCKS)
-        for use, end in zip(graph.uses, graph.ends, strict=True)
-        if use.slice.name in wanted
+        (use, end, BLOCKS) for use, end in zip(graph.uses, graph.ends, strict=True) if use.slice.name in wanted
     ]
     chosen += _alone_receivers(graph, wanted & plan.alone)
     if is_whole:
@@ -320,9 +314,7 @@ class _Apart:
             yield graph if same else None, rows
 
 
-def _row_by_row(
-    graph: Graph, apart: _Apart | None, rows: Tensor, scalars: Scalars, names: set[str]
-) -> list[Use]:
+def _row_by_row(graph: Graph, apart: _Apart | None, rows: Tensor, scalars: Scalars, names: set[str]) -> list[Use]:
     """Gradients (B, J, ...) of parameters: by examples that pass alone, or by rows of the whole batch."""
     found = apart.row_by_row(names) if apart else None
     if found is not None:

@@ -49,8 +49,7 @@ def learned(sample: Problem) -> Plan:
         # rows that could be examples by their number alone reach each other, as in graphs
         examples, fitting = None, [[BLOCKS] for _ in graph.uses]
     calls = [
-        Call(use.slice, type(use), fits[0] if fits else None)
-        for use, fits in zip(graph.uses, fitting, strict=True)
+        Call(use.slice, type(use), fits[0] if fits else None) for use, fits in zip(graph.uses, fitting, strict=True)
     ]
     astray = {call.slice.name for call, fits in zip(calls, fitting, strict=True) if not fits}
     checked = any(len(fits) > 1 for fits in fitting)  # these few cannot tell where examples lie
@@ -113,8 +112,7 @@ def _wrong(sample: Problem, batch: Any, plan: Plan, outputs: Tensor) -> set[str]
     return {
         name
         for name, gradient in zip(sample.parameters, truth, strict=True)
-        if name in totals
-        and not (totals[name] - gradient.flatten()).norm() <= limit * gradient.norm() + rounding
+        if name in totals and not (totals[name] - gradient.flatten()).norm() <= limit * gradient.norm() + rounding
     }
 
 

@@ -47,9 +47,7 @@ class Examples:
     def one(self, batch: Any, index: int) -> Any:
         """A batch of one example."""
         numbers = itertools.count()
-        return map_tensors(
-            lambda leaf: leaf.narrow(self.dim, index, 1) if next(numbers) in self.cut else leaf, batch
-        )
+        return map_tensors(lambda leaf: leaf.narrow(self.dim, index, 1) if next(numbers) in self.cut else leaf, batch)
 
 
 def find_examples(sample: Problem, batch: Any, outputs: Tensor) -> Examples | None:

@@ -121,9 +121,7 @@ def _gathered(
     for found in alike(of(batch.uses) for batch in batches):
         if not pieces:
             size = num_rows * sum(tensor.shape[1] * tensor.element_size() for tensor in found.values())
-            instead = (
-                "Raise memory, of which that is a third, take fewer examples, or restrict the parameters."
-            )
+            instead = "Raise memory, of which that is a third, take fewer examples, or restrict the parameters."
             refuse_beyond(size, rows.captures.limit, f"{num_rows:,} rows of all layers take", instead)
         for name, tensor in found.items():
             pieces.setdefault(name, []).append(tensor)
@@ -155,7 +153,5 @@ def alike(read: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
                     "gram_spectrum and layers work. Or pad all examples to one length, or restrict the parameters."
                 )
         if not any(widths.values()):
-            raise CurvatureError(
-                "no layer multiplies features by a matrix, one row of features for each output row."
-            )
+            raise CurvatureError("no layer multiplies features by a matrix, one row of features for each output row.")
         yield {name: rows for name, rows in found.items() if widths[name]}

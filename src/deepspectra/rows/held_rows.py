@@ -156,9 +156,7 @@ def gram_of(layers: Iterable[list[list[Use]]]) -> Tensor:
     for batches in layers:
         sizes = _num_rows(batches)
         if not len(total):
-            total = torch.zeros(
-                sum(sizes), sum(sizes), dtype=torch.float64, device=batches[0][0].errors.device
-            )
+            total = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64, device=batches[0][0].errors.device)
         _add_lower(total, batches, sizes)
     return total.tril_() + total.tril(-1).T
 
@@ -231,9 +229,7 @@ def _add_inner(total: Tensor, mine: list[list[Matrix | Lookup]], sizes: list[int
 def _add_formed(total: Tensor, mine: list[list[Use]]) -> None:
     some = mine[0][0]
     rows = some.slice.shape[0] if some.slice.shape else 1
-    width = max(
-        1, BLOCK_BYTES // (len(total) * max(1, some.slice.numel // rows) * some.errors.element_size())
-    )
+    width = max(1, BLOCK_BYTES // (len(total) * max(1, some.slice.numel // rows) * some.errors.element_size()))
     for start in range(0, rows, width):
         chunk = slice(start, min(start + width, rows))
         pieces = [functools.reduce(torch.add, (use.formed(chunk) for use in uses)) for uses in mine]

@@ -413,9 +413,7 @@ class Layout:
 
     def differs(self, tensor: Tensor, num_examples: int) -> bool:
         """Whether it is another order than those before it in `LAYOUTS`, of a tensor that it divides."""
-        return self.divides(tensor, num_examples) and (
-            self.kind != "interleaved" or len(tensor) != num_examples
-        )
+        return self.divides(tensor, num_examples) and (self.kind != "interleaved" or len(tensor) != num_examples)
 
     def examples_first(self, tensor: Tensor, num_examples: int) -> Tensor:
         """(B, s, ...), with s what else the dimension of the examples held; 1 if nothing."""

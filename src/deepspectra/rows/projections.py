@@ -99,9 +99,7 @@ class Projections:
     def _by_cell(self, rows: Tensor) -> Tensor:
         """Sums over the rows of each cell: (N, C', ...) of single classes to (C, C, ...)."""
         if self.groups is not None:
-            rows = rows.new_zeros(len(rows), self.num_classes, *rows.shape[2:]).index_add_(
-                1, self.groups, rows
-            )
+            rows = rows.new_zeros(len(rows), self.num_classes, *rows.shape[2:]).index_add_(1, self.groups, rows)
         return rows.new_zeros(self.num_classes, *rows.shape[1:]).index_add_(0, self.labels, rows)
 
     def _by_row(self, cells: Tensor) -> Tensor:
@@ -124,12 +122,8 @@ class Projections:
             return torch.einsum("ckr,rm->ckm", basis, torch.einsum("ckr,ckm->rm", basis, cells))
         others = {"cross": ("class", "true"), "interaction": ("class", "logit", "true")}
         if part not in others:
-            raise OptionError(
-                f"unknown part {part!r}; there are {', '.join(dict.fromkeys(FOUR_WAY + TWO_WAY))}."
-            )
-        return cells - sum(
-            (self.project_cells(other, cells) for other in others[part]), torch.zeros_like(cells)
-        )
+            raise OptionError(f"unknown part {part!r}; there are {', '.join(dict.fromkeys(FOUR_WAY + TWO_WAY))}.")
+        return cells - sum((self.project_cells(other, cells) for other in others[part]), torch.zeros_like(cells))
 
     def squared_norms(self, rows: Tensor, parts: tuple[str, ...]) -> Tensor:
         """|Π_part α|² for every part, (parts, K): the analysis of variance of α (N, C, K)."""
@@ -197,9 +191,7 @@ def grouped(groups: Tensor | Sequence[int] | None, num_classes: int, device: tor
         found = torch.empty(0)
     if found.shape != (num_classes,) or found.is_floating_point() or int(found.min()) < 0:
         given = f"shape {tuple(found.shape)}, {found.dtype}" if found.numel() else repr(groups)
-        raise OptionError(
-            f"groups must be {num_classes:,} integers from 0 on, the group of each class; got {given}."
-        )
+        raise OptionError(f"groups must be {num_classes:,} integers from 0 on, the group of each class; got {given}.")
     missing = set(range(int(found.max()) + 1)) - set(found.tolist())
     if missing:
         raise OptionError(f"groups must be numbered without gaps; no class is in {sorted(missing)[:5]}.")

@@ -340,9 +340,7 @@ def _read_cifar(root: Path, name: str, split: str) -> tuple[Images, Labels]:
         return np.concatenate([x for x, _ in batches]), np.concatenate([y for _, y in batches])
     if subset.is_file():
         return _read_npz(subset, name, split)
-    raise FileError(
-        f"{name} needs the folder {folder} or the file {subset}; put one there or pass another root."
-    )
+    raise FileError(f"{name} needs the folder {folder} or the file {subset}; put one there or pass another root.")
 
 
 def _read_batch(path: Path, name: str) -> tuple[Images, Labels]:
@@ -390,8 +388,7 @@ def _read_npz(path: Path, name: str, split: str) -> tuple[Images, Labels]:
             images, labels = arrays[f"{split}_x"], arrays[f"{split}_y"]
     except DAMAGED as error:
         raise FileError(
-            f"{path} cannot be read ({error}); it must be an npz file with the arrays {split}_x "
-            f"and {split}_y."
+            f"{path} cannot be read ({error}); it must be an npz file with the arrays {split}_x and {split}_y."
         ) from error
     _check(path, name, images, labels, 32, 32, 3)
     return images, labels.astype(np.int64)

@@ -48,9 +48,7 @@ class History:
 
     def extended(self, loss: float, accuracy: float, learning_rate: float) -> History:
         """This history and one epoch more."""
-        return History(
-            (*self.losses, loss), (*self.accuracies, accuracy), (*self.learning_rates, learning_rate)
-        )
+        return History((*self.losses, loss), (*self.accuracies, accuracy), (*self.learning_rates, learning_rate))
 
 
 @dataclass(frozen=True)
@@ -285,9 +283,7 @@ def save_checkpoint(path: str | Path, model: nn.Module, meta: Mapping[str, Any] 
     try:
         note = json.dumps(dict(meta or {}))
     except (TypeError, ValueError) as error:
-        raise OptionError(
-            f"meta cannot be saved: {error}; give numbers, strings, lists and dicts."
-        ) from error
+        raise OptionError(f"meta cannot be saved: {error}; give numbers, strings, lists and dicts.") from error
     # Cloned, because safetensors refuses tensors that share memory (tied weights).
     state = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,68 @@
+"""Priors are fixed before the examples of the bound are seen, and those that were tried are charged."""
+
+import math
+
+import pytest
+import torch
+
+import deepspectra as ds
+from certificates_problems import data, images, mlp, problem
+from deepspectra.certificates.binomial_bounds import monte_carlo_bound
+from deepspectra.certificates.ledger import Grid
+from deepspectra.certificates.networks import Examples, examples_of
+from deepspectra.certificates.priors import Blur, Prior, fresh, prepare, split
+
+FEW = {"epochs": 6, "batch_size": 100, "passes": 4}
+
+
+def test_several_priors_are_charged_and_so_is_what_was_tried_before():
+    found = ds.certify(problem(), ["isotropic", Prior("isotropic", tried=7)], **FEW)
+    assert found.ledger.charges["priors of this call, 2 tried"] == pytest.approx(math.log(2))
+    assert found.empirical_bound == monte_carlo_bound(found.empirical_error, found.num_draws, 0.005)
+    alone = ds.certify(problem(), Prior("isotropic", tried=7), **FEW)
+    assert alone.ledger.charges["priors before, 7 tried"] == pytest.approx(math.log(7))
+
+
+def test_a_learnt_prior_never_sees_the_examples_of_the_bound():
+    x, y = data(400)
+    taught, rest = split(400, 0.5, 0)
+    assert sorted([*taught.tolist(), *rest.tolist()]) == list(range(400))
+    other = y.clone()
+    other[rest] = 1 - other[rest]
+    made = [prepare(Prior("learnt", epochs=2), mlp(), Examples(x, labels), 0) for labels in (y, other)]
+    for one, two in zip(*(prior.plain.parameters() for prior in made), strict=True):
+        assert torch.equal(one, two)
+    assert torch.equal(made[0].bound.inputs, x[rest])
+    assert torch.equal(made[1].bound.labels, other[rest])
+
+
+def test_scales_of_a_learnt_prior_are_fixed_unless_a_grid_is_given_and_paid_for():
+    fixed = ds.certify(problem(), "learnt", **FEW)
+    assert not fixed.ledger.charges
+    again = ds.certify(problem(), "learnt", seed=0, **FEW | {"epochs": 1})
+    assert [one.scale for one in fixed.layers.values()] == [one.scale for one in again.layers.values()]
+    free = ds.certify(problem(), Prior("learnt", grid=Grid()), **FEW)
+    assert len(free.ledger.charges) == 2
+
+
+def test_a_data_free_prior_knows_neither_weights_nor_labels():
+    x, y = data(300)
+    made = [
+        prepare(Prior(), model, examples_of(ds.Problem(model, (x, labels))), 0)
+        for model, labels in ((mlp(seed=0), y), (mlp(seed=5), 1 - y))
+    ]
+    for one, two in zip(*(p.network.layers.values() for p in made), strict=True):
+        assert torch.equal(one.prior_mean, two.prior_mean)
+        assert one.scale == two.scale
+
+
+def test_a_smooth_prior_is_w_equal_v_times_blur():
+    x, y = images(200)
+    model = mlp(36, 3)
+    made = prepare(Prior("smooth", blur=1.0), model, examples_of(ds.Problem(model, (x, y), batch_size=200)), 0)
+    V = fresh(model, 0)[1].weight
+    W = Blur(1.0)(V.detach().view(-1, 1, 6, 6)).flatten(1)
+    ordered = examples_of(ds.Problem(model, (x, y), batch_size=200)).inputs
+    assert torch.allclose(ordered.flatten(1) @ W.T, made.bound.inputs.flatten(1) @ V.T, atol=1e-5)
+    row = Blur(1.0)(torch.eye(36).view(36, 1, 6, 6))
+    assert torch.allclose(row.flatten(1), row.flatten(1).T, atol=1e-6)

@@ -9,7 +9,7 @@ from typing import Any
 import altair as alt
 
 from deepspectra.report.drawing import INK, MUTED, blank, finished, save_chart
-from reproductions.claims import table
+from reproductions.verdicts import table
 
 TRIED = 10  # priors that were tried on MNIST in making the library: scales, blurs; charged in every cell
 DRAWN = "two-600-isotropic"  # whose variances are drawn

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from deepspectra.analysis.gram_products import gradient_trace
 from torch import Tensor
 
 import deepspectra as ds
@@ -19,13 +18,13 @@ from deepspectra.algorithms.eigenpair_search import SPARE_VECTORS
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.estimates import frobenius_norm
 from deepspectra.analysis.attribute import Attribution, attribute_known
-from deepspectra.analysis.gram_spectrum import gradient_pairs, gradient_spectrum, spectrum_of
+from deepspectra.analysis.gram_spectrum import gradient_pairs, gradient_spectrum, gradient_trace, spectrum_of
 from deepspectra.analysis.principal_subspace import subspace_of
 from deepspectra.errors import ConvergenceWarning, MemoryBudgetError
 from deepspectra.jobs.sweep_zoo import ZooCell, decades_over, gram_measures
 from deepspectra.operators.curvature import Curvature, Residual
 from deepspectra.operators.parts import Decomposition
-from deepspectra.results import Provenance
+from deepspectra.rows.held_rows import HeldRows
 
 SPARE_PAIRS = 3  # beyond the number of classes
 RTOL = 1e-2  # of eigenpairs
@@ -103,9 +102,9 @@ def measure(problem: ds.Problem, seed: int = 0, ended: bool = True) -> dict[str,
 def exact_pairs(problem: ds.Problem, num: int) -> tuple[ds.GramSpectrum, ds.Eigenpairs]:
     """The whole spectrum of G, and its first pairs, in float64."""
     began = time.perf_counter()
-    parts = Decomposition(problem.to(torch.float64), effects="two-way", hold=True)
+    parts = Decomposition(HeldRows(problem.to(torch.float64)), "two-way")
     spectrum = gradient_spectrum(parts)
-    whole = spectrum_of(spectrum, Provenance.of(parts.problem), began)
+    whole = spectrum_of(spectrum, began, parts.problem)
     pairs = gradient_pairs(spectrum, parts, num, began)
     return whole, replace(pairs, vectors=pairs.vectors.to(problem.dtype))
 

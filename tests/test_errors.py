@@ -16,6 +16,7 @@ BUILTINS = {
     errors.OptionError: ValueError,
     errors.MissingNameError: KeyError,
     errors.FileError: OSError,
+    errors.CertificateError: ValueError,
     errors.WorkerError: RuntimeError,
     errors.TargetError: ImportError,
 }

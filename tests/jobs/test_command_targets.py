@@ -27,7 +27,7 @@ def mine(tmp_path, monkeypatch):
 
 
 def test_a_target_is_a_function_in_a_file(mine):
-    problem, names, labels = chosen_problem(f"{mine}:problem", Choice(seed=3))
+    problem, names, labels, _ = chosen_problem(f"{mine}:problem", Choice(seed=3))
     assert problem.num_parameters == 9
     assert names is None
     assert labels.seed == 3
@@ -64,15 +64,15 @@ def test_a_training_is_kept_where_it_is_asked_for_and_not_done_again(tmp_path, c
     found = moments(None, chosen)
     assert [moment.label for moment in found] == ["epoch 0", "epoch 1", "end"]
     assert [moment.out.name for moment in found] == ["epoch-0", "epoch-1", "end"]
-    losses = [moment.problem.loss() for moment in found]
+    losses = [moment.subject.problem.loss() for moment in found]
     assert losses[0] > losses[2]
     written = (tmp_path / WEIGHTS).stat().st_mtime_ns
     again = moments(None, chosen._replace(resume=True))
-    assert [moment.problem.loss() for moment in again] == losses
+    assert [moment.subject.problem.loss() for moment in again] == losses
     assert (tmp_path / WEIGHTS).stat().st_mtime_ns == written
     with pytest.raises(FileError, match="was trained otherwise"):
         moments(None, chosen._replace(resume=True, seed=2))
-    by_checkpoint, names, labels = chosen_problem(None, Choice(per_class=2, checkpoint=tmp_path / WEIGHTS, seed=1))
+    by_checkpoint, names, labels, _ = chosen_problem(None, Choice(per_class=2, checkpoint=tmp_path / WEIGHTS, seed=1))
     assert by_checkpoint.loss() == pytest.approx(losses[2])
     assert names == [str(digit) for digit in range(10)]
     assert labels.data == "digits, 2 images a class"

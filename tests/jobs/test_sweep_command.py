@@ -45,7 +45,7 @@ def test_a_grid_of_a_function_of_the_users_is_swept_and_gathered(folder, monkeyp
     monkeypatch.setattr(sys, "argv", ["deepspectra", "report", "out"])
     with pytest.raises(SystemExit):
         cli.main()
-    assert "What moves with what" in (folder / "out" / "report.html").read_text()
+    assert "What moves with what" in (folder / "out" / "sweep.html").read_text()
 
 
 @pytest.mark.parametrize(

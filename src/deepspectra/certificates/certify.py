@@ -61,7 +61,7 @@ class LayerPosterior:
     loss_increase: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Certificate(Result):
     """An upper bound on the error of a classifier on unseen data, and everything it rests on.
 

@@ -23,7 +23,7 @@ from deepspectra.jobs.effort import EFFORTS
 from deepspectra.jobs.findings import Options
 from deepspectra.jobs.pages import Dataset, load_dataset, save_dataset, titled, write_page
 from deepspectra.jobs.stage_meter import Ledger
-from deepspectra.problem.problem import Problem
+from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.rows.gradients import check_labelled
 from deepspectra.rows.projections import grouped
 
@@ -248,6 +248,7 @@ def analyze(
 
     Cost: itemised in the result.
     """
+    check_problem(problem)
     owner = grouped(groups, problem.num_classes, problem.device)
     options = Options(groups=owner, seed=seed, effort=effort, **counts)
     for name in ("num", "num_probes", "num_steps"):

@@ -107,6 +107,7 @@ def sweep(
             unknown = budget if memory is not None else 0.0
             schedule = Schedule(cell, store, budget, unknown, experience, progress)
             _run(schedule, tasks, executor, math.prod(map(len, grid.values())))
+            store.tidy()
         whole = gather(place)
     found = chosen(whole, grid)
     _warn_of_failures(found, place)

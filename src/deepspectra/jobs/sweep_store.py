@@ -64,7 +64,11 @@ class Store:
         new |= {"format": FORMAT, "created": (earlier or {}).get("created", now())}
         if new != earlier:
             save_whole(folder / MANIFEST, lambda staged: staged.write_text(json.dumps(new, indent=1)))
-        for staged in self.cells.glob(".*.part"):  # of what was killed
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove half-written files of processes that were killed."""
+        for staged in self.cells.glob(".*.part"):
             staged.unlink(missing_ok=True)
 
     def records(self) -> dict[str, Record]:

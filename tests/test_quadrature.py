@@ -243,3 +243,12 @@ def test_pairs_that_may_lack_one_leave_all_counts_open():
     matrix = rotated(torch.cat([torch.tensor([9.0, 5, 4]), 0.1 * torch.rand(50)]).double())
     pairs = replace(eigenpairs(matrix, 2, rtol=1e-2), converged=False)
     assert density(matrix, 2, 8, deflate=pairs).others_below == math.inf
+
+
+def test_a_band_at_nan_is_refused_and_numbers_are_taken():
+    found = density(rotated(torch.linspace(-1, 1, 50)), 2, 4)
+    with pytest.raises(OptionError, match="NaN"):
+        found.cdf_band(torch.tensor([0.0, math.nan]))
+    low, high = found.cdf_band(0.0)
+    assert low.shape == high.shape == ()
+    assert [float(bound) for bound in found.cdf_band(torch.tensor([2]))] == [1.0, 1.0]

@@ -244,8 +244,9 @@ def regions_command(
 def _claim(chosen: Choice, stem: str) -> None:
     """See before any work that results can be written, and that none of an earlier run are lost."""
     check_writable(chosen.out)
-    if not (chosen.overwrite or chosen.resume):
-        refuse_overwriting(chosen.out / "end" if chosen.at else chosen.out, stem)
+    place = chosen.out / "end" if chosen.at else chosen.out
+    if not (chosen.overwrite or (chosen.resume and (place / STAGES).is_dir())):
+        refuse_overwriting(place, stem)
 
 
 def _look_at_moments(
@@ -302,23 +303,10 @@ def certify_command(
     _claim(chosen, "certify")
     problem, _, labels, _ = chosen_problem(target, chosen)
     folder = chosen.out / STAGES if chosen.resume else None
-    settings = {
-        "basis": basis,
-        "bound": bound,
-        "minutes": minutes,
-        "variant": variant,
-        "epochs": descent_epochs,
-    }
+    settings = {"basis": basis, "bound": bound, "minutes": minutes, "variant": variant, "epochs": descent_epochs}
     with _status("certifying") as show:
-        found = certified(
-            problem,
-            prior,
-            unseen(target, test, chosen),
-            settings,
-            seed=chosen.seed,
-            folder=folder,
-            progress=show,
-        )
+        beside = unseen(target, test, chosen)
+        found = certified(problem, prior, beside, settings, seed=chosen.seed, folder=folder, progress=show)
     _finish_page(str(found), certificate_dataset(found, problem, labels), chosen.out, "certify")
     if folder is not None:
         forget(folder)

@@ -175,7 +175,7 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         They add what a probe's moments leave open of its own measure, which is certain (Chebyshev, Markov and
         Stieltjes), to how far the probes are from the spectrum. One probe is enough for that: of a set of k of d
         eigenvalues a Gaussian probe sees a share that is a Beta(k/2, (d − k)/2) variable. Both bounds are whole
-        multiples of 1/P, rise from 0 to 1, and are `cdf` itself for a spectrum that is known exactly. Values of x
+        multiples of 1/P, 0 and 1 at the ends, and are `cdf` itself for a spectrum that is known exactly. Values of x
         that differ by the rounding of products are one. Deflated pairs of residual R move no more eigenvalues past x
         than they are, none by more than ‖R‖, and none at all past an x in a gap that is wide beside ‖R‖².
 
@@ -184,6 +184,7 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
 
         Cost: num_steps² operations a node and probe, once.
         """
+        x = torch.as_tensor(x, dtype=torch.float64)
         return self._band(torch.full_like(x, -math.inf), x, confidence)
 
     def mass_band(self, edges: Tensor, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -201,6 +202,8 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
     def _band(self, start: Tensor, end: Tensor, confidence: float) -> tuple[Tensor, Tensor]:
         """Bounds of the mass in (start, end], of any shape."""
         a, b = (x.detach().double().cpu() for x in (start, end))
+        if bool(a.isnan().any() or b.isnan().any()):
+            raise OptionError("a band is asked for at NaN; pass numbers, ±∞ among them.")
         if not self._measures:
             mass = self.cdf(b) - self.cdf(a)
             return mass, mass.clone()

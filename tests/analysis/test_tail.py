@@ -223,3 +223,8 @@ def test_what_cannot_be_judged_is_refused() -> None:
     with pytest.raises(OptionError, match="num_draws"):
         ds.tail(values, num_draws=0)
     assert ds.tail(values[:20]).verdict == "not resolved"
+
+
+def test_copies_of_one_value_have_no_tail() -> None:
+    with pytest.raises(DataError, match="no tail"):
+        ds.tail(torch.ones(500))

@@ -9,7 +9,7 @@ from certificates_problems import Kept, data, mlp, problem
 from deepspectra.certificates.binomial_bounds import monte_carlo_bound
 from deepspectra.certificates.networks import GaussianNetwork, examples_of
 from deepspectra.certificates.priors import Prior
-from deepspectra.errors import CertificateError
+from deepspectra.errors import CertificateError, DataError, OptionError
 
 FEW = {"epochs": 6, "batch_size": 100, "passes": 4}
 
@@ -129,3 +129,20 @@ def test_published_variants_rank_as_published():
     }
     assert values["base"] > values["appr"] > values["iter"]
     assert ds.certify(of, epochs=15, batch_size=100, passes=10).value < values["base"]
+
+
+@pytest.mark.parametrize(
+    ("test", "words"),
+    [
+        (3, "pair"),
+        ((torch.zeros(0, 5), torch.zeros(0, dtype=torch.long)), "at least one"),
+        ((torch.zeros(4, 5), torch.tensor([0, 1, 2, 1])), "labels from 0 to 2 of 2 classes"),
+        ((torch.zeros(4, 5), torch.tensor([0, -1, 0, 1])), "labels from -1"),
+        ((torch.zeros(4, 5), torch.eye(4)[:, :2]), "integers"),
+        ((torch.full((4, 5), float("nan")), torch.tensor([0, 1, 0, 1])), "NaN"),
+        ((torch.zeros(4, 6), torch.tensor([0, 1, 0, 1])), "failed"),
+    ],
+)
+def test_test_data_are_checked_as_data_are(test, words):
+    with pytest.raises((OptionError, DataError), match=words):
+        ds.certify(problem(), test=test, **FEW)

@@ -235,7 +235,8 @@ def _folds(krylov: Krylov, start: Tensor, locked: Ends, num_steps: int) -> list[
         if len(mine) < count:
             others = torch.ones(count, dtype=torch.bool)
             others[mine] = False
-            space = _krylov_space(matrix, start[:, others], num_steps)
+            eps = torch.finfo(krylov.rows.dtype).eps
+            space = _krylov_space(matrix, start[:, others], num_steps, eps)
             ends, vectors = _converged(krylov, matrix, space, space.shape[1], start[:, mine])
         # The rest of the coordinates is the complement of what is locked, where the fold's own quadrature lives.
         rest = torch.linalg.qr(vectors, mode="complete")[0][:, vectors.shape[1] :]
@@ -245,13 +246,18 @@ def _folds(krylov: Krylov, start: Tensor, locked: Ends, num_steps: int) -> list[
     return groups
 
 
-def _krylov_space(matrix: Tensor, start: Tensor, num_steps: int) -> Tensor:
-    """Orthonormal columns (m, k) that span the first num_steps powers of the matrix (m, m) on start (m, g)."""
-    eps, largest, count = torch.finfo(torch.float64).eps, 0.0, 0
+def _krylov_space(matrix: Tensor, start: Tensor, num_steps: int, eps: float) -> Tensor:
+    """Orthonormal columns (m, k) that span the first num_steps powers of the matrix (m, m) on start (m, g).
+
+    It ends where what is new is as small as the rounding eps of the products that the matrix was made of: further
+    directions would be those of rounding, and these are the other probes'.
+    """
+    largest, count = 0.0, 0
     rows = matrix.new_empty(min(len(matrix), num_steps * start.shape[1]), len(matrix))  # contiguous, filled in turn
     new = (start / start.norm(dim=0)).T
-    for _ in range(num_steps):
-        largest, space = max(largest, float(new.norm(dim=1).max())), rows[:count]
+    for step in range(num_steps):
+        size, space = float(new.norm(dim=1).max()), rows[:count]
+        largest = max(largest, size) if step > 1 else size  # of images; the start's size is not the matrix's
         new = new - (new @ space.T) @ space
         _, sizes, new = torch.linalg.svd(new, full_matrices=False)
         new = new[sizes > ROUNDING * eps * largest][: len(rows) - count]

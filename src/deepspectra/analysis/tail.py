@@ -242,6 +242,8 @@ def _read(spectrum: Tensor | Density | Exact) -> tuple[Sample, Provenance]:
             f"eigenvalues must be finite floating-point numbers of shape (n,); got {values.dtype} of shape "
             f"{tuple(values.shape)}, {int(values.isfinite().sum())} of them finite."
         )
+    if len(values) and bool((values == values[0]).all()):
+        raise DataError(f"all {len(values):,} eigenvalues are {float(values[0]):g}: there is no tail to judge.")
     known = None if isinstance(spectrum, Tensor) else getattr(spectrum, "provenance", None)
     found = values.detach().double().cpu().sort().values.numpy()
     return Sample(found, np.ones(len(found))), known or Provenance.of(values, "eigenvalues")

@@ -101,7 +101,7 @@ def place(gram: Tensor, cells: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         method="exact" if len(rows) <= EXACT_POINTS else "barnes_hut",
         init="random",
         perplexity=min(size, (len(rows) - 1) / 3),
-        random_state=seed,
+        random_state=seed % 2**32,  # of scikit-learn, whose seeds are shorter
     )
     largest = float(distances.max()) or 1.0
     places = torch.full((len(there), 2), torch.nan, dtype=torch.float64)

@@ -28,7 +28,8 @@ from deepspectra.certificates.priors import Prepared, Prior, Store, prepare
 from deepspectra.certificates.settings import Settings
 from deepspectra.certificates.stochastic_layers import Draws
 from deepspectra.dataframes import text_table
-from deepspectra.errors import OptionError
+from deepspectra.errors import DataError, OptionError
+from deepspectra.problem.input_checks import check_finite, reported, shapes_of
 from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.results import Provenance, Result
 
@@ -413,7 +414,18 @@ def _given(test: Any, problem: Problem) -> Examples | None:
         return None
     if isinstance(test, Problem):
         return examples_of(test)
+    if not isinstance(test, (tuple, list)) or len(test) != 2 or not all(isinstance(part, Tensor) for part in test):
+        raise OptionError("test= takes a pair (x, y) of tensors, or a Problem.")
     x, y = test
-    if len(x) != len(y) or not isinstance(x, Tensor):
-        raise OptionError("test= takes (x, y), tensors of as many inputs as labels, or a Problem.")
-    return Examples(x.to(problem.device, problem.dtype), torch.as_tensor(y).to(problem.device).flatten().long())
+    if y.ndim != 1 or y.is_floating_point() or y.is_complex() or len(x) != len(y) or not len(y):
+        raise OptionError(
+            f"test= takes as many inputs as labels (n,) of integers, at least one; got {tuple(x.shape)} and "
+            f"{tuple(y.shape)} of {y.dtype}."
+        )
+    if int(y.min()) < 0 or int(y.max()) >= problem.num_classes:
+        raise OptionError(f"test= has labels from {int(y.min())} to {int(y.max())} of {problem.num_classes} classes.")
+    check_finite(x)
+    found = Examples(x.to(problem.device, problem.dtype), y.to(problem.device).long())
+    with reported(DataError, f"the network failed on test= of {shapes_of(x)}"):
+        problem.values((found.inputs[:2], found.labels[:2]))
+    return found

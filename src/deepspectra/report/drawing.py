@@ -14,7 +14,7 @@ import vl_convert
 import xarray as xr
 from numpy.typing import NDArray
 
-from deepspectra.errors import DataError, OptionError
+from deepspectra.errors import DataError, FileError, OptionError
 
 Row = dict[str, Any]
 Mark = Any  # a chart under construction: Altair's annotations lose its type when calls are chained
@@ -176,6 +176,8 @@ def printed(chart: alt.LayerChart, inches: float | None) -> alt.LayerChart:
     """The same for print: as wide as some inches, all marks and letters included, these of 7 points."""
     if inches is None:
         return chart
+    if not 0 < inches < math.inf:
+        raise OptionError(f"inches={inches!r}; expected a positive width, or None for that of the page.")
     spec = chart.to_dict()
     config = spec["config"]
     text = {"labelFontSize": LETTERS, "titleFontSize": LETTERS}
@@ -299,4 +301,7 @@ def save_chart(chart: alt.TopLevelMixin, path: str | Path) -> None:
         raise OptionError(f"cannot save a chart as {Path(path).name!r}: use one of .{', .'.join(FORMATS)}")
     extra: dict[str, dict[str, Any]] = {"html": {"inline": True}, "png": {"scale_factor": 2}}
     options: dict[str, Any] = {"format": suffix, **extra.get(suffix, {})}
-    chart.save(str(path), **options)
+    try:
+        chart.save(str(path), **options)
+    except OSError as error:
+        raise FileError(f"{path} cannot be written ({error.strerror or error}).") from error

@@ -192,6 +192,8 @@ def grouped(groups: Tensor | Sequence[int] | None, num_classes: int, device: tor
     if found.shape != (num_classes,) or found.is_floating_point() or int(found.min()) < 0:
         given = f"shape {tuple(found.shape)}, {found.dtype}" if found.numel() else repr(groups)
         raise OptionError(f"groups must be {num_classes:,} integers from 0 on, the group of each class; got {given}.")
+    if not int(found.max()):
+        raise OptionError("groups puts all classes into one, and then nothing is between groups; give two at least.")
     missing = set(range(int(found.max()) + 1)) - set(found.tolist())
     if missing:
         raise OptionError(f"groups must be numbered without gaps; no class is in {sorted(missing)[:5]}.")

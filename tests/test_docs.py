@@ -33,6 +33,7 @@ def test_the_readme_example_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.slow  # `make docs` runs them
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_of_the_documents_runs(page, tmp_path, monkeypatch):
     """Its blocks in their order, in one folder; Python shares its names, commands are those of the shell."""

@@ -156,10 +156,8 @@ def analyze_command(
     _claim(chosen, "analysis")
     series, folders = {}, []
     for moment in moments(target, chosen):
-        stages, (problem, names, labels, test) = (
-            moment.out / STAGES if chosen.resume else None,
-            moment.subject,
-        )
+        problem, names, labels, test = moment.subject
+        stages = moment.out / STAGES if chosen.resume else None
         owner = None if groups is None else class_groups(problem, groups, seed=chosen.seed)
         names = names if owner is None else _group_names(names, owner.tolist())
         found = analyze(

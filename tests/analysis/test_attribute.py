@@ -11,25 +11,8 @@ from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.analysis.attribute import Attribution, attribute_known
 from deepspectra.analysis.knockouts import Knockout
 from deepspectra.operators.parts import Means
-from nets import clustered, trained_on_digits
+from nets import clustered
 from reference import Reference, descending
-
-
-@pytest.fixture(scope="module")
-def problem():
-    net, data = trained_on_digits(12, (12,), epochs=40)
-    return ds.Problem(net.double(), (data.inputs.double(), data.targets))
-
-
-@pytest.fixture(scope="module")
-def dense(problem):
-    parts = ds.decompose(problem, effects="two-way")
-    return ds.Hessian(problem).dense(), {name: part.dense() for name, part in parts.items()}
-
-
-@pytest.fixture(scope="module")
-def attribution(problem):
-    return ds.attribute(ds.Hessian(problem), ds.decompose(problem, effects="two-way"), rtol=1e-8)
 
 
 def test_shares_equal_the_quadratic_forms_of_the_dense_parts(attribution, dense):

@@ -9,25 +9,8 @@ import deepspectra as ds
 from deepspectra import errors
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.analysis.attribute import attribute_known
-from nets import clustered, trained_on_digits
+from nets import clustered
 from reference import Reference, descending
-
-
-@pytest.fixture(scope="module")
-def problem():
-    net, data = trained_on_digits(12, (12,), epochs=40)
-    return ds.Problem(net.double(), (data.inputs.double(), data.targets))
-
-
-@pytest.fixture(scope="module")
-def dense(problem):
-    parts = ds.decompose(problem, effects="two-way")
-    return ds.Hessian(problem).dense(), {name: part.dense() for name, part in parts.items()}
-
-
-@pytest.fixture(scope="module")
-def attribution(problem):
-    return ds.attribute(ds.Hessian(problem), ds.decompose(problem, effects="two-way"), rtol=1e-8)
 
 
 @pytest.mark.parametrize("removed", [("class",), ("logit",), ("class", "logit")])

@@ -31,7 +31,7 @@ from deepspectra.dataframes import text_table
 from deepspectra.errors import DataError, OptionError
 from deepspectra.problem.input_checks import check_finite, reported, shapes_of
 from deepspectra.problem.problem import Problem, check_problem
-from deepspectra.results import Provenance, Result
+from deepspectra.results import Result, origin
 
 POINTS = 400  # of a layer's variances that are kept
 CHECK_PASSES = 4  # over the examples of the quadratic model's check
@@ -290,8 +290,7 @@ class _Trial:
             network=made.network,
             mean_network=mean,
             blur=made.blurred,
-            seconds=time.perf_counter() - self.began,
-            provenance=Provenance.of(self.problem, "PAC-Bayes", seed=self.seed),
+            **origin(self.began, self.problem, "PAC-Bayes", seed=self.seed),
         )
 
     def beside(self, found: Certificate, test: Examples | None, unlabelled: Tensor | None) -> Certificate:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,19 +135,6 @@ class GaussianNetwork:
         self.draws = draws
         for layer in self.layers.values():
             layer.draws = draws
-
-    @contextmanager
-    def at_mean(self) -> Iterator[None]:
-        """Weights at the posterior's mean for a while."""
-        try:
-            self._be_noisy(False)
-            yield
-        finally:
-            self._be_noisy(True)
-
-    def _be_noisy(self, noisy: bool) -> None:
-        for layer in self.layers.values():
-            layer.is_noisy = noisy
 
     def centre(self, model: nn.Module) -> None:
         """Move the posterior's mean to a plain network's weights."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deepspectra.certificates.networks import Examples, GaussianNetwork
 from deepspectra.certificates.stochastic_layers import GaussianLinear
 from deepspectra.errors import CertificateError
-from deepspectra.kfac.exact_blocks import ParameterBlock
+from deepspectra.kfac.exact_blocks import ParameterBlock, places
 from deepspectra.kfac.kronecker import all_from
 from deepspectra.kfac.moments import Squares
 from deepspectra.kfac.operators import Kronecker, KroneckerSum
@@ -110,7 +110,8 @@ def curvature_in(problem: Problem, network: GaussianNetwork) -> dict[str, Tensor
     squares: dict[str, Squares] = {}
     for batch in captures.batches():
         if not squares:
-            for place in all_from(captures, ("kfac",))["kfac"].places.values():
+            sizes = {name: value.numel() for name, value in problem.parameters.items()}
+            for place in places(batch.uses, sizes):
                 layer = network.layers.get(layer_of(place.weight.name))
                 if layer is not None and place.is_matrix and place.shape[2] == layer.prior_mean.shape[1]:
                     left, right = layer.whole_left().float(), layer.whole_right().float()

@@ -21,7 +21,7 @@ from deepspectra.problem.problem import Problem
 from deepspectra.rows.averages import METHODS
 
 KNOCKOUTS = {"class": ("class",), "class_logit": ("class", "logit")}
-PROCESS = 700 * 2**20  # bytes of a process with PyTorch and a data set
+PROCESS = 1000 * 2**20  # bytes of a process with PyTorch, whose CUDA build takes 850 MB, and a data set
 MATRICES = 8  # of R × R numbers, R = N (C − 1), at the peak of a spectrum
 COPIES = 4  # of the weights, beside those kept of each look
 FLOAT64 = 8  # bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -16,8 +17,7 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra import zoo
-from deepspectra.analysis.study import LEFT, WHOLE
-from deepspectra.jobs.study_dataset import STUDIES, Variant
+from deepspectra.analysis.layer_measures import LEFT, MEASURES, Measured, layer_measures, spectrum_measures
 from deepspectra.jobs.sweep_store import MANIFEST
 from reproductions.records import Record, of_store
 from reproductions.verdicts import table
@@ -25,6 +25,46 @@ from reproductions.verdicts import table
 HERE = Path(__file__).parent.parent / "docs"
 RECORDS, PAGE = HERE / "dissecting.jsonl", HERE / "dissecting.md"
 NETWORKS = 2  # trainings of each variant
+WHOLE = "all layers"
+MOST_ROWS = 3000  # N (C − 1) for which the spectrum of G over all layers is computed
+SHARED = ("shared", "shared_peak")  # overlaps of the eigenspaces of two networks, at k = m and where they are highest
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How one of a study's networks is made.
+
+    Attributes:
+        name: of the variant.
+        batch_norm: put after every ReLU.
+        random_labels: drawn for the training set.
+        epochs: of training, as a multiple of the run's; None for one epoch.
+        classes: how many of the data's are kept, the first ones; None for all.
+    """
+
+    name: str
+    batch_norm: bool = False
+    random_labels: bool = False
+    epochs: int | None = 1
+    classes: int | None = None
+
+    def of(self, data: zoo.LabelledData, seed: int) -> zoo.LabelledData:
+        """The examples that this variant is trained on."""
+        data = data if self.classes is None else data.of_classes(self.classes)
+        return data.relabelled(seed) if self.random_labels else data
+
+
+STUDIES: Mapping[str, tuple[Variant, ...]] = {
+    "plain": (Variant("plain"),),
+    "batch-norm": (Variant("plain"), Variant("batch norm", batch_norm=True)),
+    "random-labels": (Variant("true labels"), Variant("random labels", random_labels=True, epochs=4)),
+    "initialisation": (
+        Variant("initialisation", epochs=0),
+        Variant("one epoch", epochs=None),
+        Variant("trained"),
+    ),
+    "classes": tuple(Variant(f"{num} classes", classes=num) for num in (2, 3, 5, 10)),
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +102,6 @@ def _runs() -> dict[str, Run]:
 KINDS = ("kfac", "ekfac", "cfac")
 CONVOLUTIONS = ("conv", "features", "layer")  # how the names of these networks' convolutions begin
 VGG_CONVOLUTIONS = (0, 3, 6, 8, 11, 13, 16, 18)  # places among the features
-STUDIES_HERE = STUDIES | {"plain": (Variant("plain"),)}
 RUNS = _runs()
 # Wu et al. 2020, arXiv 2010.04261: figures 6, 21, 26-28 read off, tables 6-9; trained on all the data
 PUBLISHED: dict[tuple[str, str, str, str], str] = {
@@ -144,25 +183,44 @@ class DissectingCell:
 
 
 def measure(run: Run, root: Path) -> dict[str, Any]:
-    """Train every variant, and study them."""
-    variants = {
-        variant.name: [_trained(run, variant, seed, root) for seed in range(NETWORKS)]
-        for variant in STUDIES_HERE[run.study]
-    }
-    found, whole = ds.study(variants), []
-    for problems in variants.values():
+    """Train every variant, and measure each network and each pair of them."""
+    found: dict[str, list[dict[str, Measured]]] = {}
+    whole, accuracies = [], []
+    for variant in STUDIES[run.study]:
+        problems = [_trained(run, variant, seed, root) for seed in range(NETWORKS)]
+        found[variant.name] = [of_network(problem) for problem in problems]
+        found[variant.name] += [of_pair(*pair) for pair in itertools.combinations(problems, 2)]
         dissected = ds.dissect(problems[0]).whole
         assert dissected is not None
         top = problems[0].num_classes - 2  # of the top C − 1
         whole.append([float(some[top]) for some in (dissected.overlaps, dissected.published_overlaps)])
-    return {
-        "study": torch.stack([*found.values()], 1),
-        "variant": found.variants,
-        "layer": list(found),
-        "measured": list(found.measures),
-        "whole": whole,
-        "accuracies": found.accuracies,
-    }
+        accuracies.append([problem.accuracy() for problem in problems])
+    layers = list(dict.fromkeys(layer for samples in found.values() for one in samples for layer in one))
+    measured = [*MEASURES, *SHARED]
+    study = [
+        [[[one.get(layer, {}).get(key, math.nan) for one in samples] for key in measured] for layer in layers]
+        for samples in found.values()
+    ]
+    about = {"variant": [*found], "layer": layers, "measured": measured}
+    return about | {"study": study, "whole": whole, "accuracies": accuracies}
+
+
+def of_network(problem: ds.Problem) -> dict[str, Measured]:
+    """Layer → measures, and what the whole spectrum of G tells where it is computed."""
+    found, inner = layer_measures(problem), problem.num_classes - 1
+    if problem.num_examples * inner <= MOST_ROWS:
+        whole = ds.gram_spectrum(problem, effects="two-way", dtype=problem.dtype)
+        found[WHOLE] = spectrum_measures(whole, inner)
+    return found
+
+
+def of_pair(one: ds.Problem, other: ds.Problem) -> dict[str, Measured]:
+    """Layer → overlaps of the eigenspaces of two networks."""
+    found = {}
+    for layer in ds.compare(one, other, num_whole=0).values():
+        at = min(layer.outputs, len(layer.ks)) - 1
+        found[layer.name] = dict(zip(SHARED, (float(layer.measured[at]), layer.peak[1]), strict=True))
+    return found
 
 
 def record(run: Run, cell: Mapping[str, Any]) -> Record:

@@ -50,11 +50,11 @@ class Network(NamedTuple):
 
 
 def _small_lenet(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Two convolutions of 4 and 8 channels, and two layers, on images of 28 × 28."""
+    """Two convolutions of 3 and 6 channels, and two layers, on images of 28 × 28."""
     return nn.Sequential(
-        nn.Conv2d(input_shape[0], 4, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(4, 8, 5), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(200, 14), nn.ReLU(), nn.Linear(14, num_classes),
+        nn.Conv2d(input_shape[0], 3, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(150, 12), nn.ReLU(), nn.Linear(12, num_classes),
     )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ NETWORKS = {
         "MLP 196-24-24-10 with batch norm, Fashion of 14 × 14 pixels",
         lambda shape, classes: zoo.mlp(shape, classes, widths=(24, 24), batch_norm=True), "fashion", 100, 2, 0.1,
     ),
-    "lenet": Network("LeNet with 4 and 8 channels, Fashion", _small_lenet, "fashion", 60, 1, 0.05),
+    "lenet": Network("LeNet with 3 and 6 channels, Fashion", _small_lenet, "fashion", 40, 1, 0.05),
 }  # fmt: skip
 
 

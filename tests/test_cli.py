@@ -212,25 +212,6 @@ def test_regions_of_anybodys_model(folder):
     assert "expected some of gradients, hessian" in wrong.stderr.replace("\n", " ")
 
 
-def test_a_study_of_the_zoo(folder):
-    options = ("--per-class", 3, "--epochs", 2, "--networks", 1, "--out", "study")
-    done = run("study", "initialisation", *options, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert "untrained" in done.stderr
-    assert "From initialisation to trained" in done.stdout
-    with xr.open_dataset(folder / "study" / "study.nc", engine="h5netcdf") as saved:
-        assert list(saved["variant"].values) == ["initialisation", "one epoch", "trained"]
-        losses = saved["study_loss"].values[:, 0]
-        assert losses[0] > losses[1] > losses[2]
-    page = (folder / "study" / "study.html").read_text()
-    for name in ("chart-study_measures", "study-table", "training-table"):
-        assert f'id="{name}"' in page
-    assert (folder / "study" / "one-epoch" / "seed-0" / "model.safetensors").exists()
-    wrong = run("study", "nothing", cwd=folder)
-    assert wrong.returncode == 2
-    assert "batch-norm, random-labels, initialisation" in wrong.stderr.replace("\n", " ")
-
-
 def test_layers_of_anybodys_model(folder):
     done = run("layers", "mine.py:problem", "--kronecker", "--out", "deep", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -307,7 +288,7 @@ def test_every_command_that_makes_a_problem_spells_the_same_options(folder):
     common = ("model", "data", "data-root", "per-class", "epochs", "out", "memory", "device", "seed")
     for command, text in words.items():
         assert [option for option in common if f"--{option} " not in text] == [], command
-        assert ("--at " in text, "--checkpoint " in text) == ((command not in ("compare", "study"),) * 2), command
+        assert ("--at " in text, "--checkpoint " in text) == ((command != "compare",) * 2), command
         assert ("--resume " in text, "--split " in text) == ((command == "analyze",) * 2)
 
 
@@ -338,7 +319,6 @@ COMMANDS = {
     "layers": ("mine.py:problem",),
     "regions": ("mine.py:problem",),
     "compare": ("mine.py:problem", "mine.py:twin"),
-    "study": ("batch-norm",),
 }
 
 

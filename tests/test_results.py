@@ -124,7 +124,6 @@ RESULTS = {
     "kronecker_quality": lambda p: ds.kronecker_quality(p, ("kfac",), ks=(1,)),
     "layers": lambda p: ds.layers(p, hessian=False),
     "regions": lambda p: ds.regions(p, num_groups=0),
-    "study": lambda p: ds.study({"alone": [p]}),
     "weights": ds.weights,
 }
 
@@ -133,7 +132,7 @@ RESULTS = {
 def test_results_are_mappings_from_layers_in_their_order(name: str) -> None:
     found = RESULTS[name](CASES["relu_mlp"]().problem())
     assert isinstance(found, Mapping)
-    assert list(found) == ["0", "2", "4", *(["all layers"] if name == "study" else [])]
+    assert list(found) == ["0", "2", "4"]
     assert found.layers == dict(found.items())
     assert "2" in found
     assert "nothing" not in found
@@ -153,7 +152,6 @@ TOLD = {
     "layers": lambda p, show: ds.layers(p, progress=show),
     "regions": lambda p, show: ds.regions(p, num_groups=0, progress=show),
     "regions of the Hessian": lambda p, show: ds.regions(p, "hessian", num_groups=0, progress=show),
-    "study": lambda p, show: ds.study({"alone": [p, p]}, progress=show),
 }
 
 

@@ -16,7 +16,6 @@ from deepspectra.analysis.kronecker_quality import kronecker_quality
 from deepspectra.analysis.layers import layers
 from deepspectra.analysis.principal_subspace import principal_subspace
 from deepspectra.analysis.regions import regions
-from deepspectra.analysis.study import study
 from deepspectra.analysis.tail import tail
 from deepspectra.analysis.three_level_map import three_level_map
 from deepspectra.analysis.weights import weights
@@ -72,7 +71,6 @@ __all__ = [
     "principal_subspace",
     "regions",
     "save_series",
-    "study",
     "sweep",
     "tail",
     "three_level_map",

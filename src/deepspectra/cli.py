@@ -18,7 +18,6 @@ from deepspectra.analysis.compare import compare
 from deepspectra.analysis.layers import layers
 from deepspectra.analysis.regions import NUM_GROUPS, regions
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
-from deepspectra.analysis.study import study
 from deepspectra.argument_checks import LayerProgress
 from deepspectra.certificates.binomial_bounds import BOUNDS
 from deepspectra.certificates.posterior import BASES
@@ -41,7 +40,6 @@ from deepspectra.jobs.pages import (
     write_page,
 )
 from deepspectra.jobs.regions_dataset import regions_dataset
-from deepspectra.jobs.study_dataset import STUDIES, study_dataset
 from deepspectra.jobs.sweep_command import sweep_of
 from deepspectra.problem.problem import Problem
 from deepspectra.results import versions
@@ -333,28 +331,6 @@ def _seeds(chosen: Choice, out: Path, num: int) -> list[Choice]:
     return [chosen._replace(out=out / f"seed-{seed}", seed=seed) for seed in seeds]
 
 
-@_command("study", out="deepspectra-study", without=("checkpoint", "at", "resume", "split"))
-def study_command(
-    name: Annotated[str, typer.Argument(help=f"One of {', '.join(STUDIES)}.")],
-    *,
-    chosen: Choice,
-    networks: Annotated[int, typer.Option(min=1, help="Trainings of each variant.")] = 2,
-) -> None:
-    """Train a network of the zoo in several variants, and measure every layer of each."""
-    if name not in STUDIES:
-        raise OptionError(f"there is no study {name!r}; there are {', '.join(STUDIES)}.")
-    _claim(chosen, "study")
-    variants: dict[str, list[Problem]] = {}
-    for variant in STUDIES[name]:
-        for one in _seeds(chosen, chosen.out / variant.name.replace(" ", "-"), networks):
-            problem, _, labels, _ = chosen_problem(None, one, draw=chosen.seed, variant=variant)
-            variants.setdefault(variant.name, []).append(problem)
-    with _status("measuring") as show:
-        found = study(variants, seed=chosen.seed, progress=show)
-    dataset = study_dataset(found, problem, labels._replace(seed=chosen.seed), name=name)
-    _finish_page(str(found), dataset, chosen.out, "study")
-
-
 @app.command("sweep")
 def sweep_command(
     words: Annotated[
@@ -372,6 +348,7 @@ def sweep_command(
         int | None,
         typer.Option(help="Epochs of each training, whatever is looked at; the recipe's by default."),
     ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Measure every layer of the zoo's networks, too.")] = False,
     looks: Annotated[str | None, typer.Option(help="Axis along which one call of TARGET makes all cells.")] = None,
     processes: Annotated[int | None, typer.Option(help="At once; one a CPU by default.")] = None,
     memory: Annotated[str | None, typer.Option(help='For all processes together, such as "8GiB".')] = None,
@@ -386,6 +363,7 @@ def sweep_command(
             looks=looks,
             data_root=data_root,
             training_epochs=training_epochs,
+            by_layer=layers,
             processes=processes,
             memory=memory,
             retry=retry,

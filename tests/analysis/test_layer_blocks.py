@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import deepspectra as ds
+from deepspectra.analysis.layer_measures import layer_measures
 from deepspectra.rows import batch_capture
 from nets import labels
 from reference import error
@@ -47,7 +48,7 @@ CALLS: dict[str, Callable[[list[ds.Problem]], object]] = {
     "dissect": lambda two: [ds.dissect(one, num_whole=0) for one in two],
     "kronecker_quality": lambda two: [ds.kronecker_quality(one, ks=(1,)) for one in two],
     "layers": lambda two: [ds.layers(one, hessian=False, kronecker=("kfac", "cfac")) for one in two],
-    "study": lambda two: ds.study({"plain": two}),
+    "layer_measures": lambda two: [layer_measures(one) for one in two],
 }
 
 

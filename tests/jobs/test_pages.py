@@ -56,7 +56,7 @@ def test_values_by_name_are_put_where_their_names_are_and_nan_elsewhere():
 
 def test_a_page_says_what_was_looked_at_and_how():
     problem = CASES["relu_mlp"]().problem()
-    variables = {"study_loss": (("network",), np.ones(2))}
+    variables = {"losses": (("network",), np.ones(2))}
     found = page_dataset(variables, {}, problem, Labels(data="noise"), "Layers of", ["One.", "Two."], 1.26)
     assert found.attrs["verdict"] == "One. Two."
     assert found.attrs["title"] == "Layers of Sequential on noise"
@@ -69,13 +69,13 @@ def test_a_page_says_what_was_looked_at_and_how():
 
 def test_what_is_saved_is_loaded_an_analysis_before_others(tmp_path):
     dataset = xr.Dataset({"region_missed": ("spectrum", [1.5, 2.5])}, attrs={"verdict": "One."})
-    page = save_page(dataset, tmp_path, "study")
+    page = save_page(dataset, tmp_path, "regions")
     assert "One." in page.read_text()
-    assert load_pages(tmp_path)["study.html"].identical(dataset)
+    assert load_pages(tmp_path)["regions.html"].identical(dataset)
     save_dataset(dataset.assign_attrs(verdict="Two."), tmp_path / "analysis.nc")
     assert [(name, one.attrs["verdict"]) for name, one in load_pages(tmp_path).items()] == [
         ("report.html", "Two."),
-        ("study.html", "One."),
+        ("regions.html", "One."),
     ]
     with pytest.raises(FileError, match=r"none of analysis\.nc, layers\.nc"):
         load_pages(tmp_path / "nowhere")

@@ -113,6 +113,25 @@ def test_networks_vary_by_batch_norm_and_by_their_labels():
     assert drawn["loss"] == pytest.approx(ds.Problem(network, (data.inputs, data.targets)).loss())
 
 
+def test_every_layer_is_measured_where_that_is_asked_for(tmp_path):
+    cell = ZooCell(training_epochs=2, by_layer=True)
+    axes = {"model": ["mlp", "lenet"], "classes": [3], "batch_norm": [False], "per_class": [5]}
+    found = ds.sweep(cell, axes, tmp_path, executor=1, progress=False)
+    assert (found.status == "done").all()
+    assert found.layer.sel(model="lenet").values.ravel()[0] == "conv1"
+    data = zoo.load("digits", per_class=5).of_classes(3)
+    network = zoo.build("mlp", input_shape=data.input_shape, num_classes=3)
+    zoo.train(network, data, zoo.recipe("mlp", "digits", 15), epochs=2)
+    expected = ds.kronecker_quality(ds.Problem(network, (data.inputs, data.targets)), ("kfac",))
+    one = found.sel(model="mlp").squeeze()
+    assert [name for name in one.layer.values if name] == list(expected)
+    errors = [layer.fits["kfac"].frobenius for layer in expected.values()]
+    np.testing.assert_allclose(one.layer_kfac_error.values[: len(errors)], errors, rtol=1e-4)
+    for model in axes["model"]:
+        said = cell.memory(model=model, per_class=5, classes=3)
+        assert found.peak_memory.sel(model=model).max() < said
+
+
 def test_a_training_that_diverges_keeps_its_earlier_looks():
     looks = ZooCell(training_epochs=3)(per_class=5, learning_rate=1e6, epochs=(0, 3))
     assert next(looks)["loss"] > 0

@@ -9,7 +9,7 @@ import xarray as xr
 import deepspectra as ds
 from deepspectra.errors import DataError
 from deepspectra.report import render
-from deepspectra.report.dynamics_charts import FAMILIES, _scale, drawn, dynamics
+from deepspectra.report.dynamics_charts import FAMILIES, _scale, by_layer, drawn, dynamics
 from deepspectra.report.figures import charts
 
 AXES = {"model": ["a", "b"], "per_class": [13, 136, 702], "progress": [0.0, 0.33, 1.0], "seed": [0, 1]}
@@ -134,3 +134,30 @@ def test_known_measures_are_those_that_cells_of_the_zoo_have(tmp_path):
     assert known - set(found) == {"norm", "norm_residual", "share_residual"}  # of other cells
     titles = list(figures(dynamics(found).to_dict()))
     assert len(titles) == len(FAMILIES) - 1 + 1  # not of H, and any measure
+
+
+def _layered(models):
+    """A store whose cells have measures of two layers each, by other names for another model."""
+    names = np.array([[f"{model}1", f"{model}2"] for model in models], dtype=object)
+    values = np.arange(8.0 * len(models)).reshape(len(models), 2, 2, 2)
+    dims = ("model", "epochs", "seed", "depth")
+    return xr.Dataset(
+        {
+            "status": (dims[:3], np.full(values.shape[:3], "done", dtype=object)),
+            "layer": (dims, np.broadcast_to(names[:, None, None], values.shape)),
+            "layer_gap": (dims, values),
+        },
+        coords={"model": models, "epochs": [0, 3], "seed": [0, 1]},
+        attrs={"looks": "epochs"},
+    )
+
+
+def test_layers_are_drawn_against_depth_along_axes_that_leave_them_the_same():
+    drawn = by_layer(_layered(["a", "b"])).to_dict()
+    (rows,) = drawn["datasets"].values()
+    assert {(row["layer"], row["depth"]) for row in rows} == {("a1", 0), ("a2", 1), ("b1", 0), ("b2", 1)}
+    assert sorted(row["layer_gap"] for row in rows) == list(range(16))
+    (pair,) = drawn["vconcat"]
+    assert [part["layer"][0]["encoding"]["color"]["legend"]["title"] for part in pair["hconcat"]] == ["epochs"]
+    assert {"at_model", "at_epochs", "measure_chosen"} <= {one["name"] for one in drawn["params"]}
+    assert by_layer.lacks(_layered(["a"]).drop_vars("layer_gap")) == "the sweep measured no layers."

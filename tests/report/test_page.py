@@ -21,7 +21,6 @@ from deepspectra.jobs.compare_dataset import comparison_dataset
 from deepspectra.jobs.layers_dataset import layer_dataset
 from deepspectra.jobs.pages import Labels, load_dataset, measured, save_dataset
 from deepspectra.jobs.regions_dataset import regions_dataset
-from deepspectra.jobs.study_dataset import study_dataset
 from deepspectra.report import render
 from deepspectra.report.drawing import PART_COLOURS, number
 from deepspectra.report.figures import FIGURES
@@ -474,7 +473,6 @@ def test_every_page_is_cited_with_its_version():
         layer_dataset(ds.layers(first), first),
         regions_dataset([ds.regions(first, "gradients")], first),
         comparison_dataset(ds.compare(*problems), first),
-        study_dataset(ds.study({"one": problems[:1], "other": problems[1:]}), first),
     ]
     for page in pages:
         assert f"deepspectra {version}; " in _citation(page)
@@ -671,18 +669,11 @@ def test_the_page_of_layers_draws_in_a_browser_without_a_complaint(layers_page, 
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium to open the page")
-def test_the_pages_of_a_study_and_of_regions_draw_in_a_browser_without_a_complaint(tmp_path):
-    problems = []
-    for seed in range(3):
-        torch.manual_seed(seed)
-        model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
-        problems.append(ds.Problem(model, (torch.randn(18, 4), torch.arange(18) % 3)))
-    found = ds.study({"<one>": problems[:2], "other": problems[2:]})
-    page = render(study_dataset(found, problems[0]))
-    elements = opened(page, tmp_path)
-    assert "<svg" in elements.split('id="chart-study_measures"')[1].split("</figure>")[0]
-    assert "&lt;one&gt;" in page
-    page = render(regions_dataset([ds.regions(problems[0], of) for of in ("hessian", "errors")], problems[0]))
+def test_the_page_of_regions_draws_in_a_browser_without_a_complaint(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    problem = ds.Problem(model, (torch.randn(18, 4), torch.arange(18) % 3))
+    page = render(regions_dataset([ds.regions(problem, of) for of in ("hessian", "errors")], problem))
     elements = opened(page, tmp_path)
     assert "<svg" in elements.split('id="chart-region_shifts"')[1].split("</figure>")[0]
 

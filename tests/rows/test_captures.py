@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import deepspectra as ds
+from deepspectra.analysis.layer_measures import layer_measures
 from deepspectra.derivatives.products import products_of
 from deepspectra.errors import ParameterError
 from deepspectra.rows import captures
@@ -66,13 +67,12 @@ def test_what_another_analysis_captured_gives_the_same(name: str) -> None:
     assert first == second
 
 
-def test_a_study_captures_each_network_once(passes: list[int]) -> None:
-    networks = [CASES["relu_mlp"]().problem() for _ in range(2)]
-    for problem in networks:
-        captures_of(problem)  # the plan
+def test_measures_of_layers_capture_a_network_once(passes: list[int]) -> None:
+    problem = CASES["relu_mlp"]().problem()
+    captures_of(problem)  # the plan
     passes.clear()
-    ds.study({"one": networks})
-    assert len(passes) == sum(problem.batches.num_batches for problem in networks)
+    layer_measures(problem)
+    assert len(passes) == problem.batches.num_batches
 
 
 def test_networks_whose_layers_do_not_fit_together_are_compared_in_passes_over_groups(

@@ -20,6 +20,7 @@ import deepspectra as ds
 from deepspectra import zoo
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.analysis.attribute import attribute_known
+from deepspectra.analysis.layer_measures import layer_measures
 from nets import CASES, CLASSIFICATION
 
 torch.utils.rename_privateuse1_backend("strict")
@@ -155,7 +156,7 @@ QUESTIONS = {
     "dissect": ds.dissect,
     "weights": ds.weights,
     "quality": ds.kronecker_quality,
-    "study": lambda problem: ds.study({"one": [problem], "other": [problem]}),
+    "measures of layers": layer_measures,
     "compare": lambda problem: ds.compare(problem, problem),
     "certificate": lambda problem: ds.certify(problem, "learnt", epochs=2, passes=2),
 }

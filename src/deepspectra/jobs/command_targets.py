@@ -18,7 +18,6 @@ from deepspectra import zoo
 from deepspectra.argument_checks import check_choice
 from deepspectra.errors import FileError, OptionError, TargetError
 from deepspectra.jobs.pages import Labels
-from deepspectra.jobs.study_dataset import Variant
 from deepspectra.problem.problem import Problem
 
 CONSOLE = Console(stderr=True)
@@ -125,17 +124,16 @@ def chosen_problem(
     chosen: Choice,
     *,
     draw: int | None = None,
-    variant: Variant | None = None,
     snapshots: tuple[int, ...] = (),
 ) -> Subject:
     """The problem of a target or of the zoo, its class names, and names of model and data for the report.
 
-    `draw` is the seed of the draw of examples, if that is another than the training's; `variant` says how a study
-    changes the network, and `snapshots` after which epochs its weights are kept.
+    `draw` is the seed of the draw of examples, if that is another than the training's, and `snapshots` are epochs
+    after which the network's weights are kept.
     """
     check_choice("split", chosen.split, SPLITS)
     if target is None:
-        return _zoo_problem(chosen, chosen.seed if draw is None else draw, variant or Variant(""), snapshots)
+        return _zoo_problem(chosen, chosen.seed if draw is None else draw, snapshots)
     options = ("model", "data", "checkpoint", "per_class", "epochs", "memory", "device")
     unused = [f"--{name.replace('_', '-')}" for name in options if getattr(chosen, name) is not None]
     if unused:
@@ -161,20 +159,16 @@ def _of_split(subject: Subject, split: str) -> Subject:
     return subject if split == "both" else subject._replace(test=None)
 
 
-def _zoo_problem(chosen: Choice, draw: int, variant: Variant, snapshots: tuple[int, ...]) -> Subject:
+def _zoo_problem(chosen: Choice, draw: int, snapshots: tuple[int, ...]) -> Subject:
     """Data, and a network from a checkpoint or trained here and saved beside the results."""
     model, data = chosen.model or "mlp", chosen.data or "digits"
     size = zoo.paper_side(model, data)
-    loaded = zoo.load(data, root=chosen.data_root, per_class=chosen.per_class, size=size, seed=draw)
-    examples = variant.of(loaded, draw)
+    examples = zoo.load(data, root=chosen.data_root, per_class=chosen.per_class, size=size, seed=draw)
     names = [str(name) for name in examples.class_names]
     shape = examples.input_shape
     network = zoo.build(model, input_shape=shape, num_classes=examples.num_classes, seed=chosen.seed)
-    if variant.batch_norm:
-        network = zoo.normalised(network, shape)
     recipe = zoo.recipe(model, data, len(examples))
     epochs = recipe.epochs if chosen.epochs is None else chosen.epochs
-    epochs = min(1, epochs) if variant.epochs is None else epochs * variant.epochs
     about: dict[str, str | int] = {"model": model, "data": data, "seed": chosen.seed}
     about |= {"examples": len(examples), "epochs": epochs}
     trained = chosen.out / WEIGHTS

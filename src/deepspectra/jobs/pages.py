@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Dataset: TypeAlias = "xr.Dataset"  # whose import takes a while
 Variables = dict[str, tuple[tuple[str, ...], Any]]
 """Name → dimensions, and values: an array, or by names, one for each of the first dimensions (see `dataset_of`)."""
-STEMS = ("analysis", "layers", "regions", "compare", "study", "certify", "sweep")  # of what the commands save
+STEMS = ("analysis", "layers", "regions", "compare", "certify", "sweep")  # of what the commands save
 
 
 def provenance(**conditions: object) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from deepspectra.analysis.regions import REGIONS, Regions, Shifts
-from deepspectra.analysis.study import WHOLE
 from deepspectra.jobs.pages import UNLABELLED, Dataset, Labels, Variables, page_dataset
 from deepspectra.problem.problem import Problem
 
@@ -20,6 +19,7 @@ CLAIMS = {  # knock-out → the region that it is said to make
     "interaction": "bump",
     "within": "bulk",
 }
+WHOLE = "all layers"
 TOLD = ("gradients", "hessian")  # of which the verdict gives numbers
 NAMES = {"gradients": "G", "hessian": "H", "features": "features", "errors": "backpropagated errors"}
 

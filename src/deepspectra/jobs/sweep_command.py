@@ -25,6 +25,7 @@ def sweep_of(
     looks: str | None = None,
     data_root: Path | None = None,
     training_epochs: int | None = None,
+    by_layer: bool = False,
     processes: int | None = None,
     memory: str | None = None,
     retry: bool = False,
@@ -38,6 +39,7 @@ def sweep_of(
         looks: as in `sweep`.
         data_root: as in `ZooCell`.
         training_epochs: as in `ZooCell`.
+        by_layer: as in `ZooCell`.
         processes: how many.
         memory: as in `sweep`.
         retry: as in `sweep`.
@@ -56,11 +58,13 @@ def sweep_of(
         raise OptionError("an axis is named twice; give all of its values at once, such as seed=0,1,2.")
     cell: Cell
     if targets:
-        if training_epochs is not None:
-            raise OptionError(f"--training-epochs belongs to the zoo; with a target, {targets[0]} decides.")
+        options = {"--training-epochs": training_epochs is not None, "--layers": by_layer}
+        unused = [name for name, given in options.items() if given]
+        if unused:
+            raise OptionError(f"{', '.join(unused)} belong to the zoo; with a target, {targets[0]} decides.")
         cell = load_function(targets[0], "that takes a point and returns a mapping of names to numbers")
     else:
-        cell = ZooCell(data_root, training_epochs)
+        cell = ZooCell(data_root, training_epochs, by_layer=by_layer)
         looks = next((name for name in LOOKS if name in axes), None) if looks is None else looks
     found = sweep(cell, axes, folder, looks=looks, executor=processes, memory=memory, retry=retry)
     return _told(found, folder)

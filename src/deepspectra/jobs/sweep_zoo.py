@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deepspectra import zoo
 from deepspectra.algorithms.estimates import trace
 from deepspectra.analysis.gram_spectrum import GramSpectrum, gram_spectrum
+from deepspectra.analysis.layer_measures import MEASURES, layer_measures
 from deepspectra.errors import NonFiniteError, OptionError
 from deepspectra.operators.curvature import Residual
 from deepspectra.problem.problem import Problem
@@ -30,17 +31,20 @@ Looks = int | float | tuple[int | float, ...] | None
 
 @dataclass(frozen=True)
 class ZooCell:
-    """A cell for `sweep` over some of model, data, per_class, learning_rate, batch_norm, random_labels and seed.
+    """A cell for `sweep` over model, data, per_class, classes, learning_rate, batch_norm, random_labels or seed.
 
     The seed is that of the examples' draw, of the first weights and of the order of training. A further axis says
     when a training is looked at, and goes with ``looks``, so that all looks of a task share one training: ``epochs``,
     0 being its beginning, or ``progress``, the share of the epochs that are over, 0 … 1, with which networks that are
     trained for different times compare. Without either the end of training is looked at. With ``batch_norm`` there
-    is one after every ReLU (`zoo.normalised`), with ``random_labels`` those of the training set are drawn.
+    is one after every ReLU (`zoo.normalised`), with ``random_labels`` those of the training set are drawn, and
+    ``classes`` keeps so many of the data's, the first ones.
 
     Measures are those of `gram_measures`, and ``test_accuracy``; ``epoch``, of the look; ``rate``, the learning
     rate, with ``rate_test_accuracy`` and ``rate_loss`` of all that were tried; ``trace_residual`` and
-    ``trace_residual_error``, if asked for. A subclass may put its own `measures` and `recipe` in their place.
+    ``trace_residual_error``, if asked for; `by_layer`, ``layer``, the layers' names from input to output, and with
+    ``layer_`` before the name the measures of `layer_measures`, NaN where one does not apply. A subclass may put its
+    own `measures` and `recipe` in their place.
 
     Args:
         root: folder of the data sets' files, as in `zoo.load`.
@@ -48,20 +52,22 @@ class ZooCell:
         residual_products: to spend on the trace of R, the Hessian without G; 0 for none.
         rates: multiples of the learning rate that are tried; looked at is the network that classifies the test set
             best in the end, or, of equal ones, has the lowest loss.
+        by_layer: whether every layer is measured as well.
 
     Cost: a training a task, or one a rate; four gradients, eight eigendecompositions of R × R numbers,
-    R = N (C − 1), and `residual_products` products a look.
+    R = N (C − 1), and `residual_products` products a look; by layer what `layer_measures` costs besides.
     """
 
     root: str | Path | None = field(default=None, repr=False)  # which does not change what is measured
     training_epochs: int | None = None
     residual_products: int = 0
     rates: tuple[float, ...] = ()
+    by_layer: bool = field(default=False, repr=False)
 
     @property
     def version(self) -> str:
         """What tells its sweeps from others': to be raised when its numbers change."""
-        return f"2 {self!r}"
+        return f"2 {self!r}" + " by layer" * self.by_layer
 
     def __call__(
         self,
@@ -69,6 +75,7 @@ class ZooCell:
         model: str = "mlp",
         data: str = "digits",
         per_class: int | None = None,
+        classes: int | None = None,
         learning_rate: float | None = None,
         batch_norm: bool = False,
         random_labels: bool = False,
@@ -79,8 +86,9 @@ class ZooCell:
         """The measures at each of some looks, or at one."""
         size = zoo.paper_side(model, data)
         train = zoo.load(data, root=self.root, per_class=per_class, size=size, seed=seed)
-        train = train.relabelled(seed) if random_labels else train
         test = zoo.load(data, root=self.root, split="test", size=size)
+        train, test = (some if classes is None else some.of_classes(classes) for some in (train, test))
+        train = train.relabelled(seed) if random_labels else train
         recipe = self.recipe(model, data, len(train))
         recipe = replace(
             recipe,
@@ -112,7 +120,7 @@ class ZooCell:
         if self.residual_products:
             residual = trace(Residual(problem), self.residual_products, seed)
             found["trace_residual"], found["trace_residual_error"] = residual.value, residual.standard_error
-        return found
+        return found | (_of_layers(problem, seed) if self.by_layer else {})
 
     def memory(
         self,
@@ -120,17 +128,20 @@ class ZooCell:
         model: str = "mlp",
         data: str = "digits",
         per_class: int | None = None,
+        classes: int | None = None,
         epochs: Looks = None,
         progress: Looks = None,
         **_: object,
     ) -> float:
         """Bytes that a task needs, from the sizes of its network and data."""
         shape, num_classes, most = _data_size(data, str(self.root or ""), zoo.paper_side(model, data))
+        most, num_classes = most * (classes or num_classes) // num_classes, classes or num_classes
         num_examples = most if per_class is None else per_class * num_classes
-        weights, features, outputs = _network_size(model, shape, num_classes)
+        weights, features, outputs, factors = _network_size(model, shape, num_classes)
         looks = epochs if progress is None else progress
         num_looks = len(looks) if isinstance(looks, tuple) else 1
         held = self._held(num_examples, num_classes, features + num_classes * outputs, weights)
+        held += (num_classes + MATRICES) * factors if self.by_layer else 0
         return PROCESS + FLOAT64 * (held + (COPIES + num_looks * max(1, len(self.rates))) * weights)
 
     def _held(self, num_examples: int, num_classes: int, num_captured: int, num_weights: int) -> int:
@@ -239,6 +250,14 @@ def gram_measures(problem: Problem, spectrum: GramSpectrum) -> dict[str, Any]:
     return found
 
 
+def _of_layers(problem: Problem, seed: int) -> dict[str, Any]:
+    """`layer_measures` as arrays over the layers."""
+    found = layer_measures(problem, seed)
+    known = [key for key in MEASURES if any(key in one for one in found.values())]
+    arrays = {f"layer_{key}": [one.get(key, math.nan) for one in found.values()] for key in known}
+    return {"layer": [*found]} | arrays
+
+
 def decades_over(values: Tensor, other: float) -> float:
     """log₁₀ of the median of some eigenvalues over another; NaN without any."""
     return math.log10(float(values.median()) / other) if len(values) and other > 0 else math.nan
@@ -252,21 +271,23 @@ def _data_size(data: str, root: str, size: int | None) -> tuple[tuple[int, ...],
 
 
 @cache
-def _network_size(model: str, shape: tuple[int, ...], num_classes: int) -> tuple[int, int, int]:
-    """Numbers of weights, of features of an example, and of outputs of all layers that have weights."""
+def _network_size(model: str, shape: tuple[int, ...], num_classes: int) -> tuple[int, int, int, int]:
+    """Numbers of weights, and of features of an example, outputs and entries of Kronecker factors of all layers."""
     network = zoo.build(model, input_shape=shape, num_classes=num_classes).eval()
-    features = outputs = 0
+    features = outputs = factors = 0
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal features, outputs
+        nonlocal features, outputs, factors
         # of a convolution each is unfolded to as many as the kernel has places
         taps = module.weight[0, 0].numel() if isinstance(module, nn.Conv2d) else 1
         features += inputs[0].numel() * taps
         outputs += output.numel()
+        weight = next(module.parameters(recurse=False))
+        factors += len(weight) ** 2 + (weight[0].numel() + 1) ** 2
 
     for module in network.modules():
         if next(module.parameters(recurse=False), None) is not None:
             module.register_forward_hook(count)
     with torch.no_grad():
         network(torch.zeros(1, *shape))
-    return sum(p.numel() for p in network.parameters()), features, outputs
+    return sum(p.numel() for p in network.parameters()), features, outputs, factors

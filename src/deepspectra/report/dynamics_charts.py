@@ -1,4 +1,4 @@
-"""What moves in a sweep: every measure against every axis of numbers, its mean and spread over seeds.
+"""What moves in a sweep: every measure against axes of numbers and against depth, its mean and spread over seeds.
 
 What a store has is drawn: measures that are known by their names in figures of their own, and any number by choice.
 """
@@ -32,6 +32,8 @@ SEED = "seed"  # the axis over which means are taken
 WIDE_RANGE = 10  # ratio from which an axis of positive numbers is logarithmic
 SIZES = {1: 860, 2: 410, 3: 270}  # widths of figures in a row
 ANY, CHOSEN = "any measure", "measure_chosen"
+LAYER, OF_LAYER = "layer", "layer_"  # the names of layers, and what those of their measures begin with
+SHADES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 PALE_CLASS = "#7fc3ea"
 
 
@@ -131,6 +133,75 @@ def _lacks_numbers(dataset: xr.Dataset) -> bool:
 def dynamics(dataset: xr.Dataset) -> alt.LayerChart:
     """Families of measures, one below the other, against every axis; the other axes are chosen by menus."""
     return drawn(dataset)
+
+
+@needs(some=lambda dataset: is_sweep(dataset) and _of_layers(dataset), reason="the sweep measured no layers.")
+def by_layer(dataset: xr.Dataset) -> alt.LayerChart:
+    """A measure of every layer against depth, one figure an axis, its values by colours; menus choose the rest."""
+    axes = [name for name in _axes(dataset) if name != SEED and dataset.sizes[name] > 1]
+    menus = {name: _options(dataset, name) for name in axes}
+    params = [choice(f"at_{name}", menus[name], first=_shown_first(dataset, name), menu=f"{name} ") for name in axes]
+    measures = {name: name.removeprefix(OF_LAYER).replace("_", " ") for name in _of_layers(dataset)}
+    params.append(choice(CHOSEN, measures, first=next(iter(measures)), menu="measure "))
+    table = _layer_table(dataset, [*measures])
+    alike = [axis for axis in axes if _same_layers(table, axis)]
+    parts = [_depth(axis, menus, table) for axis in alike or [SEED]]
+    pairs = [alt.hconcat(*parts[j : j + 2]).resolve_scale(color="independent") for j in range(0, len(parts), 2)]
+    whole = alt.vconcat(*pairs, data={"values": table}).add_params(*params).resolve_scale(color="independent")
+    return finished(whole)
+
+
+def _of_layers(dataset: xr.Dataset) -> list[str]:
+    """Measures that have a number a layer."""
+    dims = set(dataset[LAYER].dims) if LAYER in dataset else set()
+    return [
+        str(name)
+        for name, one in dataset.data_vars.items()
+        if str(name).startswith(OF_LAYER) and one.ndim == len(dims) and bool(np.isfinite(one.values).any())
+    ]
+
+
+def _layer_table(dataset: xr.Dataset, measures: list[str]) -> list[Row]:
+    """A row a layer of each finished cell: its axes, name, depth and measures."""
+    rows = []
+    for at in np.argwhere(dataset["status"].values == "done"):
+        cell = dataset.isel(dict(zip(dataset["status"].dims, at.tolist(), strict=True)))
+        about: Row = {f"{name} ": _text(cell[name].item()) for name in _axes(dataset)}
+        values = {name: cell[name].values for name in measures}
+        names = [str(name) for name in cell[LAYER].values if str(name) not in ("", "nan")]
+        for depth, name in enumerate(names):
+            found = {key: plain(some[depth]) for key, some in values.items() if depth < len(some)}
+            rows.append(about | {LAYER: name, "depth": depth} | found)
+    return rows
+
+
+def _same_layers(table: list[Row], axis: str) -> bool:
+    """Whether networks have the same layers all along an axis, as they have not along one of models."""
+    names: dict[Any, set[str]] = {}
+    for row in table:
+        names.setdefault(row[f"{axis} "], set()).add(row[LAYER])
+    return all(some == next(iter(names.values())) for some in names.values())
+
+
+def _depth(axis: str, menus: Mapping[str, list[str]], table: list[Row]) -> Mark:
+    """The chosen measure against depth, where the other axes are as menus say."""
+    base = alt.Chart()
+    for name in menus:
+        if name != axis:
+            base = base.transform_filter(f"datum['{name} '] === at_{name}")
+    base = base.transform_calculate(height=f"datum[{CHOSEN}]", label=f"datum['{axis} ']")
+    base = base.transform_filter("isValid(datum.height)")
+    order = alt.EncodingSortField("depth", op="min")
+    x = alt.X(f"{LAYER}:N", title=None, sort=order, axis=alt.Axis(labelAngle=-40, labelLimit=110))
+    y = alt.Y("height:Q", title=None, scale=alt.Scale(zero=False))
+    values = menus.get(axis, list(dict.fromkeys(str(row[f"{axis} "]) for row in table)) if table else [])
+    shades = {value: SHADES[j % len(SHADES)] for j, value in enumerate(values)}
+    base = base.encode(x=x, color=colour(shades, columns=4, title=axis.replace("_", " ")))
+    mean = base.mark_line(strokeWidth=1.8).encode(y=y.aggregate("mean"))
+    tooltip = [word(LAYER, "layer"), alt.Tooltip("height:Q", title="value", format=".4~g")]
+    tooltip += [word(f"{name} ", name) for name in dict.fromkeys([*menus, axis])]
+    points = base.mark_point(filled=True, size=30, opacity=0.7).encode(y=y, tooltip=tooltip)
+    return alt.layer(mean, points).properties(width=SIZES[2], height=210)
 
 
 def drawn(

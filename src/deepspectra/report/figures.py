@@ -12,8 +12,8 @@ from deepspectra.errors import OptionError
 from deepspectra.report import captions, certificate_charts, drawing, layer_charts, spectrum_charts, tables
 from deepspectra.report.attribution_charts import averaging, cost, knockouts, shares
 from deepspectra.report.class_charts import class_cosines, cross_class_weights, three_level_map
-from deepspectra.report.dynamics_charts import dynamics, is_sweep
-from deepspectra.report.network_charts import overlap_curves, overlap_whole, study_measures
+from deepspectra.report.dynamics_charts import by_layer, dynamics, is_sweep
+from deepspectra.report.network_charts import overlap_curves, overlap_whole
 from deepspectra.report.region_charts import region_shifts
 
 
@@ -153,15 +153,6 @@ FIGURES = {
     "regions": Figure(
         "Regions", "Which part makes which region", {region_shifts: ""}, captions.regions, (tables.region,)
     ),
-    "study": Figure(
-        "What changes",
-        "What changes",
-        {study_measures: ""},
-        "A measure of every layer in each variant of the network: points are networks trained from different seeds "
-        "(or pairs of them, for overlaps between networks), lines their means. Choose the measure; the table has "
-        "the means of all.",
-        (tables.study, tables.training),
-    ),
     "overlaps": Figure(
         "Shared eigenspaces",
         "Shared eigenspaces",
@@ -217,6 +208,13 @@ OF_SWEEPS = {
         "on the other axes. Points are cells, lines are means over seeds, and bands run from the lowest seed to the "
         "highest. On logarithmic axes what is zero or negative is left out. The last row draws any number that the "
         "sweep measured.",
+    ),
+    "by-layer": Figure(
+        "Layers",
+        "What moves with depth",
+        {by_layer: ""},
+        "A measure of every layer, from input to output, one figure an axis of the sweep: its values have colours, "
+        "and menus choose where on the other axes. Points are cells, lines are means over seeds.",
     ),
 }
 

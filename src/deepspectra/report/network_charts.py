@@ -1,4 +1,4 @@
-"""Charts of several networks: overlap of the eigenspaces of two, and measures of the variants of a study."""
+"""Charts of two networks: overlap of their eigenspaces."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import altair as alt
 import xarray as xr
 
 from deepspectra.report import drawing as d
-from deepspectra.report.layer_charts import depth_axis
-from deepspectra.report.text import json_attribute
 
 CURVES = {  # with their labels and colours
     "measured": ("measured", d.INK),
@@ -15,9 +13,6 @@ CURVES = {  # with their labels and colours
     "predicted": ("predicted from spectra", "#D55E00"),
     "baseline": ("random subspaces", d.MUTED),
 }
-VARIANT_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-WHOLE = "all layers"
-FIRST = "input_ratio"  # the measure that is shown before another is chosen
 
 
 def _overlap(value: str, dimension: str) -> dict[str, alt.X | alt.Y]:
@@ -66,23 +61,3 @@ def overlap_whole(dataset: xr.Dataset) -> alt.LayerChart:
     base = d.blank(d.rows(dataset, "overlap_whole")).mark_line(color=d.INK, point=True)
     lines = base.encode(**_overlap("overlap_whole", "whole_dimension"), tooltip=tooltip)
     return d.finished(alt.layer(lines), width=d.WIDTH, height=220)
-
-
-@d.needs("study")
-def study_measures(dataset: xr.Dataset) -> alt.LayerChart:
-    """A measure of every layer, to choose: means over networks as lines, networks as points."""
-    labels = json_attribute(dataset, "measures")
-    variants = [str(name) for name in dataset["variant"].values]
-    table = [row | {"label": row["variant"]} for row in d.rows(dataset, "study")]
-    present = [key for key in labels if any(row["measured"] == key for row in table)]
-    first = FIRST if FIRST in present else present[0]
-    measure = d.choice("measured_shown", {key: labels[key] for key in present}, first=first, menu="measure ")
-    colours = {name: VARIANT_COLOURS[j % len(VARIANT_COLOURS)] for j, name in enumerate(variants)}
-    base = d.blank(table).transform_filter("datum.measured === measured_shown")
-    base = base.encode(x=depth_axis(dataset), color=d.colour(colours))
-    y = alt.Y("study:Q", title="chosen measure", scale=alt.Scale(zero=False))
-    in_order = base.transform_filter(f"datum.layer !== '{WHOLE}'")
-    lines = in_order.mark_line(strokeWidth=1.6).encode(y=y.aggregate("mean"))
-    tooltip = [d.word("layer", "layer"), d.word("variant", "variant"), d.tip("study", "value")]
-    points = base.mark_point(filled=True, size=45, opacity=0.75).encode(y=y, tooltip=tooltip)
-    return d.finished(alt.layer(lines, points).add_params(measure), width=d.WIDTH, height=300)

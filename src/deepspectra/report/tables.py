@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterable
 
@@ -248,30 +247,6 @@ def region(dataset: xr.Dataset) -> Filled:
         body.append([*key, *numbers, [*regions, "–"][moved]])  # −1: none
     head = ["rows", "of", "without", *(name + end for name in regions for end in ("", " ±")), "moves most"]
     return head, body
-
-
-@_table("study-table", "Measures of every layer", "study")
-def study(dataset: xr.Dataset) -> Filled:
-    """Means over networks of every measure, layer by layer and variant by variant."""
-    means: dict[tuple[str, str], dict[str, float]] = {}
-    samples = pivot(dataset, "study", "sample", "layer", "variant", "measured")
-    for (layer, variant, measure), values in samples.items():
-        means.setdefault((layer, variant), {})[measure] = sum(values.values()) / len(values)
-    layers, variants = ([str(name) for name in dataset[dim].values] for dim in ("layer", "variant"))
-    known = [pair for pair in itertools.product(layers, variants) if pair in means]
-    labels = t.json_attribute(dataset, "measures")
-    body: list[list[Cell]] = [[*pair, *map(means[pair].get, labels)] for pair in known]
-    return ["layer", "variant", *labels.values()], body
-
-
-@_table("training-table", "Training", "study_loss")
-def training(dataset: xr.Dataset) -> Filled:
-    """Loss and accuracy of each network of a study."""
-    body: list[list[Cell]] = [
-        [row["variant"], row["network"] + 1, row["study_loss"], _percentage(row.get("study_accuracy"))]
-        for row in rows(dataset, "study_loss", "study_accuracy")
-    ]
-    return ["variant", "network", "loss", "accuracy"], body
 
 
 @_table("overlaps", "Overlap of averages with the top k eigenvectors", "subspace_overlap")

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import deepspectra as ds
+from deepspectra.jobs.sweep import identity
+from deepspectra.jobs.sweep_store import Store
 from reproductions import dissecting
 from reproductions.measure import ClaimsCell
 from reproductions.pages import Grid, claims_page, dynamics_page
-from reproductions.records import earlier
+from reproductions.records import earlier, keep, restore
 
 DOCS = Path(__file__).parent.parent / "docs"
 STORE = Path("runs/reproductions")
+CELLS = DOCS / "claims-cells.jsonl"  # all that a store has, from which it can be made again
 LOOKS = "progress"
 SMALL = {
     "data": ["fashion", "mnist", "cifar10"],
@@ -42,6 +45,16 @@ def stages() -> Iterator[dict[str, list[Any]]]:
     yield DEAR | {"per_class": [51, 136, 702], "seed": [0, 1, 2]}
 
 
+def opened(store: Path, root: Path | None) -> ClaimsCell:
+    """The cell of the sweep, whose store has what was kept, and knows all the axes."""
+    cell = ClaimsCell(root)
+    restore(CELLS, store)
+    name, version = identity(cell)
+    for axes in stages():
+        Store(store, axes, looks=LOOKS, cell=name, version=version)
+    return cell
+
+
 def write_pages(store: Path, docs: Path = DOCS) -> None:
     """From whatever cells there are."""
     found = ds.gather(store)
@@ -60,13 +73,16 @@ def main() -> None:
     parser.add_argument("--pages", action="store_true", help="write the pages from what the store has")
     options = parser.parse_args()
     layers = options.store / "dissecting"
+    cell = opened(options.store, options.data_root)
     if not options.pages:
         if options.data_root is None:
             parser.error("--data-root or DEEPSPECTRA_DATA must name the folder of the data sets.")
         dissecting.go_on(layers, options.data_root)
         for axes in list(stages())[: options.stages]:
-            ds.sweep(ClaimsCell(options.data_root), axes, options.store, looks=LOOKS, executor=1)
+            ds.sweep(cell, axes, options.store, looks=LOOKS, executor=1)
+            keep(options.store, CELLS)
             write_pages(options.store)
+    keep(options.store, CELLS)
     dissecting.write_page(layers)
     write_pages(options.store)
 

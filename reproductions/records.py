@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from deepspectra.jobs.sweep_cell import DONE, SUFFIX, digest, write_once
+from deepspectra.jobs.sweep_cell import Record as Cell
+from deepspectra.jobs.sweep_store import CELLS
+
 Record = dict[str, Any]
 FITTED = 0.01  # training error up to which a network fits its data
 PREFIXES = {"H": "hessian_", "G": ""}
+DIGITS = 8  # of numbers that are kept as text
 
 
 def of_store(found: xr.Dataset) -> list[Record]:
@@ -74,3 +80,32 @@ def _flat(old: Record) -> Record:
             if name not in ("layer", "gradient_top"):
                 record.setdefault(f"layer_{name}", []).append(np.nan if value is None else value)
     return record
+
+
+def keep(store: Path, path: Path) -> None:
+    """Write the finished cells of a store, a line each, so that a sweep goes on where its folder is lost."""
+    found = [Cell.read(file) for file in (store / CELLS).glob(f"*{SUFFIX}")]
+    lines = [json.dumps(_plain(cell)) for cell in found if cell.status == DONE]
+    path.write_text("".join(f"{line}\n" for line in sorted(lines)))
+
+
+def restore(path: Path, store: Path) -> None:
+    """Put the cells that were kept into a store, but those that it has."""
+    (store / CELLS).mkdir(parents=True, exist_ok=True)
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        about = json.loads(line)
+        measures = {name: np.array(value) for name, value in about.pop("measures").items()}
+        cell = Cell(status=DONE, measures=measures, **about)
+        write_once(store / CELLS / f"{digest(cell.point)}{SUFFIX}", cell.pack())
+
+
+def _plain(cell: Cell) -> Record:
+    measures = {name: _rounded(values.tolist()) for name, values in cell.measures.items()}
+    about = {name: getattr(cell, name) for name in ("point", "seconds", "peak_memory", "versions")}
+    return about | {"measures": measures}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) and math.isfinite(value) else value

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reproductions.__main__
 import torch
+import xarray as xr
 from reproductions import certificates, certificates_page, dissecting
-from reproductions.__main__ import SMALL, stages, write_pages
+from reproductions.__main__ import SMALL, opened, stages, write_pages
 from reproductions.claims import explained, misclassification
 from reproductions.measure import ClaimsCell, measure
 from reproductions.pages import Grid, claims_page, within
-from reproductions.records import at_end, earlier, fits, of_store
+from reproductions.records import at_end, earlier, fits, keep, of_store, restore
 from reproductions.verdicts import Verdict, judged, spread, table
 
 import deepspectra as ds
@@ -153,6 +155,29 @@ def test_cells_come_out_of_the_store_as_they_went_in(store: Path) -> None:
     for name, value in measures(8, loss=1.0, accuracy=0.95).items():
         np.testing.assert_array_equal(records[1][name], value, err_msg=name)
     assert list(map(fits, records)) == [True, False, True, False]
+
+
+def test_a_store_is_made_again_from_the_lines_that_were_kept(store: Path, tmp_path: Path) -> None:
+    keep(store, tmp_path / "cells.jsonl")
+    again = tmp_path / "again"
+    restore(tmp_path / "cells.jsonl", again)
+    (again / "sweep.json").write_bytes((store / "sweep.json").read_bytes())
+    xr.testing.assert_allclose(ds.gather(again), ds.gather(store), rtol=1e-7)
+    before = sorted((again / "cells").iterdir())
+    restore(tmp_path / "cells.jsonl", again)
+    assert sorted((again / "cells").iterdir()) == before
+
+
+def test_a_new_store_has_what_was_kept_and_knows_the_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproductions.__main__, "CELLS", tmp_path / "cells.jsonl")
+    point = {"model": "mlp", "data": "mnist", "per_class": 13, "progress": 1.0, "seed": 0}
+    line = {"point": point, "seconds": 1.0, "peak_memory": 2.0, "versions": {}, "measures": {"loss": 0.5}}
+    (tmp_path / "cells.jsonl").write_text(json.dumps(line) + "\n")
+    opened(tmp_path / "store", None)
+    found = ds.gather(tmp_path / "store")
+    assert found.status.size == 4 * 3 * 4 * 4 * 3
+    assert int((found.status == "done").sum()) == 1
+    assert found.loss.sel(point) == 0.5
 
 
 def test_records_of_before_are_read_by_the_same_names() -> None:

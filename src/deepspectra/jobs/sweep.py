@@ -95,7 +95,7 @@ def sweep(
     _check_takes(cell, grid, looks)
     _check_parent()
     place = Path(folder)
-    name, version = _identity(cell)
+    name, version = identity(cell)
     budget = _budget(memory, local=executor is None or isinstance(executor, int))
     with locked(place):
         store = Store(place, grid, looks=looks, cell=name, version=version)
@@ -162,7 +162,7 @@ def _check_parent() -> None:
         raise OptionError("sweep is called while a process starts. Put the call under `if __name__ == '__main__':`.")
 
 
-def _identity(cell: Cell) -> tuple[str, str]:
+def identity(cell: Cell) -> tuple[str, str]:
     """A cell's name, and what tells it from other programs of that name: what it says, or else its source."""
     options = []
     inner: Any = cell

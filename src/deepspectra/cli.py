@@ -35,13 +35,14 @@ from deepspectra.jobs.layers_dataset import layer_dataset
 from deepspectra.jobs.pages import (
     Dataset,
     check_writable,
-    load_pages,
     refuse_overwriting,
+    rewrite,
     save_page,
     write_page,
 )
 from deepspectra.jobs.regions_dataset import regions_dataset
 from deepspectra.jobs.study_dataset import STUDIES, study_dataset
+from deepspectra.jobs.sweep_cell import DONE
 from deepspectra.jobs.sweep_command import sweep_of
 from deepspectra.problem.problem import Problem
 from deepspectra.results import versions
@@ -68,7 +69,8 @@ def options(
 ) -> None:
     """Split the spectrum of a deep network into the parts that cause it.
 
-    Exit status: 0 done; 1 an unforeseen failure; 2 an option, a model or data that cannot be used; 130 interrupted.
+    Exit status: 0 done; 1 an unforeseen failure, or a sweep without a finished cell; 2 an option, a model or data
+    that cannot be used; 130 interrupted.
     """
     if version:
         typer.echo(f"deepspectra {versions()['deepspectra']}")
@@ -379,39 +381,33 @@ def sweep_command(
     retry: Annotated[bool, typer.Option("--retry", help="Do failed cells again.")] = False,
 ) -> None:
     """Measure a grid of networks, a process each, and draw what moves; goes on where a sweep in OUT was stopped."""
-    typer.echo(
-        sweep_of(
-            words or (),
-            out,
-            looks=looks,
-            data_root=data_root,
-            training_epochs=training_epochs,
-            processes=processes,
-            memory=memory,
-            retry=retry,
-        )
+    found, said = sweep_of(
+        words or (),
+        out,
+        looks=looks,
+        data_root=data_root,
+        training_epochs=training_epochs,
+        processes=processes,
+        memory=memory,
+        retry=retry,
     )
+    typer.echo(said)
+    if not (found.status == DONE).any():
+        raise typer.Exit(1)
 
 
 @app.command()
 def report(
     directories: Annotated[
         list[Path],
-        typer.Argument(help="Directories that commands wrote; of several, one page to choose from."),
+        typer.Argument(help="Directories that commands wrote; of several, a page of each kind to choose from."),
     ],
-    out: Annotated[Path | None, typer.Option(help="The HTML file; by default in the last directory.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file, by default in the last directory; further kinds beside it.")
+    ] = None,
 ) -> None:
-    """Write every page of a directory again, or one page of several directories."""
-    found = [load_pages(directory) for directory in directories]
-    pages: dict[Path, Dataset | dict[str, Dataset]]
-    if out is None and len(found) == 1:
-        pages = {directories[0] / name: dataset for name, dataset in found[0].items()}
-    else:
-        first = {str(place): next(iter(some.values())) for place, some in zip(directories, found, strict=True)}
-        pages = {out or directories[-1] / "report.html": first if len(first) > 1 else first.popitem()[1]}
-    for path, shown in pages.items():
-        check_writable(path.parent)
-        write_page(shown, path)
+    """Write every page of a directory again; of several directories, a page of each kind."""
+    for path in rewrite(directories, out):
         typer.echo(f"Report: {path}")
 
 

@@ -217,6 +217,7 @@ OF_SWEEPS = {
         "on the other axes. Points are cells, lines are means over seeds, and bands run from the lowest seed to the "
         "highest. On logarithmic axes what is zero or negative is left out. The last row draws any number that the "
         "sweep measured.",
+        (tables.failure,),
     ),
 }
 

@@ -301,6 +301,22 @@ def trace(dataset: xr.Dataset) -> str:
     return table_html("traces", "Traces", ["operator", "trace", "standard error"], body) if body else ""
 
 
+def failure(dataset: xr.Dataset) -> str:
+    """Cells of a sweep that failed or were refused, by what went wrong: how many, and where the first is."""
+    status, error = (dataset[name].values for name in ("status", "error"))
+    places: dict[tuple[str, str], list[tuple[int, ...]]] = {}
+    for at in zip(*error.astype(bool).nonzero(), strict=True):
+        lines = str(error[at]).splitlines() or [""]  # the first says what, the last of a traceback is the same
+        places.setdefault((str(status[at]), lines[0]), []).append(at)
+    body: list[list[Cell]] = []
+    for key, found in places.items():
+        axes = zip(dataset["status"].dims, found[0], strict=True)
+        first = ", ".join(f"{name}={dataset[name].values[j]}" for name, j in axes)
+        body.append([*key, len(found), first])
+    head = ["what became of them", "error", "cells", "the first of them"]
+    return table_html("failures", "Cells without numbers", head, body) if body else ""
+
+
 @_table("cost-table", "Cost", "cost_gradients")
 def cost(dataset: xr.Dataset) -> Filled:
     """What each stage cost; it stands under how it was measured."""

@@ -13,7 +13,6 @@ from typing import Annotated, get_type_hints
 
 import typer
 
-from deepspectra.analysis.class_groups import class_groups
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.layers import layers
 from deepspectra.analysis.regions import NUM_GROUPS, regions
@@ -30,6 +29,7 @@ from deepspectra.jobs.certify import certified, unseen
 from deepspectra.jobs.certify_dataset import certificate_dataset
 from deepspectra.jobs.command_targets import CONSOLE, Choice, Moment, Out, Seed, chosen_problem, moments
 from deepspectra.jobs.compare_dataset import comparison_dataset
+from deepspectra.jobs.effort import long_spectra
 from deepspectra.jobs.finished_stages import forget
 from deepspectra.jobs.layers_dataset import layer_dataset
 from deepspectra.jobs.pages import (
@@ -57,8 +57,6 @@ Command = Callable[..., None]
 LAST = ("split", "at", "resume", "seed")  # of a command's options
 MALLOC_OPTIONS = {-3: 2**31 - 1, -1: 2**31 - 1, -2: 2**28}  # mmap threshold, trim threshold, top pad
 JUDGED = ("kfac", "ekfac", "cfac")  # Kronecker-factored approximations
-SECONDS_OF_CUBE = 4e-10  # of eigenvalues and vectors of a dense matrix, times the cube of its rows, on a CPU
-FEW_ROWS = 3000  # whose eigenvalues take seconds
 SPECTRA_OF_REGIONS = 3  # of a layer, with its knock-outs, in units of eigenvalues and vectors
 STAGES = "stages"  # folder of what an analysis keeps to be resumed
 
@@ -140,15 +138,21 @@ def analyze_command(
     target: Target = None,
     *,
     chosen: Choice,
-    num: Annotated[int | None, typer.Option(help="Top eigenpairs of H and of G.")] = None,
-    num_probes: Annotated[int | None, typer.Option(help="Probes of each density.")] = None,
-    num_steps: Annotated[int | None, typer.Option(help="Krylov steps of each probe.")] = None,
+    num: Annotated[int | None, typer.Option(min=1, help="Top eigenpairs of H and of G.")] = None,
+    num_probes: Annotated[int | None, typer.Option(min=1, help="Probes of each density.")] = None,
+    num_steps: Annotated[int | None, typer.Option(min=1, help="Krylov steps of each probe.")] = None,
     rtol: Annotated[float | None, typer.Option(help="Relative residual of the eigenpairs.")] = None,
+    margin: Annotated[
+        float | None, typer.Option(min=1, help="Outliers are above so many times the bulk's edge; 1.25 by default.")
+    ] = None,
     effort: Annotated[
         str, typer.Option(help="How well spectra are resolved: quick, standard or paper.")
     ] = "standard",
     groups: Annotated[
-        int | None, typer.Option(help="Average over so many groups of classes, by their logits.")
+        int | None,
+        typer.Option(
+            min=2, help="Average over so many groups of classes, by their logits; 10 by default for over 100."
+        ),
     ] = None,
 ) -> None:
     """Analyse your own problem (TARGET), or a model of the zoo on one of its data sets.
@@ -160,8 +164,6 @@ def analyze_command(
     for moment in moments(target, chosen):
         problem, names, labels, test = moment.subject
         stages = moment.out / STAGES if chosen.resume else None
-        owner = None if groups is None else class_groups(problem, groups, seed=chosen.seed)
-        names = names if owner is None else _group_names(names, owner.tolist())
         found = analyze(
             problem,
             test=test,
@@ -169,13 +171,14 @@ def analyze_command(
             num_probes=num_probes,
             num_steps=num_steps,
             rtol=rtol,
+            margin=margin,
             effort=effort,
             seed=chosen.seed,
-            groups=owner,
+            groups=groups,
             resume=stages,
         )
         model, data, _ = labels
-        title = f"Spectrum of {target}" if target else ""
+        title = f"Spectrum of {target}" if target and not problem.name else ""
         found = found.labelled(title=title, model=model, data=data, class_names=names)
         series[moment.label] = found
         _finish(found, moment.out)
@@ -184,13 +187,6 @@ def analyze_command(
         typer.echo(f"All: {save_series(series, chosen.out / 'report.html')}")
     for folder in folders:
         forget(folder)
-
-
-def _group_names(names: list[str] | None, owner: list[int]) -> list[str]:
-    """The first two classes of each group, and how many more there are."""
-    names = names or [str(c) for c in range(len(owner))]
-    members = [[name for name, g in zip(names, owner, strict=True) if g == j] for j in range(max(owner) + 1)]
-    return [", ".join(some[:2]) + (f" +{len(some) - 2}" if len(some) > 2 else "") for some in members]
 
 
 @_command("layers", out="deepspectra-run", without=("resume", "split"))
@@ -230,7 +226,7 @@ def regions_command(
 
     def look(moment: Moment) -> tuple[str, Dataset]:
         groups = NUM_GROUPS if num_groups is None else num_groups
-        _warn_of_long_spectra(moment.subject.problem, spectra=(groups + 1) * SPECTRA_OF_REGIONS)
+        _warn_of_long_spectra(moment.subject.problem, spectra=len(kinds) * (groups + 1) * SPECTRA_OF_REGIONS)
         found = []
         for kind in kinds:
             with _status(kind) as show:
@@ -270,14 +266,8 @@ def _status(what: str) -> Iterator[LayerProgress]:
 
 
 def _warn_of_long_spectra(problem: Problem, spectra: int = 1) -> None:
-    """Say beforehand how long so many dense spectra of a layer will take, if that is minutes."""
-    num_rows = problem.num_examples * (problem.num_classes - 1)
-    minutes = spectra * SECONDS_OF_CUBE * num_rows**3 / 60
-    if minutes >= 1:
-        CONSOLE.print(
-            f"{num_rows:,} rows (examples × (classes − 1)): about {minutes:.0f} minutes for each layer of more "
-            f"parameters than that, seconds with --per-class {FEW_ROWS // problem.num_classes**2 or 1}."
-        )
+    if words := long_spectra(problem, spectra):
+        CONSOLE.print(words)
 
 
 @_command("certify", out="deepspectra-certify", without=("at", "split"))

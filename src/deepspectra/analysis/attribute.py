@@ -13,7 +13,7 @@ from deepspectra.algorithms.krylov_basis import Krylov
 from deepspectra.algorithms.long_vectors import vectors_that_fit
 from deepspectra.analysis.gram_spectrum import MARGIN
 from deepspectra.analysis.knockouts import NEWEST, Knockout, KnockoutSpace, knockouts
-from deepspectra.argument_checks import Progress, seeded
+from deepspectra.argument_checks import Progress, check_margin, seeded
 from deepspectra.dataframes import text_table
 from deepspectra.errors import MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
@@ -155,8 +155,7 @@ def attribute(
             "must come from one problem."
         )
     parts.check_operator(operator)
-    if margin < 1:
-        raise OptionError(f"margin={margin}: it is at least 1.")
+    check_margin(margin)
     spent, basis = 0, None
 
     def report(done: int, _: int | None) -> None:

@@ -113,12 +113,12 @@ def described(
     accuracy: float,
 ) -> dict[str, object]:
     """What a file says of the problem, what was found, and when it was made."""
-    model = labels.model or type(problem.model).__name__
+    model, data = labels.model or problem.name or type(problem.model).__name__, labels.data or problem.data_name
     return {
         "verdict": " ".join(verdict),
-        "title": titled(subject, model, labels.data),
+        "title": titled(subject, model, data),
         "model": model,
-        "data": labels.data,
+        "data": data,
         "created": now(),
         "loss": problem.loss_function.name,
         "num_parameters": problem.num_parameters,

@@ -29,7 +29,7 @@ def sweep_of(
     memory: str | None = None,
     retry: bool = False,
 ) -> tuple[Dataset, str]:
-    """Sweep as the words say; without any, only gather what the folder has so far. The cells, and what to say of them.
+    """Sweep as the words say; without any, only gather what the folder has. The cells, and what to say of them.
 
     Args:
         words: axes such as "seed=0,1,2"; perhaps first a function of the user's, file.py:function or

@@ -62,7 +62,13 @@ FIGURES = {
         (tables.eigenvalue, tables.tail),
         tabs=True,
     ),
-    "shares": Figure("Shares", "What the outliers are made of", {shares: ""}, captions.shares),
+    "shares": Figure(
+        "Shares",
+        "What the outliers are made of",
+        {shares: ""},
+        captions.shares,
+        (tables.outlier_classes, tables.outlier_class_pairs, tables.outlier_layers),
+    ),
     "knockouts": Figure(
         "Knock-outs",
         "What is left when parts are removed",

@@ -24,10 +24,11 @@ from deepspectra.certificates.posterior import BASES
 from deepspectra.certificates.priors import KINDS as PRIORS
 from deepspectra.certificates.settings import VARIANTS
 from deepspectra.errors import DeepSpectraError, OptionError
-from deepspectra.jobs.analyze import Analysis, analyze, save_series
+from deepspectra.jobs.analyze import analyze, save_series
 from deepspectra.jobs.certify import certified, unseen
 from deepspectra.jobs.certify_dataset import certificate_dataset
-from deepspectra.jobs.command_targets import CONSOLE, Choice, Moment, Out, Seed, chosen_problem, moments
+from deepspectra.jobs.command_output import finish, in_json
+from deepspectra.jobs.command_targets import CONSOLE, AsJson, Choice, Moment, Out, Seed, chosen_problem, moments
 from deepspectra.jobs.compare_dataset import comparison_dataset
 from deepspectra.jobs.effort import long_spectra
 from deepspectra.jobs.finished_stages import forget
@@ -37,7 +38,6 @@ from deepspectra.jobs.pages import (
     check_writable,
     refuse_overwriting,
     rewrite,
-    save_page,
     write_page,
 )
 from deepspectra.jobs.regions_dataset import regions_dataset
@@ -125,12 +125,13 @@ def _command(name: str, *, out: str, without: tuple[str, ...] = ()) -> Callable[
 
 
 @app.command()
-def demo(out: Out = Path("deepspectra-demo"), seed: Seed = 0) -> None:
+def demo(out: Out = Path("deepspectra-demo"), seed: Seed = 0, as_json: AsJson = False) -> None:
     """Train a small network on the embedded digits, analyse it and write the report."""
     check_writable(out)
     one = chosen_problem(None, Choice(model="mlp-small", out=out, seed=seed))
     model, data, _ = one.labels
-    _finish(analyze(one.problem, seed=seed).labelled(model=model, data=data, class_names=one.class_names), out)
+    found = analyze(one.problem, seed=seed).labelled(model=model, data=data, class_names=one.class_names)
+    finish(found.dataset, out, "analysis", save=found.save, as_json=as_json)
 
 
 @_command("analyze", out="deepspectra-run")
@@ -181,10 +182,10 @@ def analyze_command(
         title = f"Spectrum of {target}" if target and not problem.name else ""
         found = found.labelled(title=title, model=model, data=data, class_names=names)
         series[moment.label] = found
-        _finish(found, moment.out)
+        finish(found.dataset, moment.out, "analysis", save=found.save, as_json=chosen.as_json)
         folders += [] if stages is None else [stages]
     if len(series) > 1:
-        typer.echo(f"All: {save_series(series, chosen.out / 'report.html')}")
+        typer.echo(f"All: {save_series(series, chosen.out / 'report.html')}", err=chosen.as_json)
     for folder in folders:
         forget(folder)
 
@@ -253,9 +254,9 @@ def _look_at_moments(
     series = {}
     for moment in moments(target, chosen):
         said, series[moment.label] = look(moment)
-        _finish_page(said, series[moment.label], moment.out, stem)
+        finish(series[moment.label], moment.out, stem, said=said, as_json=chosen.as_json)
     if len(series) > 1:
-        typer.echo(f"All: {write_page(series, chosen.out / f'{stem}.html')}")
+        typer.echo(f"All: {write_page(series, chosen.out / f'{stem}.html')}", err=chosen.as_json)
 
 
 @contextlib.contextmanager
@@ -297,7 +298,8 @@ def certify_command(
     with _status("certifying") as show:
         beside = unseen(target, test, chosen)
         found = certified(problem, prior, beside, settings, seed=chosen.seed, folder=folder, progress=show)
-    _finish_page(str(found), certificate_dataset(found, problem, labels), chosen.out, "certify")
+    dataset = certificate_dataset(found, problem, labels)
+    finish(dataset, chosen.out, "certify", said=str(found), as_json=chosen.as_json)
     if folder is not None:
         forget(folder)
 
@@ -316,7 +318,7 @@ def compare_command(first: Target = None, second: Target = None, *, chosen: Choi
     with _status("comparing") as show:
         found = compare(*problems, seed=seed, progress=show)
     dataset = comparison_dataset(found, problems[0], labels._replace(seed=seed))
-    _finish_page(str(found), dataset, chosen.out, "compare")
+    finish(dataset, chosen.out, "compare", said=str(found), as_json=chosen.as_json)
 
 
 def _seeds(chosen: Choice, out: Path, num: int) -> list[Choice]:
@@ -344,7 +346,7 @@ def study_command(
     with _status("measuring") as show:
         found = study(variants, seed=chosen.seed, progress=show)
     dataset = study_dataset(found, problem, labels._replace(seed=chosen.seed), name=name)
-    _finish_page(str(found), dataset, chosen.out, "study")
+    finish(dataset, chosen.out, "study", said=str(found), as_json=chosen.as_json)
 
 
 @app.command("sweep")
@@ -369,6 +371,7 @@ def sweep_command(
     memory: Annotated[str | None, typer.Option(help='For all processes together, such as "8GiB".')] = None,
     out: Annotated[Path, typer.Option(help="Directory of the results.")] = Path("deepspectra-sweep"),
     retry: Annotated[bool, typer.Option("--retry", help="Do failed cells again.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a grid of networks, a process each, and draw what moves; goes on where a sweep in OUT was stopped."""
     found, said = sweep_of(
@@ -381,7 +384,9 @@ def sweep_command(
         memory=memory,
         retry=retry,
     )
-    typer.echo(said)
+    typer.echo(said, err=as_json)
+    if as_json:
+        typer.echo(in_json(found))
     if not (found.status == DONE).any():
         raise typer.Exit(1)
 
@@ -399,23 +404,6 @@ def report(
     """Write every page of a directory again; of several directories, a page of each kind."""
     for path in rewrite(directories, out):
         typer.echo(f"Report: {path}")
-
-
-def _finish(result: Analysis, out: Path) -> None:
-    """Say what was found, then save it: if one file does not fit, the others are still written."""
-    typer.echo(f"\n{result}\n")
-    try:
-        result.save(out)
-        typer.echo(f"Results: {out}")
-    finally:
-        typer.echo(f"Report: {result.to_html(out / 'report.html')}")
-
-
-def _finish_page(said: str, dataset: Dataset, out: Path, stem: str) -> None:
-    typer.echo(f"\n{said}\n\n{dataset.attrs['verdict']}\n")
-    path = save_page(dataset, out, stem)
-    typer.echo(f"Results: {path.parent}")
-    typer.echo(f"Report: {path}")
 
 
 if __name__ == "__main__":

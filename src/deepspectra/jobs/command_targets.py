@@ -25,6 +25,9 @@ from deepspectra.problem.problem import Problem
 CONSOLE = Console(stderr=True)
 SPLITS = ("train", "test", "both")
 WEIGHTS = "model.safetensors"  # of a trained network, beside its results
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Numbers as JSON on standard output, all else on standard error.")
+]
 Out = Annotated[Path, typer.Option(help="Directory of the results and the report.")]
 Seed = Annotated[int, typer.Option(help="Seed of the training and of every random vector.")]
 
@@ -51,6 +54,7 @@ class Choice(NamedTuple):
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over an earlier run's results in OUT.")] = (
         False
     )
+    as_json: AsJson = False
     memory: Annotated[str | None, typer.Option(help='Memory budget, such as "8GiB".')] = None
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None
     at: Annotated[

@@ -111,7 +111,7 @@ def plan(problem: Problem, effort: Effort, num: int, gradient_seconds: float, *,
     )
     return (
         f"{first}density of H and of R by {drawn}, of G by {of_g}. Of the densities {products:,} products, {took} at "
-        f"the pace of the first gradient. {resolved}"
+        f"the pace of the first gradient of all the data, the unit of cost: {gradient_seconds:.2g} s. {resolved}"
     )
 
 

@@ -101,6 +101,7 @@ def _of_outliers(name: str, heading: str, table: str) -> Callable[[xr.Dataset], 
         ]
         return table_html(name, heading, ["operator", "pair", "eigenvalue λ", *names], body) if body else ""
 
+    made.__name__ = name
     return made
 
 

@@ -50,6 +50,12 @@ def check_columns(name: str, value: object, size: int | None = None) -> Tensor:
     return value.detach().reshape(len(value), -1)
 
 
+def check_margin(margin: float) -> None:
+    """Raise OptionError unless the margin is a number from 1 on."""
+    if not 1 <= margin < float("inf"):
+        raise OptionError(f"margin={margin}: it is at least 1.")
+
+
 def check_rtol(rtol: float) -> None:
     """Raise OptionError unless 0 < rtol < 1."""
     if not 0 < rtol < 1:

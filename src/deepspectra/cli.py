@@ -13,7 +13,6 @@ from typing import Annotated, get_type_hints
 
 import typer
 
-from deepspectra.analysis.class_groups import class_groups
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.layers import layers
 from deepspectra.analysis.regions import NUM_GROUPS, regions
@@ -24,22 +23,24 @@ from deepspectra.certificates.posterior import BASES
 from deepspectra.certificates.priors import KINDS as PRIORS
 from deepspectra.certificates.settings import VARIANTS
 from deepspectra.errors import DeepSpectraError, OptionError
-from deepspectra.jobs.analyze import Analysis, analyze, save_series
+from deepspectra.jobs.analyze import analyze, save_series
 from deepspectra.jobs.certify import certified, unseen
 from deepspectra.jobs.certify_dataset import certificate_dataset
-from deepspectra.jobs.command_targets import CONSOLE, Choice, Moment, Out, Seed, chosen_problem, moments
+from deepspectra.jobs.command_output import finish, in_json
+from deepspectra.jobs.command_targets import CONSOLE, AsJson, Choice, Moment, Out, Seed, chosen_problem, moments
 from deepspectra.jobs.compare_dataset import comparison_dataset
+from deepspectra.jobs.effort import long_spectra
 from deepspectra.jobs.finished_stages import forget
 from deepspectra.jobs.layers_dataset import layer_dataset
 from deepspectra.jobs.pages import (
     Dataset,
     check_writable,
-    load_pages,
     refuse_overwriting,
-    save_page,
+    rewrite,
     write_page,
 )
 from deepspectra.jobs.regions_dataset import regions_dataset
+from deepspectra.jobs.sweep_cell import DONE
 from deepspectra.jobs.sweep_command import sweep_of
 from deepspectra.problem.problem import Problem
 from deepspectra.results import versions
@@ -54,8 +55,6 @@ Command = Callable[..., None]
 LAST = ("split", "at", "resume", "seed")  # of a command's options
 MALLOC_OPTIONS = {-3: 2**31 - 1, -1: 2**31 - 1, -2: 2**28}  # mmap threshold, trim threshold, top pad
 JUDGED = ("kfac", "ekfac", "cfac")  # Kronecker-factored approximations
-SECONDS_OF_CUBE = 4e-10  # of eigenvalues and vectors of a dense matrix, times the cube of its rows, on a CPU
-FEW_ROWS = 3000  # whose eigenvalues take seconds
 SPECTRA_OF_REGIONS = 3  # of a layer, with its knock-outs, in units of eigenvalues and vectors
 STAGES = "stages"  # folder of what an analysis keeps to be resumed
 
@@ -66,7 +65,8 @@ def options(
 ) -> None:
     """Split the spectrum of a deep network into the parts that cause it.
 
-    Exit status: 0 done; 1 an unforeseen failure; 2 an option, a model or data that cannot be used; 130 interrupted.
+    Exit status: 0 done; 1 an unforeseen failure, or a sweep without a finished cell; 2 an option, a model or data
+    that cannot be used; 130 interrupted.
     """
     if version:
         typer.echo(f"deepspectra {versions()['deepspectra']}")
@@ -123,12 +123,13 @@ def _command(name: str, *, out: str, without: tuple[str, ...] = ()) -> Callable[
 
 
 @app.command()
-def demo(out: Out = Path("deepspectra-demo"), seed: Seed = 0) -> None:
+def demo(out: Out = Path("deepspectra-demo"), seed: Seed = 0, as_json: AsJson = False) -> None:
     """Train a small network on the embedded digits, analyse it and write the report."""
     check_writable(out)
     one = chosen_problem(None, Choice(model="mlp-small", out=out, seed=seed))
     model, data, _ = one.labels
-    _finish(analyze(one.problem, seed=seed).labelled(model=model, data=data, class_names=one.class_names), out)
+    found = analyze(one.problem, seed=seed).labelled(model=model, data=data, class_names=one.class_names)
+    finish(found.dataset, out, "analysis", save=found.save, as_json=as_json)
 
 
 @_command("analyze", out="deepspectra-run")
@@ -136,15 +137,21 @@ def analyze_command(
     target: Target = None,
     *,
     chosen: Choice,
-    num: Annotated[int | None, typer.Option(help="Top eigenpairs of H and of G.")] = None,
-    num_probes: Annotated[int | None, typer.Option(help="Probes of each density.")] = None,
-    num_steps: Annotated[int | None, typer.Option(help="Krylov steps of each probe.")] = None,
+    num: Annotated[int | None, typer.Option(min=1, help="Top eigenpairs of H and of G.")] = None,
+    num_probes: Annotated[int | None, typer.Option(min=1, help="Probes of each density.")] = None,
+    num_steps: Annotated[int | None, typer.Option(min=1, help="Krylov steps of each probe.")] = None,
     rtol: Annotated[float | None, typer.Option(help="Relative residual of the eigenpairs.")] = None,
+    margin: Annotated[
+        float | None, typer.Option(min=1, help="Outliers are above so many times the bulk's edge; 1.25 by default.")
+    ] = None,
     effort: Annotated[
         str, typer.Option(help="How well spectra are resolved: quick, standard or paper.")
     ] = "standard",
     groups: Annotated[
-        int | None, typer.Option(help="Average over so many groups of classes, by their logits.")
+        int | None,
+        typer.Option(
+            min=2, help="Average over so many groups of classes, by their logits; 10 by default for over 100."
+        ),
     ] = None,
 ) -> None:
     """Analyse your own problem (TARGET), or a model of the zoo on one of its data sets.
@@ -156,8 +163,6 @@ def analyze_command(
     for moment in moments(target, chosen):
         problem, names, labels, test = moment.subject
         stages = moment.out / STAGES if chosen.resume else None
-        owner = None if groups is None else class_groups(problem, groups, seed=chosen.seed)
-        names = names if owner is None else _group_names(names, owner.tolist())
         found = analyze(
             problem,
             test=test,
@@ -165,28 +170,22 @@ def analyze_command(
             num_probes=num_probes,
             num_steps=num_steps,
             rtol=rtol,
+            margin=margin,
             effort=effort,
             seed=chosen.seed,
-            groups=owner,
+            groups=groups,
             resume=stages,
         )
         model, data, _ = labels
-        title = f"Spectrum of {target}" if target else ""
+        title = f"Spectrum of {target}" if target and not problem.name else ""
         found = found.labelled(title=title, model=model, data=data, class_names=names)
         series[moment.label] = found
-        _finish(found, moment.out)
+        finish(found.dataset, moment.out, "analysis", save=found.save, as_json=chosen.as_json)
         folders += [] if stages is None else [stages]
     if len(series) > 1:
-        typer.echo(f"All: {save_series(series, chosen.out / 'report.html')}")
+        typer.echo(f"All: {save_series(series, chosen.out / 'report.html')}", err=chosen.as_json)
     for folder in folders:
         forget(folder)
-
-
-def _group_names(names: list[str] | None, owner: list[int]) -> list[str]:
-    """The first two classes of each group, and how many more there are."""
-    names = names or [str(c) for c in range(len(owner))]
-    members = [[name for name, g in zip(names, owner, strict=True) if g == j] for j in range(max(owner) + 1)]
-    return [", ".join(some[:2]) + (f" +{len(some) - 2}" if len(some) > 2 else "") for some in members]
 
 
 @_command("layers", out="deepspectra-run", without=("resume", "split"))
@@ -226,7 +225,7 @@ def regions_command(
 
     def look(moment: Moment) -> tuple[str, Dataset]:
         groups = NUM_GROUPS if num_groups is None else num_groups
-        _warn_of_long_spectra(moment.subject.problem, spectra=(groups + 1) * SPECTRA_OF_REGIONS)
+        _warn_of_long_spectra(moment.subject.problem, spectra=len(kinds) * (groups + 1) * SPECTRA_OF_REGIONS)
         found = []
         for kind in kinds:
             with _status(kind) as show:
@@ -253,9 +252,9 @@ def _look_at_moments(
     series = {}
     for moment in moments(target, chosen):
         said, series[moment.label] = look(moment)
-        _finish_page(said, series[moment.label], moment.out, stem)
+        finish(series[moment.label], moment.out, stem, said=said, as_json=chosen.as_json)
     if len(series) > 1:
-        typer.echo(f"All: {write_page(series, chosen.out / f'{stem}.html')}")
+        typer.echo(f"All: {write_page(series, chosen.out / f'{stem}.html')}", err=chosen.as_json)
 
 
 @contextlib.contextmanager
@@ -266,14 +265,8 @@ def _status(what: str) -> Iterator[LayerProgress]:
 
 
 def _warn_of_long_spectra(problem: Problem, spectra: int = 1) -> None:
-    """Say beforehand how long so many dense spectra of a layer will take, if that is minutes."""
-    num_rows = problem.num_examples * (problem.num_classes - 1)
-    minutes = spectra * SECONDS_OF_CUBE * num_rows**3 / 60
-    if minutes >= 1:
-        CONSOLE.print(
-            f"{num_rows:,} rows (examples × (classes − 1)): about {minutes:.0f} minutes for each layer of more "
-            f"parameters than that, seconds with --per-class {FEW_ROWS // problem.num_classes**2 or 1}."
-        )
+    if words := long_spectra(problem, spectra):
+        CONSOLE.print(words)
 
 
 @_command("certify", out="deepspectra-certify", without=("at", "split"))
@@ -303,7 +296,8 @@ def certify_command(
     with _status("certifying") as show:
         beside = unseen(target, test, chosen)
         found = certified(problem, prior, beside, settings, seed=chosen.seed, folder=folder, progress=show)
-    _finish_page(str(found), certificate_dataset(found, problem, labels), chosen.out, "certify")
+    dataset = certificate_dataset(found, problem, labels)
+    finish(dataset, chosen.out, "certify", said=str(found), as_json=chosen.as_json)
     if folder is not None:
         forget(folder)
 
@@ -322,7 +316,7 @@ def compare_command(first: Target = None, second: Target = None, *, chosen: Choi
     with _status("comparing") as show:
         found = compare(*problems, seed=seed, progress=show)
     dataset = comparison_dataset(found, problems[0], labels._replace(seed=seed))
-    _finish_page(str(found), dataset, chosen.out, "compare")
+    finish(dataset, chosen.out, "compare", said=str(found), as_json=chosen.as_json)
 
 
 def _seeds(chosen: Choice, out: Path, num: int) -> list[Choice]:
@@ -354,60 +348,40 @@ def sweep_command(
     memory: Annotated[str | None, typer.Option(help='For all processes together, such as "8GiB".')] = None,
     out: Annotated[Path, typer.Option(help="Directory of the results.")] = Path("deepspectra-sweep"),
     retry: Annotated[bool, typer.Option("--retry", help="Do failed cells again.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a grid of networks, a process each, and draw what moves; goes on where a sweep in OUT was stopped."""
-    typer.echo(
-        sweep_of(
-            words or (),
-            out,
-            looks=looks,
-            data_root=data_root,
-            training_epochs=training_epochs,
-            by_layer=layers,
-            processes=processes,
-            memory=memory,
-            retry=retry,
-        )
+    found, said = sweep_of(
+        words or (),
+        out,
+        looks=looks,
+        data_root=data_root,
+        training_epochs=training_epochs,
+        by_layer=layers,
+        processes=processes,
+        memory=memory,
+        retry=retry,
     )
+    typer.echo(said, err=as_json)
+    if as_json:
+        typer.echo(in_json(found))
+    if not (found.status == DONE).any():
+        raise typer.Exit(1)
 
 
 @app.command()
 def report(
     directories: Annotated[
         list[Path],
-        typer.Argument(help="Directories that commands wrote; of several, one page to choose from."),
+        typer.Argument(help="Directories that commands wrote; of several, a page of each kind to choose from."),
     ],
-    out: Annotated[Path | None, typer.Option(help="The HTML file; by default in the last directory.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file, by default in the last directory; further kinds beside it.")
+    ] = None,
 ) -> None:
-    """Write every page of a directory again, or one page of several directories."""
-    found = [load_pages(directory) for directory in directories]
-    pages: dict[Path, Dataset | dict[str, Dataset]]
-    if out is None and len(found) == 1:
-        pages = {directories[0] / name: dataset for name, dataset in found[0].items()}
-    else:
-        first = {str(place): next(iter(some.values())) for place, some in zip(directories, found, strict=True)}
-        pages = {out or directories[-1] / "report.html": first if len(first) > 1 else first.popitem()[1]}
-    for path, shown in pages.items():
-        check_writable(path.parent)
-        write_page(shown, path)
+    """Write every page of a directory again; of several directories, a page of each kind."""
+    for path in rewrite(directories, out):
         typer.echo(f"Report: {path}")
-
-
-def _finish(result: Analysis, out: Path) -> None:
-    """Say what was found, then save it: if one file does not fit, the others are still written."""
-    typer.echo(f"\n{result}\n")
-    try:
-        result.save(out)
-        typer.echo(f"Results: {out}")
-    finally:
-        typer.echo(f"Report: {result.to_html(out / 'report.html')}")
-
-
-def _finish_page(said: str, dataset: Dataset, out: Path, stem: str) -> None:
-    typer.echo(f"\n{said}\n\n{dataset.attrs['verdict']}\n")
-    path = save_page(dataset, out, stem)
-    typer.echo(f"Results: {path.parent}")
-    typer.echo(f"Report: {path}")
 
 
 if __name__ == "__main__":

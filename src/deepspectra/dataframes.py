@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -38,6 +38,12 @@ class Tabular:
         return latex_table(self.to_dataframe(), digits)
 
 
+class Math(NamedTuple):
+    """A cell of a table that LaTeX is to read as mathematics."""
+
+    text: str
+
+
 def latex_table(table: Any, digits: int = 3) -> str:
     """A `pandas.DataFrame` for LaTeX, numbers to so many significant digits, powers of ten as such.
 
@@ -45,8 +51,15 @@ def latex_table(table: Any, digits: int = 3) -> str:
         OptionError: digits below 1.
     """
     check_count("digits", digits)
-    found: str = table.to_latex(index=False, float_format=lambda x: _in_latex(x, digits), escape=True, na_rep="--")
+    mixed = {name: _as_math for name in table if table[name].map(lambda cell: isinstance(cell, Math)).any()}
+    found: str = table.to_latex(
+        index=False, float_format=lambda x: _in_latex(x, digits), formatters=mixed, escape=True, na_rep="--"
+    )
     return found
+
+
+def _as_math(cell: Any) -> Any:
+    return f"${cell.text}$" if isinstance(cell, Math) else cell
 
 
 def _in_latex(number: float, digits: int) -> str:

@@ -202,6 +202,7 @@ def test_results_are_read() -> None:
     row = found.to_dataframe()
     assert len(row) == 1
     assert row.exponent[0] == found.power_law.exponent
+    assert "power law" in found.to_latex()
 
 
 def test_what_cannot_be_judged_is_refused() -> None:

@@ -408,12 +408,92 @@ def test_another_loss_has_no_class_structure():
         ds.decompose(problem)
 
 
-@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
-def test_what_has_no_classes_is_refused_before_any_work(monkeypatch, loss):
-    targets = torch.full((12, 3), 1 / 3)
-    problem = ds.Problem(torch.nn.Linear(4, 3), (torch.randn(12, 4), targets), loss)
+def cauchy(outputs, targets):
+    return torch.log1p((outputs - targets).square()).mean()
+
+
+WITHOUT_CLASSES = {
+    "regression": ("mse", 2, 2),
+    "one output": ("mse", 1, 1),
+    "a callable that is not convex": (cauchy, 2, 2),
+    "probabilities of classes": ("cross_entropy", 3, 3),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_CLASSES)
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_problem_without_classes_has_its_spectra_and_no_outliers(case, dense, tmp_path):
+    loss, width, outputs = WITHOUT_CLASSES[case]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 3, generator=generator, dtype=torch.float64)
+    y = torch.rand(30, width, generator=generator, dtype=torch.float64)
+    y = y / y.sum(1, keepdim=True) if loss == "cross_entropy" else 4 * y
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, outputs)).double()
+    problem = ds.Problem(net, (x, y), loss)
+    problem.name, problem.data_name = "<mine>", "noise"
+    counts = {} if dense else {"num_probes": 2, "num_steps": 12}
+    found = ds.analyze(problem, num=4, test=problem, progress=False, **counts)
+    data = found.dataset
+    for name, operator in (("hessian", ds.Hessian), ("gauss_newton", ds.GaussNewton)):
+        exact = torch.linalg.eigvalsh(operator(problem).dense()).flip(0)
+        np.testing.assert_allclose(data.eigenvalue.sel(operator=name), exact[:4], rtol=1e-3, atol=1e-9)
+        error = 6 * float(data.trace_standard_error.sel(operator=name)) + 1e-6 * float(exact.abs().sum())
+        assert abs(float(data.trace.sel(operator=name)) - float(exact.sum())) <= error
+        if dense:  # what lies below zero is drawn where it is no rounding
+            bins = data.sel(operator=name, split="train", view="linear")
+            below = float(bins.bin_mass.where(bins.bin_end < -1e-9).sum())
+            assert (below > 0) == bool((exact < -1e-6).any())
+    assert not (data.is_outlier == 1).any()
+    assert "part" not in data.dims
+    assert "class" not in data.dims
+    assert "num_classes" not in data.attrs
+    assert data.attrs["title"] == "Spectrum of <mine> on noise"
+    assert "no outlier is told from the bulk" in found.verdict
+    found.save(tmp_path)
+    page = ds.load(tmp_path).to_html(tmp_path / "report.html").read_text()
+    assert 'id="chart-spectrum"' in page
+    assert 'id="chart-shares"' not in page
+
+
+def test_what_a_problem_without_classes_cannot_have_is_refused_before_any_work(monkeypatch):
+    problem = ds.Problem(torch.nn.Linear(4, 3), (torch.randn(12, 4), torch.randn(12, 3)), "mse")
     monkeypatch.setattr(stages, "run", lambda *_, **__: pytest.fail("work was done"))
-    with pytest.raises(errors.LossError):
+    with pytest.raises(errors.OptionError, match="no class labels"):
+        ds.analyze(problem, groups=2, progress=False)
+    single = ds.Problem(torch.nn.Linear(4, 1), (torch.randn(12, 4), torch.zeros(12).long()))
+    with pytest.raises(errors.LossError, match="one output"):
+        ds.analyze(single, progress=False)
+
+
+def test_very_many_classes_are_put_into_groups_and_that_is_said(capsys):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(150, 6, generator=generator), torch.arange(150) % 120
+    problem = ds.Problem(torch.nn.Linear(6, 120), (x, y))
+    problem.class_names = [f"word {c}" for c in range(120)]
+    found = ds.analyze(problem, num_probes=1, num_steps=4)
+    assert "120 classes are taken over 10 groups" in " ".join(capsys.readouterr().err.split())
+    assert found.dataset.attrs["averages"] == "10 groups of 120 classes"
+    assert found.dataset.sizes["pair"] == 13
+    owner = found.dataset["class_group"].values
+    names = [f"word {c}" for c in np.flatnonzero(owner == 0)]
+    assert str(found.dataset["class"].values[0]).startswith(", ".join(names[:2]))
+    asked = ds.analyze(problem, num=3, groups=4, num_probes=1, num_steps=4, progress=False)
+    assert asked.dataset.sizes["class"] == 4
+
+
+def test_names_and_margin_are_the_users():
+    problem = trained()
+    problem.name, problem.class_names = "net", [f"digit {c}" for c in range(10)]
+    named = ds.analyze(problem, num_probes=1, num_steps=4, margin=3, progress=False).dataset
+    assert named["class"].values.tolist() == problem.class_names
+    assert named.attrs["title"] == "Spectrum of net"
+    h = named.sel(operator="hessian")
+    assert float(h.outlier_threshold) == pytest.approx(3 * float(h.bulk_edge))
+    assert int(h.num_outliers) == int((h.eigenvalue > 3 * h.bulk_edge).sum())
+    with pytest.raises(errors.OptionError, match="margin"):
+        ds.analyze(problem, margin=0.5, progress=False)
+    problem.class_names = ["one"]
+    with pytest.raises(errors.OptionError, match="1 names for 10 classes"):
         ds.analyze(problem, progress=False)
 
 

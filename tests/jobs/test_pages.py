@@ -7,8 +7,9 @@ import pytest
 import torch
 import xarray as xr
 
-from deepspectra.errors import FileError
+from deepspectra.errors import FileError, OptionError
 from deepspectra.jobs.pages import (
+    STEMS,
     Labels,
     check_writable,
     dataset_of,
@@ -16,6 +17,7 @@ from deepspectra.jobs.pages import (
     measured,
     page_dataset,
     provenance,
+    rewrite,
     save_dataset,
     save_page,
     titled,
@@ -79,6 +81,24 @@ def test_what_is_saved_is_loaded_an_analysis_before_others(tmp_path):
     ]
     with pytest.raises(FileError, match=r"none of analysis\.nc, layers\.nc"):
         load_pages(tmp_path / "nowhere")
+
+
+def test_pages_of_each_kind_are_written_again_and_none_is_dropped(tmp_path):
+    dataset = xr.Dataset({"region_missed": ("spectrum", [1.5, 2.5])}, attrs={"verdict": "One."})
+    kinds = {"a": ("study", "layers"), "b": ("study", "regions")}
+    for name, stems in kinds.items():
+        for stem in stems:
+            save_page(dataset.assign_attrs(verdict=f"{stem} of {name}."), tmp_path / name, stem)
+    both = [tmp_path / name for name in kinds]
+    pages = rewrite(both)
+    assert pages == [tmp_path / "b" / f"{stem}.html" for stem in ("layers", "study", "regions")]
+    said = [{f"{stem} of {name}." for stem in STEMS for name in kinds if f"{stem} of {name}." in page.read_text()}
+            for page in pages]  # fmt: skip
+    assert said == [{"layers of a."}, {"study of a.", "study of b."}, {"regions of b."}]
+    named = rewrite(both[:1], tmp_path / "new" / "mine.html")
+    assert [path.name for path in named] == ["mine.html", "mine-study.html"]
+    with pytest.raises(OptionError, match=r"a report is HTML"):
+        rewrite(both, tmp_path / "x.pdf")
 
 
 def test_a_damaged_file_is_told_with_what_to_do(tmp_path):

@@ -40,12 +40,25 @@ def test_a_grid_of_a_function_of_the_users_is_swept_and_gathered(folder, monkeyp
     assert "4 cells: 2 done, 2 failed." in told
     assert "Report: out/sweep.html" in told
     assert xr.load_dataset("out/sweep.nc").y.sel(kind="good").values.tolist() == [2, 4]
-    assert "2 done, 2 failed" in sweep_of([], folder / "out")
+    assert "2 done, 2 failed" in sweep_of([], folder / "out")[1]
     (folder / "out" / "sweep.html").unlink()
     monkeypatch.setattr(sys, "argv", ["deepspectra", "report", "out"])
     with pytest.raises(SystemExit):
         cli.main()
-    assert "What moves with what" in (folder / "out" / "sweep.html").read_text()
+    page = (folder / "out" / "sweep.html").read_text()
+    assert "What moves with what" in page
+    assert '<td>failed</td><td>ValueError: a bad kind</td><td class=n data-value="2">2</td>' in page
+
+
+def test_a_sweep_without_a_finished_cell_is_a_failure_and_its_page_says_why(folder, monkeypatch):
+    words = ["swept_cells.py:cell", "size=1,2", "kind=bad", "--processes", "1", "--out", "bad"]
+    monkeypatch.setattr(sys, "argv", ["deepspectra", "sweep", *words])
+    with pytest.warns(errors.SweepWarning), pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    page = (folder / "bad" / "sweep.html").read_text()
+    assert "ValueError: a bad kind" in page
+    assert "size=1, kind=bad" in page
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra.errors import OptionError
-from deepspectra.problem.example_subsets import class_batches, drawn_problem, small_problem
+from deepspectra.problem.example_subsets import class_batches, drawn_problem, limited, small_problem
 from nets import digits_problem
 
 
@@ -80,3 +80,29 @@ def test_batches_by_class_hold_one_class_and_all_examples(groups: torch.Tensor |
     assert sorted(torch.cat([inputs for inputs, _ in seen])[:, 0].tolist()) == sorted(x[:, 0].tolist())
     some = torch.cat([inputs for inputs, _ in class_batches(problem, groups, {1})])
     assert sorted(some[:, 0].tolist()) == sorted(x[kind == 1, 0].tolist())
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_limited_problem_has_about_so_many_of_the_examples(cut: bool) -> None:
+    x, y = torch.randn(90, 4), torch.arange(90) % 3
+    batches = [(x[start : start + 25], y[start : start + 25]) for start in range(0, 90, 25)]
+    whole = ds.Problem(nn.Linear(4, 3), batches)
+    if not cut:
+        whole = whole.variant(cuts=False)
+    few = limited(whole, 30)
+    assert few.num_examples == (30 if cut else 50)
+    inputs = torch.cat([inputs for inputs, _ in few.batches])
+    assert len(inputs) == few.num_examples
+    assert set(map(tuple, inputs.tolist())) <= set(map(tuple, x.tolist()))
+    assert whole.num_examples == 90
+    assert limited(whole, 1000).num_examples == 90
+    with pytest.raises(OptionError, match="limit"):
+        limited(whole, 0)
+
+
+def test_limited_batches_may_be_anything_that_is_cut() -> None:
+    batches = [{"x": torch.randn(20, 4), "y": torch.arange(20) % 3} for _ in range(2)]
+    whole = ds.Problem(nn.Linear(4, 3), batches, forward=lambda model, batch: (model(batch["x"]), batch["y"]))
+    assert limited(whole, 10).num_examples == (10 if whole.cuts else 20)
+    regression = ds.Problem(nn.Linear(4, 1), (torch.randn(40, 4), torch.randn(40, 1)), loss="mse")
+    assert limited(regression, 10).num_examples == 10

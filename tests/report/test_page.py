@@ -24,8 +24,8 @@ from deepspectra.jobs.regions_dataset import regions_dataset
 from deepspectra.report import render
 from deepspectra.report.drawing import PART_COLOURS, number
 from deepspectra.report.figures import FIGURES
-from deepspectra.report.page import _citation, tables_section
-from deepspectra.report.text import escaped, percent, quantity
+from deepspectra.report.page import _bibtex, _citation, tables_section
+from deepspectra.report.text import percent, quantity
 
 OPERATORS = ["hessian", "gauss_newton", "residual"]
 PARTS = ["class", "logit", "interaction", "within", "true", "residual"]
@@ -38,6 +38,11 @@ VERDICT = (
     "standing; removing class and logit means leaves none. Averaging gradients by class finds 87 % of the "
     "outlier eigenspace for the price of one gradient, and the cross-class means find 97.5 %."
 )
+
+
+def unlinked(page):
+    """A page without the links of its terms."""
+    return re.sub(r'<a class="term"[^>]*>(.*?)</a>', r"\1", page)
 
 
 def bulk(rng, operator, num):
@@ -292,8 +297,9 @@ def table_values(page, name):
 
 
 def test_page_opens_with_the_verdict_before_any_figure(page):
-    verdict = html.escape(VERDICT.split(". ", 1)[0])
-    assert 0 < page.index(verdict) < page.index("<figure>")
+    verdict, plain = html.escape(VERDICT.split(". ", 1)[0]), unlinked(page)
+    assert 0 < plain.index(verdict) < plain.index("<figure>")
+    assert '<a class="term" href="#term-outlier" title="An eigenvalue that stands clear' in page
 
 
 def test_page_has_a_section_for_every_link_and_a_place_for_every_chart(page, drawn):
@@ -312,7 +318,7 @@ def test_tables_hold_the_numbers_of_the_dataset(page, dataset):
     for row, (operator, pair) in zip(rows, known, strict=True):
         parts = share[operator, pair] if dataset["is_outlier"][operator, pair] == 1 else np.full(6, np.nan)
         np.testing.assert_allclose(
-            row, [pair + 1, eigenvalue[operator, pair], residual[operator, pair], *parts], rtol=1e-8
+            row, [pair + 1, eigenvalue[operator, pair], np.nan, residual[operator, pair], *parts], rtol=1e-8
         )
     np.testing.assert_allclose([row[0] for row in table_values(page, "traces")[:3]], dataset["trace"])
     np.testing.assert_allclose([row[0] for row in table_values(page, "cost-table")], dataset["cost_gradients"])
@@ -476,6 +482,7 @@ def test_every_page_is_cited_with_its_version():
     ]
     for page in pages:
         assert f"deepspectra {version}; " in _citation(page)
+        assert f"version = {{{version}}}" in _bibtex(page)
         assert json.loads(page.attrs["provenance"])["versions"]["torch"] == torch.__version__
 
 
@@ -594,7 +601,7 @@ def test_shares_have_no_negative_zero_and_counts_agree_with_their_nouns():
         (0.96, "0.96"),
         (-1.5, "−1.5"),
         (2.34e-7, "2.34×10⁻⁷"),
-        (1e-6, "10⁻⁶"),
+        (1e-6, "1×10⁻⁶"),
         (12345, "12,300"),
         (math.nan, "–"),
     ],
@@ -697,7 +704,7 @@ def test_a_series_is_one_page_with_names_of_its_own_for_each(tmp_path):
     tabs = re.findall(r'<label for="([^"]+)"', page)
     assert set(tabs) <= set(re.findall(r'\bid="([^"]+)"', page))
     for analysis in found.values():
-        assert escaped(analysis.verdict.split(". ")[0]) in page
+        assert html.escape(analysis.verdict.split(". ")[0], quote=False) in unlinked(page)
     assert page.count('class="moment away"') == 1
     with pytest.raises(DataError, match="at least one"):
         ds.save_series({}, tmp_path / "none.html")

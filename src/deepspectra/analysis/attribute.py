@@ -13,7 +13,7 @@ from deepspectra.algorithms.krylov_basis import Krylov
 from deepspectra.algorithms.long_vectors import vectors_that_fit
 from deepspectra.analysis.gram_spectrum import MARGIN
 from deepspectra.analysis.knockouts import NEWEST, Knockout, KnockoutSpace, knockouts
-from deepspectra.argument_checks import Progress, seeded
+from deepspectra.argument_checks import Progress, check_margin, seeded
 from deepspectra.dataframes import text_table
 from deepspectra.errors import MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
@@ -23,6 +23,7 @@ from deepspectra.rows.averages import taken
 
 EDGE_PRODUCTS = 30  # at most, from a basis that knows the operator
 MOSTLY = 0.75  # a knock-out that removes this share of the outliers explains most of them
+MINOR = 0.5  # the share of what no means make, beyond which the outliers are not called attributable to means
 ROWS_BYTES = 2**28  # of N × C × K float64 that are projected at a time
 
 
@@ -155,8 +156,7 @@ def attribute(
             "must come from one problem."
         )
     parts.check_operator(operator)
-    if margin < 1:
-        raise OptionError(f"margin={margin}: it is at least 1.")
+    check_margin(margin)
     spent, basis = 0, None
 
     def report(done: int, _: int | None) -> None:
@@ -297,10 +297,15 @@ def _judgement(result: Attribution) -> str:
                 gone, sure = count - left.num_outliers, max(0, count - left.num_outliers_at_most)
                 number = f"{gone} of {count}" + (f", or {sure} within the error" if sure < gone else "")
                 means = " and ".join(removed)
+                rest = f"by share {residual} of them is residual and {within} within, which no means make."
+                if result.mean_shares["residual"] + result.mean_shares["within"] > MINOR:
+                    return (
+                        f"Without the {means} means {number} of them lie below the threshold, but these do not make "
+                        f"the most of them: {rest}"
+                    )
                 return (
                     f"So by knock-out the outliers are attributable{adverb} to the {means} means (then below the "
-                    f"threshold: {number}); by share {residual} of them is residual and {within} within, which no "
-                    "means make."
+                    f"threshold: {number}); {rest}"
                 )
     return f"So neither explains the outliers: more than {1 - MOSTLY:.0%} of them stay."
 

@@ -20,7 +20,7 @@ from deepspectra.operators.base import Operator
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
-from deepspectra.results import Eigenpairs, Provenance, Result, origin
+from deepspectra.results import Eigenpairs, Provenance, Result, Separation, origin
 from deepspectra.rows.averages import Averages
 from deepspectra.rows.captures import Complement, captures_of
 from deepspectra.rows.features_and_errors import error_averages
@@ -230,8 +230,18 @@ def gradient_pairs(spectrum: Spectrum, parts: Decomposition, num: int, began: fl
         num_products=0,
         which="largest",
         rtol=float(missed / values.min()) if num else 0.0,
+        separation=_separation(spectrum.values.cpu(), num, 3 * float(missed)),
         **origin(began, parts.problem),
     )
+
+
+def _separation(values: Tensor, num: int, blurred: float) -> Separation:
+    """How far the first of all non-zero eigenvalues lie from the others, and from zero."""
+    steps = (-torch.cat([values, values.new_zeros(1)]).diff() - blurred).clamp_min(0)  # from each to the next
+    above = torch.cat([values.new_full((1,), math.inf), steps])[: len(steps)]
+    gaps = torch.minimum(above, steps)[:num].double()
+    gap = float(steps[num - 1]) if num else math.inf
+    return Separation(gaps, gap, float(values.abs().max()) if len(values) else 0.0, complete=True)
 
 
 # -- too many rows to form the Gram matrix: products with it ----------------------------------------------------

@@ -25,7 +25,7 @@ from deepspectra.analysis.tail_laws import (
     thresholds_of,
 )
 from deepspectra.argument_checks import check_count
-from deepspectra.dataframes import text_table
+from deepspectra.dataframes import Tabular, text_table
 from deepspectra.errors import DataError, OptionError
 from deepspectra.quadrature import Density
 from deepspectra.results import Eigenpairs, Provenance, Result
@@ -65,7 +65,7 @@ class Exact(Protocol):
 
 
 @dataclass(frozen=True, repr=False)
-class Tail(Result):
+class Tail(Result, Tabular):
     """The laws of a spectrum's bulk and tail, and which of them holds.
 
     Attributes:

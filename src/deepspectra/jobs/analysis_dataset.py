@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from deepspectra.algorithms.long_vectors import inner_products
+from deepspectra.algorithms.overlap import overlap
+from deepspectra.analysis.outlier_sources import layer_shares, share_errors
 from deepspectra.derivatives.products import products_of
 from deepspectra.jobs.findings import LETTERS, Findings
 from deepspectra.jobs.pages import Dataset, Labels, Variables, dataset_of, described, measured, provenance
@@ -28,33 +30,27 @@ CLASS_AXES = ("class", "cross_class", "class_other")
 
 def analysis_dataset(found: Findings) -> Dataset:
     """Every number of an analysis."""
-    variables: Variables = {}
-    for group in (
-        _histograms,
-        _tails,
-        _nodes,
-        _pairs,
-        _of_test,
-        _shares,
-        _knockouts,
-        _averages,
-        _traces,
-        _classes,
-        _costs,
-    ):
-        variables |= group(found)
-    coords = {
+    groups = [_histograms, _tails, _nodes, _pairs, _of_test, _traces, _costs]
+    coords: dict[str, list[Any]] = {
         "operator": list(OPERATORS),
         "split": list(_looks(found)),
         "view": list(VIEWS),
         "side": list(SIDES),
-        "part": list(found.attribution.part_names),
-        "level": list(LEVELS),
-        "knockout": list(dict.fromkeys(knockout.name for knockout in found.attribution.knockouts)),
-        "method": list(METHODS),
+        "layer": list(found.problem.layers),
         "stage": list(found.ledger.costs),
-        **{axis: [str(c) for c in range(found.num_classes)] for axis in CLASS_AXES},
     }
+    if found.classed:
+        groups += [_shares, _sources, _knockouts, _averages, _classes]
+        coords |= {
+            "part": list(found.attribution.part_names),
+            "level": list(LEVELS),
+            "knockout": list(dict.fromkeys(knockout.name for knockout in found.attribution.knockouts)),
+            "method": list(METHODS),
+            **{axis: [str(c) for c in range(found.num_classes)] for axis in CLASS_AXES},
+        }
+    variables: Variables = {}
+    for group in groups:
+        variables |= group(found)
     return dataset_of(variables, coords, _attributes(found))
 
 
@@ -135,28 +131,64 @@ def _pairs(found: Findings) -> Variables:
     thresholds = {name: found.threshold(name) for name in OPERATORS[:2]}
     above = {name: one.values.cpu() > thresholds[name] for name, one in pairs}
     outliers = [above.get(name, torch.zeros(0, dtype=torch.bool)) for name in OPERATORS]
-    edges = {"hessian": found.attribution.bulk_edge}
+    edges = {"hessian": found.attribution.bulk_edge} if found.classed else {}
     if found.exact is not None:
         edges["gauss_newton"] = found.exact.bulk_edge
+    angles = {name: _known(one.angle_bounds) for name, one in pairs}
+    lengths = {name: layer_shares(found.problem, one.vectors) for name, one in pairs}
     return {
         "eigenvalue": (("operator", "pair"), {name: one.values for name, one in pairs}),
         "residual_norm": (("operator", "pair"), {name: one.residual_norms for name, one in pairs}),
+        "error_bound": (("operator", "pair"), {name: one.error_bounds for name, one in pairs}),
+        "angle_bound": (("operator", "pair"), angles),
+        "layer_length": (("operator", "pair", "layer"), lengths),
         "is_outlier": (("operator", "pair"), pad_sequence(outliers, True).to(torch.int8).numpy()),
-        "num_outliers": (("operator",), {name: some.sum() for name, some in above.items() if len(some)}),
+        "num_outliers": (
+            ("operator",),
+            {name: some.sum() for name, some in above.items() if len(some) and found.classed},
+        ),
         "bulk_edge": (("operator",), edges),
-        "outlier_threshold": (("operator",), thresholds),
+        "outlier_threshold": (("operator",), thresholds if found.classed else {}),
         "converged": (("operator",), {name: float(one.converged) for name, one in pairs}),
     }
 
 
+def _known(bounds: Tensor) -> Tensor:
+    """Of sines: NaN where nothing is known."""
+    return torch.where(bounds < 1, bounds, torch.nan)
+
+
+def _norm_of_g(found: Findings) -> float:
+    pairs = found.pairs["gauss_newton"]
+    return float((pairs.values + pairs.error_bounds)[0]) if len(pairs.values) else 0.0
+
+
+def _sources(found: Findings) -> Variables:
+    """Of outliers: shares of classes, of potential classes and of pairs of both, with their errors."""
+    tables: dict[str, dict[str, Tensor]] = {}
+    for name, cells in found.sources.items():
+        mine = {"class": cells.sum(2), "logit": cells.sum(1), "class_pair": cells}
+        for of, shares in mine.items():
+            tables.setdefault(f"{of}_share", {})[name] = shares
+            errors = share_errors(shares, found.pairs[name], _norm_of_g(found))
+            tables.setdefault(f"{of}_share_error", {})[name] = errors
+    axes = {"class": ("class",), "logit": ("cross_class",), "class_pair": ("class", "cross_class")}
+    return {name: (("operator", "pair", *axes[name.partition("_share")[0]]), one) for name, one in tables.items()}
+
+
 def _shares(found: Findings) -> Variables:
-    means = {}
+    means, errors = {}, {}
+    for name, table in found.shares.items():
+        of_g = table.clone()
+        of_g[:, -1] = table[:, :-1].sum(1)  # what the residual leaves
+        errors[name] = share_errors(of_g, found.pairs[name], _norm_of_g(found))
     for name, table in found.shares.items():
         above = found.pairs[name].values.cpu() > found.threshold(name)
         if above.any():
             means[name] = table.numpy()[above.numpy()].mean(0)
     return {
         "share": (("operator", "pair", "part"), found.shares),
+        "share_error": (("operator", "pair", "part"), errors),
         "mean_share": (("operator", "part"), means),
     }
 
@@ -199,12 +231,17 @@ def _averages(found: Findings) -> Variables:
 def _traces(found: Findings) -> Variables:
     """Traces of H, G, R and of G's parts, with standard errors, 0 where they are exact."""
     traces = {name: _trace(found, name) for name in OPERATORS}
-    parts = dict(zip(found.attribution.part_names, found.part_traces.T.tolist(), strict=False))
+    parts = {}
+    if found.classed:
+        parts = dict(zip(found.attribution.part_names, found.part_traces.T.tolist(), strict=False))
+    of_parts: Variables = {
+        "part_trace": (("part",), _row(parts, 0)),
+        "part_trace_standard_error": (("part",), _row(parts, 1)),
+    }
     return {
         "trace": (("operator",), _row(traces, 0)),
         "trace_standard_error": (("operator",), _row(traces, 1)),
-        "part_trace": (("part",), _row(parts, 0)),
-        "part_trace_standard_error": (("part",), _row(parts, 1)),
+        **(of_parts if found.classed else {}),
     }
 
 
@@ -253,7 +290,7 @@ def _costs(found: Findings) -> Variables:
 
 
 def _attributes(found: Findings) -> dict[str, object]:
-    problem, attribution = found.problem, found.attribution
+    problem = found.problem
     products, labels = products_of(problem), Labels(seed=found.seed)
     conditions = {
         "batches": problem.batches.num_batches,
@@ -269,17 +306,21 @@ def _attributes(found: Findings) -> dict[str, object]:
         **({"finished before a stop": ", ".join(found.ledger.resumed)} if found.ledger.resumed else {}),
         "doubts": "; ".join(found.ledger.doubts) or "none: every eigenpair converged",
     }
-    thresholds = {
-        "bulk edge": [
+    thresholds: dict[str, object] = {}
+    if found.classed:
+        attribution = found.attribution
+        thresholds["bulk edge"] = [
             attribution.bulk_edge,
             "largest eigenvalue of H without any class or cross-class mean: what scatter within classes and "
             "the residual make by themselves",
-        ],
-        "outlier threshold": [attribution.threshold, f"{attribution.margin:g} times the bulk edge"],
-    }
+        ]
+        thresholds["outlier threshold"] = [attribution.threshold, f"{attribution.margin:g} times the bulk edge"]
+    about = described(problem, labels, "Spectrum of", sentences(found), found.loss, found.accuracy)
+    if not found.classed:
+        del about["num_classes"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
-        **described(problem, labels, "Spectrum of", sentences(found), found.loss, found.accuracy),
+        **about,
         **_test_attributes(found),
         "gradient_norm": found.gradient_norm,
         "gradient_seconds": found.ledger.gradient_seconds,
@@ -304,12 +345,27 @@ def _test_attributes(found: Findings) -> dict[str, object]:
 
 def sentences(found: Findings) -> list[str]:
     """The verdict: what the outliers are made of, whether averaging finds them, what G and R are to H."""
+    lines = _of_classes(found) if found.classed else _of_values(found)
+    traces = [f"{LETTERS[name]} {measured(*_trace(found, name))}" for name in OPERATORS]
+    lines.append(f"Traces, each by itself and ± its standard error: {', '.join(traces)}.")
+    for split, one in _looks(found).items():
+        bulks = {name: one.tails.get((name, "magnitude")) for name in OPERATORS}
+        listed = [f"{LETTERS[name]} {_law(kept)}" for name, kept in bulks.items() if kept]
+        on = "" if split == "train" else f"on the test data (loss {one.loss:.3g}, accuracy {one.accuracy:.1%}), "
+        rest = "without outliers: " if found.classed else "of all: "
+        lines += [f"Laws of the tails of |λ|, {on}{rest}{', '.join(listed)}."] if listed else []
+    if found.ledger.doubts:
+        lines.append("Not everything converged: " + "; ".join(found.ledger.doubts))
+    return lines
+
+
+def _of_classes(found: Findings) -> list[str]:
     lines = list(found.attribution.verdicts)
     averages = [
-        f"{overlap:.2f} from the {level.replace('_', '-')} means (about "
+        f"{shared:.2f} from the {level.replace('_', '-')} means (about "
         f"{found.subspace_gradients[level]:.2g} gradients)"
-        for (level, name), overlap in found.overlaps.items()
-        if name == "hessian" and not math.isnan(overlap)
+        for (level, name), shared in found.overlaps.items()
+        if name == "hessian" and not math.isnan(shared)
     ]
     if averages:
         lines.append(
@@ -318,15 +374,23 @@ def sentences(found: Findings) -> list[str]:
         )
     else:
         lines.append("The class means of gradients are zero, so that averaging finds no eigenvectors.")
-    traces = [f"{LETTERS[name]} {measured(*_trace(found, name))}" for name in OPERATORS]
-    lines.append(f"Traces, each by itself and ± its standard error: {', '.join(traces)}.")
-    for split, one in _looks(found).items():
-        bulks = {name: one.tails.get((name, "magnitude")) for name in OPERATORS}
-        listed = [f"{LETTERS[name]} {_law(kept)}" for name, kept in bulks.items() if kept]
-        on = "" if split == "train" else f"on the test data (loss {one.loss:.3g}, accuracy {one.accuracy:.1%}), "
-        lines += [f"Laws of the tails of |λ|, {on}without outliers: {', '.join(listed)}."] if listed else []
-    if found.ledger.doubts:
-        lines.append("Not everything converged: " + "; ".join(found.ledger.doubts))
+    return lines
+
+
+def _of_values(found: Findings) -> list[str]:
+    """Of a problem without classes: its largest eigenvalues, and whether those of G are the same."""
+    h, g = found.pairs["hessian"], found.pairs["gauss_newton"]
+    tops = [
+        f"{LETTERS[name]} {', '.join(measured(*one) for one in zip(values, errors, strict=True))}"
+        for name, pairs in found.pairs.items()
+        for values, errors in [(pairs.values[:3].tolist(), pairs.error_bounds[:3].tolist())]
+    ]
+    lines = [f"Largest eigenvalues, with bounds of their errors: {'; '.join(tops)}."]
+    num = min(h.vectors.shape[1], g.vectors.shape[1])
+    if num:
+        same = overlap(h.vectors[:, :num], g.vectors[:, :num])
+        lines.append(f"The top {num} eigenvectors of H and of G span spaces that overlap by {same:.2f}.")
+    lines.append("Without class labels there are no means of classes, and no outlier is told from the bulk.")
     return lines
 
 

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deepspectra.argument_checks import check_choice, check_count, check_rtol
+from deepspectra.analysis.class_groups import class_groups
+from deepspectra.argument_checks import check_choice, check_count, check_margin, check_rtol
 from deepspectra.dataframes import latex_table
 from deepspectra.errors import FileError, OptionError
 from deepspectra.file_writing import save_whole
@@ -24,12 +25,13 @@ from deepspectra.jobs.findings import Options
 from deepspectra.jobs.pages import Dataset, load_dataset, save_dataset, titled, write_page
 from deepspectra.jobs.stage_meter import Ledger
 from deepspectra.problem.problem import Problem, check_problem
-from deepspectra.rows.gradients import check_labelled
+from deepspectra.rows.gradients import has_labels, refuse_one_output
 from deepspectra.rows.projections import grouped
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+MOST_CLASSES, NUM_GROUPS = 100, 10  # more are put into groups, of which so many are found
 DATASET_FILE, VECTORS_FILE = "analysis.nc", "vectors.safetensors"
 
 
@@ -64,18 +66,28 @@ class Analysis:
         drawn = "" if spectrum.lacks(self.dataset) else svg(self.chart())
         return f"<p>{html.escape(self.verdict, quote=False)}</p>{drawn}"
 
-    def to_dataframe(self) -> Any:
-        """A row for each eigenpair of H and of G: rank, eigenvalue, residual, whether an outlier, and shares."""
-        names = ["eigenvalue", "residual_norm", "is_outlier"]
-        table = self.dataset[names].to_dataframe().dropna(subset=["eigenvalue"])
-        shares = self.dataset["share"].to_dataset("part").to_dataframe().add_prefix("share of ")
-        return table.join(shares).reset_index()
+    def to_dataframe(self, table: str = "pairs") -> Any:
+        """One of the tables, a row for each eigenpair of H and of G, or for each pair and what made it.
 
-    def to_latex(self, digits: int = 3) -> str:
-        """The eigenpairs of H with their shares, for LaTeX (with the package booktabs)."""
-        pairs = self.to_dataframe()
-        pairs = pairs[pairs["operator"] == "hessian"].drop(columns="operator")
-        return latex_table(pairs.assign(is_outlier=pairs["is_outlier"].map({1: "yes", 0: "no"})), digits)
+        Args:
+            table: "pairs" (eigenvalue, residual, bound of the error, whether an outlier, shares and their errors);
+                of each outlier "classes" (the share of each class as the true one and as the potential one),
+                "class_pairs" (of each of both) or, of each pair, "layers" (the part of the eigenvector's squared
+                length that lies in each). `docs/file-format.md` says what each number is.
+
+        Raises:
+            OptionError: there is no such table.
+            DataError: the analysis lacks it, for there are no classes or no outliers.
+        """
+        from deepspectra.report import outlier_tables  # noqa: PLC0415  (Altair's import takes a while)
+
+        return outlier_tables.dataframe(self.dataset, table)
+
+    def to_latex(self, table: str = "pairs", digits: int = 3) -> str:
+        """One of these tables, of H alone, for LaTeX (with the package booktabs)."""
+        from deepspectra.report import outlier_tables  # noqa: PLC0415  (Altair's import takes a while)
+
+        return latex_table(outlier_tables.printed(self.dataset, table), digits)
 
     def labelled(
         self, *, title: str = "", model: str = "", data: str = "", class_names: Sequence[str] | None = None
@@ -95,7 +107,9 @@ class Analysis:
         data = data or str(self.dataset.attrs["data"])
         dataset = self.dataset.assign_attrs(title=title or titled("Spectrum of", model, data), model=model, data=data)
         if class_names is not None:
-            num_classes = dataset.sizes["class"]
+            num_classes = dataset.sizes.get("class", 0)
+            if len(class_names) == dataset.sizes.get("member"):
+                class_names = group_names(class_names, dataset["class_group"].values.tolist())
             if len(class_names) != num_classes:
                 raise OptionError(f"{len(class_names)} class names for {num_classes} classes.")
             dataset = dataset.assign_coords({axis: list(class_names) for axis in CLASS_AXES})
@@ -198,6 +212,7 @@ class Counts(TypedDict, total=False):
     num_probes: int | None
     num_steps: int | None
     rtol: float | None
+    margin: float | None
 
 
 def analyze(
@@ -205,7 +220,7 @@ def analyze(
     *,
     test: Problem | None = None,
     effort: str = "standard",
-    groups: Tensor | Sequence[int] | None = None,
+    groups: Tensor | Sequence[int] | int | None = None,
     resume: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -214,7 +229,8 @@ def analyze(
     """Compute the spectra of H, G and R, attribute the outliers, and judge the papers' claims on them.
 
     Args:
-        problem: one with cross-entropy and class labels.
+        problem: any; without cross-entropy of class labels there are spectra alone, and no outlier is told from the
+            bulk.
         test: the same network with other data, whose spectra are computed, too, and shown beside those of the first.
         effort: how well spectra are resolved, told with its cost before the work. All eigenvalues of H and R are
             computed where P is up to about 3,000 ("quick": seconds), 7,000 ("standard": a minute each) or 18,000
@@ -222,51 +238,84 @@ def analyze(
             gradients N (C − 1). Else densities are drawn from up to 4 × 24, 4 × 256 or 4 × 512 products, fewer for
             "quick" and "standard" where those take more than half a minute or five minutes of one core; figures have
             bins as wide as what these leave unresolved.
-        groups: (C,) the group of each class, as in `decompose`, for problems of very many classes; C is then the
-            number of groups wherever averages are meant.
+        groups: (C,) the group of each class, as in `decompose`, or how many `class_groups` is to find; C is then the
+            number of groups wherever averages are meant. By default 10 are found where there are over 100 classes.
         resume: a folder where finished stages are kept; called again with it after a stop, the analysis goes on
             behind the last of them, with the same result up to rounding. It takes as much space as the eigenvectors
             and the Krylov basis of H, and can be removed once the result is saved.
         seed: of every random vector.
         progress: draw progress with cost on standard error.
-        counts: `num`, top eigenpairs of H and of G; by default C + 3, or C for large problems, whose gradient takes
-            over 1e11 floating-point operations (on an accelerator 50 times as many), three times what PyTorch counts
-            in a forward pass, or 6 P N if that is more: about three seconds of one core. `num_probes` of each density
-            and `num_steps` of each probe, by default as `effort` says. `rtol` of the eigenpairs' residuals; by
-            default 1e-2, or 3e-2 for large problems.
+        counts: `num`, top eigenpairs of H and of G; by default C + 3 (10 without classes), or C for large problems,
+            whose gradient takes over 1e11 floating-point operations (on an accelerator 50 times as many), three times
+            what PyTorch counts in a forward pass, or 6 P N if that is more: about three seconds of one core.
+            `num_probes` of each density and `num_steps` of each probe, by default as `effort` says. `rtol` of the
+            eigenpairs' residuals; by default 1e-2, or 3e-2 for large problems. `margin`: eigenvalues above so many
+            times the bulk's edge are outliers; by default 1.25.
 
     Returns:
         The analysis; `str()` is the verdict, `.save(dir)` and `.to_html(path)` write it, under the names that
         `.labelled(model=..., data=...)` gives.
 
     Raises:
-        LossError: the loss is not the cross-entropy of class labels.
+        LossError: the loss is the cross-entropy of a single output, which is zero.
         CurvatureError: the network has no right second derivative.
-        OptionError: an unknown effort, counts below 1, rtol not between 0 and 1, groups that are not one number a
-            class, or a test problem with other weights.
+        OptionError: an unknown effort, counts or margin below 1, rtol not between 0 and 1, groups that are not one
+            number a class or where there are no classes, or a test problem with other weights.
         FileError: the folder to resume from is of another problem or of other options, or damaged.
 
     Cost: itemised in the result.
     """
     check_problem(problem)
-    owner = grouped(groups, problem.num_classes, problem.device)
-    options = Options(groups=owner, seed=seed, effort=effort, **counts)
+    refuse_one_output(problem)
+    classed, ledger = has_labels(problem), Ledger(progress)
+    if groups is not None and not classed:
+        raise OptionError("groups are of classes, and this problem has no class labels.")
+    names = problem.class_names if classed else None
+    if names is not None and len(names) != problem.num_classes:
+        raise OptionError(f"problem.class_names has {len(names)} names for {problem.num_classes:,} classes.")
+    owner = _grouped(problem, groups, ledger, seed) if classed else None
+    options = Options(groups=owner, seed=seed, effort=effort, classed=classed, **counts)
     for name in ("num", "num_probes", "num_steps"):
         if (value := getattr(options, name)) is not None:
             check_count(name, value)
     if options.rtol is not None:
         check_rtol(options.rtol)
+    if options.margin is not None:
+        check_margin(options.margin)
     check_choice("effort", effort, tuple(EFFORTS))
-    check_labelled(problem)
     if test is not None:
-        check_labelled(test)
         _check_same_network(problem, test)
-    found = stages.run(problem, Ledger(progress), options, None if resume is None else Path(resume), test)
+    found = stages.run(problem, ledger, options, None if resume is None else Path(resume), test)
     vectors = {name: _named(problem, pairs.vectors) for name, pairs in found.pairs.items() if len(pairs.values)}
     dataset = analysis_dataset(found)
     if owner is not None:
         dataset.attrs["averages"] = f"{found.num_classes} groups of {problem.num_classes:,} classes"
-    return Analysis(dataset, vectors)
+        dataset["class_group"] = ("member", owner.cpu().numpy())
+    return Analysis(dataset, vectors).labelled(class_names=names or _numbers(owner))
+
+
+def _grouped(
+    problem: Problem, groups: Tensor | Sequence[int] | int | None, ledger: Ledger, seed: int
+) -> Tensor | None:
+    """The group of each class, if they are asked for or are needed, told where they are not given."""
+    num = problem.num_classes
+    if groups is None and num > MOST_CLASSES:
+        groups = NUM_GROUPS
+        ledger.tell(f"Averages over the {num:,} classes are taken over {groups} groups, classes with like logits.")
+    if isinstance(groups, int):
+        groups = class_groups(problem, groups, seed=seed)
+    return grouped(groups, num, problem.device)
+
+
+def _numbers(owner: Tensor | None) -> list[str] | None:
+    """Names of classes that have none and are in groups."""
+    return None if owner is None else [str(c) for c in range(len(owner))]
+
+
+def group_names(names: Sequence[str], owner: Sequence[int]) -> list[str]:
+    """The first two classes of each group, and how many more there are."""
+    members = [[name for name, g in zip(names, owner, strict=True) if g == j] for j in range(max(owner) + 1)]
+    return [", ".join(some[:2]) + (f" +{len(some) - 2}" if len(some) > 2 else "") for some in members]
 
 
 def _check_same_network(problem: Problem, test: Problem) -> None:

@@ -18,11 +18,15 @@ from deepspectra import zoo
 from deepspectra.argument_checks import check_choice
 from deepspectra.errors import FileError, OptionError, TargetError
 from deepspectra.jobs.pages import Labels
+from deepspectra.problem.example_subsets import limited
 from deepspectra.problem.problem import Problem
 
 CONSOLE = Console(stderr=True)
 SPLITS = ("train", "test", "both")
 WEIGHTS = "model.safetensors"  # of a trained network, beside its results
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Numbers as JSON on standard output, all else on standard error.")
+]
 Out = Annotated[Path, typer.Option(help="Directory of the results and the report.")]
 Seed = Annotated[int, typer.Option(help="Seed of the training and of every random vector.")]
 
@@ -43,11 +47,13 @@ class Choice(NamedTuple):
         Path | None, typer.Option(help="Trained weights (safetensors, or a PyTorch state dict).")
     ] = None
     per_class: Annotated[int | None, typer.Option(help="Examples a class; all by default.")] = None
+    limit: Annotated[int | None, typer.Option(help="Look at about so many of the examples, evenly spread.")] = None
     epochs: Annotated[int | None, typer.Option(help="Epochs of training, if no checkpoint.")] = None
     out: Out = Path()
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over an earlier run's results in OUT.")] = (
         False
     )
+    as_json: AsJson = False
     memory: Annotated[str | None, typer.Option(help='Memory budget, such as "8GiB".')] = None
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None
     at: Annotated[
@@ -133,7 +139,17 @@ def chosen_problem(
     """
     check_choice("split", chosen.split, SPLITS)
     if target is None:
-        return _zoo_problem(chosen, chosen.seed if draw is None else draw, snapshots)
+        found = _zoo_problem(chosen, chosen.seed if draw is None else draw, snapshots)
+    else:
+        found = _subject_of(target, chosen)
+    if chosen.limit is None:
+        return found
+    test = None if found.test is None else limited(found.test, chosen.limit)
+    return found._replace(problem=limited(found.problem, chosen.limit), test=test)
+
+
+def _subject_of(target: str, chosen: Choice) -> Subject:
+    """The problem of a target, which decides everything that options may say of a network of the zoo."""
     options = ("model", "data", "checkpoint", "per_class", "epochs", "memory", "device")
     unused = [f"--{name.replace('_', '-')}" for name in options if getattr(chosen, name) is not None]
     if unused:
@@ -279,6 +295,8 @@ def load_function(target: str, purpose: str) -> Callable[..., Any]:
         else:
             sys.path.insert(0, str(Path.cwd()))
             module = importlib.import_module(place)
+    except TargetError:
+        raise
     except ImportError as error:
         raise TargetError(f"target {target!r} cannot be imported: {error}") from error
     if not callable(getattr(module, function, None)):

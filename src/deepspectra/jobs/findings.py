@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -12,13 +14,17 @@ from torch import Tensor
 from deepspectra.analysis.attribute import Attribution
 from deepspectra.analysis.gram_spectrum import GramSpectrum
 from deepspectra.jobs.effort import Effort
+from deepspectra.jobs.finished_stages import Label
 from deepspectra.jobs.stage_meter import Ledger
 from deepspectra.operators.parts import Decomposition
+from deepspectra.problem.cross_entropy import CrossEntropy
+from deepspectra.problem.losses import SquaredError
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
-from deepspectra.results import Eigenpairs
+from deepspectra.results import Eigenpairs, versions
 
 LETTERS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
+FORM = 4  # of what is kept of a stage
 TestedTail = dict[str, float | str]  # what is kept of a `Tail`, by name
 
 
@@ -29,9 +35,11 @@ class Options(NamedTuple):
     num_probes: int | None = None
     num_steps: int | None = None
     rtol: float | None = None
+    margin: float | None = None
     groups: Tensor | None = None
     seed: int = 0
     effort: str = "standard"
+    classed: bool = True
 
 
 @dataclass
@@ -51,6 +59,8 @@ class Findings:
         num: eigenpairs, as asked for or chosen.
         operations: floating-point operations of a gradient, by which the effort is chosen.
         exact: all eigenvalues of G and its parts, if the gradients are few enough.
+        classed: whether there is one class label a row, so that there are parts and an attribution.
+        sources: operator → of its outliers, (K, C, C) shares of pairs of classes.
         places: of class means and of cross-class means on the map, if these are held.
         test: pairs, densities and tails of other data under the same weights, if there are some.
     """
@@ -74,6 +84,8 @@ class Findings:
     overlaps: dict[tuple[str, str], float] = field(default_factory=dict)
     shares: dict[str, Tensor] = field(default_factory=dict)
     exact: GramSpectrum | None = None
+    classed: bool = True
+    sources: dict[str, Tensor] = field(default_factory=dict)
     places: tuple[Tensor, Tensor] | None = None
     trace: tuple[float, float] | None = None
     test: Findings | None = None
@@ -83,16 +95,23 @@ class Findings:
     part_traces: Tensor = field(init=False)
 
     def threshold(self, name: str) -> float:
-        """Above which eigenvalues of H or G are outliers: G's own if its edge is known, else H's."""
+        """Above which eigenvalues of H or G are outliers: G's own if known, else H's; ∞ without classes."""
+        if not self.classed:
+            return math.inf
         if name == "gauss_newton" and self.exact is not None:
             return self.exact.threshold(self.attribution.margin)
         return self.attribution.threshold
 
+    @property
+    def is_convex(self) -> bool:
+        """Whether the loss is known to be convex in the outputs."""
+        return isinstance(self.problem.loss_function, CrossEntropy | SquaredError)
+
     def spectrum(self, name: str) -> tuple[Density, float] | None:
         """The density of H, G or R with zero for what rounding made of it; None if it knows nothing but zeros.
 
-        And the share of eigenvalues that are known to be zero: random vectors only estimate how many are. Of G, which
-        is positive semi-definite and of rank N (C − 1) at most, what lies below zero is rounding.
+        And the share of eigenvalues that are known to be zero: random vectors only estimate how many are. Of the G of
+        a convex loss, which is positive semi-definite, what lies below zero is rounding.
         """
         density = self.densities[name]
         if not bool(density.weights.isfinite().all() and density.nodes.isfinite().all()):
@@ -102,9 +121,44 @@ class Findings:
             eps = torch.finfo(torch.promote_types(self.problem.dtype, torch.float32)).eps
             # as in Spectrum
             rounded = len(nodes) if self.exact is not None else 10 if self.effort.dense else 1
-            zero = nodes <= max(eps * rounded * float(nodes.abs().max()), -float(nodes.min()))
+            noise, sizes = eps * rounded * float(nodes.abs().max()), nodes.abs()
+            zero = nodes <= max(noise, -float(nodes.min())) if self.is_convex else sizes <= noise
         if bool(zero.all()):
             return None
         known = zero & (density.probes < 0)
         cleaned = replace(density, nodes=torch.where(zero, 0.0, nodes))
         return cleaned, float(density.weights[known].sum()) if bool(known.any()) else math.nan
+
+
+def identity(found: Findings, options: Options) -> dict[str, Label]:
+    """What makes this computation the one whose finished stages may be taken: its problem and its options."""
+    problem, groups = found.problem, options.groups
+    names = ",".join(problem.parameter_names)
+    first, second = problem.batches.mark
+    marks = found.test.problem.batches.mark if found.test else (None, None)
+    return {
+        "examples": problem.num_examples,
+        "classes": problem.num_classes,
+        "parameters": problem.num_parameters,
+        "dtype": str(problem.dtype),
+        "device": str(problem.device),
+        "weights": _digest([*problem.model.parameters(), *problem.model.buffers()], names),
+        "data": first,
+        "squares of the data": second,
+        "test data": marks[0],
+        "squares of the test data": marks[1],
+        "loss": found.loss,
+        "loss function": problem.loss_function.name,
+        "version": versions()["deepspectra"],
+        "form": FORM,
+        **options._asdict(),
+        "groups": "" if groups is None else _digest([groups]),
+    }
+
+
+def _digest(tensors: Iterable[Tensor], text: str = "") -> str:
+    """Of a text and the bytes of some tensors."""
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from deepspectra.errors import FileError, first_line
+from deepspectra.errors import FileError, OptionError, first_line
 from deepspectra.file_writing import save_whole
 from deepspectra.problem.problem import Problem
 from deepspectra.results import versions
@@ -113,12 +113,12 @@ def described(
     accuracy: float,
 ) -> dict[str, object]:
     """What a file says of the problem, what was found, and when it was made."""
-    model = labels.model or type(problem.model).__name__
+    model, data = labels.model or problem.name or type(problem.model).__name__, labels.data or problem.data_name
     return {
         "verdict": " ".join(verdict),
-        "title": titled(subject, model, labels.data),
+        "title": titled(subject, model, data),
         "model": model,
-        "data": labels.data,
+        "data": data,
         "created": now(),
         "loss": problem.loss_function.name,
         "num_parameters": problem.num_parameters,
@@ -152,6 +152,33 @@ def load_pages(directory: str | Path) -> dict[str, Dataset]:
         "report.html" if stem == "analysis" else f"{stem}.html": load_dataset(folder / f"{stem}.nc", again)
         for stem in stems
     }
+
+
+def rewrite(directories: Sequence[Path], out: Path | None = None) -> list[Path]:
+    """Write every page of a directory again; of several, a page of each kind to choose a directory from.
+
+    Pages are written into the last directory; or to the file `out`, one beside it for each further kind.
+
+    Raises:
+        FileError: a directory holds nothing, or a page cannot be written.
+        OptionError: `out` is no HTML file.
+    """
+    if out is not None and out.suffix.lower() not in (".html", ".htm"):
+        raise OptionError(
+            f"--out {out}: a report is HTML. Analysis.save_chart writes single figures as .pdf, .svg or .png."
+        )
+    kinds: dict[str, dict[str, Dataset]] = {}
+    for directory in directories:
+        for name, dataset in load_pages(directory).items():
+            kinds.setdefault(name, {})[str(directory)] = dataset
+    pages: list[Path] = []
+    for name, found in kinds.items():
+        path = directories[-1] / name
+        if out is not None:
+            path = out.with_stem(f"{out.stem}-{Path(name).stem}") if pages else out
+        check_writable(path.parent)
+        pages.append(write_page(found if len(found) > 1 else next(iter(found.values())), path))
+    return pages
 
 
 def load_dataset(path: Path, advice: str) -> Dataset:

@@ -80,16 +80,18 @@ class Ledger:
         began, began_unit, before = time.perf_counter(), self.clock(), self._unit
         done = 0
         with _bars(self.show) as bars:
-            task = bars.add_task(name, total=None, spent="")
+            task = bars.add_task(name, total=None, spent="", left="")
 
             def report(products: int, expected: int | None) -> None:
                 nonlocal done
                 done = products
-                bars.update(task, completed=products, total=expected, spent=self._gradients_since(began_unit))
+                left = _left(time.perf_counter() - began, products, expected)
+                spent = self._gradients_since(began_unit)
+                bars.update(task, completed=products, total=expected, spent=spent, left=left)
 
             yield report
             seconds, spent = time.perf_counter() - began, self.clock() - began_unit
-            bars.update(task, completed=done, total=max(done, 1), spent=self._gradients_since(began_unit))
+            bars.update(task, completed=done, total=done, spent=self._gradients_since(began_unit), left="")
             self._measure_unit(spent)
         self.costs[name] = Cost(done, seconds)
         unit = self._unit if math.isnan(before) else (before + self._unit) / 2
@@ -130,17 +132,26 @@ class Ledger:
             Console(stderr=True).print(text, highlight=False)
 
 
+def _left(elapsed: float, done: int, expected: int | None) -> str:
+    """How long it will go on at this pace, where it is known how much there is to do."""
+    if not done or not expected or done >= expected:
+        return ""
+    seconds = elapsed * (expected - done) / done
+    return f"{seconds:.0f} s to go" if seconds < 90 else f"{seconds / 60:.0f} min to go"
+
+
 def _bars(show: bool) -> Progress:
     """Progress on standard error, or none of it."""
     from rich import progress  # noqa: PLC0415  (its import takes a while)
     from rich.console import Console  # noqa: PLC0415
 
     columns = (
-        progress.SpinnerColumn(),
+        progress.SpinnerColumn(finished_text="✓"),
         progress.TextColumn("{task.description:<28}"),
         progress.BarColumn(bar_width=20),
         progress.TextColumn("{task.completed:>4} products  {task.fields[spent]:>13}"),
         progress.TimeElapsedColumn(),
+        progress.TextColumn("{task.fields[left]}"),
     )
     return progress.Progress(*columns, console=Console(stderr=True), disable=not show)
 

@@ -6,11 +6,9 @@ their inner products; else its pairs, traces and density are found by products, 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -30,6 +28,7 @@ from deepspectra.analysis.attribute import (
     squared_norms,
 )
 from deepspectra.analysis.gram_spectrum import (
+    MARGIN,
     GramSpectrum,
     RowGram,
     gradient_pairs,
@@ -38,6 +37,7 @@ from deepspectra.analysis.gram_spectrum import (
     nonzero_density,
     spectrum_of,
 )
+from deepspectra.analysis.outlier_sources import class_pair_shares
 from deepspectra.analysis.principal_subspace import subspace_of
 from deepspectra.analysis.three_level_map import drawable, place
 from deepspectra.argument_checks import seeded
@@ -45,8 +45,8 @@ from deepspectra.confidence import standard_error
 from deepspectra.derivatives.products import Products, products_of
 from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetError
 from deepspectra.jobs.effort import FEWEST_STEPS, count_operations, effort_for, plan
-from deepspectra.jobs.findings import LETTERS, Findings, Options
-from deepspectra.jobs.finished_stages import FinishedStages, Label
+from deepspectra.jobs.findings import LETTERS, Findings, Options, identity
+from deepspectra.jobs.finished_stages import FinishedStages
 from deepspectra.jobs.stage_meter import Ledger, Report
 from deepspectra.jobs.tails import judged_tails
 from deepspectra.operators.base import Operator
@@ -54,15 +54,15 @@ from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
-from deepspectra.results import Eigenpairs, versions
+from deepspectra.results import Eigenpairs
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held_rows import HeldRows, gram_bytes
 from deepspectra.rows.projections import num_groups
 
+UNCLASSED_PAIRS = 10  # eigenpairs of a problem without classes
 TRACE_PROBES = 8  # of parts whose traces are not known exactly
 BASIS, EXACT = "basis of H", "exact route"  # names of what is kept beside results of stages
 ROUNDED = 1e-3  # relatively, by which a sum of squares may fall short of one of its parts
-FORM = 3  # of what is kept of a stage
 
 
 def run(
@@ -81,38 +81,60 @@ def run(
         found.test = Findings(test, ledger, options.seed, num_classes, of=" on test data")
         _size_up(found.test, options)
     if resume is not None:
-        ledger.finished = FinishedStages(resume, _identity(found, options))
+        ledger.finished = FinishedStages(resume, identity(found, options))
     effort = found.effort
-    ledger.tell(plan(problem, effort, ledger.gradient_seconds))
+    ledger.tell(plan(problem, effort, found.num, ledger.gradient_seconds, classed=found.classed))
     if test is not None and found.test is not None:
         seconds = ledger.gradient_seconds * test.num_examples / problem.num_examples
-        ledger.tell(f"And on test data, {plan(test, found.test.effort, seconds)}")
+        ledger.tell(
+            f"And on test data, {plan(test, found.test.effort, found.test.num, seconds, classed=found.classed)}"
+        )
     with ledger.stage("checking derivatives"):
         hessian = Hessian(problem)
     basis = _find_pairs(found, "hessian", hessian)
-    with ledger.stage("class structure"):
-        found.parts, exact = _parts(problem, products, options.groups, effort.exact_rows)
-        if ledger.finished is not None:
-            exact = ledger.finished.once(EXACT, exact)  # memory may differ by now
-    _average(found)
-    if exact:
-        _find_exact(found)
-    _attribute(found, hessian, basis, effort.knockout_products)
+    exact = found.classed and _find_class_structure(found, hessian, basis, options)
     del basis
-    if found.effort.dense and not exact:
+    if effort.dense and not exact:
         _find_density(found, "gauss_newton", GaussNewton(problem))
-    if not exact:
-        found.trace, found.part_traces = ledger.run("traces of G", lambda _: _traces(found))
-    found.parts.forget_means()
+    if found.classed:
+        if not exact:
+            found.trace, found.part_traces = ledger.run("traces of G", lambda _: _traces(found))
+        found.parts.forget_means()
     _find_spectra(found, hessian, products, exact)
-    if not exact:
-        found.shares["hessian"] = found.attribution.pair_shares
-    _overlap(found)
+    if found.classed:
+        if not exact:
+            found.shares["hessian"] = found.attribution.pair_shares
+        found.sources = ledger.run("classes of outliers", lambda _: _sources(found))
+        _overlap(found)
     thresholds = {name: found.threshold(name) for name in found.pairs}
     found.tails = ledger.run("tails", lambda _: judged_tails(found, thresholds))
     if found.test is not None:
         _look_at_test(found, found.test, options.groups)
     return found
+
+
+def _find_class_structure(found: Findings, hessian: Hessian, basis: Krylov | None, options: Options) -> bool:
+    """The parts of G, what averaging finds, and what the outliers of H owe to which; whether G is known exactly."""
+    ledger, effort = found.ledger, found.effort
+    with ledger.stage("class structure"):
+        found.parts, exact = _parts(found.problem, products_of(found.problem), options.groups, effort.exact_rows)
+        if ledger.finished is not None:
+            exact = ledger.finished.once(EXACT, exact)  # memory may differ by now
+    _average(found)
+    if exact:
+        _find_exact(found)
+    _attribute(found, hessian, basis, options.margin or MARGIN)
+    return exact
+
+
+def _sources(found: Findings) -> dict[str, Tensor]:
+    """Of each outlier of H and of G, what each pair of classes has of it."""
+    sources = {}
+    for name, pairs in found.pairs.items():
+        if num := int((pairs.values > found.threshold(name)).sum()):
+            sources[name] = class_pair_shares(found.parts, pairs.vectors[:, :num], pairs.values[:num])
+    products_of(found.problem).release()
+    return sources
 
 
 def _find_spectra(found: Findings, hessian: Hessian, products: Products, exact: bool) -> None:
@@ -133,11 +155,13 @@ def _look_at_test(found: Findings, other: Findings, groups: Tensor | None) -> No
     problem, products, ledger = other.problem, products_of(other.problem), found.ledger
     hessian = Hessian(problem)
     _find_pairs(other, "hessian", hessian)
-    other.parts, exact = _parts(problem, products, groups, other.effort.exact_rows)
-    if ledger.finished is not None:
-        exact = ledger.finished.once(EXACT + other.of, exact)
-    if exact:
-        _find_exact(other)
+    exact = False
+    if other.classed:
+        other.parts, exact = _parts(problem, products, groups, other.effort.exact_rows)
+        if ledger.finished is not None:
+            exact = ledger.finished.once(EXACT + other.of, exact)
+        if exact:
+            _find_exact(other)
     _find_spectra(other, hessian, products, exact)
     limits = {}
     for name, pairs in other.pairs.items():
@@ -185,7 +209,7 @@ def _find_exact(found: Findings) -> None:
     found.parts.rows.captures.release()
 
 
-def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, max_products: int | None) -> None:
+def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, margin: float) -> None:
     """What the outliers of H owe to which part, in the basis that found them, which goes on growing."""
     finished = found.ledger.finished
 
@@ -198,7 +222,8 @@ def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, max_prod
             found.pairs["hessian"],
             grown,
             shares=found.shares.get("hessian"),
-            max_products=max_products,
+            margin=margin,
+            max_products=found.effort.knockout_products,
             seed=found.seed,
             progress=report,
         )
@@ -210,6 +235,11 @@ def _find_by_products(found: Findings) -> None:
     """Pairs and density of G by products, and what its parts have of them."""
     gauss_newton = GaussNewton(found.problem)
     _find_pairs(found, "gauss_newton", gauss_newton)
+    if not found.classed:
+        if "gauss_newton" not in found.densities:
+            _find_density(found, "gauss_newton", gauss_newton)
+        gauss_newton.products.release()
+        return
     gram = RowGram(found.parts.rows)
     if found.effort.dense or gram.shape[0] >= found.problem.num_parameters:  # G need not have zeros
         found.shares["gauss_newton"] = found.ledger.run(
@@ -312,41 +342,8 @@ def _size_up(found: Findings, options: Options) -> None:
         num_steps=min(options.num_steps or effort.num_steps, problem.num_parameters),
         dense=effort.dense and options.num_probes is None and options.num_steps is None,
     )
-    found.num = options.num or found.num_classes + effort.spare_pairs
-
-
-def _identity(found: Findings, options: Options) -> dict[str, Label]:
-    """What makes this computation the one whose finished stages may be taken: its problem and its options."""
-    problem, groups = found.problem, options.groups
-    names = ",".join(problem.parameter_names)
-    first, second = problem.batches.mark
-    marks = found.test.problem.batches.mark if found.test else (None, None)
-    return {
-        "examples": problem.num_examples,
-        "classes": problem.num_classes,
-        "parameters": problem.num_parameters,
-        "dtype": str(problem.dtype),
-        "device": str(problem.device),
-        "weights": _digest([*problem.model.parameters(), *problem.model.buffers()], names),
-        "data": first,
-        "squares of the data": second,
-        "test data": marks[0],
-        "squares of the test data": marks[1],
-        "loss": found.loss,
-        "loss function": problem.loss_function.name,
-        "version": versions()["deepspectra"],
-        "form": FORM,
-        **options._asdict(),
-        "groups": "" if groups is None else _digest([groups]),
-    }
-
-
-def _digest(tensors: Iterable[Tensor], text: str = "") -> str:
-    """Of a text and the bytes of some tensors."""
-    digest = hashlib.sha256(text.encode())
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    found.classed = options.classed
+    found.num = options.num or (found.num_classes + effort.spare_pairs if found.classed else UNCLASSED_PAIRS)
 
 
 def _find_pairs(found: Findings, name: str, operator: Operator) -> Krylov | None:

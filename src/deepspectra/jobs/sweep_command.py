@@ -29,8 +29,8 @@ def sweep_of(
     processes: int | None = None,
     memory: str | None = None,
     retry: bool = False,
-) -> str:
-    """Sweep as the words say, and tell what came of it; without any, only gather what the folder has so far.
+) -> tuple[Dataset, str]:
+    """Sweep as the words say; without any, only gather what the folder has. The cells, and what to say of them.
 
     Args:
         words: axes such as "seed=0,1,2"; perhaps first a function of the user's, file.py:function or
@@ -70,10 +70,10 @@ def sweep_of(
     return _told(found, folder)
 
 
-def _told(found: Dataset, folder: Path) -> str:
+def _told(found: Dataset, folder: Path) -> tuple[Dataset, str]:
     """What came of the cells that were asked for; the page is of all that the folder holds."""
     page = write_page(load_dataset(folder / STORE, "Gather it again."), folder / PAGE)
-    return f"{found.attrs['verdict']}\nResults: {folder / STORE}\nReport: {page}"
+    return found, f"{found.attrs['verdict']}\nResults: {folder / STORE}\nReport: {page}"
 
 
 def _axis(word: str) -> tuple[str, list[Value]]:

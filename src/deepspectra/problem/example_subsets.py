@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspectra.argument_checks import check_count
 from deepspectra.errors import DataError, OptionError
 from deepspectra.problem.batches import Batches, Move, map_tensors, num_bytes
 from deepspectra.problem.cross_entropy import CrossEntropy, DrawnCrossEntropy
@@ -43,6 +44,28 @@ def some_rows(problem: Problem, num_rows: int) -> Any:
     if found is None:
         raise DataError("no row counts: every target is ignored or has weight 0.")
     return found
+
+
+def limited(problem: Problem, num: int) -> Problem:
+    """The problem on about so many of its examples, evenly spread; on whole batches where these cannot be cut.
+
+    Raises:
+        OptionError: fewer than one.
+    """
+    check_count("limit", num)
+    step, seen, batches = max(1, problem.num_examples // num), 0, []
+    for batch in problem.fixed_batches():
+        if problem.cuts:
+            sizes: list[int] = []
+            map_tensors(lambda tensor, sizes=sizes: sizes.append(len(tensor)), batch)  # type: ignore[misc]
+            first = -seen % step
+            batches += [map_tensors(operator.itemgetter(slice(first, None, step)), batch)] if first < sizes[0] else []
+            seen += sizes[0]
+        elif seen < num:
+            batches.append(batch)
+            seen += len(problem.values(batch)[0])
+    move = Move(problem.device, problem.dtype)
+    return problem.variant(batches=Batches(batches, batch_size=None, move=move, budget=problem.memory // 4))
 
 
 def can_draw(problem: Problem) -> bool:

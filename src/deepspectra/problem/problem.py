@@ -26,7 +26,14 @@ from deepspectra.problem.row_counts import count_rows, join_batches, settle_layo
 Result = TypeVar("Result")
 
 
-class Problem:
+class _Named:
+    """What results and reports are to call model, data and classes, to be set by whoever knows."""
+
+    name = data_name = ""
+    class_names: Sequence[str] | None = None
+
+
+class Problem(_Named):
     """A model, its loss and its data: L(θ) = Σ_i ω_i ℓ(f(x_i; θ), y_i) / Σ_i ω_i.
 
     Model and data are copied, the model in evaluation mode, so that later training does not change the problem and

@@ -58,7 +58,9 @@ def shares(dataset: xr.Dataset) -> str:
         "What each outlier is made of. A bar is one outlier eigenvalue of the chosen operator; its segments"
         " are the shares of the class means, the logit means, their interaction, the scatter within "
         "classes, the true-label means and the residual R. The shares of one outlier sum to 100 %; a "
-        "negative share would be drawn to the left of zero."
+        "negative share would be drawn to the left of zero. The tables have errors of the shares, and say which "
+        "classes, which pairs of a true and a potential class, and which layers make each outlier: shares of classes "
+        "are those of the mean gradients, and sum to what within and R leave."
     )
     for operator, means in mean_shares(dataset).items():
         ranked = sorted(means.items(), key=lambda item: -item[1])

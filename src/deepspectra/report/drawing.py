@@ -60,8 +60,6 @@ def number(value: float, digits: int = 3) -> str:
         return f"{float(text):,.0f}".replace("-", "−")
     mantissa, exponent = text.split("e")
     power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    if mantissa in ("1", "-1"):
-        return mantissa.replace("-1", "−").replace("1", "") + power
     return f"{mantissa}×{power}".replace("-", "−")
 
 

@@ -62,7 +62,13 @@ FIGURES = {
         (tables.eigenvalue, tables.tail),
         tabs=True,
     ),
-    "shares": Figure("Shares", "What the outliers are made of", {shares: ""}, captions.shares),
+    "shares": Figure(
+        "Shares",
+        "What the outliers are made of",
+        {shares: ""},
+        captions.shares,
+        (tables.outlier_classes, tables.outlier_class_pairs, tables.outlier_layers),
+    ),
     "knockouts": Figure(
         "Knock-outs",
         "What is left when parts are removed",
@@ -208,6 +214,7 @@ OF_SWEEPS = {
         "on the other axes. Points are cells, lines are means over seeds, and bands run from the lowest seed to the "
         "highest. On logarithmic axes what is zero or negative is left out. The last row draws any number that the "
         "sweep measured.",
+        (tables.failure,),
     ),
     "by-layer": Figure(
         "Layers",

@@ -24,6 +24,7 @@ import vl_convert
 import xarray as xr
 
 from deepspectra.errors import DataError, FileError
+from deepspectra.glossary import GLOSSARY
 from deepspectra.report import tables
 from deepspectra.report import text as t
 from deepspectra.report.drawing import Chart, by_operator, holds, number
@@ -119,6 +120,11 @@ def _filled(dataset: xr.Dataset, verdict: str, cards: str, names: list[str], bod
         contents=" ".join(f'<a href="#{name}">{LINKS[name]}</a>' for name in [*names, "glossary", "cite"]),
         body=body,
         citation=_citation(dataset),
+        bibtex=t.escaped(_bibtex(dataset)),
+        glossary="\n".join(
+            f'<dt id="{term.anchor}">{t.escaped(term.name)}</dt><dd>{t.escaped(term.meaning)}</dd>'
+            for term in GLOSSARY
+        ),
         specs=json.dumps(specs, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         bundle=_bundle(),
     )
@@ -146,8 +152,13 @@ def _verdict(dataset: xr.Dataset) -> str:
     if not text:
         return ""
     first, *rest = re.split(r"(?<=[.!?])\s+(?=[A-Z0-9])", text, maxsplit=1)
-    more = "".join(f'<p class="rest">{t.escaped(part)}</p>' for part in rest)
-    return f'<div class="verdict"><p class="first">{t.escaped(first)}</p>{more}</div>'
+    more = "".join(f'<p class="rest">{t.glossed(_quoted(part))}</p>' for part in rest)
+    return f'<div class="verdict"><p class="first">{t.glossed(_quoted(first))}</p>{more}</div>'
+
+
+def _quoted(text: str) -> str:
+    """Escaped but for apostrophes, so that terms with one are found."""
+    return html.escape(text, quote=False)
 
 
 def _subject(dataset: xr.Dataset) -> str:
@@ -157,14 +168,26 @@ def _subject(dataset: xr.Dataset) -> str:
 
 
 def _citation(dataset: xr.Dataset) -> str:
-    known = t.json_attribute(dataset, "provenance")
-    versions = known.get("versions", known)  # files of before name them among the rest
-    version = versions.get("deepspectra", "") if isinstance(versions, dict) else ""
-    parts = [f"deepspectra {version}".strip()]
+    parts = [f"deepspectra {_version(dataset)}".strip()]
     parts += [str(t.attribute(dataset, name, "")) for name in ("model", "data", "loss")]
     seed = t.attribute(dataset, "seed")
     parts += [f"seed {seed}"] if seed is not None else []
     return f"<em>{t.escaped('; '.join(part for part in parts if part))}</em>."
+
+
+def _version(dataset: xr.Dataset) -> str:
+    known = t.json_attribute(dataset, "provenance")
+    versions = known.get("versions", known)  # files of before name them among the rest
+    return str(versions.get("deepspectra", "")) if isinstance(versions, dict) else ""
+
+
+def _bibtex(dataset: xr.Dataset) -> str:
+    """The software, of the version and the year that made the numbers; the page has the papers."""
+    year = str(t.attribute(dataset, "created", ""))[:4]
+    return (
+        "@software{deepspectra,\n  author = {{The deepspectra developers}},\n  title = {deepspectra},\n"
+        f"  version = {{{_version(dataset)}}},\n  year = {{{year}}}\n}}"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- cards
@@ -242,7 +265,7 @@ def _figures(dataset: xr.Dataset) -> tuple[dict[str, str], dict[str, Any]]:
     for name, figure in figures_of(dataset).items():
         if drawn := figure.drawn(dataset):
             words = figure.captioned(dataset)
-            caption = f"<b>Figure {len(sections) + 1}.</b> {words}"
+            caption = f"<b>Figure {len(sections) + 1}.</b> {t.glossed(words)}"
             sections[name] = (
                 f'<section id="{name}">\n<h2>{figure.heading}</h2>\n<figure>{_boxes(figure, drawn)}'
                 f"<figcaption>{caption}</figcaption></figure>\n</section>"

@@ -11,7 +11,8 @@ import xarray as xr
 from deepspectra.report import text as t
 from deepspectra.report.drawing import LEVEL_NAMES, holds, number, pivot, rows
 from deepspectra.report.network_charts import peaks
-from deepspectra.report.saved_outliers import knockout_summary, outliers
+from deepspectra.report.outlier_tables import LARGEST, share_text, wide
+from deepspectra.report.saved_outliers import knockout_summary
 
 Cell = str | int | float | tuple[str, float] | None  # a pair: the text shown and the value behind it
 Filled = tuple[list[str], list[list[Cell]]] | tuple[list[str], list[list[Cell]], list[int]]
@@ -67,18 +68,56 @@ def _table(
 
 @_table("eigenvalues", "Eigenvalues, and the shares of the outliers (shaded)", "eigenvalue")
 def eigenvalue(dataset: xr.Dataset) -> Filled:
-    """Every eigenvalue with its residual; outliers also with their shares."""
-    special = {(row["operator"], row["pair"]): row for row in outliers(dataset)}
+    """Every eigenvalue with its error and residual; outliers also with their shares."""
+    made = {(row["operator"], row["pair"]): own for row, own in wide(dataset, "pairs")}
     parts = [str(part) for part in dataset["part"].values] if holds(dataset, "share") else []
     body: list[list[Cell]] = []
     strong: list[int] = []
-    for row in rows(dataset, "eigenvalue", "residual_norm"):
-        found = special.get((row["operator"], row["pair"]), {})
-        strong += [len(body)] if found else []
-        shares = [_percentage(found.get(f"share {part}")) for part in parts]
-        residual = about(row.get("residual_norm"))
-        body.append([t.symbol(row["operator"]), row["pair"] + 1, row["eigenvalue"], residual, *shares])
-    return ["operator", "pair", "eigenvalue λ", "‖Av − λv‖", *parts], body, strong
+    for row in rows(dataset, "eigenvalue", "error_bound", "residual_norm", "is_outlier"):
+        is_outlier = row.get("is_outlier") == 1
+        strong += [len(body)] if is_outlier else []
+        own = made.get((row["operator"], row["pair"]), {}) if is_outlier else {}
+        errors = about(row.get("error_bound")), about(row.get("residual_norm"))
+        shares = (_sure(own.get(part)) for part in parts)
+        body.append([t.symbol(row["operator"]), row["pair"] + 1, row["eigenvalue"], *errors, *shares])
+    return ["operator", "pair", "eigenvalue λ", "error of λ ≤", "‖Av − λv‖", *parts], body, strong
+
+
+def _sure(share: tuple[float, float] | None) -> Cell:
+    """A share with its error, as a cell."""
+    return None if share is None else (share_text(*share), share[0])
+
+
+def _of_outliers(name: str, heading: str, table: str) -> Callable[[xr.Dataset], str]:
+    """A table with a row for each outlier, and a column for each class or layer."""
+
+    def made(dataset: xr.Dataset) -> str:
+        found = [(row, own) for row, own in wide(dataset, table) if row["is_outlier"] == 1]
+        names = list(dict.fromkeys(name for _, own in found for name in own))
+        body: list[list[Cell]] = [
+            [t.symbol(row["operator"]), row["pair"] + 1, row["eigenvalue"], *(_sure(own.get(name)) for name in names)]
+            for row, own in found
+        ]
+        return table_html(name, heading, ["operator", "pair", "eigenvalue λ", *names], body) if body else ""
+
+    made.__name__ = name
+    return made
+
+
+outlier_classes = _of_outliers("outlier-classes", "Outliers by true class: share of the eigenvalue", "classes")
+outlier_layers = _of_outliers("outlier-layers", "Outliers by layer: where the eigenvector lies", "layers")
+
+
+def outlier_class_pairs(dataset: xr.Dataset) -> str:
+    """The largest pairs of classes of each outlier, a pair a row."""
+    body: list[list[Cell]] = [
+        [t.symbol(row["operator"]), row["pair"] + 1, row["eigenvalue"], name, _sure(share)]
+        for row, own in wide(dataset, "class_pairs")
+        for name, share in own.items()
+    ]
+    head = ["operator", "pair", "eigenvalue λ", "true class as potential class", "share"]
+    heading = f"Outliers by pair of classes: the {LARGEST} largest shares of each"
+    return table_html("outlier-pairs", heading, head, body) if body else ""
 
 
 def about(value: float | None) -> Cell:
@@ -274,6 +313,22 @@ def trace(dataset: xr.Dataset) -> str:
             error = row.get(f"{name}_standard_error")
             body.append([of, row[name], ("exact", 0.0) if error == 0 else about(error)])
     return table_html("traces", "Traces", ["operator", "trace", "standard error"], body) if body else ""
+
+
+def failure(dataset: xr.Dataset) -> str:
+    """Cells of a sweep that failed or were refused, by what went wrong: how many, and where the first is."""
+    status, error = (dataset[name].values for name in ("status", "error"))
+    places: dict[tuple[str, str], list[tuple[int, ...]]] = {}
+    for at in zip(*error.astype(bool).nonzero(), strict=True):
+        lines = str(error[at]).splitlines() or [""]  # the first says what, the last of a traceback is the same
+        places.setdefault((str(status[at]), lines[0]), []).append(at)
+    body: list[list[Cell]] = []
+    for key, found in places.items():
+        axes = zip(dataset["status"].dims, found[0], strict=True)
+        first = ", ".join(f"{name}={dataset[name].values[j]}" for name, j in axes)
+        body.append([*key, len(found), first])
+    head = ["what became of them", "error", "cells", "the first of them"]
+    return table_html("failures", "Cells without numbers", head, body) if body else ""
 
 
 @_table("cost-table", "Cost", "cost_gradients")

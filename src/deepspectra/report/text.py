@@ -5,12 +5,14 @@ from __future__ import annotations
 import html
 import json
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from deepspectra.glossary import terms_in
 from deepspectra.report.drawing import OPERATOR_NAMES, SYMBOLS, number
 
 
@@ -44,6 +46,24 @@ def number_html(value: object, digits: int = 3) -> str:
 def share_html(value: float) -> str:
     """A share inside a sentence, in per cent."""
     return f'<span class="number">{percent(value)}</span>'
+
+
+def glossed(text: str) -> str:
+    """Markup of a sentence whose terms, where they stand first, lead to the glossary and say what they mean."""
+    words = {word: term for term in terms_in(text) for word in sorted(term.words, key=len, reverse=True)}
+    if not words:
+        return text
+    seen: set[str] = set()
+
+    def linked(match: re.Match[str]) -> str:
+        term = words[match[0]]
+        if term.anchor in seen:
+            return match[0]
+        seen.add(term.anchor)
+        return f'<a class="term" href="#{term.anchor}" title="{escaped(term.meaning)}">{match[0]}</a>'
+
+    longest = sorted(words, key=len, reverse=True)
+    return re.sub(rf"\b(?:{'|'.join(map(re.escape, longest))})\b(?![^<]*>)", linked, text)
 
 
 def percent(value: float, digits: int = 1) -> str:

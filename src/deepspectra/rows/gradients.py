@@ -183,7 +183,8 @@ def labelled_loss(problem: Problem) -> CrossEntropy:
     loss = problem.loss_function
     if not isinstance(loss, CrossEntropy):
         raise LossError(
-            f"class structure needs the cross-entropy of class labels; this problem's loss is {loss.name}."
+            f"class structure needs the cross-entropy of class labels; this problem's loss is {loss.name}. "
+            "Its spectra are there without: analyze, eigenpairs, density, trace, kronecker."
         )
     refuse_one_output(problem)
     return loss
@@ -194,6 +195,15 @@ def check_labelled(problem: Problem) -> None:
     loss = labelled_loss(problem)
     _, targets = next(problem.row_batches())
     loss.labels(targets)
+
+
+def has_labels(problem: Problem) -> bool:
+    """Whether the loss is the cross-entropy of one class label a row. Cost: one batch forward."""
+    try:
+        check_labelled(problem)
+    except LossError:
+        return False
+    return True
 
 
 def refuse_one_output(problem: Problem) -> None:

@@ -1,0 +1,82 @@
+"""How a command ends: what it says, what it saves, and its numbers as JSON if they are asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from deepspectra.glossary import terms_in
+from deepspectra.jobs.command_targets import CONSOLE
+from deepspectra.jobs.pages import Dataset, save_dataset, write_page
+
+PAGES = {"analysis": "report.html"}  # where a page is not called as its numbers are
+
+
+def finish(
+    dataset: Dataset,
+    folder: Path,
+    stem: str,
+    *,
+    said: str = "",
+    save: Callable[[Path], object] | None = None,
+    as_json: bool = False,
+) -> None:
+    """Say what was found, then save it: if one file does not fit, the others are still written.
+
+    Args:
+        dataset: the numbers, with the verdict.
+        folder: where they go.
+        stem: names the file and the page.
+        said: before the verdict.
+        save: what saves them in the folder, if it is more than the dataset.
+        as_json: print them, too.
+    """
+    verdict = wrapped(str(dataset.attrs["verdict"]))
+    typer.echo("\n" + "\n\n".join(filter(None, (said, verdict))) + "\n", err=as_json)
+    explain(verdict)
+    page = folder / PAGES.get(stem, f"{stem}.html")
+    try:
+        if save is None:
+            save_dataset(dataset, folder / f"{stem}.nc")
+        else:
+            save(folder)
+        typer.echo(f"Results: {folder}", err=as_json)
+    finally:
+        typer.echo(f"Report: {write_page(dataset, page)}", err=as_json)
+    if as_json:
+        typer.echo(in_json(dataset))
+
+
+def wrapped(text: str) -> str:
+    """Sentences in lines as wide as the terminal, broken between words."""
+    return textwrap.fill(text, shutil.get_terminal_size((100, 24)).columns, break_long_words=False)
+
+
+def explain(text: str) -> None:
+    """The terms of a text, each in a line or two, where somebody reads them."""
+    if CONSOLE.is_terminal:
+        for term in terms_in(" ".join(text.split())):
+            CONSOLE.print(f"[bold]{term.name}[/]: {term.meaning}", style="dim", highlight=False)
+
+
+def in_json(dataset: Dataset) -> str:
+    """A dataset as one line of JSON: attributes, coordinates, and variables with their dimensions; NaN is null."""
+    found: str = json.dumps(_plain(dataset.to_dict()), ensure_ascii=False, allow_nan=False)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value.item() if hasattr(value, "item") else value

@@ -8,7 +8,7 @@ from typing import Any
 
 import altair as alt
 
-from deepspectra.report.drawing import INK, MUTED, blank, finished, save_chart
+from deepspectra.report.drawing import INK, MUTED, blank, finished, log_axis, save_chart
 from reproductions.verdicts import table
 
 TRIED = 10  # priors that were tried on MNIST in making the library: scales, blurs; charged in every cell
@@ -197,12 +197,23 @@ def variances_chart(record: Record) -> Any:
     rows = [{"h": h, "s": s} for h, s in zip(curvature, variance, strict=True) if h > 0]
     prior = [{"s": record["scales"][layer]}]
     points = blank(rows).mark_point(filled=True, size=25, opacity=0.6, color="#0072B2")
+    across, up = [row["h"] for row in rows], [row["s"] for row in rows + prior]
     points = points.encode(
-        x=alt.X("h:Q", title=f"curvature h ({layer})", scale=alt.Scale(type="log"), axis=alt.Axis(format=".0e")),
-        y=alt.Y("s:Q", title="posterior variance s", scale=alt.Scale(type="log"), axis=alt.Axis(format=".0e")),
+        x=alt.X(**_logarithmic("h:Q", f"curvature h ({layer})", min(across), max(across))),
+        y=alt.Y(**_logarithmic("s:Q", "posterior variance s", min(up) / 1.3, max(up) * 1.3)),
     )
     rule = blank(prior).mark_rule(color=INK, strokeDash=[5, 4]).encode(y="s:Q")
     return finished(alt.layer(points, rule), width=560, height=300)
+
+
+def _logarithmic(kind: str, title: str, low: float, high: float) -> dict[str, Any]:
+    """A coordinate of a chart, on a logarithmic axis from low to high."""
+    return {
+        "shorthand": kind,
+        "title": title,
+        "scale": alt.Scale(type="log", nice=False, domain=[low, high]),
+        "axis": log_axis(low, high),
+    }
 
 
 def _mean(values: Iterable[float]) -> float:

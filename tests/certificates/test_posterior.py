@@ -107,13 +107,3 @@ def test_the_closed_form_of_the_outputs_factor_is_one_of_fully_connected_layers(
     S = ds.kronecker(problem).blocks["0"].left[0, 0].double()
     captured = (made.left[:, :3].T @ S @ made.left[:, :3]).trace() / S.trace()
     assert float(captured) > 0.5  # of what is there, by the C − 1 directions that the weights alone tell
-
-
-def test_directions_beyond_those_kept_are_the_priors_in_fully_connected_layers_alone():
-    of = ds.Problem(cnn(), images(60))
-    network = GaussianNetwork(of.model, images(3)[0], 0.1)
-    take(network, coordinates(of, network, "ekfac", "inputs"), num_features=5)
-    conv, last = network.layers.values()
-    assert conv.mean.shape == conv.prior_mean.shape == (4, 10)
-    assert last.mean.shape == (3, 5)
-    assert last.prior_mean.shape == (3, 37)

@@ -49,7 +49,6 @@ def test_settings_out_of_range_are_named(options, words):
         ({"refreshes": (0.3, 1.2)}, "each of refreshes .* got 1.2"),
         ({"refreshes": (math.nan,)}, "each of refreshes .* got nan"),
         ({"transports": "yes"}, "transports='yes'"),
-        ({"num_features": 0}, "num_features must be an integer, at least 1"),
         ({"delta": "small"}, "delta .* got 'small'"),
         ({"delta": 0.6, "monte_carlo_delta": 0.5}, "sum to less than 1"),
     ],

@@ -124,7 +124,7 @@ class Descent:
         some = self._some(0)
         problem = Problem(start, (some.inputs, some.labels), memory=self.problem.memory)
         found = coordinates(problem, self.network, self.settings.basis, self.settings.sides)
-        take(self.network, found, self.settings.num_directions, self.settings.num_features)
+        take(self.network, found, self.settings.num_directions)
         if self.settings.start == "trained":
             self.network.centre(start)
             squared_weights(self.network)
@@ -140,7 +140,7 @@ class Descent:
         if network.first is not None and self.settings.sides == "inputs":
             del found[network.first]
         ranked = {name: network.layers[name].log_ratio.detach().clone() for name in found}
-        take(network, found, self.settings.num_directions, self.settings.num_features)
+        take(network, found, self.settings.num_directions)
         if not self.settings.transports:
             for name, log_ratio in ranked.items():
                 network.layers[name].log_ratio.data.copy_(log_ratio)

@@ -138,22 +138,13 @@ def squared_weights(network: GaussianNetwork) -> None:
             layer.log_ratio.copy_((weights.square() / layer.scale).clamp(1e-8, 1.0).log())
 
 
-def take(
-    network: GaussianNetwork,
-    found: dict[str, Coordinates],
-    num_data: int | None = None,
-    num_features: int | None = None,
-) -> None:
-    """Turn every layer to its coordinates, and keep so many directions of the inputs of fully connected ones.
-
-    `num_data` of the data themselves, `num_features` of what other layers made of them. A convolution keeps all.
-    """
+def take(network: GaussianNetwork, found: dict[str, Coordinates], num_kept: int | None) -> None:
+    """Turn every layer to its coordinates; of the first, if its inputs stay the same, keep so many directions."""
     for name, layer in network.layers.items():
         if name not in found:
             continue
-        turned = found[name].right is not None and isinstance(layer, GaussianLinear)
-        kept = num_data if name == network.first else num_features
-        layer.turn(found[name].left, found[name].right, kept if turned else None)
+        kept = num_kept if name == network.first and found[name].right is not None else None
+        layer.turn(found[name].left, found[name].right, kept)
 
 
 def drawn_problem(network: GaussianNetwork, like: nn.Module, examples: Examples, problem: Problem) -> Problem:

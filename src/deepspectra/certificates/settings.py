@@ -57,7 +57,6 @@ class Settings:
         refreshes: shares of the epochs after which the basis is that of the network as it then is.
         transports: variances are carried over when the basis changes, or else keep their places.
         num_directions: of the first layer's inputs that are kept, if these are the examples' own.
-        num_features: of the inputs of other fully connected layers that are kept; None for all.
         num_curvature: examples from which the basis is found.
         passes: over the examples, for the Monte-Carlo estimate of the posterior's error.
         delta, monte_carlo_delta, disagreement_delta: with what probability each part may fail.
@@ -76,7 +75,6 @@ class Settings:
     refreshes: tuple[float, ...] = (0.03, 0.1, 0.3, 0.6)
     transports: bool = True
     num_directions: int = 128
-    num_features: int | None = None
     num_curvature: int = 4000
     passes: int = 30
     delta: float = 0.025
@@ -93,7 +91,7 @@ class Settings:
             ("start", STARTS),
         ):
             check_choice(name, getattr(self, name), choices)
-        for name in ("epochs", "batch_size", "num_directions", "num_features", "num_curvature", "passes"):
+        for name in ("epochs", "batch_size", "num_directions", "num_curvature", "passes"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), 0 if name == "epochs" else 1)
         for name in ("delta", "monte_carlo_delta", "disagreement_delta"):

@@ -244,7 +244,10 @@ class GaussianLinear(GaussianLayer):
 class GaussianConvolution(GaussianLayer):
     """A convolution: weights are drawn explicitly, for each example by itself, for positions share them.
 
-    Noise of every position by itself would be another distribution, and a certificate of another network.
+    Noise of every position by itself would be another distribution, and a certificate of another network. Signs on
+    one shared draw (flipout, Wen et al. 2018, arXiv 1803.04386) would save the draws alone: patches are turned and
+    multiplied example by example in any case. Measured on both convolutions of a LeNet, 500 examples a step: 1.6 to
+    1.8 times the time, gradients of the means of the same variance, of log variances 1.1 to 1.5 times as much.
     """
 
     def __init__(self, prior_mean: Tensor, has_bias: bool, scale: float, like: nn.Conv2d) -> None:

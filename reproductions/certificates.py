@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from deepspectra.certificates.networks import Examples
 from deepspectra.certificates.priors import Prior, learn
 from deepspectra.jobs.certify_dataset import digest
 from deepspectra.jobs.finished_stages import FinishedStages, forget
-from reproductions.certificates_page import TRIED, Record, draw, page
+from reproductions.certificates_page import TRIED, WU, Record, draw, page
 
 HERE = Path(__file__).parent.parent / "docs"
 RECORDS, PAGE, CHARTS = HERE / "certificates.jsonl", HERE / "certificates.md", HERE / "certificates"
@@ -49,6 +49,11 @@ class Cell:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def recipe(self) -> str:
+        """All that a record of this cell depends on, but the seed and the library."""
+        return json.dumps([self.labels, self.widths, self.prior, TRIED, TRAINING_EPOCHS, self.settings])
+
+    @property
     def data(self) -> str:
         """The data set."""
         first = self.name.partition("-")[0]
@@ -56,7 +61,7 @@ class Cell:
 
 
 def _cells() -> dict[str, Cell]:
-    wu, zhou, mine = "Wu et al. 2020", "compression, Lotfi et al. 2022", "Pérez-Ortiz et al. 2021"
+    wu, zhou, mine = WU, "compression, Lotfi et al. 2022", "Pérez-Ortiz et al. 2021"
     one, two, few = (600,), (600, 600), {"epochs": 3, "passes": 10}
     long = {"epochs": 80}  # so many go into four CPU minutes
     cells = [
@@ -82,6 +87,15 @@ def _cells() -> dict[str, Cell]:
 
 
 CELLS = _cells()
+SEEDS = (0, 1, 2, 3, 4)
+FIRST = ("two-600-isotropic", "two-600-smooth", "ten-600-isotropic", "ten-600-smooth")  # all seeds before any other
+
+
+def order(names: Iterable[str], seeds: Iterable[int]) -> list[tuple[str, int]]:
+    """Cells and seeds as they are measured: all seeds of the first cells, then the others seed by seed."""
+    asked = [name for name in CELLS if name in set(names)]
+    pairs = [(name, seed) for seed in seeds for name in asked]
+    return sorted(pairs, key=lambda pair: pair[0] not in FIRST)
 
 
 def measure(cell: Cell, seed: int, root: Path, progress: Callable[..., object] | None = None) -> Record:
@@ -112,6 +126,7 @@ def measure(cell: Cell, seed: int, root: Path, progress: Callable[..., object] |
     )
     record = _record(found) | {
         "name": cell.name,
+        "recipe": cell.recipe,
         "seed": seed,
         "cpu_seconds": time.process_time() - trained,
         "training_cpu_seconds": trained - began,
@@ -173,22 +188,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m reproductions.certificates", description=__doc__)
     parser.add_argument("--data-root", type=Path, default=os.environ.get("DEEPSPECTRA_DATA"))
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
-    parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     parser.add_argument("--page-only", action="store_true", help="write the page from the records there are")
     options = parser.parse_args()
     console = Console()
-    for seed in () if options.page_only else [int(part) for part in options.seeds.split(",")]:
-        for name in options.cells:
-            if (name, seed) in {(record["name"], record["seed"]) for record in _records()}:
-                continue
-            if options.data_root is None:
-                parser.error("--data-root or DEEPSPECTRA_DATA must name the folder of the data sets.")
-            said = partial(_say, console, f"{name}, seed {seed}")
-            record = measure(CELLS[name], seed, Path(options.data_root), said)
-            with RECORDS.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            console.print(f"{name}, seed {seed}: {record['value']:.4f}, {record['cpu_seconds']:.0f} CPU s")
-            _write(_records())
+    asked = [] if options.page_only else order(options.cells, [int(part) for part in options.seeds.split(",")])
+    for name, seed in asked:
+        if (name, seed) in {(record["name"], record["seed"]) for record in _records()}:
+            continue
+        if options.data_root is None:
+            parser.error("--data-root or DEEPSPECTRA_DATA must name the folder of the data sets.")
+        said = partial(_say, console, f"{name}, seed {seed}")
+        record = measure(CELLS[name], seed, Path(options.data_root), said)
+        with RECORDS.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        console.print(f"{name}, seed {seed}: {record['value']:.4f}, {record['cpu_seconds']:.0f} CPU s")
+        _write(_records())
     if records := _records():
         _write(records)
 
@@ -199,7 +214,10 @@ def _say(console: Console, what: str, done: int, total: int | None, name: str) -
 
 
 def _records() -> list[Record]:
-    return [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.exists() else []
+    """What is measured of the cells as they are; of one whose settings were others since, nothing."""
+    lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
+    every = [json.loads(line) for line in lines]
+    return [one for one in every if one["name"] in CELLS and one["recipe"] == CELLS[one["name"]].recipe]
 
 
 def _write(records: list[Record]) -> None:

@@ -342,7 +342,9 @@ def test_the_page_of_certificates_has_means_over_seeds_and_says_what_is_missing(
     records = [_certified("two-600-isotropic", 0.11), _certified("two-600-isotropic", 0.12)]
     records += [_certified("two-600-base", 0.16), _certified("two-600-iter", 0.13)]
     text = certificates.page(records, certificates.CELLS)
-    assert "| two-600-isotropic | 2 | .1150 ± .0071 | .1198 (Wu et al. 2020)" in text
+    assert "| two-600-isotropic | 2 | .1150 ± .0050 | .1198 (Wu et al. 2020)" in text
+    assert "≤ .115: met |" in text
+    assert "at most 2 here. The slowest cell, two-600-isotropic, took 1.0 CPU minutes" in text
     assert "1300 + 7.5 | 61 |" in text
     assert "Base .1600 > Iter .1300" in text
     assert "Not measured yet" in text
@@ -350,6 +352,20 @@ def test_the_page_of_certificates_has_means_over_seeds_and_says_what_is_missing(
     drawn = certificates_page.bounds_chart({"two-600-base": records[2:3]}, certificates.CELLS)
     for chart in (drawn, certificates_page.variances_chart(records[0])):
         assert chart.to_dict()["layer"]
+
+
+def test_all_seeds_of_the_first_cells_come_before_other_cells() -> None:
+    asked = certificates.order(["ten-lenet-learnt", "ten-600-smooth", "two-600-smooth"], [0, 1])
+    assert [name for name, _ in asked] == ["two-600-smooth", "ten-600-smooth"] * 2 + ["ten-lenet-learnt"] * 2
+    assert [seed for _, seed in asked] == [0, 0, 1, 1, 0, 1]
+
+
+def test_a_record_of_other_settings_is_measured_again(monkeypatch: Any, tmp_path: Path) -> None:
+    cell = certificates.CELLS["two-600-smooth"]
+    kept = [_certified(cell.name, 0.08) | {"recipe": recipe} for recipe in (cell.recipe, "of other settings")]
+    (tmp_path / "records").write_text("".join(f"{json.dumps(one)}\n" for one in kept))
+    monkeypatch.setattr(certificates, "RECORDS", tmp_path / "records")
+    assert certificates._records() == kept[:1]
 
 
 def test_a_cell_of_certificates_is_measured_from_end_to_end(monkeypatch: Any, tmp_path: Path) -> None:

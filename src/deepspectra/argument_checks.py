@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -28,6 +29,13 @@ def check_count(name: str, value: object, smallest: int = 1, largest: int | None
     if not isinstance(value, int) or isinstance(value, bool) or not smallest <= value <= (largest or value):
         limit = f"at least {smallest}" + ("" if largest is None else f" and at most {largest:,}")
         raise OptionError(f"{name} must be an integer, {limit}; got {value!r}.")
+
+
+def check_number(name: str, value: object, above: float, below: float = math.inf) -> None:
+    """Raise OptionError unless `value` is a number with above < value < below; never NaN, infinite or a bool."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not above < value < below:
+        limit = f"above {above:g}" + ("" if below == math.inf else f" and below {below:g}")
+        raise OptionError(f"{name} must be a finite number {limit}; got {value!r}.")
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

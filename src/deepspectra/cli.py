@@ -278,7 +278,9 @@ def certify_command(
         str,
         typer.Option(help=f"{', '.join(PRIORS)}; of several, with commas, the best, and all are charged."),
     ] = PRIORS[0],
-    basis: Annotated[str, typer.Option(help=f"Of the posterior's variances: {', '.join(BASES)}.")] = BASES[0],
+    basis: Annotated[
+        str | None, typer.Option(help=f"Of the posterior's variances: {', '.join(BASES)}; by default the variant's.")
+    ] = None,
     bound: Annotated[str, typer.Option(help=f"{', '.join(BOUNDS)}.")] = "kl",
     variant: Annotated[str | None, typer.Option(help=f"As published, for comparison: {', '.join(VARIANTS)}.")] = None,
     test: Annotated[

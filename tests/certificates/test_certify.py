@@ -75,6 +75,8 @@ def test_published_variants_start_at_trained_weights(variant):
     assert found.mean_error < 0.2
     layer = found.network.layers["1"]
     assert (layer.left is None) == (variant == "base")
+    assert "starts at trained weights" in str(found)
+    assert "not the error" not in str(found)
 
 
 def test_random_labels_get_a_bound_that_is_no_better_than_chance():
@@ -129,6 +131,25 @@ def test_published_variants_rank_as_published():
     }
     assert values["base"] > values["appr"] > values["iter"]
     assert ds.certify(of, epochs=15, batch_size=100, passes=10).value < values["base"]
+
+
+@pytest.mark.parametrize(
+    ("unlabelled", "words"),
+    [
+        ([1.0, 2.0], "unlabelled= takes a tensor of inputs .* got list"),
+        (torch.zeros(0, 5), r"unlabelled= .* at least one; got \(0, 5\)"),
+        (torch.tensor(1.0), r"unlabelled= .* got \(\)"),
+        (torch.zeros(4, 6), r"the network failed on unlabelled= of \(4, 6\)"),
+        (torch.full((4, 5), float("inf")), "NaN or infinite"),
+    ],
+)
+def test_unlabelled_inputs_are_checked_before_any_work(unlabelled, words):
+    with pytest.raises((OptionError, DataError), match=words):
+        ds.certify(problem(100), unlabelled=unlabelled, progress=_no_work)
+
+
+def _no_work(*_):
+    raise AssertionError("work was done before the check")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 import deepspectra as ds
 from certificates_problems import data, images, mlp, problem
@@ -11,6 +12,7 @@ from deepspectra.certificates.binomial_bounds import monte_carlo_bound
 from deepspectra.certificates.ledger import Grid
 from deepspectra.certificates.networks import Examples, examples_of
 from deepspectra.certificates.priors import Blur, Prior, fresh, prepare, split
+from deepspectra.errors import OptionError
 
 FEW = {"epochs": 6, "batch_size": 100, "passes": 4}
 
@@ -54,6 +56,35 @@ def test_a_data_free_prior_knows_neither_weights_nor_labels():
     for one, two in zip(*(p.network.layers.values() for p in made), strict=True):
         assert torch.equal(one.prior_mean, two.prior_mean)
         assert one.scale == two.scale
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"share": math.nan}, "share .* got nan"),
+        ({"share": 1.0}, "share .* below 1; got 1.0"),
+        ({"blur": math.inf}, "blur .* got inf"),
+        ({"blur": -1}, "blur .* got -1"),
+        ({"centre": torch.zeros(3)}, "centre=Tensor; expected a network"),
+        ({"grid": 3}, "grid=3; expected a Grid"),
+        ({"tried": 0}, "tried must be an integer, at least 1"),
+    ],
+)
+def test_priors_out_of_range_are_refused(options, words):
+    with pytest.raises(OptionError, match=words):
+        Prior(**options)
+
+
+def test_a_centre_is_the_same_network_with_other_weights():
+    same = Prior(centre=mlp(seed=5))
+    assert ds.certify(problem(100), same, epochs=1, passes=1).num_draws == 100
+    for other in (mlp(width=7), mlp(inputs=4), nn.Linear(5, 2)):
+        with pytest.raises(OptionError, match="centre= must be the same network"):
+            ds.certify(problem(100), Prior(centre=other))
+    broken = mlp()
+    nn.init.constant_(broken[1].bias, math.nan)
+    with pytest.raises(OptionError, match=r"NaN or infinite weights, in 1\.bias"):
+        ds.certify(problem(100), Prior(centre=broken))
 
 
 def test_a_smooth_prior_is_w_equal_v_times_blur():

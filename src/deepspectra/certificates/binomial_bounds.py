@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from deepspectra.argument_checks import check_number
 from deepspectra.errors import OptionError
 
 SERIES = 0.1  # |x| up to which x − log(1 + x) is summed as a series
@@ -123,8 +124,7 @@ def check_probability(name: str, value: float) -> None:
 
 def check_delta(name: str, value: float) -> None:
     """Raise OptionError unless 0 < value < 1."""
-    if not 0 < value < 1:
-        raise OptionError(f"{name}={value!r} must lie strictly between 0 and 1, such as 0.025.")
+    check_number(name, value, 0, 1)
 
 
 def _divergence(q: float, d: float) -> float:

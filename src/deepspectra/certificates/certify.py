@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from deepspectra.argument_checks import LayerProgress, check_seed, seeded
 from deepspectra.certificates.binomial_bounds import monte_carlo_bound
 from deepspectra.certificates.ledger import Ledger
-from deepspectra.certificates.networks import CHUNK, Examples, GaussianNetwork, examples_of, wrong
+from deepspectra.certificates.networks import (
+    CHUNK,
+    Examples,
+    GaussianNetwork,
+    examples_of,
+    given_examples,
+    given_inputs,
+    wrong,
+)
 from deepspectra.certificates.optimise import Descent
 from deepspectra.certificates.plain_networks import (
     Deterministic,
@@ -28,8 +36,7 @@ from deepspectra.certificates.priors import Prepared, Prior, Store, prepare
 from deepspectra.certificates.settings import Settings
 from deepspectra.certificates.stochastic_layers import Draws
 from deepspectra.dataframes import text_table
-from deepspectra.errors import DataError, OptionError
-from deepspectra.problem.input_checks import check_finite, reported, shapes_of
+from deepspectra.errors import OptionError
 from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.results import Result, origin
 
@@ -149,15 +156,11 @@ class Certificate(Result):
                 f"On test data the stochastic network errs on {self.test_error:.4f}, its mean on "
                 f"{self.mean_test_error:.4f}."
             )
-        if self.prior.kind != "learnt":
-            found.append(
-                "The posterior minimises the bound, not the error: it stays as near to random features as it can "
-                "afford, and a network trained for its error errs less."
-            )
+        found += self.settings.sentences(self.prior.kind)
         if len(self.curve) < self.num_epochs:
             found.append(
                 f"Descent was stopped after {len(self.curve)} of {self.num_epochs} epochs; the bound is valid, "
-                "and would be lower after all of them."
+                "and may be lower after all of them."
             )
         return found
 
@@ -225,10 +228,14 @@ def certify(
     if not candidates:
         raise OptionError("prior=[]: name at least one.")
     priors = [Prior(one) if isinstance(one, str) else one for one in candidates]
+    seen = None if test is None else given_examples(test, problem)
+    inputs = None if seen is None else seen.inputs
+    if unlabelled is not None:
+        inputs = given_inputs("unlabelled=", unlabelled, problem)
     trial = _Trial(problem, examples, chosen, seed, store, progress, len(priors))
     found = [trial.of(one, number) for number, one in enumerate(priors)]
     best = min(found, key=lambda one: one.value)
-    return trial.beside(best, _given(test, problem), unlabelled)
+    return trial.beside(best, seen, inputs)
 
 
 @dataclass
@@ -293,7 +300,7 @@ class _Trial:
             **origin(self.began, self.problem, "PAC-Bayes", seed=self.seed),
         )
 
-    def beside(self, found: Certificate, test: Examples | None, unlabelled: Tensor | None) -> Certificate:
+    def beside(self, found: Certificate, test: Examples | None, inputs: Tensor | None) -> Certificate:
         """With test errors, the binomial bound and the certificate of the network as it is."""
         model, bounds = self.problem.model, found.test_bounds
         if test is not None:
@@ -308,7 +315,6 @@ class _Trial:
             bounds = (*bounds, on_unseen(model, test, self._delta, "your network"))
         elif not bounds:
             bounds = (of_a_part(model, self.examples, self._delta, self.seed),)
-        inputs = unlabelled if unlabelled is not None else None if test is None else test.inputs
         plain = None
         if inputs is not None:
             labels = found.predict(inputs, self.seed + 3)
@@ -405,26 +411,3 @@ def _cross_entropy(made: Prepared, some: Examples, seed: int) -> float:
             logits = made.network.outputs(x).drawn(draws).double()
             total += float(nn.functional.cross_entropy(logits, y, reduction="sum"))
     return total / (CHECK_PASSES * len(some))
-
-
-def _given(test: Any, problem: Problem) -> Examples | None:
-    """Test data as examples."""
-    if test is None:
-        return None
-    if isinstance(test, Problem):
-        return examples_of(test)
-    if not isinstance(test, (tuple, list)) or len(test) != 2 or not all(isinstance(part, Tensor) for part in test):
-        raise OptionError("test= takes a pair (x, y) of tensors, or a Problem.")
-    x, y = test
-    if y.ndim != 1 or y.is_floating_point() or y.is_complex() or len(x) != len(y) or not len(y):
-        raise OptionError(
-            f"test= takes as many inputs as labels (n,) of integers, at least one; got {tuple(x.shape)} and "
-            f"{tuple(y.shape)} of {y.dtype}."
-        )
-    if int(y.min()) < 0 or int(y.max()) >= problem.num_classes:
-        raise OptionError(f"test= has labels from {int(y.min())} to {int(y.max())} of {problem.num_classes} classes.")
-    check_finite(x)
-    found = Examples(x.to(problem.device, problem.dtype), y.to(problem.device).long())
-    with reported(DataError, f"the network failed on test= of {shapes_of(x)}"):
-        problem.values((found.inputs[:2], found.labels[:2]))
-    return found

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from deepspectra.argument_checks import check_number
 from deepspectra.certificates.binomial_bounds import BOUNDS, check_delta
 from deepspectra.dataframes import text_table
 from deepspectra.errors import OptionError
@@ -29,6 +30,10 @@ class Grid:
 
     precision: float = 4.0  # b
     largest: float = 100.0  # c
+
+    def __post_init__(self) -> None:
+        check_number("precision", self.precision, 0)
+        check_number("largest", self.largest, 0)
 
     def nearest(self, variance: float) -> int:
         """The j whose λ_j is nearest in ratio, at least 1."""

@@ -18,8 +18,10 @@ from deepspectra.certificates.stochastic_layers import (
     GaussianLinear,
     Outputs,
 )
-from deepspectra.errors import CertificateError
+from deepspectra.errors import CertificateError, DataError, OptionError
 from deepspectra.problem.cross_entropy import CrossEntropy
+from deepspectra.problem.input_checks import check_finite, reported, shapes_of
+from deepspectra.problem.model_copy import owners_of
 from deepspectra.problem.problem import Problem
 
 CHUNK = 1000  # examples that pass at a time where nothing is differentiated
@@ -79,6 +81,45 @@ def examples_of(problem: Problem) -> Examples:
     return found
 
 
+def given_examples(test: Any, problem: Problem) -> Examples:
+    """Test data, which are a pair (x, y) or a problem, as examples.
+
+    Raises:
+        OptionError: neither, or labels that do not fit.
+        DataError: inputs that do not, see `given_inputs`.
+    """
+    if isinstance(test, Problem):
+        return examples_of(test)
+    if not isinstance(test, (tuple, list)) or len(test) != 2 or not all(isinstance(part, Tensor) for part in test):
+        raise OptionError("test= takes a pair (x, y) of tensors, or a Problem.")
+    x, y = test
+    if y.ndim != 1 or y.is_floating_point() or y.is_complex() or len(x) != len(y) or not len(y):
+        raise OptionError(
+            f"test= takes as many inputs as labels (n,) of integers, at least one; got {tuple(x.shape)} and "
+            f"{tuple(y.shape)} of {y.dtype}."
+        )
+    if int(y.min()) < 0 or int(y.max()) >= problem.num_classes:
+        raise OptionError(f"test= has labels from {int(y.min())} to {int(y.max())} of {problem.num_classes} classes.")
+    return Examples(given_inputs("test=", x, problem), y.to(problem.device).long())
+
+
+def given_inputs(name: str, x: object, problem: Problem) -> Tensor:
+    """Inputs that the network takes.
+
+    Raises:
+        OptionError: no tensor, or of no example.
+        DataError: numbers that are not finite, or of a shape on which the network fails.
+    """
+    if not isinstance(x, Tensor) or not x.ndim or not len(x):
+        given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise OptionError(f"{name} takes a tensor of inputs (n, ...), at least one; got {given}.")
+    check_finite(x)
+    x = x.to(problem.device, problem.dtype)
+    with reported(DataError, f"the network failed on {name} of {shapes_of(x)}"):
+        problem.values((x[:2], torch.zeros(len(x[:2]), dtype=torch.long, device=problem.device)))
+    return x
+
+
 class GaussianNetwork:
     """A network whose fully connected layers and convolutions have Gaussian weights; other parameters are held.
 
@@ -104,18 +145,13 @@ class GaussianNetwork:
     def outputs(self, x: Tensor) -> Outputs:
         """Moments of the logits, given draws of the features of each example."""
         last = self.layers[self.output]
-        found: list[Outputs] = []
-
-        def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            assert isinstance(last, GaussianLinear)
-            found.append(last.moments(inputs[0]))
-
-        handle = last.register_forward_pre_hook(note)
+        assert isinstance(last, GaussianLinear)
+        last.noted = []
         try:
             self.model(x)
+            return last.noted[0]
         finally:
-            handle.remove()
-        return found[0]
+            last.noted = None
 
     def prepared(self, x: Tensor) -> Tensor:
         """Inputs as `outputs` takes them: the first layer's products done once, if only reshaping comes before."""
@@ -234,12 +270,7 @@ def _uses(model: nn.Module, sample: Tensor) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for p in module._parameters.values():
-            if p is not None:
-                owners[id(p)] = owners.get(id(p), 0) + 1
-    found = []
+    owners, found = owners_of(model), []
     for name, uses in calls.items():
         module = model.get_submodule(name)
         alone = len(uses) == 1 and all(owners[id(p)] == 1 for p in module.parameters())

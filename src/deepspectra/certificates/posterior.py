@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from deepspectra.certificates.stochastic_layers import GaussianLinear
 from deepspectra.errors import CertificateError
 from deepspectra.kfac.exact_blocks import ParameterBlock, places
 from deepspectra.kfac.kronecker import all_from
-from deepspectra.kfac.moments import Squares
+from deepspectra.kfac.moments import Squares, add_squares
 from deepspectra.kfac.operators import Kronecker, KroneckerSum
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.captures import captures_of, layer_of
@@ -68,9 +69,7 @@ def coordinates(problem: Problem, network: GaussianNetwork, basis: str, sides: s
         if basis in ("ekfac", "standard"):
             dtype = block.dtype
             squares[layer] = Squares(place, U[None].to(dtype), V[None].to(dtype))
-    for batch in captures.batches() if squares else ():
-        for total in squares.values():
-            total.add(total.place.mine(batch.uses))
+    add_squares(captures.batches() if squares else (), squares.values())
     captures.release()
     for layer, total in squares.items():
         found[layer] = found[layer]._replace(curvature=total.sums.total[0])
@@ -106,18 +105,16 @@ def _closed_form_outputs(
 
 def curvature_in(problem: Problem, network: GaussianNetwork) -> dict[str, Tensor]:
     """Layer → diagonal (o, k) of G in the posterior's own coordinates, exact, and its trace beyond those kept."""
-    captures = captures_of(problem)
+    batches = captures_of(problem).batches()
+    first = next(batches)
+    sizes = {name: value.numel() for name, value in problem.parameters.items()}
     squares: dict[str, Squares] = {}
-    for batch in captures.batches():
-        if not squares:
-            sizes = {name: value.numel() for name, value in problem.parameters.items()}
-            for place in places(batch.uses, sizes):
-                layer = network.layers.get(layer_of(place.weight.name))
-                if layer is not None and place.is_matrix and place.shape[2] == layer.prior_mean.shape[1]:
-                    left, right = layer.whole_left().float(), layer.whole_right().float()
-                    squares[layer_of(place.weight.name)] = Squares(place, left[None], right[None])
-        for total in squares.values():
-            total.add(total.place.mine(batch.uses))
+    for place in places(first.uses, sizes):
+        layer = network.layers.get(layer_of(place.weight.name))
+        if layer is not None and place.is_matrix and place.shape[2] == layer.prior_mean.shape[1]:
+            left, right = layer.whole_left().float(), layer.whole_right().float()
+            squares[layer_of(place.weight.name)] = Squares(place, left[None], right[None])
+    add_squares(itertools.chain([first], batches), squares.values())
     return {name: total.sums.total[0] for name, total in squares.items()}
 
 

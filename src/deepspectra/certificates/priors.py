@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from deepspectra.argument_checks import check_choice, check_count, seeded
+from deepspectra.argument_checks import check_choice, check_count, check_number, seeded
 from deepspectra.certificates.ledger import Grid
 from deepspectra.certificates.networks import Examples, GaussianNetwork
 from deepspectra.errors import CertificateError, NonFiniteError, OptionError
@@ -64,8 +64,12 @@ class Prior:
         check_choice("prior", self.kind, KINDS)
         check_count("tried", self.tried)
         check_count("epochs", self.epochs)
-        if not 0 < self.share < 1 or not self.blur > 0:
-            raise OptionError(f"share={self.share!r} must lie between 0 and 1, and blur={self.blur!r} be positive.")
+        check_number("share", self.share, 0, 1)
+        check_number("blur", self.blur, 0)
+        if self.centre is not None and not isinstance(self.centre, nn.Module):
+            raise OptionError(f"centre={type(self.centre).__name__}; expected a network, or None.")
+        if self.grid is not None and not isinstance(self.grid, Grid):
+            raise OptionError(f"grid={self.grid!r}; expected a Grid, or None.")
 
     @property
     def places(self) -> Grid | None:
@@ -112,7 +116,7 @@ def prepare(
     Cost: of "learnt", its training: a gradient over its examples an epoch.
     """
     blur: nn.Module = Blur(prior.blur) if prior.kind == "smooth" else nn.Identity()
-    plain = prior.centre or fresh(model, seed)
+    plain = fresh(model, seed) if prior.centre is None else _fitting(prior.centre, model)
     plain = copy.deepcopy(plain).to(next(model.parameters())).eval().requires_grad_(True)
     sample = examples.inputs[:3]
     if prior.kind == "learnt":
@@ -148,6 +152,24 @@ def prepare(
         else:
             layer.log_scale.data.fill_(math.log(max(scale * mean_square, 1e-12)))
     return Prepared(plain, network, examples, blur)
+
+
+def _fitting(centre: nn.Module, model: nn.Module) -> nn.Module:
+    """The centre, if it is the same network with other weights.
+
+    Raises:
+        OptionError: parameters have other names or shapes, or are not finite.
+    """
+    given, expected = ({name: tuple(p.shape) for name, p in one.named_parameters()} for one in (centre, model))
+    for name in (*expected, *given):
+        if given.get(name) != expected.get(name):
+            raise OptionError(
+                f"centre= must be the same network with other weights; {name} is {given.get(name, 'not there')}, and "
+                f"{expected.get(name, 'not there')} in the network that is certified."
+            )
+    if broken := [name for name, p in centre.named_parameters() if not bool(p.isfinite().all())]:
+        raise OptionError(f"centre= has NaN or infinite weights, in {broken[0]}.")
+    return centre
 
 
 def split(num: int, share: float, seed: int) -> tuple[Tensor, Tensor]:

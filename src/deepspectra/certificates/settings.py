@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from deepspectra.argument_checks import check_choice, check_count
+from deepspectra.argument_checks import check_choice, check_count, check_number
 from deepspectra.certificates.binomial_bounds import BOUNDS, check_delta
 from deepspectra.certificates.posterior import BASES, SIDES
 from deepspectra.errors import OptionError
@@ -96,8 +96,19 @@ class Settings:
                 check_count(name, getattr(self, name), 0 if name == "epochs" else 1)
         for name in ("delta", "monte_carlo_delta", "disagreement_delta"):
             check_delta(name, getattr(self, name))
-        if self.minutes is not None and not self.minutes > 0:
-            raise OptionError(f"minutes={self.minutes!r} must be positive, or None.")
+        if not self.delta + self.monte_carlo_delta + self.disagreement_delta < 1:
+            raise OptionError("delta, monte_carlo_delta and disagreement_delta must sum to less than 1.")
+        check_number("rate", self.rate, 0)
+        if self.minutes is not None:
+            check_number("minutes", self.minutes, 0)
+        if self.warm_up is not None and self.warm_up not in (0, 1):
+            check_number("warm_up", self.warm_up, 0, 1)
+        if not isinstance(self.refreshes, (tuple, list)):
+            raise OptionError(f"refreshes={self.refreshes!r}; expected shares of the epochs, such as (0.1, 0.3).")
+        for share in self.refreshes:
+            check_number("each of refreshes", share, 0, 1)
+        if not isinstance(self.transports, bool):
+            raise OptionError(f"transports={self.transports!r}; expected True or False.")
 
     @classmethod
     def of(cls, variant: str | None = None, **options: Any) -> Settings:
@@ -115,6 +126,27 @@ class Settings:
             check_choice("variant", variant, tuple(VARIANTS))
             options = VARIANTS[variant] | options
         return cls(**options)
+
+    def sentences(self, prior: str) -> list[str]:
+        """What these settings make of the posterior about a prior of this kind, and what not."""
+        found = []
+        if self.start == "trained":
+            basis = "the weights themselves" if self.basis == "standard" else "the curvature's eigenbasis"
+            found.append(
+                "The posterior starts at trained weights and pays for their distance from the prior; its variances "
+                f"are along {basis}."
+            )
+        if self.loss == "cross_entropy":
+            found.append(
+                "It minimises the cross-entropy of a draw and the square root of its complexity, as published, and "
+                "not the bound; descent on the bound itself is the default."
+            )
+        elif prior != "learnt":
+            found.append(
+                "The posterior minimises the bound, not the error: it stays as near to its prior as it can afford, "
+                "and a network trained for its error errs less."
+            )
+        return found
 
     def batch_size_of(self, num_examples: int) -> int:
         """Examples a step."""

@@ -190,11 +190,19 @@ class GaussianLinear(GaussianLayer):
 
     Drawn for each example by itself, they have the distribution that a draw of the weights gives to that example;
     over examples they are independent, as draws of the weights for each of them would be.
+
+    Attributes:
+        noted: where moments are put, if that is all that is asked for, and nothing is drawn.
     """
+
+    noted: list[Outputs] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs (B, d) to a draw (B, o), or to the mean."""
         found = self.moments(x)
+        if self.noted is not None:
+            self.noted.append(found)
+            return found.mean
         return found.drawn(self.draws) if self.is_noisy else found.mean
 
     def moments(self, x: Tensor) -> Outputs:
@@ -236,7 +244,10 @@ class GaussianLinear(GaussianLayer):
 class GaussianConvolution(GaussianLayer):
     """A convolution: weights are drawn explicitly, for each example by itself, for positions share them.
 
-    Noise of every position by itself would be another distribution, and a certificate of another network.
+    Noise of every position by itself would be another distribution, and a certificate of another network. Signs on
+    one shared draw (flipout, Wen et al. 2018, arXiv 1803.04386) would save the draws alone: patches are turned and
+    multiplied example by example in any case. Measured on both convolutions of a LeNet, 500 examples a step: 1.6 to
+    1.8 times the time, gradients of the means of the same variance, of log variances 1.1 to 1.5 times as much.
     """
 
     def __init__(self, prior_mean: Tensor, has_bias: bool, scale: float, like: nn.Conv2d) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from deepspectra.argument_checks import check_choice, check_count, check_seed
 from deepspectra.errors import ConvergenceWarning, CurvatureError, LossError, OptionError
 from deepspectra.kfac.exact_blocks import ExactBlock, ParameterBlock, across_errors, across_features, places
-from deepspectra.kfac.moments import LARGEST_VECTOR, Moments, Squares, num_replicates
+from deepspectra.kfac.moments import LARGEST_VECTOR, Moments, Squares, add_squares, num_replicates
 from deepspectra.kfac.operators import Block, Kronecker, KroneckerSum, Rotated
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.memory_budget import refuse_beyond
@@ -196,9 +196,7 @@ def _corrected(
     bases = {name: blocks[name].decomposed for name, place in found.items() if place.is_matrix}
     samples = captures.samples
     squares = {name: Squares(found[name], basis.left, basis.right, samples) for name, basis in bases.items()}
-    for batch in captures.batches():
-        for total in squares.values():
-            total.add(total.place.mine(batch.uses))
+    add_squares(captures.batches(), squares.values())
     corrected: dict[str, Block] = {
         name: Rotated(basis.left, basis.right, squares[name].sums.total, basis.dtype, f"EKFAC of {name}")
         for name, basis in bases.items()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from deepspectra.errors import FallbackWarning
 from deepspectra.kfac.exact_blocks import ParameterBlock, Positions, num_positions, positions, single
+from deepspectra.rows.captures import Captured
 from deepspectra.rows.parameter_uses import Lookup, Use
 
 LARGEST_VECTOR = 4096  # numbers of a vector whose exact block is held; of longer ones its diagonal
@@ -227,3 +228,11 @@ class Squares:
         same = (index[:, :, None] == index[:, None]).to(rotated)  # (b, T, T)
         gathered = (rotated @ same[:, None]).square().sum(1) / same.sum(1)[:, None]  # (b, o, T)
         total[0].index_add_(1, index.flatten(), gathered.transpose(0, 1).flatten(1).double())
+
+
+def add_squares(batches: Iterable[Captured], squares: Iterable[Squares]) -> None:
+    """Each batch's uses to the sums of their own place."""
+    totals = list(squares)
+    for batch in batches if totals else ():
+        for total in totals:
+            total.add(total.place.mine(batch.uses))

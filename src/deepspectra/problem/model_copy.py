@@ -47,7 +47,7 @@ def evaluation_copy(model: nn.Module, mode: str = "eval") -> nn.Module:
             "a copy of the model shares parameters with it (a __deepcopy__ that returns itself?), so that one would "
             "change the other."
         )
-    owners = Counter(id(p) for module in twin.modules() for p in module._parameters.values() if p is not None)
+    owners = owners_of(twin)
     twin.eval()
     for module in twin.modules():
         if mode == "train" and isinstance(module, NORMS):
@@ -59,6 +59,11 @@ def evaluation_copy(model: nn.Module, mode: str = "eval") -> nn.Module:
     for p in twin.parameters():
         p.grad = None
     return twin
+
+
+def owners_of(model: nn.Module) -> Counter[int]:
+    """The id of each parameter → how many modules hold it: more than one where it is tied."""
+    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
 
 
 def _as_table(module: nn.Embedding | nn.EmbeddingBag, owners: Counter[int]) -> None:

@@ -38,7 +38,8 @@ def bounds(dataset: xr.Dataset) -> alt.LayerChart:
     base = blank(table).encode(y=alt.Y("name:N", sort=names, axis=axis))
     tooltip = [word("name", "of"), tip("observed", "observed", ".4f"), tip("bound", "at most", ".4f")]
     scale = alt.Scale(domainMin=0)
-    x = alt.X("observed:Q", title="share of errors: observed (dot) and bound (bar's end)", scale=scale)
+    title = "share of errors: observed (dot) and bound (bar's end)"
+    x = alt.X("observed:Q", title=title, scale=scale, axis=alt.Axis(tickCount=6, format="~g"))
     bars = base.transform_filter("isValid(datum.bound)").mark_bar(height=12, color="#0072B2", opacity=0.35)
     bars = bars.encode(x=alt.X("bound:Q", scale=scale), tooltip=tooltip)
     ends = base.transform_filter("isValid(datum.bound)").mark_text(align="left", dx=5, fontSize=12, color=INK)

@@ -147,9 +147,9 @@ class Evaluated(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.stamp()
 
-    def recast(self, model: nn.Module) -> Evaluated:
+    def recast(self, model: nn.Module, function: Forward | None = None) -> Evaluated:
         """The same with a further copy of the model, whose own parameters may be aliases as this one's are."""
-        other = Evaluated(model, self.function)
+        other = Evaluated(model, function or self.function)
         other.differentiates, other.writes, other.written = self.differentiates, self.writes, self.written
         other.original, other.narrows = self.original, self.narrows
         before, after = named_tensors(self.model), named_tensors(model)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from deepspectra.errors import DataError, FallbackWarning, OptionError, ParameterError
 from deepspectra.problem.batch_cut_checks import cut_anew, settle_cuts
-from deepspectra.problem.batches import Batches, Move, is_labelled
+from deepspectra.problem.batches import Batches, Move, Pair, is_labelled, length
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.evaluated_model import Evaluated, Forward, Trial, forward_pair, gradient
 from deepspectra.problem.input_checks import check_given, check_gradient, reported, usable_device
 from deepspectra.problem.losses import MeanLoss
-from deepspectra.problem.memory_budget import free_memory, parse_bytes, suitable_batch_size
+from deepspectra.problem.memory_budget import free_memory, largest_batch_size, parse_bytes, suitable_batch_size
 from deepspectra.problem.model_copy import evaluation_copy, unwrapped
 from deepspectra.problem.named_losses import Given
 from deepspectra.problem.own_losses import settle_loss
@@ -46,8 +46,8 @@ class Problem:
             taken for one batch, if the data is one or can be.
         parameters: a glob or several over parameter names; the trainable ones among the matches are used.
         forward: function (model, batch) → (outputs, targets), for other batches.
-        batch_size: examples a batch, for tensors and Datasets; by default so many that backpropagation keeps about
-            32 MiB of them, or twice the bytes of the weights if that is more (512 MiB on a GPU).
+        batch_size: examples a batch, for tensors and Datasets; by default backpropagation keeps about 32 MiB of them,
+            or twice the bytes of the weights if that is more (512 MiB on a GPU), of any at most 1/32 of the memory.
         device: where to compute; by default where the model's parameters are.
         dtype: floating-point type of weights, data and products; by default the model's. In float64 the network
             computes in float64 throughout, where it casts to float32 too.
@@ -109,19 +109,19 @@ class Problem:
         self.batches = Batches(data, batch_size=batch_size, move=move, budget=budget, pairs=self.reads_pairs)
         self.loss_function = settle_loss(loss, module, self.batches, forward)
         self._derived: dict[object, Any] = {}  # what `per_problem` functions have made
-        given = unwrapped(model)
-        module.suspect(given, self.parameters)
+        module.suspect(given := unwrapped(model), self.parameters)
         first = settle_layout(module, self.batches, self.loss_function, self.parameters)
         first, self.cuts = settle_cuts(module, self.batches, self.parameters, first, mode)
         self._count(first)
         if module.is_caught:
             module.follow(given)
         saved = check_gradient(module, self.loss_function, self._trainable, first, given)
-        each = saved / max(1, len(first.batch[1])) if self.cuts else 0.0
+        each = saved / max(1, length(first.batch)) if self.cuts else 0.0
         self.batch_size = suitable_batch_size(each, self.model, self.memory, self.device)
         if self.cuts:
             by_label = isinstance(self.loss_function, CrossEntropy) and self.reads_pairs
-            cut_anew(module, self.batches, self.parameters, first, self.batch_size, by_label=by_label)
+            sizes = self.batch_size, largest_batch_size(each, self.memory)
+            cut_anew(module, self.batches, self.parameters, first, sizes, by_label=by_label)
         module.stamp()
 
     def _count(self, first: Trial | None = None) -> None:
@@ -162,15 +162,15 @@ class Problem:
         """The mapping from parameter names to tensors of a vector (P,)."""
         return unflatten(vector, self.parameters)
 
-    def evaluate(self, parameters: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
+    def evaluate(self, parameters: Mapping[str, Tensor], batch: Any) -> Pair:
         """Outputs (n, C) and targets of a batch's rows at the given parameters."""
         return self.loss_function.rows(*self._module.at(parameters, batch))
 
-    def values(self, batch: Any, parameters: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def values(self, batch: Any, parameters: Mapping[str, Tensor] | None = None) -> Pair:
         """The same without a graph, at the problem's own parameters unless told otherwise."""
         return self.loss_function.rows(*self._module.values(parameters or self.parameters, batch))
 
-    def row_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def row_batches(self) -> Iterator[Pair]:
         """Outputs and targets of each batch, at the problem's own parameters."""
         return (self.values(batch) for batch in self.fixed_batches())
 

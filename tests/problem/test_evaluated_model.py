@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, prune, spectral_norm
+from torch.utils import checkpoint
 
 import deepspectra as ds
 from deepspectra import errors
+from deepspectra.problem.evaluated_model import UNCHECKPOINTED
 from given import Captured, Net, X, Y, check, normed
 from reference import error
 from truth import truth
@@ -278,3 +281,25 @@ def test_hooks_on_tensors_inside_the_network_ask_for_gradients() -> None:
             return self.o(torch.tanh(h))
 
     check(Watched())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_functions_are_differentiated_as_others(reentrant: bool) -> None:
+    class Checkpointed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            run = functools.partial(checkpoint.checkpoint, use_reentrant=reentrant)
+            return run(lambda h: self.o(torch.tanh(h)), run(self.a, x))
+
+    before = {name: getattr(checkpoint, name) for name in UNCHECKPOINTED}
+    net = Checkpointed()
+    check(net, mean=lambda: functional.cross_entropy(net.o(torch.tanh(net.a(X))), Y))
+    assert {name: getattr(checkpoint, name) for name in UNCHECKPOINTED} == before
+
+
+def test_checkpointed_functions_tell_their_failures() -> None:
+    class Failing(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint.checkpoint(lambda h: h @ h, self.o(torch.tanh(self.a(x))), use_reentrant=False)
+
+    with pytest.raises(errors.DataError, match="mat1 and mat2"):
+        ds.Problem(Failing(), (X, Y))

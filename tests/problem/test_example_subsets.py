@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import deepspectra as ds
 from deepspectra.errors import OptionError
-from deepspectra.problem.example_subsets import class_batches, drawn_problem, limited, small_problem
+from deepspectra.problem.example_subsets import (
+    can_draw,
+    class_batches,
+    drawn_problem,
+    limited,
+    small_problem,
+    sum_by_example,
+)
 from nets import digits_problem
 
 
@@ -106,3 +115,75 @@ def test_limited_batches_may_be_anything_that_is_cut() -> None:
     assert limited(whole, 10).num_examples == (10 if whole.cuts else 20)
     regression = ds.Problem(nn.Linear(4, 1), (torch.randn(40, 4), torch.randn(40, 1)), loss="mse")
     assert limited(regression, 10).num_examples == 10
+
+
+class Tagger(nn.Module):
+    """A class a position, with a loss of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(9, 4), nn.GRU(4, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+        z = self.head(self.mix(self.embed(tokens))[0])
+        loss = None if labels is None else nn.functional.cross_entropy(z.flatten(0, 1), labels.flatten())
+        return SimpleNamespace(logits=z, loss=loss)
+
+
+def sentences() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 9, (12, 5), generator=generator)
+    labels = tokens % 3
+    labels[2, 3:] = -100
+    return {"tokens": tokens, "labels": labels}
+
+
+def tagger(batches: Any, **options: Any) -> ds.Problem:
+    torch.manual_seed(0)
+    return ds.Problem(Tagger().double().eval(), batches, **options)
+
+
+def test_sentences_are_drawn_with_all_their_tokens() -> None:
+    data = sentences()
+    whole = tagger([{name: part[:7] for name, part in data.items()}, {name: part[7:] for name, part in data.items()}])
+    assert can_draw(whole)
+    chosen, weights = torch.tensor([1, 2, 7, 11]), torch.tensor([2.0, 0.5, 3.0, 1.0], dtype=torch.float64)
+    drawn = drawn_problem(whole, chosen, weights)
+    with torch.no_grad():
+        z = whole.model(data["tokens"][chosen]).logits.flatten(0, 1)
+        each = nn.functional.cross_entropy(z, data["labels"][chosen].flatten(), reduction="none").view(4, 5)
+    assert drawn.loss() == pytest.approx(float(weights @ each.sum(1)) / 58, rel=1e-12)
+    assert drawn.num_examples == 18
+    assert drawn.batches.num_batches == 1
+    every = drawn_problem(whole, torch.arange(12), torch.ones(12, dtype=torch.float64))
+    v = torch.randn(whole.num_parameters, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for operator in (ds.Hessian, ds.GaussNewton, ds.Residual):
+        torch.testing.assert_close(operator(every) @ v, operator(whole) @ v, rtol=1e-9, atol=1e-13)
+    assert len(next(iter(small_problem(whole, 5, torch.float64).batches))["tokens"]) == 1
+
+
+def test_sums_by_example_are_over_its_rows() -> None:
+    data = sentences()
+    whole = tagger([data])
+    found = sum_by_example(whole, [torch.arange(60.0)])
+    torch.testing.assert_close(found, torch.arange(60.0).view(12, 5).sum(1))
+    vectors = ds.Problem(nn.Linear(4, 3), (torch.randn(6, 4), torch.arange(6) % 3))
+    assert sum_by_example(vectors, [torch.arange(6.0)]).tolist() == list(range(6))
+
+
+def test_batches_beyond_the_memory_are_cut_by_sentences() -> None:
+    data = sentences()
+    whole = tagger([data])
+    (first,) = whole.batches
+    assert len(first["tokens"]) == 12
+    cut = tagger([data], memory=2**17)
+    lengths = [len(batch["tokens"]) for batch in cut.batches]
+    assert len(lengths) > 3
+    assert sum(lengths) == 12
+    assert cut.num_examples == whole.num_examples == 58
+    assert cut.loss() == pytest.approx(whole.loss(), rel=1e-12)
+    torch.testing.assert_close(cut.gradient(), whole.gradient(), rtol=1e-10, atol=1e-14)
+    rows = [{name: part[j] for name, part in data.items()} for j in range(12)]
+    loaded = tagger(torch.utils.data.DataLoader(rows, batch_size=6), memory=2**17)
+    assert [len(batch["tokens"]) for batch in loaded.batches][:1] == lengths[:1]
+    torch.testing.assert_close(loaded.gradient(), whole.gradient(), rtol=1e-10, atol=1e-14)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointFunction
 
 import deepspectra as ds
 from deepspectra import errors
@@ -119,11 +119,10 @@ def test_inputs_that_the_model_does_not_take_are_told(inputs: Tensor) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_is_told(reentrant: bool) -> None:
+def test_checkpointing_by_other_functions_than_checkpoint_is_told() -> None:
     class Recomputed(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(super().forward, x, use_reentrant=reentrant)
+            return CheckpointFunction.apply(super().forward, True, x)
 
     network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), Recomputed(5, 3))
     with pytest.raises(errors.CurvatureError, match="activation checkpointing must be off"):

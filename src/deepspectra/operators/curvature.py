@@ -53,15 +53,15 @@ class Curvature(Operator):
         Eigenvectors of samples of equal variation are about equally good, whatever the network and the data.
         Cost: one forward pass, once a problem.
         """
-        num_examples = self.problem.num_examples
-        if not self.by_importance or num_examples < FEWEST or not can_draw(self.problem):
+        if not self.by_importance or self.problem.num_examples < FEWEST or not can_draw(self.problem):
             return 0
-        num = max(SMALLEST, num_enough(importance(self.problem), error))
-        return num if num <= SHARE * num_examples else 0
+        sizes = importance(self.problem)
+        num = max(SMALLEST, num_enough(sizes, error))
+        return num if len(sizes) >= FEWEST and num <= SHARE * len(sizes) else 0
 
     def sampled(self, generator: torch.Generator, num_samples: int | None = None) -> Curvature:
         """The same operator on examples drawn by importance, a quarter of all unless told otherwise."""
-        num = num_samples or math.ceil(SHARE * self.problem.num_examples)
+        num = num_samples or math.ceil(SHARE * len(importance(self.problem)))
         few = copy.copy(self)
         few.problem = drawn(self.problem, num, generator)
         few.products = products_of(few.problem)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspectra.errors import DataError, FallbackWarning, OptionError
-from deepspectra.problem.batches import Batches, Pair, is_pair, map_tensors, other_lengths, tensors
+from deepspectra.problem.batches import Batches, Pair, length, map_tensors, other_lengths, tensors
 from deepspectra.problem.evaluated_model import Evaluated, Tree, Trial
 from deepspectra.problem.input_checks import CALLER, check_outputs, check_same
 
@@ -38,8 +38,8 @@ def settle_cuts(module: Evaluated, batches: Batches, parameters: Tree, first: Tr
         return module.values(parameters, batch)
 
     dtype, tried, outputs = next(iter(parameters.values())).dtype, first.batch, first.pair[0]
-    if mode == "eval" and _num_first(tried) < FEWEST and batches.num_batches > 1:  # one example tells nothing
-        tried = next((batch for batch in batches if _num_first(batch) >= FEWEST), tried)
+    if mode == "eval" and length(tried) < FEWEST and batches.num_batches > 1:  # one example tells nothing
+        tried = next((batch for batch in batches if length(batch) >= FEWEST), tried)
         outputs = outputs if tried is first.batch else evaluate(tried)[0]
     kind = _kind(evaluate, tried, outputs, dtype) if mode == "eval" else Kind.WHOLE
     if kind is Kind.INFLUENCED:
@@ -53,7 +53,7 @@ def settle_cuts(module: Evaluated, batches: Batches, parameters: Tree, first: Tr
             stacklevel=CALLER,
         )
     if kind is Kind.FIRST or (kind is Kind.SECOND and batches.brought):
-        return first, kind is Kind.FIRST and is_pair(first.batch)
+        return first, kind is Kind.FIRST
     if batches.num_batches == 1:
         return first, False
     if batches.join():
@@ -71,36 +71,35 @@ def settle_cuts(module: Evaluated, batches: Batches, parameters: Tree, first: Tr
     return first, False
 
 
-def _num_first(batch: Any) -> int:
-    """The length of the first tensor of a batch."""
-    return next((len(leaf) for leaf in tensors(batch) if leaf.ndim), 0)
-
-
 def cut_anew(
     module: Evaluated,
     batches: Batches,
     parameters: Tree,
     first: Trial,
-    batch_size: int | None,
+    sizes: tuple[int | None, int],
     *,
     by_label: bool,
 ) -> None:
     """Sort the examples and cut them into batches of another size; the first of these gives what they gave before.
 
+    The sizes are that of batches that are ours to choose, and the most examples that any may have.
+
     Cost: a forward pass of the batch.
     """
     order = batches.sort_by_label() if by_label else None
-    batches.resize(batch_size)
-    outputs = first.pair[0]
-    batch = next(iter(batches))
-    size = len(batch[0])
-    here = (torch.arange(size) if order is None else order[:size].cpu()).to(outputs.device)
-    common = here < len(outputs)
-    if (order is None and size == len(outputs)) or not bool(common.any()):
+    batches.resize(sizes[0])
+    batches.limit(sizes[1])
+    before, batch = length(first.batch), next(iter(batches))
+    size = length(batch)
+    here = torch.arange(size) if order is None else order[:size].cpu()
+    common = here < before
+    if (order is None and size == before) or not bool(common.any()):
         return
     again, _ = module.values(parameters, batch)
-    if again.shape[1:] != outputs.shape[1:] or len(again) != size:
+    outputs, again = first.pair[0].reshape(before, -1), again.reshape(size, -1)
+    if again.shape[1] != outputs.shape[1]:
         return
+    here, common = here.to(outputs.device), common.to(outputs.device)
     limit = AGREE.get(next(iter(parameters.values())).dtype, AGREE_HALF) * float(outputs.abs().max())
     if not float((outputs[here[common]] - again[common]).abs().max()) <= limit:
         raise DataError(_influence(module.model))

@@ -21,6 +21,7 @@ from deepspectra.errors import DataError, DeepSpectraError, MemoryBudgetError, N
 Pair = tuple[Tensor, Tensor]
 LARGEST_DEFAULT_BATCH = 512
 NUMBERS_PER_BATCH = 2**18  # a default batch holds about this many input numbers
+EXAMPLES_BY_NAME = 8  # of a default batch of mappings: their models may have thousands of outputs a position
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -50,6 +51,16 @@ def tensors(tree: Any) -> Iterator[Tensor]:
     else:
         for part in _parts(tree):
             yield from tensors(part)
+
+
+def length(batch: Any) -> int:
+    """The length of a batch's first tensor: how many examples it has, where they lie along the first dimension."""
+    return next((len(leaf) for leaf in tensors(batch) if leaf.ndim), 0)
+
+
+def examples(batch: Any, chosen: Tensor | slice) -> Any:
+    """Some of a batch's examples, which lie along the first dimension of its tensors."""
+    return map_tensors(lambda leaf: leaf[chosen] if leaf.ndim else leaf, batch)
 
 
 def other_lengths(tree: Any) -> Iterator[int]:
@@ -134,8 +145,11 @@ class Batches:
         self.brought = not sized  # the batches are the source's own, as those of a loader or a list are
         self.is_given = batch_size is not None or not sized  # their size is the user's choice
         held: list[Any] | None = []
+        self._most: int | None = None  # examples of a batch, if there were more
+        self._lengths: list[int] = []
         size, marks = 0, []
         for batch in _read(read):
+            self._lengths.append(length(batch))
             marks.append(_fingerprint(batch))
             if held is not None:
                 held.append(move(batch))
@@ -155,7 +169,7 @@ class Batches:
         if self.held is not None:
             return iter(self.held)
         assert self._source is not None
-        return (self._move(batch) for batch in _read(self._source))
+        return (self._move(piece) for batch in _read(self._source) for piece in _pieces(batch, self._most))
 
     def moved(self, move: Move) -> Batches:
         """The same batches on another device or in another dtype, held if these are."""
@@ -174,21 +188,30 @@ class Batches:
         whole = self._whole() if all(map(is_labelled, held)) else None
         if whole is None:
             return None
-        inputs, labels = whole
-        order = labels.argsort(stable=True)
-        self._cut(inputs[order], labels[order], max(len(y) for _, y in held))
+        order: Tensor = whole[1].argsort(stable=True)
+        self._cut(examples(whole, order), max(self._lengths))
         return order
 
     def resize(self, batch_size: int | None) -> None:
         """Cut the examples, in their order, into equal batches of about so many, unless the user chose a size.
 
-        Nothing happens either without a size, or unless every batch is held and is a pair of tensors of equal shapes
+        Nothing happens either without a size, or unless every batch is held and nothing but tensors, of equal shapes
         but for their lengths.
         """
         whole = None if self.is_given else self._whole()
         if whole is not None and batch_size is not None:
-            count = max(1, round(len(whole[0]) / batch_size))
-            self._cut(*whole, math.ceil(len(whole[0]) / count))
+            num = length(whole)
+            self._cut(whole, math.ceil(num / max(1, round(num / batch_size))))
+
+    def limit(self, most: int) -> None:
+        """Cut batches of more than so many examples, in their order, whoever chose their size."""
+        if max(self._lengths) <= most:
+            return
+        if self.held is not None:
+            self.held = [piece for batch in self.held for piece in _pieces(batch, most)]
+        self._most = most
+        self._lengths = [min(most, n - start) for n in self._lengths for start in range(0, n, most)]
+        self.num_batches = len(self._lengths)
 
     def join(self) -> bool:
         """Make one batch of all examples, or say False: cutting was the user's choice, or they are no tensors."""
@@ -203,19 +226,24 @@ class Batches:
             columns = zip(*(tensors(batch) for batch in self.held), strict=True)
             joined = iter([torch.cat(column) for column in columns])
             self.held = [map_tensors(lambda _: next(joined), self.held[0])]
+            self._lengths = [length(self.held[0])]
             self.num_batches = 1
         return True
 
-    def _whole(self) -> tuple[Tensor, Tensor] | None:
-        """Inputs and targets of all batches, where these are held pairs of equal shapes but for their lengths."""
-        pairs = self.held or []
-        if not all(map(is_pair, pairs)) or len({(x.shape[1:], x.dtype, y.shape[1:]) for x, y in pairs}) != 1:
+    def _whole(self) -> Any:
+        """One batch of all, where these are held and nothing but tensors, of equal shapes but for their lengths."""
+        held = self.held or []
+        if not held or not all(map(_is_table, held)):
             return None
-        inputs, targets = zip(*pairs, strict=True)
-        return torch.cat(inputs), torch.cat(targets)
+        columns = [list(tensors(batch)) for batch in held]
+        if len({tuple((leaf.shape[1:], leaf.dtype) for leaf in column) for column in columns}) != 1:
+            return None
+        joined = iter([torch.cat(column) for column in zip(*columns, strict=True)])
+        return map_tensors(lambda _: next(joined), held[0])
 
-    def _cut(self, inputs: Tensor, targets: Tensor, batch_size: int) -> None:
-        self.held = list(zip(torch.split(inputs, batch_size), torch.split(targets, batch_size), strict=True))
+    def _cut(self, whole: Any, batch_size: int) -> None:
+        self.held = list(_pieces(whole, batch_size))
+        self._lengths = list(map(length, self.held))
         self.num_batches = len(self.held)
 
     def _check_second_pass(self, marks: list[tuple[float, float]]) -> None:
@@ -240,6 +268,15 @@ class Batches:
             )
 
 
+def _pieces(batch: Any, most: int | None) -> Iterator[Any]:
+    """A batch in pieces of at most so many examples."""
+    if most is None or length(batch) <= most:
+        yield batch
+    else:
+        for start in range(0, length(batch), most):
+            yield examples(batch, slice(start, start + most))
+
+
 def is_pair(batch: Any) -> bool:
     """Whether a batch is a pair of tensors with a row for each example."""
     return (
@@ -248,6 +285,14 @@ def is_pair(batch: Any) -> bool:
         and all(isinstance(part, Tensor) and part.ndim > 0 and part.layout == torch.strided for part in batch)
         and len(batch[0]) == len(batch[1])
     )
+
+
+def _is_table(batch: Any) -> bool:
+    """Whether a batch is nothing but tensors with a row for each example."""
+    if isinstance(batch, Tensor):
+        return batch.ndim > 0 and batch.layout == torch.strided
+    parts = _parts(batch)
+    return bool(parts) and all(map(_is_table, parts)) and len(set(map(length, parts))) == 1
 
 
 def is_labelled(batch: Any) -> bool:
@@ -376,5 +421,7 @@ def _tensor_reader(pair: Any, batch_size: int | None) -> tuple[Iterable[Any], bo
 
 def default_batch_size(example: Any) -> int:
     """Examples a batch before the model has seen any: many of small inputs, at most 512, at least 32."""
+    if isinstance(example, Mapping):
+        return EXAMPLES_BY_NAME
     numbers = max(1, sum(leaf.numel() for leaf in tensors(example)))
     return min(LARGEST_DEFAULT_BATCH, max(32, NUMBERS_PER_BATCH // numbers))

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 from deepspectra.errors import DataError, OptionError, ParameterError
 from deepspectra.problem.batches import Pair, map_tensors
+from deepspectra.problem.double_precision import DoubleThroughout, names_single
 from deepspectra.problem.losses import Loss
 from deepspectra.problem.model_copy import DROPOUTS, NORMS, named_tensors, twins
 
@@ -44,6 +46,7 @@ class Evaluated(nn.Module):
         self.original: list[tuple[dict[str, Any], str, Any]] = []  # where what was captured stood
         self.differentiates = False  # the forward pass takes derivatives itself, and does not run without gradients
         self.writes = False  # the forward pass writes into its batch, and is given copies
+        self.narrows = False  # operations are asked for float32 by name
         self.written: set[str] = set()  # buffers that the forward pass writes into
         self.stamps: dict[str, Stamp] = {}  # how other buffers and the parameters were when the problem was made
 
@@ -59,7 +62,8 @@ class Evaluated(nn.Module):
         """Outputs and targets at the given parameters; the others are the model's own."""
         named = {f"model.{name}": value for name, value in parameters.items()}
         batch = map_tensors(Tensor.clone, batch) if self.writes else batch
-        with self._replaced(parameters):
+        double = self.narrows and next(iter(parameters.values())).dtype == torch.float64
+        with DoubleThroughout() if double else contextlib.nullcontext(), self._replaced(parameters):
             pair: tuple[Tensor, Tensor] = torch.func.functional_call(self, named, (batch,))
         return pair
 
@@ -143,11 +147,11 @@ class Evaluated(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.stamp()
 
-    def recast(self, model: nn.Module) -> Evaluated:
+    def recast(self, model: nn.Module, function: Forward | None = None) -> Evaluated:
         """The same with a further copy of the model, whose own parameters may be aliases as this one's are."""
-        other = Evaluated(model, self.function)
+        other = Evaluated(model, function or self.function)
         other.differentiates, other.writes, other.written = self.differentiates, self.writes, self.written
-        other.original = self.original
+        other.original, other.narrows = self.original, self.narrows
         before, after = named_tensors(self.model), named_tensors(model)
         for name, aliases in self.aliases.items():
             other.aliases[name] = [after[name] if alias is before[name] else alias for alias in aliases]
@@ -190,7 +194,7 @@ def _address(tensor: Tensor) -> int:
 
 
 class _Watched(TorchFunctionMode):
-    """Within this mode it is noted which suspects operations are given."""
+    """Within this mode it is noted which suspects operations are given, and whether they are asked for float32."""
 
     def __init__(self, module: Evaluated) -> None:
         super().__init__()
@@ -201,6 +205,7 @@ class _Watched(TorchFunctionMode):
         for value in (*args, *kwargs.values()):
             several = value if isinstance(value, (list, tuple)) else (value,)
             self.module.is_caught |= any(id(one) in self.module.suspects for one in several)
+        self.module.narrows |= names_single(func, args, kwargs)
         return func(*args, **kwargs)
 
 
@@ -257,6 +262,7 @@ def forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
             "forward=lambda model, batch: (outputs, targets)."
         )
     outputs = model(batch[0])
+    outputs = getattr(outputs, "logits", outputs)  # of a model's output with a name for everything
     if not isinstance(outputs, Tensor):
         raise DataError(
             f"the model returns {type(outputs).__name__}, not a tensor; pass "
@@ -268,8 +274,28 @@ def forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 # -- how operations run --------------------------------------------------------------------------------------
 
 
+def _nothing_kept(*_: Any, **__: Any) -> Iterator[None]:
+    """Stands around a checkpointed function, and does nothing."""
+    yield
+
+
+class _Called:
+    """What a checkpointed function is called by."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+# Names by which torch.utils.checkpoint.checkpoint calls its two kinds, and what runs the function alone.
+UNCHECKPOINTED = {"_checkpoint_without_reentrant_generator": _nothing_kept, "CheckpointFunction": _Called}
+
+
 class _Kernels:
-    """Attention by operations that have second derivatives, and compiled functions as they were written.
+    """Attention by operations that have second derivatives; compiled and checkpointed functions as they were written.
+
+    What is checkpointed would be run again outside of the pass, without its parameters. Hardly any memory is lost:
+    graphs of second derivatives keep whatever the first pass dropped.
 
     The switches are PyTorch's and global: the first who enters sets them and the last who leaves, of all threads,
     puts them back.
@@ -289,6 +315,10 @@ class _Kernels:
                 self.undo.enter_context(sdpa_kernel(SDPBackend.MATH))
                 if "torch._dynamo" in sys.modules:  # else nothing was compiled, and its import takes seconds
                     self.undo.enter_context(torch.compiler.set_stance("force_eager"))
+                for name, plain in UNCHECKPOINTED.items():
+                    if found := vars(checkpoint).get(name):
+                        self.undo.callback(setattr, checkpoint, name, found)
+                        setattr(checkpoint, name, plain)
             self.depth += 1
 
     def __exit__(self, *_: object) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepspectra.argument_checks import check_count
 from deepspectra.errors import DataError, OptionError
-from deepspectra.problem.batches import Batches, Move, map_tensors, num_bytes
+from deepspectra.problem.batches import Batches, Move, Pair, examples, length, num_bytes
 from deepspectra.problem.cross_entropy import CrossEntropy, DrawnCrossEntropy
+from deepspectra.problem.evaluated_model import Forward
 from deepspectra.problem.problem import Problem
 
 
@@ -36,14 +37,22 @@ def some_rows(problem: Problem, num_rows: int) -> Any:
         if len(counted) <= most:
             continue
         most, found = len(counted), batch
-        if problem.cuts and problem.reads_pairs and len(outputs) == len(batch[1]):
-            chosen = counted[:: max(1, len(counted) // num_rows)][:num_rows]
-            found = map_tensors(operator.itemgetter(chosen), batch)
+        each = _rows_an_example(problem, batch, len(outputs))
+        if each:
+            owners = torch.unique(counted // each)
+            num = max(1, num_rows // each)
+            found = examples(batch, owners[:: max(1, len(owners) // num)][:num])
         if most >= num_rows:
             break
     if found is None:
         raise DataError("no row counts: every target is ignored or has weight 0.")
     return found
+
+
+def _rows_an_example(problem: Problem, batch: Any, num_rows: int) -> int:
+    """How many rows each example of a batch gives, one after the other; 0 if it cannot be cut into examples."""
+    num = length(batch)
+    return num_rows // num if problem.cuts and num and num_rows % num == 0 else 0
 
 
 def limited(problem: Problem, num: int) -> Problem:
@@ -56,11 +65,9 @@ def limited(problem: Problem, num: int) -> Problem:
     step, seen, batches = max(1, problem.num_examples // num), 0, []
     for batch in problem.fixed_batches():
         if problem.cuts:
-            sizes: list[int] = []
-            map_tensors(lambda tensor, sizes=sizes: sizes.append(len(tensor)), batch)  # type: ignore[misc]
-            first = -seen % step
-            batches += [map_tensors(operator.itemgetter(slice(first, None, step)), batch)] if first < sizes[0] else []
-            seen += sizes[0]
+            chosen = torch.tensor(range(-seen % step, length(batch), step), dtype=torch.long, device=problem.device)
+            batches += [examples(batch, chosen)] if len(chosen) else []
+            seen += length(batch)
         elif seen < num:
             batches.append(batch)
             seen += len(problem.values(batch)[0])
@@ -69,36 +76,65 @@ def limited(problem: Problem, num: int) -> Problem:
 
 
 def can_draw(problem: Problem) -> bool:
-    """Examples can be drawn: batches are (x, labels), and the loss is cross-entropy."""
-    return isinstance(problem.loss_function, CrossEntropy) and problem.splits_by_class
+    """Examples can be drawn: batches can be cut into them, and the loss is the cross-entropy of labels."""
+    loss = problem.loss_function
+    if not isinstance(loss, CrossEntropy) or not problem.cuts:
+        return False
+    return problem.splits_by_class or not next(problem.row_batches())[1].is_floating_point()
+
+
+def sum_by_example(problem: Problem, each: Iterable[Tensor]) -> Tensor:
+    """Sums over the rows of each example of numbers (n,) for the rows of each batch; of a row if it is not cut."""
+    pairs = zip(problem.fixed_batches(), each, strict=True)
+    return torch.cat([row.view(-1, _rows_an_example(problem, batch, len(row)) or 1).sum(1) for batch, row in pairs])
 
 
 def drawn_problem(problem: Problem, chosen: Tensor, weights: Tensor) -> Problem:
     """The problem on chosen examples (ascending indices in the order of its batches), each with a weight.
+
+    An example may have many rows, as a sentence has tokens; they have its weight.
 
     Losses and derivatives are Σ m_i ω_i (·)_i over the chosen examples, divided by Σ ω_i over all: unbiased
     when each is drawn with probability 1/m_i.
     """
     loss = problem.loss_function
     if not can_draw(problem) or not isinstance(loss, CrossEntropy):
-        raise OptionError(
-            "examples can be drawn from batches (x, labels), one label an example, with cross-entropy only."
-        )
-    inputs, targets, start = [], [], 0
+        raise OptionError("examples can be drawn from batches that can be cut, with cross-entropy of labels only.")
+    drawn, start = [], 0
     for batch in problem.batches:
-        here = (chosen >= start) & (chosen < start + len(batch[1]))
-        index = (chosen[here] - start).to(batch[1].device)
-        pairs = [batch[1][index].double(), weights[here].to(batch[1].device, torch.float64)]
-        inputs.append(batch[0][index])
-        targets.append(torch.stack(pairs, 1))
-        start += len(batch[1])
+        here = (chosen >= start) & (chosen < start + length(batch))
+        if bool(here.any()):
+            index = (chosen[here] - start).to(problem.device)
+            drawn.append((examples(batch, index), weights[here].to(problem.device, torch.float64)))
+        start += length(batch)
+    changes: dict[str, Any] = {}
+    if problem.splits_by_class:  # weights stand beside the labels
+        drawn = [(x, torch.stack([labels.double(), times], 1)) for (x, labels), times in drawn]
+    else:
+        function = Weighted(problem._module.function, loss)
+        changes = {"_module": problem._module.recast(problem.model, function), "reads_pairs": False}
     move = Move(problem.device, problem.dtype)
-    data = torch.cat(inputs), torch.cat(targets)
-    batches = Batches(data, batch_size=None, move=move, budget=problem.memory // 4)
+    batches = Batches(drawn, batch_size=None, move=move, budget=problem.memory // 4, pairs=False)
+    batches.is_given = False
     batches.resize(problem.batch_size)
-    found = problem.variant(loss_function=DrawnCrossEntropy(loss), batches=batches)
+    found = problem.variant(loss_function=DrawnCrossEntropy(loss), batches=batches, **changes)
     found.total_weight = problem.total_weight
     return found
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A forward function of batches with a weight m for each example: targets are (n, 2), labels beside weights."""
+
+    function: Forward
+    loss: CrossEntropy
+
+    def __call__(self, model: nn.Module, batch: Any) -> Pair:
+        """Logits (n, C) and targets (n, 2) of all rows of the examples."""
+        inner, times = batch
+        outputs, labels = self.loss.rows(*self.function(model, inner))
+        times = times.double().repeat_interleave(len(labels) // len(times))
+        return outputs, torch.stack([labels.double(), times], 1)
 
 
 def class_batches(

@@ -28,7 +28,7 @@ from deepspectra.problem.losses import Loss
 from deepspectra.problem.memory_budget import saved_by
 from deepspectra.problem.model_copy import named_tensors, twins
 
-CHECKPOINTS = "activation checkpointing must be off"
+CHECKPOINTS = "activation checkpointing must be off where it is not by torch.utils.checkpoint.checkpoint"
 CALLER = 3  # frames up from a warning given here to the code that made the problem
 
 

@@ -65,7 +65,12 @@ def suitable_batch_size(example_bytes: float, model: nn.Module, memory: int, dev
         return None
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     wanted = max(BATCH_BYTES[device.type == "cpu"], WEIGHT_BYTES * weights)
-    return max(1, int(min(wanted, memory / GRAPHS) / max(1.0, example_bytes)))
+    return min(largest_batch_size(example_bytes, memory), max(1, int(wanted / max(1.0, example_bytes))))
+
+
+def largest_batch_size(example_bytes: float, memory: int) -> int:
+    """Examples of which so many such batches fit the memory."""
+    return max(1, int(memory / GRAPHS / max(1.0, example_bytes)))
 
 
 class Saved(NamedTuple):

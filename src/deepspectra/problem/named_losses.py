@@ -33,10 +33,11 @@ KNOWN: list[tuple[Any, type[nn.Module], Callable[[Any], Loss]]] = [
 ]
 MODULES = {function: module for function, module, _ in KNOWN}
 LOSSES = {module: loss for _, module, loss in KNOWN}
+Given = str | nn.Module | Callable[[Any, Tensor], Tensor] | Loss  # what a user may give for a loss
 NAMED: dict[str, type[Loss]] = {"cross_entropy": CrossEntropy, "mse": SquaredError}
 
 
-def resolve(loss: str | nn.Module | Callable[[Any, Tensor], Tensor] | Loss) -> Loss:
+def resolve(loss: Given) -> Loss:
     """The `Loss` for what a user may give: a name, an nn loss module, or a callable.
 
     Functions of `torch.nn.functional`, and `functools.partial` of them, are read as the modules of these arguments.

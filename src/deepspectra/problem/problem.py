@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from deepspectra.errors import DataError, FallbackWarning, OptionError, ParameterError
 from deepspectra.problem.batch_cut_checks import cut_anew, settle_cuts
-from deepspectra.problem.batches import Batches, Move, is_labelled
+from deepspectra.problem.batches import Batches, Move, Pair, is_labelled, length
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.evaluated_model import Evaluated, Forward, Trial, forward_pair, gradient
 from deepspectra.problem.input_checks import check_given, check_gradient, reported, usable_device
-from deepspectra.problem.losses import Loss, MeanLoss
-from deepspectra.problem.memory_budget import free_memory, parse_bytes, suitable_batch_size
+from deepspectra.problem.losses import MeanLoss
+from deepspectra.problem.memory_budget import free_memory, largest_batch_size, parse_bytes, suitable_batch_size
 from deepspectra.problem.model_copy import evaluation_copy, unwrapped
-from deepspectra.problem.named_losses import resolve
+from deepspectra.problem.named_losses import Given
+from deepspectra.problem.own_losses import settle_loss
 from deepspectra.problem.parameters import common_dtype, flatten, select_parameters, unflatten
 from deepspectra.problem.row_counts import count_rows, join_batches, settle_layout
 
@@ -38,24 +39,25 @@ class Problem(_Named):
 
     Model and data are copied, the model in evaluation mode, so that later training does not change the problem and
     the problem does not change the model. Each *row* i is one prediction: an example, or a token that is not
-    ignored. A batch is cut into smaller ones, or its examples into classes, only where a few examples alone were seen
-    to give the rows that they give within it; what has its examples in another dimension, or has nodes of a graph for
-    rows, stays whole.
+    ignored. A batch is cut into smaller ones, or into classes, only where a few examples alone were seen to give the
+    rows that they give within it; nodes of a graph, or examples along another dimension, stay whole.
 
     Args:
         model: any module; tied weights, buffers, batch norm and attention are fine. Wrappers of torch.compile and
             of data parallelism are taken off, and names are those without them.
-        data: a DataLoader, a Dataset, a pair (x, y) of tensors, or a list of batches (x, y). Shuffled loaders
-            are fine; random augmentation is not.
+        data: a DataLoader, a Dataset, a pair (x, y) of tensors, or a list of batches: pairs (x, y), or mappings for
+            which `model(**batch)` gives a loss, whose outputs and targets are then taken. Shuffling is fine; random
+            augmentation is not.
         loss: "cross_entropy", "mse", an nn loss module, or a callable (outputs, targets) → mean loss over the rows,
             torch.nn.functional's and `functools.partial` of them included. A callable that is no mean over rows is
             taken for one batch, if the data is one or can be.
         parameters: a glob or several over parameter names; the trainable ones among the matches are used.
-        forward: function (model, batch) → (outputs, targets), for batches that are not pairs (x, y).
-        batch_size: examples a batch, for tensors and Datasets; by default so many that backpropagation keeps about
-            32 MiB of them, or twice the bytes of the weights if that is more (512 MiB on a GPU).
+        forward: function (model, batch) → (outputs, targets), for other batches.
+        batch_size: examples a batch, for tensors and Datasets; by default backpropagation keeps about 32 MiB of them,
+            or twice the bytes of the weights if that is more (512 MiB on a GPU), of any at most 1/32 of the memory.
         device: where to compute; by default where the model's parameters are.
-        dtype: floating-point type of weights, data and products; by default the model's.
+        dtype: floating-point type of weights, data and products; by default the model's. In float64 the network
+            computes in float64 throughout, where it casts to float32 too.
         memory: bytes, or text such as "8GiB", for data, retained graphs and basis vectors together; by
             default two thirds of what is free on the device.
         mode: "eval", or "train" for the one batch that is given, whose own statistics batch norm then takes (dropout
@@ -68,7 +70,7 @@ class Problem(_Named):
         parameter_names: names of the selected parameters, in the order of the vector.
         layers: names of the modules that own them.
         memory: the budget in bytes.
-        cuts: whether batches may be cut into examples along the first dimension of their tensors.
+        cuts: whether batches may be cut into examples along the first dimension.
 
     Raises:
         ParameterError: nothing trainable is selected, or the model is complex, lazy or compiled by torch.jit, or
@@ -90,7 +92,7 @@ class Problem(_Named):
         self,
         model: nn.Module,
         data: Any,
-        loss: str | nn.Module | Callable[[Any, Tensor], Tensor] | Loss = "cross_entropy",
+        loss: Given = "cross_entropy",
         *,
         parameters: str | Sequence[str] | None = None,
         forward: Forward | None = None,
@@ -105,7 +107,6 @@ class Problem(_Named):
         self.dtype = dtype or common_dtype(model)
         self.memory = parse_bytes(memory) if memory is not None else free_memory(self.device) * 2 // 3
         self.mode, self.reads_pairs = mode, forward is None
-        self.loss_function = resolve(loss)
         twin = evaluation_copy(model, mode)
         self._trainable = frozenset(name for name, p in twin.named_parameters() if p.requires_grad)
         twin.requires_grad_(False).to(device=self.device, dtype=self.dtype)
@@ -113,21 +114,21 @@ class Problem(_Named):
         self.parameters = select_parameters(twin, self._trainable, parameters)
         move, budget = Move(self.device, self.dtype), self.memory // 4
         self.batches = Batches(data, batch_size=batch_size, move=move, budget=budget, pairs=self.reads_pairs)
+        self.loss_function = settle_loss(loss, module, self.batches, forward)
         self._derived: dict[object, Any] = {}  # what `per_problem` functions have made
-        # What nobody knows beforehand is found out on the data, once.
-        given = unwrapped(model)
-        module.suspect(given, self.parameters)
+        module.suspect(given := unwrapped(model), self.parameters)
         first = settle_layout(module, self.batches, self.loss_function, self.parameters)
         first, self.cuts = settle_cuts(module, self.batches, self.parameters, first, mode)
         self._count(first)
         if module.is_caught:
             module.follow(given)
         saved = check_gradient(module, self.loss_function, self._trainable, first, given)
-        each = saved / max(1, len(first.batch[1])) if self.cuts else 0.0
+        each = saved / max(1, length(first.batch)) if self.cuts else 0.0
         self.batch_size = suitable_batch_size(each, self.model, self.memory, self.device)
         if self.cuts:
             by_label = isinstance(self.loss_function, CrossEntropy) and self.reads_pairs
-            cut_anew(module, self.batches, self.parameters, first, self.batch_size, by_label=by_label)
+            sizes = self.batch_size, largest_batch_size(each, self.memory)
+            cut_anew(module, self.batches, self.parameters, first, sizes, by_label=by_label)
         module.stamp()
 
     def _count(self, first: Trial | None = None) -> None:
@@ -168,15 +169,15 @@ class Problem(_Named):
         """The mapping from parameter names to tensors of a vector (P,)."""
         return unflatten(vector, self.parameters)
 
-    def evaluate(self, parameters: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
+    def evaluate(self, parameters: Mapping[str, Tensor], batch: Any) -> Pair:
         """Outputs (n, C) and targets of a batch's rows at the given parameters."""
         return self.loss_function.rows(*self._module.at(parameters, batch))
 
-    def values(self, batch: Any, parameters: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def values(self, batch: Any, parameters: Mapping[str, Tensor] | None = None) -> Pair:
         """The same without a graph, at the problem's own parameters unless told otherwise."""
         return self.loss_function.rows(*self._module.values(parameters or self.parameters, batch))
 
-    def row_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def row_batches(self) -> Iterator[Pair]:
         """Outputs and targets of each batch, at the problem's own parameters."""
         return (self.values(batch) for batch in self.fixed_batches())
 
@@ -195,7 +196,7 @@ class Problem(_Named):
         return self.can_split(next(iter(self.batches)))
 
     def can_split(self, batch: Any) -> bool:
-        """Whether this batch is examples with one label each."""
+        """The same of one batch."""
         return self.cuts and self.reads_pairs and is_labelled(batch)
 
     def refuse_interacting_rows(self) -> None:
@@ -248,9 +249,9 @@ class Problem(_Named):
         """The same problem in fewer parameters; the others are held fixed. Model and data are shared."""
         chosen = select_parameters(self.model, self._trainable, parameters)
         fewer = {name: value for name, value in chosen.items() if name in self.parameters}
-        if not fewer:
-            raise ParameterError(f"parameters={parameters!r} selects none of this problem's parameters.")
-        return self.variant(parameters=fewer)
+        if fewer:
+            return self.variant(parameters=fewer)
+        raise ParameterError(f"parameters={parameters!r} selects none of this problem's parameters.")
 
     def to(self, dtype: torch.dtype) -> Problem:
         """This problem in another floating-point type, as a further copy of the model.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from deepspectra.derivatives.products import products_of
 from deepspectra.errors import LossError
 from deepspectra.problem.cross_entropy import CrossEntropy
-from deepspectra.problem.example_subsets import drawn_problem
+from deepspectra.problem.example_subsets import drawn_problem, sum_by_example
 from deepspectra.problem.problem import Problem, per_problem
 
 
@@ -33,7 +33,10 @@ def drawn(problem: Problem, num_samples: int, generator: torch.Generator) -> Pro
 
 @per_problem
 def importance(problem: Problem) -> Tensor:
-    """q_i (N,) in the order of the problem's rows, float64. Cost: one forward pass, once a problem."""
+    """q_i of every example, in the order of the batches, float64; over its rows, such as tokens, they are summed.
+
+    Cost: one forward pass, once a problem.
+    """
     loss = problem.loss_function
     if not isinstance(loss, CrossEntropy):
         raise LossError(f"importance is known for cross-entropy; this problem's loss is {loss.name}.")
@@ -46,7 +49,7 @@ def importance(problem: Problem) -> Tensor:
             if h is not None and len(h) == len(size):
                 size = size * (1 + h.double().square().sum(-1))
             found.append(size)
-    return torch.cat(found)
+    return sum_by_example(problem, found)
 
 
 @contextmanager

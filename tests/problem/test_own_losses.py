@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import deepspectra as ds
+from deepspectra import errors
+from deepspectra.problem.losses import SquaredError
+from hugging_face import FAMILIES, casts_up_only, counted, family, own_loss
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_loss_and_derivatives_of_a_model_as_it_comes_are_those_of_the_loss_it_gives(name):
+    model, batches = family(name)
+    problem = ds.Problem(model, batches)
+    assert problem.num_examples == sum(counted(name, batch) for batch in batches)
+
+    model.set_attn_implementation("eager")
+    leaves = {key: p.detach().requires_grad_() for key, p in model.named_parameters()}
+    tangents = torch.randn(problem.num_parameters, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with casts_up_only():
+        value = own_loss(model, name, batches)(leaves)
+        slopes = torch.autograd.grad(value, leaves.values(), create_graph=True)
+        products = [
+            torch.autograd.grad(slopes, leaves.values(), list(problem.unflatten(v).values()), retain_graph=True)
+            for v in tangents.T
+        ]
+    flat = [torch.cat([part.flatten() for part in product]) for product in products]
+    expected = torch.stack(flat, 1)
+
+    assert problem.loss() == pytest.approx(float(value.detach()), rel=1e-12)
+    torch.testing.assert_close(problem.gradient(), problem.flatten(dict(zip(leaves, slopes, strict=True))).detach())
+    for found in (
+        ds.Hessian(problem) @ tangents,
+        ds.GaussNewton(problem) @ tangents + ds.Residual(problem) @ tangents,
+    ):
+        assert float((found - expected).norm()) < 1e-12 * float(expected.norm())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # of forward mode, at its first use
+@pytest.mark.parametrize("name", ["gpt2", "t5", "vit"])
+def test_gauss_newton_of_a_model_as_it_comes_is_that_of_its_logits(name):
+    model, batches = family(name)
+    problem = ds.Problem(model, batches)
+    model.set_attn_implementation("eager")
+    start = {key: p.detach() for key, p in model.named_parameters()}
+    tangents = torch.randn(problem.num_parameters, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    direction = problem.unflatten(tangents[:, 0])
+    expected = torch.zeros(problem.num_parameters, dtype=torch.float64)
+    for batch in batches:
+
+        def logits(parameters, batch=batch):
+            found = torch.func.functional_call(model, parameters, (), batch).logits
+            labels = batch["labels"]
+            found, labels = (found[:, :-1], labels[:, 1:]) if name == "gpt2" else (found, labels)
+            return found.reshape(-1, found.shape[-1])[labels.reshape(-1) != -100]
+
+        with casts_up_only():
+            z, dz = torch.func.jvp(logits, (start,), (direction,))
+            _, pull = torch.func.vjp(logits, start)
+            p = z.softmax(-1)
+            (pulled,) = pull(p * dz - p * (p * dz).sum(-1, keepdim=True))
+        expected += problem.flatten(pulled) / problem.num_examples
+    found = (ds.GaussNewton(problem) @ tangents)[:, 0]
+    assert float((found - expected).norm()) < 1e-12 * float(expected.norm())
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_a_model_as_it_comes_gives_the_same_as_with_a_forward_of_logits_and_labels(name):
+    model, batches = family(name)
+
+    def forward(model, batch):
+        logits, labels = model(**batch).logits, batch["labels"]
+        if name == "gpt2":
+            return logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return logits.reshape(-1, logits.shape[-1]), labels.flatten()
+
+    given, by_hand = ds.Problem(model, batches), ds.Problem(model, batches, forward=forward)
+    assert given.loss() == pytest.approx(by_hand.loss(), rel=1e-12)
+    assert given.num_examples == by_hand.num_examples
+    torch.testing.assert_close(given.gradient(), by_hand.gradient())
+
+
+def test_labels_may_lie_in_a_dataset_of_mappings_and_in_outputs_of_pairs():
+    model, (first, *_) = family("bert")
+    rows = [{key: value[j] for key, value in first.items()} for j in range(3)]
+    of_rows = ds.Problem(model, torch.utils.data.DataLoader(rows, batch_size=2))
+    assert of_rows.loss() == pytest.approx(ds.Problem(model, [first]).loss(), rel=1e-12)
+    pairs = ds.Problem(model, (first["input_ids"], first["labels"]))
+    unmasked = {**first, "attention_mask": torch.ones_like(first["attention_mask"])}
+    assert pairs.loss() == pytest.approx(ds.Problem(model, [unmasked]).loss(), rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:the model is in training mode", "ignore:.*gradient_checkpointing_enable")
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+def test_gradient_checkpointing_changes_nothing(name):
+    model, batches = family(name)
+    plain = ds.Problem(model, batches)
+    model.train()
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        problem = ds.Problem(model, batches)
+        assert torch.equal(problem.gradient(), plain.gradient())
+        v = torch.randn(plain.num_parameters, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        for kind in (ds.Hessian, ds.GaussNewton, ds.Residual):
+            assert torch.equal(kind(problem) @ v, kind(plain) @ v)
+
+
+class Own(nn.Module):
+    """A model that takes its inputs by name and gives its loss."""
+
+    def __init__(self, loss) -> None:
+        super().__init__()
+        self.linear, self.loss = nn.Linear(3, 2), loss
+
+    def forward(self, x, labels=None):
+        z = self.linear(x)
+        return SimpleNamespace(logits=z, loss=None if labels is None else self.loss(z, labels))
+
+
+X, Y = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 0, 1, 0])
+
+
+def test_the_loss_is_taken_with_its_options_and_its_kind():
+    torch.manual_seed(0)
+    weight = torch.tensor([1.0, 3.0])
+    model = Own(nn.CrossEntropyLoss(weight=weight, ignore_index=0, label_smoothing=0.1))
+    problem = ds.Problem(model, [{"x": X, "labels": Y}])
+    assert problem.loss() == pytest.approx(float(model(X, Y).loss.detach()), rel=1e-5)
+    assert problem.num_examples == 3
+    regression = ds.Problem(Own(F.mse_loss), [{"x": X, "labels": X[:, :2]}])
+    assert isinstance(regression.loss_function, SquaredError)
+
+
+def test_a_sum_divided_by_the_number_of_labels_is_the_mean():
+    model = Own(lambda z, y: F.cross_entropy(z, y, reduction="sum") / len(y))
+    assert ds.Problem(model, [{"x": X, "labels": Y}]).loss() == pytest.approx(
+        float(model(X, Y).loss.detach()), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind", "match"),
+    [
+        (lambda z, y: F.cross_entropy(z, y) + z.square().mean(), errors.LossError, "sum of several terms"),
+        (lambda z, y: -z.log_softmax(-1)[range(len(y)), y].mean(), errors.LossError, "none of PyTorch's functions"),
+    ],
+)
+def test_a_loss_of_another_kind_is_refused_with_what_to_do(loss, kind, match):
+    with pytest.raises(kind, match=match):
+        ds.Problem(Own(loss), [{"x": X, "labels": Y}])
+
+
+def test_batches_without_labels_are_refused_by_name():
+    with pytest.raises(errors.DataError, match="gives no loss for a batch with 'x'"):
+        ds.Problem(Own(F.cross_entropy), [{"x": X}])
+    with pytest.raises(errors.DataError, match="calls no loss on a batch with 'x'"):
+        ds.Problem(Own(F.cross_entropy), [{"x": X, "labels": Y}, {"x": X}])
+    with pytest.raises(errors.DataError, match="the model failed on a batch with 'z'"):
+        ds.Problem(Own(F.cross_entropy), [{"z": X, "labels": Y}])

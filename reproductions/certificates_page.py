@@ -153,8 +153,8 @@ def _time(cells: Mapping[str, Any], by_cell: dict[str, list[Record]]) -> str:
     if not passes:
         return said
     return (
-        f"Against the published rows of {WU}: 3,000 passes over the data (1,000 of training, 2,000 of descent, on a "
-        f"GPU; the time is not stated) there, at most {max(passes)} here. {said}"
+        f"Against the published rows of {WU}, whose time is not stated: 3,000 passes over the data there, 1,000 of\n"
+        f"training and 2,000 of descent; at most {max(passes)} here. {said}"
     )
 
 

@@ -26,7 +26,7 @@ from deepspectra.report import render
 from deepspectra.report.drawing import PART_COLOURS, number
 from deepspectra.report.figures import FIGURES
 from deepspectra.report.page import _bibtex, _citation, tables_section
-from deepspectra.report.text import escaped, percent, quantity
+from deepspectra.report.text import percent, quantity
 
 OPERATORS = ["hessian", "gauss_newton", "residual"]
 PARTS = ["class", "logit", "interaction", "within", "true", "residual"]

@@ -131,8 +131,8 @@ def test_the_verdict_says_how_much_no_means_make():
     """Knock-outs alone may bring under the threshold what is mostly something else."""
     text = told([14.0, 3.0], [0.03, 0.34, 0.24, 0.39], [([13.0, 2.0], [0, 0]), ([9.0, 1.0], [0, 0])])
     assert text == (
-        "So by knock-out the outliers are attributable to the class and logit means (then below the threshold: "
-        "1 of 1); by share 39% of them is residual and 24% within, which no means make."
+        "Without the class and logit means 1 of 1 outliers fall below the threshold, but means do not make most of "
+        "them: by share 39% of them is residual and 24% within, which no means make."
     )
 
 

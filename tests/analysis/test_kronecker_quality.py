@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import deepspectra as ds
-from deepspectra.errors import OptionError
+from deepspectra.analysis.kronecker_quality import norm_of
+from deepspectra.errors import FallbackWarning, MemoryBudgetError, OptionError
 from nets import CASES, block_of
 from reference import case_and_reference
 
@@ -65,3 +66,23 @@ def test_quality_checks_its_options() -> None:
         ds.kronecker_quality(problem, ks=(3, 1))
     with pytest.raises(KeyError, match="no layer"):
         ds.kronecker_quality(problem, ("kfac",), ks=(1,))["17"]
+
+
+def test_a_layer_that_does_not_fit_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = CASES["relu_mlp"]().problem()
+    first, *others = ds.kronecker_quality(problem, ("kfac",), ks=(1,))
+    calls: list[object] = []
+
+    def of_some(block: object, memory: int) -> float:
+        calls.append(block)
+        if len(calls) == 1:
+            raise MemoryBudgetError("16 GiB.")
+        return norm_of(block, memory)
+
+    monkeypatch.setattr("deepspectra.analysis.kronecker_quality.norm_of", of_some)
+    with pytest.warns(FallbackWarning, match=f"leaves out {first}: 16 GiB"):
+        found = ds.kronecker_quality(problem, ("kfac",), ks=(1,))
+    assert list(found) == others
+    monkeypatch.setattr("deepspectra.analysis.kronecker_quality.norm_of", lambda *_: of_some(calls.clear(), 0))
+    with pytest.raises(MemoryBudgetError, match="16 GiB"):
+        ds.kronecker_quality(problem, ("kfac",), ks=(1,))

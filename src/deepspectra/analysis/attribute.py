@@ -300,8 +300,8 @@ def _judgement(result: Attribution) -> str:
                 rest = f"by share {residual} of them is residual and {within} within, which no means make."
                 if result.mean_shares["residual"] + result.mean_shares["within"] > MINOR:
                     return (
-                        f"Without the {means} means {number} of them lie below the threshold, but these do not make "
-                        f"the most of them: {rest}"
+                        f"Without the {means} means {number} outliers fall below the threshold, but means do not "
+                        f"make most of them: {rest}"
                     )
                 return (
                     f"So by knock-out the outliers are attributable{adverb} to the {means} means (then below the "

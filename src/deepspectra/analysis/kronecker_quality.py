@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from deepspectra.analysis.layer_blocks import (
 )
 from deepspectra.argument_checks import LayerProgress, announced
 from deepspectra.dataframes import text_table
-from deepspectra.errors import LossError, OptionError
+from deepspectra.errors import FallbackWarning, LossError, MemoryBudgetError, OptionError
 from deepspectra.kfac.exact_blocks import ExactBlock
 from deepspectra.kfac.kronecker import KINDS
 from deepspectra.kfac.operators import Block, KroneckerSum
@@ -155,8 +156,8 @@ def kronecker_quality(
     Raises:
         OptionError: an unknown kind, or ks not ascending from 1 or more.
         LossError, CurvatureError: as for `kronecker`.
-        MemoryBudgetError: features and errors of a layer do not fit memory, or a layer with shared weights has
-            too many parameters and the data too many rows.
+        MemoryBudgetError: features and errors do not fit memory, or of no layer its block: one with shared weights,
+            too many parameters and too many rows. Such a layer among others is left out, with a FallbackWarning.
 
     Cost: the approximations; then for each layer about (N (C − 1))²/2 inner products of errors, eigenpairs of G,
         of G − K and of "cfac".
@@ -172,11 +173,17 @@ def kronecker_quality(
         raise OptionError(f"ks={tuple(ks)} must ascend from 1 or more.")
     blocks = Blocks(problem if dtype is None else problem.to(dtype), kinds, sharing)
     memory = blocks.captures.problem.memory
-    found = {}
+    found, refused = {}, {}
     for name, exact in announced(blocks, progress, len(blocks.names)):
-        comparison = _Comparison(exact, memory, max(ks), rtol, seed)
         approximations = {kind: operator.blocks[name] for kind, operator in blocks.approximations.items()}
-        found[name] = comparison.fits(approximations, ks, floor)
+        try:
+            found[name] = _Comparison(exact, memory, max(ks), rtol, seed).fits(approximations, ks, floor)
+        except MemoryBudgetError as refusal:
+            refused[name] = refusal
+    if refused and not found:
+        raise next(iter(refused.values()))
+    for name, refusal in refused.items():  # hours of other layers are not lost for it
+        warnings.warn(f"kronecker_quality leaves out {name}: {refusal}", FallbackWarning, stacklevel=2)
     return KroneckerQuality(found, tuple(kinds), floor, **origin(began, blocks.factors, seed=seed))
 
 

@@ -29,6 +29,7 @@ from deepspectra.rows.gradients import has_labels, refuse_one_output
 from deepspectra.rows.projections import grouped
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from typing_extensions import Unpack
 
 MOST_CLASSES, NUM_GROUPS = 100, 10  # more are put into groups, of which so many are found
@@ -154,6 +155,24 @@ class Analysis:
         from deepspectra.report import figures  # noqa: PLC0415  (Altair's import takes a while)
 
         return figures.chart(self.dataset, name, inches)
+
+    def plot(self, name: str = "magnitude_spectrum", ax: Axes | None = None, **style: Any) -> Axes:
+        """Draw into matplotlib's axes, or into new ones of a column's width, and return them.
+
+        Args:
+            name: "magnitude_spectrum" (of |λ|, on logarithmic axes), "spectrum" (on a linear axis), "shares" or
+                "knockouts".
+            ax: where to draw.
+            style: of the lines, bars or dots, as matplotlib calls it; `operator="gauss_newton"` for shares and
+                knock-outs of G.
+
+        Raises:
+            OptionError: there is no such figure, or matplotlib is not installed (the extra `plot`).
+            DataError: the analysis lacks what it draws.
+        """
+        from deepspectra.report import matplotlib_axes  # noqa: PLC0415  (Altair's import takes a while)
+
+        return matplotlib_axes.plot(self.dataset, name, ax, **style)
 
     def save_chart(self, path: str | Path, name: str = "spectrum", inches: float | None = 3.3) -> Path:
         """Write a figure as .pdf, .svg, .png, .html or .json, by default as wide as a paper's column.

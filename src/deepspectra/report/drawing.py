@@ -42,6 +42,7 @@ FONT = "-apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 WIDTH = 720
 OVERLAP = "overlap ‖UᵀV‖² / k"
 LETTERS, POINTS, ASPECT = 7, 72, 0.68  # of a printed chart: their size, points an inch, height by width
+ROW_HEIGHT, ROWS_MARGIN = 0.5, 45  # of a printed chart with a name a row: of the page's height, and points beside
 MOST_ROWS = 40  # more cannot be labelled legibly
 FORMATS = ("svg", "pdf", "png", "html", "json")
 
@@ -182,18 +183,26 @@ def printed(chart: alt.LayerChart, inches: float | None) -> alt.LayerChart:
     config["axis"] |= {**text, "titlePadding": 3, "tickSize": 3}
     config["legend"] |= {**text, "symbolSize": 30, "columnPadding": 6, "rowPadding": 1, "offset": 3}
     config["title"]["fontSize"] = LETTERS + 1
-    config["padding"] = 1
-    width = inches * POINTS
-    spec |= {"width": width, "height": ASPECT * width, "autosize": {"type": "fit", "contains": "padding"}}
-    pending: list[Any] = [spec]
+    config["padding"] = {"left": 1, "top": 1, "right": 6, "bottom": 1}  # half of the last tick's label
+    width, page_height = inches * POINTS, spec["height"]
+    height, pending = ASPECT * width, [spec]
     while pending:
         one = pending.pop()
         pending += one.get("layer", [])
-        mark = one.get("mark")
+        mark, y = one.get("mark"), one.get("encoding", {}).get("y", {})
         if isinstance(mark, dict):
-            mark |= {"fontSize": LETTERS} if mark["type"] == "text" else {}
+            is_text = mark["type"] == "text"
+            mark |= {"fontSize": LETTERS} if is_text else {}
             mark |= {"size": mark["size"] / 3} if "size" in mark and mark["type"] != "bar" else {}
-            mark |= {"strokeWidth": min(0.9, mark["strokeWidth"])} if "strokeWidth" in mark else {}
+            thin = "strokeWidth" in mark and not is_text  # of letters it is a halo
+            mark |= {"strokeWidth": min(0.9, mark["strokeWidth"])} if thin else {}
+        if y.get("type") == "nominal":  # rows of names, which need room
+            height = max(height, ROW_HEIGHT * page_height + ROWS_MARGIN)
+        if "labelLineHeight" in (y.get("axis") or {}):  # names in two lines
+            y["axis"] |= {"labelLineHeight": LETTERS + 1, "labelOffset": -LETTERS / 2}
+        if y.get("value", 0) < 0:  # letters above the figure, where the legend is
+            config["legend"]["offset"] = 2 * LETTERS
+    spec |= {"width": width, "height": height, "autosize": {"type": "fit", "contains": "padding"}}
     found: alt.LayerChart = alt.LayerChart.from_dict(spec)
     return found
 

@@ -19,6 +19,7 @@ LANES = {"hessian": 0.06, "gauss_newton": 0.03, "residual": 0.0}
 TITLES = {"train": "training data", "test": "test data"}
 SIGNS = {"magnitude": 1.0, "positive": 1.0, "negative": -1.0}
 ENDS = ("start", "end")
+CUT = 0.3  # of the axis, within which what ends there has its words at the axis' end
 MARGIN = 0.01  # of a linear axis, on either side
 TAIL = [f"tail_{name}" for name in ("exponent", *ENDS, "density_at_start", "density_at_end", "verdict")]
 PER_DECADE, PER_UNIT = "fraction of eigenvalues per decade of |λ|", "fraction of eigenvalues per unit of λ"
@@ -39,7 +40,7 @@ class _Line:
 
 def _linear(dataset: xr.Dataset, split: str) -> alt.LayerChart:
     """Densities of H, G and R with their outliers over a linear eigenvalue axis."""
-    table = [row for row in _bins(dataset, "linear") if row["split"] == split]
+    table = [row for row in bins_of(dataset, "linear") if row["split"] == split]
     low, high = min(row["start"] for row in table), max(row["end"] for row in table)
     ends = low - MARGIN * (high - low), high + MARGIN * (high - low)
     x = _axis(ends, alt.Axis(title="eigenvalue λ", tickCount=8, format="~g"))
@@ -48,13 +49,13 @@ def _linear(dataset: xr.Dataset, split: str) -> alt.LayerChart:
 
 def _mirrored(dataset: xr.Dataset, split: str) -> alt.LayerChart:
     """Densities per decade of |λ|, negative eigenvalues mirrored to the left, with the power laws of their tails."""
-    table = _bins(dataset, "signed")
+    table = bins_of(dataset, "signed")
     return _spectrum(dataset, table, _mirrored_log(table), split, PER_DECADE, ("negative", "positive"))
 
 
 def _of_sizes(dataset: xr.Dataset, split: str) -> alt.LayerChart:
     """Densities per decade of |λ|, both signs together, with the power laws of their tails."""
-    table = _bins(dataset, "magnitude")
+    table = bins_of(dataset, "magnitude")
     low, high = _sizes(table)
     ticks = d.decades(low, high, most=7)
     axis = d.ticks_axis([*map(math.log10, ticks)], [*map(d.tick, ticks)], title="|λ|")
@@ -91,7 +92,7 @@ def _axis(ends: tuple[float, float], axis: alt.Axis) -> alt.X:
     return alt.X("x:Q", scale=alt.Scale(domain=list(ends), nice=False), axis=axis)
 
 
-def _bins(dataset: xr.Dataset, view: str) -> list[d.Row]:
+def bins_of(dataset: xr.Dataset, view: str) -> list[d.Row]:
     """The histograms of a view, rows in the order of their bins."""
     names = [f"bin_{name}" for name in (*ENDS, "mass", "low", "high")]
     table = d.labelled(d.rows(dataset[names].sel(view=view), *names))
@@ -187,7 +188,7 @@ def _unresolved(about_zero: list[d.Row], line: _Line) -> list[d.Mark]:
     table = [
         {"operator": row["operator"], "label": row["label"], "x": line.place(row["start"])}
         | {"x2": line.place(row["end"]), "lane": 0.16 + 3 * LANES[row["operator"]]}
-        | {"text": f"{percent(row['mass'])} of {symbol(row['operator'])}"}
+        | {"text": f"{percent(row['mass'])} of {symbol(row['operator'])}", "cut": line.along(row["end"]) < CUT}
         for row in about_zero
         if row["mass"] > 0
     ]
@@ -198,8 +199,13 @@ def _unresolved(about_zero: list[d.Row], line: _Line) -> list[d.Mark]:
     base = d.blank(table).transform_filter(IS_SHOWN).encode(**shared)
     rule = base.mark_rule(strokeWidth=3, opacity=0.5, clip=True).encode(x=line.x, x2="x2:Q")
     middle = base.transform_calculate(x="(datum.x + datum.x2) / 2")
-    text = middle.mark_text(dy=-7, fontSize=11).encode(x=line.x, text="text:N")
-    return [rule, text] if table else []
+    texts = [
+        middle.transform_filter("!datum.cut").mark_text(dy=-7, fontSize=11).encode(x=line.x, text="text:N"),
+        base.transform_filter("datum.cut")
+        .mark_text(dy=-7, dx=2, fontSize=11, align="left")
+        .encode(x=alt.value(0), text="text:N"),
+    ]
+    return [rule, *texts] if table else []
 
 
 def _outliers(dataset: xr.Dataset, line: _Line) -> list[d.Mark]:

@@ -269,6 +269,15 @@ def test_shares_of_every_pair_sum_to_one(analysis):
     np.testing.assert_allclose(shares, 1, atol=1e-9)
 
 
+def test_a_trace_of_rounding_alone_is_told_as_zero():
+    torch.manual_seed(0)
+    data = torch.randn(40, 4), torch.arange(40) % 3
+    linear = ds.Problem(torch.nn.Linear(4, 3), data)  # H = G
+    assert "R 0." in ds.analyze(linear, progress=False).verdict
+    curved = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    assert "R 0." not in ds.analyze(ds.Problem(curved, data), progress=False).verdict
+
+
 def test_the_verdict_says_what_the_numbers_say(analysis):
     dataset = analysis.dataset
     count = int(dataset.num_outliers.sel(operator="hessian"))

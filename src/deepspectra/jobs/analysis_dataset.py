@@ -25,6 +25,7 @@ from deepspectra.jobs.spectrum_bins import VIEWS, Bins, binned
 OPERATORS = ("hessian", "gauss_newton", "residual")
 SIDES = ("magnitude", "positive", "negative")
 LEVELS, METHODS = ("class", "cross_class"), ("subtraction", "projection")
+ROUNDING = 1e-7  # of the largest trace, below which another is none in float32
 CLASS_AXES = ("class", "cross_class", "class_other")
 
 
@@ -343,11 +344,20 @@ def _test_attributes(found: Findings) -> dict[str, object]:
     return {f"test_{name}": value for name, value in numbers.items()}
 
 
+def _told_traces(found: Findings) -> str:
+    """Of H, G and R; one that rounding alone leaves, as that of R of a network of ReLU, as zero."""
+    traces = {name: _trace(found, name) for name in OPERATORS}
+    least = ROUNDING * max(abs(value) for value, _ in traces.values())
+    return ", ".join(
+        f"{LETTERS[name]} {'0' if abs(value) + error <= least else measured(value, error)}"
+        for name, (value, error) in traces.items()
+    )
+
+
 def sentences(found: Findings) -> list[str]:
     """The verdict: what the outliers are made of, whether averaging finds them, what G and R are to H."""
     lines = _of_classes(found) if found.classed else _of_values(found)
-    traces = [f"{LETTERS[name]} {measured(*_trace(found, name))}" for name in OPERATORS]
-    lines.append(f"Traces, each by itself and ± its standard error: {', '.join(traces)}.")
+    lines.append(f"Traces, each by itself and ± its standard error: {_told_traces(found)}.")
     for split, one in _looks(found).items():
         bulks = {name: one.tails.get((name, "magnitude")) for name in OPERATORS}
         listed = [f"{LETTERS[name]} {_law(kept)}" for name, kept in bulks.items() if kept]

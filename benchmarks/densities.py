@@ -53,8 +53,9 @@ def spectrum(case: Case) -> tuple[Tensor, Tensor]:
 def estimates(case: Case, matrix: Tensor, exact: Tensor, budget: int, peers: list[Any]) -> dict[str, Estimate]:
     """Every tool's way to spend so many products."""
     found: dict[str, Estimate] = {OURS: lambda seed: nodes_of(matrix, budget // STEPS, STEPS, seed)}
-    if budget // 2 > STEPS:  # the shape of an analysis' efforts: few probes, many steps
-        found[f"{OURS}, 2 × {budget // 2}"] = lambda seed: nodes_of(matrix, 2, budget // 2, seed)
+    for runs in (1, 2):  # the shape of an analysis' efforts: few probes, many steps
+        if budget // runs > STEPS:
+            found[f"{OURS}, {runs} × {budget // runs}"] = lambda seed, r=runs: nodes_of(matrix, r, budget // r, seed)
     ends = (float(exact[0]), float(exact[-1]))
     for peer in peers:
         if peer.name == "curvlinops":

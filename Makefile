@@ -39,7 +39,7 @@ reproduce: $(VENV)/.installed ## measure the papers' claims on DEEPSPECTRA_DATA 
 	$(BIN)/python -m reproductions.resolution
 
 docs: $(VENV)/.installed-docs ## run what the documents show, and build their site in site/
-	$(BIN)/python -m pytest -q --slow tests/test_docs.py
+	DEEPSPECTRA_DRAW=1 $(BIN)/python -m pytest -q --slow tests/test_docs.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 	@echo "Documents: site/index.html"
 

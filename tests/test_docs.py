@@ -2,8 +2,10 @@
 
 import contextlib
 import importlib.util
+import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,8 +22,10 @@ PAGES = [
     DOCS / "index.md",
     DOCS / "tutorial.md",
     DOCS / "coming-from.md",
+    DOCS / "gallery.md",
     *sorted((DOCS / "howto").glob("*.md")),
 ]
+PICTURE = re.compile(r"!\[[^]]*\]\((gallery/[^)]+)\)")
 BLOCK = re.compile(r"^```(python|console)\n(.*?)^```", re.S | re.M)
 
 
@@ -38,9 +42,10 @@ def test_the_readme_example_runs(tmp_path, monkeypatch, capsys):
 def test_a_page_of_the_documents_runs(page, tmp_path, monkeypatch):
     """Its blocks in their order, in one folder; Python shares its names, commands are those of the shell."""
     text = page.read_text()
-    for needed in re.findall(r"^import (transformers|curvlinops)", text, re.M):
+    for needed in re.findall(r"^import (transformers|curvlinops|matplotlib)", text, re.M):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"{needed} is not installed; `make docs` installs it")
+    (tmp_path / "gallery").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     names = {}
@@ -55,6 +60,11 @@ def test_a_page_of_the_documents_runs(page, tmp_path, monkeypatch):
             assert outcome.exit_code == 0, f"{line}\n{outcome.output}\n{outcome.exception!r}"
     with contextlib.suppress(KeyError):
         del sys.modules["mine"]
+    pictures = PICTURE.findall(text)
+    for name in pictures:
+        assert (tmp_path / name).stat().st_size > 1000, name
+        if os.environ.get("DEEPSPECTRA_DRAW"):  # `make docs`
+            shutil.copy(tmp_path / name, DOCS / name)
 
 
 def test_every_saved_variable_is_documented(tmp_path):

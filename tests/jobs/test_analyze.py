@@ -304,7 +304,7 @@ def test_every_stage_is_in_the_bill(analysis, route):
 
 def test_the_same_seed_gives_the_same_numbers(analysis, route):
     again = analysed(route)
-    timed = [name for name in again.dataset if name.startswith("cost_") or name == "subspace_gradients"]
+    timed = [name for name in again.dataset if name.startswith("cost_")]
     xr.testing.assert_equal(again.dataset.drop_vars(timed), analysis.dataset.drop_vars(timed))
 
 

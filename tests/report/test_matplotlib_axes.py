@@ -37,7 +37,9 @@ def test_a_spectrum_is_the_histogram_with_its_outliers(name, view):
     ax = analysis().plot(name, linewidth=2.5)
     width, _ = ax.figure.get_size_inches()
     assert width == pytest.approx(3.3)
-    steps = next(one for one in ax.patches if one.get_label() == "Hessian H")
+    steps = next(one for one in ax.patches if one.get_label().startswith("Hessian H"))
+    outside = float(hessian().sel(view=view).bin_mass.where(hessian().sel(view=view).bin_start <= 0).sum())
+    assert ("farther left" in steps.get_label()) == (view == "magnitude" and outside >= 0.005)
     assert steps.get_linewidth() == 2.5
     found = steps.get_data()
     bins = hessian().sel(view=view).dropna("bin")

@@ -182,8 +182,8 @@ def kronecker_quality(
             refused[name] = refusal
     if refused and not found:
         raise next(iter(refused.values()))
-    for name, why in refused.items():  # hours of other layers are not lost for it
-        warnings.warn(f"kronecker_quality leaves out {name}: {why}", FallbackWarning, stacklevel=2)
+    for name, reason in refused.items():  # hours of other layers are not lost for it
+        warnings.warn(f"kronecker_quality leaves out {name}: {reason}", FallbackWarning, stacklevel=2)
     return KroneckerQuality(found, tuple(kinds), floor, **origin(began, blocks.factors, seed=seed))
 
 

@@ -132,8 +132,8 @@ def long_spectra(problem: Problem, spectra: int = 1) -> str:
     )
 
 
-class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the floating-point operations of matrix products, convolutions and attention."""
+class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up, in `total`, the floating-point operations of matrix products, convolutions and attention."""
 
     total = 0.0
 
@@ -150,7 +150,7 @@ def count_operations(problem: Problem, forward: Callable[[], float]) -> tuple[fl
 
     They are two a parameter and example in the forward pass at least: of recurrent cells PyTorch counts none.
     """
-    with _FlopCounter() as counter:  # type: ignore[no-untyped-call]
+    with OperationCounter() as counter:  # type: ignore[no-untyped-call]
         value = forward()
     least = 2.0 * problem.num_parameters * problem.num_examples
     return value, BACKWARD * max(counter.total, least)

@@ -44,7 +44,7 @@ from deepspectra.argument_checks import seeded
 from deepspectra.confidence import standard_error
 from deepspectra.derivatives.products import Products, products_of
 from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetError
-from deepspectra.jobs.effort import FEWEST_STEPS, count_operations, effort_for, plan
+from deepspectra.jobs.effort import FEWEST_STEPS, OperationCounter, count_operations, effort_for, plan
 from deepspectra.jobs.findings import LETTERS, Findings, Options, identity
 from deepspectra.jobs.finished_stages import FinishedStages
 from deepspectra.jobs.stage_meter import Ledger, Report
@@ -398,13 +398,15 @@ def _average(found: Findings) -> None:
     for level in ("class", "cross_class"):
         stage = f"averaging: {level.replace('_', '-')} means"
 
-        def work(_: Report, level: str = level) -> tuple[Tensor, Tensor] | tuple[()]:
-            held = level == "class" or parts.holds_means()
-            return subspace_of(parts, level, num) if held else ()
+        def work(_: Report, level: str = level) -> tuple[Tensor, Tensor, float] | tuple[()]:
+            with OperationCounter() as counter:  # type: ignore[no-untyped-call]
+                held = level == "class" or parts.holds_means()
+                return (*subspace_of(parts, level, num), counter.total) if held else ()
 
         if subspace := ledger.run(stage, work):
-            found.subspaces[level] = subspace
-        found.subspace_gradients[level] = ledger.gradients[stage]
+            values, vectors, operations = subspace
+            found.subspaces[level] = values, vectors
+            found.subspace_gradients[level] = operations / found.operations  # which no clock changes
     if "cross_class" in found.subspaces and drawable(parts.projections.cell_weights):
         found.places = ledger.run("map of the means", lambda _: _map(parts, found.seed)) or None
 

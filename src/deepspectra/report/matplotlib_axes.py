@@ -16,11 +16,13 @@ from deepspectra.errors import DataError, OptionError
 from deepspectra.report import drawing as d
 from deepspectra.report.saved_outliers import knockout_summary, outliers, outliers_left
 from deepspectra.report.spectrum_charts import bins_of
+from deepspectra.report.text import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMN = (3.3, 2.4)  # inches of a figure that is made here
+LEAST = 0.005  # of the eigenvalues, that a legend tells of
 LEFT_OUT = "#b8c1cb"  # of eigenvalues below the threshold
 
 
@@ -72,7 +74,10 @@ def _bins(dataset: xr.Dataset, ax: Axes, view: str, style: dict[str, Any]) -> No
     """Steps where a bin is known, boxes from the least to the most that it can hold, outliers and their threshold."""
     table = [row for row in bins_of(dataset, view) if row["split"] == "train"]
     for name in d.operators_of(table):
-        mine = [row for row in table if row["operator"] == name and (view == "linear" or row["start"] > 0)]
+        every = [row for row in table if row["operator"] == name]
+        mine = [row for row in every if view == "linear" or row["start"] > 0]
+        beside = sum(row["mass"] for row in every if row not in mine)  # in the bin that reaches down to zero
+        label = d.OPERATOR_NAMES[name] + (f", {percent(beside, 0)} farther left" if beside >= LEAST else "")
         shade = d.OPERATOR_COLOURS[name]
         edges, heights = [mine[0]["start"]], []
         for row in mine:
@@ -86,7 +91,7 @@ def _bins(dataset: xr.Dataset, ax: Axes, view: str, style: dict[str, Any]) -> No
             if row["high"] > row["low"]:
                 ends, low = row["end"] - row["start"], row["low"] / width
                 ax.bar(row["start"], row["high"] / width - low, ends, low, align="edge", color=shade, alpha=0.2, lw=0)
-        line: dict[str, Any] = {"color": shade, "label": d.OPERATOR_NAMES[name], "baseline": None} | style
+        line: dict[str, Any] = {"color": shade, "label": label, "baseline": None} | style
         ax.stairs(heights, edges, **line)
         above = [row["eigenvalue"] for row in outliers(dataset) if row["operator"] == name]
         height = 0.03 + 0.03 * (name == "hessian")

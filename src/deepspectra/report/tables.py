@@ -109,15 +109,15 @@ outlier_layers = _of_outliers("outlier-layers", "Outliers by layer: where the ei
 
 
 def outlier_class_pairs(dataset: xr.Dataset) -> str:
-    """The largest pairs of classes of each outlier, a pair a row."""
-    body: list[list[Cell]] = [
-        [t.symbol(row["operator"]), row["pair"] + 1, row["eigenvalue"], name, _sure(share)]
-        for row, own in wide(dataset, "class_pairs")
-        for name, share in own.items()
-    ]
-    head = ["operator", "pair", "eigenvalue λ", "true class as potential class", "share"]
-    heading = f"Outliers by pair of classes: the {LARGEST} largest shares of each"
-    return table_html("outlier-pairs", heading, head, body) if body else ""
+    """The largest pairs of classes of each outlier, an outlier a row."""
+    body: list[list[Cell]] = []
+    for row, own in wide(dataset, "class_pairs"):
+        largest = [f"{name}: {share_text(*share)}" for name, share in own.items()]
+        body.append([t.symbol(row["operator"]), row["pair"] + 1, row["eigenvalue"], *largest])
+    places = [f"{place + 1}." for place in range(max((len(row) - 3 for row in body), default=0))]
+    body = [row + [""] * (3 + len(places) - len(row)) for row in body]
+    heading = f"Outliers by pair of a true and a potential class: the {LARGEST} largest shares of each"
+    return table_html("outlier-pairs", heading, ["operator", "pair", "eigenvalue λ", *places], body) if body else ""
 
 
 def about(value: float | None) -> Cell:

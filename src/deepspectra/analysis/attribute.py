@@ -24,7 +24,6 @@ from deepspectra.rows.averages import taken
 EDGE_PRODUCTS = 30  # at most, from a basis that knows the operator
 MOSTLY = 0.75  # a knock-out that removes this share of the outliers explains most of them
 MINOR = 0.5  # the share of what no means make, beyond which the outliers are not called attributable to means
-ROWS_BYTES = 2**28  # of N × C × K float64 that are projected at a time
 
 
 @dataclass(frozen=True, repr=False)
@@ -271,15 +270,8 @@ def pair_shares(parts: Decomposition, pairs: Eigenpairs) -> Tensor:
 
 
 def squared_norms(parts: Decomposition, block: Tensor) -> Tensor:
-    """|Π_part A v|² for each part and column of a block (P, K), a few columns at a time: (parts, K)."""
-    width = max(1, ROWS_BYTES // (8 * parts.rows.weights.numel()))
-    return torch.cat(
-        [
-            parts.projections.squared_norms(parts.rows.apply(columns), tuple(parts))
-            for columns in torch.split(block, width, 1)
-        ],
-        1,
-    )
+    """|Π_part A v|² for each part and column of a block (P, K): (parts, K)."""
+    return parts.rows.squared_norms(parts.projections, block, tuple(parts))
 
 
 def _percent(share: float) -> str:

@@ -131,9 +131,7 @@ def class_means(
         factors = _of_gradients(problem, level, check_means(problem, level, groups))
     else:
         rows = HeldRows(problem)
-        projections = Projections(
-            rows.weights, rows.labels, groups=grouped(groups, problem.num_classes, problem.device)
-        )
+        projections = rows.projections(groups=grouped(groups, problem.num_classes, problem.device))
         factors = _of_features(rows, projections) if of == "features" else _of_errors(rows, projections, level)
     weights, cells = factors.class_weights, factors.cell_weights
     means = means_of(factors.classes, weights).T
@@ -165,7 +163,7 @@ def _of_gradients(problem: Problem, level: str, groups: Tensor | None) -> _Facto
     layers = _parameter_places(problem)
     if level == "cross_class":
         rows = GradientRows(problem)
-        projections = Projections(rows.weights, rows.labels, groups=groups)
+        projections = rows.projections(groups=groups)
         return _of_cells(rows.cells(projections), projections, layers)
     sums, cells = class_sums(problem, groups)  # one pass, which need not know the weights beforehand
     weights = cells.clone().fill_diagonal_(0).sum(1)

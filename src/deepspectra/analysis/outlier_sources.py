@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepspectra.analysis.attribute import ROWS_BYTES
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.results import Eigenpairs
@@ -24,12 +23,9 @@ def class_pair_shares(parts: Decomposition, vectors: Tensor, values: Tensor) -> 
 
     Cost: a forward product a vector, a few vectors at a time.
     """
-    width = max(1, ROWS_BYTES // (8 * parts.rows.weights.numel()))
-    cells = [
-        parts.projections.coordinates(parts.rows.apply(some)).double().square()
-        for some in torch.split(vectors, width, 1)
-    ]
-    return (torch.cat(cells, 2) / values.to(cells[0])).permute(2, 0, 1).cpu()
+    size = parts.projections.num_classes
+    cells = parts.rows.coordinates(parts.projections, vectors).double().square()
+    return (cells / values.to(cells)).T.reshape(-1, size, size).cpu()
 
 
 def layer_shares(problem: Problem, vectors: Tensor) -> Tensor:

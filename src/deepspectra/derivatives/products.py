@@ -20,6 +20,7 @@ from deepspectra.errors import NonFiniteError
 from deepspectra.problem.example_subsets import class_batches
 from deepspectra.problem.problem import Problem, per_problem
 
+COLUMN_BYTES = 2**27  # of float64 for each output and column, of which a few stand at a time
 BLOCK_BYTES = (2**30, 2**21)  # graph bytes times columns that go through a graph together: GPU, CPU
 
 
@@ -149,6 +150,13 @@ class Products:
         rows = self._rows(block)
         return [self._push(jacobian, rows).movedim(0, -1) for _, jacobian in self.jacobians()]
 
+    def pushed(self, block: Tensor) -> Iterator[tuple[Jacobian, slice, Tensor]]:
+        """J V batch by batch and a few columns at a time: (n, C, k), and which columns these are."""
+        rows = self._rows(block)
+        for _, jacobian in self.jacobians():
+            for columns in few_columns(len(rows), jacobian.outputs):
+                yield jacobian, columns, self._push(jacobian, rows[columns]).movedim(0, -1)
+
     def _push(self, jacobian: Jacobian, rows: Tensor) -> Tensor:
         """(K, n, C)."""
         return torch.cat([part for _, (part,) in self._through(rows, "jacobian", jacobian.push, split=True)])
@@ -160,6 +168,14 @@ class Products:
             self._pull(total, jacobian, cotangents[index].movedim(-1, 0))
         return total.T
 
+    def pull_made(self, make: Callable[[Jacobian, slice], Tensor], num_columns: int) -> Tensor:
+        """Jᵀ U for a U that is made batch by batch, a few columns (n, C, k) at a time: (P, K)."""
+        total = self.zeros(num_columns)
+        for _, jacobian in self.jacobians():
+            for columns in few_columns(num_columns, jacobian.outputs):
+                self._pull(total[columns], jacobian, make(jacobian, columns).movedim(-1, 0))
+        return total.T
+
     def _pull(self, total: Tensor, jacobian: Jacobian, cotangents: Tensor) -> None:
         for chunk, parts in self._through(cotangents.to(jacobian.outputs.dtype), "jacobian", jacobian.pull):
             _add(self._split(total[chunk]), parts)
@@ -169,33 +185,41 @@ class Products:
         total = self.zeros(block.shape[1])
         rows = self._rows(block)
         for _, jacobian in self.jacobians():
-            pushed = self._push(jacobian, rows)
-            bent = [middle(jacobian.outputs, jacobian.targets, tangent) for tangent in pushed]
-            self._pull(total, jacobian, torch.stack(bent))
+            for columns in few_columns(len(rows), jacobian.outputs):
+                pushed = self._push(jacobian, rows[columns])
+                bent = [middle(jacobian.outputs, jacobian.targets, tangent) for tangent in pushed]
+                self._pull(total[columns], jacobian, torch.stack(bent))
         return _finite(total).T
 
     def pull_each(
         self,
-        cotangent: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        cotangent: Callable[[Tensor, Tensor], tuple[Tensor, Callable[[slice], Tensor]]],
         num_columns: int,
         groups: Tensor | None = None,
         among: Collection[int] | None = None,
     ) -> Tensor:
         """Jᵀ U with each batch of one class, or of one group of classes, of all or `among` some: (P, K).
 
-        `cotangent` takes outputs and targets of a batch to the columns of U that are not zero there (n, C, k) and
-        to which they are (k,). For one pass: no graph is kept.
+        `cotangent` takes outputs and targets of a batch to which columns of U are not zero there, (k,), and to what
+        makes some of these (n, C, ·). For one pass: no graph is kept.
         """
         total = self.zeros(num_columns)
         build = functools.partial(OutputGraph, self.problem)
         for batch in class_batches(self.problem, groups, among):
             graph: OutputGraph = self.graphs.once("forward", build, batch)
-            columns, live = cotangent(graph.outputs, graph.targets)
-            given = columns.movedim(-1, 0).to(graph.outputs.dtype)
-            for chunk, parts in self._through(given, "forward", graph.pull):
-                for column, *alone in zip(live[chunk].tolist(), *parts, strict=True):
-                    _add(self._split(total[column]), alone)
+            live, make = cotangent(graph.outputs, graph.targets)
+            for columns in few_columns(len(live), graph.outputs):
+                given = make(columns).movedim(-1, 0).to(graph.outputs.dtype)
+                for chunk, parts in self._through(given, "forward", graph.pull):
+                    for column, *alone in zip(live[columns][chunk].tolist(), *parts, strict=True):
+                        _add(self._split(total[column]), alone)
         return total.T
+
+
+def few_columns(num: int, outputs: Tensor) -> Iterator[slice]:
+    """Stretches of so many columns, of which arrays like the outputs (n, C) are made at a time."""
+    width = max(1, COLUMN_BYTES // (8 * max(1, outputs.numel())))
+    return (slice(start, min(start + width, num)) for start in range(0, num, width))
 
 
 @per_problem

@@ -258,7 +258,7 @@ def _classes(found: Findings) -> Variables:
     projections = found.parts.projections
     num_classes = projections.num_classes
     counted = found.parts.rows.curvature > 0
-    counts = torch.bincount(projections.labels[counted], minlength=num_classes)
+    counts = torch.bincount(projections.owners(found.parts.rows.labels)[counted], minlength=num_classes)
     gram = np.full((num_classes, num_classes), np.nan)
     factor = found.parts.factor("class")
     present = (projections.class_weights > 0).cpu().numpy()

@@ -21,7 +21,6 @@ from deepspectra.algorithms.krylov_basis import Krylov
 from deepspectra.algorithms.long_vectors import inner_products, vectors_that_fit
 from deepspectra.algorithms.overlap import overlap
 from deepspectra.analysis.attribute import (
-    ROWS_BYTES,
     Attribution,
     attribute_known,
     pair_shares,
@@ -55,7 +54,7 @@ from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
 from deepspectra.results import Eigenpairs
-from deepspectra.rows.gradients import GradientRows
+from deepspectra.rows.gradients import ROWS_BYTES, GradientRows
 from deepspectra.rows.held_rows import HeldRows, gram_bytes
 from deepspectra.rows.projections import num_groups
 
@@ -240,8 +239,9 @@ def _find_by_products(found: Findings) -> None:
             _find_density(found, "gauss_newton", gauss_newton)
         gauss_newton.products.release()
         return
-    gram = RowGram(found.parts.rows)
-    if found.effort.dense or gram.shape[0] >= found.problem.num_parameters:  # G need not have zeros
+    rows = found.parts.rows
+    gram = RowGram(rows) if rows.holds and not found.effort.dense else None
+    if gram is None or gram.shape[0] >= found.problem.num_parameters:  # G need not have zeros, or rows are too many
         found.shares["gauss_newton"] = found.ledger.run(
             "shares of G" + found.of, lambda _: pair_shares(found.parts, found.pairs["gauss_newton"])
         )

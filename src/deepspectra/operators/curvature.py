@@ -17,7 +17,6 @@ from deepspectra.problem.example_subsets import can_draw
 from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.rows.example_sampling import drawn, importance, num_enough
 from deepspectra.rows.gradients import GradientRows
-from deepspectra.rows.projections import Projections
 
 FEWEST = 1000  # examples from which on it can pay to seek eigenvectors on a sample first,
 SHARE = 1 / 4  # of no more of them than this,
@@ -70,7 +69,7 @@ class Curvature(Operator):
     def start_block(self, kind: str) -> Tensor:
         """The averaged means as starting vectors: "class_means" or "cross_class_means"."""
         rows = GradientRows(self.problem)
-        projections = Projections(rows.weights, rows.labels)
+        projections = rows.projections()
         if kind == "class_means":
             return rows.factor(projections, projections.basis("class"))
         if kind == "cross_class_means":

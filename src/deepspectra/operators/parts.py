@@ -27,7 +27,7 @@ from deepspectra.rows.features_and_errors import (
 )
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held_rows import HeldRows
-from deepspectra.rows.projections import FOUR_WAY, TWO_WAY, Projections, collinear, grouped
+from deepspectra.rows.projections import FOUR_WAY, TWO_WAY, collinear, grouped
 
 KINDS = ("gradients", "features", "errors")
 SMALL = ("class", "logit", "true")  # parts of rank at most C, held as factors
@@ -114,8 +114,8 @@ class Decomposition(Parts):
         super().__init__(names[effects], Part)
         self.rows, self.problem = rows, rows.problem
         self.effects = effects
-        found = grouped(groups, self.problem.num_classes, rows.weights.device)
-        self.projections = Projections(rows.weights, rows.labels, first=first, groups=found)
+        found = grouped(groups, self.problem.num_classes, self.problem.device)
+        self.projections = rows.projections(first, found)
         self._factors: dict[str, Tensor] = {}
         self._reserved: weakref.finalize[..., Decomposition] | None = None  # memory set aside for the means
 
@@ -218,8 +218,7 @@ class Part(_Averaged):
         if self.part in SMALL:
             factor = self.decomposition.factor(self.part)
             return factor @ (factor.T @ block)
-        rows, projections = self.decomposition.rows, self.decomposition.projections
-        return rows.transpose(projections.project(self.part, rows.apply(block)))
+        return self.decomposition.rows.project(self.decomposition.projections, self.part, block)
 
 
 class Means(_Averaged):
@@ -246,7 +245,7 @@ class Means(_Averaged):
             return means @ coordinates.to(means)
         rows, projections = self.decomposition.rows, self.decomposition.projections
         cells = coordinates.view(projections.num_classes, projections.num_classes, -1)
-        return rows.transpose(projections.expand(cells.to(rows.weights.device, self.dtype)))
+        return rows.combine(projections, cells.to(self.device, self.dtype))
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.combine(self.coordinates(block))

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deepspectra.derivatives.products import products_of
+from deepspectra.derivatives.ways import Jacobian
 from deepspectra.errors import LossError
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.rows.averages import positive
-from deepspectra.rows.projections import Projections, num_groups
+from deepspectra.rows.projections import Projections, num_groups, sum_by_cell
+
+HELD_BYTES = 2**28  # of arrays of N × C float64 up to which they are held,
+ROWS_BYTES = 2**28  # and of N × C × K that are projected at a time
+
+
+class Piece(NamedTuple):
+    """Some of the rows: softmax (n, C), labels (n,) and a_i / Σ ω (n,)."""
+
+    probabilities: Tensor
+    labels: Tensor
+    curvature: Tensor
+
+    @property
+    def weights(self) -> Tensor:
+        """(n, C) w_{i,k}."""
+        return self.curvature[:, None] * self.probabilities
+
+    def rows(self, pushed: Tensor) -> Tensor:
+        """√w_{i,k} (p_iᵀ z_i − z_{i,k}) for z = J V (n, C, K)."""
+        p, root = self.probabilities.to(pushed), self.weights.sqrt().to(pushed)
+        return root[:, :, None] * (torch.einsum("nc,nck->nk", p, pushed)[:, None] - pushed)
+
+    def cotangent(self, rows: Tensor) -> Tensor:
+        """What J pulls back to Aᵀ α for α (n, C, K)."""
+        return _cotangent(self.probabilities, self.weights.sqrt().to(rows)[:, :, None] * rows)
 
 
 class GradientRows:
@@ -22,7 +50,13 @@ class GradientRows:
     section 6). With class weights or label smoothing, w_{i,k} = a_i p_{i,k} / Σ ω with a_i the curvature of the
     row's loss, and the identity stays exact.
 
-    Cost: one forward pass; memory of N × C float64.
+    What is asked of averages is computed batch by batch where an array of N × C numbers is more than 256 MiB.
+
+    Attributes:
+        labels: (N,) true classes.
+        curvature: (N,) a_i / Σ ω, float64.
+
+    Cost: one forward pass.
     """
 
     order: Tensor | None = None  # which of the rows that batches give each row is, where it is another
@@ -31,30 +65,93 @@ class GradientRows:
         loss = labelled_loss(problem)
         self.problem = problem
         self.products = products_of(problem)
-        probabilities, labels, curvature = [], [], []
-        for outputs, targets in problem.row_batches():
-            probabilities.append(outputs.double().softmax(-1))
-            labels.append(loss.labels(targets))
-            curvature.append(loss.curvature_weights(outputs, targets).double())
-        self.sizes = [len(p) for p in probabilities]
-        self.probabilities = torch.cat(probabilities)
-        self.labels = torch.cat(labels)  # (N,) true classes
-        self.curvature = torch.cat(curvature) / problem.total_weight
-        self.weights = self.curvature[:, None] * self.probabilities  # (N, C) w_{i,k}, float64
+        pieces = [_labels_of(problem, loss, *pair) for pair in problem.row_batches()]
+        self.sizes = [len(labels) for labels, _ in pieces]
+        self.labels, self.curvature = (torch.cat(column) for column in zip(*pieces, strict=True))  # (N,) each
+        self.holds = 8 * len(self.labels) * problem.num_classes <= HELD_BYTES  # arrays of N × C are held
+
+    @functools.cached_property
+    def probabilities(self) -> Tensor:
+        """(N, C) softmax of every row, float64. Cost: a forward pass, once."""
+        return torch.cat([outputs.double().softmax(-1) for outputs, _ in self.problem.row_batches()])
+
+    @functools.cached_property
+    def weights(self) -> Tensor:
+        """(N, C) w_{i,k}, float64."""
+        return self.curvature[:, None] * self.probabilities
+
+    @property
+    def _all(self) -> Piece:
+        return Piece(self.probabilities, self.labels, self.curvature)
+
+    def _piece(self, outputs: Tensor, targets: Tensor) -> Piece:
+        loss = labelled_loss(self.problem)
+        return Piece(outputs.double().softmax(-1), *_labels_of(self.problem, loss, outputs, targets))
+
+    def projections(self, first: str = "class", groups: Tensor | None = None) -> Projections:
+        """The averages over classes, or over groups of them. Cost: where arrays are not held a forward pass."""
+        if self.holds:
+            return Projections(self.weights, self.labels, first=first, groups=groups)
+        pieces = (self._piece(*pair) for pair in self.problem.row_batches())
+        cells = sum(sum_by_cell(piece.weights, piece.labels, groups) for piece in pieces)
+        assert isinstance(cells, Tensor)
+        return Projections.of_cells(cells, first=first, groups=groups)
 
     def apply(self, block: Tensor) -> Tensor:
         """A V = √w_{i,k} (p_iᵀ J_i V − (J_i V)_k): (N, C, K). Cost: .6–1 gradient a column."""
         pushed = torch.cat(self.products.push(block))
-        pushed = pushed if self.order is None else pushed[self.order]
-        p, root = self.probabilities.to(pushed), self.weights.sqrt().to(pushed)
-        return root[:, :, None] * (torch.einsum("nc,nck->nk", p, pushed)[:, None] - pushed)
+        return self._all.rows(pushed if self.order is None else pushed[self.order])
 
     def transpose(self, rows: Tensor) -> Tensor:
         """Aᵀ α for α (N, C, K): (P, K). Cost: .7 gradient a column."""
-        scaled = self.weights.sqrt().to(rows)[:, :, None] * rows
-        cotangent = _cotangent(self.probabilities, scaled)
+        cotangent = self._all.cotangent(rows)
         cotangent = cotangent if self.order is None else cotangent[self.order.argsort()]
         return self.products.pull(list(torch.split(cotangent, self.sizes)))
+
+    def _met(self, projections: Projections, block: Tensor) -> tuple[Tensor, Tensor]:
+        """⟨b_{c,k}, A v⟩ (C, C, K), and ‖A v‖² (K,), float64, batch by batch."""
+        size, num = projections.num_classes, block.shape[1]
+        cells = torch.zeros(size, size, num, dtype=torch.float64, device=self.problem.device)
+        squares = cells.new_zeros(num)
+        for jacobian, columns, pushed in self.products.pushed(block):
+            piece = self._piece(jacobian.outputs, jacobian.targets)
+            rows = piece.rows(pushed).double()
+            cells[..., columns] += projections.of_rows(piece.weights, piece.labels).coordinates(rows)
+            squares[columns] += rows.square().sum((0, 1))
+        return cells, squares
+
+    def combine(self, projections: Projections, cells: Tensor) -> Tensor:
+        """Aᵀ of what has these coordinates (C, C, K) in cells: (P, K). Cost: .7 gradient a column."""
+        if projections.has_rows:
+            return self.transpose(projections.expand(cells))
+
+        def make(jacobian: Jacobian, columns: slice) -> Tensor:
+            piece = self._piece(jacobian.outputs, jacobian.targets)
+            return piece.cotangent(projections.of_rows(piece.weights, piece.labels).expand(cells[..., columns]))
+
+        return self.products.pull_made(make, cells.shape[-1])
+
+    def project(self, projections: Projections, part: str, block: Tensor) -> Tensor:
+        """AᵀΠA V for the projection Π of a part: (P, K). Cost: about a product with G a column; within two."""
+        if projections.has_rows:
+            return self.transpose(projections.project(part, self.apply(block)))
+        cells = self._met(projections, block)[0].to(block)
+        if part != "within":
+            return self.combine(projections, projections.project_cells(part, cells))
+        whole = self.products.sandwich(self.problem.loss_function.curvature, block) / self.problem.total_weight
+        return whole - self.combine(projections, cells)
+
+    def squared_norms(self, projections: Projections, block: Tensor, parts: tuple[str, ...]) -> Tensor:
+        """‖Π A v‖² for each part and column of a block (P, K): (parts, K). Cost: .6–1 gradient a column."""
+        if not projections.has_rows:
+            cells, squares = self._met(projections, block)
+            return projections.squared_norms_of(cells, squares, parts)
+        return torch.cat([projections.squared_norms(rows, parts) for rows in self._few(block)], 1)
+
+    def _few(self, block: Tensor) -> Iterator[Tensor]:
+        """A V, a few columns at a time."""
+        width = max(1, ROWS_BYTES // (8 * self.weights.numel()))
+        return (self.apply(columns) for columns in torch.split(block, width, 1))
 
     def factor(self, projections: Projections, basis: Tensor) -> Tensor:
         """Aᵀ B for a basis B given in cell coordinates (C, C, r): (P, r).
@@ -112,7 +209,9 @@ class GradientRows:
                 if granted:
                     block = block.to(torch.promote_types(self.problem.dtype, torch.float32))
                     return torch.cat([self.cells(projections, [c]).T @ block for c in range(size)])
-        return projections.coordinates(self.apply(block)).flatten(0, 1)
+        if projections.has_rows:
+            return torch.cat([projections.coordinates(rows) for rows in self._few(block)], 2).flatten(0, 1)
+        return self._met(projections, block)[0].to(block).flatten(0, 1)
 
     @property
     def splits_by_class(self) -> bool:
@@ -131,15 +230,24 @@ class GradientRows:
         `columns` takes a batch's labels (n,) to its columns (n, C, k) that are not zero, and which they are (k,).
         They touch no class but those `among` the given.
         """
-        loss, groups = labelled_loss(self.problem), projections.groups
+        groups = projections.groups
 
-        def cotangent(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            p, labels = outputs.double().softmax(-1), loss.labels(targets)
-            curvature = loss.curvature_weights(outputs, targets).double() / self.problem.total_weight
-            mixed, live = by_single_class(columns, labels, groups)
-            return _cotangent(p, (curvature[:, None] * p)[:, :, None] * mixed), live
+        def cotangent(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Callable[[slice], Tensor]]:
+            piece = self._piece(outputs, targets)
+            mixed, live = columns(piece.labels if groups is None else groups[piece.labels])
+
+            def make(some: slice) -> Tensor:
+                spread = mixed[..., some] if groups is None else mixed[..., some][:, groups]
+                return _cotangent(piece.probabilities, piece.weights[:, :, None] * spread)
+
+            return live, make
 
         return self.products.pull_each(cotangent, num, groups, among)
+
+
+def _labels_of(problem: Problem, loss: CrossEntropy, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels (n,) and a_i / Σ ω (n,) of some rows."""
+    return loss.labels(targets), loss.curvature_weights(outputs, targets).double() / problem.total_weight
 
 
 def by_single_class(
@@ -165,14 +273,14 @@ def class_sums(problem: Problem, groups: Tensor | None = None) -> tuple[Tensor, 
     size = num_groups(groups, problem.num_classes)
     cells = torch.zeros(size, size, dtype=torch.float64, device=problem.device)
 
-    def cotangent(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def cotangent(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Callable[[slice], Tensor]]:
         p, mine = outputs.double().softmax(-1), owner[loss.labels(targets)]
         weights = loss.curvature_weights(outputs, targets).double()[:, None] * p / problem.total_weight
         by_group = weights.new_zeros(len(weights), size).index_add_(1, owner, weights)
         cells.index_add_(0, mine, by_group)
         own = weights * (owner == mine[:, None])
         live = torch.unique(mine)
-        return _cotangent(p, own[:, :, None] * (mine[:, None] == live)[:, None]), live
+        return live, lambda some: _cotangent(p, own[:, :, None] * (mine[:, None] == live[some])[:, None])
 
     return products_of(problem).pull_each(cotangent, size, groups), cells
 

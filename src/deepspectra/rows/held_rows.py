@@ -35,6 +35,7 @@ class HeldRows(GradientRows):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
+        self.holds = True
         self.captures = captures_of(problem)
         self._put_in_order()
         self.complement = Complement(self.probabilities)  # the C − 1 coordinates of each example

@@ -24,6 +24,7 @@ group's potential classes, and all of the above holds as it is.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -39,6 +40,9 @@ RANK_TOLERANCE = 1e-9
 
 class Projections:
     """The projections of sample space for given weights and labels.
+
+    Those of some rows alone, `of_rows`, are what these add to the same averages, so that rows can be taken batch by
+    batch: coordinates add up.
 
     Args:
         weights: (N, C) w_{i,k} ≥ 0.
@@ -56,20 +60,50 @@ class Projections:
     Cost: arrays of N × C × K numbers; no parameter-sized vector is touched.
     """
 
+    _labels: Tensor | None  # class or group of each row at hand
+    _unit: Tensor
+
     def __init__(
         self, weights: Tensor, labels: Tensor, *, first: str = "class", groups: Tensor | None = None
     ) -> None:
+        self._settle(sum_by_cell(weights.double(), labels, groups), first, groups)
+        self._take(weights, labels)
+
+    @classmethod
+    def of_cells(cls, cell_weights: Tensor, *, first: str = "class", groups: Tensor | None = None) -> Projections:
+        """Those of rows that are not at hand, from w_{c,k} (C, C)."""
+        found = cls.__new__(cls)
+        found._settle(cell_weights, first, groups)
+        return found
+
+    def of_rows(self, weights: Tensor, labels: Tensor) -> Projections:
+        """The same averages over all rows, seen from some of them."""
+        found = copy.copy(self)
+        found._take(weights, labels)
+        return found
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether they were given with their rows."""
+        return self._labels is not None
+
+    def owners(self, labels: Tensor) -> Tensor:
+        """The class of each label, or its group."""
+        return labels if self.groups is None else self.groups[labels]
+
+    def _take(self, weights: Tensor, labels: Tensor) -> None:
+        self._labels = self.owners(labels)
+        # α_{i,k} = √(w_{i,k}/w_{c,k}) β_{c,k} carries a cell coordinate to its rows, and back
+        self._unit = (weights.double() / self._by_row(positive(self.cell_weights))).sqrt()
+
+    def _settle(self, cell_weights: Tensor, first: str, groups: Tensor | None) -> None:
         if first not in ("class", "logit"):
             raise OptionError(f"first={first!r}; it is 'class' or 'logit'.")
-        self.first = first
-        self.groups = groups
-        self.labels = labels if groups is None else groups[labels]
-        self.num_classes = num_groups(groups, weights.shape[1])
-        weights = weights.double()
-        self.cell_weights = self._by_cell(weights)
+        self.first, self.groups = first, groups
+        self.num_classes = len(cell_weights)
+        self.cell_weights = cell_weights
         self._root = self.cell_weights.sqrt()
-        # α_{i,k} = √(w_{i,k}/w_{c,k}) β_{c,k} carries a cell coordinate to its rows, and back
-        self._unit = (weights / self._by_row(positive(self.cell_weights))).sqrt()
+        self._labels = None
         off = self.cell_weights.clone().fill_diagonal_(0)
         self.class_weights, self.logit_weights = off.sum(1), off.sum(0)
         self.by_class = off.sqrt() / positive(self.class_weights).sqrt()[:, None]
@@ -98,13 +132,12 @@ class Projections:
 
     def _by_cell(self, rows: Tensor) -> Tensor:
         """Sums over the rows of each cell: (N, C', ...) of single classes to (C, C, ...)."""
-        if self.groups is not None:
-            rows = rows.new_zeros(len(rows), self.num_classes, *rows.shape[2:]).index_add_(1, self.groups, rows)
-        return rows.new_zeros(self.num_classes, *rows.shape[1:]).index_add_(0, self.labels, rows)
+        assert self._labels is not None
+        return _sum_by(rows, self._labels, self.groups, self.num_classes)
 
     def _by_row(self, cells: Tensor) -> Tensor:
         """The cell of each row: (C, C, ...) to (N, C', ...)."""
-        found = cells[self.labels]
+        found = cells[self._labels]
         return found if self.groups is None else found[:, self.groups]
 
     # -- the projections -------------------------------------------------------------------------------------
@@ -128,13 +161,14 @@ class Projections:
     def squared_norms(self, rows: Tensor, parts: tuple[str, ...]) -> Tensor:
         """|Π_part α|² for every part, (parts, K): the analysis of variance of α (N, C, K)."""
         cells = self.coordinates(rows.double())
-        norms = []
-        for part in parts:
-            if part == "within":
-                norms.append((rows.double() - self.expand(cells)).square().sum((0, 1)))
-            else:
-                norms.append(self.project_cells(part, cells).square().sum((0, 1)))
-        return torch.stack(norms)
+        within = (rows.double() - self.expand(cells)).square().sum((0, 1))
+        return self.squared_norms_of(cells, within + cells.square().sum((0, 1)), parts)
+
+    def squared_norms_of(self, cells: Tensor, squares: Tensor, parts: tuple[str, ...]) -> Tensor:
+        """The same from coordinates (C, C, K) and |α|² (K,), of which "within" is the rest."""
+        norms = {part: self.project_cells(part, cells).square().sum((0, 1)) for part in parts if part != "within"}
+        norms["within"] = squares - cells.square().sum((0, 1))
+        return torch.stack([norms[part] for part in parts])
 
     def averages(self, parts: tuple[str, ...], reduce: Callable[[Tensor], Tensor]) -> Averages:
         """Bases (R, r) over rows in other coordinates, into which `reduce` takes each example's (N, C, r)."""
@@ -167,6 +201,18 @@ class Projections:
         if part == "class":
             return (by_class - torch.einsum("ckd,rd->ckr", by_logit, self._mixing)) @ self._logit_mix
         raise OptionError(f"{part!r} has no basis of cells.")
+
+
+def sum_by_cell(rows: Tensor, labels: Tensor, groups: Tensor | None) -> Tensor:
+    """Sums of (N, C', ...) over the rows of each label, or of its group, and over potential classes: (C, C, ...)."""
+    owners = labels if groups is None else groups[labels]
+    return _sum_by(rows, owners, groups, num_groups(groups, rows.shape[1]))
+
+
+def _sum_by(rows: Tensor, owners: Tensor, groups: Tensor | None, size: int) -> Tensor:
+    if groups is not None:
+        rows = rows.new_zeros(len(rows), size, *rows.shape[2:]).index_add_(1, groups, rows)
+    return rows.new_zeros(size, *rows.shape[1:]).index_add_(0, owners, rows)
 
 
 def collinear(cell_weights: Tensor) -> tuple[Tensor, Tensor]:

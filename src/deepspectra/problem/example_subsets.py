@@ -15,10 +15,13 @@ from deepspectra.problem.cross_entropy import CrossEntropy, DrawnCrossEntropy
 from deepspectra.problem.problem import Problem
 
 
-def small_problem(problem: Problem, num_rows: int, dtype: torch.dtype) -> Problem:
-    """The problem on a few rows that count, or on one batch that cannot be cut, in another dtype."""
+def small_problem(problem: Problem, num_rows: int, dtype: torch.dtype, rows: Any = None) -> Problem:
+    """The problem on a few rows that count, or on one batch that cannot be cut, in another dtype.
+
+    On those of `some_rows`, if they are known. Every process has all of it.
+    """
     move = Move(problem.device, dtype)
-    batch = some_rows(problem, num_rows)
+    batch = some_rows(problem, num_rows) if rows is None else rows
     batches = Batches([move(batch)], batch_size=None, move=move, budget=4 * num_bytes(batch) + 1)
     return problem.cast(dtype, batches)
 
@@ -75,17 +78,18 @@ def drawn_problem(problem: Problem, chosen: Tensor, weights: Tensor) -> Problem:
     batches.resize(problem.batch_size)
     found = problem.variant(loss_function=DrawnCrossEntropy(loss), batches=batches)
     found.total_weight = problem.total_weight
+    found.batches = batches.shared(problem.batches.group, cuts=True)
     return found
 
 
 def class_batches(
     problem: Problem, groups: Tensor | None = None, among: Collection[int] | None = None
 ) -> Iterator[Any]:
-    """The batches, split so that each holds one class, or one of `groups` (C,), where they can be split.
+    """A process's batches, split so that each holds one class, or one of `groups` (C,), where they can be split.
 
     With `among` those of these classes or groups only.
     """
-    for batch in problem.fixed_batches():
+    for _, batch in problem.fixed_batches().mine():
         if not problem.can_split(batch):
             yield batch
             continue

@@ -174,7 +174,9 @@ def class_sums(problem: Problem, groups: Tensor | None = None) -> tuple[Tensor, 
         live = torch.unique(mine)
         return _cotangent(p, own[:, :, None] * (mine[:, None] == live)[:, None]), live
 
-    return products_of(problem).pull_each(cotangent, size, groups), cells
+    sums = products_of(problem).pull_each(cotangent, size, groups)
+    problem.batches.group.sum(cells)
+    return sums, cells
 
 
 def labelled_loss(problem: Problem) -> CrossEntropy:

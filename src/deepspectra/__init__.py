@@ -33,6 +33,7 @@ from deepspectra.operators.base import Identity
 from deepspectra.operators.curvature import EmpiricalFisher, GaussNewton, Hessian, Residual
 from deepspectra.operators.parts import decompose
 from deepspectra.problem.problem import Problem
+from deepspectra.problem.shared_problems import sharded
 
 __all__ = [
     "Analysis",
@@ -71,6 +72,7 @@ __all__ = [
     "principal_subspace",
     "regions",
     "save_series",
+    "sharded",
     "sweep",
     "tail",
     "three_level_map",

@@ -70,6 +70,10 @@ class WorkerError(DeepSpectraError, RuntimeError):
     """What runs the cells of a sweep has stopped taking them."""
 
 
+class ProcessError(DeepSpectraError, RuntimeError):
+    """Another process of those that share the work ended, failed or did not answer."""
+
+
 class TargetError(DeepSpectraError, ImportError):
     """A command-line target cannot be imported or does not return a `Problem`."""
 

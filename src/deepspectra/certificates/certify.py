@@ -221,6 +221,10 @@ def certify(
     its grid.
     """
     check_problem(problem)
+    if problem.batches.group.size > 1:
+        raise OptionError(
+            "certify works in one process: give it the problem itself, and not what sharded() made of it."
+        )
     check_seed(seed)
     chosen = Settings.of(**settings)
     examples = examples_of(problem)

@@ -85,9 +85,9 @@ class Graphs:
         return Graphs, (self.problem,)
 
     def each(self, kind: str, build: Callable[[Any], Any]) -> Iterator[tuple[int, Any]]:
-        """Each batch's graph: kept, or built now and kept if it fits."""
+        """The graph of each batch of this process's share: kept, or built now and kept if it fits."""
         store = self._stores.setdefault(kind, Store())
-        for index, batch in enumerate(self.problem.fixed_batches()):
+        for index, batch in self.problem.fixed_batches().mine():
             if index in store.graphs:
                 yield index, store.graphs[index]
                 continue

@@ -18,6 +18,7 @@ from deepspectra.derivatives.way_choice import Choice
 from deepspectra.derivatives.ways import Jacobian, OutputGraph, Scalar
 from deepspectra.errors import NonFiniteError
 from deepspectra.problem.example_subsets import class_batches
+from deepspectra.problem.parallel import Group
 from deepspectra.problem.problem import Problem, per_problem
 
 COLUMN_BYTES = 2**27  # of float64 for each output and column, of which a few stand at a time
@@ -42,6 +43,11 @@ class Products:
     def allowance(self) -> Allowance:
         """The memory that graphs share with what is reserved for other things."""
         return self.graphs.allowance
+
+    @property
+    def group(self) -> Group:
+        """The processes that share the batches."""
+        return self.problem.batches.group
 
     def inherit(self, other: Products) -> None:
         """Take what was found right for the same network on other data, and share its memory."""
@@ -123,11 +129,12 @@ class Products:
         way = self.choice.way()
         given = [self._rows(block) for block, _ in blocks]
         totals = [self.zeros(*rows.shape) for rows in given]
-        for _, graph in self.graphs.each(kind, lambda batch: way(scalar(batch), self.problem.parameters)):
-            for total, rows, (_, among) in zip(totals, given, blocks, strict=True):
-                apply = functools.partial(graph, among=among)
-                for chunk, parts in self._through(rows, kind, apply, split=True, among=among):
-                    _add(self._split(total[chunk], among), parts)
+        with self.group.summing(*totals):
+            for _, graph in self.graphs.each(kind, lambda batch: way(scalar(batch), self.problem.parameters)):
+                for total, rows, (_, among) in zip(totals, given, blocks, strict=True):
+                    apply = functools.partial(graph, among=among)
+                    for chunk, parts in self._through(rows, kind, apply, split=True, among=among):
+                        _add(self._split(total[chunk], among), parts)
         return [_finite(total).T for total in totals]
 
     def _loss_of(self, batch: Any) -> Scalar:
@@ -140,20 +147,22 @@ class Products:
 
     # first derivatives of the outputs
 
-    def jacobians(self) -> Iterator[tuple[int, Jacobian]]:
-        """Each batch's Jacobian."""
+    def _jacobians(self) -> Iterator[tuple[int, Jacobian]]:
+        """The Jacobian of each batch of this process's share."""
         linearize = self.choice.linearize()
         return self.graphs.each("jacobian", lambda b: Jacobian(self.problem, b, linearize=linearize))
 
     def push(self, block: Tensor) -> list[Tensor]:
         """J V: for each batch (n, C, K)."""
-        rows = self._rows(block)
-        return [self._push(jacobian, rows).movedim(0, -1) for _, jacobian in self.jacobians()]
+        rows, mine = self._rows(block), list[Tensor]()
+        with self.group.summing():
+            mine += (self._push(jacobian, rows).movedim(0, -1) for _, jacobian in self._jacobians())
+        return self.group.dealt(mine)
 
     def pushed(self, block: Tensor) -> Iterator[tuple[Jacobian, slice, Tensor]]:
-        """J V batch by batch and a few columns at a time: (n, C, k), and which columns these are."""
+        """J V, of this process's batches one by one and a few columns at a time: (n, C, k), and which columns."""
         rows = self._rows(block)
-        for _, jacobian in self.jacobians():
+        for _, jacobian in self._jacobians():
             for columns in few_columns(len(rows), jacobian.outputs):
                 yield jacobian, columns, self._push(jacobian, rows[columns]).movedim(0, -1)
 
@@ -164,16 +173,18 @@ class Products:
     def pull(self, cotangents: list[Tensor]) -> Tensor:
         """Jᵀ U for U given as one (n, C, K) a batch: (P, K)."""
         total = self.zeros(cotangents[0].shape[-1])
-        for index, jacobian in self.jacobians():
-            self._pull(total, jacobian, cotangents[index].movedim(-1, 0))
+        with self.group.summing(total):
+            for index, jacobian in self._jacobians():
+                self._pull(total, jacobian, cotangents[index].movedim(-1, 0))
         return total.T
 
     def pull_made(self, make: Callable[[Jacobian, slice], Tensor], num_columns: int) -> Tensor:
         """Jᵀ U for a U that is made batch by batch, a few columns (n, C, k) at a time: (P, K)."""
         total = self.zeros(num_columns)
-        for _, jacobian in self.jacobians():
-            for columns in few_columns(num_columns, jacobian.outputs):
-                self._pull(total[columns], jacobian, make(jacobian, columns).movedim(-1, 0))
+        with self.group.summing(total):
+            for _, jacobian in self._jacobians():
+                for columns in few_columns(num_columns, jacobian.outputs):
+                    self._pull(total[columns], jacobian, make(jacobian, columns).movedim(-1, 0))
         return total.T
 
     def _pull(self, total: Tensor, jacobian: Jacobian, cotangents: Tensor) -> None:
@@ -184,11 +195,12 @@ class Products:
         """Jᵀ B J V with B given by middle(outputs, targets, tangents), in one pass over the data."""
         total = self.zeros(block.shape[1])
         rows = self._rows(block)
-        for _, jacobian in self.jacobians():
-            for columns in few_columns(len(rows), jacobian.outputs):
-                pushed = self._push(jacobian, rows[columns])
-                bent = [middle(jacobian.outputs, jacobian.targets, tangent) for tangent in pushed]
-                self._pull(total[columns], jacobian, torch.stack(bent))
+        with self.group.summing(total):
+            for _, jacobian in self._jacobians():
+                for columns in few_columns(len(rows), jacobian.outputs):
+                    pushed = self._push(jacobian, rows[columns])
+                    bent = [middle(jacobian.outputs, jacobian.targets, tangent) for tangent in pushed]
+                    self._pull(total[columns], jacobian, torch.stack(bent))
         return _finite(total).T
 
     def pull_each(
@@ -205,14 +217,15 @@ class Products:
         """
         total = self.zeros(num_columns)
         build = functools.partial(OutputGraph, self.problem)
-        for batch in class_batches(self.problem, groups, among):
-            graph: OutputGraph = self.graphs.once("forward", build, batch)
-            live, make = cotangent(graph.outputs, graph.targets)
-            for columns in few_columns(len(live), graph.outputs):
-                given = make(columns).movedim(-1, 0).to(graph.outputs.dtype)
-                for chunk, parts in self._through(given, "forward", graph.pull):
-                    for column, *alone in zip(live[columns][chunk].tolist(), *parts, strict=True):
-                        _add(self._split(total[column]), alone)
+        with self.group.summing(total):
+            for batch in class_batches(self.problem, groups, among):
+                graph: OutputGraph = self.graphs.once("forward", build, batch)
+                live, make = cotangent(graph.outputs, graph.targets)
+                for columns in few_columns(len(live), graph.outputs):
+                    given = make(columns).movedim(-1, 0).to(graph.outputs.dtype)
+                    for chunk, parts in self._through(given, "forward", graph.pull):
+                        for column, *alone in zip(live[columns][chunk].tolist(), *parts, strict=True):
+                            _add(self._split(total[column]), alone)
         return total.T
 
 

@@ -44,7 +44,9 @@ class Choice:
         self._way: type[Way] | None = None
         self._linearize: bool | None = None
         self._right_blocks: dict[bool, bool] = {}  # of second and of first derivatives
-        self._samples: dict[torch.dtype, Problem] = {}  # a few rows, on which derivatives are checked
+        self._samples: dict[torch.dtype, Problem] = {}  # a few rows, on which derivatives are checked,
+        # found at once where several processes look for them, which later may not all come to ask
+        self._few = some_rows(problem, CHECK_ROWS) if problem.batches.group.size > 1 else None
 
     def way(self, asked: str | None = None) -> type[Way]:
         """The first way to second derivatives that is right for this network, or the one asked for by name.
@@ -144,7 +146,7 @@ class Choice:
 
     def _sample(self, dtype: torch.dtype) -> Problem:
         if dtype not in self._samples:
-            self._samples[dtype] = small_problem(self._problem, CHECK_ROWS, dtype)
+            self._samples[dtype] = small_problem(self._problem, CHECK_ROWS, dtype, self._few)
         return self._samples[dtype]
 
     # -- which way is faster
@@ -194,6 +196,7 @@ class Choice:
         product = scale * (self._now() - warm)
         fits = scale * size * self._problem.batches.num_batches <= self._graphs.allowance.size
         seconds = product + (built - start) / (EXPECTED_PRODUCTS if fits else 1)
+        (seconds, *_) = self._problem.batches.group.every(seconds)  # so that all choose alike
         way = "linearised" if linearize else "by reverse mode"
         self.notes[f"seconds a batch, Jacobian {way}"] = f"{seconds:.4f}"
         return seconds

@@ -153,4 +153,5 @@ def count_operations(problem: Problem, forward: Callable[[], float]) -> tuple[fl
     with OperationCounter() as counter:  # type: ignore[no-untyped-call]
         value = forward()
     least = 2.0 * problem.num_parameters * problem.num_examples
-    return value, BACKWARD * max(counter.total, least)
+    (total,) = problem.batches.group.sums(counter.total)
+    return value, BACKWARD * max(total, least)

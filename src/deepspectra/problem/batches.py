@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import operator
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,8 +18,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from deepspectra.argument_checks import check_count
 from deepspectra.errors import DataError, DeepSpectraError, MemoryBudgetError, NondeterminismError, first_line
+from deepspectra.problem.parallel import ALONE, Group
 
 Pair = tuple[Tensor, Tensor]
+Result = TypeVar("Result")
 LARGEST_DEFAULT_BATCH = 512
 NUMBERS_PER_BATCH = 2**18  # a default batch holds about this many input numbers
 EXAMPLES_BY_NAME = 8  # of a default batch of mappings: their models may have thousands of outputs a position
@@ -127,7 +130,8 @@ class Move:
 class Batches:
     """The batches of a data source, held in memory when they fit and read anew at each pass when not.
 
-    What is read is copied, and what is held is not read again.
+    What is read is copied, and what is held is not read again. Where processes share the work each holds its own
+    share, and all bring each other what they ask for: every one of them must then ask.
 
     Args:
         source: DataLoader, Dataset, (x, y) tensors, or a list of batches.
@@ -155,6 +159,7 @@ class Batches:
                 held.append(move(batch))
                 size += num_bytes(held[-1])
                 held = held if size <= budget else None
+        self.marks = marks  # of each batch as it was read
         self.mark = _total(marks)  # differs for other examples, up to rounding the same in any order
         if not marks:
             raise DataError("the data is empty: it yielded no batch, and at least one is needed.")
@@ -165,11 +170,47 @@ class Batches:
         if held is not None:
             self._source = None
 
+    group: Group = ALONE  # the processes that share the work
+
     def __iter__(self) -> Iterator[Any]:
-        if self.held is not None:
+        """Every batch, whoever holds it."""
+        if self.held is None:
+            return map(self._move, self._given())
+        if self.group.size == 1:
             return iter(self.held)
+        # the first is asked for most, and everyone has it
+        return itertools.chain(self.held[:1], self.group.in_turn(self.held.__getitem__, self.num_batches, 1))
+
+    def mine(self) -> Iterator[tuple[int, Any]]:
+        """The batches of this process's share, each with its place among all."""
+        if self.held is not None:
+            return ((j, batch) for j, batch in enumerate(self.held) if self.group.owns(j))
         assert self._source is not None
-        return (self._move(piece) for batch in _read(self._source) for piece in _pieces(batch, self._most))
+        return ((j, self._move(piece)) for j, piece in enumerate(self._given()) if self.group.owns(j))
+
+    def _given(self) -> Iterator[Any]:
+        """Batches as the source gives them, cut where they are too large."""
+        assert self._source is not None
+        return (piece for batch in _read(self._source) for piece in _pieces(batch, self._most))
+
+    def mapped(self, function: Callable[[Any], Result]) -> Iterator[Result]:
+        """What a function makes of every batch, in order, each made by the process that has the batch."""
+        if self.group.size == 1:
+            return map(function, self)
+        mine = self.mine()
+        return self.group.in_turn(lambda _: function(next(mine)[1]), self.num_batches)
+
+    def shared(self, group: Group, *, cuts: bool) -> Batches:
+        """The same among several processes; where it may be cut and nobody chose sizes, cut into equal shares."""
+        other = copy.copy(self)
+        other.group = group
+        whole = self._whole() if cuts and not self.is_given else None
+        if whole is not None:
+            count = math.ceil(self.num_batches / group.size) * group.size
+            other._cut(whole, math.ceil(length(whole) / count))
+        if other.held is not None:
+            other.held = [batch if not j or group.owns(j) else None for j, batch in enumerate(other.held)]
+        return other
 
     def moved(self, move: Move) -> Batches:
         """The same batches on another device or in another dtype, held if these are."""

@@ -17,10 +17,13 @@ from deepspectra.problem.evaluated_model import Forward
 from deepspectra.problem.problem import Problem
 
 
-def small_problem(problem: Problem, num_rows: int, dtype: torch.dtype) -> Problem:
-    """The problem on a few rows that count, or on one batch that cannot be cut, in another dtype."""
+def small_problem(problem: Problem, num_rows: int, dtype: torch.dtype, rows: Any = None) -> Problem:
+    """The problem on a few rows that count, or on one batch that cannot be cut, in another dtype.
+
+    On those of `some_rows`, if they are known. Every process has all of it.
+    """
     move = Move(problem.device, dtype)
-    batch = some_rows(problem, num_rows)
+    batch = some_rows(problem, num_rows) if rows is None else rows
     batches = Batches([move(batch)], batch_size=None, move=move, budget=4 * num_bytes(batch) + 1)
     return problem.cast(dtype, batches)
 
@@ -119,6 +122,7 @@ def drawn_problem(problem: Problem, chosen: Tensor, weights: Tensor) -> Problem:
     batches.resize(problem.batch_size)
     found = problem.variant(loss_function=DrawnCrossEntropy(loss), batches=batches, **changes)
     found.total_weight = problem.total_weight
+    found.batches = batches.shared(problem.batches.group, cuts=True)
     return found
 
 
@@ -140,11 +144,11 @@ class Weighted:
 def class_batches(
     problem: Problem, groups: Tensor | None = None, among: Collection[int] | None = None
 ) -> Iterator[Any]:
-    """The batches, split so that each holds one class, or one of `groups` (C,), where they can be split.
+    """A process's batches, split so that each holds one class, or one of `groups` (C,), where they can be split.
 
     With `among` those of these classes or groups only.
     """
-    for batch in problem.fixed_batches():
+    for _, batch in problem.fixed_batches().mine():
         if not problem.can_split(batch):
             yield batch
             continue

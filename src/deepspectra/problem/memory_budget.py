@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepspectra.errors import MemoryBudgetError, OptionError
 from deepspectra.problem.batches import tensors
+from deepspectra.problem.parallel import neighbours
 
 Result = TypeVar("Result")
 BATCH_BYTES = (2**29, 2**25)  # that backpropagation keeps of a batch, unless sizes are given: GPU, CPU
@@ -46,7 +47,7 @@ def refuse_beyond(size: float, limit: int, what: str, instead: str) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, within the limit of a container."""
+    """Bytes that are free on a device, within the limit of a container; of a CPU's, the share of one process."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -56,7 +57,7 @@ def free_memory(device: torch.device) -> int:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as limit:
         available = min(available, int(limit.read()))
-    return available
+    return available // neighbours()
 
 
 def suitable_batch_size(example_bytes: float, model: nn.Module, memory: int, device: torch.device) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from deepspectra.problem.batches import Batches, Move, Pair, is_labelled, length
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.evaluated_model import Evaluated, Forward, Trial, forward_pair, gradient
 from deepspectra.problem.input_checks import check_given, check_gradient, reported, usable_device
-from deepspectra.problem.losses import MeanLoss
+from deepspectra.problem.losses import Loss, MeanLoss
 from deepspectra.problem.memory_budget import free_memory, largest_batch_size, parse_bytes, suitable_batch_size
 from deepspectra.problem.model_copy import evaluation_copy, unwrapped
 from deepspectra.problem.named_losses import Given
@@ -179,7 +180,7 @@ class Problem(_Named):
 
     def row_batches(self) -> Iterator[Pair]:
         """Outputs and targets of each batch, at the problem's own parameters."""
-        return (self.values(batch) for batch in self.fixed_batches())
+        return self.fixed_batches().mapped(self.values)
 
     def fixed_batches(self) -> Batches:
         """The batches, for a pass over the data.
@@ -209,33 +210,32 @@ class Problem(_Named):
 
     def loss(self) -> float:
         """L(θ)."""
-        total = 0.0
-        for outputs, targets in self.row_batches():
-            wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-            with torch.no_grad():
-                total += float(self.loss_function.total(wide, targets).double())
-        return total / self.total_weight
+        return self._sums(functools.partial(_summed_loss, self.loss_function), 1)[0] / self.total_weight
 
     def gradient(self) -> Tensor:
         """∇L(θ), (P,). Cost: one gradient."""
         dtype = torch.promote_types(self.dtype, torch.float32)
-        total = torch.zeros(self.num_parameters, dtype=dtype, device=self.device)
-        for batch in self.fixed_batches():
-            leaves, _, value = self._module.graph(self.loss_function, self.parameters, batch)
-            parts = zip(gradient(value, leaves), leaves, strict=True)
-            total += torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in parts])
+        total, batches = torch.zeros(self.num_parameters, dtype=dtype, device=self.device), self.fixed_batches()
+        with batches.group.summing(total):
+            for _, batch in batches.mine():
+                leaves, _, value = self._module.graph(self.loss_function, self.parameters, batch)
+                parts = zip(gradient(value, leaves), leaves, strict=True)
+                total += torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in parts])
         return total / self.total_weight
 
     def accuracy(self) -> float:
         """Share of rows whose largest output is the label; NaN when targets are not labels."""
-        hits, rows = 0, 0
-        for outputs, targets in self.row_batches():
-            if targets.is_floating_point() or targets.ndim != 1 or outputs.ndim != 2:
-                return float("nan")
-            counted = self.loss_function.weights(outputs, targets) > 0
-            hits += int((outputs.argmax(-1) == targets)[counted].sum())
-            rows += int(counted.sum())
+        hits, rows = self._sums(functools.partial(_hits, self.loss_function), 2)
         return hits / rows
+
+    def _sums(self, numbers: Callable[[Tensor, Tensor], Tensor], size: int) -> list[float]:
+        """Sums over all batches of so many numbers that outputs and targets of one give."""
+        total, batches = torch.zeros(size, dtype=torch.float64, device=self.device), self.fixed_batches()
+        with batches.group.summing(total):
+            for _, batch in batches.mine():
+                total += numbers(*self.values(batch))
+        found: list[float] = total.tolist()
+        return found
 
     def variant(self, **changes: Any) -> Problem:
         """This problem with other attributes and nothing derived of it; counted anew on other batches."""
@@ -290,6 +290,21 @@ def _detached(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """A model's parameters of these names."""
     own = dict(model.named_parameters())
     return {name: own[name].detach() for name in names}
+
+
+def _summed_loss(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Σ ω_i ℓ_i of a batch, float64."""
+    with torch.no_grad():
+        return loss.total(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), targets).double()
+
+
+def _hits(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """(2,) rows of a batch that are right, and rows that count; of no labels NaN and 1."""
+    found = (math.nan, 1.0)
+    if not targets.is_floating_point() and targets.ndim == 1 and outputs.ndim == 2:
+        counted = loss.weights(outputs, targets) > 0
+        found = float((outputs.argmax(-1) == targets)[counted].sum()), float(counted.sum())
+    return torch.tensor(found, dtype=torch.float64, device=outputs.device)
 
 
 def per_problem(function: Callable[[Problem], Result]) -> Callable[[Problem], Result]:

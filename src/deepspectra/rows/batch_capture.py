@@ -44,6 +44,9 @@ class IrregularError(CurvatureError):
             "parameters out by parameters=."
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return IrregularError, (self.names,)
+
 
 @dataclass(frozen=True)
 class Call:

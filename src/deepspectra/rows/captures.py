@@ -158,7 +158,8 @@ class Captures:
         """What is there of the same problem; nothing if it is more than may be held."""
         self.problem.fixed_batches()  # of which nothing was edited since
         found = next((known() for known in _held_of(self.problem) if self.shared), None)
-        if found is None or found.num_bytes > self.limit:
+        # what one process still holds another may have let go of
+        if self.problem.batches.group.sums(found is None or found.num_bytes > self.limit)[0] or found is None:
             return []
         self.plan = found.plan
         return found
@@ -223,17 +224,22 @@ class Captures:
         Raises:
             IrregularError: a batch after the first uses parameters otherwise; the plan then sets these alone.
         """
-        for number, batch in enumerate(self.problem.fixed_batches()):
-            pieces: list[Captured] = []
-            while not pieces:
-                try:
-                    with refusing(), differentiable():
-                        pieces = self._pieces(batch, names, weigh or self.weigh)
-                except IrregularError as found:
-                    self.plan = self.plan.without(found.names)
-                    if number:
-                        raise
-            yield from pieces
+
+        def capture(batch: Any) -> list[Captured]:
+            with refusing(), differentiable():
+                return self._pieces(batch, names, weigh or self.weigh)
+
+        begun = False
+        while True:
+            try:
+                for pieces in self.problem.fixed_batches().mapped(capture):
+                    begun = True
+                    yield from pieces
+                return
+            except IrregularError as found:
+                self.plan = self.plan.without(found.names)
+                if begun:
+                    raise
 
     def _pieces(self, batch: Any, names: frozenset[str] | None, weigh: Weigh) -> list[Captured]:
         graph, loss = batch_capture.Graph(self.problem, batch, self.plan.alone), self.problem.loss_function

@@ -40,15 +40,16 @@ def importance(problem: Problem) -> Tensor:
     loss = problem.loss_function
     if not isinstance(loss, CrossEntropy):
         raise LossError(f"importance is known for cross-entropy; this problem's loss is {loss.name}.")
-    found = []
     with _last_features(problem) as features:
-        for outputs, targets in problem.row_batches():
+
+        def sizes(batch: Any) -> Tensor:
+            outputs, targets = problem.values(batch)
             p = outputs.double().softmax(-1)
             size = loss.curvature_weights(outputs, targets).double() * (1 - p.square().sum(-1)).clamp_min(0)
             h = features()
-            if h is not None and len(h) == len(size):
-                size = size * (1 + h.double().square().sum(-1))
-            found.append(size)
+            return size * (1 + h.double().square().sum(-1)) if h is not None and len(h) == len(size) else size
+
+        found = list(problem.fixed_batches().mapped(sizes))
     return sum_by_example(problem, found)
 
 

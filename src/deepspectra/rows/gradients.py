@@ -113,11 +113,12 @@ class GradientRows:
         size, num = projections.num_classes, block.shape[1]
         cells = torch.zeros(size, size, num, dtype=torch.float64, device=self.problem.device)
         squares = cells.new_zeros(num)
-        for jacobian, columns, pushed in self.products.pushed(block):
-            piece = self._piece(jacobian.outputs, jacobian.targets)
-            rows = piece.rows(pushed).double()
-            cells[..., columns] += projections.of_rows(piece.weights, piece.labels).coordinates(rows)
-            squares[columns] += rows.square().sum((0, 1))
+        with self.products.group.summing(cells, squares):
+            for jacobian, columns, pushed in self.products.pushed(block):
+                piece = self._piece(jacobian.outputs, jacobian.targets)
+                rows = piece.rows(pushed).double()
+                cells[..., columns] += projections.of_rows(piece.weights, piece.labels).coordinates(rows)
+                squares[columns] += rows.square().sum((0, 1))
         return cells, squares
 
     def combine(self, projections: Projections, cells: Tensor) -> Tensor:
@@ -282,7 +283,9 @@ def class_sums(problem: Problem, groups: Tensor | None = None) -> tuple[Tensor, 
         live = torch.unique(mine)
         return live, lambda some: _cotangent(p, own[:, :, None] * (mine[:, None] == live[some])[:, None])
 
-    return products_of(problem).pull_each(cotangent, size, groups), cells
+    sums = products_of(problem).pull_each(cotangent, size, groups)
+    problem.batches.group.sum(cells)
+    return sums, cells
 
 
 def labelled_loss(problem: Problem) -> CrossEntropy:

@@ -16,6 +16,7 @@ from deepspectra.rows.captures import Captured, Captures, captures_of, curvature
 
 MOST_PASSES = 512  # backward passes up to which every scalar is backpropagated, unless told otherwise,
 SAMPLES = 16  # and combinations that are drawn beyond
+RANKS_APART = 2**32  # seeds of processes that share the examples
 
 
 class DrawnCaptures(Captures):
@@ -30,7 +31,8 @@ class DrawnCaptures(Captures):
 
     def __init__(self, problem: Problem, samples: int, seed: int) -> None:
         self.samples = samples
-        generator = torch.Generator().manual_seed(seed)
+        # of every process its own draws, as of every example
+        generator = torch.Generator().manual_seed(seed + RANKS_APART * problem.batches.group.rank)
 
         def weigh(outputs: Tensor, targets: Tensor) -> Tensor:
             shape = (len(outputs), outputs[:1].numel(), samples)

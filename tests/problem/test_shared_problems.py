@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import deepspectra as ds
+import nets
+import shared_work
+from processes import run_in
+
+SEVERAL = ["every_option", "digits", "token_classes"]
+UNEVEN = ["every_option"]  # batches of 5, 2 and 11 examples: the fourth of four processes has none
+DIFFERENT = ("weights", "order", "shares", "nothing", "one batch")
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Tensor]:
+    """What one process gives."""
+    return shared_work.everything(SEVERAL)
+
+
+@pytest.fixture(scope="module")
+def two() -> list[list[Any]]:
+    """What two processes give, of all that is asked of two."""
+    others = [(shared_work.different, (what,)) for what in DIFFERENT]
+    rest = [(shared_work.within_wrapper, ()), (shared_work.streamed, ())]
+    return run_in(2, shared_work.each_of, [(shared_work.everything, (SEVERAL,)), *others, *rest])
+
+
+def assert_alike(found: list[dict[str, Tensor]], expected: dict[str, Tensor]) -> None:
+    """All have what one process has up to rounding, and each other's bits."""
+    assert found
+    for name, value in expected.items():
+        if name.endswith("residuals"):  # which are rounding themselves beside their eigenvalues
+            scale = expected[name.replace("residuals", "values")].abs().max()
+            assert (found[0][name] - value).abs().max() <= 1e-9 * scale
+        else:
+            torch.testing.assert_close(found[0][name], value, rtol=1e-9, atol=1e-9 * float(value.norm()), msg=name)
+        for one in found[1:]:
+            assert torch.equal(one[name], found[0][name]), name
+
+
+def test_two_processes_give_what_one_gives(two: list[list[Any]], alone: dict[str, Tensor]) -> None:
+    assert_alike([found[0] for found in two], alone)
+
+
+@pytest.mark.parametrize("num", [3, 4])
+def test_uneven_and_empty_shares_give_what_one_process_gives(num: int, alone: dict[str, Tensor]) -> None:
+    expected = {key: value for key, value in alone.items() if key.startswith(UNEVEN[0])}
+    assert_alike(run_in(num, shared_work.everything, UNEVEN), expected)
+
+
+def test_different_weights_data_and_orders_are_refused(two: list[list[Any]]) -> None:
+    for found in two:
+        weights, order, shares, nothing, one_batch = found[1:6]
+        assert weights.startswith("DataError: the problems of the 2 processes differ in their weights.")
+        assert order.startswith("DataError: the problems of the 2 processes differ in their batches.")
+        assert "DistributedSampler" in shares
+        assert "differ in their batches" in shares
+        assert nothing.split() == ["nothing"]
+        assert one_batch.startswith("nothing")
+    assert "2 processes share 1 batches" in two[0][5]
+
+
+def test_a_model_within_a_wrapper_of_data_parallelism_is_taken_as_it_is(two: list[list[Any]]) -> None:
+    for found in two:
+        shared, alone = found[6]
+        assert shared == pytest.approx(alone, rel=1e-12)
+
+
+def test_data_read_anew_at_each_pass_are_shared(two: list[list[Any]]) -> None:
+    expected = shared_work.streamed()
+    assert_alike([found[7] for found in two], expected)
+
+
+def test_without_a_group_the_problem_is_itself() -> None:
+    problem = nets.unbalanced().problem()
+    assert ds.sharded(problem) is problem

@@ -1,0 +1,209 @@
+"""What processes compute together, in a file that they can import: of a case of `nets`, by name."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import deepspectra as ds
+import nets
+from deepspectra.problem.parallel import Group, current
+from deepspectra.rows.batch_capture import IrregularError
+
+
+def flattened(name: str, value: Any) -> dict[str, Tensor]:
+    """All numbers of a result, each under a name."""
+    if isinstance(value, Tensor):
+        return {name: value.detach().double()}
+    if isinstance(value, (int, float)):
+        return {name: torch.tensor(float(value), dtype=torch.float64)}
+    if isinstance(value, dict):
+        return {k: v for key, one in value.items() for k, v in flattened(f"{name}, {key}", one).items()}
+    if isinstance(value, (list, tuple)):
+        return flattened(name, dict(enumerate(value)))
+    raise TypeError(f"{name}: {type(value)}")
+
+
+def problem_of(name: str) -> ds.Problem:
+    """The problem of a case, or on digits, shared if there are several processes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ds.errors.FallbackWarning)
+        if name == "digits":
+            net, data = nets.trained_on_digits(12, (16,), epochs=10)
+            inputs = data.inputs.double(), data.targets
+            return ds.sharded(ds.Problem(net.double(), inputs, memory="2GiB"))
+        return ds.sharded(nets.CASES[name]().problem(memory="2GiB"))
+
+
+def sums(name: str) -> dict[str, Tensor]:
+    """Losses, gradients and products."""
+    problem = problem_of(name)
+    block = torch.randn(problem.num_parameters, 3, dtype=problem.dtype, generator=torch.Generator().manual_seed(1))
+    found: dict[str, Any] = {
+        "loss": problem.loss(),
+        "gradient": problem.gradient(),
+        "accuracy": problem.accuracy(),
+        "outputs": torch.cat([outputs for outputs, _ in problem.row_batches()]),
+    }
+    for kind, make in nets.OPERATORS.items():
+        found[kind] = make(problem) @ block
+        found[f"{kind}, a vector"] = make(problem) @ block[:, 0]
+    return {key: value for k, v in found.items() for key, value in flattened(k, v).items()}
+
+
+def spectra(name: str) -> dict[str, Tensor]:
+    """Eigenpairs, traces, densities, parts, means, Kronecker factors and exact spectra."""
+    problem = problem_of(name)
+    H = ds.Hessian(problem)
+    top = ds.eigenpairs(H, 4, rtol=1e-6, which="both")
+    means = ds.class_means(problem)
+    parts = ds.decompose(problem, effects="two-way")
+    held = ds.decompose(problem, effects="two-way", hold=True)
+    block = torch.randn(problem.num_parameters, 3, dtype=problem.dtype, generator=torch.Generator().manual_seed(1))
+    gram = ds.gram_spectrum(problem)
+    density = ds.density(H, num_probes=2, num_steps=8, deflate=top)
+    attributed = ds.attribute(H, parts)
+    found: dict[str, Any] = {
+        "values": top.values,
+        "residuals": top.residual_norms,
+        "vectors": top.vectors,
+        "nodes": density.nodes,
+        "weights": density.weights,
+        "trace": ds.trace(H, num_products=8).value,
+        "class means": means.class_means,
+        "cross-class means": means.cross_class_means,
+        "parts": {part: parts[part] @ block for part in parts},
+        "held parts": {part: held[part] @ block for part in held},
+        "gram": gram.values,
+        "traces": gram.traces,
+        "shares": attributed.shares,
+    }
+    for kind in ("kfac", "ekfac", "cfac") if problem.splits_by_class else ("kfac", "ekfac"):
+        factors = ds.kronecker(problem, kind=kind)
+        found[kind] = factors @ block
+    for of in ("features", "errors"):
+        found[of] = ds.class_means(problem, of).class_means
+    return {key: value for k, v in found.items() for key, value in flattened(k, v).items()}
+
+
+def everything(names: list[str]) -> dict[str, Tensor]:
+    """Both of several cases."""
+    return {
+        f"{name}: {key}": value for name in names for work in (sums, spectra) for key, value in work(name).items()
+    }
+
+
+def conversation() -> dict[str, Any]:
+    """What the methods of a group give, and what is raised where one process fails."""
+    group = current(torch.device("cpu"))
+    total = torch.full((3,), group.rank + 1.0)
+    found: dict[str, Any] = {
+        "sums": group.sums(group.rank, 1.0),
+        "every": group.every(torch.tensor([group.rank])),
+        "dealt": group.dealt([10 * j for j in range(5) if group.owns(j)]),
+        "in turn": list(group.in_turn(lambda index: (index, group.rank), 5)),
+        "later": list(group.in_turn(lambda index: (index, group.rank), 5, start=1)),
+        "first": group.of_first(lambda: f"made by {group.rank}"),
+    }
+    with group.summing(total):
+        total += 1
+    found["total"] = total
+    found["raised in a pass"] = _raised(_failing_pass, group)
+    found["raised in turn"] = _raised(_failing_turn, group)
+    found["raised by the first"] = _raised(lambda _: group.of_first(lambda: 1 // 0), group)
+    found["unsendable"] = _raised(_unsendable, group)
+    found["names"] = _raised(_irregular, group)
+    found["still together"] = group.sums(1.0)
+    return found
+
+
+def _raised(work: Callable[[Group], Any], group: Group) -> str:
+    try:
+        work(group)
+    except Exception as error:
+        return f"{type(error).__name__}: {getattr(error, 'names', error)}"
+    return "nothing"
+
+
+def _failing_pass(group: Group) -> None:
+    with group.summing(torch.zeros(2)):
+        if group.rank == 1:
+            raise ds.errors.MissingNameError("part", "x", ["a", "b"])
+
+
+def _failing_turn(group: Group) -> None:
+    for found in group.in_turn(lambda index: 6 // (2 - index), 5):
+        assert found
+
+
+def _unsendable(group: Group) -> None:
+    class LocalError(Exception):
+        pass
+
+    with group.summing():
+        if group.rank == 1:
+            raise LocalError("of this function alone")
+
+
+def _irregular(group: Group) -> None:
+    with group.summing():
+        if group.rank == group.size - 1:
+            raise IrregularError(["weight"])
+
+
+def left_alone() -> str:
+    """What the first process is told when the other has ended."""
+    group = current(torch.device("cpu"))
+    if group.rank:
+        os._exit(1)
+    return _raised(lambda _: group.sums(1.0), group)
+
+
+def different(what: str) -> str:
+    """What is said where processes were given different things."""
+    rank = current(torch.device("cpu")).rank
+    x, y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
+    net = torch.nn.Linear(4, 3)
+    torch.manual_seed(rank if what == "weights" else 0)
+    torch.nn.init.normal_(net.weight)
+    torch.nn.init.zeros_(net.bias)
+    order = torch.arange(12)
+    if what == "order" and rank:
+        order = order.flip(0)
+    if what == "shares":
+        order = order[rank::2]
+    if what == "little":
+        order = order[:1]
+    problem = ds.Problem(net, (x[order], y[order]), batch_size=12 if what == "one batch" else None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        said = _raised(lambda _: ds.sharded(problem), current(torch.device("cpu")))
+    return f"{said} {' '.join(str(one.message) for one in caught)}"
+
+
+def within_wrapper() -> tuple[float, float]:
+    """The loss of a model within DistributedDataParallel, and of the model itself."""
+    net, (x, y) = nets.unbalanced().model, nets.unbalanced().tensors
+    wrapped = torch.nn.parallel.DistributedDataParallel(net)
+    return ds.sharded(ds.Problem(wrapped, (x, y))).loss(), ds.Problem(net, (x, y)).loss()
+
+
+def streamed() -> dict[str, Tensor]:
+    """Of data that do not fit memory, which are read anew at each pass."""
+    case = nets.unbalanced()
+    x, y = case.tensors
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=5)
+    problem = ds.sharded(ds.Problem(case.model, loader, memory=3000))
+    assert problem.batches.held is None
+    problem.memory = 2**30
+    return {"gradient": problem.gradient(), "H": ds.Hessian(problem) @ problem.gradient()}
+
+
+def each_of(works: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+    """What several functions return, one after the other."""
+    return [work(*arguments) for work, arguments in works]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from deepspectra.analysis.class_groups import class_groups
 from deepspectra.argument_checks import check_choice, check_count, check_rtol
 from deepspectra.dataframes import latex_table
-from deepspectra.errors import FileError, OptionError
+from deepspectra.errors import FallbackWarning, FileError, OptionError
 from deepspectra.file_writing import save_whole
 from deepspectra.jobs import stages
 from deepspectra.jobs.analysis_dataset import CLASS_AXES, analysis_dataset
@@ -25,11 +27,12 @@ from deepspectra.jobs.pages import Dataset, load_dataset, save_dataset, titled, 
 from deepspectra.jobs.stage_meter import Ledger
 from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.rows.gradients import check_labelled
-from deepspectra.rows.projections import grouped
+from deepspectra.rows.projections import Groups, grouped, numbered
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+MANY, FOUND = 500, 10  # classes beyond which groups of them are found, and how many
 DATASET_FILE, VECTORS_FILE = "analysis.nc", "vectors.safetensors"
 
 
@@ -205,7 +208,7 @@ def analyze(
     *,
     test: Problem | None = None,
     effort: str = "standard",
-    groups: Tensor | Sequence[int] | None = None,
+    groups: Groups | None = None,
     resume: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -222,8 +225,9 @@ def analyze(
             gradients N (C − 1). Else densities are drawn from up to 4 × 24, 4 × 256 or 4 × 512 products, fewer for
             "quick" and "standard" where those take more than half a minute or five minutes of one core; figures have
             bins as wide as what these leave unresolved.
-        groups: (C,) the group of each class, as in `decompose`, for problems of very many classes; C is then the
-            number of groups wherever averages are meant.
+        groups: (C,) the group of each class, or a function that gives it, as in `decompose`, for problems of very
+            many classes; C is then the number of groups wherever averages are meant. Names that a function gives are
+            those of the report. Of over 500 classes 10 groups are found, unless some are given.
         resume: a folder where finished stages are kept; called again with it after a stop, the analysis goes on
             behind the last of them, with the same result up to rounding. It takes as much space as the eigenvectors
             and the Krylov basis of H, and can be removed once the result is saved.
@@ -249,6 +253,17 @@ def analyze(
     Cost: itemised in the result.
     """
     check_problem(problem)
+    names = None
+    if callable(groups):
+        groups, names = numbered(groups, problem.num_classes)
+    if groups is None and problem.num_classes > MANY:
+        warnings.warn(
+            f"of {problem.num_classes:,} classes the averages over {FOUND} groups are taken that class_groups finds; "
+            "pass groups= for others, such as a function of the class.",
+            FallbackWarning,
+            stacklevel=2,
+        )
+        groups = class_groups(problem, FOUND, seed=seed)
     owner = grouped(groups, problem.num_classes, problem.device)
     options = Options(groups=owner, seed=seed, effort=effort, **counts)
     for name in ("num", "num_probes", "num_steps"):
@@ -266,6 +281,8 @@ def analyze(
     dataset = analysis_dataset(found)
     if owner is not None:
         dataset.attrs["averages"] = f"{found.num_classes} groups of {problem.num_classes:,} classes"
+    if names is not None:
+        dataset = dataset.assign_coords(dict.fromkeys(CLASS_AXES, names))
     return Analysis(dataset, vectors)
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import deepspectra as ds
 from deepspectra import errors
+from deepspectra.derivatives.derivative_checks import _direction, curvature_rounding, jacobian_rounding
+from deepspectra.derivatives.ways import DoubleBackward
 from given import X, Y, mlp, use
 from nets import CASES, Case
 from reference import Reference, error
@@ -135,3 +137,18 @@ def test_a_network_that_runs_in_float32_alone_is_checked_in_it():
     problem, plain = ds.Problem(net, (X.float(), Y)), ds.Problem(net.body, (X.float() + 1, Y))
     for operator in (ds.Hessian, ds.GaussNewton):
         assert error(operator(problem).dense(), operator(plain).dense()) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 1e-3), (torch.float16, 1e-4)])
+def test_rounding_is_the_distance_from_the_same_weights_in_float32(dtype, least):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+    coarse, fine = (ds.Problem(net, (X[:4].to(dtype), Y[:4]), dtype=kind) for kind in (dtype, torch.float32))
+    exact = ds.Problem(net, (X[:4].to(dtype), Y[:4]), dtype=torch.float64)
+    v = torch.cat([part.flatten() for part in _direction(fine, torch.Generator().manual_seed(0))])
+    expected = error((ds.Hessian(coarse) @ v.to(dtype)).double(), ds.Hessian(exact) @ v.double())
+    found = curvature_rounding(coarse, fine, DoubleBackward)
+    assert least < found < 100 * least
+    assert expected / 2 < found < 2 * expected
+    assert least / 10 < jacobian_rounding(coarse, fine, linearize=False) < 100 * least
+    assert curvature_rounding(fine, exact, DoubleBackward) < 1e-5

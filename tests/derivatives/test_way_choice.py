@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -67,3 +69,17 @@ def test_the_way_can_be_changed_and_must_be_known_and_right(monkeypatch: pytest.
     with pytest.raises(ds.errors.CurvatureError, match=r"linearize is wrong by 1\.0e-01"):
         ds.GaussNewton(problem, way="linearize")
     assert error(ds.Hessian(problem) @ v, ref.hessian @ v) < RTOL
+
+
+def test_half_precision_tells_how_coarse_its_products_are() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    half = ds.Problem(net, (X.float(), Y), dtype=torch.bfloat16)
+    ds.Hessian(half), ds.GaussNewton(half)
+    notes = products_of(half).notes
+    for what in ("H v", "J v"):
+        told = notes[f"rounding of {what}"]
+        assert re.match(r"in bfloat16 a product differs by \d+\.\d% from that in float32", told)
+    single = ds.Problem(net, (X.float(), Y))
+    ds.Hessian(single)
+    assert not any("rounding" in name for name in products_of(single).notes)

@@ -535,3 +535,16 @@ def test_two_classes():
     problem = ds.Problem(net, (data.inputs[kept], data.targets[kept]))
     found = ds.analyze(problem, num_probes=1, num_steps=8, progress=False)
     np.testing.assert_allclose(found.dataset.share.sel(operator="hessian").sum("part"), 1, atol=1e-6)
+
+
+def test_groups_are_named_by_a_function_and_found_for_very_many_classes(monkeypatch):
+    torch.manual_seed(0)
+    problem = ds.Problem(torch.nn.Linear(3, 6).double(), (torch.randn(12, 3).double(), torch.arange(12) % 6))
+    quick = functools.partial(ds.analyze, problem, effort="quick", num_probes=1, num_steps=4, progress=False)
+    named = quick(groups=lambda c: "low" if c < 3 else "high")
+    assert named.dataset["class"].values.tolist() == ["high", "low"]
+    assert named.dataset.class_count.values.tolist() == [6, 6]
+    monkeypatch.setattr("deepspectra.jobs.analyze.MOST_CLASSES", 5)
+    monkeypatch.setattr("deepspectra.jobs.analyze.NUM_GROUPS", 2)
+    found = quick()
+    assert found.dataset.attrs["averages"] == "2 groups of 6 classes"

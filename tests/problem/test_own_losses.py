@@ -162,3 +162,42 @@ def test_batches_without_labels_are_refused_by_name():
         ds.Problem(Own(F.cross_entropy), [{"x": X, "labels": Y}, {"x": X}])
     with pytest.raises(errors.DataError, match="the model failed on a batch with 'z'"):
         ds.Problem(Own(F.cross_entropy), [{"z": X, "labels": Y}])
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
+def test_a_model_in_bfloat16_is_near_its_own_in_float64(name):
+    model, batches = family(name)
+    half, exact = (ds.Problem(model.bfloat16(), batches, dtype=dtype) for dtype in (torch.bfloat16, torch.float64))
+    assert half.loss() == pytest.approx(exact.loss(), rel=0.02)
+    v = half.gradient().double()
+    for kind in (ds.Hessian, ds.GaussNewton):
+        found, right = (kind(half) @ v.bfloat16()).double(), kind(exact) @ v.bfloat16().double()
+        assert float((found - right).norm()) < 0.1 * float(right.norm())
+    assert "bfloat16" in ds.Hessian(half).products.notes["rounding of H v"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+def test_spectrum_and_parts_of_a_model_as_it_comes_are_those_of_its_gauss_newton(name):
+    model, batches = family(name)
+    problem = ds.Problem(model, batches)
+    dense = ds.GaussNewton(problem).dense()
+    expected = torch.linalg.eigvalsh(dense).flip(0)
+    found = ds.gram_spectrum(problem).values[:30]
+    assert float((found - expected[: len(found)]).abs().max()) < 1e-12 * float(expected[0])
+    v = torch.randn(problem.num_parameters, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    parts = ds.decompose(problem, effects="two-way", groups=lambda token: "odd" if token % 2 else "even")
+    torch.testing.assert_close(sum(parts[part] @ v for part in parts), dense @ v)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "gpt2" else pytest.mark.slow) for name in FAMILIES]
+)
+def test_a_model_as_it_comes_is_analysed(name, tmp_path):
+    model, batches = family(name)
+    problem = ds.Problem(model, batches)
+    groups = None if problem.num_classes < 4 else [token % 3 for token in range(problem.num_classes)]
+    found = ds.analyze(problem, effort="quick", num=4, groups=groups, progress=False)
+    exact = torch.linalg.eigvalsh(ds.Hessian(problem).dense()).flip(0)[:4]
+    values = torch.from_numpy(found.dataset.eigenvalue.sel(operator="hessian").values[:4])
+    torch.testing.assert_close(values, exact, rtol=1e-3, atol=0.0)
+    assert found.to_html(tmp_path / "report.html").stat().st_size > 10_000

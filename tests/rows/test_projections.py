@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import OptionError
-from deepspectra.rows.projections import FOUR_WAY, TWO_WAY, Projections, collinear, grouped, num_groups
+from deepspectra.rows.projections import FOUR_WAY, TWO_WAY, Projections, collinear, grouped, num_groups, numbered
 from reference import error, projections, projections_of
 
 LABELS = torch.tensor([0, 0, 1, 1, 1, 3, 3])  # nothing of class 2
@@ -82,6 +82,10 @@ def test_the_class_and_the_true_mean_have_their_lengths_from_one_sum() -> None:
 @pytest.mark.parametrize("groups", [[0, 1], [0.0, 1, 1, 0], [0, 2, 2, 0], [0, -1, 1, 0], "ab"])
 def test_groups_are_numbered_without_gaps_one_a_class(groups: object) -> None:
     assert grouped(None, 4, torch.device("cpu")) is None
+    by_name = grouped(lambda c: "odd" if c % 2 else "even", 4, torch.device("cpu"))
+    assert by_name is not None
+    assert by_name.tolist() == [0, 1, 0, 1]
+    assert numbered(lambda c: 7 - c // 2, 4) == ([1, 1, 0, 0], ["6", "7"])
     right = grouped([0, 1, 1, 0], 4, torch.device("cpu"))
     assert num_groups(right, 4) == 2
     assert num_groups(None, 4) == 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ from deepspectra.rows.features_and_errors import (
 from deepspectra.rows.gradients import GradientRows, class_sums, labelled_loss
 from deepspectra.rows.held_rows import HeldRows
 from deepspectra.rows.parameter_uses import Use
-from deepspectra.rows.projections import Projections, collinear, grouped, num_groups
+from deepspectra.rows.projections import Groups, Projections, collinear, grouped, num_groups
 
 LEVELS = ("class", "cross_class")
 
@@ -91,7 +91,7 @@ def class_means(
     of: str = "gradients",
     *,
     level: str | None = None,
-    groups: Tensor | Sequence[int] | None = None,
+    groups: Groups | None = None,
 ) -> ClassMeans:
     """Means over the examples of each class, and of each (class, potential class), of gradients, errors or features.
 
@@ -225,7 +225,7 @@ def _parameter_places(problem: Problem) -> dict[str, tuple[slice, ...]]:
     return places
 
 
-def check_means(problem: Problem, level: str, groups: Tensor | Sequence[int] | None) -> Tensor | None:
+def check_means(problem: Problem, level: str, groups: Groups | None) -> Tensor | None:
     """The groups of classes, checked, if means of gradients of this level are to be had. Raises as `class_means`."""
     labelled_loss(problem)
     found = grouped(groups, problem.num_classes, problem.device)

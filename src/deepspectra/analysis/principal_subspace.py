@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.results import Result, origin
 from deepspectra.rows.gradients import GradientRows, class_sums
-from deepspectra.rows.projections import collinear
+from deepspectra.rows.projections import Groups, collinear
 
 ROWS_PER_CHUNK = 2**14  # of parameter-sized factors, whose products are summed in float64
 SHARE = 15  # of the examples one in so many is drawn,
@@ -89,7 +88,7 @@ def principal_subspace(
     num: int | None = None,
     num_samples: int | None = None,
     num_checks: int = 3,
-    groups: Tensor | Sequence[int] | None = None,
+    groups: Groups | None = None,
     seed: int = 0,
 ) -> Subspace:
     """The top eigenspace of G and of the Hessian, by averaging gradients or from few examples.

@@ -66,6 +66,23 @@ def jacobian_block_error(sample: Problem, *, linearize: bool) -> float:
     return max(_apart([together], [pushed]), _apart(jacobian.pull(pushed, batched=True), pulled))
 
 
+def curvature_rounding(coarse: Problem, fine: Problem, way: type[Way]) -> float:
+    """Relative difference of a product with H of a problem from that of the same weights in a finer type."""
+    v = _direction(fine, torch.Generator().manual_seed(0))
+    found, right = (_graph(one, way)([part.to(one.dtype) for part in v]) for one in (coarse, fine))
+    return _apart([part.to(fine.dtype) for part in found], right)
+
+
+def jacobian_rounding(coarse: Problem, fine: Problem, *, linearize: bool) -> float:
+    """The same of J v."""
+    v = _direction(fine, torch.Generator().manual_seed(0))
+    found, right = (
+        Jacobian(one, next(iter(one.batches)), linearize=linearize).push([part.to(one.dtype) for part in v])
+        for one in (coarse, fine)
+    )
+    return _apart([found.to(fine.dtype)], [right.to(fine.dtype)])
+
+
 def _graph(sample: Problem, way: type[Way]) -> Way:
     """What the way makes of the loss of the one batch."""
     batch = next(iter(sample.batches))

@@ -12,8 +12,10 @@ import torch
 from deepspectra.derivatives.derivative_checks import (
     block_error,
     curvature_error,
+    curvature_rounding,
     jacobian_block_error,
     jacobian_error,
+    jacobian_rounding,
 )
 from deepspectra.derivatives.kept_graphs import Graphs
 from deepspectra.derivatives.ways import DoubleBackward, Jacobian, Linearized, Way
@@ -72,7 +74,9 @@ class Choice:
             self.notes["check"] = "; ".join(faults) or RIGHT
         self.notes["way"] = self._way.name
         self.notes.setdefault("check", RIGHT)
-        return self._way
+        way = self._way
+        self._tell_rounding("H v", lambda coarse, fine: curvature_rounding(coarse, fine, way))
+        return way
 
     def linearize(self, asked: str | None = None) -> bool:
         """Whether J v goes by a linearised forward pass, or by reverse mode alone: the faster that is right."""
@@ -83,7 +87,9 @@ class Choice:
         if self._linearize is None:
             self._linearize = self._faster()
         self.notes["jacobian"] = Linearized.name if self._linearize else DoubleBackward.name
-        return self._linearize
+        linearize = self._linearize
+        self._tell_rounding("J v", lambda coarse, fine: jacobian_rounding(coarse, fine, linearize=linearize))
+        return linearize
 
     def blocks_are_right(self, kind: str) -> bool:
         """Whether columns may go through a graph together: some operations of PyTorch mix them up."""
@@ -99,6 +105,21 @@ class Choice:
             if fault:
                 self.notes["blocks"] = "vector by vector: blocks are wrong on this network"
         return self._right_blocks[second]
+
+    def _tell_rounding(self, what: str, error: Callable[[Problem, Problem], float]) -> None:
+        """Note how coarse products are in half precision, once."""
+        dtype, name = self._problem.dtype, f"rounding of {what}"
+        if dtype in (torch.float32, torch.float64) or name in self.notes:
+            return
+        try:
+            found = error(self._sample(dtype), self._sample(torch.float32))
+        except FAILURES as failure:  # a network that runs in no other type
+            self.notes[name] = f"not measured: {first_line(failure)}"
+            return
+        self.notes[name] = (
+            f"in {str(dtype).removeprefix('torch.')} a product differs by {found:.1%} from that in float32, on a few "
+            "examples; sums over the data are in float32 and scalars in float64"
+        )
 
     def inherit(self, other: Choice) -> None:
         """Take what was found right for the same network on other data."""

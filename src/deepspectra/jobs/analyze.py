@@ -26,7 +26,7 @@ from deepspectra.jobs.pages import Dataset, load_dataset, save_dataset, titled, 
 from deepspectra.jobs.stage_meter import Ledger
 from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.rows.gradients import has_labels, refuse_one_output
-from deepspectra.rows.projections import grouped
+from deepspectra.rows.projections import Groups, grouped, numbered
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -239,7 +239,7 @@ def analyze(
     *,
     test: Problem | None = None,
     effort: str = "standard",
-    groups: Tensor | Sequence[int] | int | None = None,
+    groups: Groups | int | None = None,
     resume: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -257,8 +257,9 @@ def analyze(
             gradients N (C − 1). Else densities are drawn from up to 4 × 24, 4 × 256 or 4 × 512 products, fewer for
             "quick" and "standard" where those take more than half a minute or five minutes of one core; figures have
             bins as wide as what these leave unresolved.
-        groups: (C,) the group of each class, as in `decompose`, or how many `class_groups` is to find; C is then the
-            number of groups wherever averages are meant. By default 10 are found where there are over 100 classes.
+        groups: (C,) the group of each class, or a function that gives it, as in `decompose`, or how many
+            `class_groups` is to find; C is then the number of groups wherever averages are meant. Names that a
+            function gives are those of the report. By default 10 are found where there are over 100 classes.
         resume: a folder where finished stages are kept; called again with it after a stop, the analysis goes on
             behind the last of them, with the same result up to rounding. It takes as much space as the eigenvectors
             and the Krylov basis of H, and can be removed once the result is saved.
@@ -292,7 +293,7 @@ def analyze(
     names = problem.class_names if classed else None
     if names is not None and len(names) != problem.num_classes:
         raise OptionError(f"problem.class_names has {len(names)} names for {problem.num_classes:,} classes.")
-    owner = _grouped(problem, groups, ledger, seed) if classed else None
+    owner, called = _grouped(problem, groups, ledger, seed) if classed else (None, None)
     options = Options(groups=owner, seed=seed, effort=effort, classed=classed, **counts)
     for name in ("num", "num_probes", "num_steps"):
         if (value := getattr(options, name)) is not None:
@@ -310,20 +311,23 @@ def analyze(
     if owner is not None:
         dataset.attrs["averages"] = f"{found.num_classes} groups of {problem.num_classes:,} classes"
         dataset["class_group"] = ("member", owner.cpu().numpy())
-    return Analysis(dataset, vectors).labelled(class_names=names or _numbers(owner))
+    return Analysis(dataset, vectors).labelled(class_names=called or names or _numbers(owner))
 
 
 def _grouped(
-    problem: Problem, groups: Tensor | Sequence[int] | int | None, ledger: Ledger, seed: int
-) -> Tensor | None:
-    """The group of each class, if they are asked for or are needed, told where they are not given."""
+    problem: Problem, groups: Groups | int | None, ledger: Ledger, seed: int
+) -> tuple[Tensor | None, list[str] | None]:
+    """The group of each class, if any are asked for or needed, and the names that the groups were given."""
     num = problem.num_classes
     if groups is None and num > MOST_CLASSES:
         groups = NUM_GROUPS
         ledger.tell(f"Averages over the {num:,} classes are taken over {groups} groups, classes with like logits.")
+    called = None
     if isinstance(groups, int):
         groups = class_groups(problem, groups, seed=seed)
-    return grouped(groups, num, problem.device)
+    elif callable(groups):
+        groups, called = numbered(groups, num)
+    return grouped(groups, num, problem.device), called
 
 
 def _numbers(owner: Tensor | None) -> list[str] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from deepspectra.rows.features_and_errors import (
 )
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held_rows import HeldRows
-from deepspectra.rows.projections import FOUR_WAY, TWO_WAY, collinear, grouped
+from deepspectra.rows.projections import FOUR_WAY, TWO_WAY, Groups, collinear, grouped
 
 KINDS = ("gradients", "features", "errors")
 SMALL = ("class", "logit", "true")  # parts of rank at most C, held as factors
@@ -105,7 +105,7 @@ class Decomposition(Parts):
         rows: GradientRows,
         effects: str = "four-way",
         first: str = "class",
-        groups: Tensor | Sequence[int] | None = None,
+        groups: Groups | None = None,
     ) -> None:
         names = {"four-way": FOUR_WAY, "two-way": TWO_WAY}
         check_choice("effects", effects, tuple(names))
@@ -258,7 +258,7 @@ def decompose(
     effects: str = "four-way",
     first: str = "class",
     hold: bool = False,
-    groups: Tensor | Sequence[int] | None = None,
+    groups: Groups | None = None,
 ) -> Decomposition | LayerParts:
     """Split G, or the second moment of features or of errors, into parts made by averages over classes.
 
@@ -273,10 +273,10 @@ def decompose(
         first: "class" or "logit": which of the two effects takes what both could explain.
         hold: of gradients: keep features and errors of every layer in memory if they fit (`HeldRows`);
             products with the parts then cost two thirds of a gradient, and means a third of one each.
-        groups: (C,) the group of each class, numbered from 0: averages are then over groups, both of true and of
-            potential classes, and "true" is the own group. With thousands of classes C means and C² cross-class
-            means are too many to hold or to read; `class_groups` finds groups, and a single group for all but a
-            few chosen classes leaves these.
+        groups: (C,) the group of each class, numbered from 0, or a function that gives the group of a class, as a
+            number or a name: averages are then over groups, both of true and of potential classes, and "true" is the
+            own group. With thousands of classes C means and C² cross-class means are too many to hold or to read;
+            `class_groups` finds groups, and a single group for all but a few chosen classes leaves these.
 
     Returns:
         A mapping from names to operators that sum to the whole exactly, for unbalanced and absent classes and

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from deepspectra.rows.averages import Averages, positive
 FOUR_WAY = ("class", "cross", "within", "true")
 TWO_WAY = ("class", "logit", "interaction", "within", "true")
 RANK_TOLERANCE = 1e-9
+Groups = Tensor | Sequence[int] | Callable[[int], Any]  # the group of each class, or a function that gives it
 
 
 class Projections:
@@ -227,10 +229,19 @@ def collinear(cell_weights: Tensor) -> tuple[Tensor, Tensor]:
     return positive(classes).rsqrt() * there, positive(own).rsqrt() * (own > 0)
 
 
-def grouped(groups: Tensor | Sequence[int] | None, num_classes: int, device: torch.device) -> Tensor | None:
+def numbered(groups: Callable[[int], Any], num_classes: int) -> tuple[list[int], list[str]]:
+    """The number of each class's group, of those that a function of the class gives, in order, and their names."""
+    given = [groups(c) for c in range(num_classes)]
+    found = sorted(set(given), key=lambda one: (str(type(one)), one))
+    return [found.index(one) for one in given], [str(one) for one in found]
+
+
+def grouped(groups: Groups | None, num_classes: int, device: torch.device) -> Tensor | None:
     """Checked groups of classes (C,) on a device."""
     if groups is None:
         return None
+    if callable(groups):
+        groups, _ = numbered(groups, num_classes)
     try:
         found = torch.as_tensor(groups)
     except (TypeError, ValueError, RuntimeError):

@@ -31,6 +31,7 @@ from deepspectra.jobs.command_targets import CONSOLE, Choice, Moment, Out, Seed,
 from deepspectra.jobs.compare_dataset import comparison_dataset
 from deepspectra.jobs.finished_stages import forget
 from deepspectra.jobs.layers_dataset import layer_dataset
+from deepspectra.jobs.one_voice import among_all, by_first, complain, one_voice
 from deepspectra.jobs.pages import (
     Dataset,
     check_writable,
@@ -77,9 +78,10 @@ def main() -> None:
     """Run the command line; an error of this library ends it with its message and exit status 2."""
     _keep_freed_memory()
     try:
-        app()
+        with one_voice(sys.argv[1:]):
+            app()
     except DeepSpectraError as error:
-        CONSOLE.print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
+        complain(error)
         sys.exit(2)
 
 
@@ -176,8 +178,14 @@ def analyze_command(
         series[moment.label] = found
         _finish(found, moment.out)
         folders += [] if stages is None else [stages]
+    _finish_series(chosen.out, series, folders)
+
+
+@by_first
+def _finish_series(out: Path, series: dict[str, Analysis], folders: list[Path]) -> None:
+    """One report of several analyses; what was kept to resume them is not needed any more."""
     if len(series) > 1:
-        typer.echo(f"All: {save_series(series, chosen.out / 'report.html')}")
+        typer.echo(f"All: {save_series(series, out / 'report.html')}")
     for folder in folders:
         forget(folder)
 
@@ -239,10 +247,14 @@ def regions_command(
 
 def _claim(chosen: Choice, stem: str) -> None:
     """See before any work that results can be written, and that none of an earlier run are lost."""
-    check_writable(chosen.out)
-    place = chosen.out / "end" if chosen.at else chosen.out
-    if not (chosen.overwrite or (chosen.resume and (place / STAGES).is_dir())):
-        refuse_overwriting(place, stem)
+
+    def check() -> None:
+        check_writable(chosen.out)
+        place = chosen.out / "end" if chosen.at else chosen.out
+        if not (chosen.overwrite or (chosen.resume and (place / STAGES).is_dir())):
+            refuse_overwriting(place, stem)
+
+    among_all().of_first(check)
 
 
 def _look_at_moments(
@@ -254,7 +266,7 @@ def _look_at_moments(
     for moment in moments(target, chosen):
         said, series[moment.label] = look(moment)
         _finish_page(said, series[moment.label], moment.out, stem)
-    if len(series) > 1:
+    if len(series) > 1 and among_all().rank == 0:
         typer.echo(f"All: {write_page(series, chosen.out / f'{stem}.html')}")
 
 
@@ -393,6 +405,7 @@ def report(
         typer.echo(f"Report: {path}")
 
 
+@by_first
 def _finish(result: Analysis, out: Path) -> None:
     """Say what was found, then save it: if one file does not fit, the others are still written."""
     typer.echo(f"\n{result}\n")
@@ -403,6 +416,7 @@ def _finish(result: Analysis, out: Path) -> None:
         typer.echo(f"Report: {result.to_html(out / 'report.html')}")
 
 
+@by_first
 def _finish_page(said: str, dataset: Dataset, out: Path, stem: str) -> None:
     typer.echo(f"\n{said}\n\n{dataset.attrs['verdict']}\n")
     path = save_page(dataset, out, stem)

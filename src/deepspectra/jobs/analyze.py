@@ -213,6 +213,8 @@ def analyze(
 ) -> Analysis:
     """Compute the spectra of H, G and R, attribute the outliers, and judge the papers' claims on them.
 
+    Of a problem that is `sharded` all processes have the analysis; one of them is to save it.
+
     Args:
         problem: one with cross-entropy and class labels.
         test: the same network with other data, whose spectra are computed, too, and shown beside those of the first.
@@ -261,7 +263,8 @@ def analyze(
     if test is not None:
         check_labelled(test)
         _check_same_network(problem, test)
-    found = stages.run(problem, Ledger(progress), options, None if resume is None else Path(resume), test)
+    ledger = Ledger(progress and problem.batches.group.rank == 0)
+    found = stages.run(problem, ledger, options, None if resume is None else Path(resume), test)
     vectors = {name: _named(problem, pairs.vectors) for name, pairs in found.pairs.items() if len(pairs.values)}
     dataset = analysis_dataset(found)
     if owner is not None:

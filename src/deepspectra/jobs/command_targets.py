@@ -10,15 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import torch
 import typer
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from deepspectra import zoo
 from deepspectra.argument_checks import check_choice
 from deepspectra.errors import FileError, OptionError, TargetError
 from deepspectra.jobs.pages import Labels
+from deepspectra.problem.parallel import current
 from deepspectra.problem.problem import Problem
+from deepspectra.problem.shared_problems import sharded
 
 CONSOLE = Console(stderr=True)
 SPLITS = ("train", "test", "both")
@@ -151,7 +154,9 @@ def chosen_problem(
 
 
 def _of_split(subject: Subject, split: str) -> Subject:
-    """What is asked for of a problem and its test data."""
+    """What is asked for of a problem and its test data, shared by the processes that there are."""
+    tests = () if subject.test is None else (sharded(subject.test),)
+    subject = Subject(sharded(subject.problem), subject.class_names, subject.labels, *tests)
     if split == "test" and subject.test is not None:
         labels = subject.labels
         named = labels._replace(data=f"{labels.data}, test".removeprefix(", "))
@@ -171,13 +176,17 @@ def _zoo_problem(chosen: Choice, draw: int, snapshots: tuple[int, ...]) -> Subje
     epochs = recipe.epochs if chosen.epochs is None else chosen.epochs
     about: dict[str, str | int] = {"model": model, "data": data, "seed": chosen.seed}
     about |= {"examples": len(examples), "epochs": epochs}
-    trained = chosen.out / WEIGHTS
-    if chosen.checkpoint is not None:
-        zoo.load_checkpoint(chosen.checkpoint, network)
-    elif chosen.resume and _was_trained(network, about, chosen.out, snapshots):
-        CONSOLE.print(f"{model} was trained before: {trained}")
-    else:
-        _train(network, examples, replace(recipe, epochs=epochs), about, chosen, snapshots)
+
+    def weights() -> dict[str, Tensor]:
+        if chosen.checkpoint is not None:
+            zoo.load_checkpoint(chosen.checkpoint, network)
+        elif chosen.resume and _was_trained(network, about, chosen.out, snapshots):
+            CONSOLE.print(f"{model} was trained before: {chosen.out / WEIGHTS}")
+        else:
+            _train(network, examples, replace(recipe, epochs=epochs), about, chosen, snapshots)
+        return network.state_dict()
+
+    network.load_state_dict(current(torch.device("cpu")).of_first(weights))
     network.eval()
     pair = (examples.inputs, examples.targets)
     problem = Problem(network, pair, device=chosen.device, memory=chosen.memory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -19,11 +20,21 @@ CONTEXT = multiprocessing.get_context("forkserver")  # which imports the library
 CONTEXT.set_forkserver_preload(["torch._dynamo", "sklearn.datasets", "deepspectra"])
 
 
-def run_in(num: int, work: Callable[..., Any], *arguments: Any, survivors: int | None = None) -> list[Any]:
-    """What a function, importable by its name, returns in each of so many processes, or in as many as survive it."""
+def run_in(
+    num: int, work: Callable[..., Any], *arguments: Any, survivors: int | None = None, joined: bool = True
+) -> list[Any]:
+    """What a function, importable by its name, returns in each of so many processes, or in as many as survive it.
+
+    They are of one group, or have the environment that torchrun gives to join one.
+    """
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            CONTEXT.Process(target=_enter, args=(rank, num, folder, work, arguments), daemon=True)
+            CONTEXT.Process(
+                target=_enter, args=(rank, num, folder, None if joined else port, work, arguments), daemon=True
+            )
             for rank in range(num)
         ]
         for process in processes:
@@ -39,14 +50,21 @@ def run_in(num: int, work: Callable[..., Any], *arguments: Any, survivors: int |
     return [one[0] for one in found]
 
 
-def _enter(rank: int, num: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _enter(
+    rank: int, num: int, folder: str, port: int | None, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     place = Path(folder)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{place / 'store'}", rank=rank, world_size=num, timeout=timedelta(seconds=60)
-    )
+    if port is None:
+        store = f"file://{place / 'store'}"
+        dist.init_process_group(
+            "gloo", init_method=store, rank=rank, world_size=num, timeout=timedelta(seconds=SECONDS)
+        )
+    else:
+        given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num, "LOCAL_WORLD_SIZE": num, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in given.items()} | {"MASTER_ADDR": "127.0.0.1"})
     try:
         found: Any = (work(*arguments),)
     except Exception:
@@ -54,4 +72,5 @@ def _enter(rank: int, num: int, folder: str, work: Callable[..., Any], arguments
     staged = place / f"{rank}.part"
     torch.save(found, staged)
     staged.rename(place / f"{rank}.pt")
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()

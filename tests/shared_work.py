@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import itertools
 import os
+import signal
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +17,7 @@ from torch import Tensor
 
 import deepspectra as ds
 import nets
+from deepspectra import cli
 from deepspectra.problem.parallel import Group, current
 from deepspectra.rows.batch_capture import IrregularError
 
@@ -202,6 +208,29 @@ def streamed() -> dict[str, Tensor]:
     assert problem.batches.held is None
     problem.memory = 2**30
     return {"gradient": problem.gradient(), "H": ds.Hessian(problem) @ problem.gradient()}
+
+
+def command(words: list[str], killed_at: int | None = None) -> tuple[int, str, str]:
+    """Exit status of a command, and what it says on standard output and on standard error.
+
+    The second process may be killed at its so many'th product with R.
+    """
+    if killed_at is not None and os.environ["RANK"] == "1":
+        apply, count = ds.Residual._apply, itertools.count(1)
+
+        def deadly(self: ds.Residual, block: Tensor) -> Tensor:
+            if next(count) == killed_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return apply(self, block)
+
+        ds.Residual._apply = deadly
+    out, err, sys.argv = io.StringIO(), io.StringIO(), ["deepspectra", *words]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as end:
+            return int(end.code or 0), out.getvalue(), err.getvalue()
+    raise AssertionError("a command ends by an exit")
 
 
 def each_of(works: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:

@@ -23,7 +23,7 @@ from deepspectra.certificates.posterior import BASES
 from deepspectra.certificates.priors import KINDS as PRIORS
 from deepspectra.certificates.settings import VARIANTS
 from deepspectra.errors import DeepSpectraError, OptionError
-from deepspectra.jobs.analyze import analyze, save_series
+from deepspectra.jobs.analyze import Analysis, analyze, save_series
 from deepspectra.jobs.certify import certified, unseen
 from deepspectra.jobs.certify_dataset import certificate_dataset
 from deepspectra.jobs.command_output import finish, in_json
@@ -32,6 +32,7 @@ from deepspectra.jobs.compare_dataset import comparison_dataset
 from deepspectra.jobs.effort import long_spectra
 from deepspectra.jobs.finished_stages import forget
 from deepspectra.jobs.layers_dataset import layer_dataset
+from deepspectra.jobs.one_voice import among_all, by_first, complain, one_voice
 from deepspectra.jobs.pages import (
     Dataset,
     check_writable,
@@ -77,9 +78,10 @@ def main() -> None:
     """Run the command line; an error of this library ends it with its message and exit status 2."""
     _keep_freed_memory()
     try:
-        app()
+        with one_voice(sys.argv[1:]):
+            app()
     except DeepSpectraError as error:
-        CONSOLE.print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
+        complain(error)
         sys.exit(2)
 
 
@@ -182,8 +184,14 @@ def analyze_command(
         series[moment.label] = found
         finish(found.dataset, moment.out, "analysis", save=found.save, as_json=chosen.as_json)
         folders += [] if stages is None else [stages]
+    _finish_series(chosen.out, series, folders, chosen.as_json)
+
+
+@by_first
+def _finish_series(out: Path, series: dict[str, Analysis], folders: list[Path], as_json: bool) -> None:
+    """One report of several analyses; what was kept to resume them is not needed any more."""
     if len(series) > 1:
-        typer.echo(f"All: {save_series(series, chosen.out / 'report.html')}", err=chosen.as_json)
+        typer.echo(f"All: {save_series(series, out / 'report.html')}", err=as_json)
     for folder in folders:
         forget(folder)
 
@@ -238,10 +246,14 @@ def regions_command(
 
 def _claim(chosen: Choice, stem: str) -> None:
     """See before any work that results can be written, and that none of an earlier run are lost."""
-    check_writable(chosen.out)
-    place = chosen.out / "end" if chosen.at else chosen.out
-    if not (chosen.overwrite or (chosen.resume and (place / STAGES).is_dir())):
-        refuse_overwriting(place, stem)
+
+    def check() -> None:
+        check_writable(chosen.out)
+        place = chosen.out / "end" if chosen.at else chosen.out
+        if not (chosen.overwrite or (chosen.resume and (place / STAGES).is_dir())):
+            refuse_overwriting(place, stem)
+
+    among_all().of_first(check)
 
 
 def _look_at_moments(
@@ -253,7 +265,7 @@ def _look_at_moments(
     for moment in moments(target, chosen):
         said, series[moment.label] = look(moment)
         finish(series[moment.label], moment.out, stem, said=said, as_json=chosen.as_json)
-    if len(series) > 1:
+    if len(series) > 1 and among_all().rank == 0:
         typer.echo(f"All: {write_page(series, chosen.out / f'{stem}.html')}", err=chosen.as_json)
 
 

@@ -296,6 +296,7 @@ def _attributes(found: Findings) -> dict[str, object]:
     conditions = {
         "batches": problem.batches.num_batches,
         "threads": torch.get_num_threads(),
+        **({"processes": problem.batches.group.size} if problem.batches.group.size > 1 else {}),
         "operations of a gradient": f"{found.operations:.2g}, by which effort is chosen where it is not given",
         "eigenpairs of H": len(found.pairs["hessian"].values),
         "rtol of eigenpairs": found.effort.rtol,

@@ -247,6 +247,8 @@ def analyze(
 ) -> Analysis:
     """Compute the spectra of H, G and R, attribute the outliers, and judge the papers' claims on them.
 
+    Of a problem that is `sharded` all processes have the analysis; one of them is to save it.
+
     Args:
         problem: any; without cross-entropy of class labels there are spectra alone, and no outlier is told from the
             bulk.
@@ -287,7 +289,7 @@ def analyze(
     """
     check_problem(problem)
     refuse_one_output(problem)
-    classed, ledger = has_labels(problem), Ledger(progress)
+    classed, ledger = has_labels(problem), Ledger(progress and problem.batches.group.rank == 0)
     if groups is not None and not classed:
         raise OptionError("groups are of classes, and this problem has no class labels.")
     names = problem.class_names if classed else None

@@ -14,11 +14,13 @@ import typer
 
 from deepspectra.glossary import terms_in
 from deepspectra.jobs.command_targets import CONSOLE
+from deepspectra.jobs.one_voice import by_first
 from deepspectra.jobs.pages import Dataset, save_dataset, write_page
 
 PAGES = {"analysis": "report.html"}  # where a page is not called as its numbers are
 
 
+@by_first
 def finish(
     dataset: Dataset,
     folder: Path,

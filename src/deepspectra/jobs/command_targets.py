@@ -10,16 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import torch
 import typer
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from deepspectra import zoo
 from deepspectra.argument_checks import check_choice
 from deepspectra.errors import FileError, OptionError, TargetError
 from deepspectra.jobs.pages import Labels
 from deepspectra.problem.example_subsets import limited
+from deepspectra.problem.parallel import current
 from deepspectra.problem.problem import Problem
+from deepspectra.problem.shared_problems import sharded
 
 CONSOLE = Console(stderr=True)
 SPLITS = ("train", "test", "both")
@@ -139,13 +142,8 @@ def chosen_problem(
     """
     check_choice("split", chosen.split, SPLITS)
     if target is None:
-        found = _zoo_problem(chosen, chosen.seed if draw is None else draw, snapshots)
-    else:
-        found = _subject_of(target, chosen)
-    if chosen.limit is None:
-        return found
-    test = None if found.test is None else limited(found.test, chosen.limit)
-    return found._replace(problem=limited(found.problem, chosen.limit), test=test)
+        return _zoo_problem(chosen, chosen.seed if draw is None else draw, snapshots)
+    return _subject_of(target, chosen)
 
 
 def _subject_of(target: str, chosen: Choice) -> Subject:
@@ -163,11 +161,17 @@ def _subject_of(target: str, chosen: Choice) -> Subject:
             f"--split {chosen.split}: {target} returns one problem. Have it return a pair, that of the training data "
             "and that of the test data with the same network."
         )
-    return _of_split(Subject(problem, None, Labels(seed=chosen.seed), *tests), chosen.split)
+    return _of_split(Subject(problem, None, Labels(seed=chosen.seed), *tests), chosen)
 
 
-def _of_split(subject: Subject, split: str) -> Subject:
-    """What is asked for of a problem and its test data."""
+def _of_split(subject: Subject, chosen: Choice) -> Subject:
+    """What is asked for of a problem and its test data, shared by the processes that there are."""
+
+    def part(problem: Problem) -> Problem:
+        return sharded(problem if chosen.limit is None else limited(problem, chosen.limit))
+
+    test, split = None if subject.test is None else part(subject.test), chosen.split
+    subject = subject._replace(problem=part(subject.problem), test=test)
     if split == "test" and subject.test is not None:
         labels = subject.labels
         named = labels._replace(data=f"{labels.data}, test".removeprefix(", "))
@@ -187,13 +191,17 @@ def _zoo_problem(chosen: Choice, draw: int, snapshots: tuple[int, ...]) -> Subje
     epochs = recipe.epochs if chosen.epochs is None else chosen.epochs
     about: dict[str, str | int] = {"model": model, "data": data, "seed": chosen.seed}
     about |= {"examples": len(examples), "epochs": epochs}
-    trained = chosen.out / WEIGHTS
-    if chosen.checkpoint is not None:
-        zoo.load_checkpoint(chosen.checkpoint, network)
-    elif chosen.resume and _was_trained(network, about, chosen.out, snapshots):
-        CONSOLE.print(f"{model} was trained before: {trained}")
-    else:
-        _train(network, examples, replace(recipe, epochs=epochs), about, chosen, snapshots)
+
+    def weights() -> dict[str, Tensor]:
+        if chosen.checkpoint is not None:
+            zoo.load_checkpoint(chosen.checkpoint, network)
+        elif chosen.resume and _was_trained(network, about, chosen.out, snapshots):
+            CONSOLE.print(f"{model} was trained before: {chosen.out / WEIGHTS}")
+        else:
+            _train(network, examples, replace(recipe, epochs=epochs), about, chosen, snapshots)
+        return network.state_dict()
+
+    network.load_state_dict(current(torch.device("cpu")).of_first(weights))
     network.eval()
     pair = (examples.inputs, examples.targets)
     problem = Problem(network, pair, device=chosen.device, memory=chosen.memory)
@@ -203,7 +211,7 @@ def _zoo_problem(chosen: Choice, draw: int, snapshots: tuple[int, ...]) -> Subje
         pair = (other.inputs, other.targets)
         test = Problem(network, pair, device=chosen.device, memory=chosen.memory)
     drawn = f"{data}, {chosen.per_class} images a class" if chosen.per_class else data
-    return _of_split(Subject(problem, names, Labels(model, drawn, chosen.seed), test), chosen.split)
+    return _of_split(Subject(problem, names, Labels(model, drawn, chosen.seed), test), chosen)
 
 
 def _was_trained(network: nn.Module, about: dict[str, str | int], out: Path, snapshots: tuple[int, ...]) -> bool:

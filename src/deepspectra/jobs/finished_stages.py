@@ -21,6 +21,7 @@ from deepspectra.analysis.knockouts import Knockout
 from deepspectra.errors import FileError, first_line
 from deepspectra.file_writing import save_whole
 from deepspectra.problem.batches import map_tensors
+from deepspectra.problem.parallel import ALONE, Group
 from deepspectra.quadrature import Density
 from deepspectra.results import Cost, Eigenpairs, Provenance, Separation
 from deepspectra.rows.averages import Averages
@@ -43,18 +44,23 @@ class FinishedStages:
     Args:
         folder: made if need be.
         identity: what makes the computation this one: sizes, options, digests of weights and data, the version.
+        group: the processes that all do it; the first reads and writes, and tells the others.
 
     Raises:
         FileError: the folder holds results of another computation, or cannot be written.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Label]) -> None:
-        self.folder = folder
-        earlier = self.read(IDENTITY)
+    def __init__(self, folder: Path, identity: Mapping[str, Label], group: Group = ALONE) -> None:
+        self.folder, self.group = folder, group
+        group.of_first(lambda: self._claim(identity))
+
+    def _claim(self, identity: Mapping[str, Label]) -> None:
+        """See that what is there is of this computation, or begin."""
+        earlier = self._read(IDENTITY)
         if earlier is None:
-            if next(folder.glob(f"*{SUFFIX}"), None) is not None:
-                raise FileError(f"{folder} holds stages and does not say of what. Remove it, or choose another.")
-            self.write(IDENTITY, dict(identity))
+            if next(self.folder.glob(f"*{SUFFIX}"), None) is not None:
+                raise FileError(f"{self.folder} holds stages and does not say of what. Remove it, or choose another.")
+            self._write(IDENTITY, dict(identity))
             return
         differences = [
             f"{name} was {earlier.get(name)} and is {value}"
@@ -63,12 +69,19 @@ class FinishedStages:
         ]
         if differences:
             raise FileError(
-                f"{folder} holds stages of another computation: {'; '.join(differences)}. "
+                f"{self.folder} holds stages of another computation: {'; '.join(differences)}. "
                 "Remove it, or choose another."
             )
 
     def read(self, name: str) -> Any:
         """The result of this name; None if there is none."""
+        return self.group.of_first(lambda: self._read(name))
+
+    def write(self, name: str, value: object) -> None:
+        """Write a result: tensors, numbers and this library's results, in dictionaries and tuples."""
+        self.group.of_first(lambda: self._write(name, value))
+
+    def _read(self, name: str) -> Any:
         path = self._path(name)
         try:
             if not path.is_file():
@@ -82,8 +95,7 @@ class FinishedStages:
                 f"{path} cannot be read ({first_line(error)}). If it is damaged, remove it to do that stage again."
             ) from error
 
-    def write(self, name: str, value: object) -> None:
-        """Write a result: tensors, numbers and this library's results, in dictionaries and tuples."""
+    def _write(self, name: str, value: object) -> None:
         save_whole(self._path(name), lambda staged: torch.save(map_tensors(_of_its_size, value), staged))
 
     def once(self, name: str, value: Value) -> Value:

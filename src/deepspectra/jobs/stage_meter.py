@@ -37,6 +37,7 @@ class Ledger:
         show: whether to draw progress on standard error.
         gradient: computes one full-data gradient and waits for it.
         clock: in which stages and gradients are compared.
+        agree: of seconds that each process measures, those that all go by.
         gradient_seconds: of the gradient that took least, by the wall clock.
         costs: stage → products and wall-clock seconds, in the order they ran.
         gradients: stage → the same in gradients; NaN before one was timed.
@@ -48,6 +49,7 @@ class Ledger:
     show: bool = True
     gradient: Callable[[], object] | None = None
     clock: Callable[[], float] = time.process_time
+    agree: Callable[[float], float] = float
     gradient_seconds: float = float("inf")
     costs: dict[str, Cost] = field(default_factory=dict)
     gradients: dict[str, float] = field(default_factory=dict)
@@ -105,7 +107,7 @@ class Ledger:
         """Time the unit again, for a twentieth of what was spent since it was timed last; the median of several."""
         if self.gradient is None:
             return
-        self._unpaid += spent
+        self._unpaid += self.agree(spent)
         if math.isnan(self._unit):
             seconds = [self._time_gradient()]
             if seconds[0] < WARM_UP:  # much of which happens only once
@@ -122,7 +124,7 @@ class Ledger:
         began, began_unit = time.perf_counter(), self.clock()
         self.gradient()
         self.gradient_seconds = min(self.gradient_seconds, time.perf_counter() - began)
-        return self.clock() - began_unit
+        return self.agree(self.clock() - began_unit)
 
     def tell(self, text: str) -> None:
         """Say something on standard error, if progress is shown."""

@@ -80,7 +80,7 @@ def run(
         found.test = Findings(test, ledger, options.seed, num_classes, of=" on test data")
         _size_up(found.test, options)
     if resume is not None:
-        ledger.finished = FinishedStages(resume, identity(found, options))
+        ledger.finished = FinishedStages(resume, identity(found, options), problem.batches.group)
     effort = found.effort
     ledger.tell(plan(problem, effort, found.num, ledger.gradient_seconds, classed=found.classed))
     if test is not None and found.test is not None:
@@ -322,7 +322,7 @@ def _measure_gradient(found: Findings, options: Options) -> None:
     def gradient() -> None:
         found.gradient_norm = float(problem.gradient().norm())
 
-    ledger.gradient = gradient
+    ledger.gradient, ledger.agree = gradient, lambda seconds: problem.batches.group.every(seconds)[0]
     if problem.device.type != "cpu":
         ledger.clock = time.perf_counter
     with ledger.stage("loss and gradient"):

@@ -25,14 +25,14 @@ def test_json_has_every_number_and_null_for_none():
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_words_go_to_people_and_json_alone_to_machines(tmp_path, capsys, as_json):
-    finish(numbers(), tmp_path, "study", said="A table.", as_json=as_json)
+    finish(numbers(), tmp_path, "regions", said="A table.", as_json=as_json)
     told = capsys.readouterr()
     words = told.err if as_json else told.out
     assert words.index("A table.") < words.index("2 outliers.") < words.index(f"Results: {tmp_path}")
-    assert f"Report: {tmp_path / 'study.html'}" in words
+    assert f"Report: {tmp_path / 'regions.html'}" in words
     if as_json:
         assert json.loads(told.out)["data_vars"]["y"]["data"] == [1.5, None]
-    assert load_pages(tmp_path)["study.html"].y.values[0] == 1.5
+    assert load_pages(tmp_path)["regions.html"].y.values[0] == 1.5
 
 
 def test_what_does_not_fit_keeps_the_page(tmp_path):

@@ -192,6 +192,16 @@ def different(what: str) -> str:
     return f"{said} {' '.join(str(one.message) for one in caught)}"
 
 
+def spread() -> str:
+    """What is said of a model whose weights lie on several processes."""
+    net = torch.nn.Linear(4, 3)
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415  (its import takes a while)
+
+    fully_shard(net, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (2,)))
+    data = torch.randn(6, 4), torch.arange(6) % 3
+    return _raised(lambda _: ds.Problem(net, data), current(torch.device("cpu")))
+
+
 def within_wrapper() -> tuple[float, float]:
     """The loss of a model within DistributedDataParallel, and of the model itself."""
     net, (x, y) = nets.unbalanced().model, nets.unbalanced().tensors

@@ -26,7 +26,7 @@ def alone() -> dict[str, Tensor]:
 def two() -> list[list[Any]]:
     """What two processes give, of all that is asked of two."""
     others = [(shared_work.different, (what,)) for what in DIFFERENT]
-    rest = [(shared_work.within_wrapper, ()), (shared_work.streamed, ())]
+    rest = [(work, ()) for work in (shared_work.within_wrapper, shared_work.streamed, shared_work.spread)]
     return run_in(2, shared_work.each_of, [(shared_work.everything, (SEVERAL,)), *others, *rest])
 
 
@@ -74,6 +74,12 @@ def test_a_model_within_a_wrapper_of_data_parallelism_is_taken_as_it_is(two: lis
 def test_data_read_anew_at_each_pass_are_shared(two: list[list[Any]]) -> None:
     expected = shared_work.streamed()
     assert_alike([found[7] for found in two], expected)
+
+
+def test_weights_that_lie_on_several_processes_are_refused_with_what_to_do(two: list[list[Any]]) -> None:
+    for found in two:
+        assert found[8].startswith("ParameterError: 'weight' is a DTensor, spread over processes")
+        assert "full_state_dict=True" in found[8]
 
 
 def test_without_a_group_the_problem_is_itself() -> None:

@@ -107,7 +107,7 @@ def _gram_of_logits(problem: Problem, num_rows: int) -> Tensor:
         return torch.eye(outputs.shape[1]).to(outputs).expand(len(outputs), -1, -1)
 
     refuse_beyond_memory(num_rows, problem)
-    return gram_of(uses for _, uses in Captures(problem, weigh).by_layer())
+    return gram_of((uses for _, uses in Captures(problem, weigh).by_layer()), problem.batches.group)
 
 
 def _drawn(problem: Problem, num_examples: int, seed: int) -> Problem:

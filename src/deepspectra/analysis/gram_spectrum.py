@@ -336,11 +336,13 @@ def gradient_trace(problem: Problem, seed: int = 0) -> tuple[float, float]:
     num = problem.num_classes - 1
     is_drawn = num > MOST_SCALARS
     captures = DrawnCaptures(problem, MOST_SCALARS, seed) if is_drawn else captures_of(problem)
-    total = torch.zeros(min(num, MOST_SCALARS), dtype=torch.float64)  # of each scalar of all examples
-    for batch in captures.batches():
-        for uses in by_stretch(batch.uses).values():
-            squares = _squares(uses)
-            total += squares.view(len(squares), -1, len(total)).sum((0, 1), dtype=torch.float64).cpu()
+    # of each scalar of all examples
+    total = torch.zeros(min(num, MOST_SCALARS), dtype=torch.float64, device=problem.device)
+    with problem.batches.group.summing(total):
+        for batch in captures.shares():
+            for uses in by_stretch(batch.uses).values():
+                squares = _squares(uses)
+                total += squares.view(len(squares), -1, len(total)).sum((0, 1), dtype=torch.float64)
     error = standard_error(MOST_SCALARS * total) if is_drawn else 0.0
     return float(total.sum()), float(error)
 

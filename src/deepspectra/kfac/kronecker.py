@@ -113,7 +113,7 @@ def all_from(
         raise OptionError(f"rank={rank!r}: an integer, at least 1, and more than 1 product for kind='optimal' only.")
     if "cfac" in kinds and not isinstance(problem.loss_function, CrossEntropy):
         raise LossError(f"cfac needs the cross-entropy of class labels; the loss is {problem.loss_function.name}.")
-    if "ekfac" in kinds and not captures.samples:
+    if "ekfac" in kinds and not captures.samples and problem.batches.group.size == 1:
         captures.hold()  # it goes through them twice; draws it needs anew, see `_corrected`
     by_class = "cfac" in kinds
     moments = _moments(captures, sharing, by_class=by_class)
@@ -170,20 +170,34 @@ def _moments(captures: Captures, sharing: str, *, by_class: bool) -> dict[str, M
     problem, samples = captures.problem, captures.samples
     num_sets = problem.num_classes if by_class else 1
     found: dict[str, Moments] = {}
-    for batch in captures.batches():
-        if not bool((batch.weights > 0).any()):
-            continue
-        if not found:
-            sizes = {name: value.numel() for name, value in problem.parameters.items()}
-            every = places(batch.uses, sizes)
-            _refuse_beyond_memory(problem, every, num_sets, num_replicates(samples))
-            found = {place.name: Moments(place, num_sets, sharing, problem.device, samples) for place in every}
-        weights = batch.by_example
-        sets = _classes(problem, batch) if by_class else torch.zeros(len(weights), dtype=torch.long)
-        for moment in found.values():
-            moment.add(moment.place.mine(batch.uses), weights, sets.to(problem.device))
-    if not found:
+
+    def started(every: list[ParameterBlock]) -> dict[str, Moments]:
+        return {place.name: Moments(place, num_sets, sharing, problem.device, samples) for place in every}
+
+    group = problem.batches.group
+    with group.summing():
+        for batch in captures.shares():
+            if not bool((batch.weights > 0).any()):
+                continue
+            if not found:
+                sizes = {name: value.numel() for name, value in problem.parameters.items()}
+                every = places(batch.uses, sizes)
+                _refuse_beyond_memory(problem, every, num_sets, num_replicates(samples))
+                found = started(every)
+            weights = batch.by_example
+            sets = _classes(problem, batch) if by_class else torch.zeros(len(weights), dtype=torch.long)
+            for moment in found.values():
+                moment.add(moment.place.mine(batch.uses), weights, sets.to(problem.device))
+    seen = [every for every in group.every([moment.place for moment in found.values()]) if every]
+    if not seen:
         raise CurvatureError("no parameter of this problem has any effect on the outputs.")
+    if any(every != seen[0] for every in seen):
+        raise CurvatureError(
+            "which parameters are biases is seen otherwise on the shares of two processes: take one process."
+        )
+    found = found or started(seen[0])
+    for moment in found.values():
+        group.sum(moment.mass, moment.inputs, moment.errors.sums)
     return found
 
 
@@ -196,7 +210,8 @@ def _corrected(
     bases = {name: blocks[name].decomposed for name, place in found.items() if place.is_matrix}
     samples = captures.samples
     squares = {name: Squares(found[name], basis.left, basis.right, samples) for name, basis in bases.items()}
-    add_squares(captures.batches(), squares.values())
+    with captures.problem.batches.group.summing(*(total.sums.sums for total in squares.values())):
+        add_squares(captures.shares(), squares.values())
     corrected: dict[str, Block] = {
         name: Rotated(basis.left, basis.right, squares[name].sums.total, basis.dtype, f"EKFAC of {name}")
         for name, basis in bases.items()

@@ -27,6 +27,7 @@ from deepspectra.problem.evaluated_model import Evaluated, Trial, gradient, node
 from deepspectra.problem.losses import Loss
 from deepspectra.problem.memory_budget import saved_by
 from deepspectra.problem.model_copy import named_tensors, twins
+from deepspectra.problem.parallel import is_spread
 
 CHECKPOINTS = "activation checkpointing must be off where it is not by torch.utils.checkpoint.checkpoint"
 CALLER = 3  # frames up from a warning given here to the code that made the problem
@@ -58,6 +59,13 @@ def _check_model(model: nn.Module) -> None:
         if nn.parameter.is_lazy(value):
             raise ParameterError(
                 f"parameter {name!r} has no shape yet; pass one batch through the lazy model before."
+            )
+        if is_spread(value):
+            raise ParameterError(
+                f"{name!r} is a DTensor, spread over processes (fully_shard, tensor parallelism). Gather the weights "
+                "by torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+                "options=StateDictOptions(full_state_dict=True)), load them into a plain copy of the model in every "
+                "process, and share the data instead: sharded(Problem(plain, data))."
             )
         if value.is_meta:
             raise ParameterError(f"{name!r} is on the meta device and has no values; load the weights before.")

@@ -12,6 +12,7 @@ import datetime
 import io
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -162,6 +163,12 @@ def joined() -> Iterator[Group]:
         yield current(torch.device("cpu"))
     finally:
         dist.destroy_process_group()
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor lie on several processes."""
+    spread = sys.modules.get("torch.distributed.tensor")  # not imported, there is none
+    return spread is not None and isinstance(tensor, spread.DTensor)
 
 
 def neighbours() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -189,6 +190,39 @@ class Captures:
             self.hold()  # what was taken can be taken again
         yield from self.held or self._found() or self.captured()
 
+    def shares(self) -> Iterator[Captured]:
+        """Batches of this process's share, of which sums are made that are then added up; of one process, all.
+
+        What is held is dealt out; else each process captures its own, and none is sent to the others.
+        """
+        group = self.problem.batches.group
+        if group.size == 1 or self.plan.by_value:
+            yield from self._dealt(list(self.batches()) if group.size > 1 else self.batches())
+            return
+        if found := self.held or self._found():
+            yield from self._dealt(found)
+            return
+        mine, first, pieces = self.problem.fixed_batches().mine(), list[Any](), list[Captured]()
+        first += (batch for _, batch in itertools.islice(mine, 1))
+        irregular = True
+        while irregular:  # all go by one plan
+            names: frozenset[str] = frozenset()
+            with group.summing():
+                try:
+                    pieces = [piece for batch in first for piece in self._captured(batch)]
+                except IrregularError as error:
+                    names = error.names
+            irregular = bool(every := frozenset().union(*group.every(names)))
+            self.plan = self.plan.without(every)
+        yield from pieces
+        for _, batch in mine:
+            yield from self._captured(batch)
+
+    def _dealt(self, every: Iterable[Captured]) -> Iterator[Captured]:
+        """This process's share of what all have."""
+        group = self.problem.batches.group
+        return itertools.islice(every, group.rank, None, group.size)
+
     def by_layer(self) -> Iterator[tuple[str, list[list[Use]]]]:
         """Each layer's uses, one list a batch: held, or captured for as many layers at a time as fit memory."""
         self.hold()
@@ -224,12 +258,7 @@ class Captures:
         Raises:
             IrregularError: a batch after the first uses parameters otherwise; the plan then sets these alone.
         """
-
-        def capture(batch: Any) -> list[Captured]:
-            with refusing(), differentiable():
-                return self._pieces(batch, names, weigh or self.weigh)
-
-        begun = False
+        begun, capture = False, functools.partial(self._captured, names=names, weigh=weigh)
         while True:
             try:
                 for pieces in self.problem.fixed_batches().mapped(capture):
@@ -240,6 +269,12 @@ class Captures:
                 self.plan = self.plan.without(found.names)
                 if begun:
                     raise
+
+    def _captured(
+        self, batch: Any, names: frozenset[str] | None = None, weigh: Weigh | None = None
+    ) -> list[Captured]:
+        with refusing(), differentiable():
+            return self._pieces(batch, names, weigh or self.weigh)
 
     def _pieces(self, batch: Any, names: frozenset[str] | None, weigh: Weigh) -> list[Captured]:
         graph, loss = batch_capture.Graph(self.problem, batch, self.plan.alone), self.problem.loss_function

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from deepspectra.problem.memory_budget import refuse_beyond
+from deepspectra.problem.parallel import ALONE, Group
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.averages import Averages
-from deepspectra.rows.captures import Complement, captures_of
+from deepspectra.rows.captures import Captured, Complement, captures_of
 from deepspectra.rows.gradients import GradientRows, by_single_class
 from deepspectra.rows.parameter_uses import Lookup, Matrix, Slice, Use, as_slice, by_stretch
 from deepspectra.rows.projections import Projections
@@ -55,6 +56,11 @@ class HeldRows(GradientRows):
             setattr(self, name, getattr(self, name)[self.order])
 
     @property
+    def group(self) -> Group:
+        """The processes that share the work; what is held they all hold."""
+        return self.problem.batches.group
+
+    @property
     def num_reduced(self) -> int:
         """R = N (C − 1)."""
         return self.weights.shape[0] * (self.weights.shape[1] - 1)
@@ -64,7 +70,8 @@ class HeldRows(GradientRows):
         held = self.captures.held
         if not held:
             return super().apply(block)
-        return self.complement.expand(torch.cat([self._push(batch.uses, block) for batch in held]))
+        pushed = self.group.in_turn(lambda index: self._push(held[index].uses, block), len(held))
+        return self.complement.expand(torch.cat(list(pushed)))
 
     @property
     def splits_by_class(self) -> bool:
@@ -97,14 +104,19 @@ class HeldRows(GradientRows):
         total = self.products.zeros(rows.shape[-1])
         reduced = self.complement.reduce(rows)
         sizes = [batch.num_rows for batch in held]
-        for batch, part in zip(held, torch.split(reduced, sizes), strict=True):
+        with self.group.summing(total):
+            self._pull_share(total, list(zip(held, torch.split(reduced, sizes), strict=True)))
+        return total.T
+
+    def _pull_share(self, total: Tensor, every: list[tuple[Captured, Tensor]]) -> None:
+        """Add what this process's share of the batches gives."""
+        for batch, part in every[self.group.rank :: self.group.size]:
             mixed = part.reshape(batch.uses[0].num_examples, -1, part.shape[-1])
             patterns, which = torch.unique(mixed.any(1), dim=1, return_inverse=True)
             for index, live in enumerate(patterns.T):
                 (columns,), (chosen,) = (which == index).nonzero(as_tuple=True), live.nonzero(as_tuple=True)
                 if len(chosen):
                     self._pull(total, batch.uses, mixed[chosen][:, :, columns], chosen, columns)
-        return total.T
 
     def _pull(self, total: Tensor, uses: list[Use], mixed: Tensor, chosen: Tensor, columns: Tensor) -> None:
         some = as_slice(chosen)
@@ -137,7 +149,7 @@ class HeldRows(GradientRows):
         products of features and of errors. What is not held is captured group by group of parameters.
         """
         refuse_beyond_memory(self.num_reduced, self.problem)
-        return gram_of(uses for _, uses in self.captures.by_layer())
+        return gram_of((uses for _, uses in self.captures.by_layer()), self.group)
 
 
 def gram_bytes(num_rows: int) -> int:
@@ -151,14 +163,18 @@ def refuse_beyond_memory(num_rows: int, problem: Problem) -> None:
     refuse_beyond(gram_bytes(num_rows), problem.memory, what, "Take fewer examples, or raise memory.")
 
 
-def gram_of(layers: Iterable[list[list[Use]]]) -> Tensor:
-    """Inner products (R, R) of gradients to the parameters of some layers, each of one list of uses a batch."""
+def gram_of(layers: Iterable[list[list[Use]]], group: Group = ALONE) -> Tensor:
+    """Inner products (R, R) of gradients to the parameters of some layers, each of one list of uses a batch.
+
+    Where several processes hold the same, each computes a part.
+    """
     total = torch.zeros(0)
     for batches in layers:
         sizes = _num_rows(batches)
         if not len(total):
             total = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64, device=batches[0][0].errors.device)
-        _add_lower(total, batches, sizes)
+        _add_lower(total, batches, sizes, group)
+    group.sum(total)
     return total.tril_() + total.tril(-1).T
 
 
@@ -188,16 +204,16 @@ def moment_of(batches: list[list[Use]], averages: Averages) -> tuple[Tensor, Ave
     return moment, averages.map(lambda _: next(each))
 
 
-def _add_lower(total: Tensor, batches: list[list[Use]], sizes: list[int]) -> None:
+def _add_lower(total: Tensor, batches: list[list[Use]], sizes: list[int], group: Group) -> None:
     """Each stretch of a parameter, to the lower half at least."""
     grouped = [by_stretch(uses) for uses in batches]
     for stretch in grouped[0]:
         mine = [group[stretch] for group in grouped]
         factored = [[use for use in batch if isinstance(use, (Matrix, Lookup))] for batch in mine]
         if [len(batch) for batch in factored] == [len(batch) for batch in mine] and _prefers_inner(factored):
-            _add_inner(total, factored, sizes)
+            _add_inner(total, factored, sizes, group)
         else:
-            _add_formed(total, mine)
+            _add_formed(total, mine, group)
 
 
 def _prefers_inner(mine: list[list[Matrix | Lookup]]) -> bool:
@@ -208,7 +224,7 @@ def _prefers_inner(mine: list[list[Matrix | Lookup]]) -> bool:
     return each**2 * max(use.inner_cost() for use in uses) < FORMED_OVERHEAD * uses[0].slice.numel
 
 
-def _add_inner(total: Tensor, mine: list[list[Matrix | Lookup]], sizes: list[int]) -> None:
+def _add_inner(total: Tensor, mine: list[list[Matrix | Lookup]], sizes: list[int], group: Group) -> None:
     """The lower half, some examples by some: small blocks that stay in the cache."""
     inner = mine[0][0].inner
     pieces: list[tuple[slice, list[tuple[Tensor, Tensor]]]] = []
@@ -222,12 +238,14 @@ def _add_inner(total: Tensor, mine: list[list[Matrix | Lookup]], sizes: list[int
             rows = slice(first + some.start * scalars, first + some.stop * scalars)
             pieces.append((rows, [(features[some], errors[some]) for features, errors in factors]))
     for index, (rows, some_factors) in enumerate(pieces):
-        for columns, others in pieces[: index + 1]:
+        for column, (columns, others) in enumerate(pieces[: index + 1]):
+            if not group.owns(index + column):
+                continue
             for pair in itertools.product(some_factors, others):
                 total[rows, columns] += inner(*pair)
 
 
-def _add_formed(total: Tensor, mine: list[list[Use]]) -> None:
+def _add_formed(total: Tensor, mine: list[list[Use]], group: Group) -> None:
     some = mine[0][0]
     rows = some.slice.shape[0] if some.slice.shape else 1
     width = max(1, BLOCK_BYTES // (len(total) * max(1, some.slice.numel // rows) * some.errors.element_size()))
@@ -235,6 +253,8 @@ def _add_formed(total: Tensor, mine: list[list[Use]]) -> None:
         chunk = slice(start, min(start + width, rows))
         pieces = [functools.reduce(torch.add, (use.formed(chunk) for use in uses)) for uses in mine]
         formed = torch.cat([piece.flatten(0, 1) for piece in pieces])
-        for top in range(0, len(total), BLOCK_ROWS):
+        for number, top in enumerate(range(0, len(total), BLOCK_ROWS)):
+            if not group.owns(number):
+                continue
             some_rows = formed[top : top + BLOCK_ROWS]
             total[top : top + BLOCK_ROWS, : top + BLOCK_ROWS] += some_rows @ formed[: top + BLOCK_ROWS].T

@@ -47,6 +47,11 @@ class DrawnCaptures(Captures):
         self.release()
         return super().batches()
 
+    def shares(self) -> Iterator[Captured]:
+        """A process's share of the batches, of new draws."""
+        self.release()
+        return super().shares()
+
 
 def combined(loss: Loss, outputs: Tensor, targets: Tensor, total_weight: float, mixing: Tensor) -> Tensor:
     """F ε (n, C, s) float64 for ε (n, C, s), with some F_i F_iᵀ = ∂²(Σ ω ℓ / Σ ω)/∂z_i², never formed if it is large.

@@ -20,7 +20,7 @@ from deepspectra.analysis.gram_spectrum import GramSpectrum
 from deepspectra.analysis.knockouts import Knockout
 from deepspectra.errors import FileError, first_line
 from deepspectra.file_writing import save_whole
-from deepspectra.problem.batches import map_tensors
+from deepspectra.problem.batch_trees import map_tensors
 from deepspectra.problem.parallel import ALONE, Group
 from deepspectra.quadrature import Density
 from deepspectra.results import Cost, Eigenpairs, Provenance, Separation

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from deepspectra.errors import DataError, FallbackWarning, OptionError
-from deepspectra.problem.batches import Batches, Pair, length, map_tensors, other_lengths, tensors
+from deepspectra.problem.batch_trees import length, map_tensors, other_lengths, tensors
+from deepspectra.problem.batches import Batches, Pair
 from deepspectra.problem.evaluated_model import Evaluated, Tree, Trial
 from deepspectra.problem.input_checks import CALLER, check_outputs, check_same
 

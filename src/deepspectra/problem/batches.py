@@ -6,9 +6,8 @@ import copy
 import itertools
 import math
 import operator
-from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +17,15 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from deepspectra.argument_checks import check_count
 from deepspectra.errors import DataError, DeepSpectraError, MemoryBudgetError, NondeterminismError, first_line
+from deepspectra.problem.batch_trees import (
+    examples,
+    is_table,
+    length,
+    map_tensors,
+    num_bytes,
+    other_lengths,
+    tensors,
+)
 from deepspectra.problem.parallel import ALONE, Group
 
 Pair = tuple[Tensor, Tensor]
@@ -25,87 +33,6 @@ Result = TypeVar("Result")
 LARGEST_DEFAULT_BATCH = 512
 NUMBERS_PER_BATCH = 2**18  # a default batch holds about this many input numbers
 EXAMPLES_BY_NAME = 8  # of a default batch of mappings: their models may have thousands of outputs a position
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Apply a function to every tensor of nested lists, tuples, mappings and dataclasses."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    plain = isinstance(tree, (dict, UserDict))  # a model's output may be a dataclass too
-    if plain or (isinstance(tree, Mapping) and not is_dataclass(tree)):
-        mapped = {key: map_tensors(function, value) for key, value in tree.items()}
-        return _of_class(tree, mapped) if plain else mapped
-    if is_dataclass(tree) and not isinstance(tree, type):
-        twin = copy.copy(tree)
-        for name in _fields(tree):
-            object.__setattr__(twin, name, map_tensors(function, getattr(tree, name)))
-        return twin
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_tensors(function, value) for value in tree))
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(map_tensors(function, value) for value in tree)
-    return tree
-
-
-def tensors(tree: Any) -> Iterator[Tensor]:
-    """Every tensor of nested lists, tuples, mappings and dataclasses."""
-    if isinstance(tree, Tensor):
-        yield tree
-    else:
-        for part in _parts(tree):
-            yield from tensors(part)
-
-
-def length(batch: Any) -> int:
-    """The length of a batch's first tensor: how many examples it has, where they lie along the first dimension."""
-    return next((len(leaf) for leaf in tensors(batch) if leaf.ndim), 0)
-
-
-def examples(batch: Any, chosen: Tensor | slice) -> Any:
-    """Some of a batch's examples, which lie along the first dimension of its tensors."""
-    return map_tensors(lambda leaf: leaf[chosen] if leaf.ndim else leaf, batch)
-
-
-def other_lengths(tree: Any) -> Iterator[int]:
-    """Lengths of lists of numbers or texts and of NumPy arrays among the tensors of a tree."""
-    parts = _parts(tree)
-    nested = any(isinstance(part, (Tensor, Mapping, list, tuple)) for part in parts)
-    if (isinstance(tree, np.ndarray) and tree.ndim) or (isinstance(tree, (list, tuple)) and parts and not nested):
-        yield len(tree)
-    for part in parts:
-        yield from other_lengths(part)
-
-
-def _parts(tree: Any) -> list[Any]:
-    """What a list, tuple, mapping or dataclass holds."""
-    if isinstance(tree, (list, tuple)):
-        return list(tree)
-    if isinstance(tree, Mapping):
-        return list(tree.values())
-    if is_dataclass(tree) and not isinstance(tree, type):
-        return [getattr(tree, name) for name in _fields(tree)]
-    return []
-
-
-def _of_class(tree: Any, mapped: dict[Any, Any]) -> Any:
-    """The mapped values in a mapping of the class of the original, with its other attributes."""
-    try:
-        twin = copy.copy(tree)
-        for key, value in mapped.items():
-            twin[key] = value
-    except TypeError:  # one that cannot be written
-        return mapped
-    return twin
-
-
-def _fields(tree: Any) -> list[str]:
-    return [field.name for field in fields(tree) if hasattr(tree, field.name)]
-
-
-def num_bytes(tree: Any) -> int:
-    """Bytes of every tensor in a tree, of sparse ones those of their values."""
-    every = (leaf if leaf.layout == torch.strided else leaf.to_sparse().values() for leaf in tensors(tree))
-    return sum(leaf.element_size() * leaf.numel() for leaf in every)
 
 
 @dataclass(frozen=True)
@@ -274,7 +201,7 @@ class Batches:
     def _whole(self) -> Any:
         """One batch of all, where these are held and nothing but tensors, of equal shapes but for their lengths."""
         held = self.held or []
-        if not held or not all(map(_is_table, held)):
+        if not held or not all(map(is_table, held)):
             return None
         columns = [list(tensors(batch)) for batch in held]
         if len({tuple((leaf.shape[1:], leaf.dtype) for leaf in column) for column in columns}) != 1:
@@ -326,14 +253,6 @@ def is_pair(batch: Any) -> bool:
         and all(isinstance(part, Tensor) and part.ndim > 0 and part.layout == torch.strided for part in batch)
         and len(batch[0]) == len(batch[1])
     )
-
-
-def _is_table(batch: Any) -> bool:
-    """Whether a batch is nothing but tensors with a row for each example."""
-    if isinstance(batch, Tensor):
-        return batch.ndim > 0 and batch.layout == torch.strided
-    parts = _parts(batch)
-    return bool(parts) and all(map(_is_table, parts)) and len(set(map(length, parts))) == 1
 
 
 def is_labelled(batch: Any) -> bool:

@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 from deepspectra.errors import DataError, OptionError, ParameterError
-from deepspectra.problem.batches import Pair, map_tensors
+from deepspectra.problem.batch_trees import map_tensors
+from deepspectra.problem.batches import Pair
 from deepspectra.problem.double_precision import DoubleThroughout, names_single
 from deepspectra.problem.losses import Loss
 from deepspectra.problem.model_copy import DROPOUTS, NORMS, named_tensors, twins

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from deepspectra.argument_checks import check_count
 from deepspectra.errors import DataError, OptionError
-from deepspectra.problem.batches import Batches, Move, Pair, examples, length, num_bytes
+from deepspectra.problem.batch_trees import examples, length, num_bytes
+from deepspectra.problem.batches import Batches, Move, Pair
 from deepspectra.problem.cross_entropy import CrossEntropy, DrawnCrossEntropy
 from deepspectra.problem.evaluated_model import Forward
 from deepspectra.problem.problem import Problem

@@ -22,7 +22,7 @@ from deepspectra.errors import (
     ParameterError,
     first_line,
 )
-from deepspectra.problem.batches import tensors
+from deepspectra.problem.batch_trees import tensors
 from deepspectra.problem.evaluated_model import Evaluated, Trial, gradient, nodes, reached, refuse_modes
 from deepspectra.problem.losses import Loss
 from deepspectra.problem.memory_budget import saved_by

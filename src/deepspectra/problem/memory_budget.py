@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepspectra.errors import MemoryBudgetError, OptionError
-from deepspectra.problem.batches import tensors
+from deepspectra.problem.batch_trees import tensors
 from deepspectra.problem.parallel import neighbours
 
 Result = TypeVar("Result")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspectra.errors import FallbackWarning, ParameterError, first_line
-from deepspectra.problem.batches import tensors
+from deepspectra.problem.batch_trees import tensors
 
 NORMS = nn.modules.batchnorm._BatchNorm
 DROPOUTS = nn.modules.dropout._DropoutNd

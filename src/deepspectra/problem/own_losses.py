@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from deepspectra.errors import DataError, LossError
-from deepspectra.problem.batches import Batches, Pair, map_tensors
+from deepspectra.problem.batch_trees import map_tensors
+from deepspectra.problem.batches import Batches, Pair
 from deepspectra.problem.evaluated_model import Evaluated
 from deepspectra.problem.input_checks import reported, shapes_of
 from deepspectra.problem.losses import Loss

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from deepspectra.errors import DataError, FallbackWarning, OptionError, ParameterError
 from deepspectra.problem.batch_cut_checks import cut_anew, settle_cuts
-from deepspectra.problem.batches import Batches, Move, Pair, is_labelled, length
+from deepspectra.problem.batch_trees import length
+from deepspectra.problem.batches import Batches, Move, Pair, is_labelled
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.evaluated_model import Evaluated, Forward, Trial, forward_pair, gradient
 from deepspectra.problem.input_checks import check_given, check_gradient, reported, usable_device

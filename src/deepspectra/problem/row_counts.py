@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import DataError, FallbackWarning, LossError, NonFiniteError
-from deepspectra.problem.batches import Batches, Pair, map_tensors, tensors
+from deepspectra.problem.batch_trees import map_tensors, tensors
+from deepspectra.problem.batches import Batches, Pair
 from deepspectra.problem.evaluated_model import Evaluated, Tree, Trial, stamps
 from deepspectra.problem.input_checks import CALLER, check_finite, check_outputs, reported, shapes_of
 from deepspectra.problem.losses import Loss, MeanLoss

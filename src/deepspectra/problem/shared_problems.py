@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import DataError, FallbackWarning
-from deepspectra.problem.batches import tensors
+from deepspectra.problem.batch_trees import tensors
 from deepspectra.problem.parallel import Group, current
 from deepspectra.problem.problem import Problem, check_problem
 

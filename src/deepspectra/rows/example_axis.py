@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.problem.batch_cut_checks import AGREE, AGREE_HALF
-from deepspectra.problem.batches import map_tensors, tensors
+from deepspectra.problem.batch_trees import map_tensors, tensors
 from deepspectra.problem.evaluated_model import differentiable
 from deepspectra.problem.problem import Problem
 

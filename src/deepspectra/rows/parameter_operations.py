@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from deepspectra.derivatives.convolution_derivatives import read_call
-from deepspectra.problem.batches import map_tensors, tensors
+from deepspectra.problem.batch_trees import map_tensors, tensors
 from deepspectra.rows.parameter_uses import Convolution, Lookup, Matrix, Slice, Use, Vectors
 
 

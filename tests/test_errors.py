@@ -18,6 +18,7 @@ BUILTINS = {
     errors.FileError: OSError,
     errors.CertificateError: ValueError,
     errors.WorkerError: RuntimeError,
+    errors.ProcessError: RuntimeError,
     errors.TargetError: ImportError,
 }
 

@@ -47,7 +47,10 @@ class Provenance:
         """Of a computation on an operator, on rows (..., D), or on a problem: on its matrix G, unless named."""
         if size is None:
             size = source.shape[-1] if hasattr(source, "shape") else source.num_parameters
-        name = name or getattr(source, "name", "Gauss-Newton")
+        of_matrix = (
+            getattr(source, "name", "") if hasattr(source, "shape") else ""
+        )  # a problem's own name is its user's
+        name = name or of_matrix or "Gauss-Newton"
         dtype = str(source.dtype).removeprefix("torch.")
         return Provenance(name, size, dtype, str(source.device), seed, versions())
 

@@ -68,7 +68,8 @@ def test_the_plan_is_told_before_the_work(capsys):
     problem = problem_of(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(8, 3))
     ds.analyze(problem)
     told = " ".join(capsys.readouterr().err.split())
-    assert "standard: density of H and of R by all eigenvalues, of G by all eigenvalues of 8 gradients." in told
+    assert "standard: 5 top eigenpairs of H and of G" in told
+    assert "density of H and of R by all eigenvalues, of G by all eigenvalues of 8 gradients." in told
     assert "Spectra are exact." in told
     ds.analyze(problem, num_probes=2, num_steps=3)
     assert "2 × 3 products" in " ".join(capsys.readouterr().err.split())

@@ -85,18 +85,18 @@ def test_what_is_saved_is_loaded_an_analysis_before_others(tmp_path):
 
 def test_pages_of_each_kind_are_written_again_and_none_is_dropped(tmp_path):
     dataset = xr.Dataset({"region_missed": ("spectrum", [1.5, 2.5])}, attrs={"verdict": "One."})
-    kinds = {"a": ("study", "layers"), "b": ("study", "regions")}
+    kinds = {"a": ("compare", "layers"), "b": ("compare", "regions")}
     for name, stems in kinds.items():
         for stem in stems:
             save_page(dataset.assign_attrs(verdict=f"{stem} of {name}."), tmp_path / name, stem)
     both = [tmp_path / name for name in kinds]
     pages = rewrite(both)
-    assert pages == [tmp_path / "b" / f"{stem}.html" for stem in ("layers", "study", "regions")]
+    assert pages == [tmp_path / "b" / f"{stem}.html" for stem in ("layers", "compare", "regions")]
     said = [{f"{stem} of {name}." for stem in STEMS for name in kinds if f"{stem} of {name}." in page.read_text()}
             for page in pages]  # fmt: skip
-    assert said == [{"layers of a."}, {"study of a.", "study of b."}, {"regions of b."}]
+    assert said == [{"layers of a."}, {"compare of a.", "compare of b."}, {"regions of b."}]
     named = rewrite(both[:1], tmp_path / "new" / "mine.html")
-    assert [path.name for path in named] == ["mine.html", "mine-study.html"]
+    assert [path.name for path in named] == ["mine.html", "mine-compare.html"]
     with pytest.raises(OptionError, match=r"a report is HTML"):
         rewrite(both, tmp_path / "x.pdf")
 

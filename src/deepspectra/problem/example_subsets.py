@@ -17,6 +17,8 @@ from deepspectra.problem.cross_entropy import CrossEntropy, DrawnCrossEntropy
 from deepspectra.problem.evaluated_model import Forward
 from deepspectra.problem.problem import Problem
 
+FEWEST_EXAMPLES = 4  # of a few rows to try things on, where an example has several
+
 
 def small_problem(problem: Problem, num_rows: int, dtype: torch.dtype, rows: Any = None) -> Problem:
     """The problem on a few rows that count, or on one batch that cannot be cut, in another dtype.
@@ -44,7 +46,7 @@ def some_rows(problem: Problem, num_rows: int) -> Any:
         each = _rows_an_example(problem, batch, len(outputs))
         if each:
             owners = torch.unique(counted // each)
-            num = max(1, num_rows // each)
+            num = max(FEWEST_EXAMPLES if each > 1 else 1, num_rows // each)  # of one alone nobody sees how they lie
             found = examples(batch, owners[:: max(1, len(owners) // num)][:num])
         if most >= num_rows:
             break

@@ -317,6 +317,8 @@ def trace(dataset: xr.Dataset) -> str:
 
 def failure(dataset: xr.Dataset) -> str:
     """Cells of a sweep that failed or were refused, by what went wrong: how many, and where the first is."""
+    if "error" not in dataset:
+        return ""
     status, error = (dataset[name].values for name in ("status", "error"))
     places: dict[tuple[str, str], list[tuple[int, ...]]] = {}
     for at in zip(*error.astype(bool).nonzero(), strict=True):

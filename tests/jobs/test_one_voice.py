@@ -99,7 +99,8 @@ def test_a_killed_process_ends_the_job_with_a_word_and_one_process_goes_on(folde
     assert not (folder / "killed" / "stages").exists()
 
 
-def test_what_several_processes_cannot_share_is_refused_by_each(folder: Path) -> None:
+def test_what_several_processes_cannot_share_is_refused_by_each(folder: Path, alone: xr.Dataset) -> None:
+    assert alone.sizes["operator"] == 3
     taken = analyze(folder, "alone")
     both = [(shared_work.command, (words,)) for words in (["sweep"], taken)]
     for rank, found in enumerate(run_in(2, shared_work.each_of, both, joined=False)):

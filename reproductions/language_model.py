@@ -271,9 +271,9 @@ def page(found: dict[str, Any]) -> str:
         "meaning. The finer the groups, the fewer tokens has a cell of two of them, and the more are their means "
         "those of single tokens.",
         "",
-        f"So means of groups make {of_means(first)} of them for {first}"
-        + "".join(f", {of_means(name)} for {name}" for name in found["shares"] if name != first)
-        + "; the rest is residual, and scatter within groups, which no mean of these groups makes.",
+        "What means of groups make of them together, without residual and scatter within groups: "
+        + "; ".join(f"{of_means(name)} for {name}" for name in found["shares"])
+        + ".",
         "",
         table(["groups", "number", *PARTS], averaged),
         "",

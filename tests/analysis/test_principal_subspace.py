@@ -66,9 +66,10 @@ def test_an_exact_eigenspace_is_certified(problem):
 def test_what_cannot_be_drawn_from_is_refused(problem):
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).double()
     x, y = torch.randn(20, 64, dtype=torch.float64), torch.arange(20) % 10
-    tokens = ds.Problem(net, [{"x": x, "y": y}], forward=lambda model, batch: (model(batch["x"]), batch["y"]))
+    batch = {"x": x, "y": y, "names": list(range(20))}  # of which nobody knows how to cut the names
+    whole = ds.Problem(net, [batch], forward=lambda model, batch: (model(batch["x"]), batch["y"]))
     with pytest.raises(errors.OptionError, match="drawn"):
-        ds.principal_subspace(tokens, level="sampled")
+        ds.principal_subspace(whole, level="sampled")
     squares = ds.Problem(net, (x, torch.randn(20, 10, dtype=torch.float64)), loss="mse")
     with pytest.raises(errors.LossError, match="cross-entropy"):
         ds.principal_subspace(squares, level="sampled")

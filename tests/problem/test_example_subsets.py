@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 import deepspectra as ds
 from deepspectra.errors import OptionError
-from deepspectra.problem.example_subsets import can_draw, class_batches, drawn_problem, small_problem, sum_by_example
+from deepspectra.problem.example_subsets import (
+    can_draw,
+    class_batches,
+    drawn_problem,
+    problem_of_rows,
+    small_problem,
+    sum_by_example,
+)
 from nets import digits_problem
 
 
@@ -127,6 +134,12 @@ def test_sentences_are_drawn_with_all_their_tokens() -> None:
     for operator in (ds.Hessian, ds.GaussNewton, ds.Residual):
         torch.testing.assert_close(operator(every) @ v, operator(whole) @ v, rtol=1e-9, atol=1e-13)
     assert len(next(iter(small_problem(whole, 5, torch.float64).batches))["tokens"]) == 1
+
+
+def test_single_tokens_are_not_taken_out_of_their_sentences() -> None:
+    whole = tagger([sentences()])
+    with pytest.raises(OptionError, match="as sentences have tokens"):
+        problem_of_rows(whole, torch.tensor([0, 7]), 60)
 
 
 def test_sums_by_example_are_over_its_rows() -> None:

@@ -162,6 +162,12 @@ def test_sentences_are_drawn_with_all_their_tokens() -> None:
     assert len(next(iter(small_problem(whole, 5, torch.float64).batches))["tokens"]) == 4
 
 
+def test_single_tokens_are_not_taken_out_of_their_sentences() -> None:
+    whole = tagger([sentences()])
+    with pytest.raises(OptionError, match="as sentences have tokens"):
+        problem_of_rows(whole, torch.tensor([0, 7]), 60)
+
+
 def test_sums_by_example_are_over_its_rows() -> None:
     data = sentences()
     whole = tagger([data])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepspectra.argument_checks import check_count, seeded
 from deepspectra.dataframes import text_table
-from deepspectra.problem.example_subsets import drawn_problem
+from deepspectra.problem.example_subsets import problem_of_rows
 from deepspectra.problem.problem import Problem
 from deepspectra.results import Result, origin
 from deepspectra.rows.captures import Captures
@@ -119,7 +119,7 @@ def _drawn(problem: Problem, num_examples: int, seed: int) -> Problem:
     order = rows.labels.argsort(stable=True).cpu()
     generator = seeded(seed)
     chosen = order[systematic(chance.cpu().clamp_max(1)[order], generator)].sort().values
-    return drawn_problem(problem, chosen, torch.ones(len(chosen), dtype=torch.float64))
+    return problem_of_rows(problem, chosen, len(rows.labels))
 
 
 def _mean_cosines(inner: Tensor, valid: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

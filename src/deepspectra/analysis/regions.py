@@ -19,7 +19,7 @@ from deepspectra.derivatives.products import products_of
 from deepspectra.errors import CurvatureError, OptionError, OptionWarning
 from deepspectra.operators.curvature import Hessian
 from deepspectra.operators.parts import Decomposition
-from deepspectra.problem.example_subsets import drawn_problem
+from deepspectra.problem.example_subsets import problem_of_rows
 from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem
 from deepspectra.results import ByLayer, origin
@@ -337,7 +337,7 @@ def _hessians(rows: HeldRows, groups: list[Tensor]) -> list[Hessian | None]:
             found.append(None)
             continue
         try:
-            some = drawn_problem(problem, group, torch.ones(len(group), dtype=torch.float64))
+            some = problem_of_rows(problem, group, len(rows.labels))
         except OptionError as error:
             raise OptionError(f"{error} With num_groups=0 none is left out, and there are no errors.") from error
         some.memory = problem.memory // (len(groups) + 1)

@@ -129,6 +129,15 @@ def drawn_problem(problem: Problem, chosen: Tensor, weights: Tensor) -> Problem:
     return found
 
 
+def problem_of_rows(problem: Problem, chosen: Tensor, num_rows: int) -> Problem:
+    """The problem on chosen ones of its so many rows (ascending indices), where each is all of an example."""
+    if sum(map(length, problem.batches)) != num_rows:
+        raise OptionError(
+            "rows cannot be taken out by themselves: examples have several each, as sentences have tokens."
+        )
+    return drawn_problem(problem, chosen, torch.ones(len(chosen), dtype=torch.float64))
+
+
 @dataclass(frozen=True)
 class Weighted:
     """A forward function of batches with a weight m for each example: targets are (n, 2), labels beside weights."""

@@ -17,6 +17,7 @@ from deepspectra.problem.example_subsets import (
     class_batches,
     drawn_problem,
     limited,
+    problem_of_rows,
     small_problem,
     sum_by_example,
 )

@@ -147,3 +147,15 @@ def test_links_that_come_with_the_batch_may_join_its_examples_at_last() -> None:
     net = Linked().double()
     problem = ds.Problem(net, data, forward=named("x", "links"))
     assert same_values(ds.gram_spectrum(problem).values, truth(net, data, named("x", "links")).dense)
+
+
+def test_a_first_batch_of_one_sentence_does_not_tell_where_examples_lie() -> None:
+    torch.manual_seed(0)
+    net, batches, _ = NETWORKS["time first"]()
+
+    def turned(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        return model(batch[0].T).transpose(0, 1).flatten(0, 1), batch[1].flatten()
+
+    x, y = (part.T.contiguous() for part in batches[0])
+    problem = ds.Problem(net.double().eval(), [(x[:1], y[:1]), (x[1:], y[1:])], forward=turned)
+    assert same_values(ds.gram_spectrum(problem).values, ds.GaussNewton(problem).dense())

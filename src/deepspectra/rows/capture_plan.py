@@ -75,8 +75,10 @@ def _overlapping(graph: Graph) -> set[str]:
 
 def _fitting(graph: Graph, rows: Tensor | None) -> Fitting:
     """By codes, for examples with rows (B, R)."""
-    if rows is None or len(rows) == 1 or not graph.uses:
+    if rows is None or not graph.uses:
         return [[BLOCKS] for _ in graph.uses]
+    if len(rows) == 1:  # one example alone fits every layout
+        return [list(LAYOUTS) for _ in graph.uses]
     pairs, codes = graph.coded(graph.ends, rows)
     limit = CODED.get(graph.outputs.dtype, CODED_HALF)
     result: Fitting = []
@@ -90,7 +92,7 @@ def _fitting(graph: Graph, rows: Tensor | None) -> Fitting:
 
 def _is_scattered(errors: Tensor, coded: Tensor, codes: Tensor, limit: float) -> bool:
     """Whether every error belongs to one example, in whatever order: it was multiplied by that example's code."""
-    ratios = coded / errors.where(errors != 0, torch.inf)
+    ratios = (coded / errors.where(errors != 0, torch.inf)).contiguous()
     known = codes.sort().values
     above = torch.searchsorted(known, ratios).clamp(1, len(known) - 1)
     nearest = torch.minimum((ratios - known[above]).abs(), (ratios - known[above - 1]).abs())

@@ -80,6 +80,21 @@ def split(one: ds.Problem, _: ds.Problem) -> Tensor:
     return scaled(*[part.dense() for part in parts.values()], ds.attribute(ds.GaussNewton(one), parts).pair_shares)
 
 
+def weighed(one: ds.Problem, _: ds.Problem) -> Tensor:
+    (layer,) = ds.weights(one).values()
+    cosines = torch.tensor([layer.rest_cosine, layer.class_cosine, layer.class_share, layer.baseline])
+    return scaled(layer.singular_values, layer.class_singular_values[:2], cosines)
+
+
+def clustered(one: ds.Problem, _: ds.Problem) -> Tensor:
+    found = ds.clustering(one)
+    return scaled(found.logits, found.gradients)
+
+
+def shifted(one: ds.Problem, _: ds.Problem) -> Tensor:
+    return scaled(ds.regions(one).whole.values[:4, 0])  # of outliers; bump and bulk lie at the rounding of these types
+
+
 def estimated(one: ds.Problem, _: ds.Problem) -> Tensor:
     H = ds.Hessian(one)
     numbers = [ds.trace(H, 400).value, ds.frobenius_norm(H, 400).value, ds.density(H, 1, 20).mean]
@@ -108,9 +123,9 @@ CALLS = {
         *[ds.principal_subspace(p, level=level).values[:2] for level in ("class", "cross_class", "sampled")]
     ),
     "class_groups": lambda p, _: ds.class_groups(p, 3).double(),
-    "weights": lambda p, _: torch.tensor(float(len(str(ds.weights(p))))),
-    "clustering": lambda p, _: torch.tensor(float(len(str(ds.clustering(p))))),
-    "regions": lambda p, _: torch.tensor(float(str(ds.regions(p)) > "")),
+    "weights": weighed,
+    "clustering": clustered,
+    "regions": shifted,
 }
 
 

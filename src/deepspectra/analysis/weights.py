@@ -16,7 +16,7 @@ from deepspectra.rows.averages import positive
 from deepspectra.rows.captures import Captures, layer_of
 from deepspectra.rows.gradients import labelled_loss
 from deepspectra.rows.parameter_uses import Matrix, Use
-from deepspectra.rows.spectrum import range_of
+from deepspectra.rows.spectrum import RANK_RTOL, range_of
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,13 @@ def weights(problem: Problem) -> Weights:
     began = time.perf_counter()
     sums = _class_sums(problem)
     gradient = problem.unflatten(problem.gradient())
+    # errors of an example sum to zero up to the network's rounding, which is no direction of their span
+    rounding = max(RANK_RTOL, 4 * torch.finfo(problem.dtype).eps)
     found = {}
     for name, (features, errors, sizes) in sums.items():
         weight = problem.parameters[name].detach().double()
-        found[layer_of(name)] = _explained(name, weight, gradient[name].double(), features / positive(sizes), errors)
+        means = features / positive(sizes)
+        found[layer_of(name)] = _explained(name, weight, gradient[name].double(), means, errors, rounding)
     return Weights(found, **origin(began, problem))
 
 
@@ -126,12 +129,14 @@ def _is_plain(use: Use, problem: Problem) -> bool:
     )
 
 
-def _explained(name: str, weight: Tensor, gradient: Tensor, features: Tensor, errors: Tensor) -> LayerWeights:
+def _explained(
+    name: str, weight: Tensor, gradient: Tensor, features: Tensor, errors: Tensor, rounding: float
+) -> LayerWeights:
     """Of W, ∇_W, the class means of features (C, inputs) and the class sums of errors (C, outputs)."""
     product = -errors.T @ features
     norm = weight.norm()
     decay = float(-(weight * gradient).sum() / norm**2)
-    left, right = (range_of(rows.T) for rows in (errors, features))  # spans of the class means
+    left, right = (range_of(rows.T, rounding) for rows in (errors, features))  # spans of the class means
     inside = (left.T @ weight @ right).square().sum() / norm**2
     return LayerWeights(
         name=name,

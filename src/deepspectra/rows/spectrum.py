@@ -131,10 +131,10 @@ def left(image: Tensor, phi: Tensor, method: str) -> tuple[Tensor | None, Tensor
     return stays, image - q @ (q.T @ image)
 
 
-def range_of(columns: Tensor) -> Tensor:
-    """Orthonormal columns that span the given ones, up to rounding."""
+def range_of(columns: Tensor, rounding: float = RANK_RTOL) -> Tensor:
+    """Orthonormal columns that span the given ones, up to rounding, relative to the largest singular value."""
     inner, singular, _ = torch.linalg.svd(columns, full_matrices=False)
-    basis: Tensor = inner[:, significant(singular)]
+    basis: Tensor = inner[:, significant(singular, rounding)]
     return basis
 
 
@@ -145,6 +145,6 @@ def _null_space(rows: Tensor) -> Tensor:
     return basis
 
 
-def significant(values: Tensor) -> Tensor:
+def significant(values: Tensor, rounding: float = RANK_RTOL) -> Tensor:
     """Which of some singular values, or eigenvalues, are more than rounding of the largest; none of none."""
-    return values > RANK_RTOL * values.max() if len(values) else values > 0
+    return values > rounding * values.max() if len(values) else values > 0

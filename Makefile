@@ -18,7 +18,7 @@ demo: $(VENV)/.installed ## train a network on the digits and write its report
 	$(BIN)/deepspectra demo
 
 test: $(VENV)/.installed-dev ## run the tests
-	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed-dev ## run the long reproductions, which the tests leave out
 	$(BIN)/python -m pytest -m slow --slow

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: several workers share the cores
 
 settings.register_profile(
     "exact",
@@ -30,6 +31,8 @@ LONGEST = {  # files that run for a minute or more
     "test_cli.py",
     "test_devices.py",
     "test_docs.py",
+    "test_notebook.py",
+    "jobs/test_analyze.py",
     "jobs/test_finished_stages.py",
     "jobs/test_sweep.py",
     "report/test_page.py",

@@ -18,6 +18,8 @@ from torch import Tensor
 import deepspectra as ds
 import nets
 from deepspectra import cli
+from deepspectra.algorithms.krylov_basis import Krylov
+from deepspectra.operators.base import Matrix
 from deepspectra.problem.parallel import Group, current
 from deepspectra.rows.batch_capture import IrregularError
 
@@ -200,6 +202,41 @@ def spread() -> str:
     fully_shard(net, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (2,)))
     data = torch.randn(6, 4), torch.arange(6) % 3
     return _raised(lambda _: ds.Problem(net, data), current(torch.device("cpu")))
+
+
+def spread_bases() -> tuple[dict[str, Tensor], list[int]]:
+    """What bases find of which each process has a part, and the lengths of its parts."""
+    found: dict[str, Any] = {}
+    lengths = []
+    for size, dtype in ((5, torch.float64), (61, torch.float64), (61, torch.float32)):
+        generator = torch.Generator().manual_seed(3)
+        turn = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))[0]
+        matrix = (turn * torch.linspace(-1, 3, size, dtype=torch.float64) @ turn.T).to(dtype)
+        A = Matrix((matrix + matrix.T) / 2)
+        A.group = current(A.device)
+        A.memory = 20 * -(-size // A.group.size) * matrix.itemsize  # rows for which restarts are needed
+        basis = Krylov(A, size)
+        basis.append(torch.randn(2, size, generator=generator))
+        basis.expand(2)
+        while basis.num_basis < min(size, 12):
+            basis.expand(1)
+        rows = torch.cat(list(basis.whole_rows(0, basis.num_basis))).double()
+        tight = 100 * torch.finfo(dtype).eps
+        assert float((rows @ rows.T - torch.eye(len(rows))).abs().max()) < tight
+        assert float((basis.combine(basis.projected) - A @ rows.T.to(dtype)).abs().max()) < tight
+        basis.contract(basis.ritz().coefficients[:, -3:])
+        values, _, residuals = basis.ritz()
+        pairs = ds.eigenpairs(A, 2, rtol=1e-2, start="random", max_products=200)
+        density = ds.density(A, num_probes=2, num_steps=5, deflate=pairs)
+        lengths.append(basis.part().shape[1])
+        if dtype == torch.float64:
+            found[f"{size}"] = {
+                "values": values,
+                "residuals": residuals,
+                "pairs": pairs.values,
+                "nodes": density.nodes,
+            }
+    return flattened("basis", found), lengths
 
 
 def within_wrapper() -> tuple[float, float]:

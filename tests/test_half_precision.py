@@ -92,7 +92,8 @@ def clustered(one: ds.Problem, _: ds.Problem) -> Tensor:
 
 
 def shifted(one: ds.Problem, _: ds.Problem) -> Tensor:
-    return scaled(ds.regions(one).whole.values[:4, 0])  # of outliers; bump and bulk lie at the rounding of these types
+    outliers = ds.regions(one).whole.values[:4, 0]  # bump and bulk lie at the rounding of these types
+    return scaled(outliers)
 
 
 def estimated(one: ds.Problem, _: ds.Problem) -> Tensor:

@@ -50,7 +50,14 @@ def test_two_processes_give_what_one_gives(two: list[list[Any]], alone: dict[str
 @pytest.mark.parametrize("num", [3, 4])
 def test_uneven_and_empty_shares_give_what_one_process_gives(num: int, alone: dict[str, Tensor]) -> None:
     expected = {key: value for key, value in alone.items() if key.startswith(UNEVEN[0])}
-    assert_alike(run_in(num, shared_work.everything, UNEVEN), expected)
+    every = run_in(num, shared_work.each_of, [(shared_work.everything, (UNEVEN,)), (shared_work.spread_bases, ())])
+    assert_alike([found[0] for found in every], expected)
+    bases, lengths = zip(*(found[1] for found in every), strict=True)
+    assert_alike(list(bases), shared_work.spread_bases()[0])
+    assert (
+        lengths
+        == {3: ([2, 21, 21], [2, 21, 21], [1, 19, 19]), 4: (*([[2, 16, 16]] * 2), [1, 16, 16], [0, 13, 13])}[num]
+    )
 
 
 def test_different_weights_data_and_orders_are_refused(two: list[list[Any]]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.krylov_basis import ROUNDING, Krylov
 from deepspectra.algorithms.lanczos_quadrature import quadratures
-from deepspectra.algorithms.long_vectors import gaussian_rows, vectors_that_fit
+from deepspectra.algorithms.long_vectors import gaussian_rows, rows_that_fit
 from deepspectra.algorithms.probes import InUnits, Probes, stream
 from deepspectra.argument_checks import Progress, check_choice, check_count
 from deepspectra.errors import DataError, FallbackWarning, MemoryBudgetError, OptionError, ShapeError
@@ -157,7 +157,7 @@ def _complete(locked: Ends, values: Tensor, num_probes: int) -> _Group:
 
 def _keeps_basis(operator: Operator, basis: str | None, num_steps: int, num_known: int) -> bool:
     """Whether one probe's basis is kept: as asked, or if it fits."""
-    size, fit = operator.shape[0], vectors_that_fit(operator)
+    size, fit = operator.shape[0], rows_that_fit(operator)
     if basis == "none" or fit >= min(size, num_known + num_steps + 1):
         return basis != "none"
     room = (
@@ -348,7 +348,7 @@ def _assemble(known: Tensor, groups: list[_Group], size: int) -> tuple[Tensor, T
 def _group_sizes(operator: Operator, num_probes: int, num_steps: int, num_known: int) -> list[int]:
     """Sizes of the groups of probes, as equal as they can be."""
     size = operator.shape[0]
-    fit = vectors_that_fit(operator)
+    fit = rows_that_fit(operator)
     largest = num_probes if fit >= size else (fit - num_known) // (num_steps + 1)
     if size > LARGEST_BLOCK_BASIS:
         largest = max(1, min(largest, LARGEST_BLOCK_BASIS // num_steps))
@@ -360,7 +360,7 @@ def _capacity(operator: Operator, sizes: list[int], num_steps: int, num_known: i
     """Rows for the largest group, and for as much again to be locked before later ones."""
     block = sizes[0] * (num_steps + 1)
     rows = num_known + (block if len(sizes) == 1 else 2 * block)
-    return min(rows, operator.shape[0], vectors_that_fit(operator))
+    return min(rows, operator.shape[0], rows_that_fit(operator))
 
 
 def _known_rows(operator: InUnits, deflate: Eigenpairs | None, seed: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.algorithms.krylov_basis import Krylov, Ritz
-from deepspectra.algorithms.long_vectors import vector_dtype, vectors_that_fit
+from deepspectra.algorithms.long_vectors import rows_that_fit, vector_dtype
 from deepspectra.argument_checks import Progress
 from deepspectra.errors import DataError, MemoryBudgetError
 from deepspectra.operators.base import Operator
@@ -50,7 +50,7 @@ class Search:
         self.patient = patient  # whether a challenge may take all that is left of the budget
         self.eps = torch.finfo(vector_dtype(operator)).eps
         self.capacity = min(
-            vectors_that_fit(operator), operator.shape[0], budget + max(self.num, num_start) + SPARE_VECTORS
+            rows_that_fit(operator), operator.shape[0], budget + max(self.num, num_start) + SPARE_VECTORS
         )
         if self.capacity < min(self.num + SPARE_VECTORS, operator.shape[0]):
             raise MemoryBudgetError(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpair_search import SPARE_VECTORS, Search, Wanted
 from deepspectra.algorithms.krylov_basis import Krylov, Ritz
-from deepspectra.algorithms.long_vectors import vectors_that_fit
+from deepspectra.algorithms.long_vectors import rows_that_fit
 from deepspectra.argument_checks import Progress, check_choice, check_columns, check_count, check_rtol, seeded
 from deepspectra.errors import ConvergenceWarning, OptionError
 from deepspectra.operators.base import Identity, Operator, Sum, as_operator
@@ -260,5 +260,5 @@ def enough_products(num: int) -> int:
 
 def _most_rows(operator: Operator, num: int, budget: int) -> int:
     """Rows for which there is room, for their products, and for what a restart keeps."""
-    size, room = operator.shape[0], vectors_that_fit(operator) - SPARE_VECTORS
+    size, room = operator.shape[0], rows_that_fit(operator) - SPARE_VECTORS
     return min(budget, size, size if room >= size else min(room // 2, room - num))

@@ -9,12 +9,13 @@ H records every coefficient of the full reorthogonalisation, so the residual of 
 the rounding and any asymmetry of A in it, at no further product. Single-vector Lanczos is W of one column,
 block Lanczos multiplies all of W at once, a breakdown is an empty W, a fresh start is one more column in it,
 and a thick restart rotates Q. Vectors are stored as rows: each is contiguous, and memory not reached is not
-touched.
+touched. Processes that share the work on A share out the basis, too: each has its part of every row, and
+reorthogonalises that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +23,8 @@ from torch import Tensor
 
 from deepspectra.algorithms.long_vectors import (
     COLUMNS_PER_CHUNK,
+    Spread,
     gaussian_rows,
-    norms_of,
-    orthonormal_rows,
     small,
     unit_of,
     vector_dtype,
@@ -33,6 +33,7 @@ from deepspectra.errors import NonFiniteError
 from deepspectra.operators.base import Operator
 from deepspectra.results import Eigenpairs
 
+ROWS_TOGETHER = 8  # of a spread basis that are whole on every process at once
 ROUNDING = 100  # in units of ε‖A‖: a remainder below this is taken for rounding
 
 
@@ -48,6 +49,7 @@ class Krylov:
     """The basis and its projected operator.
 
     Attributes:
+        rows: (capacity, P), or this process's part of them.
         num_fixed: leading rows that are only orthogonalised against: A acts projected on their complement.
         num_basis: multiplied vectors, the columns of Q.
         num_pending: vectors waiting to be multiplied, the columns of W.
@@ -58,8 +60,9 @@ class Krylov:
     """
 
     def __init__(self, operator: Operator, capacity: int) -> None:
-        self.operator = operator
-        self.rows = torch.empty(capacity, operator.shape[0], dtype=vector_dtype(operator), device=operator.device)
+        self.operator, self.spread = operator, Spread(operator)
+        width = self.spread.mine.stop - self.spread.mine.start
+        self.rows = torch.empty(capacity, width, dtype=vector_dtype(operator), device=operator.device)
         self.num_fixed = self.num_basis = self.num_pending = self.num_products = 0
         self.projected = torch.zeros(0, 0, dtype=torch.float64)
         self.tracked = torch.zeros(0, 0, dtype=torch.float64)
@@ -82,7 +85,7 @@ class Krylov:
         """The basis of known eigenvectors, with their residuals as what is not represented."""
         krylov = cls(operator, capacity)
         krylov.num_basis = len(pairs.values)
-        krylov.rows[: krylov.num_basis] = pairs.vectors.T
+        krylov.rows[: krylov.num_basis] = krylov.spread.part(pairs.vectors.T)
         krylov.projected = torch.diag(pairs.values.cpu().double())
         krylov.tracked = torch.zeros(krylov.num_basis, 0, dtype=torch.float64)
         krylov._unit = unit_of(float(pairs.values.abs().max()))
@@ -90,17 +93,28 @@ class Krylov:
         return krylov
 
     def state(self) -> dict[str, Tensor | int | float]:
-        """All of it but the operator, to go on with elsewhere; the rows are shared, not copied."""
-        rest = {name: value for name, value in vars(self).items() if name not in ("operator", "rows")}
-        return {"capacity": len(self.rows), "rows": self.rows[: self.num_rows], **rest}
+        """All of it but the operator and the rows, to go on with elsewhere: the same on every process."""
+        rest = {name: value for name, value in vars(self).items() if name not in ("operator", "rows", "spread")}
+        return {"capacity": len(self.rows), **rest}
+
+    def part(self) -> Tensor:
+        """This process's part of the rows in use; shared, not copied."""
+        return self.rows[: self.num_rows]
 
     @classmethod
-    def of_state(cls, operator: Operator, state: Mapping[str, Any]) -> Krylov:
-        """The basis that had this state."""
+    def of_state(cls, operator: Operator, state: Mapping[str, Any], parts: Iterable[Tensor]) -> Krylov:
+        """The basis that had this state, of which so many processes as there were had these parts, in their order."""
         krylov = cls(operator, state["capacity"])
-        for name in state.keys() - {"capacity", "rows"}:
+        for name in state.keys() - {"capacity"}:
             setattr(krylov, name, state[name])
-        krylov.rows[: krylov.num_rows] = state["rows"]
+        mine, start = krylov.spread.mine, 0
+        for part in parts:
+            shared = slice(max(mine.start, start), min(mine.stop, start + part.shape[1]))
+            if shared.start < shared.stop:
+                krylov.rows[: krylov.num_rows, shared.start - mine.start : shared.stop - mine.start] = part[
+                    :, shared.start - start : shared.stop - start
+                ]
+            start += part.shape[1]
         return krylov
 
     def append(self, vectors: Tensor) -> Tensor:
@@ -108,9 +122,9 @@ class Krylov:
 
         Returns their coordinates (num_basis + num_pending, k) in the rows in use.
         """
-        block = vectors.to(self.rows, copy=True)
+        block = self.spread.part(vectors).to(self.rows, copy=True)
         # In units of the largest norm, whose square might overflow: ‖·‖_F of the block is the yardstick of rounding.
-        norms = norms_of(block)
+        norms = self.spread.norms(block)
         largest = max(norms.tolist(), default=0.0) or 1.0
         within, beyond, _ = self._absorb(block, largest * float((norms / largest).norm()))
         self.projected, self.tracked = (_taller(part, len(beyond)) for part in (self.projected, self.tracked))
@@ -141,10 +155,10 @@ class Krylov:
     def expand(self, count: int) -> None:
         """Multiply the first `count` pending vectors and keep what their products add as pending vectors."""
         first = self.num_fixed + self.num_basis
-        block = self.rows[first : first + count].T.contiguous()
-        products = (self.operator @ block).detach().T.to(self.rows, copy=True)
+        block = self.spread.whole(self.rows[first : first + count]).T.contiguous()
+        products = self.spread.part((self.operator @ block).detach().T).to(self.rows, copy=True)
         self.num_products += count
-        largest = float(norms_of(products).max())
+        largest = float(self.spread.norms(products).max())
         if not largest < float("inf"):
             raise NonFiniteError(
                 f"product {self.num_products} with {self.operator.name} is NaN or infinite. "
@@ -171,17 +185,17 @@ class Krylov:
             block *= unit**-0.5
             scale /= unit
         used = self.rows[: self.num_rows]
-        within = used @ block.T
+        within = self.spread.sum(used @ block.T)
         block.addmm_(within.T, used, alpha=-1)
-        new, beyond = orthonormal_rows(block)
+        new, beyond = self.spread.orthonormal(block)
         # Directions at the level of rounding are none: an invariant subspace ends here. No more than fit R^P.
         keep = beyond.norm(dim=1) > ROUNDING * torch.finfo(block.dtype).eps * scale
         keep[self.operator.shape[0] - self.num_rows :] = False
         new, beyond, dropped = new[keep.to(new.device)], beyond[keep], beyond[~keep]
         # Twice is enough, and the second pass acts on unit rows, so that small remainders are orthogonal too.
-        again = used @ new.T
+        again = self.spread.sum(used @ new.T)
         new.addmm_(again.T, used, alpha=-1)
-        new, turn = orthonormal_rows(new)
+        new, turn = self.spread.orthonormal(new)
         self.rows[self.num_rows : self.num_rows + len(new)] = new
         self.num_pending += len(new)
         return unit * (small(within) + small(again) @ beyond), unit * (turn @ beyond), unit * dropped
@@ -202,8 +216,14 @@ class Krylov:
     def combine(self, coordinates: Tensor) -> Tensor:
         """The vectors (P, k) with these coordinates (n, k) in the first n of the rows after the fixed ones."""
         rows = self.rows[self.num_fixed : self.num_fixed + len(coordinates)]
-        combined: Tensor = rows.T @ coordinates.to(rows)
-        return combined
+        return self.spread.whole((rows.T @ coordinates.to(rows)).T).T
+
+    def whole_rows(self, first: int, last: int) -> Iterator[Tensor]:
+        """The basis vectors of these numbers as rows (k, P), a few at a time where they are spread."""
+        rows = self.rows[self.num_fixed + first : self.num_fixed + last]
+        step = len(rows) if self.spread.group.size == 1 else ROWS_TOGETHER
+        for part in torch.split(rows, max(1, step)):
+            yield self.spread.whole(part)
 
     def contract(self, coefficients: Tensor, pending: Tensor | None = None) -> None:
         """Thick restart: replace Q by Q s for orthonormal columns s (m, k).

@@ -1,6 +1,7 @@
 """A few vectors of length P as rows: how many fit, random ones, and norms, inner products, bases beyond float32 sums.
 
-What they make is small: float64, on the CPU.
+What they make is small: float64, on the CPU. Rows may be spread over processes, each of which has its share of every
+row (`Spread`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ def vectors_that_fit(operator: Operator) -> int:
     return int(operator.memory // (operator.shape[0] * torch.finfo(vector_dtype(operator)).bits // 8))
 
 
+def rows_that_fit(operator: Operator) -> int:
+    """Rows of a basis that fit the operator's memory budget: of each this process holds its share alone."""
+    longest = -(-operator.shape[0] // operator.group.size)
+    return int(operator.memory // (longest * torch.finfo(vector_dtype(operator)).bits // 8))
+
+
 def gaussian_rows(count: int, size: int, generator: torch.Generator) -> Tensor:
     """Standard normal rows (count, P), float64 on the CPU, so that every device gets the same ones."""
     return torch.randn(count, size, generator=generator, dtype=torch.float64)
@@ -37,14 +44,59 @@ def orthonormal_rows(block: Tensor) -> tuple[Tensor, Tensor]:
     if len(block) == 0:
         return block, torch.zeros(0, 0, dtype=torch.float64)
     if len(block) == 1:
-        norm = norms_of(block)[0]
-        return block / norm.clamp_min(torch.finfo(block.dtype).tiny).to(block), small(norm.reshape(1, 1))
+        return _unit(block, norms_of(block)[0])
     if block.dtype == torch.float32:  # float64 resolves what its rounding leaves: products, no QR
         sizes, u = singular(inner_products(block, block))
         return (u / sizes.clamp_min(torch.finfo(block.dtype).tiny)).T.to(block) @ block, sizes[:, None] * u.T
     q, r = torch.linalg.qr(block.T)
     u, sizes, vh = torch.linalg.svd(small(r), full_matrices=False)
     return (q @ u.to(q)).T, sizes[:, None] * vh
+
+
+class Spread:
+    """How rows of length P lie on processes: each has its share (k, ·) of all of them, and what is small is of all.
+
+    Rows that are multiplied, or come from outside, are whole (k, P).
+    """
+
+    def __init__(self, operator: Operator) -> None:
+        self.group, self.size = operator.group, operator.shape[0]
+        self.mine = self.group.share(self.size)
+
+    def part(self, rows: Tensor) -> Tensor:
+        """What this process has of whole rows."""
+        return rows[:, self.mine]
+
+    def whole(self, part: Tensor) -> Tensor:
+        """Rows of which each process has its part."""
+        return self.group.whole(part, self.size)
+
+    def sum(self, inner: Tensor) -> Tensor:
+        """Inner products of rows from those of the parts."""
+        if self.group.size == 1:
+            return inner
+        total = inner.double()
+        self.group.sum(total)
+        return total.to(inner)
+
+    def norms(self, part: Tensor) -> Tensor:
+        """Of rows, as `norms_of` has them."""
+        mine = norms_of(part)
+        return mine if self.group.size == 1 else norms_of(self.group.whole(mine[:, None], self.group.size))
+
+    def orthonormal(self, part: Tensor) -> tuple[Tensor, Tensor]:
+        """As `orthonormal_rows`; several rows are few and brought together for it."""
+        if self.group.size == 1 or len(part) == 0:
+            return orthonormal_rows(part)
+        if len(part) == 1:
+            return _unit(part, self.norms(part)[0])
+        rows, coefficients = orthonormal_rows(self.whole(part))
+        return self.part(rows), coefficients
+
+
+def _unit(row: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """A row of this norm, or of all its parts, divided by it."""
+    return row / norm.clamp_min(torch.finfo(row.dtype).tiny).to(row), small(norm.reshape(1, 1))
 
 
 def singular(gram: Tensor) -> tuple[Tensor, Tensor]:

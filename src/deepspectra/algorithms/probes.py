@@ -45,7 +45,7 @@ class InUnits(Operator):
 
     def __init__(self, operator: Operator) -> None:
         super().__init__(operator.shape[0], dtype=operator.dtype, device=operator.device, name=operator.name)
-        self.operator, self.memory = operator, operator.memory
+        self.operator, self.memory, self.group = operator, operator.memory, operator.group
         self.exponent = self.num_repeated = 0
         self._shift, self._decided = 0, operator.dtype not in SAFE
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.krylov_basis import Krylov
-from deepspectra.algorithms.long_vectors import vectors_that_fit
+from deepspectra.algorithms.long_vectors import rows_that_fit
 from deepspectra.analysis.gram_spectrum import MARGIN
 from deepspectra.analysis.knockouts import NEWEST, Knockout, KnockoutSpace, knockouts
 from deepspectra.argument_checks import Progress, check_margin, seeded
@@ -205,7 +205,7 @@ def attribute_known(
     least = num + NEWEST + factors
     capacity = _capacity(operator, parts, least, most)
     most = min(most, capacity - least) if capacity < size else most
-    borrowed = parts.num_bytes(max(0, capacity - vectors_that_fit(operator)))
+    borrowed = parts.num_bytes(-(-max(0, capacity - rows_that_fit(operator)) // operator.group.size))
     with parts.rows.products.allowance.lent(borrowed):
         try:
             if basis is None:
@@ -249,9 +249,9 @@ def _capacity(operator: Operator, parts: Decomposition, least: int, most: int) -
     Raises:
         MemoryBudgetError: there is no room for one product.
     """
-    size, own, lender = operator.shape[0], vectors_that_fit(operator), parts.rows.products.allowance
+    size, own, lender = operator.shape[0], rows_that_fit(operator), parts.rows.products.allowance
     wanted = min(size, least + most)
-    room = own + (lender.size - lender.reserved) // parts.num_bytes(1)
+    room = own + operator.group.size * (lender.size - lender.reserved) // parts.num_bytes(1)
     if room < min(size, least + min(most, 1)):
         raise MemoryBudgetError(
             f"the knock-outs take at least {least + 1:,} vectors of {size:,} parameters, "

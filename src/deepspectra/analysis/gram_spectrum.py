@@ -263,7 +263,7 @@ class RowGram(Operator):
         size = len(self.counted) * (rows.weights.shape[1] - 1)
         dtype = torch.promote_types(problem.dtype, torch.float32)
         super().__init__(size, dtype=dtype, device=problem.device, name="Gram matrix of the gradients")
-        self.memory = problem.memory // 4
+        self.memory, self.group = problem.memory // 4, problem.batches.group
 
     def reduced(self, pushed: Tensor) -> Tensor:
         """Rows A V (N, C, K) in the coordinates of this matrix: (R, K)."""

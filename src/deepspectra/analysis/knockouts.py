@@ -133,8 +133,8 @@ class KnockoutSpace:
         overlaps = torch.zeros(0, means.num, dtype=torch.float64)
         before: list[float] = []
         while True:
-            fresh = krylov.rows[krylov.num_fixed + len(overlaps) : krylov.num_fixed + krylov.num_basis]
-            overlaps = torch.cat([overlaps, means.coordinates(fresh.T).T.cpu().double()])
+            fresh = krylov.whole_rows(len(overlaps), krylov.num_basis)
+            overlaps = torch.cat([overlaps, *(means.coordinates(rows.T).T.cpu().double() for rows in fresh)])
             top = krylov.projected[: krylov.num_basis] - overlaps @ overlaps.T
             values, largest = torch.linalg.eigh((top + top.T) / 2)
             value, s = values[-1], largest[:, -1:]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,13 +81,25 @@ class FinishedStages:
         """Write a result: tensors, numbers and this library's results, in dictionaries and tuples."""
         self.group.of_first(lambda: self._write(name, value))
 
-    def _read(self, name: str) -> Any:
+    def write_part(self, name: str, value: object) -> None:
+        """Write what this process has of a result that is spread; a folder that all see, as torchrun's own needs."""
+        with self.group.summing():  # what one cannot write ends all
+            self._write(f"{name} {self.group.rank}", value)
+
+    def read_parts(self, name: str) -> Iterator[Any]:
+        """What every process had of such a result, in their order, each read when it is asked for."""
+        rank = 0
+        while (part := self._read(f"{name} {rank}", in_place=True)) is not None:
+            yield part
+            rank += 1
+
+    def _read(self, name: str, in_place: bool = False) -> Any:
         path = self._path(name)
         try:
             if not path.is_file():
                 return None
             with torch.serialization.safe_globals(RESULTS):
-                return torch.load(path, weights_only=True)
+                return torch.load(path, weights_only=True, mmap=in_place)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever unpickling a damaged file may raise

@@ -18,7 +18,7 @@ from deepspectra.algorithms.dense_spectrum import exact_density
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.krylov_basis import Krylov
-from deepspectra.algorithms.long_vectors import inner_products, vectors_that_fit
+from deepspectra.algorithms.long_vectors import inner_products, rows_that_fit
 from deepspectra.algorithms.overlap import overlap
 from deepspectra.analysis.attribute import (
     Attribution,
@@ -60,7 +60,7 @@ from deepspectra.rows.projections import num_groups
 
 UNCLASSED_PAIRS = 10  # eigenpairs of a problem without classes
 TRACE_PROBES = 8  # of parts whose traces are not known exactly
-BASIS, EXACT = "basis of H", "exact route"  # names of what is kept beside results of stages
+BASIS, ROWS, EXACT = "basis of H", "rows of the basis of H", "exact route"  # kept beside results of stages
 ROUNDED = 1e-3  # relatively, by which a sum of squares may fall short of one of its parts
 
 
@@ -213,8 +213,9 @@ def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, margin: 
     finished = found.ledger.finished
 
     def work(report: Report) -> Attribution:
-        state = finished.read(BASIS) if finished is not None and basis is None else None
-        grown = Krylov.of_state(hessian, state) if state else basis  # of a run that was stopped
+        grown = basis
+        if basis is None and finished is not None and (state := finished.read(BASIS)):  # of a run that was stopped
+            grown = Krylov.of_state(hessian, state, finished.read_parts(ROWS))
         return attribute_known(
             hessian,
             found.parts,
@@ -360,6 +361,7 @@ def _find_pairs(found: Findings, name: str, operator: Operator) -> Krylov | None
 
     found.pairs[name] = found.ledger.run(f"top eigenpairs of {LETTERS[name]}{found.of}", work)
     if found.ledger.finished is not None and basis is not None and f"{name}{found.of}" == "hessian":
+        found.ledger.finished.write_part(ROWS, basis.part().cpu())
         found.ledger.finished.write(BASIS, basis.state())
     return basis
 
@@ -367,7 +369,7 @@ def _find_pairs(found: Findings, name: str, operator: Operator) -> Krylov | None
 def _find_density(found: Findings, name: str, operator: Operator) -> None:
     """All of it; or by Lanczos quadrature beside the known pairs, with fewer steps if memory asks for it."""
     known = len(found.pairs[name].values) if name in found.pairs else 0
-    room = vectors_that_fit(operator) - known - 1
+    room = rows_that_fit(operator) - known - 1
 
     def work(report: Report) -> Density:
         if found.effort.dense:

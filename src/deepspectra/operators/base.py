@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deepspectra.argument_checks import check_count
 from deepspectra.errors import DataError, MemoryBudgetError, NonFiniteError, OptionError, ShapeError
+from deepspectra.problem.parallel import ALONE, Group
 
 DEFAULT_MEMORY = 4 * 2**30  # bytes an algorithm may hold in basis vectors, unless the operator says otherwise
 LARGEST_DENSE = 20_000  # rows of the largest matrix `dense` will form
@@ -36,9 +37,11 @@ class Operator(ABC):
         device: where its products live.
         name: what it is, for tables and provenance.
         memory: bytes an algorithm may hold in vectors of length P.
+        group: the processes that multiply together, all with the same vectors, and can share out a basis of them.
     """
 
     memory: int = DEFAULT_MEMORY
+    group: Group = ALONE
 
     def __init__(self, size: int, *, dtype: torch.dtype, device: torch.device | str, name: str) -> None:
         self.shape = (size, size)
@@ -276,6 +279,7 @@ class Sum(Operator):
             (scale, unit if isinstance(term, Identity) else term) for scale, term in flat
         ]
         self.memory = min(term.memory for term in others)
+        self.group = max((term.group for term in others), key=lambda group: group.size)
 
     def _apply(self, block: Tensor) -> Tensor:
         total = torch.zeros_like(block)

@@ -40,6 +40,7 @@ class Curvature(Operator):
         self.problem = problem
         self.products = products_of(problem)
         self.memory = problem.memory // 4
+        self.group = problem.batches.group
 
     def places(self, names: Sequence[str]) -> list[int]:
         """Where parameters of these names stand among all."""
@@ -144,7 +145,7 @@ class HessianBlock(Operator):
         self.hessian, self.among = hessian, hessian.places(names)
         size = sum(hessian.problem.parameters[name].numel() for name in names)
         super().__init__(size, dtype=hessian.dtype, device=hessian.device, name="Hessian of a layer")
-        self.memory = hessian.memory
+        self.memory, self.group = hessian.memory, hessian.group
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.hessian.products.hessian(block, self.among) / self.hessian.problem.total_weight

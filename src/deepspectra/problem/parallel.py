@@ -49,6 +49,21 @@ class Group:
         """Whether a batch is of this process's share: they are dealt in turn."""
         return index % self.size == self.rank
 
+    def share(self, size: int) -> slice:
+        """This process's part of so many numbers: successive ones, as many as the first has, or fewer."""
+        width = -(-size // self.size)
+        return slice(min(self.rank * width, size), min((self.rank + 1) * width, size))
+
+    def whole(self, part: Tensor, size: int) -> Tensor:
+        """Rows (k, size) of which each has its share (k, ·)."""
+        if self.size == 1:
+            return part
+        width = -(-size // self.size)
+        padded = torch.nn.functional.pad(part, (0, width - part.shape[1])).contiguous()
+        every = [torch.empty_like(padded) for _ in range(self.size)]
+        _answered(dist.all_gather, every, padded)
+        return torch.cat(every, 1)[:, :size]
+
     def sum(self, *totals: Tensor) -> None:
         """Add up tensors of all, in place; all then hold the same bits."""
         if self.size > 1:

@@ -8,6 +8,7 @@ import itertools
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -278,6 +279,13 @@ def command(words: list[str], killed_at: int | None = None) -> tuple[int, str, s
         except SystemExit as end:
             return int(end.code or 0), out.getvalue(), err.getvalue()
     raise AssertionError("a command ends by an exit")
+
+
+def killed_after(words: list[str], seconds: float, victim: int) -> tuple[int, str, str]:
+    """A command, one of whose processes is killed after so long, wherever it is then."""
+    if int(os.environ["RANK"]) == victim:
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    return command(words)
 
 
 def each_of(works: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:

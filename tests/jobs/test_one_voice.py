@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import re
+import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +111,28 @@ def test_what_several_processes_cannot_share_is_refused_by_each(folder: Path, al
         assert status == again == 2
         assert f"process {rank}: OptionError: sweep works in one process: start it without torchrun." in said
         assert "--overwrite" in refused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num", [1, 2])
+def test_kills_at_random_moments_lose_nothing(num: int, folder: Path, alone: xr.Dataset) -> None:
+    chance, out = random.Random(num), folder / f"often {num}"
+    words = analyze(folder, out.name, "--resume")
+    began = time.perf_counter()
+    run_in(num, shared_work.command, words, joined=False)
+    longest = time.perf_counter() - began
+    kills = 0
+    while kills < 20:
+        if (out / "report.html").is_file() and not (out / "stages").exists():
+            assert_alike(xr.load_dataset(out / "analysis.nc"), alone)
+            shutil.rmtree(out)
+        moment = chance.uniform(0, longest / 2)
+        run_in(num, shared_work.killed_after, words, moment, chance.randrange(num), survivors=0, joined=False)
+        kills += not (out / "report.html").is_file()
+    if not (out / "report.html").is_file():
+        run_in(num, shared_work.command, words, joined=False)
+    assert_alike(xr.load_dataset(out / "analysis.nc"), alone)
+    assert not (out / "stages").exists()
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ LONGEST = {  # files that run for a minute or more
     "test_cli.py",
     "test_devices.py",
     "test_docs.py",
-    "jobs/test_finished_stages.py",
+    "jobs/test_stages.py",
     "jobs/test_sweep.py",
     "report/test_page.py",
 }

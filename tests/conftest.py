@@ -33,7 +33,7 @@ LONGEST = {  # files that run for a minute or more
     "test_docs.py",
     "test_notebook.py",
     "jobs/test_analyze.py",
-    "jobs/test_finished_stages.py",
+    "jobs/test_stages.py",
     "jobs/test_sweep.py",
     "report/test_page.py",
 }

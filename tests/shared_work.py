@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import os
@@ -10,7 +11,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ import nets
 from deepspectra import cli
 from deepspectra.algorithms.krylov_basis import Krylov
 from deepspectra.operators.base import Matrix
+from deepspectra.problem.finished_stages import FinishedStages
 from deepspectra.problem.parallel import Group, current
 from deepspectra.rows.batch_capture import IrregularError
 
@@ -291,3 +294,80 @@ def killed_after(words: list[str], seconds: float, victim: int) -> tuple[int, st
 def each_of(works: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
     """What several functions return, one after the other."""
     return [work(*arguments) for work, arguments in works]
+
+
+class StoppedError(Exception):
+    """Raised where a job is stopped."""
+
+
+@contextlib.contextmanager
+def stopping(after: int | None = None, error: Exception | None = None) -> Iterator[list[str]]:
+    """The names of stages that are written, the so many'th of which is the last before it stops."""
+    written: list[str] = []
+    write = FinishedStages.write
+
+    def watched(self: FinishedStages, name: str, value: object) -> None:
+        if self.folder is None:
+            return
+        if len(written) == after:
+            raise error or StoppedError
+        write(self, name, value)
+        written.append(name)
+
+    FinishedStages.write = watched
+    try:
+        yield written
+    finally:
+        FinishedStages.write = write
+
+
+def small_problem(seed: int = 0) -> ds.Problem:
+    """Three layers, of which the first has more parameters than there are gradients; in several batches."""
+    torch.manual_seed(seed)
+    x, y = torch.randn(60, 8).double(), torch.arange(60) % 3
+    layers = torch.nn.Linear(8, 20), torch.nn.Tanh(), torch.nn.Linear(20, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3)
+    return ds.sharded(ds.Problem(torch.nn.Sequential(*layers).double(), (x, y), batch_size=20, memory="1GiB"))
+
+
+def _layers(problem: ds.Problem, folder: Path | None, *, changed: bool = False) -> Any:
+    return ds.layers(problem, kronecker=("kfac",), num=2 if changed else None, resume=folder)
+
+
+def _regions(problem: ds.Problem, folder: Path | None, *, changed: bool = False) -> Any:
+    return [
+        ds.regions(problem, of, num_groups=2, seed=int(changed), resume=folder)
+        for of in ("gradients", "hessian", "features")
+    ]
+
+
+def _compare(problem: ds.Problem, folder: Path | None, *, changed: bool = False) -> Any:
+    return ds.compare(problem, small_problem(1), seed=int(changed), resume=folder)
+
+
+STOPPABLE: dict[str, Callable[..., Any]] = {"layers": _layers, "regions": _regions, "compare": _compare}
+
+
+def numbers(found: Any) -> dict[str, Tensor]:
+    """All numbers of a result, but how long it took."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            names = [one.name for one in dataclasses.fields(value)]
+            return {name: plain(getattr(value, name)) for name in names if name not in ("seconds", "provenance")}
+        if isinstance(value, dict):
+            return {key: plain(one) for key, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(one) for one in value]
+        return value if isinstance(value, (Tensor, int, float)) else {}
+
+    return flattened("", plain(found))
+
+
+def stopped_jobs(folder: Path) -> dict[str, tuple[list[str], dict[str, Tensor]]]:
+    """Job → the stages it finished before a stop, and what it found when it went on."""
+    found = {}
+    for job, work in STOPPABLE.items():
+        with contextlib.suppress(StoppedError), stopping(after=2) as stages:
+            work(small_problem(), folder / job)
+        found[job] = stages, numbers(work(small_problem(), folder / job))
+    return found

@@ -26,7 +26,6 @@ ELSEWHERE = {
     # stages of one job and what it saves: tested on one analysis, that is made once
     "jobs/analysis_dataset.py": "jobs/test_analyze.py",
     "jobs/findings.py": "jobs/test_analyze.py",
-    "jobs/stages.py": "jobs/test_analyze.py",
     # parts of a sweep, which takes processes and seconds: each run is looked at from all sides
     "jobs/executors.py": "jobs/test_sweep.py",
     "jobs/sweep_cell.py": "jobs/test_sweep.py",

@@ -34,6 +34,9 @@ from deepspectra.operators.curvature import EmpiricalFisher, GaussNewton, Hessia
 from deepspectra.operators.parts import decompose
 from deepspectra.problem.problem import Problem
 from deepspectra.problem.shared_problems import sharded
+from deepspectra.results import versions as _versions
+
+__version__ = _versions()["deepspectra"]
 
 __all__ = [
     "Analysis",

@@ -16,9 +16,9 @@ LayerProgress = Callable[[int, int | None, str], object]  # of layers done, of a
 Item = TypeVar("Item", bound=tuple[Any, ...])
 
 
-def announced(layers: Iterable[Item], progress: LayerProgress | None, total: int) -> Iterator[Item]:
-    """The same layers, each named before it is looked at."""
-    for done, layer in enumerate(layers):
+def announced(layers: Iterable[Item], progress: LayerProgress | None, total: int, before: int = 0) -> Iterator[Item]:
+    """The same layers, each named before it is looked at; so many were done before."""
+    for done, layer in enumerate(layers, before):
         if progress is not None:
             progress(done, total, layer[0])
         yield layer

@@ -7,7 +7,7 @@ import ctypes
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
@@ -15,9 +15,8 @@ import typer
 
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.layers import layers
-from deepspectra.analysis.regions import NUM_GROUPS, regions
+from deepspectra.analysis.regions import NUM_GROUPS, knockouts_of, regions
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
-from deepspectra.argument_checks import LayerProgress
 from deepspectra.certificates.binomial_bounds import BOUNDS
 from deepspectra.certificates.posterior import BASES
 from deepspectra.certificates.priors import KINDS as PRIORS
@@ -26,13 +25,12 @@ from deepspectra.errors import DeepSpectraError, OptionError
 from deepspectra.jobs.analyze import Analysis, analyze, save_series
 from deepspectra.jobs.certify import certified, unseen
 from deepspectra.jobs.certify_dataset import certificate_dataset
-from deepspectra.jobs.command_output import finish, in_json
+from deepspectra.jobs.command_output import STAGES, finish, forget, in_json, kept, status, tell_if_long
 from deepspectra.jobs.command_targets import CONSOLE, AsJson, Choice, Moment, Out, Seed, chosen_problem, moments
 from deepspectra.jobs.compare_dataset import comparison_dataset
-from deepspectra.jobs.effort import long_spectra
-from deepspectra.jobs.finished_stages import forget
+from deepspectra.jobs.effort import seconds_of_layers, seconds_of_regions
 from deepspectra.jobs.layers_dataset import layer_dataset
-from deepspectra.jobs.one_voice import among_all, by_first, complain, one_voice
+from deepspectra.jobs.one_voice import among_all, complain, one_voice
 from deepspectra.jobs.pages import (
     Dataset,
     check_writable,
@@ -43,7 +41,6 @@ from deepspectra.jobs.pages import (
 from deepspectra.jobs.regions_dataset import regions_dataset
 from deepspectra.jobs.sweep_cell import DONE
 from deepspectra.jobs.sweep_command import sweep_of
-from deepspectra.problem.problem import Problem
 from deepspectra.results import versions
 from deepspectra.rows.averages import METHODS
 
@@ -56,8 +53,6 @@ Command = Callable[..., None]
 LAST = ("split", "at", "resume", "seed")  # of a command's options
 MALLOC_OPTIONS = {-3: 2**31 - 1, -1: 2**31 - 1, -2: 2**28}  # mmap threshold, trim threshold, top pad
 JUDGED = ("kfac", "ekfac", "cfac")  # Kronecker-factored approximations
-SPECTRA_OF_REGIONS = 3  # of a layer, with its knock-outs, in units of eigenvalues and vectors
-STAGES = "stages"  # folder of what an analysis keeps to be resumed
 
 
 @app.callback(invoke_without_command=True)
@@ -160,11 +155,10 @@ def analyze_command(
 
     What --num, --num-probes, --num-steps and --rtol are by default follows from the size of the problem.
     """
-    _claim(chosen, "analysis")
-    series, folders = {}, []
-    for moment in moments(target, chosen):
+    series: dict[str, Analysis] = {}
+
+    def look(moment: Moment, stages: Path | None) -> Dataset:
         problem, names, labels, test = moment.subject
-        stages = moment.out / STAGES if chosen.resume else None
         found = analyze(
             problem,
             test=test,
@@ -183,20 +177,15 @@ def analyze_command(
         found = found.labelled(title=title, model=model, data=data, class_names=names)
         series[moment.label] = found
         finish(found.dataset, moment.out, "analysis", save=found.save, as_json=chosen.as_json)
-        folders += [] if stages is None else [stages]
-    _finish_series(chosen.out, series, folders, chosen.as_json)
+        return found.dataset
+
+    def together(_: Mapping[str, Dataset]) -> Path:
+        return save_series(series, chosen.out / "report.html")
+
+    _look_at_moments(target, chosen, "analysis", look, together)
 
 
-@by_first
-def _finish_series(out: Path, series: dict[str, Analysis], folders: list[Path], as_json: bool) -> None:
-    """One report of several analyses; what was kept to resume them is not needed any more."""
-    if len(series) > 1:
-        typer.echo(f"All: {save_series(series, out / 'report.html')}", err=as_json)
-    for folder in folders:
-        forget(folder)
-
-
-@_command("layers", out="deepspectra-run", without=("resume", "split"))
+@_command("layers", out="deepspectra-run", without=("split",))
 def layers_command(
     target: Target = None,
     *,
@@ -205,16 +194,20 @@ def layers_command(
 ) -> None:
     """Features, errors and gradients of every layer, exactly: for up to about 12,000 examples × (classes − 1)."""
 
-    def look(moment: Moment) -> tuple[str, Dataset]:
-        _warn_of_long_spectra(moment.subject.problem)
-        with _status("layers") as show:
-            found = layers(moment.subject.problem, kronecker=JUDGED if kronecker else (), progress=show)
-        return str(found), layer_dataset(found, moment.subject.problem, moment.subject.labels)
+    def look(moment: Moment, stages: Path | None) -> Dataset:
+        problem = moment.subject.problem
+        work = seconds_of_layers(problem)
+        tell_if_long(problem, work.values(), chosen)
+        with status("layers", work) as show:
+            found = layers(problem, kronecker=JUDGED if kronecker else (), resume=stages, progress=show)
+        dataset = layer_dataset(found, problem, moment.subject.labels)
+        finish(dataset, moment.out, "layers", said=str(found), as_json=chosen.as_json)
+        return dataset
 
     _look_at_moments(target, chosen, "layers", look)
 
 
-@_command("regions", out="deepspectra-run", without=("resume", "split"))
+@_command("regions", out="deepspectra-run", without=("split",))
 def regions_command(
     target: Target = None,
     *,
@@ -231,15 +224,19 @@ def regions_command(
     if not set(kinds) <= set(KINDS_OF_REGIONS):
         raise OptionError(f"--of {of}: expected some of {', '.join(KINDS_OF_REGIONS)}.")
 
-    def look(moment: Moment) -> tuple[str, Dataset]:
-        groups = NUM_GROUPS if num_groups is None else num_groups
-        _warn_of_long_spectra(moment.subject.problem, spectra=len(kinds) * (groups + 1) * SPECTRA_OF_REGIONS)
+    def look(moment: Moment, stages: Path | None) -> Dataset:
+        problem, groups = moment.subject.problem, NUM_GROUPS if num_groups is None else num_groups
+        work = {kind: seconds_of_regions(problem, kind, len(knockouts_of(kind, method)), groups) for kind in kinds}
+        tell_if_long(problem, (seconds for one in work.values() for seconds in one.values()), chosen)
         found = []
         for kind in kinds:
-            with _status(kind) as show:
+            with status(kind, work[kind]) as show:
                 settings = functools.partial(regions, method=method, num_groups=num_groups, seed=chosen.seed)
-                found.append(settings(moment.subject.problem, kind, progress=show))
-        return "\n\n".join(map(str, found)), regions_dataset(found, moment.subject.problem, moment.subject.labels)
+                found.append(settings(problem, kind, resume=stages, progress=show))
+        dataset = regions_dataset(found, problem, moment.subject.labels)
+        said = "\n\n".join(map(str, found))
+        finish(dataset, moment.out, "regions", said=said, as_json=chosen.as_json)
+        return dataset
 
     _look_at_moments(target, chosen, "regions", look)
 
@@ -250,35 +247,36 @@ def _claim(chosen: Choice, stem: str) -> None:
     def check() -> None:
         check_writable(chosen.out)
         place = chosen.out / "end" if chosen.at else chosen.out
-        if not (chosen.overwrite or (chosen.resume and (place / STAGES).is_dir())):
+        if not (chosen.overwrite or (chosen.resume and (place / STAGES / stem).is_dir())):
             refuse_overwriting(place, stem)
 
     among_all().of_first(check)
 
 
 def _look_at_moments(
-    target: str | None, chosen: Choice, stem: str, look: Callable[[Moment], tuple[str, Dataset]]
+    target: str | None,
+    chosen: Choice,
+    stem: str,
+    look: Callable[[Moment, Path | None], Dataset],
+    together: Callable[[Mapping[str, Dataset]], Path] | None = None,
 ) -> None:
-    """A page of each moment, and one of all if there are several; `look` gives what is said and saved of each."""
+    """A page of each moment, which `look` makes, and one of all if there are several."""
     _claim(chosen, stem)
-    series = {}
+    series, outs = {}, []
     for moment in moments(target, chosen):
-        said, series[moment.label] = look(moment)
-        finish(series[moment.label], moment.out, stem, said=said, as_json=chosen.as_json)
+        with kept(chosen, moment.out, stem) as stages:
+            series[moment.label] = look(moment, stages)
+        outs.append(moment.out)
     if len(series) > 1 and among_all().rank == 0:
-        typer.echo(f"All: {write_page(series, chosen.out / f'{stem}.html')}", err=chosen.as_json)
-
-
-@contextlib.contextmanager
-def _status(what: str) -> Iterator[LayerProgress]:
-    """Say what is being done, and yield what shows how far it is."""
-    with CONSOLE.status(what) as status:
-        yield lambda done, total, name: status.update(f"{what}: {name} ({done} of {total or 'some'} done)")
-
-
-def _warn_of_long_spectra(problem: Problem, spectra: int = 1) -> None:
-    if words := long_spectra(problem, spectra):
-        CONSOLE.print(words)
+        page = together(series) if together else write_page(series, chosen.out / f"{stem}.html")
+        typer.echo(f"All: {page}", err=chosen.as_json)
+    if not chosen.resume:
+        return
+    if any("left_out" in dataset.attrs for dataset in series.values()):
+        CONSOLE.print(f"The rest is kept in {STAGES}/: the same command with more memory does what is left.")
+        return
+    for out in outs:
+        forget(out, stem)
 
 
 @_command("certify", out="deepspectra-certify", without=("at", "split"))
@@ -305,18 +303,17 @@ def certify_command(
     """A PAC-Bayes bound on the error on unseen data, beside the binomial bound and that of the network as it is."""
     _claim(chosen, "certify")
     problem, _, labels, _ = chosen_problem(target, chosen)
-    folder = chosen.out / STAGES if chosen.resume else None
     settings = {"basis": basis, "bound": bound, "minutes": minutes, "variant": variant, "epochs": descent_epochs}
-    with _status("certifying") as show:
-        beside = unseen(target, test, chosen)
-        found = certified(problem, prior, beside, settings, seed=chosen.seed, folder=folder, progress=show)
-    dataset = certificate_dataset(found, problem, labels)
-    finish(dataset, chosen.out, "certify", said=str(found), as_json=chosen.as_json)
-    if folder is not None:
-        forget(folder)
+    with kept(chosen, chosen.out, "certify") as stages:
+        with status("certifying") as show:
+            beside = unseen(target, test, chosen)
+            found = certified(problem, prior, beside, settings, seed=chosen.seed, folder=stages, progress=show)
+        dataset = certificate_dataset(found, problem, labels)
+        finish(dataset, chosen.out, "certify", said=str(found), as_json=chosen.as_json)
+    forget(chosen.out, "certify")
 
 
-@_command("compare", out="deepspectra-compare", without=("checkpoint", "at", "resume", "split"))
+@_command("compare", out="deepspectra-compare", without=("checkpoint", "at", "split"))
 def compare_command(first: Target = None, second: Target = None, *, chosen: Choice) -> None:
     """Do two networks share eigenspaces? Your own two problems (FIRST and SECOND), or two trainings of the zoo."""
     if (first is None) != (second is None):
@@ -327,10 +324,12 @@ def compare_command(first: Target = None, second: Target = None, *, chosen: Choi
     for target, one in zip((first, second), _seeds(chosen, chosen.out, 2), strict=True):
         problem, _, labels, _ = chosen_problem(target, one, draw=seed)
         problems.append(problem)
-    with _status("comparing") as show:
-        found = compare(*problems, seed=seed, progress=show)
-    dataset = comparison_dataset(found, problems[0], labels._replace(seed=seed))
-    finish(dataset, chosen.out, "compare", said=str(found), as_json=chosen.as_json)
+    with kept(chosen, chosen.out, "compare") as stages:
+        with status("comparing", seconds_of_layers(problems[0])) as show:
+            found = compare(*problems, seed=seed, resume=stages, progress=show)
+        dataset = comparison_dataset(found, problems[0], labels._replace(seed=seed))
+        finish(dataset, chosen.out, "compare", said=str(found), as_json=chosen.as_json)
+    forget(chosen.out, "compare")
 
 
 def _seeds(chosen: Choice, out: Path, num: int) -> list[Choice]:

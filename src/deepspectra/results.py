@@ -85,9 +85,14 @@ def origin(
 
 @dataclass(frozen=True, repr=False)
 class ByLayer(Result, Mapping[str, Entry]):
-    """Layer → its result, from input to output: what every analysis by layer returns. They are in `layers`."""
+    """Layer → its result, from input to output: what every analysis by layer returns. They are in `layers`.
+
+    Attributes:
+        left_out: what did not fit memory → why, and what to do.
+    """
 
     layers: Mapping[str, Entry]
+    left_out: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
     def __getitem__(self, name: str) -> Entry:
         if name not in self.layers:
@@ -101,9 +106,10 @@ class ByLayer(Result, Mapping[str, Entry]):
         return len(self.layers)
 
     def _table(self, head: Sequence[str], cells: Callable[[Entry], Iterable[float | str]], *notes: str) -> str:
-        """A line for each layer, as in `text_table`."""
+        """A line for each layer, as in `text_table`, and one for each that was left out."""
         rows = ((name[-26:], *cells(entry)) for name, entry in self.layers.items())
-        return text_table(("layer", *head), rows, *notes)
+        left_out = (f"left out: {name or 'the model'}: {reason}" for name, reason in self.left_out.items())
+        return text_table(("layer", *head), rows, *notes, *left_out)
 
 
 def versions() -> dict[str, str]:

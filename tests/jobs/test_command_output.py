@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from deepspectra.jobs.command_output import finish, in_json, wrapped
+from deepspectra.jobs.command_output import finish, in_json, status, wrapped
 from deepspectra.jobs.pages import load_pages
 
 
@@ -49,3 +49,15 @@ def test_lines_break_between_words(monkeypatch):
     lines = wrapped("attributable to the class means " * 5).splitlines()
     assert max(map(len, lines)) <= 30
     assert all(word in ("attributable", "to", "the", "class", "means") for line in lines for word in line.split())
+
+
+def test_where_no_line_can_change_it_is_said_now_and_then_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr("deepspectra.jobs.command_output.EVERY", -1)
+    with status("layers", {"a": 1.0, "b": 1.0}) as show:
+        show(0, 2, "a")
+        show(1, 2, "b")
+        show(0, None, "")
+    said = capsys.readouterr().err
+    assert "layers: a (0 of 2 done)" in said
+    assert "layers: b (1 of 2 done, about 0 s to go)" in said
+    assert "layers: the model (0 of some done)" in said

@@ -28,7 +28,8 @@ def problem():
     network = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
     return ds.Problem(network.double(), (x, y), batch_size=20, memory="1GiB")
 """
-MEASURED = ("cost_seconds", "cost_gradients", "subspace_gradients")  # by the clock
+MEASURED = ("cost_seconds", "cost_gradients")  # by the clock
+COUNTED = "subspace_gradients"  # of operations, some of which every process does
 RESIDUALS = ("residual_norm", "knockout_residual_norm")  # which are rounding themselves beside their eigenvalues
 BOUNDS = "share_error"  # which follow from them
 
@@ -54,7 +55,7 @@ def alone(folder: Path) -> xr.Dataset:
 
 
 def untimed(found: xr.Dataset) -> str:
-    """The verdict without what averaging cost by the clock."""
+    """The verdict without what averaging cost."""
     return re.sub(r"about [0-9.e+]+ gradients", "", found.attrs["verdict"])
 
 
@@ -64,6 +65,9 @@ def assert_alike(found: xr.Dataset, expected: xr.Dataset) -> None:
     scale = float(expected["eigenvalue"].max())
     for name, value in expected.data_vars.items():
         if name in MEASURED:
+            continue
+        if name == COUNTED:
+            np.testing.assert_allclose(found[name], value, rtol=0.5)
             continue
         if name in RESIDUALS or str(name).endswith(BOUNDS):
             np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-8 * scale, err_msg=name)
@@ -93,7 +97,7 @@ def test_a_killed_process_ends_the_job_with_a_word_and_one_process_goes_on(folde
     assert told[0] == 2
     assert "process 0: ProcessError: another process ended" in told[2]
     assert "with --resume" in told[2]
-    assert (folder / "killed" / "stages" / "density-of-H.pt").is_file()
+    assert (folder / "killed" / "stages" / "analysis" / "density-of-H.pt").is_file()
     (ended,) = run_in(1, shared_work.command, words, joined=False)
     assert ended[0] == 0, ended
     found = xr.load_dataset(folder / "killed" / "analysis.nc")

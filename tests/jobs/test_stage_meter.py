@@ -2,7 +2,7 @@
 
 import pytest
 
-from deepspectra.jobs.stage_meter import Ledger
+from deepspectra.jobs.stage_meter import Ledger, Pace
 
 
 class Machine:
@@ -45,3 +45,24 @@ def test_short_stages_pay_for_no_measurement_of_their_own():
             machine.work(0.5)
     assert machine.measured == 1
     assert sum(ledger.gradients.values()) == pytest.approx(15)
+
+
+def test_time_to_go_follows_the_work_of_the_layers_that_are_left(monkeypatch):
+    machine = Machine()
+    monkeypatch.setattr("deepspectra.jobs.stage_meter.time.perf_counter", lambda: machine.now)
+    pace, said = Pace({"a": 1.0, "b": 2.0, "c": 7.0}), []
+    for done, (name, work) in enumerate([("a", 10), ("b", 20), ("c", 70)]):
+        said.append(pace.left(done, 3, name))
+        machine.work(work)
+    assert said == ["", "2 min to go", "70 s to go"]
+    said = []
+    for done, name in enumerate(("a of H", "b of H", "c of H")):  # another round, of which nothing is known
+        said.append(pace.left(done, 3, name))
+        machine.work(20)
+    assert said == ["", "40 s to go", "20 s to go"]
+    assert pace.left(2, 3, "b") == ""  # a third, two of whose layers were finished before
+
+
+def test_nothing_is_said_of_what_has_no_end():
+    pace = Pace({})
+    assert [pace.left(done, None, "products") for done in range(3)] == ["", "", ""]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from deepspectra.errors import ShapeError
 from deepspectra.kfac.exact_blocks import ExactBlock
 from deepspectra.kfac.operators import Block, Rotated
 from deepspectra.operators.curvature import GaussNewton
+from deepspectra.problem.finished_stages import FinishedStages, stages_of
 from deepspectra.problem.problem import Problem
 from deepspectra.results import ByLayer, origin
 
@@ -106,6 +109,7 @@ def compare(
     num: int | None = None,
     num_whole: int | None = None,
     seed: int = 0,
+    resume: str | Path | None = None,
     progress: LayerProgress | None = None,
 ) -> Comparison:
     """Overlap of the top eigenspaces of two networks of the same architecture, each with its own data.
@@ -124,11 +128,14 @@ def compare(
         num_whole: dimensions of the curve over all parameters, by default twice the number of classes; 0 leaves the
             whole out.
         seed: of random vectors.
+        resume: a folder where finished layers are kept; called again with it after a stop, it goes on behind them,
+            with the same result up to rounding.
         progress: called with (layers done, layers in all, name of the next).
 
     Raises:
         ShapeError: the two have different parameters.
         LossError, CurvatureError, MemoryBudgetError: as for `kronecker`.
+        FileError: the folder to resume from is of other problems or of other options, or damaged.
 
     Cost: the factors of both, and the top eigenspaces: of at most 3,000 rows N (C − 1) from their inner products, of
         more by Lanczos.
@@ -141,21 +148,37 @@ def compare(
     for name, value, smallest in (("num", num, 1), ("num_whole", num_whole, 0)):
         if value is not None:
             check_count(name, value, smallest)
-    sides = [Blocks(problem) for problem in (first, second)]
+    wanted = min(2 * first.num_classes if num_whole is None else num_whole, first.num_parameters)
+    options = {"num": num, "num of all parameters": wanted, "seed": seed}
+    stages = stages_of("compare", (first, second), resume, (LayerComparison,), **options)
+    layers = stages.run("layers", lambda: _layers((first, second), num, seed, stages, progress))
+
+    def overlaps() -> Tensor:
+        tops = [eigenpairs(GaussNewton(side), wanted, rtol=RTOL, seed=seed) for side in (first, second)]
+        return overlap_curve(tops[0].vectors, tops[1].vectors)
+
+    whole = stages.run("all parameters", overlaps) if wanted else torch.zeros(0, dtype=torch.float64)
+    return Comparison(layers, whole, **origin(began, first, seed=seed))
+
+
+def _layers(
+    problems: Sequence[Problem], num: int | None, seed: int, stages: FinishedStages, progress: LayerProgress | None
+) -> dict[str, LayerComparison]:
+    """Every layer of both."""
+    sides = [Blocks(problem) for problem in problems]
     layers = {}
     for name, *pair in announced(sides[0].beside(sides[1]), progress, len(sides[0].names)):
-        groups, outputs, _ = pair[0].place.shape
-        wanted = num or max(2 * groups * outputs, FEWEST)
-        spaces = [top_pairs(block, wanted, seed)[1] for block in pair]
-        blocks = [side.factors.blocks[name] for side in sides]
-        shared = outputs == first.num_classes and name == sides[0].names[-1]
-        layers[name] = _layer(pair[0], spaces, blocks, shared=shared)
-    wanted = min(2 * first.num_classes if num_whole is None else num_whole, first.num_parameters)
-    whole = torch.zeros(0, dtype=torch.float64)
-    if wanted:
-        tops = [eigenpairs(GaussNewton(side), wanted, rtol=RTOL, seed=seed) for side in (first, second)]
-        whole = overlap_curve(tops[0].vectors, tops[1].vectors)
-    return Comparison(layers, whole, **origin(began, first, seed=seed))
+
+        def compared(name: str = name, pair: Sequence[ExactBlock] = pair) -> LayerComparison:
+            groups, outputs, _ = pair[0].place.shape
+            wanted = num or max(2 * groups * outputs, FEWEST)
+            spaces = [top_pairs(block, wanted, seed)[1] for block in pair]
+            blocks = [side.factors.blocks[name] for side in sides]
+            shared = outputs == problems[0].num_classes and name == sides[0].names[-1]
+            return _layer(pair[0], spaces, blocks, shared=shared)
+
+        layers[name] = stages.run(f"layer {problems[0].layers.index(name)}", compared)
+    return layers
 
 
 def _check_same(first: Problem, second: Problem) -> None:

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from deepspectra.kfac.exact_blocks import ExactBlock
 from deepspectra.kfac.kronecker import KINDS
 from deepspectra.kfac.operators import Block, KroneckerSum
 from deepspectra.operators.base import Operator
+from deepspectra.problem.finished_stages import FinishedStages
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
 from deepspectra.results import ByLayer, Provenance, origin
@@ -165,26 +167,59 @@ def kronecker_quality(
     Source: Papyan 2020, JMLR 21:252, section 7, and Wu et al. 2020, arXiv 2010.04261, section 3, compare spectra
     and eigenspaces by eye; errors are this library's.
     """
-    began = time.perf_counter()
+    problem = problem if dtype is None else problem.to(dtype)
     kinds = _default_kinds(problem) if kinds is None else kinds
+    found = quality_of(problem, kinds, _Settings(sharing, tuple(ks), floor, rtol, seed), progress=progress)
+    for name, reason in found.left_out.items():
+        warnings.warn(f"kronecker_quality leaves out {name}: {reason}", FallbackWarning, stacklevel=2)
+    return found
+
+
+class _Settings(NamedTuple):
+    """As `kronecker_quality` explains them."""
+
+    sharing: str = "expand"
+    ks: tuple[int, ...] = (1, 2, 5, 10, 20)
+    floor: float = 1e-5
+    rtol: float = 1e-3
+    seed: int = 0
+
+
+DEFAULT = _Settings()
+
+
+def quality_of(
+    problem: Problem,
+    kinds: Sequence[str],
+    chosen: _Settings = DEFAULT,
+    *,
+    progress: LayerProgress | None = None,
+    stages: FinishedStages | None = None,
+) -> KroneckerQuality:
+    """As `kronecker_quality`, which goes on behind the layers that were finished before."""
+    began, kept = time.perf_counter(), stages or FinishedStages()
+    ks = chosen.ks
     if not kinds or not set(kinds) <= set(KINDS):
         raise OptionError(f"kinds={tuple(kinds)}: name some of {', '.join(KINDS)}.")
     if not ks or min(ks) < 1 or list(ks) != sorted(set(ks)):
         raise OptionError(f"ks={tuple(ks)} must ascend from 1 or more.")
-    blocks = Blocks(problem if dtype is None else problem.to(dtype), kinds, sharing)
-    memory = blocks.captures.problem.memory
-    found, refused = {}, {}
+    blocks = Blocks(problem, kinds, chosen.sharing)
+    found, left_out, refusal = {}, {}, None
     for name, exact in announced(blocks, progress, len(blocks.names)):
         approximations = {kind: operator.blocks[name] for kind, operator in blocks.approximations.items()}
+
+        def fits(exact: ExactBlock = exact, those: Mapping[str, Block] = approximations) -> LayerFits:
+            compared = _Comparison(exact, problem.memory, max(ks), chosen.rtol, chosen.seed)
+            return compared.fits(those, ks, chosen.floor)
+
         try:
-            found[name] = _Comparison(exact, memory, max(ks), rtol, seed).fits(approximations, ks, floor)
-        except MemoryBudgetError as refusal:
-            refused[name] = refusal
-    if refused and not found:
-        raise next(iter(refused.values()))
-    for name, reason in refused.items():  # hours of other layers are not lost for it
-        warnings.warn(f"kronecker_quality leaves out {name}: {reason}", FallbackWarning, stacklevel=2)
-    return KroneckerQuality(found, tuple(kinds), floor, **origin(began, blocks.factors, seed=seed))
+            found[name] = kept.run(f"Kronecker factors of layer {problem.layers.index(name)}", fits)
+        except MemoryBudgetError as error:  # hours of other layers are not lost for it
+            left_out[name], refusal = str(error), error
+    if refusal is not None and not found:
+        raise refusal
+    origins = origin(began, blocks.factors, seed=chosen.seed)
+    return KroneckerQuality(found, tuple(kinds), chosen.floor, left_out=left_out, **origins)
 
 
 def _decades(one: Density, other: Density, floor: float) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,13 +18,14 @@ from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.algorithms.estimates import trace
 from deepspectra.analysis.collapse import Collapse, collapse_of
 from deepspectra.analysis.gram_spectrum import GramSpectrum, spectrum_of
-from deepspectra.analysis.kronecker_quality import KroneckerQuality, kronecker_quality
+from deepspectra.analysis.kronecker_quality import Fit, KroneckerQuality, LayerFits, quality_of
 from deepspectra.analysis.layer_blocks import SMALL
 from deepspectra.analysis.products_of_means import KhatriRao, centred_spectrum, khatri_rao
 from deepspectra.argument_checks import LayerProgress, announced, check_count, seeded
-from deepspectra.errors import CurvatureError, FallbackWarning, OptionWarning
+from deepspectra.errors import CurvatureError, FallbackWarning, MemoryBudgetError, OptionWarning
 from deepspectra.operators.curvature import Hessian, HessianBlock, Residual
 from deepspectra.operators.parts import Decomposition
+from deepspectra.problem.finished_stages import FinishedStages, Label, stages_of
 from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
@@ -172,6 +175,9 @@ def _curvature(layer: Layer) -> list[float | str]:
     return cells
 
 
+RESULTS = (Averages, Collapse, Fit, GramSpectrum, KhatriRao, Layer, LayerFits, LayerHessian)  # of what is kept
+
+
 def _first(spectrum: GramSpectrum | None, parts: tuple[str, ...]) -> list[float]:
     """The largest eigenvalue, and what parts have of the trace."""
     if spectrum is None:
@@ -188,6 +194,7 @@ def layers(
     hessian: bool = True,
     num: int | None = None,
     dtype: torch.dtype | None = None,
+    resume: str | Path | None = None,
     progress: LayerProgress | None = None,
 ) -> Layers:
     """Class structure of every layer: exact spectra of features, errors and gradients with their parts.
@@ -204,12 +211,17 @@ def layers(
             gets a FallbackWarning.
         num: eigenvalues of each block of the Hessian; by default the number of classes. Warned of without them.
         dtype: to compute in; the problem's own by default.
+        resume: a folder where finished layers are kept; called again with it after a stop, it goes on behind them,
+            with the same result up to rounding. Spectra alone take room; it can be removed in the end.
         progress: called with (layers done, layers in all, name of the next).
 
     Raises:
         OptionError: num below 1.
         LossError: the loss is not the cross-entropy of class labels.
-        MemoryBudgetError: a Gram matrix, or one layer's features and errors, do not fit memory.
+        MemoryBudgetError: one layer's features and errors do not fit memory, or of no layer the Gram matrix. A layer
+            among others is left out, with a FallbackWarning that says so; `left_out` has the reason, and with
+            `resume` and more memory that layer alone is done.
+        FileError: the folder to resume from is of another problem or of other options, or damaged.
         CurvatureError: features and errors cannot be told apart by example.
 
     Cost: C − 1 backward passes without weight gradients, repeated for every group of layers whose features and
@@ -225,24 +237,58 @@ def layers(
     check_count("num", num)
     rows = HeldRows(problem if dtype is None else problem.to(dtype))
     parts = Decomposition(rows, effects)
-    averages = error_averages(rows, parts.projections, tuple(parts))
-    found = {}
-    for name, uses in announced(rows.captures.by_layer(), progress, len(parts.problem.layers)):
-        found[name] = _layer(name, uses, parts, averages)
+    options: dict[str, Label] = {"effects": effects, "hessian": hessian, "eigenvalues of H": num}
+    options["kronecker"] = ",".join(kronecker)
+    run = _Run(progress, stages_of("layers", [parts.problem], resume, RESULTS, **options))
+    found = run.layers(parts)
     rows.captures.release()
     if hessian:
-        found = _with_hessian(parts.problem, found, num, progress)
-    quality = kronecker_quality(problem, kronecker, dtype=dtype, progress=progress) if kronecker else None
-    return Layers(found, quality, **origin(began, parts.problem))
+        found = _with_hessian(parts.problem, found, num, run)
+    quality = None
+    if kronecker:
+        quality = quality_of(parts.problem, kronecker, progress=progress, stages=run.stages)
+        run.left_out |= {f"Kronecker factors of {name}": why for name, why in quality.left_out.items()}
+    for name, reason in run.left_out.items():  # what was computed of the others is not lost for it
+        warnings.warn(f"layers leaves out {name}: {reason}", FallbackWarning, stacklevel=2)
+    return Layers(found, quality, left_out=run.left_out, **origin(began, parts.problem))
 
 
-def _with_hessian(
-    problem: Problem, found: dict[str, Layer], num: int, progress: LayerProgress | None
-) -> dict[str, Layer]:
+class _Run:
+    """One call of `layers`: what it keeps of finished layers, and what it leaves out for want of memory."""
+
+    def __init__(self, progress: LayerProgress | None, stages: FinishedStages) -> None:
+        self.progress, self.stages = progress, stages
+        self.left_out: dict[str, str] = {}
+
+    def layers(self, parts: Decomposition) -> dict[str, Layer]:
+        """Every layer that fits memory, in order; those that were finished before are not captured again.
+
+        Raises:
+            MemoryBudgetError: none fits.
+        """
+        names = parts.problem.layers
+        stages = {name: f"layer {place}" for place, name in enumerate(names)}
+        found = {name: layer for name in names if (layer := self.stages.read(stages[name])) is not None}
+        rows, refusal = parts.held, None
+        averages = error_averages(rows, parts.projections, tuple(parts))
+        left = rows.captures.by_layer(without=frozenset(found))
+        for name, uses in announced(left, self.progress, len(names), len(found)):
+            try:
+                found[name] = _layer(name, uses, parts, averages)
+            except MemoryBudgetError as error:
+                self.left_out[name or "the model"], refusal = str(error), error
+                continue
+            self.stages.write(stages[name], found[name])
+        if refusal is not None and not found:
+            raise refusal
+        return {name: found[name] for name in names if name in found}
+
+
+def _with_hessian(problem: Problem, found: dict[str, Layer], num: int, run: _Run) -> dict[str, Layer]:
     """The layers with the spectra of their blocks of H, if the network has second derivatives."""
     spectra = {name: layer.gradients for name, layer in found.items()}
     try:
-        blocks = _layer_hessians(problem, spectra, num, progress)
+        blocks = _layer_hessians(problem, spectra, num, run)
     except CurvatureError as error:
         warnings.warn(
             f"layers: without the Hessian's blocks, since {error} Pass hessian=False if that is meant.",
@@ -250,11 +296,11 @@ def _with_hessian(
             stacklevel=3,
         )
         return found
-    return {name: replace(layer, hessian=blocks[name]) for name, layer in found.items()}
+    return {name: replace(layer, hessian=blocks.get(name)) for name, layer in found.items()}
 
 
 def _layer_hessians(
-    problem: Problem, gradients: Mapping[str, GramSpectrum], num: int, progress: LayerProgress | None
+    problem: Problem, gradients: Mapping[str, GramSpectrum], num: int, run: _Run
 ) -> dict[str, LayerHessian]:
     """Spectra of every layer's block of H, `num` eigenvalues of each, given the exact spectra of G's blocks.
 
@@ -285,9 +331,14 @@ def _layer_hessians(
                 num_products=0,
             )
             continue
-        if progress is not None:
-            progress(done, len(gradients), f"{layer} of H")
-        found[layer] = _measured(HessianBlock(hessian, owned[layer]), sizes[layer], num)
+        if run.progress is not None:
+            run.progress(done, len(gradients), f"{layer} of H")
+        block = HessianBlock(hessian, owned[layer])
+        work = functools.partial(_measured, block, sizes[layer], num)
+        try:
+            found[layer] = run.stages.run(f"H of layer {problem.layers.index(layer)}", work)
+        except MemoryBudgetError as error:
+            run.left_out[f"{layer} of H"] = str(error)
     hessian.products.release()
     return found
 
@@ -298,9 +349,11 @@ def _residual_sizes(
     """‖R‖_F/‖G‖_F of each layer's blocks; 0 if both are zero, ∞ if only G's is."""
     generator = seeded(0)
     blocks = []
-    for names in owned.values():
-        size = sum(problem.parameters[name].numel() for name in names)
-        blocks.append((names, torch.randn(size, CHECKS, generator=generator).to(problem.device)))
+    for layer in problem.layers:  # those left out draw theirs too, so that the others' are the same
+        size = sum(value.numel() for value in parameters_of(problem, layer).values())
+        vectors = torch.randn(size, CHECKS, generator=generator)
+        if layer in owned:
+            blocks.append((owned[layer], vectors.to(problem.device)))
     products = Residual(problem).diagonal_blocks(blocks)
     found = {}
     for layer, product in zip(owned, products, strict=True):

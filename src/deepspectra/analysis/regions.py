@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,11 +22,12 @@ from deepspectra.errors import CurvatureError, OptionError, OptionWarning
 from deepspectra.operators.curvature import Hessian
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.example_subsets import problem_of_rows
+from deepspectra.problem.finished_stages import FinishedStages, stages_of
 from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem
 from deepspectra.results import ByLayer, origin
 from deepspectra.rows.averages import METHODS, WIDE, Averages
-from deepspectra.rows.captures import Complement
+from deepspectra.rows.captures import Complement, parameters_of
 from deepspectra.rows.features_and_errors import error_rows, feature_rows, membership
 from deepspectra.rows.held_rows import HeldRows, gram_of
 from deepspectra.rows.projections import TWO_WAY, Projections
@@ -35,6 +38,7 @@ REMOVED = (("class",), ("class", "logit"), ("interaction",), ("cross",), ("withi
 REMOVED_OF_FEATURES = (("mean",), ("class",), ("mean", "class"), ("within",))
 REMOVED_OF_HESSIAN = (*REMOVED, ("residual",))
 OF = ("gradients", "hessian", "features", "errors")
+WHOLE = "all layers"
 BLOCK = 32  # columns that are multiplied together
 NUM_GROUPS = 8  # of examples that are left out in turn
 DECADES = 3.0  # by which an eigenvalue that a knock-out removes counts as moved
@@ -133,6 +137,7 @@ def regions(
     by_layer: bool | None = None,
     num_groups: int | None = None,
     seed: int = 0,
+    resume: str | Path | None = None,
     progress: LayerProgress | None = None,
 ) -> Regions:
     """How far knocking parts out moves outliers, bump and bulk: of G, H, features and errors, layer by layer.
@@ -154,6 +159,9 @@ def regions(
         num_groups: random groups of examples that are left out in turn, for standard errors; 0 for none. By default
             8, or as many as there are examples if that is less, and none for a single example.
         seed: of the groups.
+        resume: a folder where finished layers are kept, and of the Hessian finished products; called again with it
+            after a stop, it goes on behind them, with the same result up to rounding. Of the Hessian it takes up to
+            num_groups + 2 matrices of R × R in float64. One folder serves every `of`.
         progress: called with (layers done, layers in all, name of the next), or for "hessian" (products done, how
             many in all, "products").
 
@@ -163,6 +171,7 @@ def regions(
         LossError: the loss is not the cross-entropy of class labels.
         CurvatureError: features and errors cannot be told apart by example, or H has no right second derivative.
         MemoryBudgetError: Gram matrices do not fit memory.
+        FileError: the folder to resume from is of another problem or of other options, or damaged.
 
     Cost: C − 1 backward passes without weight gradients; for each layer and for the whole, and for each group
     again, eigenvectors of a matrix of R = N (C − 1) rows (N of features) and its eigenvalues once a knock-out. The
@@ -185,31 +194,52 @@ def regions(
             OptionWarning,
             stacklevel=2,
         )
+    options = {"method": method, "by layer": by_layer, "groups": num_groups, "seed": seed}
+    stages = stages_of("regions", [problem], resume, (Shifts,), **options)
     problem = problem.to(torch.float64) if of == "hessian" else problem  # rounding fills the gaps of its bulk
     parts = Decomposition(HeldRows(problem), "two-way")
     judge = _Judge(parts, of, method, num_groups, seed)
     if of == "hessian":
         hessian = Hessian(problem)
-        whole, missed = _of_hessian(hessian, parts, judge, progress)
+        whole, missed = stages.run(of, lambda: _of_hessian(hessian, parts, judge, stages, progress))
         return Regions({}, of, whole, missed, method, **origin(began, hessian, seed=seed))
-    found, total = {}, torch.zeros(())
-    for name, gram in announced(_grams(parts, of), progress, len(problem.layers)):
-        if by_layer is not False:
-            found[name] = judge(gram)
-        total = total + gram
-    whole = next(iter(found.values())) if len(found) == 1 else judge(total)
+
+    def by_gram() -> tuple[dict[str, Shifts], Shifts]:
+        found, total = {}, torch.zeros(())
+        num = len(problem.layers)
+        for name, gram, rank in announced(_grams(parts, of), progress, num):
+            if by_layer is not False:
+                stage = f"{of} of layer {problem.layers.index(name)}"
+                found[name] = stages.run(stage, functools.partial(judge, gram, rank))
+            total = total + gram
+        if len(found) == 1:
+            return found, next(iter(found.values()))
+        if progress is not None:
+            progress(num, num, WHOLE)
+        return found, judge(total, len(total))
+
+    found, whole = stages.run(of, by_gram)
     return Regions(found, of, whole, method=method, **origin(began, problem, seed=seed))
 
 
-def _grams(parts: Decomposition, of: str) -> Iterator[tuple[str, Tensor]]:
-    """Inner products of each layer's rows, float64."""
+def knockouts_of(of: str, method: str) -> list[tuple[str, ...]]:
+    """What is removed from spectra of a kind, one after the other."""
+    known = {"features": REMOVED_OF_FEATURES, "hessian": REMOVED_OF_HESSIAN}.get(of, REMOVED)
+    return [some for some in known if method != "projection" or not set(some) & set(WIDE)]
+
+
+def _grams(parts: Decomposition, of: str) -> Iterator[tuple[str, Tensor, int]]:
+    """Inner products of each layer's rows, float64, and how many of their eigenvalues at most are not zero."""
     if of == "gradients":
         for name, uses in parts.held.captures.by_layer():
-            yield name, gram_of([uses])
+            gram = gram_of([uses])
+            size = sum(value.numel() for value in parameters_of(parts.problem, name).values())
+            yield name, gram, min(size, len(gram))
         return
     split = feature_rows(parts.held) if of == "features" else error_rows(parts.held)
     for name in split.matrices:
-        yield name, split.layer(name).gram()
+        gram = split.layer(name).gram()
+        yield name, gram, len(gram)
 
 
 class _Judge:
@@ -217,9 +247,7 @@ class _Judge:
 
     def __init__(self, parts: Decomposition, of: str, method: str, num_groups: int, seed: int) -> None:
         self.rows, self.of, self.method = parts.held, of, method
-        known = {"features": REMOVED_OF_FEATURES, "hessian": REMOVED_OF_HESSIAN}.get(of, REMOVED)
-        projected = method == "projection"
-        self.removed = [some for some in known if not (projected and set(some) & set(WIDE))]
+        self.removed = knockouts_of(of, method)
         self.eps = torch.finfo(parts.problem.dtype).eps
         num, size = self.rows.weights.shape
         self.each = 1 if of == "features" else size - 1  # rows an example
@@ -232,10 +260,10 @@ class _Judge:
         groups = torch.tensor_split(order, num_groups) if num_groups else ()
         self.groups = [group.sort().values for group in groups]  # of examples
 
-    def __call__(self, gram: Tensor) -> Shifts:
-        """Of the matrix whose inner products of rows these are."""
+    def __call__(self, gram: Tensor, rank: int) -> Shifts:
+        """Of the matrix whose inner products of rows these are, and which has at most this rank."""
         return self.of_spectra(
-            Spectrum.of_gram(gram[chosen][:, chosen], averages, len(gram), self.eps)
+            Spectrum.of_gram(gram[chosen][:, chosen], averages, rank, self.eps)
             for chosen, averages in self.chosen(gram.device)
         )
 
@@ -278,32 +306,32 @@ class _Judge:
 
 
 def _of_hessian(
-    whole: Hessian, parts: Decomposition, judge: _Judge, progress: LayerProgress | None
+    whole: Hessian, parts: Decomposition, judge: _Judge, stages: FinishedStages, progress: LayerProgress | None
 ) -> tuple[Shifts, float]:
     """Shifts of the spectrum of H, and how far its first pairs in the space of gradients are from those of H."""
     rows = parts.held
     groups = _hessians(rows, judge.groups) or [whole]
-    spectrum = gradient_spectrum(parts)
-    assert spectrum.vectors is not None
-    kept = spectrum.values > spectrum.tiny
-    if not bool(kept.any()):
-        raise CurvatureError(
-            "G is zero: gradients span no space in which the Hessian's regions could be looked at. Take another of "
-            "'gradients', 'features' and 'errors', or a network whose outputs depend on these parameters."
-        )
-    v, root = spectrum.vectors[:, kept], spectrum.values[kept].sqrt()
-    turn, coordinates = v / root, v * root
-    del spectrum, v
+    turn, root = stages.run("basis of gradients", lambda: _basis(parts))
+    coordinates = turn * root.square()
     # The basis is Q = Aᵀ turn, and A Q = coordinates; Qᵀ H Q of each group of examples, column by column
     each = [torch.zeros(turn.shape[1], turn.shape[1], dtype=turn.dtype, device=turn.device) for _ in groups]
     for columns in torch.split(torch.arange(turn.shape[1]), BLOCK):
         if progress is not None:
             progress(int(columns[0]), turn.shape[1], "products")
-        vectors = rows.transpose_reduced(turn[:, columns])
-        for matrix, hessian in zip(each, groups, strict=True):
-            if hessian is None:
-                continue
-            matrix[:, columns] = turn.T @ rows.apply_reduced(hessian @ vectors).to(turn)
+
+        def products(chosen: Tensor = turn[:, columns]) -> Tensor:
+            vectors = rows.transpose_reduced(chosen)
+            nothing = torch.zeros_like(turn.T @ chosen)
+            return torch.stack(
+                [
+                    nothing if hessian is None else turn.T @ rows.apply_reduced(hessian @ vectors).to(turn)
+                    for hessian in groups
+                ]
+            )
+
+        found = stages.run(f"products {int(columns[0])}", products)
+        for matrix, product in zip(each, found, strict=True):
+            matrix[:, columns] = product
 
     def in_gradients(matrix: Tensor, rows: Tensor, averages: Averages) -> Spectrum:
         """H in these coordinates, with G as its moment."""
@@ -326,6 +354,20 @@ def _of_hessian(
         missed.append((whole @ vectors - vectors * theta).norm(dim=0) / theta)
     worst = float(torch.cat(missed).max()) if bool((values[-first:] > 0).all()) else math.nan
     return shifts, worst
+
+
+def _basis(parts: Decomposition) -> tuple[Tensor, Tensor]:
+    """Eigenvectors V/√λ (R, r) of the gradients' inner products, which turn gradients into a basis, and √λ (r,)."""
+    spectrum = gradient_spectrum(parts)
+    assert spectrum.vectors is not None
+    kept = spectrum.values > spectrum.tiny
+    if not bool(kept.any()):
+        raise CurvatureError(
+            "G is zero: gradients span no space in which the Hessian's regions could be looked at. Take another of "
+            "'gradients', 'features' and 'errors', or a network whose outputs depend on these parameters."
+        )
+    root = spectrum.values[kept].sqrt()
+    return spectrum.vectors[:, kept] / root, root
 
 
 def _hessians(rows: HeldRows, groups: list[Tensor]) -> list[Hessian | None]:

@@ -15,7 +15,7 @@ from deepspectra.certificates.priors import KINDS
 from deepspectra.errors import TargetError
 from deepspectra.jobs.certify_dataset import identity
 from deepspectra.jobs.command_targets import Choice, load_function
-from deepspectra.jobs.finished_stages import FinishedStages
+from deepspectra.problem.finished_stages import FinishedStages
 from deepspectra.problem.problem import Problem
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from deepspectra.certificates.certify import Certificate
-from deepspectra.jobs.finished_stages import Label
 from deepspectra.jobs.pages import UNLABELLED, Dataset, Labels, Variables, page_dataset, provenance
+from deepspectra.problem.finished_stages import Label
 from deepspectra.problem.problem import Problem
 from deepspectra.results import versions
 

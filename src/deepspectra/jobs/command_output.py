@@ -1,23 +1,33 @@
-"""How a command ends: what it says, what it saves, and its numbers as JSON if they are asked for."""
+"""What a command says and saves: how far it is, what it keeps if it is stopped, its results, as JSON if asked for."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
 import textwrap
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from deepspectra.argument_checks import LayerProgress
+from deepspectra.errors import FileError
 from deepspectra.glossary import terms_in
-from deepspectra.jobs.command_targets import CONSOLE
+from deepspectra.jobs.command_targets import CONSOLE, Choice
+from deepspectra.jobs.effort import told_if_long
 from deepspectra.jobs.one_voice import by_first
 from deepspectra.jobs.pages import Dataset, save_dataset, write_page
+from deepspectra.jobs.stage_meter import Pace
+from deepspectra.problem import finished_stages
+from deepspectra.problem.problem import Problem
 
 PAGES = {"analysis": "report.html"}  # where a page is not called as its numbers are
+STAGES = "stages"  # folder of what the commands keep to be resumed, each in one of its own
+EVERY = 30  # seconds, after which it is said how far a command is, where nobody sees a status line
 
 
 @by_first
@@ -82,3 +92,49 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value.item() if hasattr(value, "item") else value
+
+
+@contextlib.contextmanager
+def kept(chosen: Choice, out: Path, stem: str) -> Iterator[Path | None]:
+    """The folder of finished stages, if they are to be kept; what stops the command is told how it goes on."""
+    folder = out / STAGES / stem if chosen.resume else None
+    try:
+        yield folder
+    except FileError:  # what is there is not this command's
+        raise
+    except BaseException:
+        if folder is not None and folder.is_dir():
+            CONSOLE.print(f"What is finished is kept in {folder}: the same command goes on behind it.")
+        raise
+
+
+@by_first
+def forget(out: Path, stem: str) -> None:
+    """Remove the finished stages of a command that has saved its results."""
+    finished_stages.forget(out / STAGES / stem)
+    with contextlib.suppress(OSError):  # another command's are there, or none were
+        (out / STAGES).rmdir()
+
+
+@contextlib.contextmanager
+def status(what: str, work: Mapping[str, float] | None = None) -> Iterator[LayerProgress]:
+    """Say what is being done, and yield what shows how far it is: in a line that changes, or now and then in one."""
+    pace, told = Pace(work or {}), time.monotonic()
+
+    def show(done: int, total: int | None, name: str) -> None:
+        nonlocal told
+        left = pace.left(done, total, name)
+        said = f"{what}: {name or 'the model'} ({done} of {total or 'some'} done{', about ' * bool(left)}{left})"
+        line.update(said)
+        if not CONSOLE.is_terminal and time.monotonic() - told > EVERY:
+            CONSOLE.print(said, highlight=False)
+            told = time.monotonic()
+
+    with CONSOLE.status(what) as line:
+        yield show
+
+
+def tell_if_long(problem: Problem, seconds: Iterable[float], chosen: Choice) -> None:
+    """Say how long dense spectra will take, if it is minutes."""
+    if words := told_if_long(problem, seconds):
+        CONSOLE.print(words if chosen.resume else f"{words} With --resume what is finished outlives a stop.")

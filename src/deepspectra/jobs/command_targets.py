@@ -72,7 +72,7 @@ class Choice(NamedTuple):
     ] = "train"
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Keep finished stages in OUT; go on from those of a stopped run."),
+        typer.Option("--resume", help="Keep finished stages in OUT/stages; go on behind those of a stopped run."),
     ] = False
     seed: Seed = 0
 

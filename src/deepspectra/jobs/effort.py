@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from deepspectra.analysis.regions import WHOLE
 from deepspectra.problem.problem import Problem
 
 BACKWARD = 3  # a gradient's operations, in units of a forward pass's
@@ -16,7 +18,9 @@ ACCELERATED = 50  # times as many operations take an accelerator the time that t
 DENSE = 3  # P³ operations, as fast as those of products, that all eigenvalues of a dense matrix take
 LARGE = 1e11  # operations of a gradient, about three seconds of one core, from which on pairs are fewer and rougher
 FEWEST_STEPS = 5
-SECONDS_OF_CUBE = 4e-10  # of eigenvalues and vectors of a dense matrix, times the cube of its rows, on a CPU
+SECONDS_OF_PAIRS = 4e-10  # of eigenvalues and vectors of a dense matrix, times the cube of its rows, on a CPU
+SECONDS_OF_VALUES = 2.3e-10  # of eigenvalues alone
+DOUBLED = 2  # a product's time in float64, in units of float32's
 MINUTE, FEW_SECONDS = 60, 10
 WORTH_STEPS = 16  # of each probe, before there are more than two
 
@@ -115,20 +119,50 @@ def plan(problem: Problem, effort: Effort, num: int, gradient_seconds: float, *,
     )
 
 
-def long_spectra(problem: Problem, spectra: int = 1) -> str:
-    """How long so many dense spectra of every layer will take, and with which --limit seconds; "" if not minutes."""
+def seconds_of_layers(problem: Problem) -> dict[str, float]:
+    """Layer → how long the dense spectra of its gradients and their parts take, on one core."""
     num_rows = problem.num_examples * (problem.num_classes - 1)
-    sizes: dict[str, int] = {}
+    return {name: SECONDS_OF_PAIRS * min(num_rows, size) ** 3 for name, size in _sizes(problem).items()}
+
+
+def seconds_of_regions(problem: Problem, of: str, num_knockouts: int, num_groups: int) -> dict[str, float]:
+    """Layer, or "all layers" → how long its spectra take with their knock-outs, without each group, on one core."""
+    num_rows, sizes = problem.num_examples * (problem.num_classes - 1), _sizes(problem)
+    turns = 1 + num_groups * (1 - 1 / max(num_groups, 1)) ** 3
+
+    def seconds(rows: int, rank: int) -> float:
+        each = num_knockouts * SECONDS_OF_VALUES * min(rows, rank) ** 3
+        return turns * (SECONDS_OF_PAIRS * rows**3 + each)
+
+    if of == "hessian":
+        began = time.perf_counter()
+        problem.gradient()
+        products = DOUBLED * PRODUCT * num_rows * (time.perf_counter() - began)
+        return {"products": products, WHOLE: seconds(num_rows, num_rows)}
+    rows = problem.num_examples if of == "features" else num_rows
+    if of != "gradients":
+        sizes = dict.fromkeys(sizes, rows)
+    found = {name: seconds(rows, size) for name, size in sizes.items()}
+    return found if len(found) == 1 else found | {WHOLE: seconds(rows, rows)}
+
+
+def _sizes(problem: Problem) -> dict[str, int]:
+    """Layer → its parameters."""
+    sizes = dict.fromkeys(problem.layers, 0)
     for name, value in problem.parameters.items():
-        layer = name.rpartition(".")[0]
-        sizes[layer] = sizes.get(layer, 0) + value.numel()
-    seconds = spectra * SECONDS_OF_CUBE * sum(min(num_rows, size) ** 3 for size in sizes.values())
-    if seconds < MINUTE:
+        sizes[name.rpartition(".")[0]] += value.numel()
+    return sizes
+
+
+def told_if_long(problem: Problem, seconds: Iterable[float]) -> str:
+    """How long dense spectra will take, and with which --limit seconds; "" if not minutes."""
+    total, num_rows = sum(seconds), problem.num_examples * (problem.num_classes - 1)
+    if total < MINUTE:
         return ""
-    few = max(2, int(problem.num_examples * (FEW_SECONDS / seconds) ** (1 / 3)))
+    few = max(2, int(problem.num_examples * (FEW_SECONDS / total) ** (1 / 3)))
     return (
-        f"{num_rows:,} rows (examples × (classes − 1)), {len(sizes)} layers: about {seconds / 60:.0f} minutes on one "
-        f"core, {FEW_SECONDS} seconds with --limit {few}."
+        f"{num_rows:,} rows (examples × (classes − 1)), {len(problem.layers)} layers: about {total / 60:.0f} minutes "
+        f"on one core, {FEW_SECONDS} seconds with --limit {few}."
     )
 
 

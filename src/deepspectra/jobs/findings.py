@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -14,17 +12,16 @@ from torch import Tensor
 from deepspectra.analysis.attribute import Attribution
 from deepspectra.analysis.gram_spectrum import GramSpectrum
 from deepspectra.jobs.effort import Effort
-from deepspectra.jobs.finished_stages import Label
 from deepspectra.jobs.stage_meter import Ledger
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.cross_entropy import CrossEntropy
+from deepspectra.problem.finished_stages import Label, digest, identity_of
 from deepspectra.problem.losses import SquaredError
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
-from deepspectra.results import Eigenpairs, versions
+from deepspectra.results import Eigenpairs
 
 LETTERS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
-FORM = 4  # of what is kept of a stage
 TestedTail = dict[str, float | str]  # what is kept of a `Tail`, by name
 
 
@@ -132,33 +129,13 @@ class Findings:
 
 def identity(found: Findings, options: Options) -> dict[str, Label]:
     """What makes this computation the one whose finished stages may be taken: its problem and its options."""
-    problem, groups = found.problem, options.groups
-    names = ",".join(problem.parameter_names)
-    first, second = problem.batches.mark
+    groups = options.groups
     marks = found.test.problem.batches.mark if found.test else (None, None)
     return {
-        "examples": problem.num_examples,
-        "classes": problem.num_classes,
-        "parameters": problem.num_parameters,
-        "dtype": str(problem.dtype),
-        "device": str(problem.device),
-        "weights": _digest([*problem.model.parameters(), *problem.model.buffers()], names),
-        "data": first,
-        "squares of the data": second,
+        "job": "analysis",
+        **identity_of(found.problem, found.loss),
         "test data": marks[0],
         "squares of the test data": marks[1],
-        "loss": found.loss,
-        "loss function": problem.loss_function.name,
-        "version": versions()["deepspectra"],
-        "form": FORM,
         **options._asdict(),
-        "groups": "" if groups is None else _digest([groups]),
+        "groups": "" if groups is None else digest([groups]),
     }
-
-
-def _digest(tensors: Iterable[Tensor], text: str = "") -> str:
-    """Of a text and the bytes of some tensors."""
-    digest = hashlib.sha256(text.encode())
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -63,7 +63,8 @@ def layer_dataset(found: Layers, problem: Problem, labels: Labels = UNLABELLED) 
         "block_measure": list(BLOCK_MEASURES),
         **kinds,
     }
-    return page_dataset(variables, coords, problem, labels, "Layers of", sentences(found), found.seconds)
+    dataset = page_dataset(variables, coords, problem, labels, "Layers of", sentences(found), found.seconds)
+    return dataset.assign_attrs(left_out=", ".join(found.left_out)) if found.left_out else dataset
 
 
 def _spectra(found: Layers) -> dict[tuple[str, str], GramSpectrum]:
@@ -170,6 +171,7 @@ def sentences(found: Layers) -> list[str]:
     lines += _centred_sentence(found) + _hessian_sentence(found)
     if found.kronecker is not None and len(found.kronecker):
         lines.append(_best_fit(found.kronecker))
+    lines += [f"Left out is {name}: {reason}" for name, reason in found.left_out.items()]
     return lines
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from deepspectra.analysis.regions import REGIONS, Regions, Shifts
+from deepspectra.analysis.regions import REGIONS, WHOLE, Regions, Shifts
 from deepspectra.jobs.pages import UNLABELLED, Dataset, Labels, Variables, page_dataset
 from deepspectra.problem.problem import Problem
 
@@ -19,7 +19,6 @@ CLAIMS = {  # knock-out → the region that it is said to make
     "interaction": "bump",
     "within": "bulk",
 }
-WHOLE = "all layers"
 TOLD = ("gradients", "hessian")  # of which the verdict gives numbers
 NAMES = {"gradients": "G", "hessian": "H", "features": "features", "errors": "backpropagated errors"}
 

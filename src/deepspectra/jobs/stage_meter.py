@@ -6,13 +6,13 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from deepspectra.errors import ConvergenceWarning
-from deepspectra.jobs.finished_stages import FinishedStages
+from deepspectra.problem.finished_stages import FinishedStages
 from deepspectra.results import Cost
 
 if TYPE_CHECKING:
@@ -55,20 +55,19 @@ class Ledger:
     gradients: dict[str, float] = field(default_factory=dict)
     doubts: list[str] = field(default_factory=list)
     resumed: list[str] = field(default_factory=list)
-    finished: FinishedStages | None = None
+    finished: FinishedStages = field(default_factory=FinishedStages)
     _unit: float = field(default=float("nan"), init=False)
     _unpaid: float = field(default=0.0, init=False)  # seconds of stages since the unit was timed
 
     def run(self, name: str, work: Callable[[Report], Result]) -> Result:
         """The result of a stage: what `work`, called as in `stage`, returns, or what it did in a stopped run."""
-        entry = None if self.finished is None else self.finished.read(name)
+        entry = self.finished.read(name)
         if entry is None:
             doubts: list[str] = []
             with self.stage(name) as report, _collecting(doubts):
                 result = work(report)
             self.doubts += doubts
-            if self.finished is not None:
-                self.finished.write(name, (result, self.costs[name], self.gradients[name], doubts))
+            self.finished.write(name, (result, self.costs[name], self.gradients[name], doubts))
             return result
         earlier: Result
         earlier, self.costs[name], self.gradients[name], doubts = entry
@@ -134,7 +133,32 @@ class Ledger:
             Console(stderr=True).print(text, highlight=False)
 
 
-def _left(elapsed: float, done: int, expected: int | None) -> str:
+class Pace:
+    """Tells how long the layers that are left will take, at the pace of those that are done.
+
+    Args:
+        work: layer → how much its own is, in any unit; others count alike.
+    """
+
+    def __init__(self, work: Mapping[str, float]) -> None:
+        self.work, self._last, self._first = work, -1, 0
+
+    def left(self, done: int, total: int | None, name: str) -> str:
+        """What to say before this layer, of which so many are done; "" at the first one."""
+        if done <= self._last or self._last < 0:  # another round begins
+            self._began, self._seen, self._first = time.perf_counter(), 0.0, done
+            self._weighed = not done and name in self.work
+        self._last = done
+        part, whole = (
+            (self._seen, sum(self.work.values()))
+            if self._weighed
+            else (done - self._first, (total or 0) - self._first)
+        )
+        self._seen += self.work.get(name, 0.0)
+        return _left(time.perf_counter() - self._began, part, whole)
+
+
+def _left(elapsed: float, done: float, expected: float | None) -> str:
     """How long it will go on at this pace, where it is known how much there is to do."""
     if not done or not expected or done >= expected:
         return ""

@@ -36,6 +36,7 @@ from deepspectra.analysis.gram_spectrum import (
     nonzero_density,
     spectrum_of,
 )
+from deepspectra.analysis.knockouts import Knockout
 from deepspectra.analysis.outlier_sources import class_pair_shares
 from deepspectra.analysis.principal_subspace import subspace_of
 from deepspectra.analysis.three_level_map import drawable, place
@@ -43,17 +44,18 @@ from deepspectra.argument_checks import seeded
 from deepspectra.confidence import standard_error
 from deepspectra.derivatives.products import Products, products_of
 from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetError
-from deepspectra.jobs.effort import FEWEST_STEPS, OperationCounter, count_operations, effort_for, plan
+from deepspectra.jobs.effort import BACKWARD, FEWEST_STEPS, OperationCounter, count_operations, effort_for, plan
 from deepspectra.jobs.findings import LETTERS, Findings, Options, identity
-from deepspectra.jobs.finished_stages import FinishedStages
 from deepspectra.jobs.stage_meter import Ledger, Report
 from deepspectra.jobs.tails import judged_tails
 from deepspectra.operators.base import Operator
 from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
 from deepspectra.operators.parts import Decomposition
+from deepspectra.problem.finished_stages import FinishedStages
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
 from deepspectra.results import Eigenpairs
+from deepspectra.rows.averages import Averages
 from deepspectra.rows.gradients import ROWS_BYTES, GradientRows
 from deepspectra.rows.held_rows import HeldRows, gram_bytes
 from deepspectra.rows.projections import num_groups
@@ -61,6 +63,7 @@ from deepspectra.rows.projections import num_groups
 UNCLASSED_PAIRS = 10  # eigenpairs of a problem without classes
 TRACE_PROBES = 8  # of parts whose traces are not known exactly
 BASIS, ROWS, EXACT = "basis of H", "rows of the basis of H", "exact route"  # kept beside results of stages
+RESULTS = (Attribution, Averages, GramSpectrum, Knockout)  # beside those of any stage
 ROUNDED = 1e-3  # relatively, by which a sum of squares may fall short of one of its parts
 
 
@@ -80,7 +83,7 @@ def run(
         found.test = Findings(test, ledger, options.seed, num_classes, of=" on test data")
         _size_up(found.test, options)
     if resume is not None:
-        ledger.finished = FinishedStages(resume, identity(found, options), problem.batches.group)
+        ledger.finished = FinishedStages(resume, identity(found, options), problem.batches.group, RESULTS)
     effort = found.effort
     ledger.tell(plan(problem, effort, found.num, ledger.gradient_seconds, classed=found.classed))
     if test is not None and found.test is not None:
@@ -117,9 +120,9 @@ def _find_class_structure(found: Findings, hessian: Hessian, basis: Krylov | Non
     ledger, effort = found.ledger, found.effort
     with ledger.stage("class structure"):
         found.parts, exact = _parts(found.problem, products_of(found.problem), options.groups, effort.exact_rows)
-        if ledger.finished is not None:
-            exact = ledger.finished.once(EXACT, exact)  # memory may differ by now
-    _average(found)
+        exact = ledger.finished.once(EXACT, exact)  # memory may differ by now
+    # a forward pass held them, and a backward pass for each class but one, without gradients of weights
+    _average(found, found.problem.num_classes / BACKWARD if exact else 0.0)
     if exact:
         _find_exact(found)
     _attribute(found, hessian, basis, options.margin or MARGIN)
@@ -157,8 +160,7 @@ def _look_at_test(found: Findings, other: Findings, groups: Tensor | None) -> No
     exact = False
     if other.classed:
         other.parts, exact = _parts(problem, products, groups, other.effort.exact_rows)
-        if ledger.finished is not None:
-            exact = ledger.finished.once(EXACT + other.of, exact)
+        exact = ledger.finished.once(EXACT + other.of, exact)
         if exact:
             _find_exact(other)
     _find_spectra(other, hessian, products, exact)
@@ -214,7 +216,7 @@ def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, margin: 
 
     def work(report: Report) -> Attribution:
         grown = basis
-        if basis is None and finished is not None and (state := finished.read(BASIS)):  # of a run that was stopped
+        if basis is None and (state := finished.read(BASIS)):  # of a run that was stopped
             grown = Krylov.of_state(hessian, state, finished.read_parts(ROWS))
         return attribute_known(
             hessian,
@@ -360,7 +362,7 @@ def _find_pairs(found: Findings, name: str, operator: Operator) -> Krylov | None
         return pairs
 
     found.pairs[name] = found.ledger.run(f"top eigenpairs of {LETTERS[name]}{found.of}", work)
-    if found.ledger.finished is not None and basis is not None and f"{name}{found.of}" == "hessian":
+    if basis is not None and f"{name}{found.of}" == "hessian":
         found.ledger.finished.write_part(ROWS, basis.part().cpu())
         found.ledger.finished.write(BASIS, basis.state())
     return basis
@@ -394,8 +396,8 @@ def _find_density(found: Findings, name: str, operator: Operator) -> None:
     found.densities[name] = found.ledger.run(f"density of {LETTERS[name]}{found.of}", work)
 
 
-def _average(found: Findings) -> None:
-    """The principal subspaces by averaging alone; the C² means only if they fit in memory."""
+def _average(found: Findings, held: float) -> None:
+    """The principal subspaces by averaging alone, of rows that took so many gradients; C² means only if they fit."""
     ledger, parts, num = found.ledger, found.parts, max(1, found.num_classes - 1)
     for level in ("class", "cross_class"):
         stage = f"averaging: {level.replace('_', '-')} means"
@@ -403,12 +405,14 @@ def _average(found: Findings) -> None:
         def work(_: Report, level: str = level) -> tuple[Tensor, Tensor, float] | tuple[()]:
             with OperationCounter() as counter:  # type: ignore[no-untyped-call]
                 held = level == "class" or parts.holds_means()
-                return (*subspace_of(parts, level, num), counter.total) if held else ()
+                averaged = subspace_of(parts, level, num) if held else None
+            (total,) = found.problem.batches.group.sums(counter.total)
+            return () if averaged is None else (*averaged, total)
 
         if subspace := ledger.run(stage, work):
             values, vectors, operations = subspace
             found.subspaces[level] = values, vectors
-            found.subspace_gradients[level] = operations / found.operations  # which no clock changes
+            found.subspace_gradients[level] = held + operations / found.operations  # which no clock changes
     if "cross_class" in found.subspaces and drawable(parts.projections.cell_weights):
         found.places = ledger.run("map of the means", lambda _: _map(parts, found.seed)) or None
 

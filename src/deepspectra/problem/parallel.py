@@ -200,7 +200,7 @@ def _answered(call: Callable[..., Any], *arguments: Any, **options: Any) -> None
     except RuntimeError as error:
         raise ProcessError(
             f"another process ended, or has not answered for {PATIENCE.seconds // 60} minutes: {first_line(error)}. "
-            "What it says itself tells why. Start all of them again; with --resume, or resume=, an analysis goes on "
+            "What it says itself tells why. Start all of them again; with --resume, or resume=, the same goes on "
             "behind the last stage that was finished."
         ) from error
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,10 +223,18 @@ class Captures:
         group = self.problem.batches.group
         return itertools.islice(every, group.rank, None, group.size)
 
-    def by_layer(self) -> Iterator[tuple[str, list[list[Use]]]]:
-        """Each layer's uses, one list a batch: held, or captured for as many layers at a time as fit memory."""
+    def by_layer(self, without: Container[str] = ()) -> Iterator[tuple[str, list[list[Use]]]]:
+        """Each layer's uses, one list a batch: held, or captured for as many layers at a time as fit memory.
+
+        Some layers may be left out; if all are nothing is captured.
+        """
+        if all(layer in without for layer in self.problem.layers):
+            return
         self.hold()
-        for layers in self._groups():
+        for group in self._groups():
+            layers = [layer for layer in group if layer not in without]
+            if not layers:
+                continue
             names = frozenset(name for name in self.problem.parameter_names if layer_of(name) in layers)
             batches = [batch.uses for batch in self.held or _again(functools.partial(self.captured, names))]
             for layer in layers:

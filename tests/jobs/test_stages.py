@@ -19,8 +19,8 @@ from deepspectra.algorithms.krylov_basis import Krylov
 from deepspectra.jobs import stages
 from deepspectra.jobs.command_targets import Choice, chosen_problem, moments
 from deepspectra.jobs.effort import effort_for
-from deepspectra.jobs.finished_stages import FinishedStages, forget
 from deepspectra.jobs.stage_meter import Ledger
+from deepspectra.problem.finished_stages import FinishedStages
 from nets import trained_on_digits
 
 
@@ -69,7 +69,7 @@ def test_a_stopped_run_ends_with_the_numbers_of_an_unbroken_one(route, tmp_path,
     assert STOPS[route][-1] in second
     assert list(resumed.dataset.stage.values) == list(whole.dataset.stage.values)
     for name, values in whole.dataset.data_vars.items():
-        if name in ("cost_seconds", "cost_gradients", "subspace_gradients"):  # by the clock
+        if name in ("cost_seconds", "cost_gradients"):  # by the clock
             assert bool((resumed.dataset[name] >= 0).all()), name
         elif values.dtype.kind in "fi":
             np.testing.assert_allclose(resumed.dataset[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
@@ -157,24 +157,6 @@ def test_a_damaged_stage_is_said_and_can_be_done_again(tmp_path, monkeypatch):
     assert analysed(tmp_path, of).verdict
 
 
-def test_what_is_kept_runs_no_code(tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (print, ("code ran",))
-
-    kept = FinishedStages(tmp_path, {"seed": 0})
-    torch.save(Trap(), tmp_path / "trap.pt")
-    with pytest.raises(errors.FileError):
-        kept.read("trap")
-
-
-def test_a_folder_that_cannot_be_written_is_said(tmp_path):
-    file = tmp_path / "file"
-    file.write_text("in the way")
-    with pytest.raises(errors.FileError, match="cannot be written"):
-        FinishedStages(file, {"seed": 0})
-
-
 def test_a_basis_goes_on_from_its_state():
     matrix = torch.diag(torch.linspace(0, 1, 60, dtype=torch.float64) ** 8)
     _, basis = explore(matrix, 3, rtol=1e-6)
@@ -193,7 +175,7 @@ def test_a_basis_goes_on_from_its_state():
 def test_a_killed_command_goes_on_behind_training_and_stages(tmp_path):
     command = [sys.executable, "-m", "deepspectra.cli", "analyze", "--per-class", "12", "--epochs", "4"]
     command += ["--num-probes", "1", "--num-steps", "4", "--resume", "--out", str(tmp_path)]
-    found = tmp_path / "stages" / "top-eigenpairs-of-H.pt"
+    found = tmp_path / "stages" / "analysis" / "top-eigenpairs-of-H.pt"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
         deadline = time.monotonic() + 120
         while not found.exists() and time.monotonic() < deadline:
@@ -212,20 +194,6 @@ def test_a_killed_command_goes_on_behind_training_and_stages(tmp_path):
         other = subprocess.run([*command, *more, "--seed", "1"], check=False, capture_output=True, text=True)
         assert other.returncode == 2
         assert words in " ".join(other.stderr.split())
-
-
-def test_what_is_the_users_is_left_alone(tmp_path):
-    mine = tmp_path / "stages"
-    mine.mkdir()
-    (mine / "notes.txt").write_text("mine")
-    (mine / "weights.pt").write_text("mine too")
-    forget(mine)
-    assert len(list(mine.iterdir())) == 2
-    kept = FinishedStages(tmp_path / "own", {"seed": 0})
-    kept.write("result", torch.ones(3))
-    (tmp_path / "own" / "notes.txt").write_text("mine")
-    forget(tmp_path / "own")
-    assert [path.name for path in (tmp_path / "own").iterdir()] == ["notes.txt"]
 
 
 def test_training_is_skipped_only_if_all_that_it_leaves_is_there(tmp_path):

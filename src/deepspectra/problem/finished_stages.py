@@ -1,0 +1,216 @@
+"""Finished stages of a long computation, in a folder, so that a stopped one goes on behind the last of them.
+
+The folder holds, each as NAME.pt, the identity of the computation and the result of every finished stage: of a layer,
+of a part, or of an analysis' stage with its cost and its warnings. All jobs keep theirs so, and one process too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from deepspectra.errors import FileError, first_line
+from deepspectra.file_writing import save_whole
+from deepspectra.problem.batch_trees import map_tensors
+from deepspectra.problem.parallel import ALONE, Group
+from deepspectra.problem.problem import Problem
+from deepspectra.quadrature import Density
+from deepspectra.results import Cost, Eigenpairs, Provenance, Separation, versions
+
+RESULTS = (Cost, Density, Eigenpairs, Provenance, Separation)
+FORM = 5  # of what is kept of a stage
+IDENTITY = "identity"
+SUFFIX = ".pt"
+CLOSE = 1e-5  # by which sums differ between runs, orders of the data and numbers of threads
+Label = str | int | float | None
+Value = TypeVar("Value")
+
+
+class FinishedStages:
+    """A folder of results by name, all of one computation; without a folder nothing is kept.
+
+    Each file appears whole or not at all; none runs code when it is read.
+
+    Args:
+        folder: made if need be.
+        identity: what makes the computation this one: sizes, options, digests of weights and data, the version.
+        group: the processes that all do it; the first reads and writes, and tells the others.
+        results: classes that results are made of, beside those of `RESULTS`.
+
+    Raises:
+        FileError: the folder holds results of another computation, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        identity: Mapping[str, Label] | None = None,
+        group: Group = ALONE,
+        results: Sequence[type] = (),
+    ) -> None:
+        self.folder, self.group = folder, group
+        self.results: list[Any] = [*RESULTS, *results]
+        if folder is not None:
+            group.of_first(lambda: self._claim(folder, identity or {}))
+
+    def _claim(self, folder: Path, identity: Mapping[str, Label]) -> None:
+        """See that what is there is of this computation, or begin."""
+        earlier = self._read(folder / f"{IDENTITY}{SUFFIX}")
+        if earlier is None:
+            if next(folder.glob(f"*{SUFFIX}"), None) is not None:
+                raise FileError(f"{folder} holds stages and does not say of what. Remove it, or choose another.")
+            _save(folder / f"{IDENTITY}{SUFFIX}", dict(identity))
+            return
+        differences = [
+            f"{name} was {earlier.get(name)} and is {value}"
+            for name, value in identity.items()
+            if not _agree(earlier.get(name), value)
+        ]
+        if differences:
+            raise FileError(
+                f"{folder} holds stages of another computation: {'; '.join(differences)}. "
+                "Remove it, or choose another."
+            )
+
+    def read(self, name: str) -> Any:
+        """The result of this name; None if there is none."""
+        path = self._path(name)
+        return None if path is None else self.group.of_first(lambda: self._read(path))
+
+    def write(self, name: str, value: object) -> None:
+        """Write a result: tensors, numbers and this library's results, in dictionaries and tuples."""
+        if (path := self._path(name)) is not None:
+            self.group.of_first(lambda: _save(path, map_tensors(_of_its_size, value)))
+
+    def write_part(self, name: str, value: object) -> None:
+        """Write what this process has of a result that is spread, in a folder that all of them see."""
+        if (path := self._path(f"{name} {self.group.rank}")) is not None:
+            with self.group.summing():  # what one cannot write ends all
+                _save(path, map_tensors(_of_its_size, value))
+
+    def read_parts(self, name: str) -> Iterator[Any]:
+        """What every process had of such a result, in their order, each read when it is asked for."""
+        for rank in itertools.count():
+            path = self._path(f"{name} {rank}")
+            part = None if path is None else self._read(path, in_place=True)
+            if part is None:
+                return
+            yield part
+
+    def run(self, name: str, work: Callable[[], Value]) -> Value:
+        """What `work` returns, or returned before a stop; never None."""
+        value: Value | None = self.read(name)
+        if value is None:
+            value = work()
+            self.write(name, value)
+        return value
+
+    def once(self, name: str, value: Value) -> Value:
+        """The value that was written first."""
+        return self.run(name, lambda: value)
+
+    def _read(self, path: Path, in_place: bool = False) -> Any:
+        try:
+            if not path.is_file():
+                return None
+            with torch.serialization.safe_globals(self.results):
+                return torch.load(path, weights_only=True, mmap=in_place)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever unpickling a damaged file may raise
+            raise FileError(
+                f"{path} cannot be read ({first_line(error)}). If it is damaged, remove it to do that stage again."
+            ) from error
+
+    def _path(self, name: str) -> Path | None:
+        if self.folder is None:
+            return None
+        return self.folder / f"{name.replace(' ', '-').replace(':', '')}{SUFFIX}"
+
+
+def stages_of(
+    job: str,
+    problems: Sequence[Problem],
+    resume: str | Path | None,
+    results: Sequence[type] = (),
+    **options: Label,
+) -> FinishedStages:
+    """Where a job on problems keeps its finished stages; nowhere if `resume` is None.
+
+    Args:
+        job: its name.
+        problems: one, or several, shared by the same processes.
+        resume: the folder.
+        results: classes that results are made of.
+        options: what else makes the computation this one.
+
+    Raises:
+        FileError: the folder holds stages of another job, problem or options.
+    """
+    if resume is None:
+        return FinishedStages()
+    identity: dict[str, Label] = {"job": job}
+    for number, problem in enumerate(problems):
+        which = f" of the problem {number + 1}" if number else ""
+        identity |= {f"{name}{which}": value for name, value in identity_of(problem, problem.loss()).items()}
+    return FinishedStages(Path(resume), identity | options, problems[0].batches.group, results)
+
+
+def identity_of(problem: Problem, loss: float) -> dict[str, Label]:
+    """What tells a problem from others: sizes, the version, its loss, digests of weights and data."""
+    first, second = problem.batches.mark
+    return {
+        "examples": problem.num_examples,
+        "classes": problem.num_classes,
+        "parameters": problem.num_parameters,
+        "dtype": str(problem.dtype),
+        "device": str(problem.device),
+        "weights": digest([*problem.model.parameters(), *problem.model.buffers()], ",".join(problem.parameter_names)),
+        "data": first,
+        "squares of the data": second,
+        "loss": loss,
+        "loss function": problem.loss_function.name,
+        "version": versions()["deepspectra"],
+        "form": FORM,
+    }
+
+
+def digest(tensors: Iterable[Tensor], text: str = "") -> str:
+    """Of a text and the bytes of some tensors."""
+    found = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def forget(folder: Path) -> None:
+    """Remove the results in a folder, and the folder if nothing else is in it."""
+    if not (folder / f"{IDENTITY}{SUFFIX}").is_file():
+        return
+    for path in [*folder.glob(f"*{SUFFIX}"), *folder.glob("*.part")]:
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something else is there
+        folder.rmdir()
+
+
+def _save(path: Path, value: object) -> None:
+    save_whole(path, lambda staged: torch.save(value, staged))
+
+
+def _of_its_size(tensor: Tensor) -> Tensor:
+    """A tensor without the rest of a larger storage, which would be saved with it."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def _agree(earlier: object, value: object) -> bool:
+    if isinstance(earlier, float) and isinstance(value, float):
+        return math.isclose(earlier, value, rel_tol=CLOSE, abs_tol=CLOSE)
+    return earlier == value

@@ -215,9 +215,8 @@ def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, margin: 
     finished = found.ledger.finished
 
     def work(report: Report) -> Attribution:
-        grown = basis
-        if basis is None and (state := finished.read(BASIS)):  # of a run that was stopped
-            grown = Krylov.of_state(hessian, state, finished.read_parts(ROWS))
+        state = finished.read(BASIS) if basis is None else None  # of a run that was stopped
+        grown = Krylov.of_state(hessian, state, finished.read_parts(ROWS)) if state else basis
         return attribute_known(
             hessian,
             found.parts,

@@ -174,11 +174,13 @@ def test_stable_ranks() -> None:
     assert found.intrinsic_dimension == pytest.approx(float(values.sum() / values[0]), rel=1e-9)
 
 
-def test_a_matrix_too_large_for_memory_is_refused() -> None:
+def test_a_layer_whose_matrix_is_too_large_for_memory_is_left_out() -> None:
     model = nn.Sequential(nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 3))
     problem = ds.Problem(model, (torch.randn(900, 300), labels(900, 3)), memory="60MiB", batch_size=100)
+    with pytest.warns(FallbackWarning, match="leaves out 0: a matrix of 1,800 rows"):
+        assert list(ds.layers(problem)) == ["2"]
     with pytest.raises(MemoryBudgetError, match="1,800 rows"):
-        ds.layers(problem)
+        ds.layers(problem.restrict("0.*"))
 
 
 def test_text_dtype_and_errors() -> None:

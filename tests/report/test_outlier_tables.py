@@ -69,3 +69,10 @@ def test_what_is_not_there_is_said():
         spectra.to_latex("classes")
     assert len(spectra.to_dataframe()) == 4
     assert "eigenvalue" in spectra.to_latex()
+
+
+def test_an_error_that_says_nothing_is_a_question_mark():
+    for error in (float("nan"), float("inf"), 1.0, 10.4):
+        assert outlier_tables.share_text(0.25, error) == "25.0% ± ?"
+        assert outlier_tables._in_math(0.25, error) == r"25.0 \pm ?"
+    assert outlier_tables.share_text(0.25, 0.01) == "25.0% ± 1.0%"

@@ -85,7 +85,7 @@ class Analysis:
         return outlier_tables.dataframe(self.dataset, table)
 
     def to_latex(self, table: str = "pairs", digits: int = 3) -> str:
-        """One of these tables, of H alone, for LaTeX (with the package booktabs)."""
+        """One of these tables, of H alone, for LaTeX (with booktabs); "± ?" where an error is not known."""
         from deepspectra.report import outlier_tables  # noqa: PLC0415  (Altair's import takes a while)
 
         return latex_table(outlier_tables.printed(self.dataset, table), digits)

@@ -159,9 +159,10 @@ def told_if_long(problem: Problem, seconds: Iterable[float]) -> str:
     total, num_rows = sum(seconds), problem.num_examples * (problem.num_classes - 1)
     if total < MINUTE:
         return ""
+    minutes = "about a minute" if total < 1.5 * MINUTE else f"about {total / MINUTE:.0f} minutes"
     few = max(2, int(problem.num_examples * (FEW_SECONDS / total) ** (1 / 3)))
     return (
-        f"{num_rows:,} rows (examples × (classes − 1)), {len(problem.layers)} layers: about {total / 60:.0f} minutes "
+        f"{num_rows:,} rows (examples × (classes − 1)), {len(problem.layers)} layers: {minutes} "
         f"on one core, {FEW_SECONDS} seconds with --limit {few}."
     )
 

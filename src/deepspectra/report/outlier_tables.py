@@ -91,8 +91,8 @@ def _name(key: Any) -> str:
 
 
 def share_text(share: float, error: float) -> str:
-    """In per cent, with its error if that is known."""
-    return f"{percent(share)} ± {percent(error)}" if math.isfinite(error) else percent(share)
+    """In per cent, with its error: a question mark if that is not known, or as large as all shares together."""
+    return f"{percent(share)} ± {percent(error) if error < 1 else '?'}"
 
 
 def printed(dataset: xr.Dataset, table: str) -> Any:
@@ -116,4 +116,4 @@ def printed(dataset: xr.Dataset, table: str) -> Any:
 
 
 def _in_math(share: float, error: float) -> str:
-    return f"{100 * share:.1f}" + (f" \\pm {100 * error:.1f}" if math.isfinite(error) else "")
+    return f"{100 * share:.1f} \\pm {f'{100 * error:.1f}' if error < 1 else '?'}"

@@ -177,11 +177,11 @@ def test_a_killed_command_goes_on_behind_training_and_stages(tmp_path):
     command += ["--num-probes", "1", "--num-steps", "4", "--resume", "--out", str(tmp_path)]
     found = tmp_path / "stages" / "analysis" / "top-eigenpairs-of-H.pt"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not found.exists() and time.monotonic() < deadline:
             time.sleep(0.005)
         first.kill()
-    assert found.exists(), "no eigenpairs were kept within 120 s; nothing could be stopped behind them"
+    assert found.exists(), "no eigenpairs were kept within 300 s; nothing could be stopped behind them"
     assert not (tmp_path / "analysis.nc").exists()
     trained = (tmp_path / "model.safetensors").read_bytes()
     again = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -9,7 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -26,10 +26,10 @@ from deepspectra.errors import DeepSpectraError, OptionError
 from deepspectra.jobs.analyze import Analysis, analyze, save_series
 from deepspectra.jobs.certify import certified, unseen
 from deepspectra.jobs.certify_dataset import certificate_dataset
-from deepspectra.jobs.command_output import finish, in_json
+from deepspectra.jobs.command_output import finish, in_json, tell
 from deepspectra.jobs.command_targets import CONSOLE, AsJson, Choice, Moment, Out, Seed, chosen_problem, moments
 from deepspectra.jobs.compare_dataset import comparison_dataset
-from deepspectra.jobs.effort import long_spectra
+from deepspectra.jobs.estimate import JOBS, MINUTE, estimate
 from deepspectra.jobs.finished_stages import forget
 from deepspectra.jobs.layers_dataset import layer_dataset
 from deepspectra.jobs.one_voice import among_all, by_first, complain, one_voice
@@ -56,7 +56,6 @@ Command = Callable[..., None]
 LAST = ("split", "at", "resume", "seed")  # of a command's options
 MALLOC_OPTIONS = {-3: 2**31 - 1, -1: 2**31 - 1, -2: 2**28}  # mmap threshold, trim threshold, top pad
 JUDGED = ("kfac", "ekfac", "cfac")  # Kronecker-factored approximations
-SPECTRA_OF_REGIONS = 3  # of a layer, with its knock-outs, in units of eigenvalues and vectors
 STAGES = "stages"  # folder of what an analysis keeps to be resumed
 
 
@@ -206,7 +205,7 @@ def layers_command(
     """Features, errors and gradients of every layer, exactly: for up to about 12,000 examples × (classes − 1)."""
 
     def look(moment: Moment) -> tuple[str, Dataset]:
-        _warn_of_long_spectra(moment.subject.problem)
+        _foretell(moment.subject.problem, "layers")
         with _status("layers") as show:
             found = layers(moment.subject.problem, kronecker=JUDGED if kronecker else (), progress=show)
         return str(found), layer_dataset(found, moment.subject.problem, moment.subject.labels)
@@ -233,7 +232,7 @@ def regions_command(
 
     def look(moment: Moment) -> tuple[str, Dataset]:
         groups = NUM_GROUPS if num_groups is None else num_groups
-        _warn_of_long_spectra(moment.subject.problem, spectra=len(kinds) * (groups + 1) * SPECTRA_OF_REGIONS)
+        _foretell(moment.subject.problem, "regions", of=kinds, num_groups=groups)
         found = []
         for kind in kinds:
             with _status(kind) as show:
@@ -276,9 +275,30 @@ def _status(what: str) -> Iterator[LayerProgress]:
         yield lambda done, total, name: status.update(f"{what}: {name} ({done} of {total or 'some'} done)")
 
 
-def _warn_of_long_spectra(problem: Problem, spectra: int = 1) -> None:
-    if words := long_spectra(problem, spectra):
-        CONSOLE.print(words)
+def _foretell(problem: Problem, job: str, **options: Any) -> None:
+    """Say what a job will take, if that is more than a minute or than there is memory for."""
+    plan = estimate(problem, job, **options)
+    if plan.total_seconds > MINUTE or not plan.fits:
+        CONSOLE.print(plan.told, highlight=False)
+
+
+@_command("estimate", out="", without=("out", "overwrite", "epochs", "at", "split", "resume"))
+def estimate_command(
+    target: Target = None,
+    *,
+    chosen: Choice,
+    job: Annotated[str, typer.Option(help=f"What is to be done: {', '.join(JOBS)}.")] = JOBS[0],
+    effort: Annotated[str, typer.Option(help="Of an analysis: quick, standard or paper.")] = "standard",
+) -> None:
+    """Time and memory that a job will take, stage by stage, from one measured batch; the job is not run.
+
+    A network of the zoo is taken untrained, unless there is a checkpoint. Exit status 2 if memory is not enough.
+    """
+    problem = chosen_problem(target, chosen, snapshots=None).problem
+    plan = estimate(problem, job, effort)
+    tell(plan, as_json=chosen.as_json)
+    if not plan.fits:
+        raise typer.Exit(2)
 
 
 @_command("certify", out="deepspectra-certify", without=("at", "split"))
@@ -323,10 +343,11 @@ def compare_command(first: Target = None, second: Target = None, *, chosen: Choi
         raise OptionError("compare takes two targets, or none and a model of the zoo, trained twice.")
     _claim(chosen, "compare")
     seed = chosen.seed
-    problems = []
+    problems: list[Problem] = []
     for target, one in zip((first, second), _seeds(chosen, chosen.out, 2), strict=True):
         problem, _, labels, _ = chosen_problem(target, one, draw=seed)
         problems.append(problem)
+    _foretell(problems[0], "compare")
     with _status("comparing") as show:
         found = compare(*problems, seed=seed, progress=show)
     dataset = comparison_dataset(found, problems[0], labels._replace(seed=seed))

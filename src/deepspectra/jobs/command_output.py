@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import typer
 
 from deepspectra.glossary import terms_in
 from deepspectra.jobs.command_targets import CONSOLE
+from deepspectra.jobs.estimate import Plan
 from deepspectra.jobs.one_voice import by_first
 from deepspectra.jobs.pages import Dataset, save_dataset, write_page
 
@@ -56,6 +57,16 @@ def finish(
         typer.echo(in_json(dataset))
 
 
+@by_first
+def tell(plan: Plan, *, as_json: bool) -> None:
+    """Say what a job will take, as a table or as one line of JSON."""
+    stages = [stage._asdict() | {"fits": stage.fits} for stage in plan.stages]
+    about = {"job": plan.job, "effort": plan.effort, "what": plan.what, "advice": plan.advice, "fits": plan.fits}
+    sums = {"seconds": plan.total_seconds, "products": plan.num_products, "num_bytes": plan.peak_bytes}
+    numbers = {"gradient_seconds": plan.gradient_seconds, "memory_bytes": plan.memory}
+    typer.echo(json_line({**about, **sums, **numbers, "stages": stages}) if as_json else str(plan))
+
+
 def wrapped(text: str) -> str:
     """Sentences in lines as wide as the terminal, broken between words."""
     return textwrap.fill(text, shutil.get_terminal_size((100, 24)).columns, break_long_words=False)
@@ -70,8 +81,12 @@ def explain(text: str) -> None:
 
 def in_json(dataset: Dataset) -> str:
     """A dataset as one line of JSON: attributes, coordinates, and variables with their dimensions; NaN is null."""
-    found: str = json.dumps(_plain(dataset.to_dict()), ensure_ascii=False, allow_nan=False)
-    return found
+    return json_line(dataset.to_dict())
+
+
+def json_line(tree: Mapping[str, Any]) -> str:
+    """The same of names and numbers."""
+    return json.dumps(_plain(tree), ensure_ascii=False, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from deepspectra.problem.memory_budget import share
 from deepspectra.problem.problem import Problem
 
 BACKWARD = 3  # a gradient's operations, in units of a forward pass's
@@ -16,8 +17,6 @@ ACCELERATED = 50  # times as many operations take an accelerator the time that t
 DENSE = 3  # P³ operations, as fast as those of products, that all eigenvalues of a dense matrix take
 LARGE = 1e11  # operations of a gradient, about three seconds of one core, from which on pairs are fewer and rougher
 FEWEST_STEPS = 5
-SECONDS_OF_CUBE = 4e-10  # of eigenvalues and vectors of a dense matrix, times the cube of its rows, on a CPU
-MINUTE, FEW_SECONDS = 60, 10
 WORTH_STEPS = 16  # of each probe, before there are more than two
 
 
@@ -81,7 +80,7 @@ def effort_for(problem: Problem, operations: float, effort: str = "standard") ->
     size = problem.num_parameters
     products = speed * level.operations / (PRODUCT * operations)
     num_probes = level.num_probes if products >= level.num_probes * WORTH_STEPS else 2
-    fitting = 3 * 8 * size**2 <= problem.memory // 3  # a matrix, and what its eigenvalues take beside
+    fitting = 3 * 8 * size**2 <= share(problem.memory, "matrix")  # a matrix, and what its eigenvalues take beside
     return Effort(
         name=effort,
         spare_pairs=3 if small else 0,
@@ -94,41 +93,18 @@ def effort_for(problem: Problem, operations: float, effort: str = "standard") ->
     )
 
 
-def plan(problem: Problem, effort: Effort, num: int, gradient_seconds: float, *, classed: bool = True) -> str:
-    """What is about to be done, what it takes, and what its figures will resolve; `num` pairs of H and of G."""
+def described(problem: Problem, effort: Effort, num: int, *, classed: bool = True) -> str:
+    """What an analysis with `num` pairs of H and of G does, and what its figures will resolve."""
     rows = problem.num_examples * (problem.num_classes - 1)
-    exact, each = classed and rows <= effort.exact_rows, effort.num_probes * effort.num_steps
-    drawn = f"{effort.num_probes} × {effort.num_steps} products"
+    exact, drawn = classed and rows <= effort.exact_rows, f"{effort.num_probes} × {effort.num_steps} products"
     resolved = "Figures have bins as wide as what these products leave open."
     if effort.dense:
-        each, drawn, resolved = problem.num_parameters, "all eigenvalues", "Spectra are exact."
+        drawn, resolved = "all eigenvalues", "Spectra are exact."
     of_g = f"all eigenvalues of {rows:,} gradients" if exact else drawn
-    products = (2 if exact else 3) * each
-    minutes = products * PRODUCT * gradient_seconds / 60
-    took = "under a minute" if minutes < 1 else f"about {minutes:.0f} minutes"
-    first = f"{effort.name}: {num} top eigenpairs of H and of G; " + (
-        "means of classes, knock-outs; " if classed else ""
-    )
+    means = "means of classes, knock-outs; " if classed else ""
     return (
-        f"{first}density of H and of R by {drawn}, of G by {of_g}. Of the densities {products:,} products, {took} at "
-        f"the pace of the first gradient of all the data, the unit of cost: {gradient_seconds:.2g} s. {resolved}"
-    )
-
-
-def long_spectra(problem: Problem, spectra: int = 1) -> str:
-    """How long so many dense spectra of every layer will take, and with which --limit seconds; "" if not minutes."""
-    num_rows = problem.num_examples * (problem.num_classes - 1)
-    sizes: dict[str, int] = {}
-    for name, value in problem.parameters.items():
-        layer = name.rpartition(".")[0]
-        sizes[layer] = sizes.get(layer, 0) + value.numel()
-    seconds = spectra * SECONDS_OF_CUBE * sum(min(num_rows, size) ** 3 for size in sizes.values())
-    if seconds < MINUTE:
-        return ""
-    few = max(2, int(problem.num_examples * (FEW_SECONDS / seconds) ** (1 / 3)))
-    return (
-        f"{num_rows:,} rows (examples × (classes − 1)), {len(sizes)} layers: about {seconds / 60:.0f} minutes on one "
-        f"core, {FEW_SECONDS} seconds with --limit {few}."
+        f"{effort.name}: {num} top eigenpairs of H and of G; {means}density of H and of R by {drawn}, of G by "
+        f"{of_g}. {resolved}"
     )
 
 

@@ -245,8 +245,9 @@ class Choice:
 
 def coarse_types(problem: Problem) -> str:
     """What a problem is computed in that is coarser than float32, such as "bfloat16"; "" if nothing is."""
-    found = [str(dtype).removeprefix("torch.") for dtype in sorted(problem.arithmetic & HALF, key=str)]
-    if problem.device.type == "cuda" and torch.float32 in problem.arithmetic and _takes_tf32():
+    kinds = HALF & {problem.dtype} | (problem.casts if problem.dtype != torch.float64 else frozenset())
+    found = [str(dtype).removeprefix("torch.") for dtype in sorted(kinds, key=str)]
+    if problem.device.type == "cuda" and problem.dtype == torch.float32 and _takes_tf32():
         found.append("TF32")
     return " and ".join(found)
 

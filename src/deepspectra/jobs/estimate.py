@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from deepspectra.analysis.layer_blocks import SMALL
-from deepspectra.analysis.regions import NUM_GROUPS
+from deepspectra.analysis.regions import BLOCK, NUM_GROUPS
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
 from deepspectra.argument_checks import check_choice
 from deepspectra.dataframes import Tabular, text_table
@@ -30,6 +30,9 @@ KNOCKOUTS = 1  # products of an attribution, for each class
 TAIL, MAP = 0.4, 0.015  # seconds of a tail's laws, and of a map of means, for each of C² of them
 SIDES = 7  # tails that are looked at
 KNOCKED = 3  # exact spectra with their knock-outs, in units of all eigenvalues and vectors
+RITZ = 8  # eigenproblems of the basis of a density, for what has converged and what nodes weigh
+CUT = 4  # spectra of regions, in the same unit,
+DOUBLE = 2  # times as long take products in float64, as those of the Hessian's regions are
 BLOCK_PRODUCTS = 100  # with a layer's block of H, where it is not that of G
 CHECKS = 2  # products by which that is seen
 COLUMNS = 64  # of a dense matrix that go through a graph together, at most
@@ -287,6 +290,7 @@ def _density(pace: Pace, effort: Effort, kind: str, name: str) -> Stage:
     products = max(1, probes * steps)
     basis = min(products, room)
     seconds = pace.building(kind) + products * (pace.product(kind, probes) + 2 * basis / 2 * pace.step)
+    seconds += RITZ * pace.cube * basis**3
     return Stage(name, products, seconds, kept + basis * pace.vector)
 
 
@@ -351,9 +355,10 @@ def _of_regions(pace: Pace, of: Sequence[str], num_groups: int) -> Iterator[Stag
         rows = num if kind == "features" else num_rows
         matrices = 10 + 2 * num_groups if kind == "hessian" else 4
         inner = pace.rows.pair * rows**2
-        spectra = (1 if kind == "hessian" else places) * looks * KNOCKED * pace.cube * rows**3
+        spectra = (1 if kind == "hessian" else places) * looks * CUT * pace.cube * rows**3
         products = num_rows if kind == "hessian" else 0
-        seconds = pace.rows.seconds + inner + spectra + products * 2 * pace.product("hessian", 32)
+        each = DOUBLE * (pace.product("hessian", BLOCK) + pace.gradient) if products else 0.0  # and A v, Aᵀ u
+        seconds = pace.rows.seconds + inner + spectra + products * each
         size = matrices * 8 * rows**2
         few = num * (problem.memory / size) ** 0.5
         yield Stage(f"regions of {kind}", products, seconds, size, problem.memory, few)

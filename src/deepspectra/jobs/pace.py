@@ -26,6 +26,7 @@ OPERATORS: dict[str, Callable[[Problem], Curvature]] = {
 }
 TIMES, ENOUGH = 5, 0.3  # as often is a step timed, unless it takes longer together, in seconds
 ROWS = 200  # of gradients, whose inner products are timed
+BASIS_BYTES = 2**25  # of vectors, beyond what a cache holds, by which orthogonalising is timed
 BENT = 1e-4  # ‖R v‖/‖H v‖ of a layer's blocks, from which that of R is not zero
 CUBE_ROWS = 600  # of a dense matrix, whose eigenvalues and vectors are timed
 
@@ -120,8 +121,9 @@ class Pace:
     @functools.cached_property
     def step(self) -> float:
         """Seconds in which a vector of length P is multiplied with another and that is taken from it."""
-        few, one = self._block(8).T.contiguous(), self._block(1)
-        return self._timed(lambda: one - few.T @ (few @ one)) / len(few)
+        one = self._block(1)
+        many = one.new_ones(max(8, min(256, BASIS_BYTES // self.vector)), len(one))
+        return self._timed(lambda: one - many.T @ (many @ one)) / len(many)
 
     @functools.cached_property
     def cube(self) -> float:

@@ -73,7 +73,7 @@ class Problem(_Named):
         parameter_names: names of the selected parameters, in the order of the vector.
         layers: names of the modules that own them.
         memory: the budget in bytes.
-        arithmetic: the types in which it is computed: its own, and half precision that the network casts to inside.
+        casts: types of half precision in which the network computes inside, where it is in another.
         cuts: whether batches may be cut into examples along the first dimension.
 
     Raises:
@@ -127,7 +127,7 @@ class Problem(_Named):
         if module.is_caught:
             module.follow(given)
         saved = check_gradient(module, self.loss_function, self._trainable, first, given)
-        self.arithmetic = {self.dtype} | (saved.dtypes & HALF)
+        self.casts = saved.dtypes & HALF - {self.dtype}
         each = saved.num_bytes / max(1, length(first.batch)) if self.cuts else 0.0
         self.batch_size = suitable_batch_size(each, self.model, self.memory, self.device)
         if self.cuts:
@@ -139,8 +139,7 @@ class Problem(_Named):
     def _count(self, first: Trial | None = None) -> None:
         """Count the rows; hold the data together if the loss is no mean over rows. What `first` gives is known."""
         found = count_rows(self._module, self.batches, self.loss_function, self.parameters, first)
-        self.num_examples, self.total_weight = found.num_rows, found.total_weight
-        self.num_classes = found.num_classes
+        self.num_examples, self.num_classes, self.total_weight = found.num_rows, found.num_classes, found.total_weight
         misfit = found.misfit(self.dtype)
         if misfit != 0 and (self.cuts or self.batches.num_batches > 1):
             join_batches(self.batches, misfit, self.loss_function)
@@ -274,10 +273,7 @@ class Problem(_Named):
         """The problem on other batches, with a model of its own in another dtype."""
         twin = evaluation_copy(self.model).to(device=self.device, dtype=dtype)
         own = _detached(twin, self.parameters)
-        kinds = {dtype} if dtype == torch.float64 else {dtype} | (self.arithmetic & HALF - {self.dtype})
-        return self.variant(
-            dtype=dtype, arithmetic=kinds, _module=self._module.recast(twin), parameters=own, batches=batches
-        )
+        return self.variant(dtype=dtype, _module=self._module.recast(twin), parameters=own, batches=batches)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_derived": {}, "parameters": self.parameter_names}

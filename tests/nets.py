@@ -298,6 +298,31 @@ def attention_function(dtype: torch.dtype = torch.float64) -> Case:
     return Case(CausalBlock().to(dtype), chunks(tokens, targets, [3, 1, 4]), classes_last=True)
 
 
+class LanguageModel(nn.Module):
+    """The same block as models of language libraries are called: by names, with the loss among what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = CausalBlock(num_tokens=4)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.block(input_ids)
+        shifted = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return {"loss": functional.cross_entropy(*shifted), "logits": logits}
+
+
+def language_model(dtype: torch.dtype = torch.float64) -> Case:
+    """Next-token prediction over dictionaries of sentences of unequal lengths, one of them padded."""
+    torch.manual_seed(36)
+    batches = []
+    for num, length in ((2, 4), (3, 3), (1, 4)):
+        tokens = torch.randint(4, (num, length))
+        answers = tokens.clone()
+        answers[0, -1] = -100
+        batches.append({"input_ids": tokens, "labels": answers})
+    return Case(LanguageModel().to(dtype), batches)
+
+
 def flat_tokens(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Logits (B, T, V) and targets (B, T) as one row a token."""
     return model(batch[0]).flatten(0, 1), batch[1].flatten()

@@ -49,7 +49,8 @@ def problem_of(name: str) -> ds.Problem:
             net, data = nets.trained_on_digits(12, (16,), epochs=10)
             inputs = data.inputs.double(), data.targets
             return ds.sharded(ds.Problem(net.double(), inputs, memory="2GiB"))
-        return ds.sharded(nets.CASES[name]().problem(memory="2GiB"))
+        case = nets.language_model() if name == "language_model" else nets.CASES[name]()
+        return ds.sharded(case.problem(memory="2GiB"))
 
 
 def sums(name: str) -> dict[str, Tensor]:
@@ -98,7 +99,7 @@ def spectra(name: str) -> dict[str, Tensor]:
     for kind in ("kfac", "ekfac", "cfac") if problem.splits_by_class else ("kfac", "ekfac"):
         factors = ds.kronecker(problem, kind=kind)
         found[kind] = factors @ block
-    for of in ("features", "errors"):
+    for of in ("features", "errors") if name != "language_model" else ():  # whose last tokens have features alone
         found[of] = ds.class_means(problem, of).class_means
     return {key: value for k, v in found.items() for key, value in flattened(k, v).items()}
 

@@ -267,7 +267,9 @@ def test_what_is_wrong_is_said_in_one_message(folder, arguments, message, monkey
 
 
 def test_the_commands_and_their_options_are_these(folder):
-    assert {"demo", "analyze", "layers", "regions", "report"} <= set(run("--help", cwd=folder).stdout.split())
+    assert {"demo", "analyze", "estimate", "layers", "regions", "report"} <= set(
+        run("--help", cwd=folder).stdout.split()
+    )
     words = run("analyze", "--help", cwd=folder).stdout
     for option in (
         "--model",

@@ -23,6 +23,7 @@ PAGES = [
     DOCS / "tutorial.md",
     DOCS / "coming-from.md",
     DOCS / "gallery.md",
+    DOCS / "planning.md",
     *sorted((DOCS / "howto").glob("*.md")),
 ]
 PICTURE = re.compile(r"!\[[^]]*\]\((gallery/[^)]+)\)")

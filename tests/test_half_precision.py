@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import deepspectra as ds
+from deepspectra.derivatives import way_choice
+from deepspectra.jobs.layers_dataset import layer_dataset
+from deepspectra.jobs.pages import precision
 
 TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.005}  # of norms; the types round to 4e-3 and 5e-4
 KINDS = ("kfac", "ekfac", "cfac", "optimal")
@@ -143,3 +146,59 @@ def test_half_precision_rounds_what_the_network_does_and_no_more(name, net, dtyp
         warnings.filterwarnings("ignore", message=".*the rounding of this dtype allows no less")
         found = CALLS[name](*problems(net, dtype))
     assert float((found - expected).norm()) <= TOLERANCE[dtype] * float(expected.norm())
+
+
+class Cast(nn.Module):
+    """A network in float32 that computes in bfloat16 inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = convolutional()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x).float()
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype", "coarse"),
+    [
+        (convolutional, torch.bfloat16, "bfloat16"),
+        (convolutional, torch.float16, "float16"),
+        (Cast, None, "bfloat16"),
+        (convolutional, None, ""),
+    ],
+    ids=["bfloat16", "float16", "autocast inside", "float32"],
+)
+@pytest.mark.filterwarnings("ignore:.*inside .autocast", "ignore:.*the rounding of this dtype")
+def test_how_far_products_are_off_is_measured_kept_and_told(make, dtype, coarse):
+    torch.manual_seed(0)
+    x, labels = torch.randn(12, 1, 3, 3), torch.arange(12) % 3
+    problem = ds.Problem(make().eval(), (x, labels), dtype=dtype)
+    pairs = ds.eigenpairs(ds.Hessian(problem), 2, rtol=0.1)
+    exact = ds.Hessian(problem.to(torch.float64))
+    v = torch.randn(problem.num_parameters, generator=torch.Generator().manual_seed(0))
+    off = ((ds.Hessian(problem) @ v).double() - exact @ v.double()).norm() / (exact @ v.double()).norm()
+    if not coarse:
+        assert pairs.provenance.rounding is None
+        assert precision(problem) == []
+        return
+    told = pairs.provenance.rounding
+    assert float(off) / 5 < told < 5 * float(off)  # of other examples, along another direction
+    assert f"products are off by {told:.1%}" in str(pairs)
+    (sentence,) = precision(problem)
+    assert sentence.startswith(f"Computed in {coarse}: H v is off by {told:.1%}")
+
+
+def test_the_verdict_of_every_page_tells_precision():
+    one, _ = problems("words", torch.bfloat16)
+    assert "Computed in bfloat16: J v is off by" in layer_dataset(ds.layers(one, hessian=False), one).attrs["verdict"]
+
+
+def test_tf32_is_told_where_a_gpu_takes_it(monkeypatch):
+    _, one = problems("words", torch.float32)
+    gpu = one.variant(device=torch.device("cuda"))
+    for asked in (True, False):
+        monkeypatch.setattr(way_choice, "_takes_tf32", lambda asked=asked: asked)
+        assert way_choice.coarse_types(gpu) == ("TF32" if asked else "")
+        assert way_choice.coarse_types(one) == ""

@@ -23,6 +23,7 @@ from deepspectra.certificates.binomial_bounds import kl_inverse
 from deepspectra.certificates.certify import certify
 from deepspectra.certificates.priors import Prior
 from deepspectra.jobs.analyze import Analysis, analyze, load, save_series
+from deepspectra.jobs.estimate import Plan, estimate
 from deepspectra.jobs.executors import RayExecutor
 from deepspectra.jobs.sweep import sweep
 from deepspectra.jobs.sweep_store import gather
@@ -45,6 +46,7 @@ __all__ = [
     "Hessian",
     "Identity",
     "Kronecker",
+    "Plan",
     "Prior",
     "Problem",
     "RayExecutor",
@@ -63,6 +65,7 @@ __all__ = [
     "diagonal",
     "dissect",
     "eigenpairs",
+    "estimate",
     "frobenius_norm",
     "gather",
     "gram_spectrum",

@@ -15,7 +15,7 @@ import typer
 
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.layers import layers
-from deepspectra.analysis.regions import NUM_GROUPS, knockouts_of, regions
+from deepspectra.analysis.regions import NUM_GROUPS, regions
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
 from deepspectra.certificates.binomial_bounds import BOUNDS
 from deepspectra.certificates.posterior import BASES
@@ -25,10 +25,10 @@ from deepspectra.errors import DeepSpectraError, OptionError
 from deepspectra.jobs.analyze import Analysis, analyze, save_series
 from deepspectra.jobs.certify import certified, unseen
 from deepspectra.jobs.certify_dataset import certificate_dataset
-from deepspectra.jobs.command_output import STAGES, finish, forget, in_json, kept, status, tell_if_long
+from deepspectra.jobs.command_output import STAGES, finish, foretell, forget, in_json, kept, status, tell
 from deepspectra.jobs.command_targets import CONSOLE, AsJson, Choice, Moment, Out, Seed, chosen_problem, moments
 from deepspectra.jobs.compare_dataset import comparison_dataset
-from deepspectra.jobs.effort import seconds_of_layers, seconds_of_regions
+from deepspectra.jobs.estimate import JOBS, estimate
 from deepspectra.jobs.layers_dataset import layer_dataset
 from deepspectra.jobs.one_voice import among_all, complain, one_voice
 from deepspectra.jobs.pages import (
@@ -41,6 +41,7 @@ from deepspectra.jobs.pages import (
 from deepspectra.jobs.regions_dataset import regions_dataset
 from deepspectra.jobs.sweep_cell import DONE
 from deepspectra.jobs.sweep_command import sweep_of
+from deepspectra.problem.problem import Problem
 from deepspectra.results import versions
 from deepspectra.rows.averages import METHODS
 
@@ -196,9 +197,9 @@ def layers_command(
 
     def look(moment: Moment, stages: Path | None) -> Dataset:
         problem = moment.subject.problem
-        work = seconds_of_layers(problem)
-        tell_if_long(problem, work.values(), chosen)
-        with status("layers", work) as show:
+        plan = estimate(problem, "layers")
+        foretell(plan, chosen)
+        with status("layers", plan.work()) as show:
             found = layers(problem, kronecker=JUDGED if kronecker else (), resume=stages, progress=show)
         dataset = layer_dataset(found, problem, moment.subject.labels)
         finish(dataset, moment.out, "layers", said=str(found), as_json=chosen.as_json)
@@ -225,12 +226,13 @@ def regions_command(
         raise OptionError(f"--of {of}: expected some of {', '.join(KINDS_OF_REGIONS)}.")
 
     def look(moment: Moment, stages: Path | None) -> Dataset:
-        problem, groups = moment.subject.problem, NUM_GROUPS if num_groups is None else num_groups
-        work = {kind: seconds_of_regions(problem, kind, len(knockouts_of(kind, method)), groups) for kind in kinds}
-        tell_if_long(problem, (seconds for one in work.values() for seconds in one.values()), chosen)
+        problem = moment.subject.problem
+        groups = NUM_GROUPS if num_groups is None else num_groups
+        plan = estimate(problem, "regions", of=kinds, num_groups=groups)
+        foretell(plan, chosen)
         found = []
         for kind in kinds:
-            with status(kind, work[kind]) as show:
+            with status(kind, plan.work(kind)) as show:
                 settings = functools.partial(regions, method=method, num_groups=num_groups, seed=chosen.seed)
                 found.append(settings(problem, kind, resume=stages, progress=show))
         dataset = regions_dataset(found, problem, moment.subject.labels)
@@ -279,6 +281,25 @@ def _look_at_moments(
         forget(out, stem)
 
 
+@_command("estimate", out="", without=("out", "overwrite", "epochs", "at", "split", "resume"))
+def estimate_command(
+    target: Target = None,
+    *,
+    chosen: Choice,
+    job: Annotated[str, typer.Option(help=f"What is to be done: {', '.join(JOBS)}.")] = JOBS[0],
+    effort: Annotated[str, typer.Option(help="Of an analysis: quick, standard or paper.")] = "standard",
+) -> None:
+    """Time and memory that a job will take, stage by stage, from one measured batch; the job is not run.
+
+    A network of the zoo is taken untrained, unless there is a checkpoint. Exit status 2 if memory is not enough.
+    """
+    problem = chosen_problem(target, chosen, snapshots=None).problem
+    plan = estimate(problem, job, effort)
+    tell(plan, as_json=chosen.as_json)
+    if not plan.fits:
+        raise typer.Exit(2)
+
+
 @_command("certify", out="deepspectra-certify", without=("at", "split"))
 def certify_command(
     target: Target = None,
@@ -320,12 +341,14 @@ def compare_command(first: Target = None, second: Target = None, *, chosen: Choi
         raise OptionError("compare takes two targets, or none and a model of the zoo, trained twice.")
     _claim(chosen, "compare")
     seed = chosen.seed
-    problems = []
+    problems: list[Problem] = []
     for target, one in zip((first, second), _seeds(chosen, chosen.out, 2), strict=True):
         problem, _, labels, _ = chosen_problem(target, one, draw=seed)
         problems.append(problem)
+    plan = estimate(problems[0], "compare")
+    foretell(plan, chosen)
     with kept(chosen, chosen.out, "compare") as stages:
-        with status("comparing", seconds_of_layers(problems[0])) as show:
+        with status("comparing", plan.work()) as show:
             found = compare(*problems, seed=seed, resume=stages, progress=show)
         dataset = comparison_dataset(found, problems[0], labels._replace(seed=seed))
         finish(dataset, chosen.out, "compare", said=str(found), as_json=chosen.as_json)

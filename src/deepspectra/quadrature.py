@@ -289,6 +289,7 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
             f"density of {self.provenance.operator}: {how}"
             + (f", deflated pairs to {self.deflation_residual:.1e}" if self.deflation_residual else "")
             + f", {Cost(self.num_products, self.seconds)}",
+            *self.provenance.caveats,
         ]
         return "\n".join(rows)
 

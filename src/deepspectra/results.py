@@ -33,7 +33,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a result came from."""
+    """Where a result came from.
+
+    Attributes:
+        rounding: the relative error of a product, measured against float64 on a few examples, where a network
+            computes in half precision or TF32; None where it does not, or nothing was measured.
+    """
 
     operator: str
     size: int
@@ -41,6 +46,7 @@ class Provenance:
     device: str
     seed: int | None
     versions: dict[str, str] = field(default_factory=dict)
+    rounding: float | None = None
 
     @staticmethod
     def of(source: Any, name: str = "", *, size: int | None = None, seed: int | None = None) -> Provenance:
@@ -52,7 +58,13 @@ class Provenance:
         )  # a problem's own name is its user's
         name = name or of_matrix or "Gauss-Newton"
         dtype = str(source.dtype).removeprefix("torch.")
-        return Provenance(name, size, dtype, str(source.device), seed, versions())
+        rounding = getattr(source, "rounding", None)
+        return Provenance(name, size, dtype, str(source.device), seed, versions(), rounding)
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What a table says of its numbers, beside them."""
+        return () if self.rounding is None else (f"products are off by {self.rounding:.1%}: half precision or TF32",)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -239,6 +251,7 @@ class Eigenpairs(Result, Tabular, columns=("values", "residual_norms", "error_bo
             rows,
             f"{self.which} {len(self.values)} of {self.provenance.operator}: {state}, worst residual/|λ| "
             f"{self.worst:.1e} (rtol {self.rtol:.1e}), {Cost(self.num_products, self.seconds)}{before}",
+            *self.provenance.caveats,
         )
 
 
@@ -275,7 +288,7 @@ class Estimate(Result, Tabular, columns=("quantity", "value", "standard_error"))
         cost = Cost(self.num_products, self.seconds)
         note = f"{self.quantity} of {self.provenance.operator} by {self.method}, {cost}"
         rows = [("standard error", f"{self.standard_error:.2g}")]
-        return text_table((self.quantity, f"{self.value:.6g}"), rows, note)
+        return text_table((self.quantity, f"{self.value:.6g}"), rows, note, *self.provenance.caveats)
 
 
 @dataclass(frozen=True, repr=False)
@@ -314,4 +327,4 @@ class Diagonal(Result, Tabular, columns=("values", "standard_error")):
         ]
         note = f"{self.provenance.operator} by {self.method}, {Cost(self.num_products, self.seconds)}"
         head = ("smallest, largest entry", f"{float(low):.5g}", f"{float(high):.5g}")
-        return text_table(head, rows, f"diagonal of {note}")
+        return text_table(head, rows, f"diagonal of {note}", *self.provenance.caveats)

@@ -7,15 +7,11 @@ import torch
 from torch import nn
 
 import deepspectra as ds
-from deepspectra.analysis.regions import OF, knockouts_of
 from deepspectra.errors import OptionError
 from deepspectra.jobs.effort import (
     EFFORTS,
     count_operations,
     effort_for,
-    seconds_of_layers,
-    seconds_of_regions,
-    told_if_long,
 )
 from deepspectra.jobs.stage_meter import Ledger
 
@@ -126,25 +122,3 @@ def test_a_slow_machine_does_the_same(monkeypatch):
     assert slow.attrs["gradient_seconds"] == 100
     assert json.loads(quick.attrs["provenance"])["probes × steps of densities"] == "all eigenvalues"
     assert quick.drop_vars(timed).equals(slow.drop_vars(timed))
-
-
-def test_the_time_of_regions_is_told_of_what_is_then_announced():
-    problem = problem_of(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(12, 3))
-    for of in OF:
-        announced = []
-        ds.regions(problem, of, num_groups=2, progress=lambda _, __, name, names=announced: names.append(name))
-        told = seconds_of_regions(problem, of, len(knockouts_of(of, "subtraction")), 2)
-        assert set(announced) <= set(told), of
-        assert all(seconds > 0 for seconds in told.values())
-
-
-def test_the_time_of_spectra_grows_with_the_cube_of_the_examples_and_a_limit_is_named_that_takes_seconds():
-    def problem(num):
-        return problem_of(nn.Sequential(nn.Linear(3, 4000), nn.Linear(4000, 2)), torch.randn(num, 3))
-
-    for told in (lambda one: seconds_of_regions(one, "gradients", 5, 8), seconds_of_layers):
-        few, many = (sum(told(problem(num)).values()) for num in (20, 40))
-        assert many == pytest.approx(8 * few)
-        words = told_if_long(problem(40), [1000.0])
-        assert "about 17 minutes on one core, 10 seconds with --limit 8" in words
-        assert told_if_long(problem(40), [50.0]) == ""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from deepspectra.jobs.stage_meter import Ledger, Pace
+from deepspectra.jobs.stage_meter import Countdown, Ledger
 
 
 class Machine:
@@ -50,7 +50,7 @@ def test_short_stages_pay_for_no_measurement_of_their_own():
 def test_time_to_go_follows_the_work_of_the_layers_that_are_left(monkeypatch):
     machine = Machine()
     monkeypatch.setattr("deepspectra.jobs.stage_meter.time.perf_counter", lambda: machine.now)
-    pace, said = Pace({"a": 1.0, "b": 2.0, "c": 7.0}), []
+    pace, said = Countdown({"a": 1.0, "b": 2.0, "c": 7.0}), []
     for done, (name, work) in enumerate([("a", 10), ("b", 20), ("c", 70)]):
         said.append(pace.left(done, 3, name))
         machine.work(work)
@@ -64,5 +64,5 @@ def test_time_to_go_follows_the_work_of_the_layers_that_are_left(monkeypatch):
 
 
 def test_nothing_is_said_of_what_has_no_end():
-    pace = Pace({})
+    pace = Countdown({})
     assert [pace.left(done, None, "products") for done in range(3)] == ["", "", ""]

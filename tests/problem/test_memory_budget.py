@@ -12,19 +12,33 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import deepspectra as ds
 from deepspectra import errors
+from deepspectra.derivatives.products import products_of
 from deepspectra.problem.memory_budget import (
     measured,
     parse_bytes,
     refuse_beyond,
     saved_by,
+    share,
     suitable_batch_size,
 )
+from deepspectra.rows.captures import captures_of
 from given import X, Y, mlp, refused
 
 
 @pytest.mark.parametrize("memory", ["much", -1, 0, "8 parsecs"])
 def test_memory_that_is_no_size(memory: Any) -> None:
     refused(errors.OptionError, re.escape(str(memory)), lambda: ds.Problem(mlp(), (X, Y), memory=memory))
+
+
+def test_what_stands_side_by_side_makes_the_whole() -> None:
+    assert sum(share(1200, name) for name in ("data", "basis", "graphs")) == 1200
+
+
+def test_shares_are_those_that_operators_captures_and_graphs_take() -> None:
+    problem = ds.Problem(mlp(), (X, Y), memory="12MiB")
+    assert ds.Hessian(problem).memory == share(problem.memory, "basis") == 3 * 2**20
+    assert products_of(problem).allowance.size == share(problem.memory, "graphs") == 6 * 2**20
+    assert captures_of(problem).limit == share(problem.memory, "factors") == 4 * 2**20
 
 
 def test_batches_suit_the_network_unless_their_size_is_given() -> None:

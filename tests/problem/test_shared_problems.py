@@ -11,7 +11,7 @@ import nets
 import shared_work
 from processes import run_in
 
-SEVERAL = ["every_option", "digits", "token_classes"]
+SEVERAL = ["every_option", "digits", "token_classes", "language_model"]
 UNEVEN = ["every_option"]  # batches of 5, 2 and 11 examples: the fourth of four processes has none
 DIFFERENT = ("weights", "order", "shares", "nothing", "one batch")
 

@@ -18,6 +18,7 @@ from deepspectra.confidence import standard_error
 from deepspectra.dataframes import text_table
 from deepspectra.operators.base import Operator
 from deepspectra.operators.parts import Decomposition
+from deepspectra.problem.memory_budget import share
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
 from deepspectra.results import Eigenpairs, Provenance, Result, Separation, origin
@@ -263,7 +264,7 @@ class RowGram(Operator):
         size = len(self.counted) * (rows.weights.shape[1] - 1)
         dtype = torch.promote_types(problem.dtype, torch.float32)
         super().__init__(size, dtype=dtype, device=problem.device, name="Gram matrix of the gradients")
-        self.memory, self.group = problem.memory // 4, problem.batches.group
+        self.memory, self.group = share(problem.memory, "basis"), problem.batches.group
 
     def reduced(self, pushed: Tensor) -> Tensor:
         """Rows A V (N, C, K) in the coordinates of this matrix: (R, K)."""

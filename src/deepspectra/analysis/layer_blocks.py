@@ -12,7 +12,7 @@ from deepspectra.algorithms.eigenpairs import eigenpairs
 from deepspectra.kfac.exact_blocks import ExactBlock
 from deepspectra.kfac.kronecker import all_from
 from deepspectra.kfac.operators import Block, Kronecker, KroneckerSum, Rotated
-from deepspectra.problem.memory_budget import refuse_beyond
+from deepspectra.problem.memory_budget import refuse_beyond, share
 from deepspectra.problem.problem import Problem, per_problem
 from deepspectra.rows.captures import captures_of
 from deepspectra.rows.held_rows import gram_of
@@ -49,7 +49,7 @@ class Blocks:
                 place = self.factors.places[name]
                 if place.weight in used:
                     block = ExactBlock(place, batches, self.factors.dtype)
-                    block.memory = self.captures.problem.memory // 4
+                    block.memory = share(self.captures.problem.memory, "basis")
                     block.remembered = self._spectra.setdefault(name, {})
                     if block.trace:
                         yield name, block

@@ -26,6 +26,7 @@ from deepspectra.certificates.posterior import (
 from deepspectra.certificates.priors import Store, learn
 from deepspectra.certificates.settings import Settings
 from deepspectra.certificates.stochastic_layers import Draws, PooledDraws
+from deepspectra.problem.memory_budget import share
 from deepspectra.problem.problem import Problem
 
 SMOOTHING = 0.98  # of the running estimate of the risk
@@ -64,7 +65,7 @@ class Descent:
         if name is not None:
             outputs, inputs = self.network.layers[name].prior_mean.shape
             numbers = len(self.examples) * (min(inputs, self.settings.num_directions) + 1 + outputs)
-            if numbers * self.examples.inputs.element_size() > self.problem.memory // 3:
+            if numbers * self.examples.inputs.element_size() > share(self.problem.memory, "factors"):
                 self.network.first = None  # what it needs of the inputs is then found anew each time
 
     def run(self, store: Store | None, name: str, progress: LayerProgress | None) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from deepspectra.problem.memory_budget import measured, refuse_beyond
+from deepspectra.problem.memory_budget import measured, refuse_beyond, share
 from deepspectra.problem.problem import Problem
 
 
@@ -76,7 +76,7 @@ class Graphs:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.allowance = Allowance(problem.memory // 2)
+        self.allowance = Allowance(share(problem.memory, "graphs"))
         self.allowance.holders.add(self)
         self._stores: dict[str, Store] = {}
 

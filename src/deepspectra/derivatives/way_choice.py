@@ -20,6 +20,7 @@ from deepspectra.derivatives.derivative_checks import (
 from deepspectra.derivatives.kept_graphs import Graphs
 from deepspectra.derivatives.ways import DoubleBackward, Jacobian, Linearized, Way
 from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError, first_line
+from deepspectra.problem.double_precision import HALF
 from deepspectra.problem.evaluated_model import refuse_modes
 from deepspectra.problem.example_subsets import small_problem, some_rows
 from deepspectra.problem.memory_budget import measured
@@ -42,6 +43,7 @@ class Choice:
 
     def __init__(self, problem: Problem, graphs: Graphs) -> None:
         self.notes: dict[str, str] = {}  # what was chosen and why, in words
+        self.rounding: dict[str, float] = {}  # "H v", "J v" → its relative error, where arithmetic is coarse
         self._problem, self._graphs = problem, graphs
         self._way: type[Way] | None = None
         self._linearize: bool | None = None
@@ -107,24 +109,36 @@ class Choice:
         return self._right_blocks[second]
 
     def _tell_rounding(self, what: str, error: Callable[[Problem, Problem], float]) -> None:
-        """Note how coarse products are in half precision, once."""
-        dtype, name = self._problem.dtype, f"rounding of {what}"
-        if dtype in (torch.float32, torch.float64) or name in self.notes:
+        """Measure and note, once, how coarse products are where the arithmetic is coarser than float32."""
+        coarse, name = coarse_types(self._problem), f"rounding of {what}"
+        if not coarse or name in self.notes:
             return
-        try:
-            found = error(self._sample(dtype), self._sample(torch.float32))
-        except FAILURES as failure:  # a network that runs in no other type
-            self.notes[name] = f"not measured: {first_line(failure)}"
+        found = self._rounding(error)
+        if isinstance(found, str):
+            self.notes[name] = f"not measured: {found}"
             return
+        self.rounding[what] = found
         self.notes[name] = (
-            f"in {str(dtype).removeprefix('torch.')} a product differs by {found:.1%} from that in float32, on a few "
-            "examples; sums over the data are in float32 and scalars in float64"
+            f"in {coarse} {what} is off by {found:.1%}, measured against float64 on a few examples; sums over the "
+            "data are in float32 and scalars in float64"
         )
+
+    def _rounding(self, error: Callable[[Problem, Problem], float]) -> float | str:
+        """The error, relative to float64, or to float32 of a network that runs in no other; or why there is none."""
+        why = ""
+        for dtype in (torch.float64, torch.float32)[: 2 if self._problem.dtype in HALF else 1]:
+            try:
+                return error(self._sample(self._problem.dtype), self._sample(dtype))
+            except FAILURES as failure:
+                why = why or first_line(failure)
+        return why
 
     def inherit(self, other: Choice) -> None:
         """Take what was found right for the same network on other data."""
         self._way, self._linearize, self._right_blocks = other._way, other._linearize, other._right_blocks
+        self.rounding |= other.rounding
         self.notes |= {name: other.notes[name] for name in ("way", "jacobian") if name in other.notes}
+        self.notes |= {name: note for name, note in other.notes.items() if name.startswith("rounding of")}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_samples": {}}
@@ -227,6 +241,20 @@ class Choice:
         if self._problem.device.type == "cuda":
             torch.cuda.synchronize(self._problem.device)
         return time.perf_counter()
+
+
+def coarse_types(problem: Problem) -> str:
+    """What a problem is computed in that is coarser than float32, such as "bfloat16"; "" if nothing is."""
+    kinds = HALF & {problem.dtype} | (problem.casts if problem.dtype != torch.float64 else frozenset())
+    found = [str(dtype).removeprefix("torch.") for dtype in sorted(kinds, key=str)]
+    if problem.device.type == "cuda" and problem.dtype == torch.float32 and _takes_tf32():
+        found.append("TF32")
+    return " and ".join(found)
+
+
+def _takes_tf32() -> bool:
+    """Whether products or convolutions of float32 are rounded to TF32 on a GPU, as convolutions are by default."""
+    return bool(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
 
 
 def _known(way: str) -> str:

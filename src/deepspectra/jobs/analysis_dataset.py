@@ -19,7 +19,7 @@ from deepspectra.algorithms.overlap import overlap
 from deepspectra.analysis.outlier_sources import layer_shares, share_errors
 from deepspectra.derivatives.products import products_of
 from deepspectra.jobs.findings import LETTERS, Findings
-from deepspectra.jobs.pages import Dataset, Labels, Variables, dataset_of, described, measured, provenance
+from deepspectra.jobs.pages import Dataset, Labels, Variables, dataset_of, described, measured, precision, provenance
 from deepspectra.jobs.spectrum_bins import VIEWS, Bins, binned
 
 OPERATORS = ("hessian", "gauss_newton", "residual")
@@ -365,6 +365,7 @@ def sentences(found: Findings) -> list[str]:
         on = "" if split == "train" else f"on the test data (loss {one.loss:.3g}, accuracy {one.accuracy:.1%}), "
         rest = "without outliers: " if found.classed else "of all: "
         lines += [f"Laws of the tails of |λ|, {on}{rest}{', '.join(listed)}."] if listed else []
+    lines += precision(found.problem)
     if found.ledger.doubts:
         lines.append("Not everything converged: " + "; ".join(found.ledger.doubts))
     return lines

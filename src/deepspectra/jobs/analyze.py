@@ -289,7 +289,7 @@ def analyze(
     """
     check_problem(problem)
     refuse_one_output(problem)
-    classed, ledger = has_labels(problem), Ledger(progress and problem.batches.group.rank == 0)
+    classed, ledger = has_labels(problem), Ledger(progress and problem.batches.group.rank == 0, foresees=progress)
     if groups is not None and not classed:
         raise OptionError("groups are of classes, and this problem has no class labels.")
     names = problem.class_names if classed else None

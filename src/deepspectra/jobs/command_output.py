@@ -8,7 +8,7 @@ import math
 import shutil
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ from deepspectra.argument_checks import LayerProgress
 from deepspectra.errors import FileError
 from deepspectra.glossary import terms_in
 from deepspectra.jobs.command_targets import CONSOLE, Choice
-from deepspectra.jobs.effort import told_if_long
+from deepspectra.jobs.estimate import MINUTE, Plan
 from deepspectra.jobs.one_voice import by_first
 from deepspectra.jobs.pages import Dataset, save_dataset, write_page
-from deepspectra.jobs.stage_meter import Pace
+from deepspectra.jobs.stage_meter import Countdown
 from deepspectra.problem import finished_stages
-from deepspectra.problem.problem import Problem
 
 PAGES = {"analysis": "report.html"}  # where a page is not called as its numbers are
 STAGES = "stages"  # folder of what the commands keep to be resumed, each in one of its own
@@ -66,6 +65,16 @@ def finish(
         typer.echo(in_json(dataset))
 
 
+@by_first
+def tell(plan: Plan, *, as_json: bool) -> None:
+    """Say what a job will take, as a table or as one line of JSON."""
+    stages = [stage._asdict() | {"fits": stage.fits} for stage in plan.stages]
+    about = {"job": plan.job, "effort": plan.effort, "what": plan.what, "advice": plan.advice, "fits": plan.fits}
+    sums = {"seconds": plan.total_seconds, "products": plan.num_products, "num_bytes": plan.peak_bytes}
+    numbers = {"gradient_seconds": plan.gradient_seconds, "memory_bytes": plan.memory}
+    typer.echo(json_line({**about, **sums, **numbers, "stages": stages}) if as_json else str(plan))
+
+
 def wrapped(text: str) -> str:
     """Sentences in lines as wide as the terminal, broken between words."""
     return textwrap.fill(text, shutil.get_terminal_size((100, 24)).columns, break_long_words=False)
@@ -80,8 +89,12 @@ def explain(text: str) -> None:
 
 def in_json(dataset: Dataset) -> str:
     """A dataset as one line of JSON: attributes, coordinates, and variables with their dimensions; NaN is null."""
-    found: str = json.dumps(_plain(dataset.to_dict()), ensure_ascii=False, allow_nan=False)
-    return found
+    return json_line(dataset.to_dict())
+
+
+def json_line(tree: Mapping[str, Any]) -> str:
+    """The same of names and numbers."""
+    return json.dumps(_plain(tree), ensure_ascii=False, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
@@ -119,11 +132,11 @@ def forget(out: Path, stem: str) -> None:
 @contextlib.contextmanager
 def status(what: str, work: Mapping[str, float] | None = None) -> Iterator[LayerProgress]:
     """Say what is being done, and yield what shows how far it is: in a line that changes, or now and then in one."""
-    pace, told = Pace(work or {}), time.monotonic()
+    countdown, told = Countdown(work or {}), time.monotonic()
 
     def show(done: int, total: int | None, name: str) -> None:
         nonlocal told
-        left = pace.left(done, total, name)
+        left = countdown.left(done, total, name)
         said = f"{what}: {name or 'the model'} ({done} of {total or 'some'} done{', about ' * bool(left)}{left})"
         line.update(said)
         if not CONSOLE.is_terminal and time.monotonic() - told > EVERY:
@@ -134,7 +147,9 @@ def status(what: str, work: Mapping[str, float] | None = None) -> Iterator[Layer
         yield show
 
 
-def tell_if_long(problem: Problem, seconds: Iterable[float], chosen: Choice) -> None:
-    """Say how long dense spectra will take, if it is minutes."""
-    if words := told_if_long(problem, seconds):
-        CONSOLE.print(words if chosen.resume else f"{words} With --resume what is finished outlives a stop.")
+@by_first
+def foretell(plan: Plan, chosen: Choice) -> None:
+    """Say what a job will take, if that is more than a minute or than there is memory for."""
+    if plan.total_seconds > MINUTE or not plan.fits:
+        words = plan.told if chosen.resume else f"{plan.told} With --resume what is finished outlives a stop."
+        CONSOLE.print(words, highlight=False)

@@ -133,12 +133,12 @@ def chosen_problem(
     chosen: Choice,
     *,
     draw: int | None = None,
-    snapshots: tuple[int, ...] = (),
+    snapshots: tuple[int, ...] | None = (),
 ) -> Subject:
     """The problem of a target or of the zoo, its class names, and names of model and data for the report.
 
     `draw` is the seed of the draw of examples, if that is another than the training's, and `snapshots` are epochs
-    after which the network's weights are kept.
+    after which the network's weights are kept; None leaves a network of the zoo untrained.
     """
     check_choice("split", chosen.split, SPLITS)
     if target is None:
@@ -179,7 +179,7 @@ def _of_split(subject: Subject, chosen: Choice) -> Subject:
     return subject if split == "both" else subject._replace(test=None)
 
 
-def _zoo_problem(chosen: Choice, draw: int, snapshots: tuple[int, ...]) -> Subject:
+def _zoo_problem(chosen: Choice, draw: int, snapshots: tuple[int, ...] | None) -> Subject:
     """Data, and a network from a checkpoint or trained here and saved beside the results."""
     model, data = chosen.model or "mlp", chosen.data or "digits"
     size = zoo.paper_side(model, data)
@@ -195,6 +195,8 @@ def _zoo_problem(chosen: Choice, draw: int, snapshots: tuple[int, ...]) -> Subje
     def weights() -> dict[str, Tensor]:
         if chosen.checkpoint is not None:
             zoo.load_checkpoint(chosen.checkpoint, network)
+        elif snapshots is None:
+            pass
         elif chosen.resume and _was_trained(network, about, chosen.out, snapshots):
             CONSOLE.print(f"{model} was trained before: {chosen.out / WEIGHTS}")
         else:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from deepspectra.analysis.regions import WHOLE
+from deepspectra.problem.memory_budget import share
 from deepspectra.problem.problem import Problem
 
 BACKWARD = 3  # a gradient's operations, in units of a forward pass's
@@ -18,10 +17,6 @@ ACCELERATED = 50  # times as many operations take an accelerator the time that t
 DENSE = 3  # P³ operations, as fast as those of products, that all eigenvalues of a dense matrix take
 LARGE = 1e11  # operations of a gradient, about three seconds of one core, from which on pairs are fewer and rougher
 FEWEST_STEPS = 5
-SECONDS_OF_PAIRS = 4e-10  # of eigenvalues and vectors of a dense matrix, times the cube of its rows, on a CPU
-SECONDS_OF_VALUES = 2.3e-10  # of eigenvalues alone
-DOUBLED = 2  # a product's time in float64, in units of float32's
-MINUTE, FEW_SECONDS = 60, 10
 WORTH_STEPS = 16  # of each probe, before there are more than two
 
 
@@ -85,7 +80,7 @@ def effort_for(problem: Problem, operations: float, effort: str = "standard") ->
     size = problem.num_parameters
     products = speed * level.operations / (PRODUCT * operations)
     num_probes = level.num_probes if products >= level.num_probes * WORTH_STEPS else 2
-    fitting = 3 * 8 * size**2 <= problem.memory // 3  # a matrix, and what its eigenvalues take beside
+    fitting = 3 * 8 * size**2 <= share(problem.memory, "matrix")  # a matrix, and what its eigenvalues take beside
     return Effort(
         name=effort,
         spare_pairs=3 if small else 0,
@@ -98,72 +93,18 @@ def effort_for(problem: Problem, operations: float, effort: str = "standard") ->
     )
 
 
-def plan(problem: Problem, effort: Effort, num: int, gradient_seconds: float, *, classed: bool = True) -> str:
-    """What is about to be done, what it takes, and what its figures will resolve; `num` pairs of H and of G."""
+def described(problem: Problem, effort: Effort, num: int, *, classed: bool = True) -> str:
+    """What an analysis with `num` pairs of H and of G does, and what its figures will resolve."""
     rows = problem.num_examples * (problem.num_classes - 1)
-    exact, each = classed and rows <= effort.exact_rows, effort.num_probes * effort.num_steps
-    drawn = f"{effort.num_probes} × {effort.num_steps} products"
+    exact, drawn = classed and rows <= effort.exact_rows, f"{effort.num_probes} × {effort.num_steps} products"
     resolved = "Figures have bins as wide as what these products leave open."
     if effort.dense:
-        each, drawn, resolved = problem.num_parameters, "all eigenvalues", "Spectra are exact."
+        drawn, resolved = "all eigenvalues", "Spectra are exact."
     of_g = f"all eigenvalues of {rows:,} gradients" if exact else drawn
-    products = (2 if exact else 3) * each
-    minutes = products * PRODUCT * gradient_seconds / 60
-    took = "under a minute" if minutes < 1 else f"about {minutes:.0f} minutes"
-    first = f"{effort.name}: {num} top eigenpairs of H and of G; " + (
-        "means of classes, knock-outs; " if classed else ""
-    )
+    means = "means of classes, knock-outs; " if classed else ""
     return (
-        f"{first}density of H and of R by {drawn}, of G by {of_g}. Of the densities {products:,} products, {took} at "
-        f"the pace of the first gradient of all the data, the unit of cost: {gradient_seconds:.2g} s. {resolved}"
-    )
-
-
-def seconds_of_layers(problem: Problem) -> dict[str, float]:
-    """Layer → how long the dense spectra of its gradients and their parts take, on one core."""
-    num_rows = problem.num_examples * (problem.num_classes - 1)
-    return {name: SECONDS_OF_PAIRS * min(num_rows, size) ** 3 for name, size in _sizes(problem).items()}
-
-
-def seconds_of_regions(problem: Problem, of: str, num_knockouts: int, num_groups: int) -> dict[str, float]:
-    """Layer, or "all layers" → how long its spectra take with their knock-outs, without each group, on one core."""
-    num_rows, sizes = problem.num_examples * (problem.num_classes - 1), _sizes(problem)
-    turns = 1 + num_groups * (1 - 1 / max(num_groups, 1)) ** 3
-
-    def seconds(rows: int, rank: int) -> float:
-        each = num_knockouts * SECONDS_OF_VALUES * min(rows, rank) ** 3
-        return turns * (SECONDS_OF_PAIRS * rows**3 + each)
-
-    if of == "hessian":
-        began = time.perf_counter()
-        problem.gradient()
-        products = DOUBLED * PRODUCT * num_rows * (time.perf_counter() - began)
-        return {"products": products, WHOLE: seconds(num_rows, num_rows)}
-    rows = problem.num_examples if of == "features" else num_rows
-    if of != "gradients":
-        sizes = dict.fromkeys(sizes, rows)
-    found = {name: seconds(rows, size) for name, size in sizes.items()}
-    return found if len(found) == 1 else found | {WHOLE: seconds(rows, rows)}
-
-
-def _sizes(problem: Problem) -> dict[str, int]:
-    """Layer → its parameters."""
-    sizes = dict.fromkeys(problem.layers, 0)
-    for name, value in problem.parameters.items():
-        sizes[name.rpartition(".")[0]] += value.numel()
-    return sizes
-
-
-def told_if_long(problem: Problem, seconds: Iterable[float]) -> str:
-    """How long dense spectra will take, and with which --limit seconds; "" if not minutes."""
-    total, num_rows = sum(seconds), problem.num_examples * (problem.num_classes - 1)
-    if total < MINUTE:
-        return ""
-    minutes = "about a minute" if total < 1.5 * MINUTE else f"about {total / MINUTE:.0f} minutes"
-    few = max(2, int(problem.num_examples * (FEW_SECONDS / total) ** (1 / 3)))
-    return (
-        f"{num_rows:,} rows (examples × (classes − 1)), {len(problem.layers)} layers: {minutes} "
-        f"on one core, {FEW_SECONDS} seconds with --limit {few}."
+        f"{effort.name}: {num} top eigenpairs of H and of G; {means}density of H and of R by {drawn}, of G by "
+        f"{of_g}. {resolved}"
     )
 
 

@@ -19,7 +19,7 @@ from deepspectra.jobs.command_targets import CONSOLE
 from deepspectra.problem.parallel import Group, current, joined
 
 Given = ParamSpec("Given")
-SHARED = ("analyze", "demo", "layers", "regions", "compare")  # commands whose work processes can share
+SHARED = ("analyze", "demo", "layers", "regions", "compare", "estimate")  # commands whose work processes can share
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import tempfile
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from deepspectra.errors import FileError, OptionError, first_line
+from deepspectra.derivatives.products import products_of
+from deepspectra.derivatives.way_choice import coarse_types
+from deepspectra.errors import CurvatureError, FileError, OptionError, first_line
 from deepspectra.file_writing import save_whole
 from deepspectra.problem.problem import Problem
 from deepspectra.results import versions
@@ -40,6 +43,19 @@ def measured(value: float, error: float) -> str:
     if digits <= 0:
         return f"{round(value, digits):.0f} ± {round(error, digits):.0f}"
     return f"{value:.{digits}f} ± {error:.{digits}f}" if digits <= 5 else f"{value:.2g} ± {error:.2g}"
+
+
+def precision(problem: Problem) -> list[str]:
+    """What a verdict says where the arithmetic is coarser than float32; measured now, if it was not before."""
+    coarse, choice = coarse_types(problem), products_of(problem).choice
+    if not coarse:
+        return []
+    if not choice.rounding:
+        with contextlib.suppress(CurvatureError):  # a network of which class means alone are right
+            choice.linearize()
+    listed = " and ".join(f"{what} is off by {error:.1%}" for what, error in choice.rounding.items())
+    off = f"{listed}, measured against float64 on a few examples" if listed else "how far it is off is not known"
+    return [f"Computed in {coarse}: {off}; what differs by less says nothing."]
 
 
 class Labels(NamedTuple):
@@ -100,7 +116,8 @@ def page_dataset(
     seconds: float,
 ) -> Dataset:
     """A job's dataset with what its page says of the problem, its subject ("Layers of") and its verdict."""
-    about = described(problem, labels, subject, verdict, problem.loss(), problem.accuracy())
+    lines = [*verdict, *precision(problem)]
+    about = described(problem, labels, subject, lines, problem.loss(), problem.accuracy())
     return dataset_of(variables, coords, about | {"provenance": provenance(seconds=round(seconds, 1))})
 
 

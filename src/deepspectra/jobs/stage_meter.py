@@ -35,6 +35,7 @@ class Ledger:
 
     Attributes:
         show: whether to draw progress on standard error.
+        foresees: whether what is to be done is told first; every process then helps to measure it.
         gradient: computes one full-data gradient and waits for it.
         clock: in which stages and gradients are compared.
         agree: of seconds that each process measures, those that all go by.
@@ -47,6 +48,7 @@ class Ledger:
     """
 
     show: bool = True
+    foresees: bool = True
     gradient: Callable[[], object] | None = None
     clock: Callable[[], float] = time.process_time
     agree: Callable[[float], float] = float
@@ -133,7 +135,7 @@ class Ledger:
             Console(stderr=True).print(text, highlight=False)
 
 
-class Pace:
+class Countdown:
     """Tells how long the layers that are left will take, at the pace of those that are done.
 
     Args:

@@ -44,8 +44,10 @@ from deepspectra.argument_checks import seeded
 from deepspectra.confidence import standard_error
 from deepspectra.derivatives.products import Products, products_of
 from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetError
-from deepspectra.jobs.effort import BACKWARD, FEWEST_STEPS, OperationCounter, count_operations, effort_for, plan
+from deepspectra.jobs.effort import BACKWARD, FEWEST_STEPS, OperationCounter, count_operations, effort_for
+from deepspectra.jobs.estimate import UNCLASSED_PAIRS, Plan, plan_of_analysis
 from deepspectra.jobs.findings import LETTERS, Findings, Options, identity
+from deepspectra.jobs.pace import Pace
 from deepspectra.jobs.stage_meter import Ledger, Report
 from deepspectra.jobs.tails import judged_tails
 from deepspectra.operators.base import Operator
@@ -60,7 +62,6 @@ from deepspectra.rows.gradients import ROWS_BYTES, GradientRows
 from deepspectra.rows.held_rows import HeldRows, gram_bytes
 from deepspectra.rows.projections import num_groups
 
-UNCLASSED_PAIRS = 10  # eigenpairs of a problem without classes
 TRACE_PROBES = 8  # of parts whose traces are not known exactly
 BASIS, ROWS, EXACT = "basis of H", "rows of the basis of H", "exact route"  # kept beside results of stages
 RESULTS = (Attribution, Averages, GramSpectrum, Knockout)  # beside those of any stage
@@ -85,14 +86,12 @@ def run(
     if resume is not None:
         ledger.finished = FinishedStages(resume, identity(found, options), problem.batches.group, RESULTS)
     effort = found.effort
-    ledger.tell(plan(problem, effort, found.num, ledger.gradient_seconds, classed=found.classed))
-    if test is not None and found.test is not None:
-        seconds = ledger.gradient_seconds * test.num_examples / problem.num_examples
-        ledger.tell(
-            f"And on test data, {plan(test, found.test.effort, found.test.num, seconds, classed=found.classed)}"
-        )
     with ledger.stage("checking derivatives"):
         hessian = Hessian(problem)
+    if ledger.foresees:
+        with ledger.stage("measuring one batch"):
+            plans = [_plan_of(one) for one in (found, found.test) if one is not None]
+        ledger.tell("And on test data, ".join(plan.told + " " for plan in plans).strip())
     basis = _find_pairs(found, "hessian", hessian)
     exact = found.classed and _find_class_structure(found, hessian, basis, options)
     del basis
@@ -346,6 +345,12 @@ def _size_up(found: Findings, options: Options) -> None:
     )
     found.classed = options.classed
     found.num = options.num or (found.num_classes + effort.spare_pairs if found.classed else UNCLASSED_PAIRS)
+
+
+def _plan_of(found: Findings) -> Plan:
+    """What the stages will take; of test data there are no averages."""
+    num_classes = found.num_classes if found.classed and not found.of else 0
+    return plan_of_analysis(Pace(found.problem), found.effort, found.num, num_classes, found.of)
 
 
 def _find_pairs(found: Findings, name: str, operator: Operator) -> Krylov | None:

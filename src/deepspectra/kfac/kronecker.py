@@ -15,7 +15,7 @@ from deepspectra.kfac.exact_blocks import ExactBlock, ParameterBlock, across_err
 from deepspectra.kfac.moments import LARGEST_VECTOR, Moments, Squares, add_squares, num_replicates
 from deepspectra.kfac.operators import Block, Kronecker, KroneckerSum, Rotated
 from deepspectra.problem.cross_entropy import CrossEntropy
-from deepspectra.problem.memory_budget import refuse_beyond
+from deepspectra.problem.memory_budget import refuse_beyond, share
 from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.rows.captures import Captured, Captures
 from deepspectra.rows.random_combinations import all_or_drawn
@@ -157,7 +157,7 @@ def _made(
         sharing=next(iter(moments.values())).sharing,
         name=f"{kind.upper()} of {samples} draws" if samples else kind.upper(),
     )
-    operator.memory = problem.memory // 4
+    operator.memory = share(problem.memory, "basis")
     operator.samples = samples
     norms = {name: block.norm for name, block in blocks.items()}
     operator.standard_errors = MappingProxyType(

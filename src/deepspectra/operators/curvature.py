@@ -14,6 +14,7 @@ from deepspectra.errors import LossError, OptionError
 from deepspectra.operators.base import Operator
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.example_subsets import can_draw
+from deepspectra.problem.memory_budget import share
 from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.rows.example_sampling import drawn, importance, num_enough
 from deepspectra.rows.gradients import GradientRows
@@ -39,8 +40,13 @@ class Curvature(Operator):
         super().__init__(problem.num_parameters, dtype=dtype, device=problem.device, name=name)
         self.problem = problem
         self.products = products_of(problem)
-        self.memory = problem.memory // 4
+        self.memory = share(problem.memory, "basis")
         self.group = problem.batches.group
+
+    @property
+    def rounding(self) -> float | None:
+        """The relative error of products, if they are computed in half precision or TF32 and it was measured."""
+        return max(self.products.choice.rounding.values(), default=None)
 
     def places(self, names: Sequence[str]) -> list[int]:
         """Where parameters of these names stand among all."""

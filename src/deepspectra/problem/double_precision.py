@@ -1,4 +1,4 @@
-"""Networks that compute in float32 inside, whatever type they are in: in float64 they shall not."""
+"""How precisely a network computes: coarser than it could, or in float32 inside, whatever type it is in."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+HALF = frozenset({torch.bfloat16, torch.float16})
 
 
 def names_single(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

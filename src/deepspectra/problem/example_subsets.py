@@ -15,6 +15,7 @@ from deepspectra.problem.batch_trees import examples, length, num_bytes
 from deepspectra.problem.batches import Batches, Move, Pair
 from deepspectra.problem.cross_entropy import CrossEntropy, DrawnCrossEntropy
 from deepspectra.problem.evaluated_model import Forward
+from deepspectra.problem.memory_budget import share
 from deepspectra.problem.problem import Problem
 
 FEWEST_EXAMPLES = 4  # of a few rows to try things on, where an example has several
@@ -78,7 +79,17 @@ def limited(problem: Problem, num: int) -> Problem:
             batches.append(batch)
             seen += len(problem.values(batch)[0])
     move = Move(problem.device, problem.dtype)
-    return problem.variant(batches=Batches(batches, batch_size=None, move=move, budget=problem.memory // 4))
+    return problem.variant(batches=Batches(batches, batch_size=None, move=move, budget=share(problem.memory, "data")))
+
+
+def first_batch(problem: Problem) -> Problem:
+    """The problem on its first batch that has rows that count."""
+    for batch in problem.fixed_batches():
+        outputs, targets = problem.values(batch)
+        if bool((problem.loss_function.weights(outputs, targets) > 0).any()):
+            break
+    move = Move(problem.device, problem.dtype)
+    return problem.variant(batches=Batches([batch], batch_size=None, move=move, budget=problem.memory))
 
 
 def can_draw(problem: Problem) -> bool:
@@ -120,7 +131,7 @@ def drawn_problem(problem: Problem, chosen: Tensor, weights: Tensor) -> Problem:
         function = Weighted(problem._module.function, loss)
         changes = {"_module": problem._module.recast(problem.model, function), "reads_pairs": False}
     move = Move(problem.device, problem.dtype)
-    batches = Batches(drawn, batch_size=None, move=move, budget=problem.memory // 4, pairs=False)
+    batches = Batches(drawn, batch_size=None, move=move, budget=share(problem.memory, "data"), pairs=False)
     batches.is_given = False
     batches.resize(problem.batch_size)
     found = problem.variant(loss_function=DrawnCrossEntropy(loss), batches=batches, **changes)

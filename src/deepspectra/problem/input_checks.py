@@ -23,9 +23,10 @@ from deepspectra.errors import (
     first_line,
 )
 from deepspectra.problem.batch_trees import tensors
+from deepspectra.problem.double_precision import HALF
 from deepspectra.problem.evaluated_model import Evaluated, Trial, gradient, nodes, reached, refuse_modes
 from deepspectra.problem.losses import Loss
-from deepspectra.problem.memory_budget import saved_by
+from deepspectra.problem.memory_budget import Saved, saved_by
 from deepspectra.problem.model_copy import named_tensors, twins
 from deepspectra.problem.parallel import is_spread
 
@@ -110,8 +111,10 @@ def reported(kind: type[DeepSpectraError], what: str) -> Iterator[None]:
         raise kind(f"{what}: {first_line(error)}") from error
 
 
-def check_gradient(module: Evaluated, loss: Loss, trainable: Collection[str], first: Trial, given: nn.Module) -> int:
-    """Check that a batch's gradient in all trainable parameters can be had, and misses no way; the bytes it keeps.
+def check_gradient(
+    module: Evaluated, loss: Loss, trainable: Collection[str], first: Trial, given: nn.Module
+) -> Saved:
+    """Check that a batch's gradient in all trainable parameters can be had, and misses no way; what it keeps.
 
     The graph of the outputs ends at all tensors that they depend on. Parameters of the copy or of the user's model
     (as it was `given`) among these are reached by a way that cannot be followed.
@@ -163,15 +166,15 @@ def check_gradient(module: Evaluated, loss: Loss, trainable: Collection[str], fi
             "another one, and outside of no_grad and inference_mode?"
         )
     dtype = next(iter(every.values())).dtype
-    half = saved.dtypes & {torch.bfloat16, torch.float16}
+    half = saved.dtypes & HALF
     if half and dtype not in half:
         warnings.warn(
             f"the network computes in {', '.join(sorted(map(str, half)))} inside (autocast in its forward?), though "
-            f"the problem is in {dtype}: its derivatives are as coarse as that, a percent or so.",
+            f"the problem is in {dtype}: its derivatives are as coarse as that, as results tell.",
             FallbackWarning,
             stacklevel=CALLER,
         )
-    return saved.num_bytes
+    return saved
 
 
 def check_outputs(outputs: Tensor) -> None:

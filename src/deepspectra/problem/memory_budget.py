@@ -21,6 +21,13 @@ Result = TypeVar("Result")
 BATCH_BYTES = (2**29, 2**25)  # that backpropagation keeps of a batch, unless sizes are given: GPU, CPU
 WEIGHT_BYTES = 2  # or so many times the bytes of the weights, if that is more: each batch reads them all
 GRAPHS = 32  # such batches fit the memory
+SHARES = {  # of a problem's memory, by what is in it: so many such shares make the whole
+    "data": 4,
+    "basis": 4,  # vectors of length P that an algorithm holds
+    "graphs": 2,  # of batches, kept between products; class means take their place
+    "factors": 3,  # features and errors of every layer, for which graphs make room
+    "matrix": 3,  # a dense one, and what its eigenvalues take beside; of inner products of gradients the whole
+}
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -36,6 +43,11 @@ def parse_bytes(memory: int | str) -> int:
     if size <= 0:
         raise OptionError(f"memory={memory!r} must be positive.")
     return size
+
+
+def share(memory: int, of: str) -> int:
+    """Bytes of a problem's memory that are for what is named."""
+    return memory // SHARES[of]
 
 
 def refuse_beyond(size: float, limit: int, what: str, instead: str) -> None:

@@ -16,10 +16,11 @@ from deepspectra.problem.batch_cut_checks import cut_anew, settle_cuts
 from deepspectra.problem.batch_trees import length
 from deepspectra.problem.batches import Batches, Move, Pair, is_labelled
 from deepspectra.problem.cross_entropy import CrossEntropy
+from deepspectra.problem.double_precision import HALF
 from deepspectra.problem.evaluated_model import Evaluated, Forward, Trial, forward_pair, gradient
 from deepspectra.problem.input_checks import check_given, check_gradient, reported, usable_device
 from deepspectra.problem.losses import Loss, MeanLoss
-from deepspectra.problem.memory_budget import free_memory, largest_batch_size, parse_bytes, suitable_batch_size
+from deepspectra.problem.memory_budget import free_memory, largest_batch_size, parse_bytes, share, suitable_batch_size
 from deepspectra.problem.model_copy import evaluation_copy, unwrapped
 from deepspectra.problem.named_losses import Given
 from deepspectra.problem.own_losses import settle_loss
@@ -72,6 +73,7 @@ class Problem(_Named):
         parameter_names: names of the selected parameters, in the order of the vector.
         layers: names of the modules that own them.
         memory: the budget in bytes.
+        casts: types of half precision in which the network computes inside, where it is in another.
         cuts: whether batches may be cut into examples along the first dimension.
 
     Raises:
@@ -114,7 +116,7 @@ class Problem(_Named):
         twin.requires_grad_(False).to(device=self.device, dtype=self.dtype)
         self._module = module = Evaluated(twin, forward or forward_pair)
         self.parameters = select_parameters(twin, self._trainable, parameters)
-        move, budget = Move(self.device, self.dtype), self.memory // 4
+        move, budget = Move(self.device, self.dtype), share(self.memory, "data")
         self.batches = Batches(data, batch_size=batch_size, move=move, budget=budget, pairs=self.reads_pairs)
         self.loss_function = settle_loss(loss, module, self.batches, forward)
         self._derived: dict[object, Any] = {}  # what `per_problem` functions have made
@@ -125,7 +127,8 @@ class Problem(_Named):
         if module.is_caught:
             module.follow(given)
         saved = check_gradient(module, self.loss_function, self._trainable, first, given)
-        each = saved / max(1, length(first.batch)) if self.cuts else 0.0
+        self.casts = saved.dtypes & HALF - {self.dtype}
+        each = saved.num_bytes / max(1, length(first.batch)) if self.cuts else 0.0
         self.batch_size = suitable_batch_size(each, self.model, self.memory, self.device)
         if self.cuts:
             by_label = isinstance(self.loss_function, CrossEntropy) and self.reads_pairs
@@ -136,8 +139,7 @@ class Problem(_Named):
     def _count(self, first: Trial | None = None) -> None:
         """Count the rows; hold the data together if the loss is no mean over rows. What `first` gives is known."""
         found = count_rows(self._module, self.batches, self.loss_function, self.parameters, first)
-        self.num_examples, self.total_weight = found.num_rows, found.total_weight
-        self.num_classes = found.num_classes
+        self.num_examples, self.num_classes, self.total_weight = found.num_rows, found.num_classes, found.total_weight
         misfit = found.misfit(self.dtype)
         if misfit != 0 and (self.cuts or self.batches.num_batches > 1):
             join_batches(self.batches, misfit, self.loss_function)

@@ -20,7 +20,7 @@ from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.evaluated_model import differentiable
 from deepspectra.problem.example_subsets import small_problem
 from deepspectra.problem.losses import Loss
-from deepspectra.problem.memory_budget import refuse_beyond
+from deepspectra.problem.memory_budget import refuse_beyond, share
 from deepspectra.problem.problem import Problem, per_problem
 from deepspectra.rows import batch_capture, capture_plan
 from deepspectra.rows.batch_capture import IrregularError
@@ -142,7 +142,7 @@ class Captures:
         self.shared = shared
         self.plan = plan_of(problem)  # how uses and examples lie
         self.held: list[Captured] = []  # all batches, if they were brought into memory
-        self.limit = problem.memory // 3  # bytes that may be held
+        self.limit = share(problem.memory, "factors")  # bytes that may be held
         self.bytes_by_layer: dict[str, int] = {}  # of all the data, estimated when they are to be held
 
     def hold(self) -> bool:

@@ -1,0 +1,410 @@
+"""What a job will take, stage by stage, foreseen from one measured batch: the program of every plan that is told."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from deepspectra.analysis.layer_blocks import SMALL
+from deepspectra.analysis.regions import BLOCK, NUM_GROUPS, WHOLE, knockouts_of
+from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
+from deepspectra.argument_checks import check_choice
+from deepspectra.dataframes import Tabular, text_table
+from deepspectra.errors import CurvatureError
+from deepspectra.jobs.effort import EFFORTS, FEWEST_STEPS, Effort, count_operations, described, effort_for
+from deepspectra.jobs.pace import Pace
+from deepspectra.problem.memory_budget import share
+from deepspectra.problem.problem import Problem, check_problem
+from deepspectra.results import Result, origin
+from deepspectra.rows.gradients import has_labels
+from deepspectra.rows.held_rows import gram_bytes
+
+JOBS = ("analyze", "layers", "regions", "compare")
+UNCLASSED_PAIRS = 10  # eigenpairs of a problem without classes
+PAIRS = (10, 2.5)  # products that pairs take: so many, and so many for each; docs/costs.md
+SPARE_ROWS = 8  # vectors of a basis beyond the pairs, at least
+KNOCKOUTS = 1  # products of an attribution, for each class
+TAIL, MAP = 0.4, 0.015  # seconds of a tail's laws, and of a map of means, for each of C² of them
+SIDES = 7  # tails that are looked at
+KNOCKED = 3  # exact spectra with their knock-outs, in units of all eigenvalues and vectors
+RITZ = 8  # eigenproblems of the basis of a density, for what has converged and what nodes weigh
+VALUES = 0.6  # eigenvalues alone, in the same unit
+DOUBLE = 2  # times as long take products in float64, as those of the Hessian's regions are
+BLOCK_PRODUCTS = 100  # with a layer's block of H, where it is not that of G
+CHECKS = 2  # products by which that is seen
+COLUMNS = 64  # of a dense matrix that go through a graph together, at most
+MINUTE = 60
+
+
+class Stage(NamedTuple):
+    """A stage of a job.
+
+    Attributes:
+        name: as the job calls it.
+        products: with single vectors.
+        seconds: that it takes.
+        num_bytes: that it holds at most, beside model and data.
+        limit: of them, beyond which the job refuses; ∞ where it does with less.
+        most: examples with which it would fit, where it is they that do not.
+        step: what the job's progress calls it, if it does: a layer, all of them, or products.
+        of: what kind of rows it looks at, if there are several.
+    """
+
+    name: str
+    products: int
+    seconds: float
+    num_bytes: float
+    limit: float = math.inf
+    most: float = math.inf
+    step: str | None = None
+    of: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the job will not refuse."""
+        return self.num_bytes <= self.limit
+
+
+@dataclass(frozen=True, repr=False)
+class Plan(Result, Tabular):
+    """What a job will take.
+
+    Attributes:
+        job: "analyze" | "layers" | "regions" | "compare".
+        effort: of an analysis.
+        stages: in the order in which they run.
+        gradient_seconds: of a gradient of all the data, foreseen from one batch.
+        memory: of the problem, in bytes.
+        advice: what to change where it does not fit, or takes long; "" where nothing is to be said.
+        what: the job does; "" where its name says it.
+    """
+
+    job: str
+    effort: str
+    stages: tuple[Stage, ...]
+    gradient_seconds: float
+    memory: int
+    advice: str = ""
+    what: str = ""
+
+    @property
+    def total_seconds(self) -> float:
+        """Of all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def peak_bytes(self) -> float:
+        """Of the stage that holds most, beside model and data."""
+        return max(stage.num_bytes for stage in self.stages)
+
+    @property
+    def num_products(self) -> int:
+        """Of all stages."""
+        return sum(stage.products for stage in self.stages)
+
+    @property
+    def fits(self) -> bool:
+        """Whether no stage needs more memory than it may have."""
+        return all(stage.fits for stage in self.stages)
+
+    def work(self, of: str = "") -> dict[str, float]:
+        """Seconds of the steps of the job's progress, by their names; of a kind of rows, if there are several."""
+        return {stage.step: stage.seconds for stage in self.stages if stage.step is not None and stage.of == of}
+
+    @property
+    def told(self) -> str:
+        """In words: what is done, how long it takes and what it holds, and what to change."""
+        total = (
+            f"About {duration(self.total_seconds)} and {size_of(self.peak_bytes)} beside model and data, foreseen "
+            f"from one batch; {self.num_products:,} products, where a gradient of all the data takes "
+            f"{self.gradient_seconds:.2g} s."
+        )
+        return " ".join(filter(None, [self.what, total, self.advice]))
+
+    def to_dataframe(self) -> Any:
+        """A row a stage, as a `pandas.DataFrame`: its name, products, seconds, bytes, and whether they fit."""
+        import pandas  # noqa: PLC0415  (its import takes a while)
+
+        rows = [(one.name, one.products, one.seconds, one.num_bytes, one.fits) for one in self.stages]
+        return pandas.DataFrame(rows, columns=["stage", "products", "seconds", "bytes", "fits"])
+
+    def __str__(self) -> str:
+        rows = [
+            (one.name, f"{one.products:,}", f"{one.seconds:.2g}", size_of(one.num_bytes) + ("" if one.fits else " !"))
+            for one in self.stages
+        ]
+        rows.append(("in all", f"{self.num_products:,}", f"{self.total_seconds:.2g}", size_of(self.peak_bytes)))
+        return text_table(("stage", "products", "seconds", "memory"), rows, self.told)
+
+
+def estimate(
+    problem: Problem,
+    job: str = "analyze",
+    effort: str = "standard",
+    *,
+    of: Sequence[str] = KINDS_OF_REGIONS,
+    num_groups: int = NUM_GROUPS,
+) -> Plan:
+    """What a job will take in time and memory, without running it.
+
+    Gradients, products with H, R and G, their graphs, features and errors and their inner products are timed on
+    one batch and scaled to all of them; how many products pairs and knock-outs take depends on the spectrum, and is
+    a typical number here. `analyze` tells the same plan before it begins. Times are those of this machine as it is
+    now, and were within a factor of two of what jobs took on the networks of docs/planning.md.
+
+    Args:
+        problem: to be looked at.
+        job: "analyze" | "layers" | "regions" | "compare" (with another of the same size).
+        effort: of an analysis.
+        of: kinds of rows whose regions are looked at,
+        num_groups: of examples left out in turn, there.
+
+    Returns:
+        A plan: `.stages`, `.total_seconds`, `.peak_bytes`, whether it `.fits`, and `.advice`; `str()` is a table.
+
+    Raises:
+        OptionError: an unknown job or effort.
+        CurvatureError: the network has no right second derivative, or its examples cannot be told apart, where the
+            job needs it.
+
+    Cost: up to about 70 products with one batch, a second or so for small networks.
+    """
+    began = time.perf_counter()
+    check_problem(problem)
+    check_choice("job", job, JOBS)
+    check_choice("effort", effort, tuple(EFFORTS))
+    pace = Pace(problem)
+    if job == "analyze":
+        _, operations = count_operations(problem, problem.loss)
+        chosen = effort_for(problem, operations, effort)
+        num_classes = problem.num_classes if has_labels(problem) else 0
+        num = num_classes + chosen.spare_pairs if num_classes else UNCLASSED_PAIRS
+        return plan_of_analysis(pace, chosen, num, num_classes)
+    if job == "regions":
+        return _plan(pace, job, began, _of_regions(pace, of, num_groups))
+    return _plan(pace, job, began, _of_layers(pace) if job == "layers" else _of_comparison(pace))
+
+
+def plan_of_analysis(pace: Pace, effort: Effort, num: int, num_classes: int, of: str = "") -> Plan:
+    """The plan of an analysis of so many pairs, and classes or groups of them; 0 if there are none.
+
+    Of test data, which stages name by `of`, there are no averages and no attribution.
+    """
+    began = time.perf_counter()
+    what = described(pace.problem, effort, num, classed=bool(num_classes))
+    return _plan(pace, "analyze", began, _of_analysis(pace, effort, num, num_classes, of), effort.name, what)
+
+
+def _plan(pace: Pace, job: str, began: float, stages: Iterator[Stage], effort: str = "", what: str = "") -> Plan:
+    found, problem = tuple(stages), pace.problem
+    advice = _advice(problem, job, found)
+    given = origin(began, problem)
+    return Plan(job, effort, found, pace.gradient, problem.memory, advice, what, **given)
+
+
+def _advice(problem: Problem, job: str, stages: Sequence[Stage]) -> str:
+    """What to lower, where something does not fit or takes minutes that grow with the rows."""
+    broken = [stage for stage in stages if not stage.fits]
+    seconds = sum(stage.seconds for stage in stages)
+    if broken:
+        worst = max(broken, key=lambda stage: stage.num_bytes / stage.limit)
+        told = (
+            f"It does not fit: {worst.name} takes {size_of(worst.num_bytes)}, and may have {size_of(worst.limit)} of "
+            f"the {size_of(problem.memory)} of memory. "
+        )
+        if job == "analyze":
+            return told + "Raise memory, lower batch_size, or look at part of the network by parameters=."
+        few = min(stage.most for stage in broken)
+        return told + ("Raise memory." if few == math.inf else f"Raise memory, or pass --limit {max(2, int(few))}.")
+    if job in ("layers", "regions") and seconds > MINUTE:
+        return f"Ten seconds or less with --limit {max(2, int(problem.num_examples * MINUTE / 6 / seconds))}."
+    if job == "analyze" and seconds > 10 * MINUTE:
+        return "For less: --effort quick, or --limit for fewer examples."
+    return ""
+
+
+# -- an analysis
+
+
+def num_products_of(num: int, size: int) -> int:
+    """Products that so many pairs take, about; all of a small space at most."""
+    return min(size, round(max(15, PAIRS[0] + PAIRS[1] * num)))
+
+
+def _of_analysis(pace: Pace, effort: Effort, num: int, num_classes: int, of: str) -> Iterator[Stage]:
+    exact = bool(num_classes) and _is_exact(pace, effort)
+    yield Stage("loss and gradient", 0, 2 * pace.gradient, pace.batch_graph("hessian"), pace.problem.memory)
+    yield _pairs(pace, "hessian", num, of)
+    if num_classes:
+        yield from _class_structure(pace, effort, num, num_classes, exact=exact, of=of)
+    if effort.dense and not exact:
+        yield _density(pace, effort, "gauss_newton", f"density of G{of}")
+    if num_classes and not exact:
+        yield Stage("traces of G", 0, num_classes * pace.gradient, num_classes**2 * pace.vector)
+    for kind, letter in (("hessian", "H"), ("residual", "R")):
+        yield _density(pace, effort, kind, f"density of {letter}{of}")
+    if not exact:
+        yield _pairs(pace, "gauss_newton", num, of)
+        if num_classes:
+            yield Stage(f"shares of G{of}", 0, num * pace.product("gauss_newton") / 2, num * pace.vector)
+        if not effort.dense:
+            yield _density(pace, effort, "gauss_newton", f"density of G{of}")
+    if num_classes:
+        push = pace.gradient if exact else pace.product("gauss_newton") / 2
+        yield Stage("classes of outliers", 0, num_classes * push, num * pace.vector)
+    yield Stage(f"tails{of}", 0, SIDES * TAIL, 0)
+
+
+def _is_exact(pace: Pace, effort: Effort) -> bool:
+    """Whether gradients are few enough, and fit memory, for all eigenvalues of G."""
+    problem = pace.problem
+    rows = problem.num_examples * (problem.num_classes - 1)
+    if rows > effort.exact_rows or gram_bytes(rows) > problem.memory:
+        return False
+    try:
+        return pace.rows.num_bytes <= share(problem.memory, "factors")
+    except CurvatureError:  # a network that does not tell its examples apart
+        return False
+
+
+def _pairs(pace: Pace, kind: str, num: int, of: str) -> Stage:
+    letter = "H" if kind == "hessian" else "G"
+    products = num_products_of(num, pace.problem.num_parameters)
+    held = max(num + SPARE_ROWS, min(products, share(pace.problem.memory, "basis") // pace.vector))
+    seconds = pace.building(kind) + products * (pace.product(kind) + 2 * min(products, held) / 2 * pace.step)
+    need = (num + SPARE_ROWS) * pace.vector
+    limit = share(pace.problem.memory, "basis")
+    kept = min(pace.graphs(kind), share(pace.problem.memory, "graphs"))
+    name = f"top eigenpairs of {letter}{of}"
+    if need > limit:
+        return Stage(name, products, seconds, need, limit)
+    return Stage(name, products, seconds, kept + held * pace.vector)
+
+
+def _density(pace: Pace, effort: Effort, kind: str, name: str) -> Stage:
+    size = pace.problem.num_parameters
+    kept = min(pace.graphs(kind), share(pace.problem.memory, "graphs"))
+    if effort.dense:
+        seconds = pace.building(kind) + size * pace.product(kind, min(COLUMNS, size)) + pace.cube * size**3 / 2
+        return Stage(name, size, seconds, kept + 3 * 8 * size**2)
+    probes = effort.num_probes
+    steps = min(effort.num_steps, size // probes if probes < size else 1)
+    room = share(pace.problem.memory, "basis") // pace.vector
+    if FEWEST_STEPS <= room < steps:
+        steps = room
+    products = max(1, probes * steps)
+    basis = min(products, room)
+    seconds = pace.building(kind) + products * (pace.product(kind, probes) + 2 * basis / 2 * pace.step)
+    seconds += RITZ * pace.cube * basis**3
+    return Stage(name, products, seconds, kept + basis * pace.vector)
+
+
+def _class_structure(
+    pace: Pace, effort: Effort, num: int, num_classes: int, *, exact: bool, of: str
+) -> Iterator[Stage]:
+    problem = pace.problem
+    means = num_classes**2 * pace.vector
+    held = pace.rows.num_bytes if exact else 0.0
+    if exact:
+        yield Stage("class structure", 0, pace.rows.seconds, held)
+    product = pace.product("gauss_newton") if not exact else pace.gradient
+    yield Stage("averaging: class means", 0, 2 * product, num_classes * pace.vector)
+    yield Stage("averaging: cross-class means", 0, (2 + num_classes / 2) * product, means)
+    yield Stage("map of the means", 0, MAP * num_classes**2, 0)
+    if exact:
+        yield _exact_spectrum(pace, held, of)
+        yield Stage(f"shares of H{of}", 0, num * pace.gradient / 3, held)
+    products = min(num_classes * KNOCKOUTS + 1, effort.knockout_products or num_classes * KNOCKOUTS + 1)
+    basis = (num_products_of(num, problem.num_parameters) + products) * pace.vector
+    yield Stage("attribution of H", products, products * pace.product("hessian") + num * product / 2, means + basis)
+
+
+def _exact_spectrum(pace: Pace, held: float, of: str) -> Stage:
+    rows = pace.problem.num_examples * (pace.problem.num_classes - 1)
+    seconds = pace.rows.pair * rows**2 + KNOCKED * pace.cube * rows**3
+    return Stage(f"exact spectrum of G{of}", 0, seconds, held + gram_bytes(rows))
+
+
+# -- layer by layer
+
+
+def _of_layers(pace: Pace) -> Iterator[Stage]:
+    problem = pace.problem
+    num, limit = problem.num_examples, share(problem.memory, "factors")
+    num_rows = num * (problem.num_classes - 1)
+    held = pace.rows.num_bytes
+    times = max(1.0, held / limit)
+    fullest = max((layer.num_bytes for layer in pace.rows.layers.values()), default=0.0)
+    few = num * limit / fullest if fullest else math.inf
+    yield Stage("features and errors", 0, times * pace.rows.seconds, max(fullest, min(held, limit)), limit, few)
+    few = (problem.memory / gram_bytes(1)) ** 0.5 / max(1, problem.num_classes - 1)
+    for name, layer in pace.rows.layers.items():
+        side = min(num_rows, layer.size)
+        centred = num_rows if num_rows <= SMALL else 0
+        cubes = 2 * side**3 + min(num, layer.size) ** 3 + min(centred, layer.size) ** 3
+        seconds = layer.pair * num_rows * side + pace.cube * cubes
+        yield Stage(f"spectra of {name or 'the model'}", 0, seconds, gram_bytes(side), problem.memory, few, name)
+    yield Stage(
+        "blocks of R", CHECKS, pace.building("residual") + CHECKS * pace.product("residual"), pace.graphs("residual")
+    )
+    for name, seconds in pace.bent.items():
+        products = min(BLOCK_PRODUCTS, 2 * pace.rows.layers[name].size)
+        yield Stage(f"block of H of {name or 'the model'}", products, products * seconds, pace.graphs("hessian"))
+
+
+def _of_regions(pace: Pace, of: Sequence[str], num_groups: int) -> Iterator[Stage]:
+    problem = pace.problem
+    num, num_rows = problem.num_examples, problem.num_examples * (problem.num_classes - 1)
+    turns = 1 + num_groups * (1 - 1 / max(num_groups, 1)) ** 3  # with all examples, and without each group
+    for kind in of:
+        rows = num if kind == "features" else num_rows
+        matrices = 10 + 2 * num_groups if kind == "hessian" else 4
+        size, limit = matrices * 8 * rows**2, problem.memory
+        few = num * (limit / size) ** 0.5
+        yield Stage(f"rows of {kind}", 0, pace.rows.seconds + pace.rows.pair * rows**2, size, limit, few)
+        if kind == "hessian":  # and of every row A v and Aᵀ u
+            seconds = num_rows * DOUBLE * (pace.product("hessian", BLOCK) + pace.gradient)
+            yield Stage("products of hessian", num_rows, seconds, size, limit, few, "products", kind)
+        layers = {name: layer.size for name, layer in pace.rows.layers.items()} if kind != "hessian" else {}
+        for name, parameters in (layers if len(layers) == 1 else layers | {WHOLE: rows}).items():
+            rank = min(rows, parameters) if kind == "gradients" else rows
+            cubes = rows**3 + VALUES * len(knockouts_of(kind, "subtraction")) * rank**3
+            seconds = turns * pace.cube * cubes
+            yield Stage(f"{kind} of {name or 'the model'}", 0, seconds, size, limit, few, name, kind)
+
+
+# -- two networks
+
+
+def _of_comparison(pace: Pace) -> Iterator[Stage]:
+    """Of two networks alike."""
+    problem = pace.problem
+    num_rows = problem.num_examples * (problem.num_classes - 1)
+    yield Stage("factors", 0, 4 * pace.rows.seconds, pace.rows.num_bytes)
+    for name, layer in pace.rows.layers.items():
+        side = min(num_rows, layer.size)
+        if side <= SMALL:
+            seconds = 2 * (layer.pair * num_rows * side + pace.cube * side**3)
+        else:
+            seconds = 2 * num_products_of(COLUMNS, side) * pace.product("gauss_newton")
+        yield Stage(f"eigenspaces of {name or 'the model'}", 0, seconds, gram_bytes(min(side, SMALL)), step=name)
+    one = _pairs(pace, "gauss_newton", 2 * problem.num_classes, "")
+    yield one._replace(name="top eigenpairs of both", products=2 * one.products, seconds=2 * one.seconds)
+
+
+# -- words
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    if seconds < 2 * MINUTE:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / MINUTE:.0f} minutes" if seconds < 120 * MINUTE else f"{seconds / 3600:.0f} hours"
+
+
+def size_of(num_bytes: float) -> str:
+    """Bytes in MB or GB."""
+    return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.3g} MB"

@@ -1,0 +1,235 @@
+"""How long the steps of a job take and what they keep, measured on one batch of a problem."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepspectra.derivatives.products import products_of
+from deepspectra.operators.curvature import Curvature, GaussNewton, Hessian, HessianBlock, Residual
+from deepspectra.problem.example_subsets import first_batch, limited
+from deepspectra.problem.memory_budget import share
+from deepspectra.problem.problem import Problem
+from deepspectra.rows.captures import captures_of
+from deepspectra.rows.held_rows import gram_of
+
+OPERATORS: dict[str, Callable[[Problem], Curvature]] = {
+    "hessian": Hessian,
+    "residual": Residual,
+    "gauss_newton": GaussNewton,
+}
+TIMES, ENOUGH = 5, 0.3  # as often is a step timed, unless it takes longer together, in seconds
+ROWS = 200  # of gradients, whose inner products are timed
+BASIS_BYTES = 2**25  # of vectors, beyond what a cache holds, by which orthogonalising is timed
+BENT = 1e-4  # ‖R v‖/‖H v‖ of a layer's blocks, from which that of R is not zero
+CUBE_ROWS = 600  # of a dense matrix, whose eigenvalues and vectors are timed
+
+
+class Layer(NamedTuple):
+    """What one layer's features and errors take.
+
+    Attributes:
+        size: parameters.
+        num_bytes: of features and errors of all the data.
+        pair: seconds of the inner product of two gradients.
+    """
+
+    size: int
+    num_bytes: float
+    pair: float
+
+
+class Rows(NamedTuple):
+    """What the rows of gradients take: R = N (C − 1) of them.
+
+    Attributes:
+        seconds: of features and errors of all layers, once, of all the data.
+        layers: by name.
+    """
+
+    seconds: float
+    layers: dict[str, Layer]
+
+    @property
+    def num_bytes(self) -> float:
+        """Of all layers."""
+        return sum(layer.num_bytes for layer in self.layers.values())
+
+    @property
+    def pair(self) -> float:
+        """Seconds of the inner product of two gradients to all parameters."""
+        return sum(layer.pair for layer in self.layers.values())
+
+
+class Pace:
+    """Seconds and bytes of a problem's steps, each measured when it is first asked for.
+
+    A process that computes with one thread of a CPU times itself in its own seconds, which other programs do not
+    lengthen much; others go by the clock. What is measured with one batch is taken to be the same with each.
+
+    Args:
+        problem: with the ways of differentiating that were found right for it, or that are found now.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.one = problem, first_batch(problem)
+        self.scale = problem.num_examples / max(1, self.one.num_examples)  # batches as large as that one
+        self.mine = self.scale / problem.batches.group.size  # of them, that one process goes through
+        self._operators: dict[str, Curvature] = {}
+        self._seconds: dict[tuple[str, int], float] = {}
+        self._builds: dict[str, tuple[float, int]] = {}
+
+    @functools.cached_property
+    def gradient(self) -> float:
+        """Seconds of a gradient of all the data."""
+        return self.mine * self._timed(self.one.gradient)
+
+    @property
+    def vector(self) -> int:
+        """Bytes of a vector of length P."""
+        return self.problem.num_parameters * torch.finfo(self._dtype).bits // 8
+
+    def graphs(self, kind: str) -> int:
+        """Bytes of the graphs of one kind of all of a process's batches."""
+        return int(self.mine * self._built(kind)[1])
+
+    def batch_graph(self, kind: str) -> int:
+        """Of the one batch."""
+        return self._built(kind)[1]
+
+    def building(self, kind: str) -> float:
+        """Seconds of these graphs."""
+        return self.mine * self._built(kind)[0]
+
+    def product(self, kind: str, width: int = 1) -> float:
+        """Seconds a vector of products with H, R or G of blocks of so many; what does not fit is built each time."""
+        build, num_bytes = self._built(kind)
+        if (kind, width) not in self._seconds:
+            block = self._block(width)
+            operator = self._operator(kind)
+            self._seconds[kind, width] = self._timed(lambda: operator @ block) / width
+        kept = min(1.0, share(self.problem.memory, "graphs") / max(1.0, self.mine * num_bytes))
+        again = 0.0 if kept == 1 else (1 - kept) * build / width
+        return self.mine * (self._seconds[kind, width] + again)
+
+    @functools.cached_property
+    def step(self) -> float:
+        """Seconds in which a vector of length P is multiplied with another and that is taken from it."""
+        one = self._block(1)
+        many = one.new_ones(max(8, min(256, BASIS_BYTES // self.vector)), len(one))
+        return self._timed(lambda: one - many.T @ (many @ one)) / len(many)
+
+    @functools.cached_property
+    def cube(self) -> float:
+        """Seconds of all eigenvalues and vectors of a large dense matrix of float64, over the cube of its rows."""
+        return _cube(self.problem.device)
+
+    @functools.cached_property
+    def rows(self) -> Rows:
+        """What features and errors of all layers take, of a few examples.
+
+        Raises:
+            CurvatureError: they cannot be told apart by example.
+        """
+        few = max(2, ROWS // max(1, self.problem.num_classes - 1))
+        some = limited(self.one, few) if self.one.num_examples > few and self.one.cuts else self.one
+        products_of(some).inherit(products_of(self.problem))
+        captures, began = captures_of(some), self._now()
+        captures.hold()
+        seconds = self._now() - began
+        scale = self.problem.num_examples / max(1, some.num_examples)
+        found = {}
+        for name, uses in captures.by_layer():
+            num_rows = sum(batch[0].num_examples * batch[0].errors.shape[1] for batch in uses)
+            num_bytes = scale * sum(use.num_bytes for batch in uses for use in batch)
+            spent = self._timed(functools.partial(gram_of, [uses]))
+            size = sum(v.numel() for key, v in some.parameters.items() if key.rpartition(".")[0] == name)
+            found[name] = Layer(size, num_bytes, spent / num_rows**2)
+        return Rows(scale / self.problem.batches.group.size * seconds, found)
+
+    @functools.cached_property
+    def bent(self) -> dict[str, float]:
+        """Layers in whose parameters the outputs are not linear, so that their block of R is not zero.
+
+        With the seconds of a product with their block of H.
+        """
+        hessian, found = self._operator("hessian"), {}
+        assert isinstance(hessian, Hessian)
+        for layer in self.rows.layers:
+            names = [name for name in self.problem.parameters if name.rpartition(".")[0] == layer]
+            block = HessianBlock(hessian, names)
+            v = torch.randn(block.shape[0], 1, generator=torch.Generator().manual_seed(0)).to(self._block(1))
+            (residual,) = Residual(self.one).diagonal_blocks([(names, v)])
+            if float(residual.norm()) > BENT * float((block @ v).norm()):
+                found[layer] = self.mine * self._timed(functools.partial(block.__matmul__, v))
+        return found
+
+    def _operator(self, kind: str) -> Curvature:
+        if kind not in self._operators:
+            OPERATORS[kind](self.problem)  # finds a way that is right
+            products_of(self.one).inherit(products_of(self.problem))
+            self._operators[kind] = OPERATORS[kind](self.one)
+        return self._operators[kind]
+
+    def _block(self, width: int) -> Tensor:
+        generator = torch.Generator().manual_seed(width)
+        block = torch.randn(self.problem.num_parameters, width, generator=generator)
+        return block.to(self.problem.device, self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of vectors."""
+        return torch.promote_types(self.problem.dtype, torch.float32)
+
+    def _built(self, kind: str) -> tuple[float, int]:
+        """Seconds of building the batch's graph, and its bytes."""
+        if kind not in self._builds:
+            operator, block = self._operator(kind), self._block(1)
+            graphs = products_of(self.one).graphs
+            _ = operator @ block  # what happens only once
+            graphs.release()
+            began = self._now()
+            _ = operator @ block
+            first = self._now() - began
+            later = self._timed(lambda: operator @ block)
+            self._builds[kind] = (
+                max(0.0, first - later),
+                graphs.largest("jacobian" if kind == "gauss_newton" else kind),
+            )
+            self._seconds[kind, 1] = later
+        return self._builds[kind]
+
+    def _timed(self, work: Callable[[], object]) -> float:
+        """Seconds of a step: the median of a few, after one that warms up if they are short."""
+        found: list[float] = []
+        while len(found) < TIMES + 1 and sum(found) < ENOUGH:
+            began = self._now()
+            work()
+            found.append(self._now() - began)
+        return statistics.median(found[1:] or found)
+
+    def _now(self) -> float:
+        return now(self.problem.device)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, by the process's own clock where it computes with one thread of a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.process_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+
+
+@functools.cache
+def _cube(device: torch.device) -> float:
+    matrix = torch.randn(CUBE_ROWS, CUBE_ROWS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = (matrix + matrix.T).to(device)
+    torch.linalg.eigh(matrix)
+    began = now(device)
+    torch.linalg.eigh(matrix)
+    return (now(device) - began) / CUBE_ROWS**3

@@ -1,0 +1,165 @@
+"""What a job will take is told from one batch: its stages are those that run, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import deepspectra as ds
+from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
+from deepspectra.cli import app
+from deepspectra.errors import MemoryBudgetError, OptionError
+from deepspectra.jobs.effort import EFFORTS
+from deepspectra.jobs.estimate import JOBS, num_products_of
+from nets import trained_on_digits
+
+UNFORESEEN = {"checking derivatives", "measuring one batch", "class structure"}  # once, small
+
+
+def classified(num: int = 60, **options: Any) -> ds.Problem:
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    return ds.Problem(net, (torch.randn(num, 5, generator=generator), torch.arange(num) % 3), **options)
+
+
+def regression(num: int) -> ds.Problem:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2))
+    return ds.Problem(net, (torch.randn(num, 5), torch.randn(num, 2)), loss="mse")
+
+
+@pytest.mark.parametrize(
+    ("make", "level"),
+    [
+        (classified, {}),
+        (classified, {"exact_rows": 10}),
+        (classified, {"exact_rows": 10, "dense": 0, "num_steps": 3}),
+        (lambda: regression(20), {}),
+    ],
+    ids=["exact", "G by products", "drawn", "no classes"],
+)
+def test_the_stages_of_a_plan_are_those_that_run(
+    make: Any, level: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EFFORTS, "quick", EFFORTS["quick"]._replace(**level))
+    plan = ds.estimate(make(), effort="quick")
+    costs = ds.analyze(make(), effort="quick", progress=False).dataset
+    ran = [name for name in costs.coords["stage"].values.tolist() if name not in UNFORESEEN]
+    assert [one.name for one in plan.stages if one.name not in UNFORESEEN] == ran
+    products = dict(zip(costs.coords["stage"].values.tolist(), costs["cost_products"].values.tolist(), strict=True))
+    densities = [one for one in plan.stages if one.name.startswith("density")]
+    assert densities
+    assert {one.name: one.products for one in densities} == {one.name: products[one.name] for one in densities}
+
+
+def test_an_analysis_tells_the_plan_that_an_estimate_gives(capsys: pytest.CaptureFixture[str]) -> None:
+    ds.analyze(classified(), effort="quick", num_probes=2, num_steps=3)
+    told = " ".join(capsys.readouterr().err.split())
+    plan = ds.estimate(classified(), effort="quick")
+    assert plan.what in plan.told
+    assert plan.what.split("density")[0] in told  # all eigenvalues there, 2 × 3 products here
+    assert "beside model and data, foreseen from one batch" in told
+
+
+def test_products_of_pairs_grow_with_their_number_and_end_with_the_space() -> None:
+    assert [num_products_of(num, 10_000) for num in (1, 10, 40)] == [15, 35, 110]
+    assert num_products_of(40, 30) == 30
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_has_a_plan(job: str) -> None:
+    plan = ds.estimate(classified(), job, effort="quick")
+    assert plan.fits
+    assert all(one.seconds >= 0 and one.num_bytes >= 0 for one in plan.stages)
+    assert plan.total_seconds == sum(one.seconds for one in plan.stages) > 0
+    table = plan.to_dataframe()
+    assert list(table.columns) == ["stage", "products", "seconds", "bytes", "fits"]
+    assert len(table) == len(plan.stages)
+    assert "in all" in str(plan)
+    assert "<pre" in plan._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("job", "run", "memory"),
+    [("layers", ds.layers, 50_000), ("regions", ds.regions, 500_000)],  # Gram matrices take 55 and 2,880 kB
+)
+def test_what_a_plan_calls_too_large_a_job_refuses_and_with_fewer_examples_it_runs(
+    job: str, run: Any, memory: int
+) -> None:
+    large = ds.estimate(classified(150, memory=memory), job)
+    assert not large.fits
+    with pytest.raises(MemoryBudgetError):
+        run(classified(150, memory=memory))
+    few = int(large.advice.rpartition("--limit ")[2].rstrip("."))
+    assert ds.estimate(classified(few, memory=memory), job).fits
+    run(classified(few, memory=memory))
+
+
+def test_pairs_that_do_not_fit_are_told_and_refused() -> None:
+    tight = classified(memory=12_000)
+    plan = ds.estimate(tight, effort="quick")
+    assert not plan.fits
+    assert "top eigenpairs of H" in plan.advice
+    with pytest.raises(MemoryBudgetError):
+        ds.analyze(tight, effort="quick", progress=False)
+
+
+def test_unknown_jobs_are_refused() -> None:
+    with pytest.raises(OptionError, match="'analyze', 'layers', 'regions', 'compare'"):
+        ds.estimate(classified(), "sweep")
+
+
+def test_the_command_trains_nothing_writes_nothing_and_gives_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["estimate", "--model", "mlp-small", "--per-class", "10", "--job", "layers"]
+    found = CliRunner().invoke(app, [*words, "--json"])
+    assert found.exit_code == 0, found.output
+    said = json.loads(found.stdout)
+    assert said["fits"]
+    assert said["seconds"] == pytest.approx(sum(one["seconds"] for one in said["stages"]))
+    assert not list(tmp_path.iterdir())
+    tight = CliRunner().invoke(app, [*words, "--memory", "300kB"])
+    assert tight.exit_code == 2
+    assert "It does not fit" in " ".join(tight.output.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["analyze", "layers", "regions"])
+def test_an_estimate_is_within_a_factor_of_two_of_what_the_job_takes(job: str) -> None:
+    """In seconds of this process, with one thread."""
+    net, data = trained_on_digits(30, (32, 32), epochs=5)
+    make = lambda: ds.Problem(net, (data.inputs, data.targets))  # noqa: E731
+    run = {"analyze": functools.partial(ds.analyze, effort="quick", progress=False), "layers": ds.layers}
+    run["regions"] = ds.regions
+    run[job](make())  # libraries are read
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        plan = ds.estimate(make(), job, "quick", of=["gradients"])
+        began = time.process_time()
+        run[job](make())
+        spent = time.process_time() - began
+    finally:
+        torch.set_num_threads(threads)
+    assert spent / 2 <= plan.total_seconds <= 2 * spent
+
+
+def test_every_step_of_regions_that_is_announced_was_foreseen():
+    problem = classified(12)
+    plan = ds.estimate(problem, "regions", num_groups=2)
+    for of in KINDS_OF_REGIONS:
+        announced = []
+        ds.regions(problem, of, num_groups=2, progress=lambda _, __, name, names=announced: names.append(name))
+        assert set(announced) <= set(plan.work(of)), of
+        assert all(seconds > 0 for seconds in plan.work(of).values())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deepspectra.analysis.attribute import Attribution
 from deepspectra.analysis.gram_spectrum import GramSpectrum
+from deepspectra.analysis.knockouts import Knockout
 from deepspectra.jobs.effort import Effort
 from deepspectra.jobs.stage_meter import Ledger
 from deepspectra.operators.parts import Decomposition
@@ -20,8 +21,10 @@ from deepspectra.problem.losses import SquaredError
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
 from deepspectra.results import Eigenpairs
+from deepspectra.rows.averages import Averages
 
 LETTERS = {"hessian": "H", "gauss_newton": "G", "residual": "R"}
+RESULTS = (Attribution, Averages, GramSpectrum, Knockout)  # of stages, beside those of any job
 TestedTail = dict[str, float | str]  # what is kept of a `Tail`, by name
 
 

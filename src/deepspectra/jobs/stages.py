@@ -20,12 +20,7 @@ from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.krylov_basis import Krylov
 from deepspectra.algorithms.long_vectors import inner_products, rows_that_fit
 from deepspectra.algorithms.overlap import overlap
-from deepspectra.analysis.attribute import (
-    Attribution,
-    attribute_known,
-    pair_shares,
-    squared_norms,
-)
+from deepspectra.analysis.attribute import Attribution, attribute_known, pair_shares, squared_norms
 from deepspectra.analysis.gram_spectrum import (
     MARGIN,
     GramSpectrum,
@@ -36,7 +31,6 @@ from deepspectra.analysis.gram_spectrum import (
     nonzero_density,
     spectrum_of,
 )
-from deepspectra.analysis.knockouts import Knockout
 from deepspectra.analysis.outlier_sources import class_pair_shares
 from deepspectra.analysis.principal_subspace import subspace_of
 from deepspectra.analysis.three_level_map import drawable, place
@@ -46,7 +40,7 @@ from deepspectra.derivatives.products import Products, products_of
 from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetError
 from deepspectra.jobs.effort import BACKWARD, FEWEST_STEPS, OperationCounter, count_operations, effort_for
 from deepspectra.jobs.estimate import UNCLASSED_PAIRS, Plan, plan_of_analysis
-from deepspectra.jobs.findings import LETTERS, Findings, Options, identity
+from deepspectra.jobs.findings import LETTERS, RESULTS, Findings, Options, identity
 from deepspectra.jobs.pace import Pace
 from deepspectra.jobs.stage_meter import Ledger, Report
 from deepspectra.jobs.tails import judged_tails
@@ -57,14 +51,12 @@ from deepspectra.problem.finished_stages import FinishedStages
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
 from deepspectra.results import Eigenpairs
-from deepspectra.rows.averages import Averages
 from deepspectra.rows.gradients import ROWS_BYTES, GradientRows
 from deepspectra.rows.held_rows import HeldRows, gram_bytes
 from deepspectra.rows.projections import num_groups
 
 TRACE_PROBES = 8  # of parts whose traces are not known exactly
 BASIS, ROWS, EXACT = "basis of H", "rows of the basis of H", "exact route"  # kept beside results of stages
-RESULTS = (Attribution, Averages, GramSpectrum, Knockout)  # beside those of any stage
 ROUNDED = 1e-3  # relatively, by which a sum of squares may fall short of one of its parts
 
 

@@ -18,6 +18,7 @@ from deepspectra.dataframes import Tabular, preformatted, text_table
 from deepspectra.errors import MissingNameError
 
 Entry = TypeVar("Entry")
+NOTHING = 1e-5  # relative error of a product, as float32 itself has: below it nothing is coarser
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ class Provenance:
     @property
     def caveats(self) -> tuple[str, ...]:
         """What a table says of its numbers, beside them."""
-        return () if self.rounding is None else (f"products are off by {self.rounding:.1%}: half precision or TF32",)
+        if self.rounding is None or self.rounding < NOTHING:
+            return ()
+        return (f"products are off by {self.rounding:.1%}: half precision or TF32",)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

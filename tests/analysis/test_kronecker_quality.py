@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import nn
 
 import deepspectra as ds
 from deepspectra.analysis.kronecker_quality import norm_of
@@ -86,3 +89,20 @@ def test_a_layer_that_does_not_fit_is_left_out_and_named(monkeypatch: pytest.Mon
     monkeypatch.setattr("deepspectra.analysis.kronecker_quality.norm_of", lambda *_: of_some(calls.clear(), 0))
     with pytest.raises(MemoryBudgetError, match="16 GiB"):
         ds.kronecker_quality(problem, ("kfac",), ks=(1,))
+
+
+class TwoMatrices(nn.Module):
+    """Matrices that are parameters of one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(3, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ self.first.T) @ self.second.T
+
+
+def test_a_module_may_have_several_matrices(tmp_path: Path) -> None:
+    data = torch.randn(30, 6), torch.arange(30) % 3
+    one, other = (ds.Problem(TwoMatrices(), data) for _ in range(2))
+    assert list(ds.kronecker_quality(one)) == list(ds.compare(one, other, resume=tmp_path)) == ["first", "second"]

@@ -20,6 +20,20 @@ def plain(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Ten
     return h, torch.stack([e[y == c].sum(0) for c in range(num)])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_spans_in_coarse_types_are_those_of_the_numbers(dtype: torch.dtype) -> None:
+    """Three directions of four classes' errors, one of which is hardly fitted: no rounding more, none less."""
+    generator, y = torch.Generator().manual_seed(0), torch.arange(200) % 4
+    x = 0.3 * torch.randn(200, 8, generator=generator) + 4 * torch.eye(8)[y]
+    model = nn.Linear(8, 4, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(4, 8) * torch.tensor([1.6, 1.6, 1.6, 0.2])[:, None])
+    expected = ds.weights(ds.Problem(model, (x, y), dtype=torch.float64))[""]
+    found = ds.weights(ds.Problem(model, (x, y), dtype=dtype))[""]
+    assert found.baseline == expected.baseline == 3 * 4 / 32
+    assert found.class_share == pytest.approx(expected.class_share, rel=0.02)
+
+
 def test_measures_follow_their_definitions() -> None:
     torch.manual_seed(0)
     model = nn.Linear(6, 3).double()

@@ -76,7 +76,7 @@ def test_a_stopped_run_ends_with_the_numbers_of_an_unbroken_one(route, tmp_path,
     for name, tree in whole.vectors.items():
         for parameter, vectors in tree.items():
             assert torch.equal(resumed.vectors[name][parameter], vectors)
-    file = tmp_path / "rows-of-the-basis-of-H-0.pt"
+    file = tmp_path / "rows-of-the-basis-of-H-0-of-1.pt"
     assert file.stat().st_size < torch.load(file).nbytes + 2**16  # not the room that it had
 
 
@@ -170,6 +170,28 @@ def test_a_basis_goes_on_from_its_state():
     assert torch.equal(
         basis.combine(torch.eye(4, dtype=torch.float64)), twin.combine(torch.eye(4, dtype=torch.float64))
     )
+
+
+def test_a_basis_of_which_a_part_is_lost_or_too_large_is_none():
+    _, basis = explore(torch.diag(torch.linspace(0, 1, 60, dtype=torch.float64)), 3, rtol=1e-2)
+    state, (first, second) = basis.state(), basis.part().split([30, 30], 1)
+    assert Krylov.of_state(basis.operator, state, [first, second]) is not None
+    for parts in ([first], [], [first[:-1], second], [first, second, second]):
+        assert Krylov.of_state(basis.operator, state, parts) is None
+    basis.operator.memory = 8 * 60 * (basis.num_rows - 1)  # of fewer processes, say
+    assert Krylov.of_state(basis.operator, state, [first, second]) is None
+
+
+def test_an_analysis_goes_on_without_the_rows_of_its_basis(tmp_path, monkeypatch):
+    whole = analysed()
+    with stopped_in(monkeypatch, "attribution of H"), pytest.raises(KeyboardInterrupt):
+        analysed(tmp_path)
+    (tmp_path / "rows-of-the-basis-of-H-0-of-1.pt").unlink()
+    with stopped_in(monkeypatch, None) as ran:
+        resumed = analysed(tmp_path)
+    assert "top eigenpairs of H" not in ran
+    np.testing.assert_allclose(resumed.dataset["bulk_edge"], whole.dataset["bulk_edge"], rtol=2e-2)
+    assert resumed.dataset["num_outliers"].equals(whole.dataset["num_outliers"])
 
 
 def test_a_killed_command_goes_on_behind_training_and_stages(tmp_path):

@@ -1,6 +1,9 @@
 """A job that was stopped goes on behind its last finished stage, with the numbers of one that was not."""
 
+import itertools
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +49,28 @@ def test_a_stopped_job_goes_on_behind_what_is_finished_with_equal_numbers(job, w
     with stopping(after=0) as written:
         assert_alike(numbers(STOPPABLE[job](small_problem(), tmp_path)), whole[job])
     assert written == []
+
+
+def test_what_a_stop_leaves_of_what_was_being_removed_is_in_nobodys_way(tmp_path, monkeypatch):
+    folder = tmp_path / "stages"
+    for kept in range(4):  # of the files, when it stops
+        stages = FinishedStages(folder, {"job": "first"})
+        for name in ("one", "two", "three"):
+            stages.write(name, torch.zeros(2))
+        removed = itertools.count()
+
+        def unlink(path, missing_ok=False, removed=removed, kept=kept):
+            if next(removed) == kept:
+                raise KeyboardInterrupt
+            os.remove(path)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "unlink", unlink)
+            with pytest.raises(KeyboardInterrupt):
+                forget(folder)
+        FinishedStages(folder, {"job": "first"})  # what it was, it can be again
+        forget(folder)
+        assert not folder.exists()
 
 
 def assert_alike(found, expected):

@@ -25,6 +25,7 @@ from deepspectra.algorithms.long_vectors import (
     COLUMNS_PER_CHUNK,
     Spread,
     gaussian_rows,
+    rows_that_fit,
     small,
     unit_of,
     vector_dtype,
@@ -95,27 +96,36 @@ class Krylov:
     def state(self) -> dict[str, Tensor | int | float]:
         """All of it but the operator and the rows, to go on with elsewhere: the same on every process."""
         rest = {name: value for name, value in vars(self).items() if name not in ("operator", "rows", "spread")}
-        return {"capacity": len(self.rows), **rest}
+        return {"capacity": len(self.rows), "num_parts": self.spread.group.size, **rest}
 
     def part(self) -> Tensor:
         """This process's part of the rows in use; shared, not copied."""
         return self.rows[: self.num_rows]
 
     @classmethod
-    def of_state(cls, operator: Operator, state: Mapping[str, Any], parts: Iterable[Tensor]) -> Krylov:
-        """The basis that had this state, of which so many processes as there were had these parts, in their order."""
-        krylov = cls(operator, state["capacity"])
-        for name in state.keys() - {"capacity"}:
-            setattr(krylov, name, state[name])
-        mine, start = krylov.spread.mine, 0
+    def of_state(cls, operator: Operator, state: Mapping[str, Any], parts: Iterable[Tensor]) -> Krylov | None:
+        """The basis that had this state, of whose processes each had one of these parts, in their order.
+
+        None if parts are missing or of another basis, or do not fit the memory of as few processes as there are now.
+        """
+        known = {name: value for name, value in state.items() if name not in ("capacity", "num_parts")}
+        num_rows, room = sum(known[f"num_{kind}"] for kind in ("fixed", "basis", "pending")), rows_that_fit(operator)
+        if operator.group.sums(num_rows > room)[0]:
+            return None
+        krylov = cls(operator, min(state["capacity"], room))
+        for name, value in known.items():
+            setattr(krylov, name, value)
+        mine, start, whole = krylov.spread.mine, 0, True
         for part in parts:
             shared = slice(max(mine.start, start), min(mine.stop, start + part.shape[1]))
-            if shared.start < shared.stop:
-                krylov.rows[: krylov.num_rows, shared.start - mine.start : shared.stop - mine.start] = part[
+            whole = whole and len(part) == num_rows
+            if whole and shared.start < shared.stop:
+                krylov.rows[:num_rows, shared.start - mine.start : shared.stop - mine.start] = part[
                     :, shared.start - start : shared.stop - start
                 ]
             start += part.shape[1]
-        return krylov
+        whole = whole and start == operator.shape[0]
+        return None if operator.group.sums(not whole)[0] else krylov
 
     def append(self, vectors: Tensor) -> Tensor:
         """Add what rows (k, P) have beyond the basis as r ≤ k pending vectors.

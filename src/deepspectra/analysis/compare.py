@@ -177,7 +177,7 @@ def _layers(
             shared = outputs == problems[0].num_classes and name == sides[0].names[-1]
             return _layer(pair[0], spaces, blocks, shared=shared)
 
-        layers[name] = stages.run(f"layer {problems[0].layers.index(name)}", compared)
+        layers[name] = stages.run(f"block {sides[0].names.index(name)}", compared)
     return layers
 
 

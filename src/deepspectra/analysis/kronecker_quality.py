@@ -213,7 +213,7 @@ def quality_of(
             return compared.fits(those, ks, chosen.floor)
 
         try:
-            found[name] = kept.run(f"Kronecker factors of layer {problem.layers.index(name)}", fits)
+            found[name] = kept.run(f"Kronecker factors of block {blocks.names.index(name)}", fits)
         except MemoryBudgetError as error:  # hours of other layers are not lost for it
             left_out[name], refusal = str(error), error
     if refusal is not None and not found:

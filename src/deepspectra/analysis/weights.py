@@ -88,7 +88,8 @@ def weights(problem: Problem) -> Weights:
     sums = _class_sums(problem)
     gradient = problem.unflatten(problem.gradient())
     # errors of an example sum to zero up to the network's rounding, which is no direction of their span
-    rounding = max(RANK_RTOL, 4 * torch.finfo(problem.dtype).eps)
+    coarsest = max(torch.finfo(dtype).eps for dtype in {problem.dtype} | problem.casts)
+    rounding = max(RANK_RTOL, 4 * coarsest)
     found = {}
     for name, (features, errors, sizes) in sums.items():
         weight = problem.parameters[name].detach().double()
@@ -136,7 +137,8 @@ def _explained(
     product = -errors.T @ features
     norm = weight.norm()
     decay = float(-(weight * gradient).sum() / norm**2)
-    left, right = (range_of(rows.T, rounding) for rows in (errors, features))  # spans of the class means
+    # spans of the class means; of errors each alike, for those of a class that is fitted are small and count as much
+    left, right = range_of((errors / positive(errors.norm(dim=1, keepdim=True))).T, rounding), range_of(features.T)
     inside = (left.T @ weight @ right).square().sum() / norm**2
     return LayerWeights(
         name=name,

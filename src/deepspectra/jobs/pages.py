@@ -19,7 +19,7 @@ from deepspectra.derivatives.way_choice import coarse_types
 from deepspectra.errors import CurvatureError, FileError, OptionError, first_line
 from deepspectra.file_writing import save_whole
 from deepspectra.problem.problem import Problem
-from deepspectra.results import versions
+from deepspectra.results import NOTHING, versions
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -53,6 +53,8 @@ def precision(problem: Problem) -> list[str]:
     if not choice.rounding:
         with contextlib.suppress(CurvatureError):  # a network of which class means alone are right
             choice.linearize()
+    if choice.rounding and max(choice.rounding.values()) < NOTHING:  # TF32 is allowed, and this network uses none
+        return []
     listed = " and ".join(f"{what} is off by {error:.1%}" for what, error in choice.rounding.items())
     off = f"{listed}, measured against float64 on a few examples" if listed else "how far it is off is not known"
     return [f"Computed in {coarse}: {off}; what differs by less says nothing."]

@@ -207,7 +207,7 @@ def _attribute(found: Findings, hessian: Hessian, basis: Krylov | None, margin: 
 
     def work(report: Report) -> Attribution:
         state = finished.read(BASIS) if basis is None else None  # of a run that was stopped
-        grown = Krylov.of_state(hessian, state, finished.read_parts(ROWS)) if state else basis
+        grown = Krylov.of_state(hessian, state, finished.read_parts(ROWS, state["num_parts"])) if state else basis
         return attribute_known(
             hessian,
             found.parts,
@@ -359,7 +359,7 @@ def _find_pairs(found: Findings, name: str, operator: Operator) -> Krylov | None
 
     found.pairs[name] = found.ledger.run(f"top eigenpairs of {LETTERS[name]}{found.of}", work)
     if basis is not None and f"{name}{found.of}" == "hessian":
-        found.ledger.finished.write_part(ROWS, basis.part().cpu())
+        found.ledger.finished.write_part(ROWS, basis.part())
         found.ledger.finished.write(BASIS, basis.state())
     return basis
 

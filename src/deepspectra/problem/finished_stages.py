@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -90,20 +89,18 @@ class FinishedStages:
         if (path := self._path(name)) is not None:
             self.group.of_first(lambda: _save(path, map_tensors(_of_its_size, value)))
 
-    def write_part(self, name: str, value: object) -> None:
-        """Write what this process has of a result that is spread, in a folder that all of them see."""
-        if (path := self._path(f"{name} {self.group.rank}")) is not None:
+    def write_part(self, name: str, value: Tensor) -> None:
+        """Write what this process has of a tensor that is spread, in a folder that all of them see."""
+        if (path := self._path(f"{name} {self.group.rank} of {self.group.size}")) is not None:
             with self.group.summing():  # what one cannot write ends all
-                _save(path, map_tensors(_of_its_size, value))
+                _save(path, _of_its_size(value).cpu())
 
-    def read_parts(self, name: str) -> Iterator[Any]:
-        """What every process had of such a result, in their order, each read when it is asked for."""
-        for rank in itertools.count():
-            path = self._path(f"{name} {rank}")
-            part = None if path is None else self._read(path, in_place=True)
-            if part is None:
-                return
-            yield part
+    def read_parts(self, name: str, num: int) -> Iterator[Tensor]:
+        """What each of so many processes had of such a tensor, in their order; those that are there."""
+        for rank in range(num):
+            path = self._path(f"{name} {rank} of {num}")
+            if path is not None and (part := self._read(path, in_place=True)) is not None:
+                yield part
 
     def run(self, name: str, work: Callable[[], Value]) -> Value:
         """What `work` returns, or returned before a stop; never None."""
@@ -193,9 +190,11 @@ def digest(tensors: Iterable[Tensor], text: str = "") -> str:
 
 def forget(folder: Path) -> None:
     """Remove the results in a folder, and the folder if nothing else is in it."""
-    if not (folder / f"{IDENTITY}{SUFFIX}").is_file():
+    identity = folder / f"{IDENTITY}{SUFFIX}"
+    if not identity.is_file():
         return
-    for path in [*folder.glob(f"*{SUFFIX}"), *folder.glob("*.part")]:
+    stages = [path for path in folder.glob(f"*{SUFFIX}") if path != identity]
+    for path in [*stages, *folder.glob("*.part"), identity]:  # stopped in between, it still says of what they are
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # something else is there
         folder.rmdir()

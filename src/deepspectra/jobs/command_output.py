@@ -77,7 +77,8 @@ def tell(plan: Plan, *, as_json: bool) -> None:
 
 def wrapped(text: str) -> str:
     """Sentences in lines as wide as the terminal, broken between words."""
-    return textwrap.fill(text, shutil.get_terminal_size((100, 24)).columns, break_long_words=False)
+    width = shutil.get_terminal_size((100, 24)).columns
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def explain(text: str) -> None:

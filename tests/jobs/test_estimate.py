@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
 import time
 from pathlib import Path
@@ -16,18 +18,38 @@ from typer.testing import CliRunner
 import deepspectra as ds
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
 from deepspectra.cli import app
-from deepspectra.errors import MemoryBudgetError, OptionError
+from deepspectra.errors import CurvatureError, DataError, LossError, MemoryBudgetError, OptionError
+from deepspectra.jobs import stages
 from deepspectra.jobs.effort import EFFORTS
-from deepspectra.jobs.estimate import JOBS, num_products_of
+from deepspectra.jobs.estimate import JOBS, foreseen, num_products_of
 from nets import trained_on_digits
 
 UNFORESEEN = {"checking derivatives", "measuring one batch", "class structure"}  # once, small
 
 
-def classified(num: int = 60, **options: Any) -> ds.Problem:
+class _Once(torch.autograd.Function):
+    """x², whose slope knows no slope of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, error: torch.Tensor) -> torch.Tensor:
+        return 2 * ctx.saved_tensors[0] * error
+
+
+class OnceOnly(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Once.apply(x)
+
+
+def classified(num: int = 60, activation: nn.Module | None = None, **options: Any) -> ds.Problem:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    net = nn.Sequential(nn.Linear(5, 8), activation or nn.Tanh(), nn.Linear(8, 3))
     return ds.Problem(net, (torch.randn(num, 5, generator=generator), torch.arange(num) % 3), **options)
 
 
@@ -68,6 +90,58 @@ def test_an_analysis_tells_the_plan_that_an_estimate_gives(capsys: pytest.Captur
     assert plan.what in plan.told
     assert plan.what.split("density")[0] in told  # all eigenvalues there, 2 × 3 products here
     assert "beside model and data, foreseen from one batch" in told
+
+
+def test_of_test_data_the_stages_that_run_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of G is known there, too, and nothing is averaged or knocked out."""
+    plans = []
+    real = stages._plan_of
+    monkeypatch.setattr(stages, "_plan_of", lambda found: plans.append(real(found)) or plans[-1])
+    with contextlib.redirect_stderr(io.StringIO()):
+        costs = ds.analyze(classified(), test=classified(30), effort="quick").dataset
+    ran = [name for name in costs.coords["stage"].values.tolist() if name.endswith(" on test data")]
+    foreseen = [one.name for one in plans[1].stages if not one.name.startswith("class structure")]
+    assert foreseen == ran
+    assert "exact spectrum of G on test data" in ran
+    assert "knock-outs" in plans[0].what
+    assert "knock-outs" not in plans[1].what
+
+
+def test_of_many_classes_groups_are_planned_as_they_are_analysed() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 101))
+    plan = ds.estimate(ds.Problem(net, (torch.randn(101, 4), torch.arange(101))), effort="quick")
+    assert "13 top eigenpairs" in plan.what  # of 10 groups
+    vectors = {one.name: one.num_bytes for one in plan.stages}["averaging: class means"]
+    assert vectors == 10 * 4 * sum(p.numel() for p in net.parameters())
+
+
+def test_layers_without_second_derivatives_have_a_plan_without_blocks_of_h() -> None:
+    plan = ds.estimate(classified(activation=OnceOnly()), "layers")
+    assert [one.name for one in plan.stages] == ["features and errors", "spectra of 0", "spectra of 2"]
+
+
+@pytest.mark.parametrize("job", ["layers", "regions"])
+def test_what_a_job_refuses_has_no_plan_and_stops_none(job: str) -> None:
+    one = ds.Problem(nn.Linear(4, 1), (torch.randn(6, 4), torch.zeros(6, dtype=torch.long)))
+    for problem in (regression(6), one):
+        with pytest.raises(LossError):
+            ds.estimate(problem, job)
+        assert foreseen(ds.estimate, problem, job) is None
+
+
+def test_a_command_begins_where_nothing_can_be_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any, **__: Any) -> None:
+        raise CurvatureError("no plan")
+
+    def begins(*_: Any, **__: Any) -> None:
+        raise DataError("begun")
+
+    monkeypatch.setattr("deepspectra.cli.estimate", refuses)
+    monkeypatch.setattr("deepspectra.cli.layers", begins)
+    words = ["layers", "--model", "mlp-small", "--per-class", "3", "--epochs", "0", "--out", str(tmp_path / "out")]
+    found = CliRunner().invoke(app, words)
+    assert str(found.exception) == "begun"
 
 
 def test_products_of_pairs_grow_with_their_number_and_end_with_the_space() -> None:

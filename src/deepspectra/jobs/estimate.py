@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,13 +13,23 @@ from deepspectra.analysis.regions import BLOCK, NUM_GROUPS, WHOLE, knockouts_of
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
 from deepspectra.argument_checks import check_choice
 from deepspectra.dataframes import Tabular, text_table
-from deepspectra.errors import CurvatureError
-from deepspectra.jobs.effort import EFFORTS, FEWEST_STEPS, Effort, count_operations, described, effort_for
+from deepspectra.derivatives.way_choice import FAILURES
+from deepspectra.errors import CurvatureError, DeepSpectraError
+from deepspectra.jobs.effort import (
+    EFFORTS,
+    FEWEST_STEPS,
+    MOST_CLASSES,
+    Effort,
+    count_operations,
+    described,
+    effort_for,
+)
+from deepspectra.jobs.effort import NUM_GROUPS as GROUPS_OF_CLASSES
 from deepspectra.jobs.pace import Pace
 from deepspectra.problem.memory_budget import share
 from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.results import Result, origin
-from deepspectra.rows.gradients import has_labels
+from deepspectra.rows.gradients import check_labelled, has_labels, refuse_one_output
 from deepspectra.rows.held_rows import gram_bytes
 
 JOBS = ("analyze", "layers", "regions", "compare")
@@ -167,6 +177,7 @@ def estimate(
 
     Raises:
         OptionError: an unknown job or effort.
+        LossError: the job needs class labels, or the loss is the cross-entropy of a single output.
         CurvatureError: the network has no right second derivative, or its examples cannot be told apart, where the
             job needs it.
 
@@ -176,36 +187,51 @@ def estimate(
     check_problem(problem)
     check_choice("job", job, JOBS)
     check_choice("effort", effort, tuple(EFFORTS))
-    pace = Pace(problem)
     if job == "analyze":
+        refuse_one_output(problem)
         _, operations = count_operations(problem, problem.loss)
         chosen = effort_for(problem, operations, effort)
-        num_classes = problem.num_classes if has_labels(problem) else 0
-        num = num_classes + chosen.spare_pairs if num_classes else UNCLASSED_PAIRS
-        return plan_of_analysis(pace, chosen, num, num_classes)
+        classed = has_labels(problem)
+        num_classes = GROUPS_OF_CLASSES if problem.num_classes > MOST_CLASSES else problem.num_classes
+        num = num_classes + chosen.spare_pairs if classed else UNCLASSED_PAIRS
+        return plan_of_analysis(problem, chosen, num, num_classes if classed else 0)
+    if job != "compare":
+        check_labelled(problem)
+    pace = Pace(problem)
     if job == "regions":
         return _plan(pace, job, began, _of_regions(pace, of, num_groups))
     return _plan(pace, job, began, _of_layers(pace) if job == "layers" else _of_comparison(pace))
 
 
-def plan_of_analysis(pace: Pace, effort: Effort, num: int, num_classes: int, of: str = "") -> Plan:
+def foreseen(planned: Callable[..., Plan], *given: Any, **asked: Any) -> Plan | None:
+    """The plan of a job that is about to run; None where there is none, which shall not stop the job."""
+    try:
+        return planned(*given, **asked)
+    except (DeepSpectraError, *FAILURES):  # the job says why, if it cannot do without what failed
+        return None
+
+
+def plan_of_analysis(problem: Problem, effort: Effort, num: int, num_classes: int, of: str = "") -> Plan:
     """The plan of an analysis of so many pairs, and classes or groups of them; 0 if there are none.
 
     Of test data, which stages name by `of`, there are no averages and no attribution.
     """
-    began = time.perf_counter()
-    what = described(pace.problem, effort, num, classed=bool(num_classes))
-    return _plan(pace, "analyze", began, _of_analysis(pace, effort, num, num_classes, of), effort.name, what)
+    began, pace = time.perf_counter(), Pace(problem)
+    exact = bool(num_classes) and _is_exact(pace, effort)
+    what = described(problem, effort, num, exact=exact, averaged=bool(num_classes) and not of)
+    return _plan(
+        pace, "analyze", began, _of_analysis(pace, effort, num, num_classes, of, exact=exact), effort.name, what
+    )
 
 
 def _plan(pace: Pace, job: str, began: float, stages: Iterator[Stage], effort: str = "", what: str = "") -> Plan:
     found, problem = tuple(stages), pace.problem
-    advice = _advice(problem, job, found)
+    advice = _advice(problem, job, effort, found)
     given = origin(began, problem)
     return Plan(job, effort, found, pace.gradient, problem.memory, advice, what, **given)
 
 
-def _advice(problem: Problem, job: str, stages: Sequence[Stage]) -> str:
+def _advice(problem: Problem, job: str, effort: str, stages: Sequence[Stage]) -> str:
     """What to lower, where something does not fit or takes minutes that grow with the rows."""
     broken = [stage for stage in stages if not stage.fits]
     seconds = sum(stage.seconds for stage in stages)
@@ -222,7 +248,8 @@ def _advice(problem: Problem, job: str, stages: Sequence[Stage]) -> str:
     if job in ("layers", "regions") and seconds > MINUTE:
         return f"Ten seconds or less with --limit {max(2, int(problem.num_examples * MINUTE / 6 / seconds))}."
     if job == "analyze" and seconds > 10 * MINUTE:
-        return "For less: --effort quick, or --limit for fewer examples."
+        quicker = "" if effort == "quick" else "--effort quick, or "
+        return f"For less: {quicker}--limit for fewer examples."
     return ""
 
 
@@ -234,15 +261,25 @@ def num_products_of(num: int, size: int) -> int:
     return min(size, round(max(15, PAIRS[0] + PAIRS[1] * num)))
 
 
-def _of_analysis(pace: Pace, effort: Effort, num: int, num_classes: int, of: str) -> Iterator[Stage]:
-    exact = bool(num_classes) and _is_exact(pace, effort)
-    yield Stage("loss and gradient", 0, 2 * pace.gradient, pace.batch_graph("hessian"), pace.problem.memory)
+def _of_analysis(pace: Pace, effort: Effort, num: int, num_classes: int, of: str, *, exact: bool) -> Iterator[Stage]:
+    averaged = bool(num_classes) and not of
+    held = pace.rows.num_bytes if exact else 0.0
+    if not of:
+        yield Stage("loss and gradient", 0, 2 * pace.gradient, pace.batch_graph("hessian"), pace.problem.memory)
     yield _pairs(pace, "hessian", num, of)
-    if num_classes:
-        yield from _class_structure(pace, effort, num, num_classes, exact=exact, of=of)
-    if effort.dense and not exact:
-        yield _density(pace, effort, "gauss_newton", f"density of G{of}")
-    if num_classes and not exact:
+    if exact:
+        yield Stage(f"class structure{of}", 0, pace.rows.seconds, held)
+    if averaged:
+        yield from _averages(pace, num_classes, exact=exact)
+    if exact:
+        yield _exact_spectrum(pace, held, of)
+        yield Stage(f"shares of H{of}", 0, num * pace.gradient / 3, held)
+    if averaged:
+        yield _attribution(pace, effort, num, num_classes, exact=exact)
+    first = effort.dense and not exact and not of
+    if first:
+        yield _density(pace, effort, "gauss_newton", "density of G")
+    if averaged and not exact:
         yield Stage("traces of G", 0, num_classes * pace.gradient, num_classes**2 * pace.vector)
     for kind, letter in (("hessian", "H"), ("residual", "R")):
         yield _density(pace, effort, kind, f"density of {letter}{of}")
@@ -250,9 +287,9 @@ def _of_analysis(pace: Pace, effort: Effort, num: int, num_classes: int, of: str
         yield _pairs(pace, "gauss_newton", num, of)
         if num_classes:
             yield Stage(f"shares of G{of}", 0, num * pace.product("gauss_newton") / 2, num * pace.vector)
-        if not effort.dense:
+        if not first:
             yield _density(pace, effort, "gauss_newton", f"density of G{of}")
-    if num_classes:
+    if averaged:
         push = pace.gradient if exact else pace.product("gauss_newton") / 2
         yield Stage("classes of outliers", 0, num_classes * push, num * pace.vector)
     yield Stage(f"tails{of}", 0, SIDES * TAIL, 0)
@@ -302,24 +339,20 @@ def _density(pace: Pace, effort: Effort, kind: str, name: str) -> Stage:
     return Stage(name, products, seconds, kept + basis * pace.vector)
 
 
-def _class_structure(
-    pace: Pace, effort: Effort, num: int, num_classes: int, *, exact: bool, of: str
-) -> Iterator[Stage]:
-    problem = pace.problem
+def _averages(pace: Pace, num_classes: int, *, exact: bool) -> Iterator[Stage]:
+    product = pace.gradient if exact else pace.product("gauss_newton")
     means = num_classes**2 * pace.vector
-    held = pace.rows.num_bytes if exact else 0.0
-    if exact:
-        yield Stage("class structure", 0, pace.rows.seconds, held)
-    product = pace.product("gauss_newton") if not exact else pace.gradient
     yield Stage("averaging: class means", 0, 2 * product, num_classes * pace.vector)
     yield Stage("averaging: cross-class means", 0, (2 + num_classes / 2) * product, means)
     yield Stage("map of the means", 0, MAP * num_classes**2, 0)
-    if exact:
-        yield _exact_spectrum(pace, held, of)
-        yield Stage(f"shares of H{of}", 0, num * pace.gradient / 3, held)
+
+
+def _attribution(pace: Pace, effort: Effort, num: int, num_classes: int, *, exact: bool) -> Stage:
+    product = pace.gradient if exact else pace.product("gauss_newton")
     products = min(num_classes * KNOCKOUTS + 1, effort.knockout_products or num_classes * KNOCKOUTS + 1)
-    basis = (num_products_of(num, problem.num_parameters) + products) * pace.vector
-    yield Stage("attribution of H", products, products * pace.product("hessian") + num * product / 2, means + basis)
+    basis = (num_products_of(num, pace.problem.num_parameters) + products) * pace.vector
+    seconds = products * pace.product("hessian") + num * product / 2
+    return Stage("attribution of H", products, seconds, num_classes**2 * pace.vector + basis)
 
 
 def _exact_spectrum(pace: Pace, held: float, of: str) -> Stage:
@@ -347,10 +380,12 @@ def _of_layers(pace: Pace) -> Iterator[Stage]:
         cubes = 2 * side**3 + min(num, layer.size) ** 3 + min(centred, layer.size) ** 3
         seconds = layer.pair * num_rows * side + pace.cube * cubes
         yield Stage(f"spectra of {name or 'the model'}", 0, seconds, gram_bytes(side), problem.memory, few, name)
-    yield Stage(
-        "blocks of R", CHECKS, pace.building("residual") + CHECKS * pace.product("residual"), pace.graphs("residual")
-    )
-    for name, seconds in pace.bent.items():
+    try:
+        bent, checked = pace.bent, pace.building("residual") + CHECKS * pace.product("residual")
+    except CurvatureError:  # without second derivatives layers have no blocks of H
+        return
+    yield Stage("blocks of R", CHECKS, checked, pace.graphs("residual"))
+    for name, seconds in bent.items():
         products = min(BLOCK_PRODUCTS, 2 * pace.rows.layers[name].size)
         yield Stage(f"block of H of {name or 'the model'}", products, products * seconds, pace.graphs("hessian"))
 

@@ -310,15 +310,15 @@ def _is_exact(pace: Pace, effort: Effort) -> bool:
 def _pairs(pace: Pace, kind: str, num: int, of: str) -> Stage:
     letter = "H" if kind == "hessian" else "G"
     products = num_products_of(num, pace.problem.num_parameters)
-    held = max(num + SPARE_ROWS, min(products, share(pace.problem.memory, "basis") // pace.vector))
-    seconds = pace.building(kind) + products * (pace.product(kind) + 2 * min(products, held) / 2 * pace.step)
-    need = (num + SPARE_ROWS) * pace.vector
     limit = share(pace.problem.memory, "basis")
+    fewest = min(num + SPARE_ROWS, pace.problem.num_parameters)
+    held = max(fewest, min(products, limit // pace.row))
+    seconds = pace.building(kind) + products * (pace.product(kind) + 2 * min(products, held) / 2 * pace.step)
     kept = min(pace.graphs(kind), share(pace.problem.memory, "graphs"))
     name = f"top eigenpairs of {letter}{of}"
-    if need > limit:
-        return Stage(name, products, seconds, need, limit)
-    return Stage(name, products, seconds, kept + held * pace.vector)
+    if fewest * pace.row > limit:
+        return Stage(name, products, seconds, fewest * pace.row, limit)
+    return Stage(name, products, seconds, kept + max(held * pace.row, num * pace.vector))  # pairs are whole on all
 
 
 def _density(pace: Pace, effort: Effort, kind: str, name: str) -> Stage:
@@ -329,14 +329,14 @@ def _density(pace: Pace, effort: Effort, kind: str, name: str) -> Stage:
         return Stage(name, size, seconds, kept + 3 * 8 * size**2)
     probes = effort.num_probes
     steps = min(effort.num_steps, size // probes if probes < size else 1)
-    room = share(pace.problem.memory, "basis") // pace.vector
+    room = share(pace.problem.memory, "basis") // pace.row
     if FEWEST_STEPS <= room < steps:
         steps = room
     products = max(1, probes * steps)
     basis = min(products, room)
     seconds = pace.building(kind) + products * (pace.product(kind, probes) + 2 * basis / 2 * pace.step)
     seconds += RITZ * pace.cube * basis**3
-    return Stage(name, products, seconds, kept + basis * pace.vector)
+    return Stage(name, products, seconds, kept + basis * pace.row)
 
 
 def _averages(pace: Pace, num_classes: int, *, exact: bool) -> Iterator[Stage]:
@@ -350,7 +350,7 @@ def _averages(pace: Pace, num_classes: int, *, exact: bool) -> Iterator[Stage]:
 def _attribution(pace: Pace, effort: Effort, num: int, num_classes: int, *, exact: bool) -> Stage:
     product = pace.gradient if exact else pace.product("gauss_newton")
     products = min(num_classes * KNOCKOUTS + 1, effort.knockout_products or num_classes * KNOCKOUTS + 1)
-    basis = (num_products_of(num, pace.problem.num_parameters) + products) * pace.vector
+    basis = (num_products_of(num, pace.problem.num_parameters) + products) * pace.row
     seconds = products * pace.product("hessian") + num * product / 2
     return Stage("attribution of H", products, seconds, num_classes**2 * pace.vector + basis)
 

@@ -93,7 +93,12 @@ class Pace:
     @property
     def vector(self) -> int:
         """Bytes of a vector of length P."""
-        return self.problem.num_parameters * torch.finfo(self._dtype).bits // 8
+        return self.problem.num_parameters * self._dtype.itemsize
+
+    @property
+    def row(self) -> int:
+        """Bytes of what one process has of a vector of a basis, which all of them share out."""
+        return -(-self.problem.num_parameters // self.problem.batches.group.size) * self._dtype.itemsize
 
     def graphs(self, kind: str) -> int:
         """Bytes of the graphs of one kind of all of a process's batches."""
@@ -120,9 +125,10 @@ class Pace:
 
     @functools.cached_property
     def step(self) -> float:
-        """Seconds in which a vector of length P is multiplied with another and that is taken from it."""
-        one = self._block(1)
-        many = one.new_ones(max(8, min(256, BASIS_BYTES // self.vector)), len(one))
+        """Seconds in which a process multiplies its part of a vector with another and takes that from it."""
+        one = self._block(1)[: self.row // self._dtype.itemsize]
+        most = min(BASIS_BYTES, share(self.problem.memory, "basis"))
+        many = one.new_ones(max(2, min(256, most // self.row)), len(one))
         return self._timed(lambda: one - many.T @ (many @ one)) / len(many)
 
     @functools.cached_property

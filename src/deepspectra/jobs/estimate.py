@@ -6,15 +6,15 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from deepspectra.analysis.layer_blocks import SMALL
-from deepspectra.analysis.regions import BLOCK, NUM_GROUPS, WHOLE, knockouts_of
+from deepspectra.analysis.regions import NUM_GROUPS
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
 from deepspectra.argument_checks import check_choice
 from deepspectra.dataframes import Tabular, text_table
 from deepspectra.derivatives.way_choice import FAILURES
-from deepspectra.errors import CurvatureError, DeepSpectraError
+from deepspectra.errors import CurvatureError, DeepSpectraError, MemoryBudgetError
 from deepspectra.jobs.effort import (
     EFFORTS,
     FEWEST_STEPS,
@@ -25,7 +25,8 @@ from deepspectra.jobs.effort import (
     effort_for,
 )
 from deepspectra.jobs.effort import NUM_GROUPS as GROUPS_OF_CLASSES
-from deepspectra.jobs.pace import Pace
+from deepspectra.jobs.pace import Pace, Stage
+from deepspectra.jobs.plan_of_rows import captured, of_layers, of_regions
 from deepspectra.problem.memory_budget import share
 from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.results import Result, origin
@@ -41,41 +42,8 @@ TAIL, MAP = 0.4, 0.015  # seconds of a tail's laws, and of a map of means, for e
 SIDES = 7  # tails that are looked at
 KNOCKED = 3  # exact spectra with their knock-outs, in units of all eigenvalues and vectors
 RITZ = 8  # eigenproblems of the basis of a density, for what has converged and what nodes weigh
-VALUES = 0.6  # eigenvalues alone, in the same unit
-DOUBLE = 2  # times as long take products in float64, as those of the Hessian's regions are
-BLOCK_PRODUCTS = 100  # with a layer's block of H, where it is not that of G
-CHECKS = 2  # products by which that is seen
 COLUMNS = 64  # of a dense matrix that go through a graph together, at most
 MINUTE = 60
-
-
-class Stage(NamedTuple):
-    """A stage of a job.
-
-    Attributes:
-        name: as the job calls it.
-        products: with single vectors.
-        seconds: that it takes.
-        num_bytes: that it holds at most, beside model and data.
-        limit: of them, beyond which the job refuses; ∞ where it does with less.
-        most: examples with which it would fit, where it is they that do not.
-        step: what the job's progress calls it, if it does: a layer, all of them, or products.
-        of: what kind of rows it looks at, if there are several.
-    """
-
-    name: str
-    products: int
-    seconds: float
-    num_bytes: float
-    limit: float = math.inf
-    most: float = math.inf
-    step: str | None = None
-    of: str = ""
-
-    @property
-    def fits(self) -> bool:
-        """Whether the job will not refuse."""
-        return self.num_bytes <= self.limit
 
 
 @dataclass(frozen=True, repr=False)
@@ -198,9 +166,7 @@ def estimate(
     if job != "compare":
         check_labelled(problem)
     pace = Pace(problem)
-    if job == "regions":
-        return _plan(pace, job, began, _of_regions(pace, of, num_groups))
-    return _plan(pace, job, began, _of_layers(pace) if job == "layers" else _of_comparison(pace))
+    return _plan(pace, job, began, _of_rows(pace, job, of, num_groups))
 
 
 def foreseen(planned: Callable[..., Plan], *given: Any, **asked: Any) -> Plan | None:
@@ -243,14 +209,25 @@ def _advice(problem: Problem, job: str, effort: str, stages: Sequence[Stage]) ->
         )
         if job == "analyze":
             return told + "Raise memory, lower batch_size, or look at part of the network by parameters=."
-        few = min(stage.most for stage in broken)
-        return told + ("Raise memory." if few == math.inf else f"Raise memory, or pass --limit {max(2, int(few))}.")
+        most, fewest = min(stage.most for stage in broken), max(2, problem.num_classes)
+        return told + (
+            f"Raise memory, or pass --limit {int(most)}." if fewest <= most < math.inf else "Raise memory."
+        )
     if job in ("layers", "regions") and seconds > MINUTE:
-        return f"Ten seconds or less with --limit {max(2, int(problem.num_examples * MINUTE / 6 / seconds))}."
+        return _fewer(problem, stages)
     if job == "analyze" and seconds > 10 * MINUTE:
         quicker = "" if effort == "quick" else "--effort quick, or "
         return f"For less: {quicker}--limit for fewer examples."
     return ""
+
+
+def _fewer(problem: Problem, stages: Sequence[Stage]) -> str:
+    """With how many examples it would take ten seconds; of fewer than there are classes there is no structure."""
+    left, fewest = 1.0, max(2, problem.num_classes)
+    while sum(stage.seconds * left**stage.grows for stage in stages) > MINUTE / 6:
+        left *= 0.95
+    num = int(problem.num_examples * left)
+    return f"Ten seconds or less with --limit {num}." if num >= fewest else f"For less: --limit {fewest} or more."
 
 
 # -- an analysis
@@ -303,7 +280,7 @@ def _is_exact(pace: Pace, effort: Effort) -> bool:
         return False
     try:
         return pace.rows.num_bytes <= share(problem.memory, "factors")
-    except CurvatureError:  # a network that does not tell its examples apart
+    except (CurvatureError, MemoryBudgetError):  # examples cannot be told apart, or take too much each
         return False
 
 
@@ -361,64 +338,31 @@ def _exact_spectrum(pace: Pace, held: float, of: str) -> Stage:
     return Stage(f"exact spectrum of G{of}", 0, seconds, held + gram_bytes(rows))
 
 
-# -- layer by layer
+# -- features and errors
 
 
-def _of_layers(pace: Pace) -> Iterator[Stage]:
-    problem = pace.problem
-    num, limit = problem.num_examples, share(problem.memory, "factors")
-    num_rows = num * (problem.num_classes - 1)
-    held = pace.rows.num_bytes
-    times = max(1.0, held / limit)
-    fullest = max((layer.num_bytes for layer in pace.rows.layers.values()), default=0.0)
-    few = num * limit / fullest if fullest else math.inf
-    yield Stage("features and errors", 0, times * pace.rows.seconds, max(fullest, min(held, limit)), limit, few)
-    few = (problem.memory / gram_bytes(1)) ** 0.5 / max(1, problem.num_classes - 1)
-    for name, layer in pace.rows.layers.items():
-        side = min(num_rows, layer.size)
-        centred = num_rows if num_rows <= SMALL else 0
-        cubes = 2 * side**3 + min(num, layer.size) ** 3 + min(centred, layer.size) ** 3
-        seconds = layer.pair * num_rows * side + pace.cube * cubes
-        yield Stage(f"spectra of {name or 'the model'}", 0, seconds, gram_bytes(side), problem.memory, few, name)
+def _of_rows(pace: Pace, job: str, of: Sequence[str], num_groups: int) -> Iterator[Stage]:
+    """Of a job that looks at features and errors; only what they take, where that is too much to be measured."""
+    problem, limit = pace.problem, share(pace.problem.memory, "factors")
     try:
-        bent, checked = pace.bent, pace.building("residual") + CHECKS * pace.product("residual")
-    except CurvatureError:  # without second derivatives layers have no blocks of H
+        _ = pace.rows
+    except MemoryBudgetError:
+        size, seconds = problem.num_examples * pace.row_bytes, pace.scalars * pace.gradient
+        yield Stage("features and errors", 0, seconds, size, limit, limit / pace.row_bytes)
         return
-    yield Stage("blocks of R", CHECKS, checked, pace.graphs("residual"))
-    for name, seconds in bent.items():
-        products = min(BLOCK_PRODUCTS, 2 * pace.rows.layers[name].size)
-        yield Stage(f"block of H of {name or 'the model'}", products, products * seconds, pace.graphs("hessian"))
-
-
-def _of_regions(pace: Pace, of: Sequence[str], num_groups: int) -> Iterator[Stage]:
-    problem = pace.problem
-    num, num_rows = problem.num_examples, problem.num_examples * (problem.num_classes - 1)
-    turns = 1 + num_groups * (1 - 1 / max(num_groups, 1)) ** 3  # with all examples, and without each group
-    for kind in of:
-        rows = num if kind == "features" else num_rows
-        matrices = 10 + 2 * num_groups if kind == "hessian" else 4
-        size, limit = matrices * 8 * rows**2, problem.memory
-        few = num * (limit / size) ** 0.5
-        yield Stage(f"rows of {kind}", 0, pace.rows.seconds + pace.rows.pair * rows**2, size, limit, few)
-        if kind == "hessian":  # and of every row A v and Aᵀ u
-            seconds = num_rows * DOUBLE * (pace.product("hessian", BLOCK) + pace.gradient)
-            yield Stage("products of hessian", num_rows, seconds, size, limit, few, "products", kind)
-        layers = {name: layer.size for name, layer in pace.rows.layers.items()} if kind != "hessian" else {}
-        for name, parameters in (layers if len(layers) == 1 else layers | {WHOLE: rows}).items():
-            rank = min(rows, parameters) if kind == "gradients" else rows
-            cubes = rows**3 + VALUES * len(knockouts_of(kind, "subtraction")) * rank**3
-            seconds = turns * pace.cube * cubes
-            yield Stage(f"{kind} of {name or 'the model'}", 0, seconds, size, limit, few, name, kind)
-
-
-# -- two networks
+    if job == "regions":
+        yield from of_regions(pace, of, num_groups)
+    else:
+        yield from of_layers(pace) if job == "layers" else _of_comparison(pace)
 
 
 def _of_comparison(pace: Pace) -> Iterator[Stage]:
     """Of two networks alike."""
     problem = pace.problem
-    num_rows = problem.num_examples * (problem.num_classes - 1)
-    yield Stage("factors", 0, 4 * pace.rows.seconds, pace.rows.num_bytes)
+    num_rows = problem.num_examples * pace.scalars
+    yield captured(pace, 4)
+    factors = sum(layer.factors for layer in pace.rows.layers.values())
+    yield Stage("Kronecker factors", 0, 0, factors, problem.memory)
     for name, layer in pace.rows.layers.items():
         side = min(num_rows, layer.size)
         if side <= SMALL:

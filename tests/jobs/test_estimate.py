@@ -21,6 +21,8 @@ from deepspectra.errors import CurvatureError, DataError, LossError, MemoryBudge
 from deepspectra.jobs import stages
 from deepspectra.jobs.effort import EFFORTS
 from deepspectra.jobs.estimate import JOBS, foreseen, num_products_of
+from deepspectra.jobs.estimate import _advice as advice_of
+from deepspectra.jobs.pace import Stage
 from nets import trained_on_digits
 
 UNFORESEEN = {"checking derivatives", "measuring one batch", "class structure"}  # once, small
@@ -137,6 +139,31 @@ def test_every_job_has_a_plan(job: str) -> None:
     assert "<pre" in plan._repr_html_()
 
 
+@pytest.mark.parametrize(
+    ("job", "effort", "stage", "advice"),
+    [
+        ("regions", "", Stage("cubes", 0, 80, 0, grows=3), "Ten seconds or less with --limit 29."),  # a half, rounded
+        ("layers", "", Stage("moments", 0, 80, 0), "Ten seconds or less with --limit 7."),  # an eighth
+        ("layers", "", Stage("moments", 0, 8000, 0), "For less: --limit 3 or more."),  # as many as classes
+        (
+            "analyze",
+            "standard",
+            Stage("pairs", 0, 8000, 0),
+            "For less: --effort quick, or --limit for fewer examples.",
+        ),
+        ("analyze", "quick", Stage("pairs", 0, 8000, 0), "For less: --limit for fewer examples."),
+    ],
+)
+def test_advice_is_what_would_help(job: str, effort: str, stage: Stage, advice: str) -> None:
+    assert advice_of(classified(), job, effort, [stage]) == advice
+
+
+def test_errors_of_networks_without_classes_are_all_outputs() -> None:
+    plan, found = ds.estimate(regression(20), "compare"), ds.compare(regression(20), regression(20))
+    assert plan.fits
+    assert set(plan.work()) == {"0", "2"} == set(found)
+
+
 def test_pairs_that_do_not_fit_are_told_and_refused() -> None:
     tight = classified(memory=12_000)
     plan = ds.estimate(tight, effort="quick")
@@ -162,6 +189,11 @@ def test_the_command_trains_nothing_writes_nothing_and_gives_json(
     assert said["fits"]
     assert said["seconds"] == pytest.approx(sum(one["seconds"] for one in said["stages"]))
     assert not list(tmp_path.iterdir())
+    words[-1] = "regions"
+    few = CliRunner().invoke(app, [*words, "--of", "features", "--json"])
+    assert {one["of"] for one in json.loads(few.stdout)["stages"]} == {"", "features"}
+    assert CliRunner().invoke(app, [*words, "--of", "feature"]).exception.args[0].startswith("--of feature: expected")
+    words[-1] = "layers"
     tight = CliRunner().invoke(app, [*words, "--memory", "300kB"])
     assert tight.exit_code == 2
     assert "It does not fit" in " ".join(tight.output.split())

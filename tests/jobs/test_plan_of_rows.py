@@ -80,6 +80,18 @@ def test_kronecker_factors_that_do_not_fit_are_foreseen() -> None:
         ds.compare(wide("100MB"), wide("100MB"))
 
 
+@pytest.mark.parametrize("job", ["layers", "regions", "compare"])
+def test_errors_of_many_classes_are_foreseen_and_not_computed(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepspectra.jobs.pace.captures_of", None)
+    net = nn.Sequential(nn.Embedding(400, 2), nn.Linear(2, 400))
+    tokens = torch.randint(0, 400, (4, 6), generator=torch.Generator().manual_seed(0))
+    problem = ds.Problem(net, (tokens, tokens), memory="24MB")  # 6 tokens x 399 scalars x 6 positions x 400: 23 MB
+    plan = ds.estimate(problem, job)
+    assert [one.name for one in plan.stages] == ["features and errors"]
+    assert not plan.fits
+    assert plan.peak_bytes == 4 * 6 * 399 * 6 * 400 * 4
+
+
 def test_layers_without_second_derivatives_have_a_plan_without_blocks_of_h() -> None:
     plan = ds.estimate(classified(activation=OnceOnly()), "layers")
     assert [one.name for one in plan.stages] == [

@@ -204,7 +204,7 @@ def _advice(problem: Problem, job: str, effort: str, stages: Sequence[Stage]) ->
     if broken:
         worst = max(broken, key=lambda stage: stage.num_bytes / stage.limit)
         told = (
-            f"It does not fit: {worst.name} takes {size_of(worst.num_bytes)}, and may have {size_of(worst.limit)} of "
+            f"It does not fit: {size_of(worst.num_bytes)} for {worst.name}, which may have {size_of(worst.limit)} of "
             f"the {size_of(problem.memory)} of memory. "
         )
         if job == "analyze":

@@ -28,7 +28,7 @@ from deepspectra.jobs.certify_dataset import certificate_dataset
 from deepspectra.jobs.command_output import STAGES, finish, foretell, forget, in_json, kept, status, tell
 from deepspectra.jobs.command_targets import CONSOLE, AsJson, Choice, Moment, Out, Seed, chosen_problem, moments
 from deepspectra.jobs.compare_dataset import comparison_dataset
-from deepspectra.jobs.estimate import JOBS, estimate
+from deepspectra.jobs.estimate import JOBS, estimate, foreseen
 from deepspectra.jobs.layers_dataset import layer_dataset
 from deepspectra.jobs.one_voice import among_all, complain, one_voice
 from deepspectra.jobs.pages import (
@@ -197,9 +197,8 @@ def layers_command(
 
     def look(moment: Moment, stages: Path | None) -> Dataset:
         problem = moment.subject.problem
-        plan = estimate(problem, "layers")
-        foretell(plan, chosen)
-        with status("layers", plan.work()) as show:
+        work = _foretold(problem, chosen, "layers")
+        with status("layers", work()) as show:
             found = layers(problem, kronecker=JUDGED if kronecker else (), resume=stages, progress=show)
         dataset = layer_dataset(found, problem, moment.subject.labels)
         finish(dataset, moment.out, "layers", said=str(found), as_json=chosen.as_json)
@@ -221,18 +220,15 @@ def regions_command(
     ] = None,
 ) -> None:
     """Which part makes outliers, bump and bulk: exact knock-outs in decades, for up to some hundred examples."""
-    kinds = list(dict.fromkeys(kind.strip() for kind in of.split(",")))
-    if not set(kinds) <= set(KINDS_OF_REGIONS):
-        raise OptionError(f"--of {of}: expected some of {', '.join(KINDS_OF_REGIONS)}.")
+    kinds = _kinds_of_regions(of)
 
     def look(moment: Moment, stages: Path | None) -> Dataset:
         problem = moment.subject.problem
         groups = NUM_GROUPS if num_groups is None else num_groups
-        plan = estimate(problem, "regions", of=kinds, num_groups=groups)
-        foretell(plan, chosen)
+        work = _foretold(problem, chosen, "regions", of=kinds, num_groups=groups)
         found = []
         for kind in kinds:
-            with status(kind, plan.work(kind)) as show:
+            with status(kind, work(kind)) as show:
                 settings = functools.partial(regions, method=method, num_groups=num_groups, seed=chosen.seed)
                 found.append(settings(problem, kind, resume=stages, progress=show))
         dataset = regions_dataset(found, problem, moment.subject.labels)
@@ -241,6 +237,23 @@ def regions_command(
         return dataset
 
     _look_at_moments(target, chosen, "regions", look)
+
+
+def _kinds_of_regions(of: str) -> list[str]:
+    """Those that are named, with commas."""
+    kinds = list(dict.fromkeys(kind.strip() for kind in of.split(",")))
+    if not set(kinds) <= set(KINDS_OF_REGIONS):
+        raise OptionError(f"--of {of}: expected some of {', '.join(KINDS_OF_REGIONS)}.")
+    return kinds
+
+
+def _foretold(problem: Problem, chosen: Choice, job: str, **asked: object) -> Callable[..., Mapping[str, float]]:
+    """Say what a job will take, if that can be foreseen; and what tells the seconds of its steps."""
+    plan = foreseen(estimate, problem, job, **asked)
+    if plan is None:
+        return lambda _="": {}
+    foretell(plan, chosen)
+    return plan.work
 
 
 def _claim(chosen: Choice, stem: str) -> None:
@@ -288,13 +301,15 @@ def estimate_command(
     chosen: Choice,
     job: Annotated[str, typer.Option(help=f"What is to be done: {', '.join(JOBS)}.")] = JOBS[0],
     effort: Annotated[str, typer.Option(help="Of an analysis: quick, standard or paper.")] = "standard",
+    of: Annotated[str, typer.Option(help="Of regions: whose spectra.")] = ",".join(KINDS_OF_REGIONS),
 ) -> None:
     """Time and memory that a job will take, stage by stage, from one measured batch; the job is not run.
 
     A network of the zoo is taken untrained, unless there is a checkpoint. Exit status 2 if memory is not enough.
     """
+    kinds = _kinds_of_regions(of)
     problem = chosen_problem(target, chosen, snapshots=None).problem
-    plan = estimate(problem, job, effort)
+    plan = estimate(problem, job, effort, of=kinds)
     tell(plan, as_json=chosen.as_json)
     if not plan.fits:
         raise typer.Exit(2)
@@ -345,10 +360,9 @@ def compare_command(first: Target = None, second: Target = None, *, chosen: Choi
     for target, one in zip((first, second), _seeds(chosen, chosen.out, 2), strict=True):
         problem, _, labels, _ = chosen_problem(target, one, draw=seed)
         problems.append(problem)
-    plan = estimate(problems[0], "compare")
-    foretell(plan, chosen)
+    work = _foretold(problems[0], chosen, "compare")
     with kept(chosen, chosen.out, "compare") as stages:
-        with status("comparing", plan.work()) as show:
+        with status("comparing", work()) as show:
             found = compare(*problems, seed=seed, resume=stages, progress=show)
         dataset = comparison_dataset(found, problems[0], labels._replace(seed=seed))
         finish(dataset, chosen.out, "compare", said=str(found), as_json=chosen.as_json)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
 import time
 from pathlib import Path
@@ -14,11 +16,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import deepspectra as ds
-from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
 from deepspectra.cli import app
-from deepspectra.errors import MemoryBudgetError, OptionError
+from deepspectra.errors import CurvatureError, DataError, LossError, MemoryBudgetError, OptionError
+from deepspectra.jobs import stages
 from deepspectra.jobs.effort import EFFORTS
-from deepspectra.jobs.estimate import JOBS, num_products_of
+from deepspectra.jobs.estimate import JOBS, foreseen, num_products_of
+from deepspectra.jobs.estimate import _advice as advice_of
+from deepspectra.jobs.pace import Stage
 from nets import trained_on_digits
 
 UNFORESEEN = {"checking derivatives", "measuring one batch", "class structure"}  # once, small
@@ -70,6 +74,53 @@ def test_an_analysis_tells_the_plan_that_an_estimate_gives(capsys: pytest.Captur
     assert "beside model and data, foreseen from one batch" in told
 
 
+def test_of_test_data_the_stages_that_run_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of G is known there, too, and nothing is averaged or knocked out."""
+    plans = []
+    real = stages._plan_of
+    monkeypatch.setattr(stages, "_plan_of", lambda found: plans.append(real(found)) or plans[-1])
+    with contextlib.redirect_stderr(io.StringIO()):
+        costs = ds.analyze(classified(), test=classified(30), effort="quick").dataset
+    ran = [name for name in costs.coords["stage"].values.tolist() if name.endswith(" on test data")]
+    foreseen = [one.name for one in plans[1].stages if not one.name.startswith("class structure")]
+    assert foreseen == ran
+    assert "exact spectrum of G on test data" in ran
+    assert "knock-outs" in plans[0].what
+    assert "knock-outs" not in plans[1].what
+
+
+def test_of_many_classes_groups_are_planned_as_they_are_analysed() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 101))
+    plan = ds.estimate(ds.Problem(net, (torch.randn(101, 4), torch.arange(101))), effort="quick")
+    assert "13 top eigenpairs" in plan.what  # of 10 groups
+    vectors = {one.name: one.num_bytes for one in plan.stages}["averaging: class means"]
+    assert vectors == 10 * 4 * sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize("job", ["layers", "regions"])
+def test_what_a_job_refuses_has_no_plan_and_stops_none(job: str) -> None:
+    one = ds.Problem(nn.Linear(4, 1), (torch.randn(6, 4), torch.zeros(6, dtype=torch.long)))
+    for problem in (regression(6), one):
+        with pytest.raises(LossError):
+            ds.estimate(problem, job)
+        assert foreseen(ds.estimate, problem, job) is None
+
+
+def test_a_command_begins_where_nothing_can_be_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any, **__: Any) -> None:
+        raise CurvatureError("no plan")
+
+    def begins(*_: Any, **__: Any) -> None:
+        raise DataError("begun")
+
+    monkeypatch.setattr("deepspectra.cli.estimate", refuses)
+    monkeypatch.setattr("deepspectra.cli.layers", begins)
+    words = ["layers", "--model", "mlp-small", "--per-class", "3", "--epochs", "0", "--out", str(tmp_path / "out")]
+    found = CliRunner().invoke(app, words)
+    assert str(found.exception) == "begun"
+
+
 def test_products_of_pairs_grow_with_their_number_and_end_with_the_space() -> None:
     assert [num_products_of(num, 10_000) for num in (1, 10, 40)] == [15, 35, 110]
     assert num_products_of(40, 30) == 30
@@ -89,19 +140,28 @@ def test_every_job_has_a_plan(job: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("job", "run", "memory"),
-    [("layers", ds.layers, 50_000), ("regions", ds.regions, 500_000)],  # Gram matrices take 55 and 2,880 kB
+    ("job", "effort", "stage", "advice"),
+    [
+        ("regions", "", Stage("cubes", 0, 80, 0, grows=3), "Ten seconds or less with --limit 29."),  # a half, rounded
+        ("layers", "", Stage("moments", 0, 80, 0), "Ten seconds or less with --limit 7."),  # an eighth
+        ("layers", "", Stage("moments", 0, 8000, 0), "For less: --limit 3 or more."),  # as many as classes
+        (
+            "analyze",
+            "standard",
+            Stage("pairs", 0, 8000, 0),
+            "For less: --effort quick, or --limit for fewer examples.",
+        ),
+        ("analyze", "quick", Stage("pairs", 0, 8000, 0), "For less: --limit for fewer examples."),
+    ],
 )
-def test_what_a_plan_calls_too_large_a_job_refuses_and_with_fewer_examples_it_runs(
-    job: str, run: Any, memory: int
-) -> None:
-    large = ds.estimate(classified(150, memory=memory), job)
-    assert not large.fits
-    with pytest.raises(MemoryBudgetError):
-        run(classified(150, memory=memory))
-    few = int(large.advice.rpartition("--limit ")[2].rstrip("."))
-    assert ds.estimate(classified(few, memory=memory), job).fits
-    run(classified(few, memory=memory))
+def test_advice_is_what_would_help(job: str, effort: str, stage: Stage, advice: str) -> None:
+    assert advice_of(classified(), job, effort, [stage]) == advice
+
+
+def test_errors_of_networks_without_classes_are_all_outputs() -> None:
+    plan, found = ds.estimate(regression(20), "compare"), ds.compare(regression(20), regression(20))
+    assert plan.fits
+    assert set(plan.work()) == {"0", "2"} == set(found)
 
 
 def test_pairs_that_do_not_fit_are_told_and_refused() -> None:
@@ -129,6 +189,11 @@ def test_the_command_trains_nothing_writes_nothing_and_gives_json(
     assert said["fits"]
     assert said["seconds"] == pytest.approx(sum(one["seconds"] for one in said["stages"]))
     assert not list(tmp_path.iterdir())
+    words[-1] = "regions"
+    few = CliRunner().invoke(app, [*words, "--of", "features", "--json"])
+    assert {one["of"] for one in json.loads(few.stdout)["stages"]} == {"", "features"}
+    assert CliRunner().invoke(app, [*words, "--of", "feature"]).exception.args[0].startswith("--of feature: expected")
+    words[-1] = "layers"
     tight = CliRunner().invoke(app, [*words, "--memory", "300kB"])
     assert tight.exit_code == 2
     assert "It does not fit" in " ".join(tight.output.split())
@@ -153,13 +218,3 @@ def test_an_estimate_is_within_a_factor_of_two_of_what_the_job_takes(job: str) -
     finally:
         torch.set_num_threads(threads)
     assert spent / 2 <= plan.total_seconds <= 2 * spent
-
-
-def test_every_step_of_regions_that_is_announced_was_foreseen():
-    problem = classified(12)
-    plan = ds.estimate(problem, "regions", num_groups=2)
-    for of in KINDS_OF_REGIONS:
-        announced = []
-        ds.regions(problem, of, num_groups=2, progress=lambda _, __, name, names=announced: names.append(name))
-        assert set(announced) <= set(plan.work(of)), of
-        assert all(seconds > 0 for seconds in plan.work(of).values())

@@ -8,7 +8,9 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra.derivatives.products import products_of
+from deepspectra.jobs.estimate import _pairs as pairs_of
 from deepspectra.jobs.pace import Pace
+from deepspectra.problem.parallel import Group
 from deepspectra.rows.captures import captures_of
 from nets import language_model
 
@@ -47,6 +49,27 @@ def test_products_that_do_not_fit_pay_for_their_graphs() -> None:
     free = pace.product("hessian")
     problem.memory = 1
     assert pace.product("hessian") == pytest.approx(free + pace.building("hessian"))
+
+
+def test_processes_share_out_a_basis() -> None:
+    problem = problem_of(nn.Tanh)
+    problem.memory = 4 * 4 * problem.num_parameters * 9  # of which a basis has a quarter: 9 vectors of float32
+    pace = Pace(problem)
+    alone = pairs_of(pace, "hessian", 4, "")
+    assert not alone.fits
+    problem.batches.group = Group(size=2)
+    assert pace.vector == 4 * 75
+    assert pace.row == 4 * 38
+    assert pairs_of(pace, "hessian", 4, "").fits
+
+
+def test_timing_a_step_takes_no_more_than_a_basis_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of(nn.Tanh)
+    problem.memory = 4 * 3 * 4 * problem.num_parameters  # 3 vectors
+    timed = []
+    monkeypatch.setattr(torch.Tensor, "new_ones", lambda one, *size: timed.append(size) or torch.ones(*size))
+    assert Pace(problem).step > 0
+    assert timed == [(3, 75)]
 
 
 def test_a_batch_by_names_is_measured() -> None:

@@ -20,7 +20,7 @@ from deepspectra.errors import FileError, OptionError
 from deepspectra.file_writing import save_whole
 from deepspectra.jobs import stages
 from deepspectra.jobs.analysis_dataset import CLASS_AXES, analysis_dataset
-from deepspectra.jobs.effort import EFFORTS
+from deepspectra.jobs.effort import EFFORTS, MOST_CLASSES, NUM_GROUPS
 from deepspectra.jobs.findings import Options
 from deepspectra.jobs.pages import Dataset, load_dataset, save_dataset, titled, write_page
 from deepspectra.jobs.stage_meter import Ledger
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from typing_extensions import Unpack
 
-MOST_CLASSES, NUM_GROUPS = 100, 10  # more are put into groups, of which so many are found
 DATASET_FILE, VECTORS_FILE = "analysis.nc", "vectors.safetensors"
 
 

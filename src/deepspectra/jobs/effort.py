@@ -18,6 +18,7 @@ DENSE = 3  # P³ operations, as fast as those of products, that all eigenvalues 
 LARGE = 1e11  # operations of a gradient, about three seconds of one core, from which on pairs are fewer and rougher
 FEWEST_STEPS = 5
 WORTH_STEPS = 16  # of each probe, before there are more than two
+MOST_CLASSES, NUM_GROUPS = 100, 10  # more are put into groups, of which so many are found
 
 
 class Level(NamedTuple):
@@ -93,15 +94,18 @@ def effort_for(problem: Problem, operations: float, effort: str = "standard") ->
     )
 
 
-def described(problem: Problem, effort: Effort, num: int, *, classed: bool = True) -> str:
-    """What an analysis with `num` pairs of H and of G does, and what its figures will resolve."""
+def described(problem: Problem, effort: Effort, num: int, *, exact: bool, averaged: bool) -> str:
+    """What an analysis with `num` pairs of H and of G does, and what its figures will resolve.
+
+    All of G may be known exactly, and means may be averaged and knocked out.
+    """
     rows = problem.num_examples * (problem.num_classes - 1)
-    exact, drawn = classed and rows <= effort.exact_rows, f"{effort.num_probes} × {effort.num_steps} products"
+    drawn = f"{effort.num_probes} × {effort.num_steps} products"
     resolved = "Figures have bins as wide as what these products leave open."
     if effort.dense:
         drawn, resolved = "all eigenvalues", "Spectra are exact."
     of_g = f"all eigenvalues of {rows:,} gradients" if exact else drawn
-    means = "means of classes, knock-outs; " if classed else ""
+    means = "means of classes, knock-outs; " if averaged else ""
     return (
         f"{effort.name}: {num} top eigenpairs of H and of G; {means}density of H and of R by {drawn}, of G by "
         f"{of_g}. {resolved}"

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from deepspectra.analysis.layer_blocks import SMALL
-from deepspectra.analysis.regions import BLOCK, NUM_GROUPS, WHOLE, knockouts_of
+from deepspectra.analysis.regions import NUM_GROUPS
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
 from deepspectra.argument_checks import check_choice
 from deepspectra.dataframes import Tabular, text_table
-from deepspectra.errors import CurvatureError
-from deepspectra.jobs.effort import EFFORTS, FEWEST_STEPS, Effort, count_operations, described, effort_for
-from deepspectra.jobs.pace import Pace
+from deepspectra.derivatives.way_choice import FAILURES
+from deepspectra.errors import CurvatureError, DeepSpectraError, MemoryBudgetError
+from deepspectra.jobs.effort import (
+    EFFORTS,
+    FEWEST_STEPS,
+    MOST_CLASSES,
+    Effort,
+    count_operations,
+    described,
+    effort_for,
+)
+from deepspectra.jobs.effort import NUM_GROUPS as GROUPS_OF_CLASSES
+from deepspectra.jobs.pace import Pace, Stage
+from deepspectra.jobs.plan_of_rows import captured, of_layers, of_regions
 from deepspectra.problem.memory_budget import share
 from deepspectra.problem.problem import Problem, check_problem
 from deepspectra.results import Result, origin
-from deepspectra.rows.gradients import has_labels
+from deepspectra.rows.gradients import check_labelled, has_labels, refuse_one_output
 from deepspectra.rows.held_rows import gram_bytes
 
 JOBS = ("analyze", "layers", "regions", "compare")
@@ -31,41 +42,8 @@ TAIL, MAP = 0.4, 0.015  # seconds of a tail's laws, and of a map of means, for e
 SIDES = 7  # tails that are looked at
 KNOCKED = 3  # exact spectra with their knock-outs, in units of all eigenvalues and vectors
 RITZ = 8  # eigenproblems of the basis of a density, for what has converged and what nodes weigh
-VALUES = 0.6  # eigenvalues alone, in the same unit
-DOUBLE = 2  # times as long take products in float64, as those of the Hessian's regions are
-BLOCK_PRODUCTS = 100  # with a layer's block of H, where it is not that of G
-CHECKS = 2  # products by which that is seen
 COLUMNS = 64  # of a dense matrix that go through a graph together, at most
 MINUTE = 60
-
-
-class Stage(NamedTuple):
-    """A stage of a job.
-
-    Attributes:
-        name: as the job calls it.
-        products: with single vectors.
-        seconds: that it takes.
-        num_bytes: that it holds at most, beside model and data.
-        limit: of them, beyond which the job refuses; ∞ where it does with less.
-        most: examples with which it would fit, where it is they that do not.
-        step: what the job's progress calls it, if it does: a layer, all of them, or products.
-        of: what kind of rows it looks at, if there are several.
-    """
-
-    name: str
-    products: int
-    seconds: float
-    num_bytes: float
-    limit: float = math.inf
-    most: float = math.inf
-    step: str | None = None
-    of: str = ""
-
-    @property
-    def fits(self) -> bool:
-        """Whether the job will not refuse."""
-        return self.num_bytes <= self.limit
 
 
 @dataclass(frozen=True, repr=False)
@@ -167,6 +145,7 @@ def estimate(
 
     Raises:
         OptionError: an unknown job or effort.
+        LossError: the job needs class labels, or the loss is the cross-entropy of a single output.
         CurvatureError: the network has no right second derivative, or its examples cannot be told apart, where the
             job needs it.
 
@@ -176,54 +155,79 @@ def estimate(
     check_problem(problem)
     check_choice("job", job, JOBS)
     check_choice("effort", effort, tuple(EFFORTS))
-    pace = Pace(problem)
     if job == "analyze":
+        refuse_one_output(problem)
         _, operations = count_operations(problem, problem.loss)
         chosen = effort_for(problem, operations, effort)
-        num_classes = problem.num_classes if has_labels(problem) else 0
-        num = num_classes + chosen.spare_pairs if num_classes else UNCLASSED_PAIRS
-        return plan_of_analysis(pace, chosen, num, num_classes)
-    if job == "regions":
-        return _plan(pace, job, began, _of_regions(pace, of, num_groups))
-    return _plan(pace, job, began, _of_layers(pace) if job == "layers" else _of_comparison(pace))
+        classed = has_labels(problem)
+        num_classes = GROUPS_OF_CLASSES if problem.num_classes > MOST_CLASSES else problem.num_classes
+        num = num_classes + chosen.spare_pairs if classed else UNCLASSED_PAIRS
+        return plan_of_analysis(problem, chosen, num, num_classes if classed else 0)
+    if job != "compare":
+        check_labelled(problem)
+    pace = Pace(problem)
+    return _plan(pace, job, began, _of_rows(pace, job, of, num_groups))
 
 
-def plan_of_analysis(pace: Pace, effort: Effort, num: int, num_classes: int, of: str = "") -> Plan:
+def foreseen(planned: Callable[..., Plan], *given: Any, **asked: Any) -> Plan | None:
+    """The plan of a job that is about to run; None where there is none, which shall not stop the job."""
+    try:
+        return planned(*given, **asked)
+    except (DeepSpectraError, *FAILURES):  # the job says why, if it cannot do without what failed
+        return None
+
+
+def plan_of_analysis(problem: Problem, effort: Effort, num: int, num_classes: int, of: str = "") -> Plan:
     """The plan of an analysis of so many pairs, and classes or groups of them; 0 if there are none.
 
     Of test data, which stages name by `of`, there are no averages and no attribution.
     """
-    began = time.perf_counter()
-    what = described(pace.problem, effort, num, classed=bool(num_classes))
-    return _plan(pace, "analyze", began, _of_analysis(pace, effort, num, num_classes, of), effort.name, what)
+    began, pace = time.perf_counter(), Pace(problem)
+    exact = bool(num_classes) and _is_exact(pace, effort)
+    what = described(problem, effort, num, exact=exact, averaged=bool(num_classes) and not of)
+    return _plan(
+        pace, "analyze", began, _of_analysis(pace, effort, num, num_classes, of, exact=exact), effort.name, what
+    )
 
 
 def _plan(pace: Pace, job: str, began: float, stages: Iterator[Stage], effort: str = "", what: str = "") -> Plan:
     found, problem = tuple(stages), pace.problem
-    advice = _advice(problem, job, found)
+    advice = _advice(problem, job, effort, found)
     given = origin(began, problem)
     return Plan(job, effort, found, pace.gradient, problem.memory, advice, what, **given)
 
 
-def _advice(problem: Problem, job: str, stages: Sequence[Stage]) -> str:
+def _advice(problem: Problem, job: str, effort: str, stages: Sequence[Stage]) -> str:
     """What to lower, where something does not fit or takes minutes that grow with the rows."""
     broken = [stage for stage in stages if not stage.fits]
     seconds = sum(stage.seconds for stage in stages)
     if broken:
         worst = max(broken, key=lambda stage: stage.num_bytes / stage.limit)
         told = (
-            f"It does not fit: {worst.name} takes {size_of(worst.num_bytes)}, and may have {size_of(worst.limit)} of "
+            f"It does not fit: {size_of(worst.num_bytes)} for {worst.name}, which may have {size_of(worst.limit)} of "
             f"the {size_of(problem.memory)} of memory. "
         )
         if job == "analyze":
             return told + "Raise memory, lower batch_size, or look at part of the network by parameters=."
-        few = min(stage.most for stage in broken)
-        return told + ("Raise memory." if few == math.inf else f"Raise memory, or pass --limit {max(2, int(few))}.")
+        most, fewest = min(stage.most for stage in broken), max(2, problem.num_classes)
+        return told + (
+            f"Raise memory, or pass --limit {int(most)}." if fewest <= most < math.inf else "Raise memory."
+        )
     if job in ("layers", "regions") and seconds > MINUTE:
-        return f"Ten seconds or less with --limit {max(2, int(problem.num_examples * MINUTE / 6 / seconds))}."
+        return _fewer(problem, stages)
     if job == "analyze" and seconds > 10 * MINUTE:
-        return "For less: --effort quick, or --limit for fewer examples."
+        quicker = "" if effort == "quick" else "--effort quick, or "
+        return f"For less: {quicker}--limit for fewer examples."
     return ""
+
+
+def _fewer(problem: Problem, stages: Sequence[Stage]) -> str:
+    """With how many examples it would take ten seconds; of fewer than there are classes there is no structure."""
+    left, fewest = 1.0, max(2, problem.num_classes)
+    while sum(stage.seconds * left**stage.grows for stage in stages) > MINUTE / 6:
+        left *= 0.95
+    num = int(problem.num_examples * left)
+    return f"Ten seconds or less with --limit {num}." if num >= fewest else f"For less: --limit {fewest} or more."
 
 
 # -- an analysis
@@ -234,15 +238,25 @@ def num_products_of(num: int, size: int) -> int:
     return min(size, round(max(15, PAIRS[0] + PAIRS[1] * num)))
 
 
-def _of_analysis(pace: Pace, effort: Effort, num: int, num_classes: int, of: str) -> Iterator[Stage]:
-    exact = bool(num_classes) and _is_exact(pace, effort)
-    yield Stage("loss and gradient", 0, 2 * pace.gradient, pace.batch_graph("hessian"), pace.problem.memory)
+def _of_analysis(pace: Pace, effort: Effort, num: int, num_classes: int, of: str, *, exact: bool) -> Iterator[Stage]:
+    averaged = bool(num_classes) and not of
+    held = pace.rows.num_bytes if exact else 0.0
+    if not of:
+        yield Stage("loss and gradient", 0, 2 * pace.gradient, pace.batch_graph("hessian"), pace.problem.memory)
     yield _pairs(pace, "hessian", num, of)
-    if num_classes:
-        yield from _class_structure(pace, effort, num, num_classes, exact=exact, of=of)
-    if effort.dense and not exact:
-        yield _density(pace, effort, "gauss_newton", f"density of G{of}")
-    if num_classes and not exact:
+    if exact:
+        yield Stage(f"class structure{of}", 0, pace.rows.seconds, held)
+    if averaged:
+        yield from _averages(pace, num_classes, exact=exact)
+    if exact:
+        yield _exact_spectrum(pace, held, of)
+        yield Stage(f"shares of H{of}", 0, num * pace.gradient / 3, held)
+    if averaged:
+        yield _attribution(pace, effort, num, num_classes, exact=exact)
+    first = effort.dense and not exact and not of
+    if first:
+        yield _density(pace, effort, "gauss_newton", "density of G")
+    if averaged and not exact:
         yield Stage("traces of G", 0, num_classes * pace.gradient, num_classes**2 * pace.vector)
     for kind, letter in (("hessian", "H"), ("residual", "R")):
         yield _density(pace, effort, kind, f"density of {letter}{of}")
@@ -250,9 +264,9 @@ def _of_analysis(pace: Pace, effort: Effort, num: int, num_classes: int, of: str
         yield _pairs(pace, "gauss_newton", num, of)
         if num_classes:
             yield Stage(f"shares of G{of}", 0, num * pace.product("gauss_newton") / 2, num * pace.vector)
-        if not effort.dense:
+        if not first:
             yield _density(pace, effort, "gauss_newton", f"density of G{of}")
-    if num_classes:
+    if averaged:
         push = pace.gradient if exact else pace.product("gauss_newton") / 2
         yield Stage("classes of outliers", 0, num_classes * push, num * pace.vector)
     yield Stage(f"tails{of}", 0, SIDES * TAIL, 0)
@@ -266,22 +280,22 @@ def _is_exact(pace: Pace, effort: Effort) -> bool:
         return False
     try:
         return pace.rows.num_bytes <= share(problem.memory, "factors")
-    except CurvatureError:  # a network that does not tell its examples apart
+    except (CurvatureError, MemoryBudgetError):  # examples cannot be told apart, or take too much each
         return False
 
 
 def _pairs(pace: Pace, kind: str, num: int, of: str) -> Stage:
     letter = "H" if kind == "hessian" else "G"
     products = num_products_of(num, pace.problem.num_parameters)
-    held = max(num + SPARE_ROWS, min(products, share(pace.problem.memory, "basis") // pace.vector))
-    seconds = pace.building(kind) + products * (pace.product(kind) + 2 * min(products, held) / 2 * pace.step)
-    need = (num + SPARE_ROWS) * pace.vector
     limit = share(pace.problem.memory, "basis")
+    fewest = min(num + SPARE_ROWS, pace.problem.num_parameters)
+    held = max(fewest, min(products, limit // pace.row))
+    seconds = pace.building(kind) + products * (pace.product(kind) + 2 * min(products, held) / 2 * pace.step)
     kept = min(pace.graphs(kind), share(pace.problem.memory, "graphs"))
     name = f"top eigenpairs of {letter}{of}"
-    if need > limit:
-        return Stage(name, products, seconds, need, limit)
-    return Stage(name, products, seconds, kept + held * pace.vector)
+    if fewest * pace.row > limit:
+        return Stage(name, products, seconds, fewest * pace.row, limit)
+    return Stage(name, products, seconds, kept + max(held * pace.row, num * pace.vector))  # pairs are whole on all
 
 
 def _density(pace: Pace, effort: Effort, kind: str, name: str) -> Stage:
@@ -292,34 +306,30 @@ def _density(pace: Pace, effort: Effort, kind: str, name: str) -> Stage:
         return Stage(name, size, seconds, kept + 3 * 8 * size**2)
     probes = effort.num_probes
     steps = min(effort.num_steps, size // probes if probes < size else 1)
-    room = share(pace.problem.memory, "basis") // pace.vector
+    room = share(pace.problem.memory, "basis") // pace.row
     if FEWEST_STEPS <= room < steps:
         steps = room
     products = max(1, probes * steps)
     basis = min(products, room)
     seconds = pace.building(kind) + products * (pace.product(kind, probes) + 2 * basis / 2 * pace.step)
     seconds += RITZ * pace.cube * basis**3
-    return Stage(name, products, seconds, kept + basis * pace.vector)
+    return Stage(name, products, seconds, kept + basis * pace.row)
 
 
-def _class_structure(
-    pace: Pace, effort: Effort, num: int, num_classes: int, *, exact: bool, of: str
-) -> Iterator[Stage]:
-    problem = pace.problem
+def _averages(pace: Pace, num_classes: int, *, exact: bool) -> Iterator[Stage]:
+    product = pace.gradient if exact else pace.product("gauss_newton")
     means = num_classes**2 * pace.vector
-    held = pace.rows.num_bytes if exact else 0.0
-    if exact:
-        yield Stage("class structure", 0, pace.rows.seconds, held)
-    product = pace.product("gauss_newton") if not exact else pace.gradient
     yield Stage("averaging: class means", 0, 2 * product, num_classes * pace.vector)
     yield Stage("averaging: cross-class means", 0, (2 + num_classes / 2) * product, means)
     yield Stage("map of the means", 0, MAP * num_classes**2, 0)
-    if exact:
-        yield _exact_spectrum(pace, held, of)
-        yield Stage(f"shares of H{of}", 0, num * pace.gradient / 3, held)
+
+
+def _attribution(pace: Pace, effort: Effort, num: int, num_classes: int, *, exact: bool) -> Stage:
+    product = pace.gradient if exact else pace.product("gauss_newton")
     products = min(num_classes * KNOCKOUTS + 1, effort.knockout_products or num_classes * KNOCKOUTS + 1)
-    basis = (num_products_of(num, problem.num_parameters) + products) * pace.vector
-    yield Stage("attribution of H", products, products * pace.product("hessian") + num * product / 2, means + basis)
+    basis = (num_products_of(num, pace.problem.num_parameters) + products) * pace.row
+    seconds = products * pace.product("hessian") + num * product / 2
+    return Stage("attribution of H", products, seconds, num_classes**2 * pace.vector + basis)
 
 
 def _exact_spectrum(pace: Pace, held: float, of: str) -> Stage:
@@ -328,62 +338,31 @@ def _exact_spectrum(pace: Pace, held: float, of: str) -> Stage:
     return Stage(f"exact spectrum of G{of}", 0, seconds, held + gram_bytes(rows))
 
 
-# -- layer by layer
+# -- features and errors
 
 
-def _of_layers(pace: Pace) -> Iterator[Stage]:
-    problem = pace.problem
-    num, limit = problem.num_examples, share(problem.memory, "factors")
-    num_rows = num * (problem.num_classes - 1)
-    held = pace.rows.num_bytes
-    times = max(1.0, held / limit)
-    fullest = max((layer.num_bytes for layer in pace.rows.layers.values()), default=0.0)
-    few = num * limit / fullest if fullest else math.inf
-    yield Stage("features and errors", 0, times * pace.rows.seconds, max(fullest, min(held, limit)), limit, few)
-    few = (problem.memory / gram_bytes(1)) ** 0.5 / max(1, problem.num_classes - 1)
-    for name, layer in pace.rows.layers.items():
-        side = min(num_rows, layer.size)
-        centred = num_rows if num_rows <= SMALL else 0
-        cubes = 2 * side**3 + min(num, layer.size) ** 3 + min(centred, layer.size) ** 3
-        seconds = layer.pair * num_rows * side + pace.cube * cubes
-        yield Stage(f"spectra of {name or 'the model'}", 0, seconds, gram_bytes(side), problem.memory, few, name)
-    yield Stage(
-        "blocks of R", CHECKS, pace.building("residual") + CHECKS * pace.product("residual"), pace.graphs("residual")
-    )
-    for name, seconds in pace.bent.items():
-        products = min(BLOCK_PRODUCTS, 2 * pace.rows.layers[name].size)
-        yield Stage(f"block of H of {name or 'the model'}", products, products * seconds, pace.graphs("hessian"))
-
-
-def _of_regions(pace: Pace, of: Sequence[str], num_groups: int) -> Iterator[Stage]:
-    problem = pace.problem
-    num, num_rows = problem.num_examples, problem.num_examples * (problem.num_classes - 1)
-    turns = 1 + num_groups * (1 - 1 / max(num_groups, 1)) ** 3  # with all examples, and without each group
-    for kind in of:
-        rows = num if kind == "features" else num_rows
-        matrices = 10 + 2 * num_groups if kind == "hessian" else 4
-        size, limit = matrices * 8 * rows**2, problem.memory
-        few = num * (limit / size) ** 0.5
-        yield Stage(f"rows of {kind}", 0, pace.rows.seconds + pace.rows.pair * rows**2, size, limit, few)
-        if kind == "hessian":  # and of every row A v and Aᵀ u
-            seconds = num_rows * DOUBLE * (pace.product("hessian", BLOCK) + pace.gradient)
-            yield Stage("products of hessian", num_rows, seconds, size, limit, few, "products", kind)
-        layers = {name: layer.size for name, layer in pace.rows.layers.items()} if kind != "hessian" else {}
-        for name, parameters in (layers if len(layers) == 1 else layers | {WHOLE: rows}).items():
-            rank = min(rows, parameters) if kind == "gradients" else rows
-            cubes = rows**3 + VALUES * len(knockouts_of(kind, "subtraction")) * rank**3
-            seconds = turns * pace.cube * cubes
-            yield Stage(f"{kind} of {name or 'the model'}", 0, seconds, size, limit, few, name, kind)
-
-
-# -- two networks
+def _of_rows(pace: Pace, job: str, of: Sequence[str], num_groups: int) -> Iterator[Stage]:
+    """Of a job that looks at features and errors; only what they take, where that is too much to be measured."""
+    problem, limit = pace.problem, share(pace.problem.memory, "factors")
+    try:
+        _ = pace.rows
+    except MemoryBudgetError:
+        size, seconds = problem.num_examples * pace.row_bytes, pace.scalars * pace.gradient
+        yield Stage("features and errors", 0, seconds, size, limit, limit / pace.row_bytes)
+        return
+    if job == "regions":
+        yield from of_regions(pace, of, num_groups)
+    else:
+        yield from of_layers(pace) if job == "layers" else _of_comparison(pace)
 
 
 def _of_comparison(pace: Pace) -> Iterator[Stage]:
     """Of two networks alike."""
     problem = pace.problem
-    num_rows = problem.num_examples * (problem.num_classes - 1)
-    yield Stage("factors", 0, 4 * pace.rows.seconds, pace.rows.num_bytes)
+    num_rows = problem.num_examples * pace.scalars
+    yield captured(pace, 4)
+    factors = sum(layer.factors for layer in pace.rows.layers.values())
+    yield Stage("Kronecker factors", 0, 0, factors, problem.memory)
     for name, layer in pace.rows.layers.items():
         side = min(num_rows, layer.size)
         if side <= SMALL:

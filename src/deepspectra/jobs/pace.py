@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -12,11 +13,15 @@ import torch
 from torch import Tensor
 
 from deepspectra.derivatives.products import products_of
+from deepspectra.kfac.exact_blocks import places
 from deepspectra.operators.curvature import Curvature, GaussNewton, Hessian, HessianBlock, Residual
+from deepspectra.problem.batch_trees import length
+from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.example_subsets import first_batch, limited
-from deepspectra.problem.memory_budget import share
+from deepspectra.problem.memory_budget import refuse_beyond, share
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.captures import captures_of
+from deepspectra.rows.features_and_errors import layer_errors, layer_inputs
 from deepspectra.rows.held_rows import gram_of
 
 OPERATORS: dict[str, Callable[[Problem], Curvature]] = {
@@ -26,9 +31,41 @@ OPERATORS: dict[str, Callable[[Problem], Curvature]] = {
 }
 TIMES, ENOUGH = 5, 0.3  # as often is a step timed, unless it takes longer together, in seconds
 ROWS = 200  # of gradients, whose inner products are timed
+CAPTURED = 2**26  # bytes of their errors at the outputs, beyond which they are fewer
 BASIS_BYTES = 2**25  # of vectors, beyond what a cache holds, by which orthogonalising is timed
 BENT = 1e-4  # ‖R v‖/‖H v‖ of a layer's blocks, from which that of R is not zero
 CUBE_ROWS = 600  # of a dense matrix, whose eigenvalues and vectors are timed
+
+
+class Stage(NamedTuple):
+    """A stage of a job.
+
+    Attributes:
+        name: as the job calls it.
+        products: with single vectors.
+        seconds: that it takes.
+        num_bytes: that it holds at most, beside model and data.
+        limit: of them, beyond which the job refuses; ∞ where it does with less.
+        most: examples with which it would fit, where it is they that do not.
+        step: what the job's progress calls it, if it does: a layer, all of them, or products.
+        of: what kind of rows it looks at, if there are several.
+        grows: power of the number of examples with which its seconds grow, at least.
+    """
+
+    name: str
+    products: int
+    seconds: float
+    num_bytes: float
+    limit: float = math.inf
+    most: float = math.inf
+    step: str | None = None
+    of: str = ""
+    grows: int = 1
+
+    @property
+    def fits(self) -> bool:
+        """Whether the job will not refuse."""
+        return self.num_bytes <= self.limit
 
 
 class Layer(NamedTuple):
@@ -38,11 +75,20 @@ class Layer(NamedTuple):
         size: parameters.
         num_bytes: of features and errors of all the data.
         pair: seconds of the inner product of two gradients.
+        features, errors: bytes of whole inputs, and of errors at whole outputs, as rows of matrices; 0 without.
+        factors: of its Kronecker factors and their eigenvectors.
     """
 
     size: int
     num_bytes: float
     pair: float
+    features: float = 0.0
+    errors: float = 0.0
+    factors: float = 0.0
+
+    def has(self, kind: str) -> bool:
+        """Whether there are rows of a kind: "features" | "errors" | "gradients"; of "hessian" no layer has."""
+        return {"features": self.features > 0, "errors": self.errors > 0, "gradients": True}.get(kind, False)
 
 
 class Rows(NamedTuple):
@@ -93,7 +139,12 @@ class Pace:
     @property
     def vector(self) -> int:
         """Bytes of a vector of length P."""
-        return self.problem.num_parameters * torch.finfo(self._dtype).bits // 8
+        return self.problem.num_parameters * self._dtype.itemsize
+
+    @property
+    def row(self) -> int:
+        """Bytes of what one process has of a vector of a basis, which all of them share out."""
+        return -(-self.problem.num_parameters // self.problem.batches.group.size) * self._dtype.itemsize
 
     def graphs(self, kind: str) -> int:
         """Bytes of the graphs of one kind of all of a process's batches."""
@@ -120,9 +171,10 @@ class Pace:
 
     @functools.cached_property
     def step(self) -> float:
-        """Seconds in which a vector of length P is multiplied with another and that is taken from it."""
-        one = self._block(1)
-        many = one.new_ones(max(8, min(256, BASIS_BYTES // self.vector)), len(one))
+        """Seconds in which a process multiplies its part of a vector with another and takes that from it."""
+        one = self._block(1)[: self.row // self._dtype.itemsize]
+        most = min(BASIS_BYTES, share(self.problem.memory, "basis"))
+        many = one.new_ones(max(2, min(256, most // self.row)), len(one))
         return self._timed(lambda: one - many.T @ (many @ one)) / len(many)
 
     @functools.cached_property
@@ -130,27 +182,55 @@ class Pace:
         """Seconds of all eigenvalues and vectors of a large dense matrix of float64, over the cube of its rows."""
         return _cube(self.problem.device)
 
+    @property
+    def scalars(self) -> int:
+        """Gradients a row of the outputs, whose squares sum to G: C − 1 for cross-entropy, else C."""
+        return max(1, self.problem.num_classes - isinstance(self.problem.loss_function, CrossEntropy))
+
+    @functools.cached_property
+    def positions(self) -> int:
+        """Rows of the outputs an example: tokens of a sentence, or 1."""
+        batch = next(iter(self.one.fixed_batches()))
+        return max(1, len(self.one.values(batch)[0]) // max(1, length(batch)))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the errors at the outputs that one row of them brings: of each scalar, at every position."""
+        return self.scalars * self.problem.num_classes * max(8, self.positions * self.problem.dtype.itemsize)
+
     @functools.cached_property
     def rows(self) -> Rows:
         """What features and errors of all layers take, of a few examples.
 
         Raises:
             CurvatureError: they cannot be told apart by example.
+            MemoryBudgetError: by their shape they are too large, or of one example already so large that those of
+                all do not fit.
         """
-        few = max(2, ROWS // max(1, self.problem.num_classes - 1))
+        limit = share(self.problem.memory, "factors")
+        few = max(2, min(ROWS // self.scalars, min(limit, CAPTURED) // self.row_bytes))
+        least = self.row_bytes * (max(few, self.positions) if self.one.cuts else self.one.num_examples)
+        size = least if least <= CAPTURED else max(least, self.row_bytes * self.problem.num_examples)
+        refuse_beyond(size, limit, "errors at the outputs take", "Take fewer classes or positions, or raise memory.")
         some = limited(self.one, few) if self.one.num_examples > few and self.one.cuts else self.one
         products_of(some).inherit(products_of(self.problem))
         captures, began = captures_of(some), self._now()
         captures.hold()
         seconds = self._now() - began
         scale = self.problem.num_examples / max(1, some.num_examples)
-        found = {}
+        found, sizes = {}, {name: value.numel() for name, value in some.parameters.items()}
         for name, uses in captures.by_layer():
             num_rows = sum(batch[0].num_examples * batch[0].errors.shape[1] for batch in uses)
             num_bytes = scale * sum(use.num_bytes for batch in uses for use in batch)
             spent = self._timed(functools.partial(gram_of, [uses]))
             size = sum(v.numel() for key, v in some.parameters.items() if key.rpartition(".")[0] == name)
-            found[name] = Layer(size, num_bytes, spent / num_rows**2)
+            features, errors = (
+                scale * sum(rows.nbytes for batch in uses for rows in of(batch).values())
+                for of in (layer_inputs, layer_errors)
+            )
+            every = [place.shape for place in places(uses[0], sizes) if place.is_matrix]
+            factors = 16.0 * sum(groups * (outputs**2 + inputs**2) for groups, outputs, inputs in every)
+            found[name] = Layer(size, num_bytes, spent / num_rows**2, features, errors, factors)
         return Rows(scale / self.problem.batches.group.size * seconds, found)
 
     @functools.cached_property

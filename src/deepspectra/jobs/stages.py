@@ -39,9 +39,8 @@ from deepspectra.confidence import standard_error
 from deepspectra.derivatives.products import Products, products_of
 from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetError
 from deepspectra.jobs.effort import BACKWARD, FEWEST_STEPS, OperationCounter, count_operations, effort_for
-from deepspectra.jobs.estimate import UNCLASSED_PAIRS, Plan, plan_of_analysis
+from deepspectra.jobs.estimate import UNCLASSED_PAIRS, Plan, foreseen, plan_of_analysis
 from deepspectra.jobs.findings import LETTERS, RESULTS, Findings, Options, identity
-from deepspectra.jobs.pace import Pace
 from deepspectra.jobs.stage_meter import Ledger, Report
 from deepspectra.jobs.tails import judged_tails
 from deepspectra.operators.base import Operator
@@ -82,8 +81,9 @@ def run(
         hessian = Hessian(problem)
     if ledger.foresees:
         with ledger.stage("measuring one batch"):
-            plans = [_plan_of(one) for one in (found, found.test) if one is not None]
-        ledger.tell("And on test data, ".join(plan.told + " " for plan in plans).strip())
+            plans = [plan for one in (found, found.test) if one is not None and (plan := _plan_of(one)) is not None]
+        if plans:
+            ledger.tell(" And on test data, ".join(plan.told for plan in plans))
     basis = _find_pairs(found, "hessian", hessian)
     exact = found.classed and _find_class_structure(found, hessian, basis, options)
     del basis
@@ -339,10 +339,10 @@ def _size_up(found: Findings, options: Options) -> None:
     found.num = options.num or (found.num_classes + effort.spare_pairs if found.classed else UNCLASSED_PAIRS)
 
 
-def _plan_of(found: Findings) -> Plan:
-    """What the stages will take; of test data there are no averages."""
-    num_classes = found.num_classes if found.classed and not found.of else 0
-    return plan_of_analysis(Pace(found.problem), found.effort, found.num, num_classes, found.of)
+def _plan_of(found: Findings) -> Plan | None:
+    """What the stages will take."""
+    num_classes = found.num_classes if found.classed else 0
+    return foreseen(plan_of_analysis, found.problem, found.effort, found.num, num_classes, found.of)
 
 
 def _find_pairs(found: Findings, name: str, operator: Operator) -> Krylov | None:

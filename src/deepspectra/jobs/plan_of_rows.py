@@ -1,0 +1,104 @@
+"""The stages of jobs that look at features and errors layer by layer, foreseen: what they take and what must fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from deepspectra.analysis.layer_blocks import SMALL
+from deepspectra.analysis.regions import BLOCK, WHOLE, knockouts_of
+from deepspectra.errors import CurvatureError
+from deepspectra.jobs.pace import Pace, Stage
+from deepspectra.problem.memory_budget import share
+from deepspectra.problem.problem import Problem
+from deepspectra.rows.held_rows import gram_bytes
+
+VALUES = 0.6  # eigenvalues alone, in the same unit
+DOUBLE = 2  # times as long take products in float64, as those of the Hessian's regions are
+BLOCK_PRODUCTS = 100  # with a layer's block of H, where it is not that of G
+CHECKS = 2  # products by which that is seen
+
+
+def captured(pace: Pace, times: int = 1) -> Stage:
+    """Features and errors of all layers together if they fit, else of as many as do; of one they must."""
+    held, limit = pace.rows.num_bytes, share(pace.problem.memory, "factors")
+    fullest = max((layer.num_bytes for layer in pace.rows.layers.values()), default=0.0)
+    few = pace.problem.num_examples * limit / fullest if fullest else math.inf
+    seconds = times * max(1.0, held / limit) * pace.rows.seconds
+    return Stage("features and errors", 0, seconds, max(fullest, min(held, limit)), limit, few)
+
+
+def _averages_of_rows(problem: Problem) -> Stage:
+    """Averages over all C² cells of classes, in the coordinates of every row."""
+    each, cells = 8 * 2 * problem.num_classes**3, 8 * problem.num_classes**4
+    few = (problem.memory - cells) / each
+    return Stage("averages of rows", 0, 0, cells + each * problem.num_examples, problem.memory, few)
+
+
+def of_layers(pace: Pace) -> Iterator[Stage]:
+    """Of spectra layer by layer."""
+    problem = pace.problem
+    num = problem.num_examples
+    num_rows = num * (problem.num_classes - 1)
+    yield captured(pace)
+    yield _averages_of_rows(problem)
+    few = (problem.memory / gram_bytes(1)) ** 0.5 / max(1, problem.num_classes - 1)
+    for name, layer in pace.rows.layers.items():
+        side = min(num_rows, layer.size)
+        centred = num_rows if num_rows <= SMALL else 0
+        cubes = 2 * side**3 + min(num, layer.size) ** 3 + min(centred, layer.size) ** 3
+        seconds = layer.pair * num_rows * side + pace.cube * cubes
+        yield Stage(
+            f"spectra of {name or 'the model'}",
+            0,
+            seconds,
+            gram_bytes(side),
+            problem.memory,
+            few,
+            name,
+            grows=2 if side == num_rows else 1,
+        )
+    try:
+        bent, checked = pace.bent, pace.building("residual") + CHECKS * pace.product("residual")
+    except CurvatureError:  # without second derivatives layers have no blocks of H
+        return
+    yield Stage("blocks of R", CHECKS, checked, pace.graphs("residual"))
+    for name, seconds in bent.items():
+        products = min(BLOCK_PRODUCTS, 2 * pace.rows.layers[name].size)
+        yield Stage(f"block of H of {name or 'the model'}", products, products * seconds, pace.graphs("hessian"))
+
+
+def of_regions(pace: Pace, of: Sequence[str], num_groups: int) -> Iterator[Stage]:
+    """Of spectra of kinds of rows, with knock-outs, and with groups of examples left out in turn."""
+    problem = pace.problem
+    num, num_rows = problem.num_examples, problem.num_examples * (problem.num_classes - 1)
+    turns = 1 + num_groups * (1 - 1 / max(num_groups, 1)) ** 3  # with all examples, and without each group
+    for kind in of:
+        rows = num if kind == "features" else num_rows
+        matrices = 10 + 2 * num_groups if kind == "hessian" else 4
+        size, limit = matrices * 8 * rows**2, problem.memory
+        few = num * (limit / size) ** 0.5
+        yield _rows_of(pace, kind)
+        if kind != "features":
+            yield _averages_of_rows(problem)
+        if kind == "hessian":  # and of every row A v and Aᵀ u
+            seconds = num_rows * DOUBLE * (pace.product("hessian", BLOCK) + pace.gradient)
+            yield Stage("products of hessian", num_rows, seconds, size, limit, few, "products", kind, 2)
+        layers = {name: layer.size for name, layer in pace.rows.layers.items() if layer.has(kind)}
+        for name, parameters in (layers if len(layers) == 1 else layers | {WHOLE: rows}).items():
+            rank = min(rows, parameters) if kind == "gradients" else rows
+            cubes = rows**3 + VALUES * len(knockouts_of(kind, "subtraction")) * rank**3
+            seconds = turns * pace.cube * cubes
+            yield Stage(f"{kind} of {name or 'the model'}", 0, seconds, size, limit, few, name, kind, 3)
+
+
+def _rows_of(pace: Pace, kind: str) -> Stage:
+    """Of one layer after the other, or of all together."""
+    num, limit, layers = pace.problem.num_examples, share(pace.problem.memory, "factors"), pace.rows.layers.values()
+    if kind in ("features", "errors"):
+        size = sum(layer.features if kind == "features" else layer.errors for layer in layers)
+    else:
+        size = captured(pace).num_bytes * (8 / pace.problem.dtype.itemsize if kind == "hessian" else 1)
+    rows = num * (1 if kind == "features" else pace.scalars)
+    seconds = pace.rows.seconds + pace.rows.pair * rows**2
+    return Stage(f"rows of {kind}", 0, seconds, size, limit, num * limit / size if size else math.inf, grows=2)

@@ -27,6 +27,8 @@ from deepspectra.problem.finished_stages import FinishedStages
 from deepspectra.problem.parallel import Group, current
 from deepspectra.rows.batch_capture import IrregularError
 
+MEASURED = 20  # examples of a batch of what is measured beforehand, at most
+
 
 def flattened(name: str, value: Any) -> dict[str, Tensor]:
     """All numbers of a result, each under a name."""
@@ -265,13 +267,13 @@ def streamed() -> dict[str, Tensor]:
 def command(words: list[str], killed_at: int | None = None) -> tuple[int, str, str]:
     """Exit status of a command, and what it says on standard output and on standard error.
 
-    The second process may be killed at its so many'th product with R.
+    The second process may be killed at its so many'th product with R of all examples, not of the few that are timed.
     """
     if killed_at is not None and os.environ["RANK"] == "1":
         apply, count = ds.Residual._apply, itertools.count(1)
 
         def deadly(self: ds.Residual, block: Tensor) -> Tensor:
-            if next(count) == killed_at:
+            if self.problem.num_examples > MEASURED and next(count) == killed_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             return apply(self, block)
 

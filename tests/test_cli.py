@@ -311,10 +311,10 @@ def test_the_demo_ends_with_its_verdict_and_its_report(tmp_path):
 
 
 def test_a_checkpoint_is_loaded_instead_of_training(tmp_path):
-    first = run("analyze", "--model", "mlp", "--data", "digits", "--per-class", 5, "--epochs", 1, "--num-probes", 1,
+    first = run("analyze", "--model", "mlp-small", "--per-class", 5, "--epochs", 1, "--num-probes", 1,
                 "--num-steps", 4, "--out", "a", cwd=tmp_path)  # fmt: skip
     assert first.returncode == 0, first.stderr
-    second = run("analyze", "--model", "mlp", "--data", "digits", "--per-class", 5, "--checkpoint",
+    second = run("analyze", "--model", "mlp-small", "--per-class", 5, "--checkpoint",
                  "a/model.safetensors", "--num-probes", 1, "--num-steps", 4, "--out", "b", cwd=tmp_path)  # fmt: skip
     assert second.returncode == 0, second.stderr
     assert (

@@ -26,8 +26,7 @@ from deepspectra import zoo
 from deepspectra.certificates.certify import Certificate
 from deepspectra.certificates.networks import Examples
 from deepspectra.certificates.priors import Prior, learn
-from deepspectra.jobs.certify_dataset import digest
-from deepspectra.problem.finished_stages import FinishedStages, forget
+from deepspectra.problem.finished_stages import FinishedStages, digest, forget
 from reproductions.certificates_page import TRIED, WU, Record, draw, page
 
 HERE = Path(__file__).parent.parent / "docs"

@@ -25,13 +25,16 @@ def vector_dtype(operator: Operator) -> torch.dtype:
 
 def vectors_that_fit(operator: Operator) -> int:
     """Vectors of length P that fit the operator's memory budget."""
-    return int(operator.memory // (operator.shape[0] * torch.finfo(vector_dtype(operator)).bits // 8))
+    return _fitting(operator, operator.shape[0])
 
 
 def rows_that_fit(operator: Operator) -> int:
     """Rows of a basis that fit the operator's memory budget: of each this process holds its share alone."""
-    longest = -(-operator.shape[0] // operator.group.size)
-    return int(operator.memory // (longest * torch.finfo(vector_dtype(operator)).bits // 8))
+    return _fitting(operator, operator.group.width(operator.shape[0]))
+
+
+def _fitting(operator: Operator, length: int) -> int:
+    return int(operator.memory // (length * torch.finfo(vector_dtype(operator)).bits // 8))
 
 
 def gaussian_rows(count: int, size: int, generator: torch.Generator) -> Tensor:

@@ -31,7 +31,7 @@ from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
 from deepspectra.results import ByLayer, origin
 from deepspectra.rows.averages import Averages
-from deepspectra.rows.captures import parameters_of
+from deepspectra.rows.captures import num_parameters_of, parameters_of
 from deepspectra.rows.features_and_errors import (
     counted,
     error_averages,
@@ -350,8 +350,7 @@ def _residual_sizes(
     generator = seeded(0)
     blocks = []
     for layer in problem.layers:  # those left out draw theirs too, so that the others' are the same
-        size = sum(value.numel() for value in parameters_of(problem, layer).values())
-        vectors = torch.randn(size, CHECKS, generator=generator)
+        vectors = torch.randn(num_parameters_of(problem, layer), CHECKS, generator=generator)
         if layer in owned:
             blocks.append((owned[layer], vectors.to(problem.device)))
     products = Residual(problem).diagonal_blocks(blocks)

@@ -27,7 +27,7 @@ from deepspectra.problem.memory_budget import refuse_beyond
 from deepspectra.problem.problem import Problem
 from deepspectra.results import ByLayer, origin
 from deepspectra.rows.averages import METHODS, WIDE, Averages
-from deepspectra.rows.captures import Complement, parameters_of
+from deepspectra.rows.captures import Complement, num_parameters_of
 from deepspectra.rows.features_and_errors import error_rows, feature_rows, membership
 from deepspectra.rows.held_rows import HeldRows, gram_of
 from deepspectra.rows.projections import TWO_WAY, Projections
@@ -233,8 +233,7 @@ def _grams(parts: Decomposition, of: str) -> Iterator[tuple[str, Tensor, int]]:
     if of == "gradients":
         for name, uses in parts.held.captures.by_layer():
             gram = gram_of([uses])
-            size = sum(value.numel() for value in parameters_of(parts.problem, name).values())
-            yield name, gram, min(size, len(gram))
+            yield name, gram, min(num_parameters_of(parts.problem, name), len(gram))
         return
     split = feature_rows(parts.held) if of == "features" else error_rows(parts.held)
     for name in split.matrices:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import torch
 
 from deepspectra.certificates.certify import Certificate
 from deepspectra.jobs.pages import UNLABELLED, Dataset, Labels, Variables, page_dataset, provenance
-from deepspectra.problem.finished_stages import Label
+from deepspectra.problem.finished_stages import Label, digest
 from deepspectra.problem.problem import Problem
 from deepspectra.results import versions
 
@@ -93,15 +92,6 @@ def identity(problem: Problem, priors: list[Any], settings: Mapping[str, Any], s
         "seed": seed,
         "version": versions()["deepspectra"],
     }
-
-
-def digest(tensors: list[torch.Tensor]) -> str:
-    """Of their shapes and bytes."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(str(tuple(tensor.shape)).encode())
-        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def _bounds(found: Certificate) -> dict[str, tuple[float, float]]:

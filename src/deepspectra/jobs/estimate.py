@@ -290,7 +290,8 @@ def _pairs(pace: Pace, kind: str, num: int, of: str) -> Stage:
     limit = share(pace.problem.memory, "basis")
     fewest = min(num + SPARE_ROWS, pace.problem.num_parameters)
     held = max(fewest, min(products, limit // pace.row))
-    seconds = pace.building(kind) + products * (pace.product(kind) + 2 * min(products, held) / 2 * pace.step)
+    # a product is orthogonalised twice, against half of the basis on the whole
+    seconds = pace.building(kind) + products * (pace.product(kind) + min(products, held) * pace.step)
     kept = min(pace.graphs(kind), share(pace.problem.memory, "graphs"))
     name = f"top eigenpairs of {letter}{of}"
     if fewest * pace.row > limit:
@@ -311,7 +312,7 @@ def _density(pace: Pace, effort: Effort, kind: str, name: str) -> Stage:
         steps = room
     products = max(1, probes * steps)
     basis = min(products, room)
-    seconds = pace.building(kind) + products * (pace.product(kind, probes) + 2 * basis / 2 * pace.step)
+    seconds = pace.building(kind) + products * (pace.product(kind, probes) + basis * pace.step)
     seconds += RITZ * pace.cube * basis**3
     return Stage(name, products, seconds, kept + basis * pace.row)
 

@@ -20,7 +20,7 @@ from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.example_subsets import first_batch, limited
 from deepspectra.problem.memory_budget import refuse_beyond, share
 from deepspectra.problem.problem import Problem
-from deepspectra.rows.captures import captures_of
+from deepspectra.rows.captures import captures_of, num_parameters_of, parameters_of
 from deepspectra.rows.features_and_errors import layer_errors, layer_inputs
 from deepspectra.rows.held_rows import gram_of
 
@@ -144,7 +144,7 @@ class Pace:
     @property
     def row(self) -> int:
         """Bytes of what one process has of a vector of a basis, which all of them share out."""
-        return -(-self.problem.num_parameters // self.problem.batches.group.size) * self._dtype.itemsize
+        return self.problem.batches.group.width(self.problem.num_parameters) * self._dtype.itemsize
 
     def graphs(self, kind: str) -> int:
         """Bytes of the graphs of one kind of all of a process's batches."""
@@ -223,14 +223,15 @@ class Pace:
             num_rows = sum(batch[0].num_examples * batch[0].errors.shape[1] for batch in uses)
             num_bytes = scale * sum(use.num_bytes for batch in uses for use in batch)
             spent = self._timed(functools.partial(gram_of, [uses]))
-            size = sum(v.numel() for key, v in some.parameters.items() if key.rpartition(".")[0] == name)
             features, errors = (
                 scale * sum(rows.nbytes for batch in uses for rows in of(batch).values())
                 for of in (layer_inputs, layer_errors)
             )
             every = [place.shape for place in places(uses[0], sizes) if place.is_matrix]
             factors = 16.0 * sum(groups * (outputs**2 + inputs**2) for groups, outputs, inputs in every)
-            found[name] = Layer(size, num_bytes, spent / num_rows**2, features, errors, factors)
+            found[name] = Layer(
+                num_parameters_of(some, name), num_bytes, spent / num_rows**2, features, errors, factors
+            )
         return Rows(scale / self.problem.batches.group.size * seconds, found)
 
     @functools.cached_property
@@ -242,7 +243,7 @@ class Pace:
         hessian, found = self._operator("hessian"), {}
         assert isinstance(hessian, Hessian)
         for layer in self.rows.layers:
-            names = [name for name in self.problem.parameters if name.rpartition(".")[0] == layer]
+            names = list(parameters_of(self.problem, layer))
             block = HessianBlock(hessian, names)
             v = torch.randn(block.shape[0], 1, generator=torch.Generator().manual_seed(0)).to(self._block(1))
             (residual,) = Residual(self.one).diagonal_blocks([(names, v)])

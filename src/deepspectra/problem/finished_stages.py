@@ -181,9 +181,10 @@ def identity_of(problem: Problem, loss: float) -> dict[str, Label]:
 
 
 def digest(tensors: Iterable[Tensor], text: str = "") -> str:
-    """Of a text and the bytes of some tensors."""
+    """Of a text, and of the shapes and bytes of some tensors."""
     found = hashlib.sha256(text.encode())
     for tensor in tensors:
+        found.update(str(tuple(tensor.shape)).encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
 

@@ -49,17 +49,20 @@ class Group:
         """Whether a batch is of this process's share: they are dealt in turn."""
         return index % self.size == self.rank
 
+    def width(self, size: int) -> int:
+        """How many of so many numbers the first has, and others at most, where each has successive ones."""
+        return -(-size // self.size)
+
     def share(self, size: int) -> slice:
-        """This process's part of so many numbers: successive ones, as many as the first has, or fewer."""
-        width = -(-size // self.size)
+        """This process's part of so many numbers."""
+        width = self.width(size)
         return slice(min(self.rank * width, size), min((self.rank + 1) * width, size))
 
     def whole(self, part: Tensor, size: int) -> Tensor:
         """Rows (k, size) of which each has its share (k, ·)."""
         if self.size == 1:
             return part
-        width = -(-size // self.size)
-        padded = torch.nn.functional.pad(part, (0, width - part.shape[1])).contiguous()
+        padded = torch.nn.functional.pad(part, (0, self.width(size) - part.shape[1])).contiguous()
         every = [torch.empty_like(padded) for _ in range(self.size)]
         _answered(dist.all_gather, every, padded)
         return torch.cat(every, 1)[:, :size]

@@ -383,6 +383,11 @@ def parameters_of(problem: Problem, layer: str) -> dict[str, Tensor]:
     return {name: value for name, value in problem.parameters.items() if layer_of(name) == layer}
 
 
+def num_parameters_of(problem: Problem, layer: str) -> int:
+    """How many numbers these are."""
+    return sum(value.numel() for value in parameters_of(problem, layer).values())
+
+
 def layer_of(name: str) -> str:
     """The module that owns a parameter."""
     return name.rpartition(".")[0]

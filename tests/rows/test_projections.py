@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepspectra.errors import OptionError
+from deepspectra.errors import MemoryBudgetError, OptionError
 from deepspectra.rows.projections import FOUR_WAY, TWO_WAY, Projections, collinear, grouped, num_groups, numbered
 from reference import error, projections, projections_of
 
@@ -77,6 +77,14 @@ def test_the_class_and_the_true_mean_have_their_lengths_from_one_sum() -> None:
     assert error(by_class[[0, 1, 3]], off[[0, 1, 3]].rsqrt()) < 1e-12
     assert error(by_true[[0, 1, 3]], cells.diagonal()[[0, 1, 3]].rsqrt()) < 1e-12
     assert by_class[2] == by_true[2] == 0
+
+
+@pytest.mark.parametrize("part", ["means", "cross", "interaction"])
+def test_pairs_of_too_many_classes_are_refused_with_what_to_do(part: str) -> None:
+    many = Projections.of_cells(torch.ones(1000, 1000, dtype=torch.float64))
+    with pytest.raises(MemoryBudgetError, match="1,000 classes as columns take 7450.58 GiB.*groups="):
+        many.basis(part)
+
 
 
 @pytest.mark.parametrize("groups", [[0, 1], [0.0, 1, 1, 0], [0, 2, 2, 0], [0, -1, 1, 0], "ab"])

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import OptionError
+from deepspectra.problem.memory_budget import free_memory, refuse_beyond
 from deepspectra.rows.averages import Averages, positive
 
 FOUR_WAY = ("class", "cross", "within", "true")
@@ -185,9 +186,15 @@ class Projections:
         """B (C, C, r) with Π = BBᵀ in cell coordinates: of orthonormal columns for "class", "logit" and "true".
 
         "means" is all cells, r = C²; "cross" and "interaction" are C² columns of smaller rank.
+
+        Raises:
+            MemoryBudgetError: those C⁴ numbers do not fit what is free.
         """
         if part in ("means", "cross", "interaction"):
-            cells = torch.eye(self.num_classes**2, dtype=self._root.dtype, device=self._root.device)
+            size, device = self._root.element_size() * self.num_classes**4, self._root.device
+            what = f"all pairs of {self.num_classes:,} classes as columns take"
+            refuse_beyond(size, free_memory(device), what, "Put classes together with groups=.")
+            cells = torch.eye(self.num_classes**2, dtype=self._root.dtype, device=device)
             cells = cells.view(self.num_classes, self.num_classes, -1)
             return cells if part == "means" else self.project_cells(part, cells)
         eye = torch.eye(self.num_classes, dtype=self._root.dtype, device=self._root.device)

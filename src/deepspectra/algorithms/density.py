@@ -235,7 +235,7 @@ def _folds(krylov: Krylov, start: Tensor, locked: Ends, num_steps: int) -> list[
         if len(mine) < count:
             others = torch.ones(count, dtype=torch.bool)
             others[mine] = False
-            eps = torch.finfo(krylov.rows.dtype).eps
+            eps = torch.finfo(krylov.rows.like.dtype).eps
             space = _krylov_space(matrix, start[:, others], num_steps, eps)
             ends, vectors = _converged(krylov, matrix, space, space.shape[1], start[:, mine])
         # The rest of the coordinates is the complement of what is locked, where the fold's own quadrature lives.

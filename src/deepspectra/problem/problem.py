@@ -31,10 +31,11 @@ Result = TypeVar("Result")
 
 
 class _Named:
-    """What results and reports are to call model, data and classes, to be set by whoever knows."""
+    """What is to be set by whoever knows: what results call model, data and classes, and how a basis is held."""
 
     name = data_name = ""
     class_names: Sequence[str] | None = None
+    basis: torch.dtype | None = None
 
 
 class Problem(_Named):
@@ -73,6 +74,7 @@ class Problem(_Named):
         parameter_names: names of the selected parameters, in the order of the vector.
         layers: names of the modules that own them.
         memory: the budget in bytes.
+        basis: to be set: torch.bfloat16 has operators made then hold the basis of their eigenpairs so (`A.basis`).
         casts: types of half precision in which the network computes inside, where it is in another.
         cuts: whether batches may be cut into examples along the first dimension.
 

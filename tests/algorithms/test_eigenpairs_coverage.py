@@ -59,18 +59,21 @@ WAYS = {
     "float32": {"dtype": torch.float32},
     "restarted": {"rows": 24},
     "started": {"width": 3},
+    "bfloat16": {"basis": torch.bfloat16, "rtol": 1e-2, "dtype": torch.float32},
+    "the same restarted": {"basis": torch.bfloat16, "rtol": 1e-2, "dtype": torch.float32, "rows": 24},
 }
 BOTH_ENDS = "spikes, one double, over a flat rest"  # asked for in every way
 
 
-def tally(name, runs, *, which="largest", rtol=1e-3, dtype=torch.float64, rows=None, width=None):
+def tally(name, runs, *, which="largest", rtol=1e-3, dtype=torch.float64, rows=None, width=None, basis=None):
     """Converged runs, those that miss a pair, break a bound by rank, or of any eigenvalue, and mean products."""
     values, num = SPECTRA[name]
     exact = values.sort().values
     wanted = exact[select(exact, which, num)]
     operator = Function(lambda block: values.to(block)[:, None] * block, len(values), dtype=dtype)
+    operator.basis = basis
     if rows is not None:
-        operator.memory = rows * len(values) * torch.finfo(dtype).bits // 8
+        operator.memory = rows * len(values) * (basis or dtype).itemsize
     converged = missed = by_rank = broken = products = 0
     for seed in range(runs):
         draw = torch.Generator().manual_seed(seed)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from deepspectra.algorithms.long_vectors import (
     COLUMNS_PER_CHUNK,
-    norms_of,
     room_for_rows,
     stored_type,
     vector_dtype,
@@ -172,28 +171,34 @@ class _Segment:
         self.rows = torch.empty(count, store.width, dtype=store.dtype, device=device, pin_memory=pinned)
         self.is_at_hand = not store.is_rounded and device == store.like.device
 
-    def here(self, rows: Tensor) -> Tensor:
-        """Some of these rows, or of their columns, on the device in the working type."""
+    def here(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Some of these rows, or of their columns, on the device, in the working type unless told otherwise."""
         like = self.store.like
         if rows.device != like.device:  # one by one: a stretch of a row goes straight from pinned memory
             rows = torch.stack([row.to(like.device, non_blocking=True) for row in rows])
-        return rows.to(like.dtype)
+        return rows.to(dtype or like.dtype)
 
     def pieces(self, span: slice) -> Iterator[tuple[slice, Tensor]]:
-        """Stretches of columns, and what these rows have there: all at once where they are at hand."""
+        """Stretches of columns, and what these rows have there until the next: all at once where they are at hand."""
         rows = self.rows[span]
         if self.is_at_hand:
             yield slice(None), rows
             return
-        step = self.store._step(len(rows))
-        for start in range(0, max(1, self.store.width), step):
+        step = min(self.store._step(len(rows)), self.store.width)
+        place = self.store.like.new_empty(len(rows), step)  # one for all: new memory each time costs more than its use
+        for start in range(0, self.store.width, max(1, step)):
             columns = slice(start, start + step)
-            yield columns, self.here(rows[:, columns])
+            held = rows[:, columns]
+            yield columns, place[:, : held.shape[1]].copy_(self.here(held, held.dtype))
 
     def inner(self, span: slice, block: Tensor) -> Tensor:
         """Inner products (n, k) of some of its rows with rows (k, ·)."""
-        parts = [rows @ block[:, columns].T for columns, rows in self.pieces(span)]
-        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        if self.is_at_hand:
+            return self.rows[span] @ block.T
+        total = torch.zeros(span.stop - span.start, len(block), dtype=torch.float64, device=block.device)
+        for columns, rows in self.pieces(span):
+            total += rows @ block[:, columns].T
+        return total.to(block)
 
     def write(self, span: slice, columns: slice, rows: Tensor) -> Tensor:
         """Keep rows (k, ·); squared norms (k,) of their rounding."""
@@ -201,4 +206,4 @@ class _Segment:
         self.rows[span, columns] = held
         if not self.store.is_rounded:
             return torch.zeros(len(rows), dtype=torch.float64)
-        return norms_of(held.to(rows.dtype) - rows).square().cpu()
+        return (held.to(rows.dtype) - rows).norm(dim=1).cpu().double().square()

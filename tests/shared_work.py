@@ -241,7 +241,10 @@ def spread_bases() -> tuple[dict[str, Tensor], list[int]]:
             rounded.append(torch.randn(1, size, generator=generator))
             for _ in range(6):
                 rounded.expand(1)
-            found["lost"] = rounded.lost_squares(torch.eye(6, dtype=torch.float64)).log()
+            held = torch.cat(list(rounded.whole_rows(0, 7))).double()
+            lacking = held[:6] @ A.matrix.double() - rounded.projected.T @ held
+            counted = rounded.lost_squares(torch.eye(6, dtype=torch.float64)).sqrt()
+            torch.testing.assert_close(counted, lacking.norm(dim=1), rtol=1e-2, atol=0)
         lengths.append(basis.part().shape[1])
         if dtype == torch.float64:
             found[f"{size}"] = {

@@ -77,7 +77,7 @@ def test_what_rounding_does_not_allow_is_refused_or_told_and_not_tried_for_long(
     assert pairs.num_products < 150
     A = diagonal(trained(1000), torch.float32)
     A.basis = torch.float16
-    with pytest.raises(OptionError, match="basis=torch.float16; it is one of None, torch.bfloat16"):
+    with pytest.raises(OptionError, match=r"basis=torch.float16; it is one of None, torch.bfloat16"):
         eigenpairs(A, 3, rtol=1e-2)
 
 

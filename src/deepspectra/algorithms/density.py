@@ -107,8 +107,8 @@ def density(
     keeps, told = _keeps_basis(scaled, basis, num_steps, len(known)), ""
     if keeps and operator.basis is not None:
         warnings.warn(
-            f"density: its basis is held exactly, not in {str(operator.basis).removeprefix('torch.')}, whose rounding "
-            "would let it lock nothing. For less memory pass basis='none'.",
+            f"density: its basis is held exactly, not in {str(operator.basis).removeprefix('torch.')}, whose "
+            "rounding would let it lock nothing. For less memory pass basis='none'.",
             FallbackWarning,
             stacklevel=2,
         )

@@ -307,11 +307,11 @@ class Challenge:
     probability of at most √(2/πΣ). Σ grows as fast as polynomials can that are bounded on the rest of the spectrum of
     A', and with τ, where τ lies beyond all Ritz values of A'.
 
-    Where rows are held rounded, q + δ, the recurrence is that of the rows as they are, and only starts anew with uᵀδ at
-    each of them: components are then g c + z, of which z comes from the roundings and not from g. All of them together
-    are at most about 1 as before (rows are orthonormal to about ε/√P), which leaves g an interval of length 2/√Σ,
-    wherever its middle is; a normal number's density is nowhere above 1/√2π, so that the chance is the same. What is
-    taken for granted is that roundings do not know u.
+    Where rows are held rounded, q + δ, the recurrence is that of the rows as they are, and only starts anew with uᵀδ
+    at each of them: components are then g c + z, of which z comes from the roundings and not from g. All of them
+    together are at most about 1 as before (rows are orthonormal to about ε/√P), which leaves g an interval of length
+    2/√Σ, wherever its middle is; a normal number's density is nowhere above 1/√2π, so that the chance is the same.
+    What is taken for granted is that roundings do not know u.
 
     Args:
         edges: where the wanted ends of the spectrum stop.

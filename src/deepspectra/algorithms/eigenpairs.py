@@ -156,8 +156,9 @@ def _check_basis(operator: Operator, rtol: float) -> None:
     least = torch.finfo(stored_type(operator)).eps
     if operator.basis is not None and rtol < least:
         raise OptionError(
-            f"rtol={rtol:g} is below {least:.1e}, which a basis in {str(operator.basis).removeprefix('torch.')} reaches. "
-            "Raise rtol, or hold the basis exactly: basis = None on the operator, or on the problem before it is made."
+            f"rtol={rtol:g} is below {least:.1e}, which a basis in {str(operator.basis).removeprefix('torch.')} "
+            "reaches. Raise rtol, or hold the basis exactly: basis = None on the operator, or on the problem before "
+            "it is made."
         )
 
 
@@ -169,7 +170,7 @@ def _afresh(krylov: Krylov, ritz: Ritz, chosen: Tensor, vectors: Tensor) -> tupl
     squares, turn = torch.linalg.eigh(inner_products(vectors.T, vectors.T))
     vectors = vectors @ (turn / squares.sqrt() @ turn.T).to(vectors)
     values, residual_norms = ritz.values.clone(), ritz.residual_norms.clone()
-    for which, columns in zip(chosen.split(TOGETHER), vectors.split(TOGETHER, 1), strict=True):
+    for which, columns in zip(torch.split(chosen, TOGETHER), torch.split(vectors, TOGETHER, 1), strict=True):
         rows = columns.T
         products = (krylov.operator @ columns).detach().to(rows).T
         values[which] = inner_products(products, rows).diagonal()

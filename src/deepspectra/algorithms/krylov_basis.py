@@ -11,10 +11,10 @@ block Lanczos multiplies all of W at once, a breakdown is an empty W, a fresh st
 and a thick restart rotates Q. Vectors are stored as rows (`stored_rows.py`). Processes that share the work on A share
 out the basis, too: each has its part of every row, and reorthogonalises that.
 
-Rows may be held rounded, q + δ for q, and what is multiplied is what is held. The relation then lacks δ bᵀ, with b the
-row of H that belongs to q, and ‖δ‖² b bᵀ joins the Gram matrix of what is lost: roundings of different rows are of
-random directions. H itself is of the rows as they are, orthonormal to about ε/√P, which changes Ritz values in second
-order. After a restart the relation lacks A δ, too, which only products tell: those that end `eigenpairs`.
+Rows may be held rounded, q + δ for q, and what is multiplied is what is held. The relation then lacks δ bᵀ, with b
+the row of H that belongs to q, and ‖δ‖² b bᵀ joins the Gram matrix of what is lost: roundings of different rows are
+of random directions. H itself is of the rows as they are, orthonormal to about ε/√P, which changes Ritz values in
+second order. After a restart the relation lacks A δ, too, which only products tell: those that end `eigenpairs`.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ class Krylov:
         return self.spread.sum(squares) if self.rows.is_rounded else squares
 
     def _lose(self, squares: Tensor, coefficients: Tensor) -> None:
-        """Take rounding of rows, by squared norms (k,), for lost from products that have these (k, num_basis) of them."""
+        """Count the rounding of rows, by squared norms (k,), as lost from products that have these (k, m) of them."""
         if self.rows.is_rounded:
             coefficients = coefficients / self._unit
             self._lost += coefficients.T @ (squares[:, None] * coefficients)

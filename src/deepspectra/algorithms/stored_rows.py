@@ -208,4 +208,5 @@ class _Segment:
         self.rows[span, columns] = held
         if not self.store.is_rounded:
             return torch.zeros(len(rows), dtype=torch.float64)
-        return (held.to(rows.dtype) - rows).norm(dim=1).cpu().double().square()
+        squares: Tensor = torch.linalg.vector_norm(held.to(rows.dtype) - rows, dim=1).cpu().double().square()
+        return squares

@@ -31,7 +31,10 @@ Result = TypeVar("Result")
 
 
 class _Named:
-    """What is to be set by whoever knows: what results call model, data and classes, and how a basis is held."""
+    """What is to be set by whoever knows: what results and reports are to call model, data and classes.
+
+    And `basis`, the type in which operators made from then on hold the basis of their eigenpairs (`Operator.basis`).
+    """
 
     name = data_name = ""
     class_names: Sequence[str] | None = None
@@ -74,7 +77,6 @@ class Problem(_Named):
         parameter_names: names of the selected parameters, in the order of the vector.
         layers: names of the modules that own them.
         memory: the budget in bytes.
-        basis: to be set: torch.bfloat16 has operators made then hold the basis of their eigenpairs so (`A.basis`).
         casts: types of half precision in which the network computes inside, where it is in another.
         cuts: whether batches may be cut into examples along the first dimension.
 

@@ -39,6 +39,7 @@ class Provenance:
     Attributes:
         rounding: the relative error of a product, measured against float64 on a few examples, where a network
             computes in half precision or TF32; None where it does not, or nothing was measured.
+        basis: in words, how a Krylov basis was held where not exactly on the device, and what that cost.
     """
 
     operator: str
@@ -48,9 +49,12 @@ class Provenance:
     seed: int | None
     versions: dict[str, str] = field(default_factory=dict)
     rounding: float | None = None
+    basis: str = ""
 
     @staticmethod
-    def of(source: Any, name: str = "", *, size: int | None = None, seed: int | None = None) -> Provenance:
+    def of(
+        source: Any, name: str = "", *, size: int | None = None, seed: int | None = None, basis: str = ""
+    ) -> Provenance:
         """Of a computation on an operator, on rows (..., D), or on a problem: on its matrix G, unless named."""
         if size is None:
             size = source.shape[-1] if hasattr(source, "shape") else source.num_parameters
@@ -60,14 +64,15 @@ class Provenance:
         name = name or of_matrix or "Gauss-Newton"
         dtype = str(source.dtype).removeprefix("torch.")
         rounding = getattr(source, "rounding", None)
-        return Provenance(name, size, dtype, str(source.device), seed, versions(), rounding)
+        return Provenance(name, size, dtype, str(source.device), seed, versions(), rounding, basis)
 
     @property
     def caveats(self) -> tuple[str, ...]:
         """What a table says of its numbers, beside them."""
+        found = (self.basis,) if self.basis else ()
         if self.rounding is None or self.rounding < NOTHING:
-            return ()
-        return (f"products are off by {self.rounding:.1%}: half precision or TF32",)
+            return found
+        return (f"products are off by {self.rounding:.1%}: half precision or TF32", *found)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -91,10 +96,10 @@ class Result:
 
 
 def origin(
-    began: float, source: Any, name: str = "", *, size: int | None = None, seed: int | None = None
+    began: float, source: Any, name: str = "", *, size: int | None = None, seed: int | None = None, basis: str = ""
 ) -> dict[str, Any]:
     """What a `Result` says beside its numbers: began at that `time.perf_counter()`, and as `Provenance.of`."""
-    provenance = Provenance.of(source, name, size=size, seed=seed)
+    provenance = Provenance.of(source, name, size=size, seed=seed, basis=basis)
     return {"seconds": time.perf_counter() - began, "provenance": provenance}
 
 

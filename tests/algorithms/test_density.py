@@ -18,13 +18,14 @@ from deepspectra.algorithms.probes import stream
 from deepspectra.errors import (
     ConvergenceWarning,
     DataError,
+    FallbackWarning,
     MemoryBudgetError,
     NonFiniteError,
     OptionError,
     ShapeError,
 )
-from deepspectra.operators.base import Matrix
-from spectra import Function, broadened, distance, integral, rotated, trained
+from deepspectra.operators.base import Matrix, Operator
+from spectra import Function, broadened, diagonal, distance, integral, rotated, trained
 
 # --- the golden spectra: Papyan, JMLR 2020, figure 15 ------------------------------------------------------
 
@@ -422,3 +423,25 @@ def test_few_values_of_many_copies_are_no_exact_spectrum_in_any_precision(dtype)
         missed += not bool((low <= 0.6 + 1e-9) & (high >= 0.6 - 1e-9))
         assert float(high - low) > 0
     assert missed <= 2
+
+
+def test_its_basis_is_exact_where_eigenpairs_have_a_rounded_one_and_that_is_said():
+    A, rounded = diagonal(trained(500), torch.float32), diagonal(trained(500), torch.float32)
+    rounded.basis = torch.bfloat16
+    with pytest.warns(
+        FallbackWarning, match="held exactly, not in bfloat16, whose rounding would let it lock nothing"
+    ):
+        found = density(rounded, num_probes=2, num_steps=20)
+    assert torch.equal(found.nodes, density(A, num_probes=2, num_steps=20).nodes)
+    assert torch.equal(
+        density(rounded, num_probes=1, num_steps=9, basis="none").nodes,
+        density(A, num_probes=1, num_steps=9, basis="none").nodes,
+    )
+
+
+def test_its_basis_lies_on_the_host_only_where_one_probe_does_not_fit(monkeypatch):
+    monkeypatch.setattr(Operator, "host_memory", lambda _: 10**9)
+    for room, told in ((30, ""), (15, "lay in host memory")):
+        found = density(diagonal(trained(500), torch.float64, vectors=room), num_probes=2, num_steps=20, basis="full")
+        assert found.provenance.basis.endswith(told)
+        assert bool(found.provenance.basis) == bool(told)

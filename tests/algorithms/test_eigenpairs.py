@@ -18,7 +18,9 @@ import deepspectra as ds
 from deepspectra.algorithms.eigenpair_search import select
 from deepspectra.algorithms.eigenpairs import ENDS, eigenpairs, sample_size
 from deepspectra.errors import (
+    ConvergenceWarning,
     DataError,
+    MemoryBudgetError,
     NonFiniteError,
     OptionError,
     ShapeError,
@@ -26,6 +28,99 @@ from deepspectra.errors import (
 from deepspectra.operators.base import Matrix, Operator
 from nets import digits_problem
 from spectra import OUTLIERS, Function, diagonal, rotated, trained, true_residuals
+
+# --- how the basis is held ---------------------------------------------------------------------------------
+
+
+def rounded(values):
+    A = diagonal(values, torch.float32)
+    A.basis = torch.bfloat16
+    return A
+
+
+def test_of_a_basis_in_bfloat16_residuals_are_measured_and_its_cost_is_told():
+    values = torch.cat([trained(3000), -0.5 * OUTLIERS[:7]])
+    for which in ENDS:
+        pairs = eigenpairs(rounded(values), 6, which, rtol=1e-2, start="random")
+        assert pairs.converged
+        assert pairs.status == "statistical"
+        order = values.sort().values
+        expected = order[select(order, which, 6)]
+        assert bool(((pairs.values - expected).abs() <= pairs.error_bounds).all())
+        true = (values[:, None] * pairs.vectors.double() - pairs.vectors.double() * pairs.values).norm(dim=0)
+        torch.testing.assert_close(pairs.residual_norms, true, rtol=1e-3, atol=1e-6)
+        gram = pairs.vectors.double().T @ pairs.vectors.double()
+        torch.testing.assert_close(gram, torch.eye(6).double(), rtol=0, atol=1e-6)
+        assert "the basis was held in bfloat16, whose rounding leaves residuals/|λ| of up to " in str(pairs)
+
+
+def test_products_that_measure_a_rounded_basis_are_counted():
+    counts = []
+
+    def count(block):
+        counts.append(block.shape[1])
+        return trained(2000).to(block)[:, None] * block
+
+    A = Function(count, 2000)
+    A.basis = torch.bfloat16
+    pairs = eigenpairs(A, 10, rtol=1e-2)
+    assert pairs.num_products == sum(counts)
+    assert counts[-2:] == [8, 2]
+
+
+def test_what_rounding_does_not_allow_is_refused_or_told_and_not_tried_for_long():
+    with pytest.raises(OptionError, match=r"rtol=0.001 is below 7.8e-03, .* bfloat16 reaches. Raise rtol"):
+        eigenpairs(rounded(trained(1000)), 5, rtol=1e-3)
+    small = torch.cat([torch.tensor([0.01, 0.012, 0.014]), torch.linspace(0.4, 1, 1500)]).double()
+    with pytest.warns(ConvergenceWarning, match="rounding of its basis allows no less. Raise rtol, or set basis"):
+        pairs = eigenpairs(rounded(small), 3, "smallest", rtol=1e-2)
+    assert pairs.num_products < 150
+    A = diagonal(trained(1000), torch.float32)
+    A.basis = torch.float16
+    with pytest.raises(OptionError, match=r"basis=torch.float16; it is one of None, torch.bfloat16"):
+        eigenpairs(A, 3, rtol=1e-2)
+
+
+def test_a_basis_that_can_span_the_space_is_exact():
+    pairs = eigenpairs(rounded(torch.linspace(0, 1, 40).double()), 5, rtol=1e-2)
+    assert pairs.converged
+    assert pairs.provenance.basis == ""
+    tight = rounded(torch.linspace(0, 1, 40).double())
+    tight.memory = 2 * 40 * 45  # for all rows, if they are rounded
+    pairs = eigenpairs(tight, 5, rtol=1e-2)
+    assert pairs.status == "statistical"
+    assert "bfloat16" in pairs.provenance.basis
+
+
+def test_a_choice_of_basis_is_inherited():
+    problem = digits_problem()
+    problem.basis = torch.bfloat16
+    H, G = ds.Hessian(problem), ds.GaussNewton(problem)
+    assert (H.basis, (H - G).basis, H.shifted(1).basis) == (torch.bfloat16,) * 3
+    assert ds.Hessian(digits_problem()).basis is None
+
+
+def test_rows_beyond_the_device_lie_on_the_host_and_pairs_are_the_same(monkeypatch):
+    """Where the device is the CPU, too: only the decision is another's."""
+    values = trained(2000)
+    expected = eigenpairs(diagonal(values, torch.float32), 10, rtol=1e-3)
+    A = diagonal(values, torch.float32, vectors=14)
+    monkeypatch.setattr(Operator, "host_memory", lambda _: 10**9)
+    pairs = eigenpairs(A, 10, rtol=1e-3)
+    assert pairs.num_products == expected.num_products  # no restart
+    torch.testing.assert_close(pairs.values, expected.values, rtol=1e-6, atol=0)
+    assert "vectors of the basis lay in host memory" in str(pairs)
+    monkeypatch.setattr(Operator, "host_memory", lambda _: 0)
+    with pytest.raises(MemoryBudgetError, match="holds 14"):
+        eigenpairs(A, 10, rtol=1e-3)
+
+
+def test_only_an_accelerator_takes_memory_of_the_host():
+    A = diagonal(trained(100))
+    assert A.host_memory() == 0
+    A.device = torch.device("cuda")
+    assert 2**20 < A.host_memory() < 2**50
+
 
 # --- the pairs ---------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from deepspectra.jobs.effort import EFFORTS
 from deepspectra.jobs.estimate import JOBS, foreseen, num_products_of
 from deepspectra.jobs.estimate import _advice as advice_of
 from deepspectra.jobs.pace import Stage
+from deepspectra.operators.base import Operator
 from nets import trained_on_digits
 
 UNFORESEEN = {"checking derivatives", "measuring one batch", "class structure"}  # once, small
@@ -171,6 +172,21 @@ def test_pairs_that_do_not_fit_are_told_and_refused() -> None:
     assert "top eigenpairs of H" in plan.advice
     with pytest.raises(MemoryBudgetError):
         ds.analyze(tight, effort="quick", progress=False)
+
+
+def test_a_basis_in_bfloat16_or_beside_on_the_host_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = classified()
+    exact = ds.estimate(problem, "compare").stages[-1]
+    problem.basis = torch.bfloat16
+    rounded = ds.estimate(problem, "compare").stages[-1]
+    assert rounded.products == exact.products + 2 * 2 * problem.num_classes  # residuals of both are measured
+    tight = classified(memory=12_000)
+    assert not ds.estimate(tight, "compare").stages[-1].fits
+    monkeypatch.setattr(Operator, "host_memory", lambda _: 10**6)
+    plan = ds.estimate(tight, "compare")
+    assert plan.stages[-1].fits
+    assert plan.stages[-1].host_bytes > 0
+    assert "lie in host memory" in str(plan)
 
 
 def test_unknown_jobs_are_refused() -> None:

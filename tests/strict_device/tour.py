@@ -129,6 +129,21 @@ def test_spectra(trained: tuple[ds.Problem, ds.Problem]) -> None:
     ds.Hessian(problem, way="double backward")
 
 
+@pytest.mark.parametrize("basis", [None, torch.bfloat16])
+def test_rows_in_host_memory(trained: tuple[ds.Problem, ds.Problem], basis: torch.dtype | None) -> None:
+    H, on_cpu = ds.Hessian(trained[0]), ds.Hessian(trained[1])
+    expected = ds.eigenpairs(on_cpu, num=8, rtol=1e-2, start="random")
+    H.basis, H.memory = basis, 10 * 2 * H.shape[0]
+    top, grown = explore(H, 8, rtol=1e-2, start="random")
+    assert "lay in host memory" in str(top)
+    assert top.vectors.device == STRICT
+    torch.testing.assert_close(top.values.cpu(), expected.values, rtol=1e-3, atol=0)
+    grown.contract(grown.ritz().coefficients[:, -8:])
+    torch.testing.assert_close(grown.ritz().values.flip(0), expected.values, rtol=1e-3, atol=0)
+    H.basis, H.memory = None, 10 * 4 * H.shape[0]
+    assert "lay in host memory" in ds.density(H, num_probes=1, num_steps=20, basis="full").provenance.basis
+
+
 def test_attribution(trained: tuple[ds.Problem, ds.Problem]) -> None:
     problem, on_cpu = trained
     found = []

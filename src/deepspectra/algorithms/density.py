@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.krylov_basis import ROUNDING, Krylov
 from deepspectra.algorithms.lanczos_quadrature import quadratures
-from deepspectra.algorithms.long_vectors import gaussian_rows, rows_that_fit
+from deepspectra.algorithms.long_vectors import gaussian_rows, rows_on_device, rows_that_fit
 from deepspectra.algorithms.probes import InUnits, Probes, stream
 from deepspectra.argument_checks import Progress, check_choice, check_count
 from deepspectra.errors import DataError, FallbackWarning, MemoryBudgetError, OptionError, ShapeError
@@ -74,7 +74,8 @@ def density(
         seed: of the probes; other estimates draw others at the same seed.
         progress: called with (products so far, products expected).
         basis: "full" keeps and reorthogonalises the basis, "none" keeps three vectors a probe; None is "full"
-            if one probe's basis fits `A.memory`, and otherwise "none" with a FallbackWarning.
+            if one probe's basis fits `A.memory`, or with the host's memory beside an accelerator's, and otherwise
+            "none" with a FallbackWarning. It is held exactly, also where `A.basis` is a shorter type.
 
     Returns:
         Density: nodes and weights that sum to 1. How often its bands cover is in docs/coverage.md.
@@ -103,11 +104,20 @@ def density(
     generator, scaled = stream(seed, "density"), InUnits(operator)
     run = Probes(scaled, num_probes * num_steps, progress)
     known = _known_rows(scaled, deflate, seed)
-    keeps = _keeps_basis(operator, basis, num_steps, len(known))
-    if len(known) < operator.shape[0]:
-        groups = (_with_basis if keeps else _without_basis)(run, known, num_probes, num_steps, generator)
-    else:
+    keeps, told = _keeps_basis(scaled, basis, num_steps, len(known)), ""
+    if keeps and operator.basis is not None:
+        warnings.warn(
+            f"density: its basis is held exactly, not in {str(operator.basis).removeprefix('torch.')}, whose "
+            "rounding would let it lock nothing. For less memory pass basis='none'.",
+            FallbackWarning,
+            stacklevel=2,
+        )
+    if len(known) == operator.shape[0]:
         groups = [_complete(NO_ENDS, torch.zeros(0, dtype=torch.float64), num_probes)]
+    elif keeps:
+        groups, told = _with_basis(run, known, num_probes, num_steps, generator)
+    else:
+        groups = _without_basis(run, known, num_probes, num_steps, generator)
     values = torch.zeros(0) if deflate is None else deflate.values.cpu()
     unit = 2.0**scaled.exponent
     nodes, weights, probes = _assemble(values.double() / unit, groups, operator.shape[0])
@@ -123,7 +133,7 @@ def density(
         merged=not keeps,
         num_products=run.spent + (deflate is not None),
         seconds=time.perf_counter() - began,
-        provenance=Provenance.of(operator, seed=seed),
+        provenance=Provenance.of(operator, seed=seed, basis=told),
     )
 
 
@@ -157,7 +167,7 @@ def _complete(locked: Ends, values: Tensor, num_probes: int) -> _Group:
 
 def _keeps_basis(operator: Operator, basis: str | None, num_steps: int, num_known: int) -> bool:
     """Whether one probe's basis is kept: as asked, or if it fits."""
-    size, fit = operator.shape[0], rows_that_fit(operator)
+    size, fit = operator.shape[0], _fitting(operator, num_known + num_steps + 1)
     if basis == "none" or fit >= min(size, num_known + num_steps + 1):
         return basis != "none"
     room = (
@@ -187,8 +197,8 @@ def _without_basis(
 
 def _with_basis(
     run: Probes, known: Tensor, num_probes: int, num_steps: int, generator: torch.Generator
-) -> list[_Group]:
-    """What new probes find on the complement of the known vectors."""
+) -> tuple[list[_Group], str]:
+    """What new probes find on the complement of the known vectors; and in words, where the basis lay."""
     operator = run.operator
     sizes = _group_sizes(operator, num_probes, num_steps, len(known))
     krylov = Krylov(operator, _capacity(operator, sizes, num_steps, len(known)))
@@ -207,7 +217,7 @@ def _with_basis(
         groups += _folds(krylov, start, locked, num_steps)
         if j + 1 < len(sizes):
             locked = _joined(locked, _lock(krylov, room=sizes[j + 1] * (num_steps + 1)))
-    return groups
+    return groups, krylov.rows.told
 
 
 def _advance(krylov: Krylov, run: Probes, size: int, num_steps: int, generator: torch.Generator) -> Tensor:
@@ -235,7 +245,7 @@ def _folds(krylov: Krylov, start: Tensor, locked: Ends, num_steps: int) -> list[
         if len(mine) < count:
             others = torch.ones(count, dtype=torch.bool)
             others[mine] = False
-            eps = torch.finfo(krylov.rows.dtype).eps
+            eps = torch.finfo(krylov.rows.like.dtype).eps
             space = _krylov_space(matrix, start[:, others], num_steps, eps)
             ends, vectors = _converged(krylov, matrix, space, space.shape[1], start[:, mine])
         # The rest of the coordinates is the complement of what is locked, where the fold's own quadrature lives.
@@ -348,7 +358,7 @@ def _assemble(known: Tensor, groups: list[_Group], size: int) -> tuple[Tensor, T
 def _group_sizes(operator: Operator, num_probes: int, num_steps: int, num_known: int) -> list[int]:
     """Sizes of the groups of probes, as equal as they can be."""
     size = operator.shape[0]
-    fit = rows_that_fit(operator)
+    fit = _fitting(operator, num_known + num_steps + 1)
     largest = num_probes if fit >= size else (fit - num_known) // (num_steps + 1)
     if size > LARGEST_BLOCK_BASIS:
         largest = max(1, min(largest, LARGEST_BLOCK_BASIS // num_steps))
@@ -360,7 +370,13 @@ def _capacity(operator: Operator, sizes: list[int], num_steps: int, num_known: i
     """Rows for the largest group, and for as much again to be locked before later ones."""
     block = sizes[0] * (num_steps + 1)
     rows = num_known + (block if len(sizes) == 1 else 2 * block)
-    return min(rows, operator.shape[0], rows_that_fit(operator))
+    return min(rows, operator.shape[0], _fitting(operator, num_known + num_steps + 1))
+
+
+def _fitting(operator: Operator, least: int) -> int:
+    """Vectors of a basis that fit: in host memory, too, only where so many are not had without."""
+    fit = rows_on_device(operator)
+    return fit if fit >= least else rows_that_fit(operator)
 
 
 def _known_rows(operator: InUnits, deflate: Eigenpairs | None, seed: int) -> Tensor:

@@ -108,7 +108,7 @@ class Search:
                 elif excess < 0.9 * best:
                     best, best_at = excess, done
                 # Ten products without a tenth of progress are none, but only rounding excuses them.
-                elif done - best_at >= 10 and float(residual_norms.max()) <= 1e3 * self.eps * self.norm:
+                elif done - best_at >= 10 and self._is_rounding(ritz, tolerances, residual_norms):
                     return "stagnation"
             if done >= self.budget:
                 return "budget"
@@ -117,6 +117,13 @@ class Search:
         # The basis spans R^P: every pair is there, with rounding as its residual.
         _, tolerances, residual_norms = self._of_wanted(self.krylov.ritz())
         return "converged" if bool((residual_norms <= tolerances).all()) else "stagnation"
+
+    def _is_rounding(self, ritz: Ritz, tolerances: Tensor, residual_norms: Tensor) -> bool:
+        """Whether residuals of the wanted pairs are rounding, of products or of the rows that are held."""
+        if self.krylov.rows.is_rounded:
+            lost = self.krylov.lost_squares(ritz.coefficients[:, self._chosen(ritz)]).clamp_min(0).sqrt()
+            return bool((lost > tolerances).any())
+        return float(residual_norms.max()) <= 1e3 * self.eps * self.norm
 
     def _challenge(self) -> str:
         """Follow a fresh random vector until no wanted pair can be hidden from it (`Challenge`).
@@ -214,7 +221,7 @@ class Search:
     def _aim(self, ritz: Ritz) -> None:
         """Of several pending vectors, put first the direction of the largest unconverged wanted residual."""
         chosen = self._chosen(ritz)
-        self._turn(self._residuals(ritz, chosen[ritz.residual_norms[chosen] > self._tolerances(ritz.values)[chosen]]))
+        self._turn(self._residuals(ritz, chosen[ritz.residual_norms[chosen] > self.tolerances(ritz.values)[chosen]]))
 
     def _residuals(self, ritz: Ritz, which: Tensor) -> Tensor:
         """What the residuals of some Ritz pairs have along the pending vectors (w, k)."""
@@ -228,14 +235,14 @@ class Search:
     def _of_wanted(self, ritz: Ritz) -> tuple[Tensor, Tensor, Tensor]:
         """Values, tolerances and residual norms of the wanted pairs."""
         chosen = self._chosen(ritz)
-        return ritz.values[chosen], self._tolerances(ritz.values)[chosen], ritz.residual_norms[chosen]
+        return ritz.values[chosen], self.tolerances(ritz.values)[chosen], ritz.residual_norms[chosen]
 
     def _chosen(self, ritz: Ritz) -> Tensor:
         """Indices of the wanted Ritz values, descending; those that have not converged stand back by a tolerance.
 
         For a multiple eigenvalue has copies that are not wanted, and one should not be exchanged for another.
         """
-        tolerances = self._tolerances(ritz.values)
+        tolerances = self.tolerances(ritz.values)
         # Outwards is away from zero for magnitudes, and away from the middle of the spectrum for its ends.
         middle = 0.0 if self.which == "magnitude" else float(ritz.values.mean())
         back = torch.where(ritz.residual_norms > tolerances, tolerances, 0.0) * (ritz.values - middle).sign()
@@ -243,7 +250,8 @@ class Search:
         chosen = order[select((ritz.values - back)[order], self.which, min(self.num, len(order)))]
         return chosen.sort(descending=True).values
 
-    def _tolerances(self, values: Tensor) -> Tensor:
+    def tolerances(self, values: Tensor) -> Tensor:
+        """Residual norms that are asked for of these values."""
         sizes = values.abs()
         self.norm = max(self.norm, float(sizes.max()))
         # A value far below ‖A‖ is rounding's: relative to itself, no residual of it would ever be small.
@@ -298,6 +306,12 @@ class Challenge:
     multiples of g = uᵀx. Their squares add up to at most 1, so |g| ≤ 1/√Σ, which a standard normal number is with a
     probability of at most √(2/πΣ). Σ grows as fast as polynomials can that are bounded on the rest of the spectrum of
     A', and with τ, where τ lies beyond all Ritz values of A'.
+
+    Where rows are held rounded, q + δ, the recurrence is that of the rows as they are, and only starts anew with uᵀδ
+    at each of them: components are then g c + z, of which z comes from the roundings and not from g. All of them
+    together are at most about 1 as before (rows are orthonormal to about ε/√P), which leaves g an interval of length
+    2/√Σ, wherever its middle is; a normal number's density is nowhere above 1/√2π, so that the chance is the same.
+    What is taken for granted is that roundings do not know u.
 
     Args:
         edges: where the wanted ends of the spectrum stop.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpair_search import SPARE_VECTORS, Search, Wanted
 from deepspectra.algorithms.krylov_basis import Krylov, Ritz
-from deepspectra.algorithms.long_vectors import rows_that_fit
+from deepspectra.algorithms.long_vectors import inner_products, norms_of, rows_that_fit, stored_type
 from deepspectra.argument_checks import Progress, check_choice, check_columns, check_count, check_rtol, seeded
 from deepspectra.errors import ConvergenceWarning, OptionError
 from deepspectra.operators.base import Identity, Operator, Sum, as_operator
@@ -21,6 +21,7 @@ from deepspectra.results import Eigenpairs, Separation, origin
 ENDS = ("largest", "smallest", "magnitude", "both")
 REACH = 3  # residuals of a Ritz value within which its eigenvalue is taken to lie
 STEADY = 1 / 6  # variation of a sample that a search starts from, relative to the residual asked for
+TOGETHER = 8  # vectors whose products are taken to measure residuals
 ROUGH = 2e-2  # residual relative to the value, of pairs that others go on from
 
 
@@ -48,6 +49,10 @@ def eigenpairs(
     How far down the challenge excludes unseen eigenvalues bounds the errors of values, vectors and span:
     `error_bounds`, `angle_bounds`, `subspace_angle_bound`.
 
+    The basis is held exactly, on an accelerator beyond `A.memory` in the host's memory; with `A.basis =
+    torch.bfloat16` in half of float32's bytes. What that rounds is counted in residuals while the search goes on, and
+    in the end they are measured afresh. The result says how the basis was held, and what that cost.
+
     Args:
         A: an operator, or a symmetric matrix (P, P).
         num: how many pairs, K.
@@ -66,13 +71,14 @@ def eigenpairs(
         missing, or may be.
 
     Raises:
-        OptionError, ShapeError, DataError: an argument out of range, or of a wrong shape, or not finite.
+        OptionError, ShapeError, DataError: an argument out of range, or of a wrong shape, or not finite; an rtol that
+            a basis in bfloat16 does not reach.
         NonFiniteError: a product is NaN or infinite.
         MemoryBudgetError: fewer than K + 8 vectors fit `A.memory`.
 
-    Cost: products as counted in the result, about 5 K of them with the sample if there is one; a basis of at
-    most `A.memory` bytes, restarted when it is full; 4 P m flops a product for reorthogonalising twice against m
-    vectors.
+    Cost: products as counted in the result, about 5 K of them with the sample if there is one, and K more with a
+    basis in bfloat16; a basis of at most `A.memory` bytes, and half of what is free on the host of an accelerator,
+    restarted when it is full; 4 P m flops a product for reorthogonalising twice against m vectors.
 
     Source: thick-restart Lanczos (Wu and Simon, SIAM J. Matrix Anal. Appl. 22, 2000). Departures: (1) the
     projected matrix is recorded in full, so that residuals are measured; (2) several residual directions may
@@ -99,6 +105,7 @@ def explore(
     check_count("num", num, largest=operator.shape[0])
     check_choice("which", which, ENDS)
     check_rtol(rtol)
+    _check_basis(operator, rtol)
     if max_products is not None:
         check_count("max_products", max_products, smallest=num)
     budget, patient = max_products or enough_products(num), max_products is not None
@@ -108,9 +115,18 @@ def explore(
     search = Search(operator, wanted, budget, generator, num_start=num_start, progress=progress, patient=patient)
     outcome = search.run(first)
     ritz, chosen = search.extract()
+    vectors, told = search.krylov.combine(ritz.coefficients[:, chosen]), search.krylov.rows.told
+    if search.krylov.rows.is_rounded:
+        lost = (
+            search.krylov.lost_squares(ritz.coefficients[:, chosen]).clamp_min(0).sqrt() / ritz.values[chosen].abs()
+        )
+        ritz, chosen, vectors = _afresh(search.krylov, ritz, chosen, vectors)
+        told = f"{told}, whose rounding leaves residuals/|λ| of up to {float(lost.max()):.1e}"
+        met = bool((ritz.residual_norms[chosen] <= search.tolerances(ritz.values)[chosen]).all())
+        outcome = "rounding" if outcome == "stagnation" or (outcome == "converged" and not met) else outcome
     result = Eigenpairs(
         values=ritz.values[chosen],
-        vectors=search.krylov.combine(ritz.coefficients[:, chosen]),
+        vectors=vectors,
         residual_norms=ritz.residual_norms[chosen],
         converged=outcome == "converged",
         num_products=search.krylov.num_products,
@@ -118,7 +134,7 @@ def explore(
         rtol=rtol,
         separation=_separation(ritz, chosen, search.krylov.num_basis == operator.shape[0], search.limits),
         num_sample_products=num_sample_products,
-        **origin(began, operator, seed=seed),
+        **origin(began, operator, seed=seed, basis=told),
     )
     if not result.converged:
         warnings.warn(_complaint(outcome, result, search.missed), ConvergenceWarning, stacklevel=3)
@@ -133,6 +149,35 @@ def unchallenged(operator: Operator, num: int, generator: torch.Generator) -> Kr
     search = Search(operator, Wanted(num, "largest", ROUGH), min(4 * num + 20, operator.shape[0]), generator)
     search.settle(2 * num + 4)
     return search.krylov
+
+
+def _check_basis(operator: Operator, rtol: float) -> None:
+    """Raise OptionError if the basis cannot be held as asked for, or not so exactly."""
+    least = torch.finfo(stored_type(operator)).eps
+    if operator.basis is not None and rtol < least:
+        raise OptionError(
+            f"rtol={rtol:g} is below {least:.1e}, which a basis in {str(operator.basis).removeprefix('torch.')} "
+            "reaches. Raise rtol, or hold the basis exactly: basis = None on the operator, or on the problem before "
+            "it is made."
+        )
+
+
+def _afresh(krylov: Krylov, ritz: Ritz, chosen: Tensor, vectors: Tensor) -> tuple[Ritz, Tensor, Tensor]:
+    """The pairs of a rounded basis, by descending value, from a product with each vector, made orthonormal before.
+
+    Symmetrically, so that each changes least.
+    """
+    squares, turn = torch.linalg.eigh(inner_products(vectors.T, vectors.T))
+    vectors = vectors @ (turn / squares.sqrt() @ turn.T).to(vectors)
+    values, residual_norms = ritz.values.clone(), ritz.residual_norms.clone()
+    for which, columns in zip(torch.split(chosen, TOGETHER), torch.split(vectors, TOGETHER, 1), strict=True):
+        rows = columns.T
+        products = (krylov.operator @ columns).detach().to(rows).T
+        values[which] = inner_products(products, rows).diagonal()
+        residual_norms[which] = norms_of(products - values[which, None].to(rows) * rows).cpu()
+    krylov.num_products += len(chosen)
+    order = values[chosen].argsort(descending=True)
+    return Ritz(values, ritz.coefficients, residual_norms), chosen[order], vectors[:, order.to(vectors.device)]
 
 
 def _separation(ritz: Ritz, chosen: Tensor, complete: bool, limits: dict[float, float]) -> Separation:
@@ -157,6 +202,8 @@ def _complaint(outcome: str, result: Eigenpairs, missed: float) -> str:
             f"is missing, such as a copy of a multiple eigenvalue: the probability is up to {missed:.1g}. "
             f"Pass max_products above {result.num_products}, the more the smaller the gap after the wanted values."
         )
+    if outcome == "rounding":
+        return f"eigenpairs: {worst}: the rounding of its basis allows no less. Raise rtol, or set basis = None."
     if outcome == "stagnation":
         return f"eigenpairs: {worst}: the rounding of this dtype allows no less. Raise rtol or use float64."
     return (

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from deepspectra.argument_checks import check_choice
 from deepspectra.operators.base import Operator
 
 COLUMNS_PER_CHUNK = 2**16  # of rows, that are copied in float64 or rotated at once
@@ -25,16 +26,39 @@ def vector_dtype(operator: Operator) -> torch.dtype:
 
 def vectors_that_fit(operator: Operator) -> int:
     """Vectors of length P that fit the operator's memory budget."""
-    return _fitting(operator, operator.shape[0])
+    return int(operator.memory // (operator.shape[0] * vector_dtype(operator).itemsize))
 
 
 def rows_that_fit(operator: Operator) -> int:
-    """Rows of a basis that fit the operator's memory budget: of each this process holds its share alone."""
-    return _fitting(operator, operator.group.width(operator.shape[0]))
+    """Rows of a basis that fit the operator's memory budget, and on an accelerator the host's memory beside."""
+    exact = sum(room_for_rows(operator, vector_dtype(operator)))
+    if operator.basis is None or exact >= operator.shape[0]:
+        return exact
+    held = sum(room_for_rows(operator, stored_type(operator)))
+    return min(held, operator.shape[0] - 1)  # for rows that span R^P are not rounded
 
 
-def _fitting(operator: Operator, length: int) -> int:
-    return int(operator.memory // (length * torch.finfo(vector_dtype(operator)).bits // 8))
+def rows_on_device(operator: Operator) -> int:
+    """Those of them, in the operator's own type, that need no host memory."""
+    return room_for_rows(operator, vector_dtype(operator))[0]
+
+
+def room_for_rows(operator: Operator, dtype: torch.dtype) -> tuple[int, int]:
+    """Rows of a type that fit the memory budget, and the host's memory beside: of each a process has its share."""
+    width = operator.group.width(operator.shape[0]) * dtype.itemsize
+    return int(operator.memory // width), int(operator.host_memory() // width)
+
+
+def stored_type(operator: Operator, capacity: int = 0) -> torch.dtype:
+    """The type in which a basis of so many rows is held: its own where it can span R^P, as only exact rows tell.
+
+    Raises:
+        OptionError: rows cannot be held in the type asked for.
+    """
+    check_choice("basis", operator.basis, (None, torch.bfloat16))
+    if operator.basis is None or capacity >= operator.shape[0]:
+        return vector_dtype(operator)
+    return operator.basis
 
 
 def gaussian_rows(count: int, size: int, generator: torch.Generator) -> Tensor:

@@ -100,7 +100,9 @@ class Plan(Result, Tabular):
             f"from one batch; {self.num_products:,} products, where a gradient of all the data takes "
             f"{self.gradient_seconds:.2g} s."
         )
-        return " ".join(filter(None, [self.what, total, self.advice]))
+        hosted = max(stage.host_bytes for stage in self.stages)
+        beside = f"Of a basis {size_of(hosted)} lie in host memory, and are brought for each step." if hosted else ""
+        return " ".join(filter(None, [self.what, total, beside, self.advice]))
 
     def to_dataframe(self) -> Any:
         """A row a stage, as a `pandas.DataFrame`: its name, products, seconds, bytes, and whether they fit."""
@@ -286,17 +288,21 @@ def _is_exact(pace: Pace, effort: Effort) -> bool:
 
 def _pairs(pace: Pace, kind: str, num: int, of: str) -> Stage:
     letter = "H" if kind == "hessian" else "G"
-    products = num_products_of(num, pace.problem.num_parameters)
-    limit = share(pace.problem.memory, "basis")
+    products = num_products_of(num, pace.problem.num_parameters) + (num if pace.problem.basis else 0)
+    limit, row = share(pace.problem.memory, "basis"), pace.held_row
+    room = limit + pace.host_memory(kind)
     fewest = min(num + SPARE_ROWS, pace.problem.num_parameters)
-    held = max(fewest, min(products, limit // pace.row))
+    held = max(fewest, min(products, room // row))
     # a product is orthogonalised twice, against half of the basis on the whole
     seconds = pace.building(kind) + products * (pace.product(kind) + min(products, held) * pace.step)
     kept = min(pace.graphs(kind), share(pace.problem.memory, "graphs"))
     name = f"top eigenpairs of {letter}{of}"
-    if fewest * pace.row > limit:
-        return Stage(name, products, seconds, fewest * pace.row, limit)
-    return Stage(name, products, seconds, kept + max(held * pace.row, num * pace.vector))  # pairs are whole on all
+    if fewest * row > room:
+        return Stage(name, products, seconds, fewest * row, room)
+    mine = min(held * row, limit)
+    hosted = held * row - mine
+    # pairs are whole on all
+    return Stage(name, products, seconds, kept + max(mine, num * pace.vector), host_bytes=hosted)
 
 
 def _density(pace: Pace, effort: Effort, kind: str, name: str) -> Stage:

@@ -50,6 +50,7 @@ class Stage(NamedTuple):
         step: what the job's progress calls it, if it does: a layer, all of them, or products.
         of: what kind of rows it looks at, if there are several.
         grows: power of the number of examples with which its seconds grow, at least.
+        host_bytes: of a basis, beside, in the host's memory, where an accelerator has no room for it.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Stage(NamedTuple):
     step: str | None = None
     of: str = ""
     grows: int = 1
+    host_bytes: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -145,6 +147,15 @@ class Pace:
     def row(self) -> int:
         """Bytes of what one process has of a vector of a basis, which all of them share out."""
         return self.problem.batches.group.width(self.problem.num_parameters) * self._dtype.itemsize
+
+    @property
+    def held_row(self) -> int:
+        """The same of a basis of eigenpairs, in the type that the problem holds it in."""
+        return self.row // self._dtype.itemsize * (self.problem.basis or self._dtype).itemsize
+
+    def host_memory(self, kind: str) -> int:
+        """Bytes of the host's memory for vectors of a basis that an accelerator has no room for."""
+        return self._operator(kind).host_memory()
 
     def graphs(self, kind: str) -> int:
         """Bytes of the graphs of one kind of all of a process's batches."""

@@ -18,7 +18,7 @@ from deepspectra.algorithms.dense_spectrum import exact_density
 from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.krylov_basis import Krylov
-from deepspectra.algorithms.long_vectors import inner_products, rows_that_fit
+from deepspectra.algorithms.long_vectors import inner_products, room_for_rows, vector_dtype
 from deepspectra.algorithms.overlap import overlap
 from deepspectra.analysis.attribute import Attribution, attribute_known, pair_shares, squared_norms
 from deepspectra.analysis.gram_spectrum import (
@@ -367,7 +367,7 @@ def _find_pairs(found: Findings, name: str, operator: Operator) -> Krylov | None
 def _find_density(found: Findings, name: str, operator: Operator) -> None:
     """All of it; or by Lanczos quadrature beside the known pairs, with fewer steps if memory asks for it."""
     known = len(found.pairs[name].values) if name in found.pairs else 0
-    room = rows_that_fit(operator) - known - 1
+    room = sum(room_for_rows(operator, vector_dtype(operator))) - known - 1  # its basis is never rounded
 
     def work(report: Report) -> Density:
         if found.effort.dense:

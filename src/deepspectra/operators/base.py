@@ -18,9 +18,11 @@ from torch import Tensor
 
 from deepspectra.argument_checks import check_count
 from deepspectra.errors import DataError, MemoryBudgetError, NonFiniteError, OptionError, ShapeError
+from deepspectra.problem.memory_budget import free_memory
 from deepspectra.problem.parallel import ALONE, Group
 
 DEFAULT_MEMORY = 4 * 2**30  # bytes an algorithm may hold in basis vectors, unless the operator says otherwise
+HOST_SHARE = 1 / 2  # of the host's free memory, that a basis may take beside its accelerator's
 LARGEST_DENSE = 20_000  # rows of the largest matrix `dense` will form
 
 
@@ -36,11 +38,14 @@ class Operator(ABC):
         dtype: the type of its products.
         device: where its products live.
         name: what it is, for tables and provenance.
-        memory: bytes an algorithm may hold in vectors of length P.
+        memory: bytes an algorithm may hold in vectors of length P, on the device.
+        basis: the type in which `eigenpairs` holds its basis: None for that of vectors, or torch.bfloat16 for half of
+            float32's bytes, and residuals no smaller than its rounding.
         group: the processes that multiply together, all with the same vectors, and can share out a basis of them.
     """
 
     memory: int = DEFAULT_MEMORY
+    basis: torch.dtype | None = None
     group: Group = ALONE
 
     def __init__(self, size: int, *, dtype: torch.dtype, device: torch.device | str, name: str) -> None:
@@ -171,6 +176,12 @@ class Operator(ABC):
             raise OptionError(f"{self.name} can be multiplied and divided by a finite number, not by {number}.")
         return number
 
+    def host_memory(self) -> int:
+        """Bytes of the host's memory for rows of a basis that an accelerator has no room for; 0 on the CPU."""
+        if self.device.type == "cpu":
+            return 0
+        return min(self.group.every(int(HOST_SHARE * free_memory(torch.device("cpu")))))
+
     def __repr__(self) -> str:
         return f"<{self.name}, {self.shape[0]:,} × {self.shape[1]:,}, {self.dtype}, {self.device}>"
 
@@ -279,6 +290,7 @@ class Sum(Operator):
             (scale, unit if isinstance(term, Identity) else term) for scale, term in flat
         ]
         self.memory = min(term.memory for term in others)
+        self.basis = next((term.basis for term in others if term.basis is not None), None)
         self.group = max((term.group for term in others), key=lambda group: group.size)
 
     def _apply(self, block: Tensor) -> Tensor:

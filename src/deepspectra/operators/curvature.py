@@ -40,7 +40,7 @@ class Curvature(Operator):
         super().__init__(problem.num_parameters, dtype=dtype, device=problem.device, name=name)
         self.problem = problem
         self.products = products_of(problem)
-        self.memory = share(problem.memory, "basis")
+        self.memory, self.basis = share(problem.memory, "basis"), problem.basis
         self.group = problem.batches.group
 
     @property

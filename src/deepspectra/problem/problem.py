@@ -31,10 +31,14 @@ Result = TypeVar("Result")
 
 
 class _Named:
-    """What results and reports are to call model, data and classes, to be set by whoever knows."""
+    """What is to be set by whoever knows: what results and reports are to call model, data and classes.
+
+    And `basis`, the type in which operators made from then on hold the basis of their eigenpairs (`Operator.basis`).
+    """
 
     name = data_name = ""
     class_names: Sequence[str] | None = None
+    basis: torch.dtype | None = None
 
 
 class Problem(_Named):

@@ -222,9 +222,10 @@ class Problem(_Named):
         with batches.group.summing(total):
             for _, batch in batches.mine():
                 leaves, _, value = self._module.graph(self.loss_function, self.parameters, batch)
-                parts = zip(gradient(value, leaves), leaves, strict=True)
-                total += torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in parts])
-        return total / self.total_weight
+                for into, part in zip(total.split([p.numel() for p in leaves]), gradient(value, leaves), strict=True):
+                    if part is not None:
+                        into += part.reshape(-1)
+        return total.div_(self.total_weight)
 
     def accuracy(self) -> float:
         """Share of rows whose largest output is the label; NaN when targets are not labels."""

@@ -56,9 +56,7 @@ class DoubleBackward(Way):
                 else (None,) * len(self.leaves)  # no selected parameter enters
             )
         # Where they come from, without their numbers: of P of these nothing is made.
-        self.gradient = {
-            j: get_gradient_edge(g) for j, g in enumerate(gradient) if g is not None and g.requires_grad
-        }
+        self.gradient = {j: get_gradient_edge(g) for j, g in enumerate(gradient) if g is not None and g.requires_grad}
 
     def __call__(
         self, tangent: list[Tensor], *, batched: bool = False, among: Sequence[int] | None = None

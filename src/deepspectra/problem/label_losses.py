@@ -27,11 +27,11 @@ def label_losses(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def _by_rows(function: Callable[..., tuple[Tensor, ...]], *arrays: Tensor) -> tuple[Tensor, ...]:
-    """What a function makes of arrays (n, ...), a few rows at a time, so that what it makes between stays in a cache."""
+    """What a function makes of arrays (n, ...), a few rows at a time, so that steps between stay in a cache."""
     width = max(1, NUMBERS_AT_ONCE // arrays[0].shape[1])
     if len(arrays[0]) <= width:
         return function(*arrays)
-    pieces = (function(*some) for some in zip(*(array.split(width) for array in arrays), strict=True))
+    pieces = (function(*some) for some in zip(*(torch.split(array, width) for array in arrays), strict=True))
     return tuple(map(torch.cat, zip(*pieces, strict=True)))
 
 
@@ -59,7 +59,7 @@ def _slope(outputs: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor]:
 
 
 def _bent(slope: Tensor, labels: Tensor, scale: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-    """a (diag p − p pᵀ) t of a slope a (p − e_y) (n, C), and (p − e_y)ᵀ t (n,), which is 0 where a (n,) is.
+    """Of a slope a (p − e_y) (n, C): a (diag p − p pᵀ) t, and (p − e_y)ᵀ t (n,), which is 0 where a (n,) is.
 
     With t counted from t_y, so that p_y is multiplied by nothing.
     """
@@ -84,12 +84,12 @@ class _Losses(Function):
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:
         outputs, labels = ctx.saved_tensors
         return _Slope.apply(outputs, labels, scale), None  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def jvp(ctx: Any, tangents: Tensor, _: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, tangents: Tensor, _: None) -> Tensor:
         outputs, labels = ctx.saved_tensors
         slope: Tensor = _Slope.apply(outputs, labels, torch.ones_like(outputs[:, 0]))  # type: ignore[no-untyped-call]
         return (slope * tangents).sum(1)
@@ -111,12 +111,12 @@ class _Slope(Function):
         ctx.save_for_forward(output, labels, scale)
 
     @staticmethod
-    def backward(ctx: Any, tangents: Tensor) -> tuple[Tensor, None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, tangents: Tensor) -> tuple[Tensor, None, Tensor]:
         bent, mean = _by_rows(_bent, *ctx.saved_tensors, tangents)
         return bent, None, mean
 
     @staticmethod
-    def jvp(ctx: Any, tangents: Tensor, _: None, scaled: Tensor | None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, tangents: Tensor, _: None, scaled: Tensor | None) -> Tensor:
         slope, labels, scale = ctx.saved_tensors
-        bent, _ = _by_rows(_bent, slope, labels, scale, tangents)
+        bent, *_rest = _by_rows(_bent, slope, labels, scale, tangents)
         return bent if scaled is None else bent + slope * (scaled / scale.where(scale != 0, 1))[:, None]

@@ -222,9 +222,10 @@ class Problem(_Named):
         with batches.group.summing(total):
             for _, batch in batches.mine():
                 leaves, _, value = self._module.graph(self.loss_function, self.parameters, batch)
-                for into, part in zip(total.split([p.numel() for p in leaves]), gradient(value, leaves), strict=True):
+                places = torch.split(total, [p.numel() for p in leaves])
+                for place, part in zip(places, gradient(value, leaves), strict=True):
                     if part is not None:
-                        into += part.reshape(-1)
+                        place.add_(part.reshape(-1))
         return total.div_(self.total_weight)
 
     def accuracy(self) -> float:

@@ -139,7 +139,8 @@ def language_model(store: Path, memory: str, say: Callable[[str], None]) -> Made
         KINDS,
         (chosen, chosen[:, 1:].flatten(), weights),
         f"GPT-2 small, trained for {STEPS} steps of {BATCH * WINDOW} tokens on {windows.numel():,} tokens of the "
-        f"standard library of Python; {len(chosen) * WINDOW:,} tokens, chosen by importance among {pool[:, 1:].numel():,}",
+        f"standard library of Python; {len(chosen) * WINDOW:,} tokens, chosen by importance among "
+        f"{pool[:, 1:].numel():,}",
     )
 
 

@@ -157,8 +157,8 @@ def _section(name: str, record: Record, folder: str) -> list[str]:
         f"The density's mean is {curve['mean']:.3g} ± {curve['mean_error']:.1g}. What 64 products leave open is the "
         f"band, which holds the share of eigenvalues above each λ 19 times in 20: above {curve['x'][at]:.2g}, "
         f"{1 - curve['high'][at]:.2g} to {1 - curve['low'][at]:.2g} of them; above zero, "
-        f"{1 - curve['high'][zero]:.2g} to {1 - curve['low'][zero]:.2g}, which says how far the middle of the spectrum "
-        "is resolved.",
+        f"{1 - curve['high'][zero]:.2g} to {1 - curve['low'][zero]:.2g}, which says how far the middle of "
+        "the spectrum is resolved.",
         *_peers(record),
     ]
 

@@ -17,7 +17,7 @@ from deepspectra.problem.batch_trees import length
 from deepspectra.problem.batches import Batches, Move, Pair, is_labelled
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.double_precision import HALF
-from deepspectra.problem.evaluated_model import Evaluated, Forward, Trial, forward_pair, gradient
+from deepspectra.problem.evaluated_model import Evaluated, Forward, Trial, add_gradient, forward_pair
 from deepspectra.problem.input_checks import check_given, check_gradient, reported, usable_device
 from deepspectra.problem.losses import Loss, MeanLoss
 from deepspectra.problem.memory_budget import free_memory, largest_batch_size, parse_bytes, share, suitable_batch_size
@@ -222,10 +222,7 @@ class Problem(_Named):
         with batches.group.summing(total):
             for _, batch in batches.mine():
                 leaves, _, value = self._module.graph(self.loss_function, self.parameters, batch)
-                places = torch.split(total, [p.numel() for p in leaves])
-                for place, part in zip(places, gradient(value, leaves), strict=True):
-                    if part is not None:
-                        place.add_(part.reshape(-1))
+                add_gradient(total, value, leaves)
         return total.div_(self.total_weight)
 
     def accuracy(self) -> float:

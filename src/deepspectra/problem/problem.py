@@ -57,7 +57,8 @@ class Problem(_Named):
         parameters: a glob or several over parameter names; the trainable ones among the matches are used.
         forward: function (model, batch) → (outputs, targets), for other batches.
         batch_size: examples a batch, for tensors and Datasets; by default backpropagation keeps about 32 MiB of them,
-            or twice the bytes of the weights if that is more (512 MiB on a GPU), of any at most 1/32 of the memory.
+            or twice the bytes of the weights if that is more (512 MiB on a GPU), of any at most 1/32 of the memory,
+            or 1/8 where the weights are so many.
         device: where to compute; by default where the model's parameters are.
         dtype: floating-point type of weights, data and products; by default the model's. In float64 the network
             computes in float64 throughout, where it casts to float32 too.
@@ -132,7 +133,7 @@ class Problem(_Named):
         self.batch_size = suitable_batch_size(each, self.model, self.memory, self.device)
         if self.cuts:
             by_label = isinstance(self.loss_function, CrossEntropy) and self.reads_pairs
-            sizes = self.batch_size, largest_batch_size(each, self.memory)
+            sizes = self.batch_size, largest_batch_size(each, self.model, self.memory)
             cut_anew(module, self.batches, self.parameters, first, sizes, by_label=by_label)
         module.stamp()
 

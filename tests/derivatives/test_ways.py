@@ -39,3 +39,14 @@ def test_linearising_is_right_through_layer_norm() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 3)).double()
     case = Case(model, [(torch.randn(6, 3, dtype=torch.float64), torch.arange(6) % 3)])
     assert error(ds.Hessian(case.problem(), way="linearize").dense(), Reference(case).hessian) < RTOL
+
+
+def test_a_kept_graph_holds_no_gradient() -> None:
+    """Of P numbers a batch, which nothing is made of."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(400, 100), torch.nn.Tanh(), torch.nn.Linear(100, 2))
+    problem = ds.Problem(model, (torch.randn(3, 400), torch.tensor([0, 1, 1])))
+    operators = {"hessian": ds.Hessian(problem), "jacobian": ds.GaussNewton(problem, way="double backward")}
+    for kind, operator in operators.items():
+        _ = operator @ torch.ones(problem.num_parameters)
+        assert products_of(problem).graphs.largest(kind) < 2 * problem.num_parameters  # half of them

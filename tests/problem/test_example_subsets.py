@@ -160,7 +160,7 @@ def test_sentences_are_drawn_with_all_their_tokens() -> None:
     v = torch.randn(whole.num_parameters, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for operator in (ds.Hessian, ds.GaussNewton, ds.Residual):
         torch.testing.assert_close(operator(every) @ v, operator(whole) @ v, rtol=1e-9, atol=1e-13)
-    assert len(next(iter(small_problem(whole, 5, torch.float64).batches))["tokens"]) == 4
+    assert len(next(iter(small_problem(whole, 5, torch.float64).batches))["tokens"]) == 2
 
 
 def test_single_tokens_are_not_taken_out_of_their_sentences() -> None:

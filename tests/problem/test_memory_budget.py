@@ -14,6 +14,7 @@ import deepspectra as ds
 from deepspectra import errors
 from deepspectra.derivatives.products import products_of
 from deepspectra.problem.memory_budget import (
+    largest_batch_size,
     measured,
     parse_bytes,
     refuse_beyond,
@@ -109,3 +110,11 @@ def test_what_autograd_keeps_beside_the_model_is_counted_once_by_type() -> None:
     _, saved = saved_by(model, lambda: torch.tanh(model(x)).double().square().sum())
     assert saved.num_bytes == 4 * 3 * 5 + 4 * 3 * 4 + 8 * 3 * 4  # x, tanh, and its double
     assert saved.dtypes == {torch.float32, torch.float64}
+
+
+def test_batches_of_a_network_with_many_weights_may_take_more_of_the_memory() -> None:
+    """Each batch reads and adds to all of them."""
+    heavy, light = torch.nn.Linear(1000, 1000), torch.nn.Linear(10, 10)  # 4 MB of weights
+    assert largest_batch_size(1000, light, 32_000_000) == 1000
+    assert largest_batch_size(1000, heavy, 32_000_000) == 4000  # an eighth, where they would want 8 MB
+    assert largest_batch_size(1000, heavy, 640_000_000) == 20_000

@@ -24,13 +24,16 @@ def curvature_error(sample: Problem, way: type[Way]) -> float:
     """Relative error of a way on a small float64 problem: its symmetry, and against differences of gradients."""
 
     def error(moved: Problem, generator: torch.Generator) -> float:
-        graph = _graph(moved, way)
         u, v = (_direction(moved, generator) for _ in range(2))
+        graph = _graph(moved, way)
+        image = graph(v)
+        mismatch = _mismatch((v, image), (u, graph(u)))
+        del graph, u  # of a large network nothing is kept that is not needed any more
 
         def gradient(step: float) -> Tensor:
-            return moved.variant(parameters=_along(moved, v, step)).gradient() * moved.total_weight
+            return moved.variant(parameters=_along(moved, v, step)).gradient().mul_(moved.total_weight)
 
-        return _misfit(moved, (v, graph(v)), (u, graph(u)), gradient)
+        return _misfit(moved, v, _flat(image), mismatch, gradient)
 
     return _least_error(sample, error)
 
@@ -43,8 +46,9 @@ def jacobian_error(sample: Problem, *, linearize: bool) -> float:
         v = _direction(moved, generator)
         pushed = jacobian.push(v)
         u = torch.randn(pushed.shape, generator=generator, dtype=torch.float64).to(pushed)
-        pairs = (v, [pushed]), ([u], jacobian.pull(u))
-        return _misfit(moved, *pairs, lambda step: _outputs(moved, v, step).flatten())
+        mismatch = _mismatch((v, [pushed]), ([u], jacobian.pull(u)))
+        del jacobian
+        return _misfit(moved, v, pushed.flatten(), mismatch, lambda step: _outputs(moved, v, step).flatten())
 
     return _least_error(sample, error)
 
@@ -89,17 +93,18 @@ def _graph(sample: Problem, way: type[Way]) -> Way:
     return way(lambda p: sample.loss_function.total(*sample.evaluate(p, batch)), sample.parameters)
 
 
+def _mismatch(pushed: tuple[list[Tensor], list[Tensor]], pulled: tuple[list[Tensor], list[Tensor]]) -> float:
+    """Of a linear map on v and its transpose on u: ⟨u, J v⟩ − ⟨Jᵀu, v⟩, relatively."""
+    (v, image), (u, back) = pushed, pulled
+    scale = _inner(u, u) ** 0.5 * _inner(image, image) ** 0.5 + _inner(back, back) ** 0.5 * _inner(v, v) ** 0.5
+    return abs(_inner(u, image) - _inner(back, v)) / scale if scale else 0.0
+
+
 def _misfit(
-    sample: Problem,
-    pushed: tuple[list[Tensor], list[Tensor]],
-    pulled: tuple[list[Tensor], list[Tensor]],
-    function: Callable[[float], Tensor],
+    sample: Problem, v: list[Tensor], image: Tensor, mismatch: float, function: Callable[[float], Tensor]
 ) -> float:
-    """Of a linear map on v and its transpose on u: the gap from differences along v, and ⟨u, J v⟩ − ⟨Jᵀu, v⟩."""
-    v, image, u, back = map(_flat, (*pushed, *pulled))
-    scale = float(u.norm() * image.norm() + back.norm() * v.norm())
-    mismatch = abs(float(u @ image - back @ v)) / scale if scale else 0.0
-    single = _computes_in_single(sample, pushed[0])
+    """Of a linear map: the gap of its image of v from differences along v, and the mismatch with its transpose."""
+    single = _computes_in_single(sample, v)
     gap = _difference_error(function, image, single=single)
     return max(gap, mismatch * (SINGLE_EASE if single else 10))
 
@@ -181,6 +186,10 @@ def _noise(value: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
     size = float(value.norm()) / max(1, value.numel()) ** 0.5
     return noise * (size if size > 0 else 0.1)
+
+
+def _inner(parts: list[Tensor], others: list[Tensor]) -> float:
+    return sum(float(part.reshape(-1) @ other.reshape(-1)) for part, other in zip(parts, others, strict=True))
 
 
 def _flat(parts: Iterable[Tensor]) -> Tensor:

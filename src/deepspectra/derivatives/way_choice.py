@@ -33,6 +33,7 @@ COMPUTE_BOUND = 0.1  # seconds of a product with them; else whole batches are ti
 WAYS = {way.name: way for way in (DoubleBackward, Linearized)}  # in the order in which they are tried
 FAILURES = (RuntimeError, TypeError, ValueError)  # what a way raises on a network it cannot do
 CHECK_ROWS = 4  # rows on which a way is checked, in float64
+KEPT_SAMPLE = 64  # the network in float64 is kept for later checks if as many such fit the memory
 FIRST_ONLY = "use what gradients give alone: class_means, gram_spectrum, layers"
 RIGHT = "symmetric, and agrees with finite differences"
 CHECK_TOLERANCE = 1e-5  # relative; right ways reach 1e-9, wrong ones were seen from 2e-4 to .2
@@ -180,9 +181,12 @@ class Choice:
             return error(self._sample(self._problem.dtype))
 
     def _sample(self, dtype: torch.dtype) -> Problem:
-        if dtype not in self._samples:
-            self._samples[dtype] = small_problem(self._problem, CHECK_ROWS, dtype, self._few)
-        return self._samples[dtype]
+        if dtype in self._samples:
+            return self._samples[dtype]
+        sample = small_problem(self._problem, CHECK_ROWS, dtype, self._few)
+        if sample.num_parameters * dtype.itemsize <= self._problem.memory // KEPT_SAMPLE:
+            self._samples[dtype] = sample
+        return sample
 
     # -- which way is faster
 

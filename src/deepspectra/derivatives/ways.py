@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from deepspectra.derivatives.convolution_derivatives import Convolutions
 from deepspectra.problem.evaluated_model import Tree, differentiable, leaves_of
@@ -54,7 +55,8 @@ class DoubleBackward(Way):
                 if value.requires_grad
                 else (None,) * len(self.leaves)  # no selected parameter enters
             )
-        self.gradient = {j: g for j, g in enumerate(gradient) if g is not None and g.requires_grad}
+        # Where they come from, without their numbers: of P of these nothing is made.
+        self.gradient = {j: get_gradient_edge(g) for j, g in enumerate(gradient) if g is not None and g.requires_grad}
 
     def __call__(
         self, tangent: list[Tensor], *, batched: bool = False, among: Sequence[int] | None = None
@@ -151,7 +153,7 @@ class Jacobian(OutputGraph):
     def __init__(self, problem: Problem, batch: Any, *, linearize: bool) -> None:
         super().__init__(problem, batch, None if linearize else Convolutions())
         self._linear: Callable[[Tree], Tensor] | None = None
-        self._transposed: list[tuple[int, Tensor]] = []
+        self._transposed: list[tuple[int, GradientEdge]] = []
         if linearize:
             with warnings.catch_warnings(), differentiable():
                 warnings.simplefilter("ignore")
@@ -163,7 +165,7 @@ class Jacobian(OutputGraph):
                 parts = torch.autograd.grad(
                     self.graph, self.leaves, self._dummy, create_graph=True, allow_unused=True
                 )
-            self._transposed = [(j, part) for j, part in enumerate(parts) if part is not None]
+            self._transposed = [(j, get_gradient_edge(part)) for j, part in enumerate(parts) if part is not None]
 
     def push(self, tangent: list[Tensor], *, batched: bool = False) -> Tensor:
         """J v, of the outputs' shape; with `batched`, of K tangents stacked in front."""

@@ -245,7 +245,7 @@ def _of_analysis(pace: Pace, effort: Effort, num: int, num_classes: int, of: str
     held = pace.rows.num_bytes if exact else 0.0
     if not of:
         yield Stage("loss and gradient", 0, 2 * pace.gradient, pace.batch_graph("hessian"), pace.problem.memory)
-    yield _pairs(pace, "hessian", num, of)
+    yield pairs_stage(pace, "hessian", num, of)
     if exact:
         yield Stage(f"class structure{of}", 0, pace.rows.seconds, held)
     if averaged:
@@ -257,17 +257,17 @@ def _of_analysis(pace: Pace, effort: Effort, num: int, num_classes: int, of: str
         yield _attribution(pace, effort, num, num_classes, exact=exact)
     first = effort.dense and not exact and not of
     if first:
-        yield _density(pace, effort, "gauss_newton", "density of G")
+        yield density_stage(pace, effort, "gauss_newton", "density of G")
     if averaged and not exact:
         yield Stage("traces of G", 0, num_classes * pace.gradient, num_classes**2 * pace.vector)
     for kind, letter in (("hessian", "H"), ("residual", "R")):
-        yield _density(pace, effort, kind, f"density of {letter}{of}")
+        yield density_stage(pace, effort, kind, f"density of {letter}{of}")
     if not exact:
-        yield _pairs(pace, "gauss_newton", num, of)
+        yield pairs_stage(pace, "gauss_newton", num, of)
         if num_classes:
             yield Stage(f"shares of G{of}", 0, num * pace.product("gauss_newton") / 2, num * pace.vector)
         if not first:
-            yield _density(pace, effort, "gauss_newton", f"density of G{of}")
+            yield density_stage(pace, effort, "gauss_newton", f"density of G{of}")
     if averaged:
         push = pace.gradient if exact else pace.product("gauss_newton") / 2
         yield Stage("classes of outliers", 0, num_classes * push, num * pace.vector)
@@ -286,7 +286,8 @@ def _is_exact(pace: Pace, effort: Effort) -> bool:
         return False
 
 
-def _pairs(pace: Pace, kind: str, num: int, of: str) -> Stage:
+def pairs_stage(pace: Pace, kind: str, num: int, of: str = "") -> Stage:
+    """So many top eigenpairs of H or G, by a typical number of products."""
     letter = "H" if kind == "hessian" else "G"
     products = num_products_of(num, pace.problem.num_parameters) + (num if pace.problem.basis else 0)
     limit, row = share(pace.problem.memory, "basis"), pace.held_row
@@ -305,7 +306,8 @@ def _pairs(pace: Pace, kind: str, num: int, of: str) -> Stage:
     return Stage(name, products, seconds, kept + max(mine, num * pace.vector), host_bytes=hosted)
 
 
-def _density(pace: Pace, effort: Effort, kind: str, name: str) -> Stage:
+def density_stage(pace: Pace, effort: Effort, kind: str, name: str) -> Stage:
+    """The density of H, R or G: of so many probes and steps, or exact."""
     size = pace.problem.num_parameters
     kept = min(pace.graphs(kind), share(pace.problem.memory, "graphs"))
     if effort.dense:
@@ -377,7 +379,7 @@ def _of_comparison(pace: Pace) -> Iterator[Stage]:
         else:
             seconds = 2 * num_products_of(COLUMNS, side) * pace.product("gauss_newton")
         yield Stage(f"eigenspaces of {name or 'the model'}", 0, seconds, gram_bytes(min(side, SMALL)), step=name)
-    one = _pairs(pace, "gauss_newton", 2 * problem.num_classes, "")
+    one = pairs_stage(pace, "gauss_newton", 2 * problem.num_classes, "")
     yield one._replace(name="top eigenpairs of both", products=2 * one.products, seconds=2 * one.seconds)
 
 

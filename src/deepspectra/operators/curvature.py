@@ -113,7 +113,7 @@ class Hessian(Curvature):
         self.products.choice.way(way)
 
     def _apply(self, block: Tensor) -> Tensor:
-        return self.products.hessian(block) / self.problem.total_weight
+        return self.products.hessian(block).div_(self.problem.total_weight)
 
 
 class Residual(Curvature):
@@ -128,7 +128,7 @@ class Residual(Curvature):
         self.products.choice.way(way)
 
     def _apply(self, block: Tensor) -> Tensor:
-        return self.products.residual(block) / self.problem.total_weight
+        return self.products.residual(block).div_(self.problem.total_weight)
 
     def diagonal_blocks(self, blocks: Sequence[tuple[Sequence[str], Tensor]]) -> list[Tensor]:
         """Diagonal blocks times vectors of their own, (P_j, K) for parameters of these names, in one pass."""
@@ -180,7 +180,7 @@ class GaussNewton(Curvature):
         self.products.choice.linearize(way)
 
     def _apply(self, block: Tensor) -> Tensor:
-        return self.products.sandwich(self.problem.loss_function.curvature, block) / self.problem.total_weight
+        return self.products.sandwich(self.problem.loss_function.curvature, block).div_(self.problem.total_weight)
 
 
 class EmpiricalFisher(Curvature):

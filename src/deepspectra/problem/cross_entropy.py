@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from deepspectra.errors import DataError, LossError, ShapeError
+from deepspectra.problem.label_losses import label_losses
 from deepspectra.problem.losses import Loss, constant
 
 
@@ -68,8 +67,7 @@ class CrossEntropy(Loss):
     def each(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """ω_i ℓ_i (n,).
 
-        Of labels as log(1 + Σ_{k≠y} exp(z_k − z_y)): 1 − p_y, of which the derivatives of a fitted network are
-        made, is never a difference, and keeps its digits however small it is.
+        Of labels as `label_losses`, which keep their digits however well a network fits.
         """
         if targets.is_floating_point() or self.label_smoothing:
             return F.cross_entropy(
@@ -80,10 +78,7 @@ class CrossEntropy(Loss):
                 reduction="none",
                 label_smoothing=self.label_smoothing,
             )
-        labels = self.labels(targets)[:, None]
-        ahead = (outputs - outputs.gather(1, labels)).scatter(1, labels, -math.inf)
-        most = ahead.detach().amax(1).clamp_min(0)  # the loss does not depend on it
-        losses = most + ((ahead - most[:, None]).exp().sum(1) + (-most).expm1()).log1p()
+        losses = label_losses(outputs, self.labels(targets))
         return losses * self.weights(outputs, targets).to(losses)
 
     def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -236,6 +236,14 @@ def gradient(value: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
     return torch.autograd.grad(value, leaves, allow_unused=True)
 
 
+def add_gradient(total: Tensor, value: Tensor, leaves: list[Tensor]) -> None:
+    """Add a value's gradient, of the leaves one after the other, to a vector (P,)."""
+    places = torch.split(total, [leaf.numel() for leaf in leaves])
+    for place, part in zip(places, gradient(value, leaves), strict=True):
+        if part is not None:
+            place.add_(part.reshape(-1))
+
+
 def nodes(value: Tensor) -> Iterator[Any]:
     """The nodes of a value's graph."""
     left = [value.grad_fn] if value.grad_fn is not None else []

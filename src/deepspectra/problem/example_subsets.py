@@ -18,7 +18,7 @@ from deepspectra.problem.evaluated_model import Forward
 from deepspectra.problem.memory_budget import share
 from deepspectra.problem.problem import Problem
 
-FEWEST_EXAMPLES = 4  # of a few rows to try things on, where an example has several
+FEWEST_EXAMPLES = 2  # of a few rows to try things on, where an example has several
 
 
 def small_problem(problem: Problem, num_rows: int, dtype: torch.dtype, rows: Any = None) -> Problem:

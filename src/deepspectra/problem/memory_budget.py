@@ -20,7 +20,7 @@ from deepspectra.problem.parallel import neighbours
 Result = TypeVar("Result")
 BATCH_BYTES = (2**29, 2**25)  # that backpropagation keeps of a batch, unless sizes are given: GPU, CPU
 WEIGHT_BYTES = 2  # or so many times the bytes of the weights, if that is more: each batch reads them all
-GRAPHS = 32  # such batches fit the memory
+GRAPHS, HEAVY_GRAPHS = 32, 8  # such batches fit the memory; the second where weights alone are more than the first
 SHARES = {  # of a problem's memory, by what is in it: so many such shares make the whole
     "data": 4,
     "basis": 4,  # vectors of length P that an algorithm holds
@@ -76,14 +76,19 @@ def suitable_batch_size(example_bytes: float, model: nn.Module, memory: int, dev
     """Examples a batch, of which backpropagation keeps so many bytes each; None if that is not known."""
     if not example_bytes:
         return None
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    wanted = max(BATCH_BYTES[device.type == "cpu"], WEIGHT_BYTES * weights)
-    return min(largest_batch_size(example_bytes, memory), max(1, int(wanted / max(1.0, example_bytes))))
+    wanted = max(BATCH_BYTES[device.type == "cpu"], _read_by_a_batch(model))
+    return min(largest_batch_size(example_bytes, model, memory), max(1, int(wanted / max(1.0, example_bytes))))
 
 
-def largest_batch_size(example_bytes: float, memory: int) -> int:
+def largest_batch_size(example_bytes: float, model: nn.Module, memory: int) -> int:
     """Examples of which so many such batches fit the memory."""
-    return max(1, int(memory / GRAPHS / max(1.0, example_bytes)))
+    most = max(memory / GRAPHS, min(memory / HEAVY_GRAPHS, _read_by_a_batch(model)))
+    return max(1, int(most / max(1.0, example_bytes)))
+
+
+def _read_by_a_batch(model: nn.Module) -> int:
+    """Bytes for which it pays to read all weights."""
+    return WEIGHT_BYTES * sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 class Saved(NamedTuple):

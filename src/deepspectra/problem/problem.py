@@ -17,7 +17,7 @@ from deepspectra.problem.batch_trees import length
 from deepspectra.problem.batches import Batches, Move, Pair, is_labelled
 from deepspectra.problem.cross_entropy import CrossEntropy
 from deepspectra.problem.double_precision import HALF
-from deepspectra.problem.evaluated_model import Evaluated, Forward, Trial, forward_pair, gradient
+from deepspectra.problem.evaluated_model import Evaluated, Forward, Trial, add_gradient, forward_pair
 from deepspectra.problem.input_checks import check_given, check_gradient, reported, usable_device
 from deepspectra.problem.losses import Loss, MeanLoss
 from deepspectra.problem.memory_budget import free_memory, largest_batch_size, parse_bytes, share, suitable_batch_size
@@ -61,7 +61,8 @@ class Problem(_Named):
         parameters: a glob or several over parameter names; the trainable ones among the matches are used.
         forward: function (model, batch) → (outputs, targets), for other batches.
         batch_size: examples a batch, for tensors and Datasets; by default backpropagation keeps about 32 MiB of them,
-            or twice the bytes of the weights if that is more (512 MiB on a GPU), of any at most 1/32 of the memory.
+            or twice the bytes of the weights if that is more (512 MiB on a GPU), of any at most 1/32 of the memory,
+            or 1/8 where the weights are so many.
         device: where to compute; by default where the model's parameters are.
         dtype: floating-point type of weights, data and products; by default the model's. In float64 the network
             computes in float64 throughout, where it casts to float32 too.
@@ -136,7 +137,7 @@ class Problem(_Named):
         self.batch_size = suitable_batch_size(each, self.model, self.memory, self.device)
         if self.cuts:
             by_label = isinstance(self.loss_function, CrossEntropy) and self.reads_pairs
-            sizes = self.batch_size, largest_batch_size(each, self.memory)
+            sizes = self.batch_size, largest_batch_size(each, self.model, self.memory)
             cut_anew(module, self.batches, self.parameters, first, sizes, by_label=by_label)
         module.stamp()
 
@@ -226,9 +227,8 @@ class Problem(_Named):
         with batches.group.summing(total):
             for _, batch in batches.mine():
                 leaves, _, value = self._module.graph(self.loss_function, self.parameters, batch)
-                parts = zip(gradient(value, leaves), leaves, strict=True)
-                total += torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in parts])
-        return total / self.total_weight
+                add_gradient(total, value, leaves)
+        return total.div_(self.total_weight)
 
     def accuracy(self) -> float:
         """Share of rows whose largest output is the label; NaN when targets are not labels."""

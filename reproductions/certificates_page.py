@@ -92,7 +92,7 @@ tried on MNIST in making this.
   not the error: data-free, it stays as near to random features as it can afford, and errs several times more often
   than a network that was trained for its error. Both numbers stand above.
 - The *network as it is* is bounded by the stochastic one and their disagreement on unseen inputs without labels.
-  Where labels are at hand the binomial bound says more with less: compare the columns.
+  Where labels are at hand the binomial bound says more with less: compare the columns. A bound of 1 says nothing.
 - A *learnt* prior turns a part of the examples into a test set of sorts: its bound is nearly the binomial one of the
   same network on the same examples, which is printed beside it and usually tighter.
 - "Compression" bounds of the literature are of other priors (over encodings), and are quoted from memory.

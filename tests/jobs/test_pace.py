@@ -8,7 +8,7 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra.derivatives.products import products_of
-from deepspectra.jobs.estimate import _pairs as pairs_of
+from deepspectra.jobs.estimate import pairs_stage as pairs_of
 from deepspectra.jobs.pace import Pace
 from deepspectra.problem.parallel import Group
 from deepspectra.rows.captures import captures_of

@@ -86,7 +86,6 @@ def test_pairs_of_too_many_classes_are_refused_with_what_to_do(part: str) -> Non
         many.basis(part)
 
 
-
 @pytest.mark.parametrize("groups", [[0, 1], [0.0, 1, 1, 0], [0, 2, 2, 0], [0, -1, 1, 0], "ab"])
 def test_groups_are_numbered_without_gaps_one_a_class(groups: object) -> None:
     assert grouped(None, 4, torch.device("cpu")) is None

@@ -83,7 +83,7 @@ def _cells() -> dict[str, Cell]:
         Cell("cifar10-600-smooth", "cifar10", one, "smooth", ".7412 (arXiv 2510.07935)", 0.741, fast),
     ]
     for variant, value in {"base": ".154", "appr": ".1432", "iter": ".1198", "iter.m": ".1255"}.items():
-        # the trained weights are many standard deviations of the prior away along few eigenvectors: with a rate of .02
+        # trained weights are many standard deviations of the prior away along few eigenvectors: with a rate of .02
         # the means of "appr" were still on their way after 20 epochs (.331), and not those of "base" (.166)
         settings = {"variant": variant, "epochs": 40, "rate": 0.1}
         cells.append(Cell(f"two-600-{variant}", "two", one, "isotropic", f"{value} ({wu})", None, settings))

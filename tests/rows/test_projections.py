@@ -82,7 +82,7 @@ def test_the_class_and_the_true_mean_have_their_lengths_from_one_sum() -> None:
 @pytest.mark.parametrize("part", ["means", "cross", "interaction"])
 def test_pairs_of_too_many_classes_are_refused_with_what_to_do(part: str) -> None:
     many = Projections.of_cells(torch.ones(1000, 1000, dtype=torch.float64))
-    with pytest.raises(MemoryBudgetError, match="1,000 classes as columns take 7450.58 GiB.*groups="):
+    with pytest.raises(MemoryBudgetError, match=r"1,000 classes as columns take 7450\.58 GiB.*groups="):
         many.basis(part)
 
 

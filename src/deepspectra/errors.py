@@ -94,6 +94,10 @@ class FallbackWarning(DeepSpectraWarning, RuntimeWarning):
     """Something given could not be used as it stands and a stated substitute was."""
 
 
+class DependenceWarning(DeepSpectraWarning):
+    """Examples are not independent, and what is concluded from their number does not hold."""
+
+
 class SweepWarning(DeepSpectraWarning):
     """Cells of a sweep failed; their errors are in the result."""
 

@@ -11,8 +11,8 @@ from certificates_problems import data, images, mlp, problem
 from deepspectra.certificates.binomial_bounds import monte_carlo_bound
 from deepspectra.certificates.ledger import Grid
 from deepspectra.certificates.networks import Examples, examples_of
-from deepspectra.certificates.priors import Blur, Prior, fresh, prepare, split
-from deepspectra.errors import OptionError
+from deepspectra.certificates.priors import Blur, Prior, fresh, learn, prepare, split
+from deepspectra.errors import CertificateError, OptionError
 
 FEW = {"epochs": 6, "batch_size": 100, "passes": 4}
 
@@ -91,9 +91,56 @@ def test_a_smooth_prior_is_w_equal_v_times_blur():
     x, y = images(200)
     model = mlp(36, 3)
     made = prepare(Prior("smooth", blur=1.0), model, examples_of(ds.Problem(model, (x, y), batch_size=200)), 0)
-    V = fresh(model, 0)[1].weight
+    V = fresh(model, 0)[0][1].weight
     W = Blur(1.0)(V.detach().view(-1, 1, 6, 6)).flatten(1)
     ordered = examples_of(ds.Problem(model, (x, y), batch_size=200)).inputs
     assert torch.allclose(ordered.flatten(1) @ W.T, made.bound.inputs.flatten(1) @ V.T, atol=1e-5)
     row = Blur(1.0)(torch.eye(36).view(36, 1, 6, 6))
     assert torch.allclose(row.flatten(1), row.flatten(1).T, atol=1e-6)
+
+
+class Scaled(nn.Module):
+    """Has a weight and a buffer, and draws the first anew only if told to."""
+
+    def __init__(self, draws):
+        super().__init__()
+        self.draws, self.layer = draws, nn.Linear(5, 2)
+        self.scale = nn.Parameter(torch.full((5,), 3.0))
+        self.register_buffer("shift", torch.full((5,), 7.0))
+
+    def reset_parameters(self):
+        if self.draws:
+            nn.init.ones_(self.scale)
+
+    def forward(self, x):
+        return self.layer((x - self.shift) * self.scale)
+
+
+def test_weights_that_no_layer_draws_anew_are_not_taken_for_fresh_ones():
+    twin, kept = fresh(Scaled(draws=True), 0)
+    assert kept == ("shift",)
+    assert twin.scale.tolist() == [1.0] * 5
+    assert twin.shift.tolist() == [7.0] * 5
+    with pytest.raises(CertificateError, match="scale is not drawn anew"):
+        fresh(Scaled(draws=False), 0)
+
+
+def test_buffers_that_are_held_are_told():
+    found = ds.certify(ds.Problem(Scaled(draws=True), data(200)), "learnt", **FEW)
+    assert found.kept == ("shift",)
+    assert any(sentence.startswith("shift of the network were held as given") for sentence in found.sentences)
+    assert ds.certify(problem(200), **FEW).kept == ()
+
+
+def test_learning_depends_on_its_seed_alone():
+    x, y = data(100)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+    after = []
+    for noise in (1, 2):
+        twin, _ = fresh(model, 0)
+        torch.manual_seed(noise)
+        before = torch.get_rng_state()
+        learn(twin, Examples(x, y), 2, 0)
+        assert torch.equal(torch.get_rng_state(), before)
+        after.append(twin[0].weight.detach())
+    assert torch.equal(*after)

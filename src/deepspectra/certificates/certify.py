@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deepspectra.argument_checks import LayerProgress, check_seed, seeded
 from deepspectra.certificates.binomial_bounds import monte_carlo_bound
+from deepspectra.certificates.independence import refuse_known, warn_of_repeats
 from deepspectra.certificates.ledger import Ledger
 from deepspectra.certificates.networks import (
     CHUNK,
@@ -43,6 +44,7 @@ from deepspectra.results import Result, origin
 POINTS = 400  # of a layer's variances that are kept
 CHECK_PASSES = 4  # over the examples of the quadratic model's check
 TEST_PASSES = 5
+FAR = 1_000_000_003  # beyond the seeds of all that descent draws, 1,000 a seed and one an epoch
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class Certificate(Result):
         network: that is certified; `predict` draws from it.
         mean_network: at the posterior's mean, of inputs that went through `blur`.
         blur: B of a smooth prior, else the identity.
+        constant_error: share of those examples that are not of the most frequent class.
+        kept: buffers of the given network that are held as they are.
     """
 
     value: float
@@ -118,12 +122,13 @@ class Certificate(Result):
     network: GaussianNetwork
     mean_network: nn.Module
     blur: nn.Module
+    constant_error: float
+    kept: tuple[str, ...]
 
     @property
     def is_vacuous(self) -> bool:
-        """Whether guessing is certified as well: the bound is no smaller than 1 − 1/C."""
-        classes = len(self.network.layers[self.network.output].prior_mean)
-        return self.value >= 1 - 1 / classes
+        """Whether guessing does as well: the bound is no smaller than the error of the most frequent class."""
+        return self.value >= self.constant_error
 
     def predict(self, x: Tensor, seed: int = 0) -> Tensor:
         """Labels (B,) of inputs as the certified network gives them, a draw of the weights for each."""
@@ -144,6 +149,10 @@ class Certificate(Result):
         ]
         if self.is_vacuous:
             found.append("That is vacuous: guessing a class does as well.")
+        if self.kept:
+            found.append(
+                f"{', '.join(self.kept)} of the network were held as given: they must not come from the examples."
+            )
         found += [one.sentence(self.value) for one in self.test_bounds]
         if self.deterministic is not None:
             found.append(self._of_the_network(self.deterministic))
@@ -236,6 +245,10 @@ def certify(
     inputs = None if seen is None else seen.inputs
     if unlabelled is not None:
         inputs = given_inputs("unlabelled=", unlabelled, problem)
+    warn_of_repeats(examples)
+    for name, unseen in (("test=", None if seen is None else seen.inputs), ("unlabelled=", inputs)):
+        if unseen is not None:
+            refuse_known(name, unseen, examples)
     trial = _Trial(problem, examples, chosen, seed, store, progress, len(priors))
     found = [trial.of(one, number) for number, one in enumerate(priors)]
     best = min(found, key=lambda one: one.value)
@@ -301,6 +314,8 @@ class _Trial:
             network=made.network,
             mean_network=mean,
             blur=made.blurred,
+            constant_error=1 - float(made.bound.labels.bincount().max()) / len(made.bound),
+            kept=made.kept,
             **origin(self.began, self.problem, "PAC-Bayes", seed=self.seed),
         )
 
@@ -321,7 +336,7 @@ class _Trial:
             bounds = (of_a_part(model, self.examples, self._delta, self.seed),)
         plain = None
         if inputs is not None:
-            labels = found.predict(inputs, self.seed + 3)
+            labels = found.predict(inputs, _draws_seed(self.seed) + 1)
             plain = of_the_network(model, inputs, labels, found.value, found.settings.disagreement_delta)
         seconds = time.perf_counter() - self.began
         return replace(found, test_bounds=bounds, deterministic=plain, seconds=seconds)
@@ -390,7 +405,7 @@ def _settled(network: GaussianNetwork, prior: Prior, ledger: Ledger) -> Ledger:
 
 def _draws_seed(seed: int) -> int:
     """Of the draws of the certificate, which descent has never seen."""
-    return seed + 1_000_003
+    return (1000 * seed + FAR) % 2**63
 
 
 @torch.no_grad()

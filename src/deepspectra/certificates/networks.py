@@ -56,8 +56,8 @@ def examples_of(problem: Problem) -> Examples:
     loss = problem.loss_function
     if not isinstance(loss, CrossEntropy):
         raise CertificateError(
-            f"a certificate bounds the share of wrong labels, and the loss is {loss.name!r}: regression has none. "
-            "Give a classifier with loss='cross_entropy'."
+            f"a certificate bounds the share of wrong labels, and the loss is {loss.name!r}: regression has none, and "
+            "two classes take two outputs. Give a classifier with loss='cross_entropy'."
         )
     inputs, labels = [], []
     for batch in problem.fixed_batches():
@@ -114,7 +114,7 @@ def given_inputs(name: str, x: object, problem: Problem) -> Tensor:
         given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise OptionError(f"{name} takes a tensor of inputs (n, ...), at least one; got {given}.")
     check_finite(x)
-    x = x.to(problem.device, problem.dtype)
+    x = x.to(problem.device, problem.dtype if x.is_floating_point() else None)
     with reported(DataError, f"the network failed on {name} of {shapes_of(x)}"):
         problem.values((x[:2], torch.zeros(len(x[:2]), dtype=torch.long, device=problem.device)))
     return x
@@ -131,13 +131,13 @@ class GaussianNetwork:
 
     def __init__(self, model: nn.Module, sample: Tensor, scale: float) -> None:
         uses = _uses(model, sample)
+        *_, self.output = uses
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.layers: dict[str, GaussianLayer] = {}
         for name in uses:
             layer = _gaussian(weighted(self.model, name), scale)
             self.layers[name] = layer
             self.model = _replaced(self.model, name, layer)
-        *_, self.output = self.layers
         owned = {f"{name}.{key}".lstrip(".") for name in self.layers for key in ("weight", "bias")}
         self.held = tuple(name for name, _ in model.named_parameters() if name not in owned)
         self.first: str | None = next(iter(self.layers)) if _is_first(model, self.layers, sample) else None
@@ -253,8 +253,8 @@ def _replaced(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
 def _uses(model: nn.Module, sample: Tensor) -> list[str]:
     """Names of the layers that can be Gaussian, in the order of their calls.
 
-    Weights that are used twice, or at several positions by a fully connected layer, have one draw for all of them;
-    those layers are held, as are normalisations and embeddings.
+    Weights that are used twice, or at several positions of an example by a fully connected layer, have one draw for
+    all of them; those layers are held, as are normalisations and embeddings.
 
     Raises:
         CertificateError: the logits are not the outputs of a fully connected layer.
@@ -278,7 +278,9 @@ def _uses(model: nn.Module, sample: Tensor) -> list[str]:
             fits = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
         else:
             fits = type(module) is nn.Linear and uses[0][0].ndim == 2
-        if alone and fits:
+        # A row that is no example, such as a position folded into the batch, would have draws of its own, and the
+        # mean of many draws errs less than one.
+        if alone and fits and len(uses[0][0]) == len(sample):
             found.append(name)
     last = found[-1] if found else None
     if last is None or not torch.equal(calls[last][0][1], logits) or calls[last][0][1].ndim != 2:
@@ -294,7 +296,10 @@ def _uses(model: nn.Module, sample: Tensor) -> list[str]:
 def _is_first(model: nn.Module, layers: Mapping[str, GaussianLayer], sample: Tensor) -> bool:
     """Whether a fully connected layer has the flattened inputs themselves, and what it needs of them can be kept."""
     name, layer = next(iter(layers.items()))
-    if not isinstance(layer, GaussianLinear) or not isinstance(model, nn.Sequential):
+    parts = name.split(".")
+    above = [model, *(model.get_submodule(".".join(parts[:k])) for k in range(1, len(parts)))]
+    # Within plain sequences nothing else takes the inputs.
+    if not isinstance(layer, GaussianLinear) or any(type(module) is not nn.Sequential for module in above):
         return False
     seen: list[Tensor] = []
     own = model.get_submodule(name)

@@ -179,7 +179,7 @@ class Descent:
 
     def _epoch(self, inputs: Tensor, optimizer: torch.optim.Optimizer, epoch: int, num_epochs: int) -> None:
         settings, n = self.settings, len(self.examples)
-        seed = self.seed * 1000 + epoch
+        seed = (self.seed * 1000 + epoch) % 2**63
         self.network.draw_from(PooledDraws(seed))
         order = torch.split(torch.randperm(n, generator=seeded(seed)), settings.batch_size_of(n))
         warm_up = settings.warm_up_of(len(self.network.layers[self.network.output].prior_mean))

@@ -85,7 +85,7 @@ def on_unseen(model: nn.Module, unseen: Examples, delta: float, network: str) ->
 def of_a_part(model: nn.Module, examples: Examples, delta: float, seed: int) -> TestBound:
     """Of the same network trained on four fifths of the examples, on the rest. Cost: three epochs of training."""
     taught, rest = split(len(examples), 1 - HELD_OUT, seed)
-    twin = fresh(model, seed)
+    twin, _ = fresh(model, seed)
     learn(twin, examples.some(taught), EPOCHS, seed)
     name = f"the same network trained on {len(taught):,} of the examples"
     return on_unseen(twin, examples.some(rest), delta, name)

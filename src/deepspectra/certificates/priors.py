@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from deepspectra.argument_checks import check_choice, check_count, check_number, seeded
 from deepspectra.certificates.ledger import Grid
-from deepspectra.certificates.networks import Examples, GaussianNetwork
+from deepspectra.certificates.losses import error_probability
+from deepspectra.certificates.networks import SAMPLE, Examples, GaussianNetwork
+from deepspectra.certificates.stochastic_layers import Draws
 from deepspectra.errors import CertificateError, NonFiniteError, OptionError
+from deepspectra.problem.input_checks import reported
 
 
 class Store(Protocol):
@@ -29,6 +32,7 @@ class Store(Protocol):
 
 KINDS = ("isotropic", "smooth", "learnt")
 SCALES = {"isotropic": 2.0, "smooth": 2.0, "learnt": 1e-3}  # λ at first, over the mean square of the weights
+BEFORE = "Give them: prior=Prior(centre=the network before training)."
 OUTPUT_SCALE = 0.1  # λ of the last layer at first, where its prior has mean zero
 
 
@@ -91,12 +95,14 @@ class Prepared:
         network: the same with Gaussian weights, at the prior.
         bound: examples of the bound, of which the prior knows nothing.
         blurred: what is done to inputs before they enter.
+        kept: names of the given network's buffers that the prior and the posterior keep as they are.
     """
 
     plain: nn.Module
     network: GaussianNetwork
     bound: Examples
     blurred: nn.Module
+    kept: tuple[str, ...]
 
 
 def prepare(
@@ -116,9 +122,9 @@ def prepare(
     Cost: of "learnt", its training: a gradient over its examples an epoch.
     """
     blur: nn.Module = Blur(prior.blur) if prior.kind == "smooth" else nn.Identity()
-    plain = fresh(model, seed) if prior.centre is None else _fitting(prior.centre, model)
+    plain, kept = fresh(model, seed) if prior.centre is None else (_fitting(prior.centre, model), ())
     plain = copy.deepcopy(plain).to(next(model.parameters())).eval().requires_grad_(True)
-    sample = examples.inputs[:3]
+    sample = examples.inputs[:SAMPLE]
     if prior.kind == "learnt":
         taught, rest = split(len(examples), prior.share, seed)
         known = None if store is None else store.read(key)
@@ -132,6 +138,9 @@ def prepare(
         examples = examples.some(rest)
     scale = SCALES[prior.kind]
     network = GaussianNetwork(plain, sample, 1.0)
+    with reported(CertificateError, f"{type(model).__name__} does not work with Gaussian weights in its layers"):
+        network.draw_from(Draws(seed))
+        error_probability(network.outputs(network.prepared(sample)), examples.labels[:SAMPLE])
     if prior.kind != "learnt" and network.held:
         raise CertificateError(
             f"{', '.join(network.held[:3])} cannot be Gaussian here (only weights of nn.Linear and nn.Conv2d that "
@@ -151,7 +160,7 @@ def prepare(
             layer.log_scale.data.fill_(math.log(OUTPUT_SCALE))
         else:
             layer.log_scale.data.fill_(math.log(max(scale * mean_square, 1e-12)))
-    return Prepared(plain, network, examples, blur)
+    return Prepared(plain, network, examples, blur, kept)
 
 
 def _fitting(centre: nn.Module, model: nn.Module) -> nn.Module:
@@ -179,17 +188,22 @@ def split(num: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     return order[:taken].sort().values, order[taken:].sort().values
 
 
-def fresh(model: nn.Module, seed: int) -> nn.Module:
+def fresh(model: nn.Module, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
     """The same network with new random weights, as its layers draw them, and statistics as before any data.
 
-    Buffers of other modules stay: they must be constants, and not made of the examples.
+    Buffers that no layer resets stay, such as the mean and scale of inputs, and are named: they must be constants, and
+    not made of the examples.
 
     Raises:
-        CertificateError: a module with parameters of its own has no `reset_parameters`.
+        CertificateError: a module with parameters of its own has no `reset_parameters`, or parameters that it leaves.
     """
     twin = copy.deepcopy(model)
-    with torch.random.fork_rng(devices=[]):
+    values = {name: value for name, value in twin.state_dict(keep_vars=True).items() if value.is_floating_point()}
+    given = {name: value.detach().clone() for name, value in values.items()}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)
+        for value in values.values():
+            value.fill_(math.nan)  # what is not drawn anew is then seen
         for name, module in twin.named_modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
@@ -197,9 +211,17 @@ def fresh(model: nn.Module, seed: int) -> nn.Module:
             elif any(True for _ in module.parameters(recurse=False)):
                 raise CertificateError(
                     f"{name or 'the model'} ({type(module).__name__}) has no reset_parameters, so its weights before "
-                    "training are not known. Give them: prior=Prior(centre=the network before training)."
+                    f"training are not known. {BEFORE}"
                 )
-    return twin
+        left = [name for name, value in values.items() if bool(value.isnan().any())]
+        for name in left:
+            if isinstance(values[name], nn.Parameter):
+                raise CertificateError(
+                    f"{name} is not drawn anew by the reset_parameters of its module, and would keep what training "
+                    f"made of it. {BEFORE}"
+                )
+            values[name].copy_(given[name])
+    return twin, tuple(left)
 
 
 def learn(model: nn.Module, examples: Examples, epochs: int, seed: int, batch_size: int = 128) -> None:
@@ -208,8 +230,14 @@ def learn(model: nn.Module, examples: Examples, epochs: int, seed: int, batch_si
     Raises:
         NonFiniteError: the loss became NaN or infinite.
     """
-    model.requires_grad_(True)
-    model.train()
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)  # of dropout
+        _descend(model.requires_grad_(True).train(), examples, epochs, seed, batch_size)
+    model.eval()
+
+
+def _descend(model: nn.Module, examples: Examples, epochs: int, seed: int, batch_size: int) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     batch_size = min(batch_size, max(8, len(examples) // 20))
     steps = epochs * math.ceil(len(examples) / batch_size)
@@ -229,7 +257,6 @@ def learn(model: nn.Module, examples: Examples, epochs: int, seed: int, batch_si
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-    model.eval()
 
 
 class Blur(nn.Module):

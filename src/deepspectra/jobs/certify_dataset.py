@@ -80,12 +80,12 @@ def identity(problem: Problem, priors: list[Any], settings: Mapping[str, Any], s
 
     Minutes are left out: they may be more the next time.
     """
-    first = next(iter(problem.batches))
+    data = [part for batch in problem.fixed_batches() for part in batch[:2] if isinstance(part, torch.Tensor)]
     weights = [value.detach() for value in problem.model.state_dict().values()]
     counted = {name: value for name, value in settings.items() if name != "minutes"}
     return {
         "weights": digest(weights),
-        "data": digest([part for part in first[:2] if isinstance(part, torch.Tensor)]),
+        "data": digest(data),
         "examples": problem.num_examples,
         "priors": json.dumps([str(prior) for prior in priors]),
         "settings": json.dumps({name: str(value) for name, value in sorted(counted.items())}),

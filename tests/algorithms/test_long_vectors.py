@@ -19,7 +19,7 @@ from deepspectra.algorithms.long_vectors import (
 def test_orthonormal_rows_and_their_coefficients_make_the_block(dtype: torch.dtype, limit: float, count: int) -> None:
     block = gaussian_rows(count, 40, torch.Generator().manual_seed(0)).to(dtype)
     block *= 10.0 ** -torch.arange(count)[:, None]
-    rows, coefficients = orthonormal_rows(block)
+    rows, coefficients = orthonormal_rows(block.clone())
     assert rows.dtype == dtype
     assert coefficients.dtype == torch.float64
     torch.testing.assert_close(coefficients.T @ rows.double(), block.double(), atol=10 * limit, rtol=0)

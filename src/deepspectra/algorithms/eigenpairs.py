@@ -14,7 +14,6 @@ from deepspectra.algorithms.eigenpair_search import SPARE_VECTORS, Search, Wante
 from deepspectra.algorithms.krylov_basis import Krylov, Ritz
 from deepspectra.algorithms.long_vectors import (
     COLUMNS_PER_CHUNK,
-    combine_rows,
     inner_products,
     norms_of,
     rows_that_fit,
@@ -201,7 +200,9 @@ def _afresh(krylov: Krylov, ritz: Ritz, chosen: Tensor, vectors: Tensor) -> tupl
     """
     rows, operator = vectors.T, krylov.operator
     squares, turn = torch.linalg.eigh(inner_products(rows, rows))
-    rows = combine_rows(rows, turn / squares.sqrt() @ turn.T)
+    turn = (turn / squares.sqrt() @ turn.T).to(rows)
+    for columns in torch.split(rows, COLUMNS_PER_CHUNK, dim=1):
+        columns.copy_((columns.T @ turn).T)
     values, residual_norms = ritz.values.clone(), ritz.residual_norms.clone()
     each = MEASURED * operator.shape[0] * rows.itemsize
     width = min(TOGETHER, max(1, _room(krylov, len(rows)) // each))

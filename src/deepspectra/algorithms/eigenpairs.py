@@ -85,7 +85,8 @@ def eigenpairs(
 
     Cost: products as counted in the result, about 5 K of them with the sample if there is one, and K more with a
     basis in bfloat16; a basis of at most `A.memory` bytes, and half of what is free on the host of an accelerator,
-    restarted when it is full; 4 P m flops a product for reorthogonalising twice against m vectors.
+    restarted when it is full, beside which are up to four vectors, and in the end the K pairs, for which kept graphs
+    make way; 4 P m flops a product for reorthogonalising twice against m vectors.
 
     Source: thick-restart Lanczos (Wu and Simon, SIAM J. Matrix Anal. Appl. 22, 2000). Departures: (1) the
     projected matrix is recorded in full, so that residuals are measured; (2) several residual directions may

@@ -68,7 +68,7 @@ NETWORKS = {
 }
 
 # All graphs take 4.6 GiB, for which 18 rows of half the bytes leave room. On spectra like a language model's such a
-# basis takes 46 to 52 products for ten pairs, 26 rows 42 to 50, and exact rows without limit 32 to 40.
+# basis takes 43 to 52 products for ten pairs, 26 rows 42 to 50, and exact rows without limit 32 to 40.
 HALF = Budget("10GiB", "10GiB", "4.2GiB", half=True)
 
 

@@ -20,9 +20,9 @@ from deepspectra.cli import app
 from deepspectra.errors import CurvatureError, DataError, LossError, MemoryBudgetError, OptionError
 from deepspectra.jobs import stages
 from deepspectra.jobs.effort import EFFORTS
-from deepspectra.jobs.estimate import JOBS, foreseen, num_products_of
+from deepspectra.jobs.estimate import JOBS, foreseen, num_products_of, pairs_stage
 from deepspectra.jobs.estimate import _advice as advice_of
-from deepspectra.jobs.pace import Stage
+from deepspectra.jobs.pace import Pace, Stage
 from deepspectra.operators.base import Operator
 from nets import trained_on_digits
 
@@ -187,6 +187,17 @@ def test_a_basis_in_bfloat16_or_beside_on_the_host_is_planned(monkeypatch: pytes
     assert plan.stages[-1].fits
     assert plan.stages[-1].host_bytes > 0
     assert "lie in host memory" in str(plan)
+
+
+def test_pairs_are_planned_beside_their_basis_and_graphs_only_where_those_fit_too() -> None:
+    for memory, stay in (("1GB", True), (10_800, False)):
+        pace = Pace(classified(memory=memory))
+        graphs, room = pace.graphs("hessian"), pace.problem.memory // 4 // pace.row
+        assert graphs <= pace.problem.memory // 2
+        stage = pairs_stage(pace, "hessian", 1)
+        rows = min(stage.products, room)
+        beside = graphs if stay else 0
+        assert stage.num_bytes == max(graphs + rows * pace.row, beside + (rows + 1) * pace.row)
 
 
 def test_unknown_jobs_are_refused() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import deepspectra as ds
-from nets import CASES, OPERATORS, Case
+from deepspectra.algorithms.krylov_basis import Krylov
+from nets import CASES, OPERATORS, Case, digits_problem
 from reference import Reference, case_and_reference, error
 
 RTOL = 1e-9
@@ -150,3 +151,29 @@ def test_dtype_computes_a_float32_model_in_float64() -> None:
     double.model.double()
     double.batches = [(x.double(), y) for x, y in double.batches]
     assert error(H.dense(), Reference(double).hessian) < RTOL
+
+
+@pytest.mark.parametrize("wrap", [lambda H: H, lambda H: H.shifted(1.0)])
+def test_graphs_make_way_for_pairs_beside_a_full_basis_only_where_both_do_not_fit(
+    wrap: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five vectors in float64 beyond the basis's memory, and graphs that leave room for 4 or for 6."""
+    kept: list[int] = []
+    combine = Krylov.combine
+    monkeypatch.setattr(Krylov, "combine", lambda self, s: [kept.append(graphs.num_bytes()), combine(self, s)][1])
+    problem = digits_problem()
+    H, vector = ds.Hessian(problem), 8 * problem.num_parameters
+    graphs, allowance = H.products.graphs, H.products.allowance
+    H.memory = 13 * vector
+    for room, makes_way in ((6, False), (4, True)):
+        allowance.size = 10**9
+        H @ torch.ones(problem.num_parameters, dtype=torch.float64)
+        allowance.size = graphs.num_bytes() + room * vector
+        pairs = ds.eigenpairs(wrap(H), 5, rtol=1e-2, start="random")
+        assert pairs.num_products > 13
+        assert (kept[-1] == 0) == makes_way
+        assert allowance.reserved == 0
+    H.memory = 100 * vector
+    H @ torch.ones(problem.num_parameters, dtype=torch.float64)
+    ds.eigenpairs(wrap(H), 5, rtol=1e-2, start="random")
+    assert kept[-1] > 0, "pairs and basis fit its own memory"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepspectra.algorithms.krylov_basis import ROUNDING, Krylov
 from deepspectra.algorithms.lanczos_quadrature import quadratures
-from deepspectra.algorithms.long_vectors import gaussian_rows, rows_on_device, rows_that_fit
+from deepspectra.algorithms.long_vectors import norms_of, rows_on_device, rows_that_fit
 from deepspectra.algorithms.probes import InUnits, Probes, stream
 from deepspectra.argument_checks import Progress, check_choice, check_count
 from deepspectra.errors import DataError, FallbackWarning, MemoryBudgetError, OptionError, ShapeError
@@ -222,7 +222,7 @@ def _with_basis(
 
 def _advance(krylov: Krylov, run: Probes, size: int, num_steps: int, generator: torch.Generator) -> Tensor:
     """Run `size` fresh probes for `num_steps` block products; their coordinates (num_basis, size)."""
-    start = krylov.append(gaussian_rows(size, krylov.operator.shape[0], generator))
+    start = krylov.append_random(generator, size)
     for _ in range(num_steps):
         if krylov.num_pending == 0:
             break
@@ -405,10 +405,10 @@ def _refuse_others(operator: InUnits, deflate: Eigenpairs, seed: int) -> None:
     image = run(vectors @ signs)
     unit = 2.0**operator.exponent
     values = (deflate.values.double() / unit).to(image)
-    gap = float((image - vectors.to(image) @ (values[:, None] * signs.to(image))).double().norm())
+    gap = float(norms_of((image - vectors.to(image) @ (values[:, None] * signs.to(image))).T))
     # Rounding is relative to what is multiplied: ‖A‖ as far as seen, times the length √count of the sum.
     seen = deflate.separation.norm if deflate.separation else 0.0
-    norm = max(float(image.double().norm()), float(values.abs().max()), count**0.5 * seen / unit)
+    norm = max(float(norms_of(image.T)), float(values.abs().max()), count**0.5 * seen / unit)
     allowed = float(deflate.residual_norms.sum()) / unit + torch.finfo(operator.dtype).eps ** 0.5 * norm
     if not gap <= allowed:
         raise DataError(

@@ -65,15 +65,17 @@ class Search:
         self.missed = 1.0  # probability at which a wanted pair may be missing after it,
         self.limits: dict[float, float] = {}  # and values within which others may, by side
 
-    def run(self, first: Tensor | None) -> str:
+    def begin(self, first: Tensor) -> None:
+        """Rayleigh-Ritz on a start, rows (k, P), which are not needed after that."""
+        self.krylov.append(first)
+        if self.krylov.num_pending == 0:
+            raise DataError("start is zero. Pass start=None for a random vector.")
+        if self.krylov.num_pending > 1:  # on the whole start, in one block product
+            self.krylov.expand(self.krylov.num_pending)
+            self._aim(self.krylov.ritz())
+
+    def run(self) -> str:
         """Search until the outcome is known: "converged", "budget", "challenge" or "stagnation"."""
-        if first is not None:
-            self.krylov.append(first)
-            if self.krylov.num_pending == 0:
-                raise DataError("start is zero. Pass start=None for a random vector.")
-            if self.krylov.num_pending > 1:  # Rayleigh-Ritz on the whole start, in one block product
-                self.krylov.expand(self.krylov.num_pending)
-                self._aim(self.krylov.ritz())
         while True:
             outcome = self.settle()
             if outcome == "settled" and self.challenged:

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from deepspectra.algorithms.eigenpair_search import SPARE_VECTORS, Search, Wanted
 from deepspectra.algorithms.krylov_basis import Krylov, Ritz
-from deepspectra.algorithms.long_vectors import inner_products, norms_of, rows_that_fit, stored_type
+from deepspectra.algorithms.long_vectors import (
+    COLUMNS_PER_CHUNK,
+    inner_products,
+    norms_of,
+    rows_that_fit,
+    stored_type,
+)
 from deepspectra.argument_checks import Progress, check_choice, check_columns, check_count, check_rtol, seeded
 from deepspectra.errors import ConvergenceWarning, OptionError
 from deepspectra.operators.base import Identity, Operator, Sum, as_operator
@@ -21,7 +27,8 @@ from deepspectra.results import Eigenpairs, Separation, origin
 ENDS = ("largest", "smallest", "magnitude", "both")
 REACH = 3  # residuals of a Ritz value within which its eigenvalue is taken to lie
 STEADY = 1 / 6  # variation of a sample that a search starts from, relative to the residual asked for
-TOGETHER = 8  # vectors whose products are taken to measure residuals
+TOGETHER = 8  # vectors whose products are taken to measure residuals, at most: each holds
+MEASURED = 4  # vectors while it is measured: its product, what an operator makes that of, and the residual
 ROUGH = 2e-2  # residual relative to the value, of pairs that others go on from
 
 
@@ -78,7 +85,8 @@ def eigenpairs(
 
     Cost: products as counted in the result, about 5 K of them with the sample if there is one, and K more with a
     basis in bfloat16; a basis of at most `A.memory` bytes, and half of what is free on the host of an accelerator,
-    restarted when it is full; 4 P m flops a product for reorthogonalising twice against m vectors.
+    restarted when it is full, beside which are up to four vectors, and in the end the K pairs, for which kept graphs
+    make way; 4 P m flops a product for reorthogonalising twice against m vectors.
 
     Source: thick-restart Lanczos (Wu and Simon, SIAM J. Matrix Anal. Appl. 22, 2000). Departures: (1) the
     projected matrix is recorded in full, so that residuals are measured; (2) several residual directions may
@@ -86,7 +94,7 @@ def eigenpairs(
     residual is multiplied next; (3) the challenge, which turns Kuczyński and Woźniakowski's bounds for Lanczos
     from a random vector (SIAM J. Matrix Anal. Appl. 13, 1992) into one for the spectrum that it meets.
     """
-    return explore(A, num, which, rtol, start, max_products, seed, progress)[0]
+    return explore(A, num, which, rtol, start, max_products, seed, progress, keep=False)[0]
 
 
 def explore(
@@ -98,8 +106,13 @@ def explore(
     max_products: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    *,
+    keep: bool = True,
 ) -> tuple[Eigenpairs, Krylov]:
-    """The `eigenpairs`, and the basis built for them, for whoever has more to ask of the same operator."""
+    """The `eigenpairs`, and the basis built for them, for whoever has more to ask of the same operator.
+
+    Unless the basis is kept, its rows are given back once the pairs are made of it.
+    """
     began = time.perf_counter()
     operator, wanted = as_operator(A), Wanted(num, which, rtol)
     check_count("num", num, largest=operator.shape[0])
@@ -113,9 +126,14 @@ def explore(
     first, num_sample_products = _start_rows(operator, start, wanted, budget, generator)
     num_start = 1 if first is None else len(first)
     search = Search(operator, wanted, budget, generator, num_start=num_start, progress=progress, patient=patient)
-    outcome = search.run(first)
+    if first is not None:
+        search.begin(first)
+    del first  # as many vectors as there are pairs, unless they are the caller's
+    outcome = search.run()
     ritz, chosen = search.extract()
-    vectors, told = search.krylov.combine(ritz.coefficients[:, chosen]), search.krylov.rows.told
+    vectors, told = _combined(search.krylov, ritz.coefficients[:, chosen]), search.krylov.rows.told
+    if not keep:
+        search.krylov.rows.release()
     if search.krylov.rows.is_rounded:
         lost = (
             search.krylov.lost_squares(ritz.coefficients[:, chosen]).clamp_min(0).sqrt() / ritz.values[chosen].abs()
@@ -162,22 +180,45 @@ def _check_basis(operator: Operator, rtol: float) -> None:
         )
 
 
+def _combined(krylov: Krylov, coordinates: Tensor) -> Tensor:
+    """The vectors (P, k) with these coordinates in the basis, beside which they have to fit."""
+    with krylov.operator.lends(max(0, -_room(krylov, coordinates.shape[1]))):
+        return krylov.combine(coordinates)
+
+
+def _room(krylov: Krylov, num: int) -> int:
+    """Bytes of `A.memory` that the basis, as far as it is held, and so many vectors leave; negative beyond it."""
+    operator = krylov.operator
+    vectors = num * operator.shape[0] * krylov.rows.like.itemsize
+    return operator.memory - krylov.rows.num_bytes(krylov.num_rows) - vectors
+
+
 def _afresh(krylov: Krylov, ritz: Ritz, chosen: Tensor, vectors: Tensor) -> tuple[Ritz, Tensor, Tensor]:
     """The pairs of a rounded basis, by descending value, from a product with each vector, made orthonormal before.
 
-    Symmetrically, so that each changes least.
+    Symmetrically, so that each changes least. The vectors are overwritten, for they may be most of the memory; as
+    many are multiplied at once as it has room for.
     """
-    squares, turn = torch.linalg.eigh(inner_products(vectors.T, vectors.T))
-    vectors = vectors @ (turn / squares.sqrt() @ turn.T).to(vectors)
+    rows, operator = vectors.T, krylov.operator
+    squares, turn = torch.linalg.eigh(inner_products(rows, rows))
+    turn = (turn / squares.sqrt() @ turn.T).to(rows)
+    for columns in torch.split(rows, COLUMNS_PER_CHUNK, dim=1):
+        columns.copy_((columns.T @ turn).T)
     values, residual_norms = ritz.values.clone(), ritz.residual_norms.clone()
-    for which, columns in zip(torch.split(chosen, TOGETHER), torch.split(vectors, TOGETHER, 1), strict=True):
-        rows = columns.T
-        products = (krylov.operator @ columns).detach().to(rows).T
-        values[which] = inner_products(products, rows).diagonal()
-        residual_norms[which] = norms_of(products - values[which, None].to(rows) * rows).cpu()
+    each = MEASURED * operator.shape[0] * rows.itemsize
+    width = min(TOGETHER, max(1, _room(krylov, len(rows)) // each))
+    with operator.lends(max(0, width * each - _room(krylov, len(rows)))):
+        for which, some in zip(torch.split(chosen, width), torch.split(rows, width), strict=True):
+            products = (operator @ some.T).detach().to(rows).T
+            values[which] = inner_products(products, some).diagonal()
+            parallel = values[which, None].to(rows) * some
+            residual_norms[which] = norms_of(torch.sub(products, parallel, out=parallel)).cpu()
+            del products, parallel
     krylov.num_products += len(chosen)
     order = values[chosen].argsort(descending=True)
-    return Ritz(values, ritz.coefficients, residual_norms), chosen[order], vectors[:, order.to(vectors.device)]
+    for columns in torch.split(rows, COLUMNS_PER_CHUNK, dim=1):
+        columns.copy_(columns[order.to(rows.device)])
+    return Ritz(values, ritz.coefficients, residual_norms), chosen[order], rows.T
 
 
 def _separation(ritz: Ritz, chosen: Tensor, complete: bool, limits: dict[float, float]) -> Separation:
@@ -249,9 +290,9 @@ def _start_rows(
     if start == "sampled" or num_samples:
         few = sample_of(operator, generator, num_samples or None)
         search = Search(few, wanted, enough_products(wanted.num), generator)
-        search.run(None)
+        search.run()
         ritz, chosen = search.extract()
-        start, num_products = search.krylov.combine(ritz.coefficients[:, chosen]), search.krylov.num_products
+        start, num_products = _combined(search.krylov, ritz.coefficients[:, chosen]), search.krylov.num_products
     elif isinstance(start, str):
         start = None if start == "random" else named_start(operator, start)
     if start is None:

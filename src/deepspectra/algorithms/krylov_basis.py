@@ -140,7 +140,15 @@ class Krylov:
 
         Returns their coordinates (num_basis + num_pending, k) in the rows in use.
         """
-        block = self.spread.part(vectors).to(self.rows.like, copy=True)
+        return self._append(self.spread.part(vectors).to(self.rows.like, copy=True))
+
+    def append_random(self, generator: torch.Generator, count: int = 1) -> Tensor:
+        """Add random pending vectors; their coordinates, as `append` gives them."""
+        rows = gaussian_rows(count, self.operator.shape[0], generator, self.rows.like)
+        return self._append(rows if self.spread.group.size == 1 else self.spread.part(rows).clone())
+
+    def _append(self, block: Tensor) -> Tensor:
+        """The same of this process's part of rows, which are overwritten."""
         # In units of the largest norm, whose square might overflow: ‖·‖_F of the block is the yardstick of rounding.
         norms = self.spread.norms(block)
         largest = max(norms.tolist(), default=0.0) or 1.0
@@ -153,10 +161,6 @@ class Krylov:
         before = self.tracked.shape[1]
         self.tracked = torch.cat([self.tracked, coordinates], 1)
         return slice(before, self.tracked.shape[1])
-
-    def append_random(self, generator: torch.Generator) -> Tensor:
-        """Add one random pending vector; its coordinates, as `append` gives them."""
-        return self.append(gaussian_rows(1, self.operator.shape[0], generator))
 
     def turn(self, coefficients: Tensor) -> None:
         """Reflect the pending vectors so that the first is ± their combination with `coefficients` (w,)."""
@@ -177,7 +181,10 @@ class Krylov:
         """Multiply the first `count` pending vectors and keep what their products add as pending vectors."""
         first = self.num_fixed + self.num_basis
         block = self.spread.whole(self.rows[first : first + count]).T.contiguous()
-        products = self.spread.part((self.operator @ block).detach().T).to(self.rows.like, copy=True)
+        made = self.operator @ block
+        del block  # which may be a copy of what is held
+        products = self.spread.part(made.detach().T).to(self.rows.like, copy=True)
+        del made
         self.num_products += count
         largest = float(self.spread.norms(products).max())
         if not largest < float("inf"):
@@ -202,7 +209,8 @@ class Krylov:
     def _absorb(self, block: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Split rows (k, P) as withinᵀ·(rows in use) + beyondᵀ·(new pending rows) + droppedᵀ·(rounding).
 
-        The last of what is returned are squared norms of the rounding with which the new rows are held.
+        They are overwritten. The last of what is returned are squared norms of the rounding with which the new rows
+        are held.
         """
         unit = unit_of(scale)
         if unit != 1:
@@ -215,7 +223,7 @@ class Krylov:
         # Directions at the level of rounding are none: an invariant subspace ends here. No more than fit R^P.
         keep = beyond.norm(dim=1) > ROUNDING * torch.finfo(block.dtype).eps * scale
         keep[self.operator.shape[0] - self.num_rows :] = False
-        new, beyond, dropped = new[keep.to(new.device)], beyond[keep], beyond[~keep]
+        new, beyond, dropped = new if bool(keep.all()) else new[keep.to(new.device)], beyond[keep], beyond[~keep]
         # Twice is enough, and the second pass acts on unit rows, so that small remainders are orthogonal too.
         again = self.spread.sum(self.rows.inner(self.num_rows, new))
         self.rows.subtract(again, new)

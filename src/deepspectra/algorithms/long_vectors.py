@@ -15,6 +15,7 @@ from deepspectra.argument_checks import check_choice
 from deepspectra.operators.base import Operator
 
 COLUMNS_PER_CHUNK = 2**16  # of rows, that are copied in float64 or rotated at once
+DRAWN = 2**20  # random numbers that are made at once, in float64
 STRETCH = 1024  # numbers whose norm is taken in their own type,
 SAFE_SQUARES = (1e-14, 1e14)  # if the largest of them lies between these
 
@@ -61,20 +62,44 @@ def stored_type(operator: Operator, capacity: int = 0) -> torch.dtype:
     return operator.basis
 
 
-def gaussian_rows(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Standard normal rows (count, P), float64 on the CPU, so that every device gets the same ones."""
-    return torch.randn(count, size, generator=generator, dtype=torch.float64)
+def gaussian_rows(count: int, size: int, generator: torch.Generator, like: Tensor | None = None) -> Tensor:
+    """Standard normal rows (count, P), drawn in float64 on the CPU, so that every type and device gets the same ones.
+
+    Some at a time, as long rows in float64 would be the most that a search holds beside its basis.
+    """
+    like = torch.empty(0, dtype=torch.float64) if like is None else like
+    rows = like.new_empty(count, size)
+    flat, start = rows.view(-1), 0
+    # PyTorch makes normal numbers by sixteens, and the last ones anew: stretches of so many are those of the whole.
+    while start < len(flat):
+        stop = start + DRAWN if start + DRAWN + 16 <= len(flat) else len(flat)
+        flat[start:stop] = torch.randn(stop - start, generator=generator, dtype=torch.float64)
+        start = stop
+    return rows
+
+
+def combine_rows(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Matrix (k, k) times rows (k, P), in the place of those if they lie one behind the other."""
+    small_matrix = matrix.to(rows)
+    if not rows.is_contiguous():
+        return small_matrix @ rows
+    for columns in torch.split(rows, COLUMNS_PER_CHUNK, dim=1):
+        columns.copy_(small_matrix @ columns)
+    return rows
 
 
 def orthonormal_rows(block: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal rows (k, P) and coefficients (k, k), by falling norm, with block = coefficientsᵀ · rows."""
+    """Orthonormal rows (k, P) and coefficients (k, k), by falling norm, with block = coefficientsᵀ · rows.
+
+    The block is overwritten: it may be as large as all else that there is.
+    """
     if len(block) == 0:
         return block, torch.zeros(0, 0, dtype=torch.float64)
     if len(block) == 1:
         return _unit(block, norms_of(block)[0])
     if block.dtype == torch.float32:  # float64 resolves what its rounding leaves: products, no QR
         sizes, u = singular(inner_products(block, block))
-        return (u / sizes.clamp_min(torch.finfo(block.dtype).tiny)).T.to(block) @ block, sizes[:, None] * u.T
+        return combine_rows(block, (u / sizes.clamp_min(torch.finfo(block.dtype).tiny)).T), sizes[:, None] * u.T
     q, r = torch.linalg.qr(block.T)
     u, sizes, vh = torch.linalg.svd(small(r), full_matrices=False)
     return (q @ u.to(q)).T, sizes[:, None] * vh
@@ -112,7 +137,7 @@ class Spread:
         return mine if self.group.size == 1 else norms_of(self.group.whole(mine[:, None], self.group.size))
 
     def orthonormal(self, part: Tensor) -> tuple[Tensor, Tensor]:
-        """As `orthonormal_rows`; several rows are few and brought together for it."""
+        """As `orthonormal_rows`, which overwrites them; several rows are few and brought together for it."""
         if self.group.size == 1 or len(part) == 0:
             return orthonormal_rows(part)
         if len(part) == 1:
@@ -122,8 +147,10 @@ class Spread:
 
 
 def _unit(row: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """A row of this norm, or of all its parts, divided by it."""
-    return row / norm.clamp_min(torch.finfo(row.dtype).tiny).to(row), small(norm.reshape(1, 1))
+    """A row of this norm, or of all its parts, divided by it in its place."""
+    row.div_(norm.clamp_min(torch.finfo(row.dtype).tiny).to(row))
+    # With the strides of a new row, by which matrix products choose how they sum.
+    return row.view(-1)[None], small(norm.reshape(1, 1))
 
 
 def singular(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ class InUnits(Operator):
 
     def _decide(self, block: Tensor) -> Tensor:
         product = self.operator @ block
-        largest, limits = float(product.abs().max()), torch.finfo(self.dtype)
+        largest, limits = _largest(product), torch.finfo(self.dtype)
         if largest == 0:
             return product
         self._decided = True
@@ -68,7 +68,7 @@ class InUnits(Operator):
             shift = round(math.log2(limits.max)) // (2 if largest < 1 else -2)
             again = self.operator @ (block * 2.0**shift)
             self.num_repeated = block.shape[1]
-            size = float(again.abs().max())
+            size = _largest(again)
             if 0 < size < math.inf:
                 self._shift, product, largest = shift, again, size
             elif not largest < math.inf:
@@ -81,6 +81,12 @@ class InUnits(Operator):
         """What is linear in 2^−e A, as it is of A; ∞ beyond what its type holds."""
         half = self.exponent // 2  # 2^e alone may be more than a float holds
         return value * 2.0**half * 2.0 ** (self.exponent - half)
+
+
+def _largest(product: Tensor) -> float:
+    """The largest size of a number in it, NaN if there is one."""
+    low, high = product.aminmax()
+    return float(torch.maximum(-low, high))
 
 
 class Probes:
@@ -118,7 +124,7 @@ class Probes:
 
     def _block(self, columns: Tensor) -> Tensor:
         product = (self.operator @ columns).detach().to(self.like)
-        if not bool(torch.isfinite(product).all()):
+        if product.numel() and not math.isfinite(_largest(product)):
             raise NonFiniteError(
                 f"a product with {self.operator.name} is NaN or infinite. "
                 "Check the weights and the data, or use a wider dtype."
@@ -134,11 +140,11 @@ class Probes:
 
     def gaussian(self, count: int, generator: torch.Generator) -> Tensor:
         """Standard normal columns (P, count)."""
-        return gaussian_rows(count, self.size, generator).T.to(self.like).contiguous()
+        return gaussian_rows(count, self.size, generator, self.like).T.contiguous()
 
     def signs(self, count: int, generator: torch.Generator) -> Tensor:
         """Columns (P, count) of independent signs ±1."""
-        return self.gaussian(count, generator).signbit().to(self.like) * 2 - 1
+        return self.gaussian(count, generator).signbit().to(self.like).mul_(2).sub_(1)
 
     def samples(
         self, draw: Callable[[Probes, int, torch.Generator], Tensor], generator: torch.Generator

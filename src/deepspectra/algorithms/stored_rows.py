@@ -90,6 +90,15 @@ class StoredRows:
             squares[mine] += segment.write(span, columns, rows[mine])
         return squares
 
+    def num_bytes(self, count: int) -> int:
+        """Bytes of the first so many on the device, those of the process; 0 of what was released."""
+        on_device = min(count, self._segments[0].last) if self._segments else 0
+        return int(on_device * self.width * self.dtype.itemsize)
+
+    def release(self) -> None:
+        """Give back the memory of all; nothing more can be asked of them."""
+        self._segments = []
+
     def copy(self, others: StoredRows, count: int) -> None:
         """Keep the first so many of others."""
         for first in range(0, count, ROWS_TOGETHER):
@@ -204,9 +213,13 @@ class _Segment:
 
     def write(self, span: slice, columns: slice, rows: Tensor) -> Tensor:
         """Keep rows (k, ·); squared norms (k,) of their rounding."""
-        held = rows.to(self.rows.dtype)
-        self.rows[span, columns] = held
+        places = self.rows[span, columns]
         if not self.store.is_rounded:
+            places.copy_(rows)
             return torch.zeros(len(rows), dtype=torch.float64)
-        squares: Tensor = torch.linalg.vector_norm(held.to(rows.dtype) - rows, dim=1).cpu().double().square()
-        return squares
+        few, norms = self.store._step(rows.shape[1]), list[Tensor]()
+        for some, place in zip(torch.split(rows, few), torch.split(places, few), strict=True):
+            held = some.to(place.dtype)
+            place.copy_(held)
+            norms.append(torch.linalg.vector_norm(held.to(some.dtype).sub_(some), dim=1))
+        return torch.cat(norms).cpu().double().square()

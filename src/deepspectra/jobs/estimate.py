@@ -296,14 +296,17 @@ def pairs_stage(pace: Pace, kind: str, num: int, of: str = "") -> Stage:
     held = max(fewest, min(products, room // row))
     # a product is orthogonalised twice, against half of the basis on the whole
     seconds = pace.building(kind) + products * (pace.product(kind) + min(products, held) * pace.step)
-    kept = min(pace.graphs(kind), share(pace.problem.memory, "graphs"))
+    most = share(pace.problem.memory, "graphs")
+    kept = min(pace.graphs(kind), most)
     name = f"top eigenpairs of {letter}{of}"
     if fewest * row > room:
         return Stage(name, products, seconds, fewest * row, room)
     mine = min(held * row, limit)
     hosted = held * row - mine
-    # pairs are whole on all
-    return Stage(name, products, seconds, kept + max(mine, num * pace.vector), host_bytes=hosted)
+    # pairs are whole on all, and made beside the basis; graphs make way if they do not fit with what is beyond it
+    pairs = mine + num * pace.vector
+    stay = kept if kept + pairs - limit <= most else 0
+    return Stage(name, products, seconds, max(kept + mine, stay + pairs), host_bytes=hosted)
 
 
 def density_stage(pace: Pace, effort: Effort, kind: str, name: str) -> Stage:

@@ -10,6 +10,7 @@ import functools
 import math
 import numbers
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import numpy as np
@@ -176,6 +177,13 @@ class Operator(ABC):
             raise OptionError(f"{self.name} can be multiplied and divided by a finite number, not by {number}.")
         return number
 
+    def lends(self, num_bytes: int) -> AbstractContextManager[object]:
+        """For a while, room for bytes of long vectors beyond `memory`: what products keep to be faster makes way.
+
+        Only as far as both do not fit what the two may take together; later products keep it again.
+        """
+        return nullcontext()
+
     def host_memory(self) -> int:
         """Bytes of the host's memory for rows of a basis that an accelerator has no room for; 0 on the CPU."""
         if self.device.type == "cpu":
@@ -292,6 +300,13 @@ class Sum(Operator):
         self.memory = min(term.memory for term in others)
         self.basis = next((term.basis for term in others if term.basis is not None), None)
         self.group = max((term.group for term in others), key=lambda group: group.size)
+
+    def lends(self, num_bytes: int) -> AbstractContextManager[object]:
+        """Room of all terms, which mostly share it."""
+        stack = ExitStack()
+        for _, operator in self.terms:
+            stack.enter_context(operator.lends(num_bytes))
+        return stack
 
     def _apply(self, block: Tensor) -> Tensor:
         total = torch.zeros_like(block)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -47,6 +48,11 @@ class Curvature(Operator):
     def rounding(self) -> float | None:
         """The relative error of products, if they are computed in half precision or TF32 and it was measured."""
         return max(self.products.choice.rounding.values(), default=None)
+
+    def lends(self, num_bytes: int) -> AbstractContextManager[object]:
+        """See `Operator`: room for graphs, which are let go where they and the vectors do not fit it."""
+        allowance = self.products.allowance
+        return allowance.lent(min(num_bytes, allowance.size - allowance.reserved))
 
     def places(self, names: Sequence[str]) -> list[int]:
         """Where parameters of these names stand among all."""
@@ -152,6 +158,10 @@ class HessianBlock(Operator):
         size = sum(hessian.problem.parameters[name].numel() for name in names)
         super().__init__(size, dtype=hessian.dtype, device=hessian.device, name="Hessian of a layer")
         self.memory, self.group = hessian.memory, hessian.group
+
+    def lends(self, num_bytes: int) -> AbstractContextManager[object]:
+        """Of the whole Hessian's graphs."""
+        return self.hessian.lends(num_bytes)
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.hessian.products.hessian(block, self.among) / self.hessian.problem.total_weight

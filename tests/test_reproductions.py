@@ -344,7 +344,7 @@ def test_the_page_of_certificates_has_means_over_seeds_and_says_what_is_missing(
     text = certificates.page(records, certificates.CELLS)
     assert "| two-600-isotropic | 2 | .1150 ± .0050 | .1198 (Wu et al. 2020)" in text
     assert "≤ .115: met |" in text
-    assert "at most 2 here. The slowest cell, two-600-isotropic, took 1.0 CPU minutes" in text
+    assert "at most 2 here. The slowest run, two-600-isotropic with seed 0, took 1.0 CPU minutes" in text
     assert "1300 + 7.5 | 61 |" in text
     assert "Base .1600 > Iter .1300" in text
     assert "Not measured yet" in text

@@ -19,8 +19,8 @@ def warn_of_repeats(examples: Examples) -> None:
     repeats = num - len(set(_marks(examples.inputs)))
     if repeats > SHARE * num:
         warnings.warn(
-            f"{repeats:,} of {num:,} inputs are repeats of others. The bound is one for independent examples, and void "
-            "where some were drawn again, as by a sampler with replacement or by augmentation: give each once.",
+            f"{repeats:,} of {num:,} inputs are repeats of others. The bound is one for independent examples, and "
+            "void where some were drawn again, as by a sampler with replacement or by augmentation: give each once.",
             DependenceWarning,
             stacklevel=3,
         )

@@ -56,8 +56,8 @@ def examples_of(problem: Problem) -> Examples:
     loss = problem.loss_function
     if not isinstance(loss, CrossEntropy):
         raise CertificateError(
-            f"a certificate bounds the share of wrong labels, and the loss is {loss.name!r}: regression has none, and "
-            "two classes take two outputs. Give a classifier with loss='cross_entropy'."
+            f"a certificate bounds the share of wrong labels, and the loss is {loss.name!r}: regression has none, "
+            "and two classes take two outputs. Give a classifier with loss='cross_entropy'."
         )
     inputs, labels = [], []
     for batch in problem.fixed_batches():

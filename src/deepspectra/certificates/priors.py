@@ -191,8 +191,8 @@ def split(num: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
 def fresh(model: nn.Module, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
     """The same network with new random weights, as its layers draw them, and statistics as before any data.
 
-    Buffers that no layer resets stay, such as the mean and scale of inputs, and are named: they must be constants, and
-    not made of the examples.
+    Buffers that no layer resets stay, such as the mean and scale of inputs, and are named: they must be constants,
+    and not made of the examples.
 
     Raises:
         CertificateError: a module with parameters of its own has no `reset_parameters`, or parameters that it leaves.

@@ -68,8 +68,8 @@ TEXT = """# Certificates
 
 Upper bounds on the error on unseen data, each with probability .965 (of what may fail, .025 are for the PAC-Bayes
 bound and .01 for its Monte-Carlo estimate; that of the *network as it is* has .955, .01 being for the disagreement).
-Written by `python -m reproductions.certificates`; a stopped run goes on where it was. CPU seconds are those of one core
-of a machine that had other work, descent and certificate together.
+Written by `python -m reproductions.certificates`; a stopped run goes on where it was. CPU seconds are those of one
+core of a machine that had other work, descent and certificate together.
 
 {time}
 

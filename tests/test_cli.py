@@ -39,10 +39,13 @@ def pair():
 def nothing():
     return None
 
-def points():
-    torch.manual_seed(2)
+def points(seed=2):
+    torch.manual_seed(seed)
     x = torch.randn(400, 5)
     return x, (x[:, 0] > 0).long() + (x[:, 1] > 1).long()
+
+def unseen():
+    return points(3)
 
 def classifier():
     return ds.Problem(torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)), points())
@@ -99,7 +102,7 @@ def test_two_problems_are_compared(folder):
 
 def test_anybodys_classifier_is_certified(folder):
     options = "--descent-epochs", 5, "--resume"
-    done = run("certify", "mine.py:classifier", "--test", "mine.py:points", "--out", "mlp", *options, cwd=folder)
+    done = run("certify", "mine.py:classifier", "--test", "mine.py:unseen", "--out", "mlp", *options, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "the stochastic network errs on at most" in done.stdout
     assert "The binomial bound of your network" in done.stdout
@@ -119,6 +122,9 @@ def test_anybodys_classifier_is_certified(folder):
     ):
         assert f'id="{name}"' in page
     assert not (folder / "mlp" / "stages").exists()  # finished
+    done = run("certify", "mine.py:classifier", "--test", "mine.py:points", "--out", "seen", *options, cwd=folder)
+    assert done.returncode == 2
+    assert "400 of 400 inputs of test= are among the examples" in done.stderr
 
 
 def test_anybodys_model_and_data(analysed, folder):

@@ -5,7 +5,7 @@ import torch
 
 import deepspectra as ds
 from certificates_problems import data, mlp
-from deepspectra.certificates.independence import refuse_known, warn_of_repeats
+from deepspectra.certificates.independence import check_independence
 from deepspectra.certificates.networks import Examples
 from deepspectra.errors import DataError, DependenceWarning
 
@@ -24,10 +24,10 @@ def test_a_few_equal_images_are_taken_for_chance():
     x, y = data(200)
     x[1:3] = -0.0
     x[0] = 0.0
-    warn_of_repeats(Examples(x, y))  # two of 200
+    check_independence(Examples(x, y), {})  # two of 200
     x[3] = 0.0
     with pytest.warns(DependenceWarning, match="^3 of 200 inputs"):
-        warn_of_repeats(Examples(x, y))
+        check_independence(Examples(x, y), {})
 
 
 @pytest.mark.parametrize("name", ["test", "unlabelled"])
@@ -37,4 +37,4 @@ def test_what_the_posterior_has_seen_is_no_test(name):
     given = {"test": (seen, y[:100]), "unlabelled": seen}[name]
     with pytest.raises(DataError, match=rf"5 of 100 inputs of {name}= are among the examples"):
         ds.certify(ds.Problem(mlp(), (x, y)), **{name: given}, **FEW)
-    refuse_known("test=", torch.cat([data(199, seed=1)[0], x[:1]]), Examples(x, y))  # one in 200 is chance
+    check_independence(Examples(x, y), {"test=": torch.cat([data(199, seed=1)[0], x[:1]])})  # one in 200 is chance

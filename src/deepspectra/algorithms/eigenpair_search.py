@@ -123,8 +123,7 @@ class Search:
     def _is_rounding(self, ritz: Ritz, tolerances: Tensor, residual_norms: Tensor) -> bool:
         """Whether residuals of the wanted pairs are rounding, of products or of the rows that are held."""
         if self.krylov.rows.is_rounded:
-            lost = self.krylov.lost_squares(ritz.coefficients[:, self._chosen(ritz)]).clamp_min(0).sqrt()
-            return bool((lost > tolerances).any())
+            return bool((self.lost(ritz, self._chosen(ritz)) > tolerances).any())
         return float(residual_norms.max()) <= 1e3 * self.eps * self.norm
 
     def _challenge(self) -> str:
@@ -260,6 +259,10 @@ class Search:
         small = self.eps ** (2 / 3) * self.norm
         floor = max(self.rtol * small, 8 * self.eps * self.norm)
         return torch.where(sizes > small, self.rtol * sizes, floor)
+
+    def lost(self, ritz: Ritz, which: Tensor) -> Tensor:
+        """Norms of what residuals of some Ritz pairs have of what no row represents."""
+        return self.krylov.lost_squares(ritz.coefficients[:, which]).clamp_min(0).sqrt()
 
     def extract(self) -> tuple[Ritz, Tensor]:
         """All Ritz pairs, and which of them are wanted, by descending value."""

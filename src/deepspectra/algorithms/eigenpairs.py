@@ -135,9 +135,7 @@ def explore(
     if not keep:
         search.krylov.rows.release()
     if search.krylov.rows.is_rounded:
-        lost = (
-            search.krylov.lost_squares(ritz.coefficients[:, chosen]).clamp_min(0).sqrt() / ritz.values[chosen].abs()
-        )
+        lost = search.lost(ritz, chosen) / ritz.values[chosen].abs()
         ritz, chosen, vectors = _afresh(search.krylov, ritz, chosen, vectors)
         told = f"{told}, whose rounding leaves residuals/|λ| of up to {float(lost.max()):.1e}"
         met = bool((ritz.residual_norms[chosen] <= search.tolerances(ritz.values)[chosen]).all())

@@ -194,9 +194,8 @@ class _Segment:
             yield slice(None), rows
             return
         step = min(self.store._step(len(rows)), self.store.width)
-        place = self.store.like.new_empty(
-            len(rows), step
-        )  # one for all: new memory each time costs more than its use
+        # One place for all: new memory each time costs more than its use.
+        place = self.store.like.new_empty(len(rows), step)
         for start in range(0, self.store.width, max(1, step)):
             columns = slice(start, start + step)
             held = rows[:, columns]

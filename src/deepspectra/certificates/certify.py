@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deepspectra.argument_checks import LayerProgress, check_seed, seeded
 from deepspectra.certificates.binomial_bounds import monte_carlo_bound
-from deepspectra.certificates.independence import refuse_known, warn_of_repeats
+from deepspectra.certificates.independence import check_independence
 from deepspectra.certificates.ledger import Ledger
 from deepspectra.certificates.networks import (
     CHUNK,
@@ -242,17 +242,14 @@ def certify(
         raise OptionError("prior=[]: name at least one.")
     priors = [Prior(one) if isinstance(one, str) else one for one in candidates]
     seen = None if test is None else given_examples(test, problem)
-    inputs = None if seen is None else seen.inputs
+    unseen = {} if seen is None else {"test=": seen.inputs}
     if unlabelled is not None:
-        inputs = given_inputs("unlabelled=", unlabelled, problem)
-    warn_of_repeats(examples)
-    for name, unseen in (("test=", None if seen is None else seen.inputs), ("unlabelled=", inputs)):
-        if unseen is not None:
-            refuse_known(name, unseen, examples)
+        unseen["unlabelled="] = given_inputs("unlabelled=", unlabelled, problem)
+    check_independence(examples, unseen)
     trial = _Trial(problem, examples, chosen, seed, store, progress, len(priors))
     found = [trial.of(one, number) for number, one in enumerate(priors)]
     best = min(found, key=lambda one: one.value)
-    return trial.beside(best, seen, inputs)
+    return trial.beside(best, seen, unseen.get("unlabelled=", unseen.get("test=")))
 
 
 @dataclass

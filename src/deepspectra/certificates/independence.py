@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -13,10 +14,13 @@ from deepspectra.errors import DataError, DependenceWarning
 SHARE = 0.01  # of equal rows, up to which they are taken for chance: data sets of images have a few
 
 
-def warn_of_repeats(examples: Examples) -> None:
-    """Warn where more inputs than chance explains are there several times: they are no independent examples."""
-    num = len(examples)
-    repeats = num - len(set(_marks(examples.inputs)))
+def check_independence(examples: Examples, unseen: Mapping[str, Tensor]) -> None:
+    """Warn of repeated examples, and raise DataError for test inputs, by name, that are among them.
+
+    Only where they are more than chance explains. Cost: every input is read once.
+    """
+    num, marks = len(examples), set(_marks(examples.inputs))
+    repeats = num - len(marks)
     if repeats > SHARE * num:
         warnings.warn(
             f"{repeats:,} of {num:,} inputs are repeats of others. The bound is one for independent examples, and "
@@ -24,17 +28,13 @@ def warn_of_repeats(examples: Examples) -> None:
             DependenceWarning,
             stacklevel=3,
         )
-
-
-def refuse_known(name: str, inputs: Tensor, examples: Examples) -> None:
-    """Raise DataError where more test inputs than chance explains are among the examples."""
-    marks = set(_marks(examples.inputs))
-    known = sum(mark in marks for mark in _marks(inputs.to(examples.inputs)))
-    if known > SHARE * len(inputs):
-        raise DataError(
-            f"{known:,} of {len(inputs):,} inputs of {name} are among the examples of the problem, from which the "
-            "posterior is found. Give inputs that nothing has seen."
-        )
+    for name, inputs in unseen.items():
+        known = sum(mark in marks for mark in _marks(inputs.to(examples.inputs)))
+        if known > SHARE * len(inputs):
+            raise DataError(
+                f"{known:,} of {len(inputs):,} inputs of {name} are among the examples of the problem, from which "
+                "the posterior is found. Give inputs that nothing has seen."
+            )
 
 
 def _marks(inputs: Tensor) -> list[int]:

@@ -32,11 +32,13 @@ check: $(VENV)/.installed-dev ## check format, lint, types and the arrows betwee
 bench: $(BENCH)/.installed ## measure cost and accuracy beside the peers, write docs/benchmarks.md
 	OMP_NUM_THREADS=1 $(BENCH)/bin/python -m benchmarks $(BENCH_OPTIONS)
 
-reproduce: $(VENV)/.installed ## measure the papers' claims on DEEPSPECTRA_DATA (hours) and write their pages in docs/
+reproduce: $(VENV)/.installed-dev ## measure the papers' claims on DEEPSPECTRA_DATA (hours) and write their pages in docs/
 	$(BIN)/python -m reproductions
 	$(BIN)/python -m reproductions.coverage
 	$(BIN)/python -m reproductions.certificates
 	$(BIN)/python -m reproductions.resolution
+	$(BIN)/python -m reproductions.language_model
+	$(BIN)/python -m reproductions.large_networks
 
 docs: $(VENV)/.installed-docs ## run what the documents show, and build their site in site/
 	DEEPSPECTRA_DRAW=1 $(BIN)/python -m pytest -q --slow tests/test_docs.py

@@ -16,6 +16,7 @@ import ctypes
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -234,7 +235,7 @@ def ask_peers(run: Run, name: str, python: str, limit: float) -> None:
             ended = subprocess.run(
                 command, check=False, env=environment, capture_output=True, text=True, timeout=limit
             )
-            text, errors = ended.stdout, ended.stderr.strip().splitlines()[-1:] if ended.returncode else []
+            text, errors = ended.stdout, [_why(ended)] if ended.returncode else []
         except subprocess.TimeoutExpired as stopped:
             raw = stopped.stdout or b""
             text, errors = raw.decode() if isinstance(raw, bytes) else raw, [f"stopped after {limit:.0f} s"]
@@ -243,6 +244,13 @@ def ask_peers(run: Run, name: str, python: str, limit: float) -> None:
                 found |= json.loads(line)
         known[peer] = found | {"ended": " ".join(errors)}
         run.keep()
+
+
+def _why(ended: subprocess.CompletedProcess[str]) -> str:
+    """The signal that killed a process, or the last line that it wrote."""
+    if ended.returncode < 0:
+        return f"killed by {signal.Signals(-ended.returncode).name}"
+    return (ended.stderr.strip().splitlines() or [f"status {ended.returncode}"])[-1][:300]
 
 
 def main() -> None:

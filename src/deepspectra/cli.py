@@ -23,7 +23,7 @@ from deepspectra.certificates.priors import KINDS as PRIORS
 from deepspectra.certificates.settings import VARIANTS
 from deepspectra.errors import DeepSpectraError, OptionError
 from deepspectra.jobs.analyze import Analysis, analyze, save_series
-from deepspectra.jobs.certify import certified, unseen
+from deepspectra.jobs.certify import certified, named_priors, unseen
 from deepspectra.jobs.certify_dataset import certificate_dataset
 from deepspectra.jobs.command_output import STAGES, finish, foretell, forget, in_json, kept, status, tell
 from deepspectra.jobs.command_targets import CONSOLE, AsJson, Choice, Moment, Out, Seed, chosen_problem, moments
@@ -302,14 +302,15 @@ def estimate_command(
     job: Annotated[str, typer.Option(help=f"What is to be done: {', '.join(JOBS)}.")] = JOBS[0],
     effort: Annotated[str, typer.Option(help="Of an analysis: quick, standard or paper.")] = "standard",
     of: Annotated[str, typer.Option(help="Of regions: whose spectra.")] = ",".join(KINDS_OF_REGIONS),
+    prior: Annotated[str, typer.Option(help="Of certify: its priors, with commas.")] = PRIORS[0],
 ) -> None:
     """Time and memory that a job will take, stage by stage, from one measured batch; the job is not run.
 
     A network of the zoo is taken untrained, unless there is a checkpoint. Exit status 2 if memory is not enough.
     """
-    kinds = _kinds_of_regions(of)
+    kinds, priors = _kinds_of_regions(of), named_priors(prior)
     problem = chosen_problem(target, chosen, snapshots=None).problem
-    plan = estimate(problem, job, effort, of=kinds)
+    plan = estimate(problem, job, effort, of=kinds, prior=priors)
     tell(plan, as_json=chosen.as_json)
     if not plan.fits:
         raise typer.Exit(2)
@@ -337,13 +338,16 @@ def certify_command(
     minutes: Annotated[float | None, typer.Option(help="After which descent ends.")] = None,
 ) -> None:
     """A PAC-Bayes bound on the error on unseen data, beside the binomial bound and that of the network as it is."""
+    priors = named_priors(prior)
     _claim(chosen, "certify")
     problem, _, labels, _ = chosen_problem(target, chosen)
-    settings = {"basis": basis, "bound": bound, "minutes": minutes, "variant": variant, "epochs": descent_epochs}
+    asked = {"basis": basis, "bound": bound, "minutes": minutes, "variant": variant, "epochs": descent_epochs}
+    settings = {name: value for name, value in asked.items() if value is not None}
+    _foretold(problem, chosen, "certify", prior=priors, **settings)
     with kept(chosen, chosen.out, "certify") as stages:
         with status("certifying") as show:
             beside = unseen(target, test, chosen)
-            found = certified(problem, prior, beside, settings, seed=chosen.seed, folder=stages, progress=show)
+            found = certified(problem, priors, beside, settings, seed=chosen.seed, folder=stages, progress=show)
         dataset = certificate_dataset(found, problem, labels)
         finish(dataset, chosen.out, "certify", said=str(found), as_json=chosen.as_json)
     forget(chosen.out, "certify")

@@ -17,7 +17,14 @@ from typer.testing import CliRunner
 
 import deepspectra as ds
 from deepspectra.cli import app
-from deepspectra.errors import CurvatureError, DataError, LossError, MemoryBudgetError, OptionError
+from deepspectra.errors import (
+    CertificateError,
+    CurvatureError,
+    DataError,
+    LossError,
+    MemoryBudgetError,
+    OptionError,
+)
 from deepspectra.jobs import stages
 from deepspectra.jobs.effort import EFFORTS
 from deepspectra.jobs.estimate import JOBS, foreseen, num_products_of, pairs_stage
@@ -165,6 +172,40 @@ def test_errors_of_networks_without_classes_are_all_outputs() -> None:
     assert set(plan.work()) == {"0", "2"} == set(found)
 
 
+def test_a_certificate_is_planned_by_its_priors_and_settings() -> None:
+    problem = classified(400)
+    one = {stage.name: stage for stage in ds.estimate(problem, "certify", epochs=8).stages}
+    assert set(one) == {
+        "bases",
+        "descent, 8 epochs",
+        "draws for the certificate",
+        "check of the noise",
+        "binomial bound",
+    }
+    names = [stage.name for stage in ds.estimate(problem, "certify", prior=["learnt", "isotropic"], epochs=8).stages]
+    assert "learning the prior, prior 1" in names
+    assert "descent, 8 epochs, prior 2" in names
+    assert "binomial bound" not in names  # of the learnt prior's network
+    short = ds.estimate(problem, "certify", epochs=10_000, minutes=0.01)
+    assert next(stage for stage in short.stages if stage.name.startswith("descent")).seconds == pytest.approx(0.6)
+    with pytest.raises(OptionError, match="epoch: no such setting"):
+        ds.estimate(problem, "certify", epoch=8)
+    with pytest.raises(OptionError, match="epochs: settings of a certificate"):
+        ds.estimate(problem, "layers", epochs=8)
+    with pytest.raises(CertificateError):
+        ds.estimate(regression(20), "certify")
+
+
+def test_planning_a_certificate_leaves_the_network_and_the_next_certificate_as_they_were() -> None:
+    problem = classified(200)
+    before = [value.clone() for value in problem.model.state_dict().values()]
+    alone = ds.certify(problem, epochs=4, passes=2)
+    ds.estimate(problem, "certify", epochs=4, passes=2)
+    again = ds.certify(problem, epochs=4, passes=2)
+    assert all(map(torch.equal, before, problem.model.state_dict().values()))
+    assert again.value == alone.value
+
+
 def test_pairs_that_do_not_fit_are_told_and_refused() -> None:
     tight = classified(memory=12_000)
     plan = ds.estimate(tight, effort="quick")
@@ -227,13 +268,13 @@ def test_the_command_trains_nothing_writes_nothing_and_gives_json(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["analyze", "layers", "regions"])
+@pytest.mark.parametrize("job", ["analyze", "layers", "regions", "certify"])
 def test_an_estimate_is_within_a_factor_of_two_of_what_the_job_takes(job: str) -> None:
     """In seconds of this process, with one thread."""
     net, data = trained_on_digits(30, (32, 32), epochs=5)
     make = lambda: ds.Problem(net, (data.inputs, data.targets))  # noqa: E731
     run = {"analyze": functools.partial(ds.analyze, effort="quick", progress=False), "layers": ds.layers}
-    run["regions"] = ds.regions
+    run |= {"regions": ds.regions, "certify": ds.certify}
     run[job](make())  # libraries are read
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

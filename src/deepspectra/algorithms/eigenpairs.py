@@ -13,7 +13,6 @@ from torch import Tensor
 from deepspectra.algorithms.eigenpair_search import SPARE_VECTORS, Search, Wanted
 from deepspectra.algorithms.krylov_basis import Krylov, Ritz
 from deepspectra.algorithms.long_vectors import (
-    COLUMNS_PER_CHUNK,
     inner_products,
     norms_of,
     rows_that_fit,
@@ -131,15 +130,16 @@ def explore(
     del first  # as many vectors as there are pairs, unless they are the caller's
     outcome = search.run()
     ritz, chosen = search.extract()
-    vectors, told = _combined(search.krylov, ritz.coefficients[:, chosen]), search.krylov.rows.told
-    if not keep:
-        search.krylov.rows.release()
+    coordinates, told = ritz.coefficients[:, chosen], search.krylov.rows.told
     if search.krylov.rows.is_rounded:
         lost = search.lost(ritz, chosen) / ritz.values[chosen].abs()
-        ritz, chosen, vectors = _afresh(search.krylov, ritz, chosen, vectors)
+        ritz, chosen, coordinates = _afresh(search.krylov, ritz, chosen)
         told = f"{told}, whose rounding leaves residuals/|λ| of up to {float(lost.max()):.1e}"
         met = bool((ritz.residual_norms[chosen] <= search.tolerances(ritz.values)[chosen]).all())
         outcome = "rounding" if outcome == "stagnation" or (outcome == "converged" and not met) else outcome
+    vectors = _combined(search.krylov, coordinates)
+    if not keep:
+        search.krylov.rows.release()
     result = Eigenpairs(
         values=ritz.values[chosen],
         vectors=vectors,
@@ -191,32 +191,26 @@ def _room(krylov: Krylov, num: int) -> int:
     return operator.memory - krylov.rows.num_bytes(krylov.num_rows) - vectors
 
 
-def _afresh(krylov: Krylov, ritz: Ritz, chosen: Tensor, vectors: Tensor) -> tuple[Ritz, Tensor, Tensor]:
+def _afresh(krylov: Krylov, ritz: Ritz, chosen: Tensor) -> tuple[Ritz, Tensor, Tensor]:
     """The pairs of a rounded basis, by descending value, from a product with each vector, made orthonormal before.
 
-    Symmetrically, so that each changes least. The vectors are overwritten, for they may be most of the memory; as
-    many are multiplied at once as it has room for.
+    With the coordinates of the vectors, of which as many are made and multiplied at once as there is room for, and
+    otherwise one: that takes no more than a step of the search, beside the same graphs.
     """
-    rows, operator = vectors.T, krylov.operator
-    squares, turn = torch.linalg.eigh(inner_products(rows, rows))
-    turn = (turn / squares.sqrt() @ turn.T).to(rows)
-    for columns in torch.split(rows, COLUMNS_PER_CHUNK, dim=1):
-        columns.copy_((columns.T @ turn).T)
+    operator, coordinates = krylov.operator, krylov.orthonormal(ritz.coefficients[:, chosen])
     values, residual_norms = ritz.values.clone(), ritz.residual_norms.clone()
-    each = MEASURED * operator.shape[0] * rows.itemsize
-    width = min(TOGETHER, max(1, _room(krylov, len(rows)) // each))
-    with operator.lends(max(0, width * each - _room(krylov, len(rows)))):
-        for which, some in zip(torch.split(chosen, width), torch.split(rows, width), strict=True):
-            products = (operator @ some.T).detach().to(rows).T
-            values[which] = inner_products(products, some).diagonal()
-            parallel = values[which, None].to(rows) * some
-            residual_norms[which] = norms_of(torch.sub(products, parallel, out=parallel)).cpu()
-            del products, parallel
+    each = MEASURED * operator.shape[0] * krylov.rows.like.itemsize
+    width = min(TOGETHER, max(1, _room(krylov, 0) // each))
+    for which, some in zip(torch.split(chosen, width), torch.split(coordinates, width, dim=1), strict=True):
+        vectors = krylov.combine(some)
+        products = (operator @ vectors).detach().to(vectors).T
+        values[which] = inner_products(products, vectors.T).diagonal()
+        parallel = values[which, None].to(vectors) * vectors.T
+        residual_norms[which] = norms_of(torch.sub(products, parallel, out=parallel)).cpu()
+        del vectors, products, parallel
     krylov.num_products += len(chosen)
     order = values[chosen].argsort(descending=True)
-    for columns in torch.split(rows, COLUMNS_PER_CHUNK, dim=1):
-        columns.copy_(columns[order.to(rows.device)])
-    return Ritz(values, ritz.coefficients, residual_norms), chosen[order], rows.T
+    return Ritz(values, ritz.coefficients, residual_norms), chosen[order], coordinates[:, order]
 
 
 def _separation(ritz: Ritz, chosen: Tensor, complete: bool, limits: dict[float, float]) -> Separation:

@@ -109,6 +109,15 @@ class StoredRows:
         parts = [segment.inner(span, block) for segment, span, _ in self._spans(0, count)]
         return parts[0] if len(parts) == 1 else torch.cat([block.new_zeros(0, len(block)), *parts])
 
+    def gram(self, first: int, last: int) -> Tensor:
+        """Inner products (k, k) of successive rows among each other, multiplied and summed in float64, on the CPU."""
+        total = torch.zeros(last - first, last - first, dtype=torch.float64, device=self.like.device)
+        step = max(1, self._step(last - first) // 4)  # for they are in float64, too
+        for start in range(0, self.width, step):
+            rows = self._read(first, last, slice(start, start + step)).double()
+            total += rows @ rows.T
+        return total.cpu()
+
     def subtract(self, coefficients: Tensor, block: Tensor) -> None:
         """Take their combinations with coefficients (count, k) from rows (k, ·), in place."""
         for segment, span, mine in self._spans(0, len(coefficients)):

@@ -33,7 +33,7 @@ from deepspectra.certificates.plain_networks import (
     on_unseen,
 )
 from deepspectra.certificates.posterior import curvature_in
-from deepspectra.certificates.priors import Prepared, Prior, Store, prepare
+from deepspectra.certificates.priors import Prepared, Prior, Store, prepare, priors_of
 from deepspectra.certificates.settings import Settings
 from deepspectra.certificates.stochastic_layers import Draws
 from deepspectra.dataframes import text_table
@@ -237,10 +237,7 @@ def certify(
     check_seed(seed)
     chosen = Settings.of(**settings)
     examples = examples_of(problem)
-    candidates = [prior] if isinstance(prior, (str, Prior)) else list(prior)
-    if not candidates:
-        raise OptionError("prior=[]: name at least one.")
-    priors = [Prior(one) if isinstance(one, str) else one for one in candidates]
+    priors = priors_of(prior)
     seen = None if test is None else given_examples(test, problem)
     unseen = {} if seen is None else {"test=": seen.inputs}
     if unlabelled is not None:
@@ -322,7 +319,7 @@ class _Trial:
         if test is not None:
             seen = Examples(found.blur(test.inputs), test.labels)
             draws = Draws(self.seed + 2)
-            errors = _num_wrong(found.network, found.network.prepared(seen.inputs), seen.labels, TEST_PASSES, draws)
+            errors = num_wrong(found.network, found.network.prepared(seen.inputs), seen.labels, TEST_PASSES, draws)
             found = replace(
                 found,
                 test_error=errors / (TEST_PASSES * len(test)),
@@ -355,7 +352,7 @@ class _Trial:
         for done in range(passes):
             if self.progress is not None:
                 self.progress(done, passes, f"{name}: drawing for the certificate")
-            total += _num_wrong(made.network, inputs, made.bound.labels, 1, draws)
+            total += num_wrong(made.network, inputs, made.bound.labels, 1, draws)
         return total
 
     def _checked(self, made: Prepared, ledger: Ledger) -> tuple[tuple[float, float], dict[str, LayerPosterior]]:
@@ -412,7 +409,8 @@ def _drawn_labels(network: GaussianNetwork, inputs: Tensor, draws: Draws) -> Ten
     return torch.cat([network.outputs(x).drawn(draws).argmax(1) for x in torch.split(inputs, CHUNK)])
 
 
-def _num_wrong(network: GaussianNetwork, inputs: Tensor, labels: Tensor, passes: int, draws: Draws) -> int:
+def num_wrong(network: GaussianNetwork, inputs: Tensor, labels: Tensor, passes: int, draws: Draws) -> int:
+    """Errors of independent draws, one an example and pass, on prepared inputs."""
     return sum(int((_drawn_labels(network, inputs, draws) != labels).sum()) for _ in range(passes))
 
 

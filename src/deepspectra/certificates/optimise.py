@@ -61,12 +61,16 @@ class Descent:
     risk: float = 0.5
 
     def __post_init__(self) -> None:
+        self.fit(len(self.examples))
+
+    def fit(self, num_examples: int) -> None:
+        """Have what the first layer needs of the inputs found anew each time, if that of so many does not fit."""
         name = self.network.first
         if name is not None:
             outputs, inputs = self.network.layers[name].prior_mean.shape
-            numbers = len(self.examples) * (min(inputs, self.settings.num_directions) + 1 + outputs)
+            numbers = num_examples * (min(inputs, self.settings.num_directions) + 1 + outputs)
             if numbers * self.examples.inputs.element_size() > share(self.problem.memory, "factors"):
-                self.network.first = None  # what it needs of the inputs is then found anew each time
+                self.network.first = None
 
     def run(self, store: Store | None, name: str, progress: LayerProgress | None) -> None:
         """All epochs, or as many as there are minutes for: then the steps shrink sooner, and end as small."""
@@ -81,19 +85,19 @@ class Descent:
         else:
             self.begin()
         inputs = self.network.prepared(self.examples.inputs)
-        optimizer = self._optimizer()
+        optimizer = self.optimizer()
         if kept is not None:
             optimizer.load_state_dict(kept["optimizer"])
         while epoch < num_epochs:
-            if epoch and any(epoch == max(1, round(share * num_epochs)) for share in settings.refreshes):
+            if epoch in settings.refreshed(num_epochs):
                 self.refresh(epoch)
                 inputs = self.network.prepared(self.examples.inputs) if settings.sides == "both" else inputs
-                optimizer = self._optimizer()
+                optimizer = self.optimizer()
             if self.grid is not None and epoch >= SETTLED * num_epochs:
                 self._settle(self.grid)
             if progress is not None:
                 progress(epoch, num_epochs, self._status(name))
-            self._epoch(inputs, optimizer, epoch, num_epochs)
+            self.descend(inputs, optimizer, epoch, num_epochs)
             epoch += 1
             elapsed = spent + time.perf_counter() - began
             num_epochs = self._in_time(epoch, elapsed)
@@ -163,7 +167,8 @@ class Descent:
         chosen = torch.multinomial(doubt, min(num, len(pool)), generator=generator)
         return pool.some(chosen.sort().values)
 
-    def _optimizer(self) -> torch.optim.Optimizer:
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Of means, variances and scales."""
         layers, rate = self.network.layers.values(), self.settings.rate
         groups = [
             {"params": [layer.mean for layer in layers], "rate": rate, "settles": False},
@@ -177,7 +182,8 @@ class Descent:
         for layer in self.network.layers.values():
             layer.log_scale.data.fill_(math.log(grid.variance(grid.nearest(layer.scale))))
 
-    def _epoch(self, inputs: Tensor, optimizer: torch.optim.Optimizer, epoch: int, num_epochs: int) -> None:
+    def descend(self, inputs: Tensor, optimizer: torch.optim.Optimizer, epoch: int, num_epochs: int) -> None:
+        """One epoch, of prepared inputs."""
         settings, n = self.settings, len(self.examples)
         seed = (self.seed * 1000 + epoch) % 2**63
         self.network.draw_from(PooledDraws(seed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -84,6 +85,18 @@ class Prior:
     def name(self) -> str:
         """What a table calls it."""
         return {"isotropic": "isotropic", "smooth": f"smooth, {self.blur:g} px", "learnt": "learnt"}[self.kind]
+
+
+def priors_of(given: str | Prior | Sequence[str | Prior]) -> list[Prior]:
+    """One or several, by their kinds or themselves.
+
+    Raises:
+        OptionError: none, or of an unknown kind.
+    """
+    candidates = [given] if isinstance(given, (str, Prior)) else list(given)
+    if not candidates:
+        raise OptionError("prior=[]: name at least one.")
+    return [Prior(one) if isinstance(one, str) else one for one in candidates]
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,11 @@ class Settings:
             return self.epochs
         return math.ceil(NUM_STEPS / math.ceil(num_examples / self.batch_size_of(num_examples)))
 
+    def refreshed(self, num_epochs: int) -> set[int]:
+        """After how many epochs of so many the basis is found anew."""
+        after = {max(1, round(share * num_epochs)) for share in self.refreshes}
+        return {epoch for epoch in after if epoch < num_epochs}
+
     def warm_up_of(self, num_classes: int) -> float:
         """The share of epochs with the log loss."""
         return WARM_UP.get(num_classes, WARM_UP_OF_MANY) if self.warm_up is None else self.warm_up

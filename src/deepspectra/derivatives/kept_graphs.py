@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from deepspectra.problem.memory_budget import measured, refuse_beyond, share
+from deepspectra.problem.memory_budget import measured, refuse_beyond, return_freed, share
 from deepspectra.problem.problem import Problem
 
 
@@ -34,6 +34,7 @@ class Allowance:
         if self.room() < 0:
             for holder in self.holders:
                 holder.release()
+            return_freed()  # small pieces, where no long vector has room
         self.make_room()
         return True
 

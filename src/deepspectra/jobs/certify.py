@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,21 @@ from deepspectra.problem.finished_stages import FinishedStages
 from deepspectra.problem.problem import Problem
 
 
+def named_priors(words: str) -> list[str]:
+    """Priors of --prior, with commas.
+
+    Raises:
+        OptionError: there is no such prior.
+    """
+    names = [name.strip() for name in words.split(",")]
+    for name in names:
+        check_choice("--prior", name, KINDS)
+    return names
+
+
 def certified(
     problem: Problem,
-    priors: str,
+    priors: Sequence[str],
     test: tuple[Tensor, Tensor] | None,
     settings: Mapping[str, Any],
     *,
@@ -29,18 +41,14 @@ def certified(
     folder: Path | None = None,
     progress: LayerProgress | None = None,
 ) -> Certificate:
-    """`certify` with priors as "isotropic,smooth" and settings of which None is as by default; kept in a folder.
+    """`certify`, kept in a folder as it is made.
 
     Raises:
-        OptionError: there is no such prior or setting.
+        OptionError: there is no such setting.
         FileError: the folder holds unfinished work of another certificate.
     """
-    names = [name.strip() for name in priors.split(",")]
-    for name in names:
-        check_choice("--prior", name, KINDS)
-    chosen = {name: value for name, value in settings.items() if value is not None}
-    store = None if folder is None else FinishedStages(folder, identity(problem, names, chosen, seed))
-    return certify(problem, names, test=test, seed=seed, progress=progress, store=store, **chosen)
+    store = None if folder is None else FinishedStages(folder, identity(problem, priors, settings, seed))
+    return certify(problem, priors, test=test, seed=seed, progress=progress, store=store, **settings)
 
 
 def unseen(target: str | None, test: str | None, chosen: Choice) -> tuple[Tensor, Tensor] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -75,7 +75,7 @@ def certificate_dataset(found: Certificate, problem: Problem, labels: Labels = U
     )
 
 
-def identity(problem: Problem, priors: list[Any], settings: Mapping[str, Any], seed: int) -> dict[str, Label]:
+def identity(problem: Problem, priors: Sequence[Any], settings: Mapping[str, Any], seed: int) -> dict[str, Label]:
     """What makes a certificate this one and no other, for its unfinished work to be taken up.
 
     Minutes are left out: they may be more the next time.

@@ -12,9 +12,11 @@ from deepspectra.analysis.layer_blocks import SMALL
 from deepspectra.analysis.regions import NUM_GROUPS
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
 from deepspectra.argument_checks import check_choice
+from deepspectra.certificates.priors import Prior, priors_of
+from deepspectra.certificates.settings import Settings
 from deepspectra.dataframes import Tabular, text_table
 from deepspectra.derivatives.way_choice import FAILURES
-from deepspectra.errors import CurvatureError, DeepSpectraError, MemoryBudgetError
+from deepspectra.errors import CurvatureError, DeepSpectraError, MemoryBudgetError, OptionError
 from deepspectra.jobs.effort import (
     EFFORTS,
     FEWEST_STEPS,
@@ -26,6 +28,7 @@ from deepspectra.jobs.effort import (
 )
 from deepspectra.jobs.effort import NUM_GROUPS as GROUPS_OF_CLASSES
 from deepspectra.jobs.pace import Pace, Stage
+from deepspectra.jobs.plan_of_certificate import of_certificate
 from deepspectra.jobs.plan_of_rows import captured, of_layers, of_regions
 from deepspectra.problem.memory_budget import share
 from deepspectra.problem.problem import Problem, check_problem
@@ -33,7 +36,7 @@ from deepspectra.results import Result, origin
 from deepspectra.rows.gradients import check_labelled, has_labels, refuse_one_output
 from deepspectra.rows.held_rows import gram_bytes
 
-JOBS = ("analyze", "layers", "regions", "compare")
+JOBS = ("analyze", "layers", "regions", "compare", "certify")
 UNCLASSED_PAIRS = 10  # eigenpairs of a problem without classes
 PAIRS = (10, 2.5)  # products that pairs take: so many, and so many for each; docs/costs.md
 SPARE_ROWS = 8  # vectors of a basis beyond the pairs, at least
@@ -51,7 +54,7 @@ class Plan(Result, Tabular):
     """What a job will take.
 
     Attributes:
-        job: "analyze" | "layers" | "regions" | "compare".
+        job: "analyze" | "layers" | "regions" | "compare" | "certify".
         effort: of an analysis.
         stages: in the order in which they run.
         gradient_seconds: of a gradient of all the data, foreseen from one batch.
@@ -127,6 +130,8 @@ def estimate(
     *,
     of: Sequence[str] = KINDS_OF_REGIONS,
     num_groups: int = NUM_GROUPS,
+    prior: str | Prior | Sequence[str | Prior] = "isotropic",
+    **settings: Any,
 ) -> Plan:
     """What a job will take in time and memory, without running it.
 
@@ -137,21 +142,25 @@ def estimate(
 
     Args:
         problem: to be looked at.
-        job: "analyze" | "layers" | "regions" | "compare" (with another of the same size).
+        job: "analyze" | "layers" | "regions" | "compare" (with another of the same size) | "certify".
         effort: of an analysis.
         of: kinds of rows whose regions are looked at,
         num_groups: of examples left out in turn, there.
+        prior: of a certificate, or several, as `certify` takes them, and
+        **settings: by name.
 
     Returns:
         A plan: `.stages`, `.total_seconds`, `.peak_bytes`, whether it `.fits`, and `.advice`; `str()` is a table.
 
     Raises:
-        OptionError: an unknown job or effort.
+        OptionError: an unknown job or effort, or settings of a certificate that there are not.
+        CertificateError: the network or its data can have no certificate.
         LossError: the job needs class labels, or the loss is the cross-entropy of a single output.
         CurvatureError: the network has no right second derivative, or its examples cannot be told apart, where the
             job needs it.
 
-    Cost: up to about 70 products with one batch, a second or so for small networks.
+    Cost: up to about 70 products with one batch, a second or so for small networks; of a certificate an epoch of
+        training and two of descent on some of the examples, and two bases.
     """
     began = time.perf_counter()
     check_problem(problem)
@@ -165,6 +174,11 @@ def estimate(
         num_classes = GROUPS_OF_CLASSES if problem.num_classes > MOST_CLASSES else problem.num_classes
         num = num_classes + chosen.spare_pairs if classed else UNCLASSED_PAIRS
         return plan_of_analysis(problem, chosen, num, num_classes if classed else 0)
+    if job == "certify":
+        chosen_settings, priors = Settings.of(**settings), priors_of(prior)
+        return _plan(Pace(problem), job, began, of_certificate(problem, priors, chosen_settings))
+    if settings:
+        raise OptionError(f"{', '.join(settings)}: settings of a certificate, and not of job={job!r}.")
     if job != "compare":
         check_labelled(problem)
     pace = Pace(problem)
@@ -217,6 +231,8 @@ def _advice(problem: Problem, job: str, effort: str, stages: Sequence[Stage]) ->
         )
     if job in ("layers", "regions") and seconds > MINUTE:
         return _fewer(problem, stages)
+    if job == "certify" and seconds > 10 * MINUTE:
+        return "For less: --minutes, after which descent ends, or --descent-epochs."
     if job == "analyze" and seconds > 10 * MINUTE:
         quicker = "" if effort == "quick" else "--effort quick, or "
         return f"For less: {quicker}--limit for fewer examples."

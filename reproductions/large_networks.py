@@ -40,6 +40,7 @@ from deepspectra.jobs.pace import Pace
 from deepspectra.problem.memory_budget import parse_bytes
 from deepspectra.results import versions
 from reproductions import large_models, large_page
+from reproductions.language_model import PARTS
 from reproductions.large_peers import PEERS, peak_bytes
 
 HERE = Path(__file__).parent.parent
@@ -192,8 +193,10 @@ def measure(name: str, store: Path, budget: Budget, say: Callable[[str], None]) 
     )
     graphs.size = whole
     products_of(problem).release()
-    parts = ds.decompose(problem, effects="two-way", groups=made.groups)
-    shares = run.stage("shares", lambda: pair_shares(parts, pairs))
+    # The parts and their means are gone when graphs need the room.
+    shares = run.stage(
+        "shares", lambda: pair_shares(ds.decompose(problem, effects="two-way", groups=made.groups), pairs)
+    )
     products_of(problem).release()
     curve = run.stage("density", lambda: density(hessian, pairs), lambda found: found.num_products)
     run.keep(
@@ -202,7 +205,7 @@ def measure(name: str, store: Path, budget: Budget, say: Callable[[str], None]) 
         residuals=pairs.residual_norms.tolist(),
         converged=pairs.converged,
         status=pairs.status,
-        parts=[*parts, "residual"],
+        parts=PARTS,
         shares=shares.tolist(),
         density=large_page.curve_of(curve),
         told=str(curve),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import os
 import resource
 import sys
 import time
@@ -23,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from reproductions.large_models import module_of
 
 NUM, RTOL, STEPS = 10, 3e-2, 60  # pairs, their residual, and steps of a Lanczos that does not stop by itself
-ROOM = 0.93  # of this machine's memory, beyond which a peer is refused more rather than killed by the system
+MOST = 16 * 2**30  # bytes that a peer may have, beyond which it is refused more
 PEERS = {"curvlinops": "curvlinops", "hessian-eigenthings": "hessian_eigenthings"}  # and their modules
 
 
@@ -100,8 +99,7 @@ def peak_bytes() -> int:
 def main(name: str, store: Path, peer: str) -> None:
     """Tell what is found, line by line, so that what a limit ends has told what it did."""
     importlib.import_module(PEERS[peer])
-    most = int(ROOM * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST, MOST))
     model = module_of(name, torch.load(store / "weights.pt", weights_only=True))
     inputs, labels, weights = torch.load(store / "examples.pt", weights_only=True)
     v, right = torch.load(store / "product.pt", weights_only=True)

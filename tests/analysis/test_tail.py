@@ -137,6 +137,17 @@ def test_log_normal_draws_are_called_a_power_law_no_more_often_than_is_said(size
     assert found["power law"] <= most, found
 
 
+def test_what_float32_resolves_is_judged_however_many_eigenvalues_there_are() -> None:
+    """And what it leaves of zeros is not: those of a dense matrix of rank 200 of 600."""
+    values = torch.from_numpy(pareto(20_000, 2.5, share=1.0)(np.random.default_rng(0)))
+    found = ds.tail(values.float(), num_draws=5)
+    assert (found.num, found.num_zero) == (20_000, 0)
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(600, 200, generator=generator)
+    dense = torch.linalg.eigvalsh(root @ root.T / 200)
+    assert ds.tail(dense, num_draws=5).num_zero == 400
+
+
 def test_outliers_and_zeros_are_counted_and_units_do_not_matter() -> None:
     values = torch.from_numpy(spiked(150)(np.random.default_rng(0)))
     values = torch.cat([values, torch.full((50,), 1e-17)])

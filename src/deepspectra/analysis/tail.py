@@ -27,7 +27,7 @@ from deepspectra.analysis.tail_laws import (
 from deepspectra.argument_checks import check_count
 from deepspectra.dataframes import Tabular, text_table
 from deepspectra.errors import DataError, OptionError
-from deepspectra.quadrature import Density
+from deepspectra.quadrature import ROUNDING, Density
 from deepspectra.results import Eigenpairs, Provenance, Result
 
 if TYPE_CHECKING:
@@ -250,10 +250,14 @@ def _read(spectrum: Tensor | Density | Exact) -> tuple[Sample, Provenance]:
 
 
 def _rounding(signed: Sample, provenance: Provenance) -> float:
-    """Up to which size an eigenvalue is zero."""
-    count = provenance.size if signed.error_above else len(signed.values)
+    """Up to which size an eigenvalue is zero, for its rounding is as large.
+
+    That of nodes does not grow with P, and that of a dense matrix's eigenvalues, by a norm of errors that are
+    independent of each other, as √n; n ε, the bound of a rank, would be far too much.
+    """
+    units = ROUNDING if signed.error_above else max(ROUNDING, math.sqrt(len(signed.values)))
     epsilon = torch.finfo(getattr(torch, provenance.dtype)).eps
-    return float(count * epsilon * np.abs(signed.values).max(initial=0.0))
+    return float(units * epsilon * np.abs(signed.values).max(initial=0.0))
 
 
 def _error_above(density: Density) -> Callable[[float], float]:

@@ -196,6 +196,22 @@ def test_a_certificate_is_planned_by_its_priors_and_settings() -> None:
         ds.estimate(regression(20), "certify")
 
 
+def test_weights_that_convolutions_draw_for_each_example_are_planned_and_refused() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 32, 3), nn.Flatten(), nn.Linear(128, 3))
+    data = (torch.randn(90, 1, 6, 6), torch.arange(90) % 3)
+    plan = ds.estimate(ds.Problem(net, data), "certify", epochs=1, passes=1, num_curvature=30)
+    descent = next(stage for stage in plan.stages if stage.name.startswith("descent"))
+    drawn = 4 * 50 * 32 * (8 * 9 + 1)  # bytes of one copy, of the larger convolution, for a batch of 50
+    assert 2 * drawn < descent.num_bytes < 8 * drawn
+    tight = ds.Problem(net, data, memory=drawn)
+    small = ds.estimate(tight, "certify", epochs=1)
+    assert not small.fits
+    assert "lower batch_size" in small.advice
+    with pytest.raises(MemoryBudgetError, match="a step of descent takes"):
+        ds.certify(tight, epochs=1, passes=1, num_curvature=30)
+
+
 def test_planning_a_certificate_leaves_the_network_and_the_next_certificate_as_they_were() -> None:
     problem = classified(200)
     before = [value.clone() for value in problem.model.state_dict().values()]

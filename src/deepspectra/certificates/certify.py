@@ -16,7 +16,6 @@ from deepspectra.certificates.binomial_bounds import monte_carlo_bound
 from deepspectra.certificates.independence import check_independence
 from deepspectra.certificates.ledger import Ledger
 from deepspectra.certificates.networks import (
-    CHUNK,
     Examples,
     GaussianNetwork,
     examples_of,
@@ -406,7 +405,7 @@ def _draws_seed(seed: int) -> int:
 def _drawn_labels(network: GaussianNetwork, inputs: Tensor, draws: Draws) -> Tensor:
     """(B,) labels, a draw an example."""
     network.draw_from(draws)
-    return torch.cat([network.outputs(x).drawn(draws).argmax(1) for x in torch.split(inputs, CHUNK)])
+    return torch.cat([network.outputs(x).drawn(draws).argmax(1) for x in torch.split(inputs, network.chunk)])
 
 
 def num_wrong(network: GaussianNetwork, inputs: Tensor, labels: Tensor, passes: int, draws: Draws) -> int:
@@ -421,7 +420,8 @@ def _cross_entropy(made: Prepared, some: Examples, seed: int) -> float:
     made.network.draw_from(draws)
     total = 0.0
     for _ in range(CHECK_PASSES):
-        for x, y in zip(torch.split(inputs, CHUNK), torch.split(some.labels, CHUNK), strict=True):
+        chunk = made.network.chunk
+        for x, y in zip(torch.split(inputs, chunk), torch.split(some.labels, chunk), strict=True):
             logits = made.network.outputs(x).drawn(draws).double()
             total += float(nn.functional.cross_entropy(logits, y, reduction="sum"))
     return total / (CHECK_PASSES * len(some))

@@ -24,7 +24,8 @@ from deepspectra.problem.input_checks import check_finite, reported, shapes_of
 from deepspectra.problem.model_copy import owners_of
 from deepspectra.problem.problem import Problem
 
-CHUNK = 1000  # examples that pass at a time where nothing is differentiated
+CHUNK = 1000  # examples that pass at a time where nothing is differentiated, or fewer, that
+DRAWN = 2**26  # weights at most are drawn for them, if convolutions draw them for each
 SAMPLE = 3  # examples on which a network is understood
 KINDS = (nn.Linear, nn.Conv2d)
 Weighted = nn.Linear | nn.Conv2d
@@ -141,6 +142,12 @@ class GaussianNetwork:
         owned = {f"{name}.{key}".lstrip(".") for name in self.layers for key in ("weight", "bias")}
         self.held = tuple(name for name, _ in model.named_parameters() if name not in owned)
         self.first: str | None = next(iter(self.layers)) if _is_first(model, self.layers, sample) else None
+
+    @property
+    def chunk(self) -> int:
+        """Examples that pass at a time where nothing is differentiated: always as many, for draws are by chunks."""
+        convolutions = (one for one in self.layers.values() if isinstance(one, GaussianConvolution))
+        return max(1, min(CHUNK, DRAWN // max((one.mean.numel() for one in convolutions), default=1)))
 
     def outputs(self, x: Tensor) -> Outputs:
         """Moments of the logits, given draws of the features of each example."""

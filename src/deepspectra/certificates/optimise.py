@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import time
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from deepspectra.argument_checks import LayerProgress, seeded
 from deepspectra.certificates.binomial_bounds import BOUNDS, price
 from deepspectra.certificates.ledger import Grid
 from deepspectra.certificates.losses import error_probability, log_loss
-from deepspectra.certificates.networks import CHUNK, Examples, GaussianNetwork
+from deepspectra.certificates.networks import Examples, GaussianNetwork
 from deepspectra.certificates.posterior import (
     closed_form,
     coordinates,
@@ -26,7 +27,7 @@ from deepspectra.certificates.posterior import (
 from deepspectra.certificates.priors import Store, learn
 from deepspectra.certificates.settings import Settings
 from deepspectra.certificates.stochastic_layers import Draws, PooledDraws
-from deepspectra.problem.memory_budget import share
+from deepspectra.problem.memory_budget import measured, refuse_beyond, share
 from deepspectra.problem.problem import Problem
 
 SMOOTHING = 0.98  # of the running estimate of the risk
@@ -85,6 +86,8 @@ class Descent:
         else:
             self.begin()
         inputs = self.network.prepared(self.examples.inputs)
+        size = self.step_bytes(inputs, self.settings.batch_size_of(len(self.examples)))
+        refuse_beyond(size, self.problem.memory, "a step of descent takes", "Lower batch_size, or raise memory.")
         optimizer = self.optimizer()
         if kept is not None:
             optimizer.load_state_dict(kept["optimizer"])
@@ -114,6 +117,18 @@ class Descent:
                         "optimizer": optimizer.state_dict(),
                     },
                 )
+
+    def step_bytes(self, inputs: Tensor, batch_size: int) -> int:
+        """Bytes that the graph of a step takes with so many examples, of prepared inputs, from those of a few.
+
+        Convolutions draw weights for each example.
+        """
+        labels, sizes = self.examples.labels, []
+        for few in (2, 4):
+            outputs = functools.partial(self.network.outputs, inputs[:few])
+            sizes.append(measured(lambda f=outputs, k=few: error_probability(f(), labels[:k]))[1])
+        each = max(0, sizes[1] - sizes[0]) // max(1, min(4, len(labels)) - 2)
+        return sizes[0] + max(0, batch_size - 2) * each
 
     @property
     def num_epochs(self) -> int:
@@ -161,7 +176,8 @@ class Descent:
         doubt = torch.ones(len(pool))
         if epoch:
             self.network.draw_from(Draws(self.seed + epoch))
-            parts = zip(torch.split(pool.inputs, CHUNK), torch.split(pool.labels, CHUNK), strict=True)
+            chunk = self.network.chunk
+            parts = zip(torch.split(pool.inputs, chunk), torch.split(pool.labels, chunk), strict=True)
             errors = [error_probability(self.network.outputs(self.network.prepared(x)), y) for x, y in parts]
             doubt = (torch.cat(errors) * (1 - torch.cat(errors)) + CERTAIN).float().cpu()
         chosen = torch.multinomial(doubt, min(num, len(pool)), generator=generator)

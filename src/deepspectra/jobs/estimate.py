@@ -47,6 +47,10 @@ KNOCKED = 3  # exact spectra with their knock-outs, in units of all eigenvalues 
 RITZ = 8  # eigenproblems of the basis of a density, for what has converged and what nodes weigh
 COLUMNS = 64  # of a dense matrix that go through a graph together, at most
 MINUTE = 60
+INSTEAD = {  # of more memory
+    "analyze": "lower batch_size, or look at part of the network by parameters=",
+    "certify": "or lower batch_size",
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -223,8 +227,8 @@ def _advice(problem: Problem, job: str, effort: str, stages: Sequence[Stage]) ->
             f"It does not fit: {size_of(worst.num_bytes)} for {worst.name}, which may have {size_of(worst.limit)} of "
             f"the {size_of(problem.memory)} of memory. "
         )
-        if job == "analyze":
-            return told + "Raise memory, lower batch_size, or look at part of the network by parameters=."
+        if job in INSTEAD:
+            return f"{told}Raise memory, {INSTEAD[job]}."
         most, fewest = min(stage.most for stage in broken), max(2, problem.num_classes)
         return told + (
             f"Raise memory, or pass --limit {int(most)}." if fewest <= most < math.inf else "Raise memory."

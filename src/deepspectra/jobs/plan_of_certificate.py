@@ -22,6 +22,9 @@ from deepspectra.problem.problem import Problem
 STEPS = 8  # of descent that are timed, after as many that warm up
 FEWEST = 256  # examples that training and draws are timed on
 STATES = 4  # numbers for each that descent changes: itself, its gradient, and two moments
+SQUARES = (
+    4  # matrices of each side of a layer that are in float64 while it is turned: old, new, their product, squares
+)
 
 
 class _Some:
@@ -75,14 +78,22 @@ def _of_prior(some: _Some, prior: Prior, training: float, of: str) -> Iterator[S
     made = prepare(replace(prior, epochs=1), some.problem.model, some.few, 0)
     num = round(len(some.all) * (1 - prior.share)) if learnt else len(some.all)
     descent = _descent(some, made, prior, num)
+    epochs, limit = settings.epochs_of(num), some.problem.memory
+    named = f"descent, {epochs:,} epochs{of}"
+    step = descent.step_bytes(made.network.prepared(made.bound.inputs[:4]), settings.batch_size_of(num))
+    if step > limit:  # too much to be timed: about two gradients an epoch
+        yield Stage(named, 0, 2 * epochs * training, step, limit)
+        return
     basis = some.curved * some.timed(descent.begin)
     basis = max(basis, some.curved * some.timed(lambda: descent.refresh(1)))
     started = TRAINING_EPOCHS * training if settings.start == "trained" else 0.0
     layers = made.network.layers.values()
     changed = sum(one.nbytes for layer in layers for one in (layer.mean, layer.log_ratio))
     held = float(STATES * changed + sum(layer.prior_mean.nbytes for layer in layers))
-    epochs = settings.epochs_of(num)
-    yield Stage(f"bases{of}", 0, started + (1 + len(settings.refreshed(epochs))) * basis, held)
+    sides = [(layer.prior_mean.shape, layer.prior_mean.itemsize) for layer in layers]
+    held += sum(width * (o * o * (settings.sides == "both") + d * d) for (o, d), width in sides)  # rotations
+    turned = max(8 * SQUARES * (o * o + d * d) for (o, d), _ in sides)
+    yield Stage(f"bases{of}", 0, started + (1 + len(settings.refreshed(epochs))) * basis, held + turned)
     inputs = made.network.prepared(made.bound.inputs)
     optimizer = descent.optimizer()
     _ = some.timed(lambda: descent.descend(inputs, optimizer, 0, 2))
@@ -90,10 +101,11 @@ def _of_prior(some: _Some, prior: Prior, training: float, of: str) -> Iterator[S
     epoch = scale * some.timed(lambda: descent.descend(inputs, optimizer, 1, 2))
     beside = scale * inputs.numel() * inputs.element_size()
     seconds = epochs * epoch if settings.minutes is None else min(epochs * epoch, 60 * settings.minutes)
-    yield Stage(f"descent, {epochs:,} epochs{of}", 0, seconds, held + beside)
+    yield Stage(named, 0, seconds, held + beside + step, limit)
     draw = scale * some.timed(lambda: num_wrong(made.network, inputs, made.bound.labels, 1, Draws(1)))
-    yield Stage(f"draws for the certificate{of}", 0, settings.passes * draw, beside)
-    yield Stage(f"check of the noise{of}", 0, basis, held)
+    drawn = descent.step_bytes(inputs, min(num, made.network.chunk))  # no graph, and no more than one would take
+    yield Stage(f"draws for the certificate{of}", 0, settings.passes * draw, beside + drawn)
+    yield Stage(f"check of the noise{of}", 0, basis, held + turned)
 
 
 def _descent(some: _Some, made: Prepared, prior: Prior, num: int) -> Descent:

@@ -26,8 +26,8 @@ from deepspectra.errors import (
     OptionError,
 )
 from deepspectra.jobs import stages
-from deepspectra.jobs.effort import EFFORTS
-from deepspectra.jobs.estimate import JOBS, foreseen, num_products_of, pairs_stage
+from deepspectra.jobs.effort import EFFORTS, Effort
+from deepspectra.jobs.estimate import JOBS, foreseen, num_products_of, pairs_stage, plan_of_analysis
 from deepspectra.jobs.estimate import _advice as advice_of
 from deepspectra.jobs.pace import Pace, Stage
 from deepspectra.operators.base import Operator
@@ -255,6 +255,24 @@ def test_pairs_are_planned_beside_their_basis_and_graphs_only_where_those_fit_to
         rows = min(stage.products, room)
         beside = graphs if stay else 0
         assert stage.num_bytes == max(graphs + rows * pace.row, beside + (rows + 1) * pace.row)
+
+
+@pytest.mark.filterwarnings("ignore::deepspectra.errors.ConvergenceWarning")
+def test_means_that_are_not_held_and_knock_outs_without_room_are_planned_as_they_run() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 20))
+    data = (torch.randn(200, 30), torch.arange(200) % 20)
+    vector = 4 * sum(p.numel() for p in net.parameters())
+    effort = Effort("quick", 0, 3e-2, None, 2, 4, False, 0)
+    for num_vectors, held, fits in ((2000, True, True), (150, False, True), (60, False, False)):
+        problem = ds.Problem(net, data, memory=num_vectors * vector)
+        plan = {stage.name: stage for stage in plan_of_analysis(problem, effort, 2, 20).stages}
+        assert ("map of the means" in plan) == held == ds.decompose(problem, effects="two-way").holds_means()
+        assert plan["top eigenpairs of H"].fits
+        assert plan["attribution of H"].fits == fits
+        with contextlib.nullcontext() if fits else pytest.raises(MemoryBudgetError, match="knock-outs"):
+            hessian, parts = ds.Hessian(problem), ds.decompose(problem, effects="two-way")
+            ds.attribute(hessian, parts, pairs=ds.eigenpairs(hessian, 2, rtol=3e-2), max_products=1)
 
 
 def test_unknown_jobs_are_refused() -> None:

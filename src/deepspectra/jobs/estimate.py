@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deepspectra.analysis.knockouts import NEWEST
 from deepspectra.analysis.layer_blocks import SMALL
 from deepspectra.analysis.regions import NUM_GROUPS
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
@@ -279,7 +280,8 @@ def _of_analysis(pace: Pace, effort: Effort, num: int, num_classes: int, of: str
     if first:
         yield density_stage(pace, effort, "gauss_newton", "density of G")
     if averaged and not exact:
-        yield Stage("traces of G", 0, num_classes * pace.gradient, num_classes**2 * pace.vector)
+        held = max(num_classes * pace.vector, _means(pace, num_classes))
+        yield Stage("traces of G", 0, num_classes * pace.gradient, held)
     for kind, letter in (("hessian", "H"), ("residual", "R")):
         yield density_stage(pace, effort, kind, f"density of {letter}{of}")
     if not exact:
@@ -350,18 +352,30 @@ def density_stage(pace: Pace, effort: Effort, kind: str, name: str) -> Stage:
 
 def _averages(pace: Pace, num_classes: int, *, exact: bool) -> Iterator[Stage]:
     product = pace.gradient if exact else pace.product("gauss_newton")
-    means = num_classes**2 * pace.vector
+    means = _means(pace, num_classes)
     yield Stage("averaging: class means", 0, 2 * product, num_classes * pace.vector)
-    yield Stage("averaging: cross-class means", 0, (2 + num_classes / 2) * product, means)
-    yield Stage("map of the means", 0, MAP * num_classes**2, 0)
+    yield Stage("averaging: cross-class means", 0, (2 + num_classes / 2) * product if means else 0, means)
+    if means:
+        yield Stage("map of the means", 0, MAP * num_classes**2, 0)
+
+
+def _means(pace: Pace, num_classes: int) -> int:
+    """Bytes of the C² cross-class means, in the place of graphs; 0 where they do not fit it and are not held."""
+    means = num_classes**2 * pace.vector
+    return means if means <= share(pace.problem.memory, "graphs") else 0
 
 
 def _attribution(pace: Pace, effort: Effort, num: int, num_classes: int, *, exact: bool) -> Stage:
     product = pace.gradient if exact else pace.product("gauss_newton")
     products = min(num_classes * KNOCKOUTS + 1, effort.knockout_products or num_classes * KNOCKOUTS + 1)
-    basis = (num_products_of(num, pace.problem.num_parameters) + products) * pace.row
+    size, means = pace.problem.num_parameters, _means(pace, num_classes)
+    rows, least = num_products_of(num, size) + products, num + NEWEST + 2 * num_classes + min(products, 1)
+    # the basis grows into what graphs and means leave
+    room = share(pace.problem.memory, "basis") // pace.row
+    room += (share(pace.problem.memory, "graphs") - means) // pace.row
+    basis = max(min(size, least), min(rows, room)) * pace.row
     seconds = products * pace.product("hessian") + num * product / 2
-    return Stage("attribution of H", products, seconds, num_classes**2 * pace.vector + basis)
+    return Stage("attribution of H", products, seconds, means + basis, means + room * pace.row)
 
 
 def _exact_spectrum(pace: Pace, held: float, of: str) -> Stage:

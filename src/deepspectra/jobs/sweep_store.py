@@ -189,7 +189,7 @@ def _check_same(folder: Path, earlier: Mapping[str, Any], new: Mapping[str, Any]
         raise FileError(
             f"the cells in {folder} are of version {earlier['version']} of {new['cell']}, which is now "
             f"{new['version']}. Choose another folder; or, if its numbers are the same, say so by "
-            f"cell.version = {earlier['version']!r}."
+            f"cell.version = {earlier['version']!r}, of a bound method by that of its object."
         )
 
 

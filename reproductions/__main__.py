@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspectra as ds
-from deepspectra.jobs.sweep import identity
+from deepspectra.jobs.sweep_identity import identity
 from deepspectra.jobs.sweep_store import Store
 from reproductions import dissecting
 from reproductions.measure import ClaimsCell
@@ -48,10 +48,10 @@ def stages() -> Iterator[dict[str, list[Any]]]:
 def opened(store: Path, root: Path | None) -> ClaimsCell:
     """The cell of the sweep, whose store has what was kept, and knows all the axes."""
     cell = ClaimsCell(root)
-    restore(CELLS, store)
     name, version = identity(cell)
     for axes in stages():
         Store(store, axes, looks=LOOKS, cell=name, version=version)
+    restore(CELLS, store)
     return cell
 
 

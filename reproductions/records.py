@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from deepspectra.errors import FileError
 from deepspectra.jobs.sweep_cell import DONE, SUFFIX, digest, write_once
 from deepspectra.jobs.sweep_cell import Record as Cell
-from deepspectra.jobs.sweep_store import CELLS
+from deepspectra.jobs.sweep_store import CELLS, read_manifest
 
 Record = dict[str, Any]
 FITTED = 0.01  # training error up to which a network fits its data
 PREFIXES = {"H": "hessian_", "G": ""}
+VERSION = "cell_version"  # of a cell that is kept: its sweep's
 DIGITS = 8  # of numbers that are kept as text
 
 
@@ -84,25 +86,35 @@ def _flat(old: Record) -> Record:
 
 def keep(store: Path, path: Path) -> None:
     """Write the finished cells of a store, a line each, so that a sweep goes on where its folder is lost."""
+    version = read_manifest(store)["version"]
     found = [Cell.read(file) for file in (store / CELLS).glob(f"*{SUFFIX}")]
-    lines = [json.dumps(_plain(cell)) for cell in found if cell.status == DONE]
+    lines = [json.dumps(_plain(cell, version)) for cell in found if cell.status == DONE]
     path.write_text("".join(f"{line}\n" for line in sorted(lines)))
 
 
 def restore(path: Path, store: Path) -> None:
-    """Put the cells that were kept into a store, but those that it has."""
-    (store / CELLS).mkdir(parents=True, exist_ok=True)
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        about = json.loads(line)
+    """Put the cells that were kept into a store, but those that it has.
+
+    Raises:
+        FileError: the store is none, or cells were kept of another version than its own.
+    """
+    version = read_manifest(store)["version"]
+    kept = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    for other in {about.pop(VERSION) for about in kept} - {version}:
+        raise FileError(
+            f"{path} has cells of version {other}, and the store is of version {version}. Remove the file, to "
+            "measure them anew."
+        )
+    for about in kept:
         measures = {name: np.array(value) for name, value in about.pop("measures").items()}
         cell = Cell(status=DONE, measures=measures, **about)
         write_once(store / CELLS / f"{digest(cell.point)}{SUFFIX}", cell.pack())
 
 
-def _plain(cell: Cell) -> Record:
+def _plain(cell: Cell, version: str) -> Record:
     measures = {name: _rounded(values.tolist()) for name, values in cell.measures.items()}
     about = {name: getattr(cell, name) for name in ("point", "seconds", "peak_memory", "versions")}
-    return about | {"measures": measures}
+    return about | {VERSION: version, "measures": measures}
 
 
 def _rounded(value: Any) -> Any:

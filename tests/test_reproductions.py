@@ -15,7 +15,7 @@ import reproductions.__main__
 import torch
 import xarray as xr
 from reproductions import certificates, certificates_page, dissecting
-from reproductions.__main__ import SMALL, opened, stages, write_pages
+from reproductions.__main__ import CELLS, SMALL, opened, stages, write_pages
 from reproductions.claims import explained, misclassification
 from reproductions.measure import ClaimsCell, measure
 from reproductions.pages import Grid, claims_page, within
@@ -23,7 +23,7 @@ from reproductions.records import at_end, earlier, fits, keep, of_store, restore
 from reproductions.verdicts import Verdict, judged, spread, table
 
 import deepspectra as ds
-from deepspectra import zoo
+from deepspectra import errors, zoo
 
 DOCS = Path(__file__).parent.parent / "docs"
 OUTLIERS = np.array([2.0] * 10 + [0.24, 0.23, 0.1])  # at an edge of 0.2
@@ -160,8 +160,9 @@ def test_cells_come_out_of_the_store_as_they_went_in(store: Path) -> None:
 def test_a_store_is_made_again_from_the_lines_that_were_kept(store: Path, tmp_path: Path) -> None:
     keep(store, tmp_path / "cells.jsonl")
     again = tmp_path / "again"
-    restore(tmp_path / "cells.jsonl", again)
+    (again / "cells").mkdir(parents=True)
     (again / "sweep.json").write_bytes((store / "sweep.json").read_bytes())
+    restore(tmp_path / "cells.jsonl", again)
     xr.testing.assert_allclose(ds.gather(again), ds.gather(store), rtol=1e-7)
     before = sorted((again / "cells").iterdir())
     restore(tmp_path / "cells.jsonl", again)
@@ -172,12 +173,27 @@ def test_a_new_store_has_what_was_kept_and_knows_the_grid(tmp_path: Path, monkey
     monkeypatch.setattr(reproductions.__main__, "CELLS", tmp_path / "cells.jsonl")
     point = {"model": "mlp", "data": "mnist", "per_class": 13, "progress": 1.0, "seed": 0}
     line = {"point": point, "seconds": 1.0, "peak_memory": 2.0, "versions": {}, "measures": {"loss": 0.5}}
+    line["cell_version"] = ClaimsCell().version
     (tmp_path / "cells.jsonl").write_text(json.dumps(line) + "\n")
     opened(tmp_path / "store", None)
     found = ds.gather(tmp_path / "store")
     assert found.status.size == 4 * 3 * 4 * 4 * 3
     assert int((found.status == "done").sum()) == 1
     assert found.loss.sel(point) == 0.5
+
+
+def test_every_cell_that_was_kept_is_of_the_version_of_today(tmp_path: Path) -> None:
+    opened(tmp_path / "store", None)
+    keep(tmp_path / "store", tmp_path / "cells.jsonl")
+    assert (tmp_path / "cells.jsonl").read_text() == CELLS.read_text() != ""
+
+
+def test_cells_that_were_kept_of_another_version_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raised = ClaimsCell().version.replace("2", "3", 1)
+    monkeypatch.setattr(ClaimsCell, "version", raised)
+    with pytest.raises(errors.FileError, match=r"cells of version 2 Claims.*the store is of version 3 Claims"):
+        opened(tmp_path / "store", None)
+    assert not list((tmp_path / "store" / "cells").iterdir())
 
 
 def test_records_of_before_are_read_by_the_same_names() -> None:

@@ -23,7 +23,7 @@ import xarray as xr
 import deepspectra as ds
 import sweep_cells
 from deepspectra import errors
-from deepspectra.jobs.sweep_cell import Record
+from deepspectra.jobs.sweep_cell import Record, digest
 from deepspectra.jobs.sweep_schedule import Experience, Schedule, Task
 from sweep_cells import Large, broken_training, draws, dying, failing, short_training, training
 
@@ -149,6 +149,42 @@ def test_an_axis_of_numbers_may_become_one_of_texts(tmp_path):
     swept(cell, {"x": [None]}, tmp_path)
     assert swept(cell, {"x": [13]}, tmp_path).y.values.tolist() == [13]
     assert len(cell.points) == 2
+
+
+def test_integers_that_are_no_floats_are_cells_of_their_own(tmp_path):
+    """Those above 2^53; others are known by the digests that they always had."""
+    seeds = [2**63 - 1, 2**60 + 2, 2**60 + 1, 2**60, 2**53 + 1, 7]
+    for _ in range(2):
+        found = swept(lambda seed: {"last": seed % 1000}, {"seed": seeds}, tmp_path)
+        assert (found.status == "done").all()
+        assert found["last"].values.tolist() == [seed % 1000 for seed in seeds]
+    assert xr.load_dataset(tmp_path / "sweep.nc").seed.values.tolist() == sorted(seeds)
+    assert digest({"seed": 7}) == digest({"seed": 7.0}) == "c6765433302506d14b38fc23"
+    assert digest({"seed": 2**60}) == digest({"seed": 2.0**60}) != digest({"seed": 2**60 + 1})
+    assert digest({"seed": 10**400}) != digest({"seed": 10**400 + 1})
+
+
+@pytest.mark.parametrize(
+    ("earlier", "values"),
+    [
+        ([], ["1", 1]),
+        ([], [True, "x", "True"]),
+        ([], [None, "None"]),
+        ([], [2**60, 2**60 + 1, 0.5]),
+        (["1"], [1]),
+        ([1], [True]),
+        ([2**60, 2**60 + 1], [0.5]),
+        ([], [2**64, 1]),
+    ],
+)
+def test_values_that_would_have_one_label_are_refused_before_anything_runs(earlier, values, tmp_path):
+    cell = Counted()
+    if earlier:
+        swept(cell, {"x": earlier}, tmp_path)
+    with pytest.raises(errors.OptionError, match=r"axis x has .*(one label|64 bits)"):
+        swept(cell, {"x": values}, tmp_path)
+    assert len(cell.points) == len(earlier)
+    assert swept(cell, {"x": [3, *earlier]}, tmp_path).status.values.tolist() == ["done"] * (1 + len(earlier))
 
 
 def test_only_new_cells_run_when_the_grid_changes(tmp_path):

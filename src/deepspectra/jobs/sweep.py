@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import inspect
 import itertools
 import math
@@ -30,6 +28,7 @@ from deepspectra.jobs.sweep_cell import (
     Value,
     digest,
 )
+from deepspectra.jobs.sweep_identity import identity
 from deepspectra.jobs.sweep_schedule import MOST_AT_ONCE, Experience, Schedule, Submits, Task
 from deepspectra.jobs.sweep_store import Store, chosen, gather, locked, ordered
 from deepspectra.problem.memory_budget import free_memory, parse_bytes
@@ -66,9 +65,11 @@ def sweep(
     Args:
         cell: the function. If it has an attribute ``memory``, a function of the point that returns bytes, no more
             cells run at once than fit; otherwise as many as fit by what the cells most like them took. If it has an
-            attribute ``version``, a text, that tells whether it is the cell of an earlier sweep in the folder, and
-            otherwise its source does. `ZooCell` is a ready one.
-        axes: name → values: numbers or texts, True, False or None.
+            attribute ``version``, a text, that tells whether it is the cell of an earlier sweep in the folder; a
+            bound method has that of its object. Otherwise its source does, with the arguments that are fixed,
+            defaults, the variables that it closes over and its object, but not globals, nor what it calls. `ZooCell`
+            is a ready one.
+        axes: name → values: numbers or texts, True, False or None; no two of one label, such as 1 and "1".
         folder: of the results, made if need be.
         looks: the axis along which one task makes several cells.
         executor: a number of local processes, of a thread each, by default as many as there are CPUs; or any
@@ -84,7 +85,8 @@ def sweep(
         the folder holds.
 
     Raises:
-        OptionError: axes, looks or memory that cannot be used, or a cell that does not reach the executor.
+        OptionError: axes, looks or memory that cannot be used; a cell that does not reach the executor, or that needs
+            a ``version`` because what it holds cannot be written down.
         FileError: the folder holds a sweep of another cell, version or other axes, another process is at work in it,
             or it cannot be written.
         WorkerError: the executor takes no more tasks; what was finished is kept.
@@ -160,28 +162,6 @@ def _check_parent() -> None:
     """Refuse to begin in a process that is only being started to run cells."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise OptionError("sweep is called while a process starts. Put the call under `if __name__ == '__main__':`.")
-
-
-def identity(cell: Cell) -> tuple[str, str]:
-    """A cell's name, and what tells it from other programs of that name: what it says, or else its source."""
-    options = []
-    inner: Any = cell
-    while isinstance(inner, functools.partial):
-        options.append(f"{inner.args}{sorted(inner.keywords.items())}")
-        inner = inner.func
-    named = inner if inspect.isroutine(inner) or inspect.isclass(inner) else type(inner)
-    if named is not inner:
-        options.append(repr(inner))
-    name = f"{named.__module__}.{named.__qualname__}"
-    version = getattr(cell, "version", None)
-    if version is not None:
-        return name, str(version)
-    try:
-        source = inspect.getsource(named)
-    except (OSError, TypeError):  # typed at a prompt, or not of Python
-        source = ""
-    said = "".join(option for option in options if " at 0x" not in option)  # addresses differ between runs
-    return name, hashlib.sha256((source + said).encode()).hexdigest()[:12]
 
 
 def _budget(memory: int | str | None, *, local: bool) -> float:

@@ -78,8 +78,15 @@ class Record:
 
 def digest(point: Point) -> str:
     """Of a point; the same for 1 and 1.0, and in any order of the axes."""
-    plain = {k: float(v) if isinstance(v, int) and not isinstance(v, bool) else v for k, v in point.items()}
+    plain = {name: _as_float(value) for name, value in point.items()}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _as_float(value: Value) -> Value:
+    """An integer as the float that equals it, if there is one: beyond 2^53 many have none."""
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > sys.float_info.max:
+        return value
+    return float(value) if float(value) == value else value
 
 
 def write_once(path: Path, content: bytes) -> None:

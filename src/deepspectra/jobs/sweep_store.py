@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deepspectra.errors import FallbackWarning, FileError, first_line
+from deepspectra.errors import FallbackWarning, FileError, OptionError, first_line
 from deepspectra.file_writing import save_whole
 from deepspectra.jobs.pages import check_writable, now, save_dataset
 from deepspectra.jobs.sweep_cell import (
@@ -48,18 +48,21 @@ class Store:
 
     Raises:
         FileError: the folder cannot be written, or holds another sweep.
+        OptionError: values of an axis that cannot be told apart beside those that were.
     """
 
     def __init__(
         self, folder: Path, axes: Mapping[str, list[Value]], *, looks: str | None, cell: str, version: str
     ) -> None:
         self.folder, self.cells = folder, folder / CELLS
-        earlier = _manifest(folder) if (folder / MANIFEST).is_file() else None
+        earlier = read_manifest(folder) if (folder / MANIFEST).is_file() else None
         new: dict[str, Any] = {"cell": cell, "version": version, "looks": looks, "names": sorted(axes)}
         if earlier is not None:
             _check_same(folder, earlier, new)
-        check_writable(self.cells)
         known = earlier["axes"] if earlier is not None else {name: [] for name in axes}
+        for name in axes:
+            _check_labels(name, [*known[name], *axes[name]])
+        check_writable(self.cells)
         new["axes"] = {name: ordered([*known[name], *axes[name]]) for name in known}
         new |= {"format": FORMAT, "created": (earlier or {}).get("created", now())}
         if new != earlier:
@@ -119,7 +122,7 @@ def gather(folder: str | Path) -> xr.Dataset:
         FileError: the folder holds no sweep, or cannot be written.
     """
     place = Path(folder)
-    manifest = _manifest(place)
+    manifest = read_manifest(place)
     paths = sorted((place / CELLS).glob(f"*{SUFFIX}"))
     records = [record for path in paths if (record := _read(path)) is not None]
     dataset = _dataset(manifest, records)
@@ -156,7 +159,12 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What makes the cells of a folder one sweep.
+
+    Raises:
+        FileError: it holds none, or one that cannot be read.
+    """
     path = folder / MANIFEST
     try:
         found: dict[str, Any] = json.loads(path.read_text())
@@ -181,7 +189,7 @@ def _check_same(folder: Path, earlier: Mapping[str, Any], new: Mapping[str, Any]
         raise FileError(
             f"the cells in {folder} are of version {earlier['version']} of {new['cell']}, which is now "
             f"{new['version']}. Choose another folder; or, if its numbers are the same, say so by "
-            f"cell.version = {earlier['version']!r}."
+            f"cell.version = {earlier['version']!r}, of a bound method by that of its object."
         )
 
 
@@ -203,17 +211,38 @@ def _read(path: Path, measures: bool = True) -> Record | None:
 def ordered(values: Iterable[Value]) -> list[Value]:
     """Each once: numbers ascending, others as they come."""
     found = list(dict.fromkeys(values))
-    return sorted(found, key=float) if _are_numbers(found) else found  # type: ignore[arg-type]
+    return sorted(found) if _are_numbers(found) else found  # type: ignore[type-var]
 
 
 def _are_numbers(values: Iterable[Value]) -> bool:
     return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
 
 
+def _labels(values: list[Value]) -> list[Value]:
+    """Of an axis: numbers as NumPy has them in one array, others as texts."""
+    found: list[Value] = np.array(values).tolist() if _are_numbers(values) else [_clean(str(v)) for v in values]
+    return found
+
+
+def _check_labels(name: str, values: Iterable[Value]) -> None:
+    """Refuse values of different cells that would have one place or label, and numbers that no file holds."""
+    cells = list({digest({name: value}): value for value in values}.values())
+    if _are_numbers(cells) and np.array(cells).dtype.kind == "O":
+        raise OptionError(f"axis {name} has numbers that do not fit 64 bits. Take smaller ones, or texts.")
+    for told in (cells, _labels(cells)):
+        first: dict[Value, Value] = {}
+        for value, key in zip(cells, told, strict=True):
+            if first.setdefault(key, value) is not value:
+                raise OptionError(
+                    f"axis {name} has the values {first[key]!r} and {value!r}, which would have one label in the "
+                    "results, perhaps one of an earlier sweep in the folder. Leave one out, or choose another folder."
+                )
+
+
 def chosen(whole: xr.Dataset, axes: Mapping[str, list[Value]]) -> xr.Dataset:
     """Some cells of a store, in an order of their own."""
     texts = {name for name in axes if whole[name].dtype.kind not in "iuf"}
-    found = whole.sel({name: [str(v) for v in vs] if name in texts else vs for name, vs in axes.items()})
+    found = whole.sel({name: [_clean(str(v)) for v in vs] if name in texts else vs for name, vs in axes.items()})
     return found.assign_attrs(verdict=verdict(found.status.values))
 
 
@@ -247,7 +276,7 @@ def _dataset(manifest: Mapping[str, Any], records: list[Record]) -> xr.Dataset:
         while set(more) & {*names, *dims}:
             more = tuple(f"{dim}_" for dim in more)
         variables[name] = ((*dims, *more), values)
-    coords = {name: vs if _are_numbers(vs) else [str(v) for v in vs] for name, vs in axes.items()}
+    coords = {name: _labels(values) for name, values in axes.items()}
     attributes = {
         "title": f"Sweep of {manifest['cell']}",
         "verdict": verdict(status),

@@ -147,6 +147,7 @@ def _section(name: str, record: Record, folder: str) -> list[str]:
         "",
         table(["stage", "products", "foreseen, s", "taken, s", "CPU s", "peak, GiB"], stages),
         "",
+        *([record["note"], ""] if "note" in record else []),  # by hand, of what a run met
         f"The pairs have {sure} ({record['status']}).{groups}",
         "",
         table(["", "λ", "‖Hv − λv‖/λ", *record["parts"]], pairs),

@@ -198,6 +198,8 @@ def layers_command(
     def look(moment: Moment, stages: Path | None) -> Dataset:
         problem = moment.subject.problem
         work = _foretold(problem, chosen, "layers")
+        if kronecker:
+            CONSOLE.print("Kronecker factors are judged besides, in time that is not foreseen.", highlight=False)
         with status("layers", work()) as show:
             found = layers(problem, kronecker=JUDGED if kronecker else (), resume=stages, progress=show)
         dataset = layer_dataset(found, problem, moment.subject.labels)

@@ -197,7 +197,7 @@ def _afresh(krylov: Krylov, ritz: Ritz, chosen: Tensor) -> tuple[Ritz, Tensor, T
     With the coordinates of the vectors, of which as many are made and multiplied at once as there is room for, and
     otherwise one: that takes no more than a step of the search, beside the same graphs.
     """
-    operator, coordinates = krylov.operator, krylov.orthonormal(ritz.coefficients[:, chosen])
+    operator, coordinates = krylov.operator, _orthonormal(krylov, ritz.coefficients[:, chosen])
     values, residual_norms = ritz.values.clone(), ritz.residual_norms.clone()
     each = MEASURED * operator.shape[0] * krylov.rows.like.itemsize
     width = min(TOGETHER, max(1, _room(krylov, 0) // each))
@@ -211,6 +211,17 @@ def _afresh(krylov: Krylov, ritz: Ritz, chosen: Tensor) -> tuple[Ritz, Tensor, T
     krylov.num_products += len(chosen)
     order = values[chosen].argsort(descending=True)
     return Ritz(values, ritz.coefficients, residual_norms), chosen[order], coordinates[:, order]
+
+
+def _orthonormal(krylov: Krylov, coordinates: Tensor) -> Tensor:
+    """Coordinates (n, k) of orthonormal vectors near those with these: rows that are held rounded are not quite.
+
+    Symmetrically, so that each changes least.
+    """
+    first, last = krylov.num_fixed, krylov.num_fixed + len(coordinates)
+    gram = krylov.spread.sum(krylov.rows.gram(first, last))
+    squares, turn = torch.linalg.eigh(coordinates.T @ gram @ coordinates)
+    return coordinates @ (turn / squares.sqrt() @ turn.T)
 
 
 def _separation(ritz: Ritz, chosen: Tensor, complete: bool, limits: dict[float, float]) -> Separation:

@@ -260,16 +260,6 @@ class Krylov:
         """The vectors (P, k) with these coordinates (n, k) in the first n of the rows after the fixed ones."""
         return self.spread.whole(self.rows.combine(self.num_fixed, coordinates)).T
 
-    def orthonormal(self, coordinates: Tensor) -> Tensor:
-        """Coordinates (n, k) of orthonormal vectors near those with these: rows that are held rounded are not quite.
-
-        Symmetrically, so that each changes least.
-        """
-        first, last = self.num_fixed, self.num_fixed + len(coordinates)
-        gram = coordinates.T @ self.spread.sum(self.rows.gram(first, last)) @ coordinates
-        squares, turn = torch.linalg.eigh(gram)
-        return coordinates @ (turn / squares.sqrt() @ turn.T)
-
     def whole_rows(self, first: int, last: int) -> Iterator[Tensor]:
         """The basis vectors of these numbers as rows (k, P), a few at a time where they are spread."""
         first, last = self.num_fixed + first, self.num_fixed + last

@@ -221,7 +221,8 @@ def _orthonormal(krylov: Krylov, coordinates: Tensor) -> Tensor:
     first, last = krylov.num_fixed, krylov.num_fixed + len(coordinates)
     gram = krylov.spread.sum(krylov.rows.gram(first, last))
     squares, turn = torch.linalg.eigh(coordinates.T @ gram @ coordinates)
-    return coordinates @ (turn / squares.sqrt() @ turn.T)
+    symmetric: Tensor = turn / squares.sqrt() @ turn.T
+    return coordinates @ symmetric
 
 
 def _separation(ritz: Ritz, chosen: Tensor, complete: bool, limits: dict[float, float]) -> Separation:

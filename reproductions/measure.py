@@ -134,7 +134,11 @@ def overlaps(averaged: Mapping[str, Tensor], pairs: ds.Eigenpairs, prefix: str) 
 
 
 def operator_measures(found: Attribution) -> dict[str, Any]:
-    """``value``, the largest; ``outliers`` and ``bulk_edge``; ``share_…``; ``value_without_…`` and ``left_…``."""
+    """``value``, the largest; ``outliers`` and ``bulk_edge``; ``share_…``; ``value_without_…`` and ``left_…``.
+
+    Eigenvalues without means are lower bounds, and so is ``left_…``, the number of outliers among them;
+    ``left_…_at_most`` counts those that are outliers when their residuals are added.
+    """
     measured: dict[str, Any] = {
         "value": found.values,
         "outliers": found.num_outliers,
@@ -146,6 +150,7 @@ def operator_measures(found: Attribution) -> dict[str, Any]:
             knockout = found.knockout(*removed, method=method)
             measured[f"value_without_{name}_{method}"] = knockout.values
             measured[f"left_{name}_{method}"] = knockout.num_outliers
+            measured[f"left_{name}_{method}_at_most"] = knockout.num_outliers_at_most
     return measured
 
 

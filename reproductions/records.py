@@ -71,9 +71,10 @@ def _flat(old: Record) -> Record:
         record |= {f"{prefix}value": np.array(found["values"]), f"{prefix}bulk_edge": found["edge"]}
         record |= {f"{prefix}share_{name}": share for name, share in found["shares"].items()}
         record |= {f"{prefix}overlap_{level}": value for level, value in found["overlap"].items()}
-        for name, (num, _) in found["left"].items():
+        for name, (least, most) in found["left"].items():
             removed, method = name.split(", ")
-            record[f"{prefix}left_{removed.replace(' + ', '_')}_{method}"] = num
+            key = f"{prefix}left_{removed.replace(' + ', '_')}_{method}"
+            record |= {key: least, f"{key}_at_most": most}
     for name, regions in old.get("shifts", {}).items():
         record[f"shift_{name.replace(' + ', '_')}"] = np.array(list(regions.values()))
     for layer in old.get("layers", []):

@@ -1,4 +1,4 @@
-"""Verdicts and tables: rules over single networks, means and errors over seeds, Markdown."""
+"""Verdicts and tables: rules over single networks, intervals over settings, errors over seeds, Markdown."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from scipy.stats import beta
+
 from reproductions.records import Record, fits
 
 Group = tuple[str, str, int]
-MOST = 0.75  # of the networks; a claim that is true in as many holds, in a quarter of them in part
+SOME, MOST = 0.25, 0.75  # of the networks; a claim that is true in so many holds in part, or holds
+LEVEL = 0.95  # of the intervals on which verdicts rest
+WORDS = ("Does not hold", "Holds in part", "Holds")
+OPEN = {(0, 1): "Open, at most in part", (1, 2): "Open, at least in part", (0, 2): "Open"}
 HEAD = ["network", "data", "a class", "networks", "fit"]
 
 
@@ -20,6 +25,8 @@ class Verdict(NamedTuple):
     text: str
     networks: str = ""
     subject: str = ""  # if a claim has several
+    possible: tuple[int, int] = (0, 2)  # the first and the last of `WORDS` that it may be
+    by_count: str = ""  # what it would be without an interval
 
     def __str__(self) -> str:
         return f"{self.subject}: {self.text}" if self.subject else self.text
@@ -28,6 +35,10 @@ class Verdict(NamedTuple):
     def word(self) -> str:
         """Without numbers."""
         return self.text.split(":")[0].rstrip(".")
+
+    def excludes(self, other: Verdict) -> bool:
+        """Whether both cannot be the same."""
+        return self.possible[0] > other.possible[1] or self.possible[1] < other.possible[0]
 
 
 class Claim(NamedTuple):
@@ -47,19 +58,49 @@ class Claim(NamedTuple):
 
 
 def judged(
-    records: list[Record], rule: Callable[[Record], bool], subject: str = "", unit: str = "networks"
+    records: list[Record], rule: Callable[[Record], bool | None], subject: str = "", unit: str = "networks"
 ) -> Verdict:
-    """A verdict from single networks."""
-    truths: dict[str, list[bool]] = {}
-    for record in records:
-        truths.setdefault(record["model"], []).append(bool(rule(record)))
-    found = [truth for some in truths.values() for truth in some]
-    if not found:
+    """A verdict from single networks, of which the rule may leave some open."""
+    if not records:
         return Verdict("Not measured.", "", subject)
-    share = sum(found) / len(found)
-    word = "Holds" if share >= MOST else "Holds in part" if share >= 1 - MOST else "Does not hold"
-    networks = ", ".join(f"{name} {sum(some)} of {len(some)}" for name, some in truths.items())
-    return Verdict(f"{word}: in {sum(found)} of {len(found)} {unit}.", networks, subject)
+    truths: dict[str, list[bool | None]] = {}
+    for record in records:
+        truth = rule(record)
+        truths.setdefault(record["model"], []).append(None if truth is None else bool(truth))
+    found = [truth for some in truths.values() for truth in some]
+    yes, maybe, num = found.count(True), found.count(None), len(found)
+    low, high = interval(yes / num, (yes + maybe) / num, len(groups(records)))
+    possible = rank(low), rank(high)
+    networks = ", ".join(f"{name} {_counted(some)}" for name, some in truths.items())
+    networks += f"; {LEVEL:.0%} interval of the share {low:.2f} to {high:.2f}"
+    text = f"{worded(possible)}: in {_counted(found, f' {unit}')}."
+    return Verdict(text, networks, subject, possible, WORDS[rank(yes / num)])
+
+
+def _counted(truths: list[bool | None], unit: str = "") -> str:
+    maybe = truths.count(None)
+    return f"{truths.count(True)} of {len(truths)}{unit}" + f" ({maybe} open)" * bool(maybe)
+
+
+def interval(low: float, high: float, num: int) -> tuple[float, float]:
+    """Of a share that was found between two, in so many independent draws: Clopper and Pearson's exact ends.
+
+    With a number of draws below that of the networks the share may fall between their counts, as in Korn and Graubard
+    (Survey Methodology 24, 1998).
+    """
+    tail = (1 - LEVEL) / 2
+    least = float(beta.ppf(tail, num * low, num * (1 - low) + 1)) if low > 0 else 0.0
+    return least, float(beta.ppf(1 - tail, num * high + 1, num * (1 - high))) if high < 1 else 1.0
+
+
+def rank(share: float, some: float = SOME, most: float = MOST) -> int:
+    """Which of `WORDS` a share amounts to."""
+    return (share >= some) + (share >= most)
+
+
+def worded(possible: tuple[int, int]) -> str:
+    """One of `WORDS`, if no other is possible."""
+    return WORDS[possible[0]] if possible[0] == possible[1] else OPEN[possible]
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -102,6 +143,6 @@ def spread(values: Iterable[float], digits: int = 2) -> str:
 
 
 def listed(items: Iterable[object]) -> str:
-    """As in a sentence: a, b and c."""
-    *most, last = map(str, items)
+    """As in a sentence: a, b and c; none of nothing."""
+    *most, last = list(map(str, items)) or ["none"]
     return f"{', '.join(most)} and {last}" if most else last

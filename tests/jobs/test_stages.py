@@ -80,6 +80,44 @@ def test_a_stopped_run_ends_with_the_numbers_of_an_unbroken_one(route, tmp_path,
     assert file.stat().st_size < torch.load(file).nbytes + 2**16  # not the room that it had
 
 
+def test_an_analysis_goes_on_with_its_data_in_another_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "effort_for", lambda *size: effort_for(*size)._replace(exact_rows=0))
+    net, data = trained_on_digits(6, (12,), epochs=20)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    shuffled = ds.Problem(net.requires_grad_(True), (data.inputs[order], data.targets[order]))
+    whole = analysed().dataset
+    with stopped_in(monkeypatch, "density of G"), pytest.raises(KeyboardInterrupt):
+        analysed(tmp_path)
+    with stopped_in(monkeypatch, None) as ran, pytest.warns(errors.FallbackWarning, match="'shares of G'"):
+        resumed = analysed(tmp_path, shuffled).dataset
+    assert [name for name in ran if " of G" in name] == ["shares of G", "density of G"]
+    for name in ("eigenvalue", "share", "trace", "bulk_edge"):
+        np.testing.assert_allclose(resumed[name], whole[name], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("memories", [("6MiB", "1GiB"), ("1GiB", "6MiB")])
+def test_a_run_that_goes_on_with_other_memory_keeps_its_route(memories, tmp_path, monkeypatch):
+    """Which densities are exact is decided once, by the memory at first, and said of each."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(10, 24), torch.nn.Tanh(), torch.nn.Linear(24, 3)).double()
+    data = torch.randn(60, 10, dtype=torch.float64), torch.arange(60) % 3
+
+    def run(memory, folder=None):
+        return ds.analyze(ds.Problem(net, data, memory=memory), progress=False, resume=folder, effort="quick").dataset
+
+    whole = run(memories[0])
+    with stopped_in(monkeypatch, "density of R"), pytest.raises(KeyboardInterrupt):
+        run(memories[0], tmp_path)
+    resumed = run(memories[1], tmp_path)
+    exact = "all eigenvalues", "G: all eigenvalues, H: 4 × 24, R: 4 × 24"
+    for found in (whole, resumed):
+        said = json.loads(found.attrs["provenance"])["probes × steps of densities"]
+        assert said == exact[memories[0] == "6MiB"]
+    for name in ("density_node", "density_weight", "trace", "trace_standard_error"):
+        np.testing.assert_allclose(resumed[name], whole[name], rtol=1e-6, atol=1e-9, err_msg=name)
+    assert bool((resumed.density_probe == whole.density_probe).all())
+
+
 def test_warnings_of_finished_stages_are_still_in_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr("deepspectra.algorithms.eigenpairs.enough_products", lambda num: 14)
     stop = stopped_in(monkeypatch, "class structure")

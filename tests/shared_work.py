@@ -205,11 +205,11 @@ def with_unlike_memory() -> list[Any]:
     """Of data whose batches are ours to cut or the user's: how both processes cut them, and the gradient."""
     rank = current(torch.device("cpu")).rank
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(5, 5000), torch.nn.Tanh(), torch.nn.Linear(5000, 3)).double()
+    net = torch.nn.Sequential(torch.nn.Linear(5, 1000), torch.nn.Tanh(), torch.nn.Linear(1000, 3)).double()
     x, y = torch.randn(200, 5, dtype=torch.float64), torch.arange(200) % 3
     found: list[Any] = []
     for data in ((x, y), [(x, y)]):
-        for memories in (("40MB", "41MB"), ("90MB", "40MB")):
+        for memories in (("7.5MB", "8MB"), ("18MB", "7.5MB")):
             problem = ds.sharded(ds.Problem(net, data, memory=memories[rank]))
             found += [problem.memory, problem.batch_size, problem.batches.num_batches, problem.gradient()]
     return found

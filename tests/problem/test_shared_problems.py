@@ -92,13 +92,13 @@ def test_weights_that_lie_on_several_processes_are_refused_with_what_to_do(two: 
 
 def test_processes_of_unlike_memory_cut_their_batches_by_the_least(two: list[list[Any]]) -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(5, 5000), nn.Tanh(), nn.Linear(5000, 3)).double()
+    net = nn.Sequential(nn.Linear(5, 1000), nn.Tanh(), nn.Linear(1000, 3)).double()
     x, y = torch.randn(200, 5, dtype=torch.float64), torch.arange(200) % 3
-    expected = ds.Problem(net, (x, y), memory="40MB")
+    expected = ds.Problem(net, (x, y), memory="7.5MB")
     size, gradient = expected.batch_size, expected.gradient()
     assert size is not None
     for found in two:
-        assert found[9][0::4] == [40_000_000] * 4
+        assert found[9][0::4] == [7_500_000] * 4
         assert found[9][1::4] == [size] * 4
         assert all(num >= 200 / size for num in found[9][2::4])
         for one in found[9][3::4]:

@@ -126,7 +126,7 @@ class FinishedStages:
                 yield part
 
     def run(self, name: str, work: Callable[[], Value], by: Tensor | None = None) -> Value:
-        """What `work` returns, or returned before a stop; never None. It is done again if it goes by other numbers."""
+        """What `work` returns, or returned before a stop; never None. Done again if it goes by other numbers."""
         value: Value | None = self.read(name, by)
         if value is None:
             value = work()

@@ -68,7 +68,7 @@ def _with_least_memory(problem: Problem, group: Group) -> Problem:
     if len(set(holding)) > 1:
         raise MemoryBudgetError(
             f"the data is held by {sum(holding)} of the {group.size} processes, and does not fit a quarter of the "
-            "memory of the others. Pass the same memory= in each, more or less than four times the data."
+            "memory of the others. Pass the same memory= in each."
         )
     size, most = min((size for size in sizes if size is not None), default=None), min(limits)
     found = problem.variant(memory=min(memories), batch_size=size, most_examples=most)

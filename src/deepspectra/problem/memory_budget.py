@@ -84,8 +84,8 @@ def free_memory(device: torch.device) -> int:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     with contextlib.suppress(OSError, ValueError, StopIteration):  # no such container, or one without a limit
         limit, used = (int((CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
-        lines = (CONTAINER / "memory.stat").read_text().splitlines()
-        cached = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+        counts = (CONTAINER / "memory.stat").read_text().splitlines()
+        cached = next(int(line.split()[1]) for line in counts if line.startswith("inactive_file "))
         available = min(available, max(0, limit - (used - cached)))
     return available // neighbours()
 

@@ -138,8 +138,9 @@ class Problem(_Named):
         self.most_examples = largest_batch_size(each, self.model, self.memory)  # of any batch that may be cut
         if self.cuts:
             by_label = isinstance(self.loss_function, CrossEntropy) and self.reads_pairs
-            sizes = self.batch_size, self.most_examples
-            cut_anew(module, self.batches, self.parameters, first, sizes, by_label=by_label)
+            cut_anew(
+                module, self.batches, self.parameters, first, (self.batch_size, self.most_examples), by_label=by_label
+            )
         module.stamp()
 
     def _count(self, first: Trial | None = None) -> None:

@@ -201,6 +201,29 @@ def different(what: str) -> str:
     return f"{said} {' '.join(str(one.message) for one in caught)}"
 
 
+def with_unlike_memory() -> list[Any]:
+    """Of data whose batches are ours to cut or the user's: how both processes cut them, and the gradient."""
+    rank = current(torch.device("cpu")).rank
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(5, 1000), torch.nn.Tanh(), torch.nn.Linear(1000, 3)).double()
+    x, y = torch.randn(200, 5, dtype=torch.float64), torch.arange(200) % 3
+    found: list[Any] = []
+    for data in ((x, y), [(x, y)]):
+        for memories in (("7.5MB", "8MB"), ("18MB", "7.5MB")):
+            problem = ds.sharded(ds.Problem(net, data, memory=memories[rank]))
+            found += [problem.memory, problem.batch_size, problem.batches.num_batches, problem.gradient()]
+    return found
+
+
+def held_by_some() -> str:
+    """What is said where the memory of one process holds the data, and that of the other does not."""
+    group = current(torch.device("cpu"))
+    data = torch.randn(100, 5, generator=torch.Generator().manual_seed(0)), torch.arange(100) % 3
+    torch.manual_seed(0)
+    problem = ds.Problem(torch.nn.Linear(5, 3), data, memory=(6000, 60_000)[group.rank])
+    return _raised(lambda _: ds.sharded(problem), group)
+
+
 def spread() -> str:
     """What is said of a model whose weights lie on several processes."""
     net = torch.nn.Linear(4, 3)
@@ -319,12 +342,12 @@ def stopping(after: int | None = None, error: Exception | None = None) -> Iterat
     written: list[str] = []
     write = FinishedStages.write
 
-    def watched(self: FinishedStages, name: str, value: object) -> None:
+    def watched(self: FinishedStages, name: str, value: object, *by: Any) -> None:
         if self.folder is None:
             return
         if len(written) == after:
             raise error or StoppedError
-        write(self, name, value)
+        write(self, name, value, *by)
         written.append(name)
 
     FinishedStages.write = watched
@@ -334,10 +357,11 @@ def stopping(after: int | None = None, error: Exception | None = None) -> Iterat
         FinishedStages.write = write
 
 
-def small_problem(seed: int = 0) -> ds.Problem:
+def small_problem(seed: int = 0, order: Tensor | None = None) -> ds.Problem:
     """Three layers, of which the first has more parameters than there are gradients; in several batches."""
     torch.manual_seed(seed)
     x, y = torch.randn(60, 8).double(), torch.arange(60) % 3
+    x, y = (x, y) if order is None else (x[order], y[order])
     layers = torch.nn.Linear(8, 20), torch.nn.Tanh(), torch.nn.Linear(20, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3)
     return ds.sharded(ds.Problem(torch.nn.Sequential(*layers).double(), (x, y), batch_size=20, memory="1GiB"))
 

@@ -80,6 +80,54 @@ def test_a_stopped_run_ends_with_the_numbers_of_an_unbroken_one(route, tmp_path,
     assert file.stat().st_size < torch.load(file).nbytes + 2**16  # not the room that it had
 
 
+def small(order=slice(None), memory="1GiB"):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(10, 24), torch.nn.Tanh(), torch.nn.Linear(24, 3)).double()
+    x, y = torch.randn(60, 10, dtype=torch.float64), torch.arange(60) % 3
+    return ds.Problem(net, (x[order], y[order]), memory=memory)
+
+
+@pytest.fixture
+def no_tails(monkeypatch):
+    """They take long."""
+    monkeypatch.setattr(stages, "judged_tails", lambda *_: {})
+
+
+@pytest.mark.usefixtures("no_tails")
+def test_an_analysis_goes_on_with_its_data_in_another_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "effort_for", lambda *size: effort_for(*size)._replace(exact_rows=0))
+    whole = analysed(of=small()).dataset
+    with stopped_in(monkeypatch, "density of G"), pytest.raises(KeyboardInterrupt):
+        analysed(tmp_path, small())
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    with stopped_in(monkeypatch, None) as ran, pytest.warns(errors.FallbackWarning, match="'shares of G'"):
+        resumed = analysed(tmp_path, small(order)).dataset
+    assert [name for name in ran if " of G" in name] == ["shares of G", "density of G"]
+    for name in ("eigenvalue", "share", "trace", "bulk_edge"):
+        np.testing.assert_allclose(resumed[name], whole[name], rtol=1e-6, atol=1e-8, err_msg=name)
+
+
+@pytest.mark.usefixtures("no_tails")
+@pytest.mark.parametrize("memories", [("6MiB", "1GiB"), ("1GiB", "6MiB")])
+def test_a_run_that_goes_on_with_other_memory_keeps_its_route(memories, tmp_path, monkeypatch):
+    """Which densities are exact is decided once, by the memory at first, and said of each."""
+
+    def run(memory, folder=None):
+        return ds.analyze(small(memory=memory), progress=False, resume=folder, effort="quick").dataset
+
+    whole = run(memories[0])
+    with stopped_in(monkeypatch, "density of R"), pytest.raises(KeyboardInterrupt):
+        run(memories[0], tmp_path)
+    resumed = run(memories[1], tmp_path)
+    exact = "all eigenvalues", "G: all eigenvalues, H: 4 × 24, R: 4 × 24"
+    for found in (whole, resumed):
+        said = json.loads(found.attrs["provenance"])["probes × steps of densities"]
+        assert said == exact[memories[0] == "6MiB"]
+    for name in ("density_node", "density_weight", "trace", "trace_standard_error"):
+        np.testing.assert_allclose(resumed[name], whole[name], rtol=1e-6, atol=1e-9, err_msg=name)
+    assert bool((resumed.density_probe == whole.density_probe).all())
+
+
 def test_warnings_of_finished_stages_are_still_in_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr("deepspectra.algorithms.eigenpairs.enough_products", lambda num: 14)
     stop = stopped_in(monkeypatch, "class structure")

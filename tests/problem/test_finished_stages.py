@@ -73,6 +73,32 @@ def test_what_a_stop_leaves_of_what_was_being_removed_is_in_nobodys_way(tmp_path
         assert not folder.exists()
 
 
+def test_data_in_another_order_go_on_and_do_again_what_goes_by_their_rows(tmp_path):
+    """An order that comes back finds products in a basis that was computed again since."""
+    expected = ds.regions(small_problem(), "hessian", num_groups=0).whole.values
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+
+    def regions(order=None):
+        return ds.regions(small_problem(order=order), "hessian", num_groups=0, resume=tmp_path).whole.values
+
+    with pytest.raises(StoppedError), stopping(after=3):
+        regions()
+    for again in (order, None):
+        with stopping(after=1) as written, pytest.raises(StoppedError), pytest.warns(errors.FallbackWarning) as said:
+            regions(again)
+        assert [str(one.message)[:52] for one in said] == ["the data comes in another order than before the stop"]
+        assert written == ["basis of gradients"]
+    basis = tmp_path / "basis-of-gradients.pt"
+    rows, (turn, root) = torch.load(basis)
+    torch.save((rows, (-turn, root)), basis)  # as sound a basis, of which no product was made
+    with stopping() as written, pytest.warns(errors.FallbackWarning, match="'products 0'"):
+        torch.testing.assert_close(regions(), expected, rtol=1e-8, atol=1e-10)
+    assert written == ["products 0", "products 32", "products 64", "products 96", "hessian"]
+    with stopping() as written:
+        torch.testing.assert_close(regions(order), expected, rtol=1e-8, atol=1e-10)
+    assert written == []
+
+
 def assert_alike(found, expected):
     assert found.keys() == expected.keys()
     for name, value in expected.items():

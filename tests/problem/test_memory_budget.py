@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import deepspectra as ds
 from deepspectra import errors
 from deepspectra.derivatives.products import products_of
+from deepspectra.problem import memory_budget
 from deepspectra.problem.memory_budget import (
+    free_memory,
     largest_batch_size,
     measured,
     parse_bytes,
@@ -118,3 +121,20 @@ def test_batches_of_a_network_with_many_weights_may_take_more_of_the_memory() ->
     assert largest_batch_size(1000, light, 32_000_000) == 1000
     assert largest_batch_size(1000, heavy, 32_000_000) == 4000  # an eighth, where they would want 8 MB
     assert largest_batch_size(1000, heavy, 640_000_000) == 20_000
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "free"), [("300", 200, 150), ("300", 400, 0), ("max", 200, None), ("300", None, None)]
+)
+def test_of_a_containers_limit_what_is_in_use_is_not_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, used: int | None, free: int | None
+) -> None:
+    """But for cached files that make room; without a limit, what the machine has counts."""
+    monkeypatch.setattr(memory_budget, "CONTAINER", tmp_path)
+    cpu, mebi = torch.device("cpu"), 2**20
+    (tmp_path / "memory.max").write_text(f"{limit}\n" if limit == "max" else f"{int(limit) * mebi}\n")
+    if used is not None:
+        (tmp_path / "memory.current").write_text(f"{used * mebi}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {mebi}\nactive_file {mebi}\ninactive_file {50 * mebi}\nslab 7\n")
+    found = free_memory(cpu)
+    assert found == free * mebi if free is not None else found > 300 * mebi

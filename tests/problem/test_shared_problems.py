@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import deepspectra as ds
 import nets
@@ -26,7 +26,8 @@ def alone() -> dict[str, Tensor]:
 def two() -> list[list[Any]]:
     """What two processes give, of all that is asked of two."""
     others = [(shared_work.different, (what,)) for what in DIFFERENT]
-    rest = [(work, ()) for work in (shared_work.within_wrapper, shared_work.streamed, shared_work.spread)]
+    alike = shared_work.with_unlike_memory, shared_work.held_by_some
+    rest = [(work, ()) for work in (shared_work.within_wrapper, shared_work.streamed, shared_work.spread, *alike)]
     return run_in(2, shared_work.each_of, [(shared_work.everything, (SEVERAL,)), *others, *rest])
 
 
@@ -87,6 +88,28 @@ def test_weights_that_lie_on_several_processes_are_refused_with_what_to_do(two: 
     for found in two:
         assert found[8].startswith("ParameterError: 'weight' is a DTensor, spread over processes")
         assert "full_state_dict=True" in found[8]
+
+
+def test_processes_of_unlike_memory_cut_their_batches_by_the_least(two: list[list[Any]]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 1000), nn.Tanh(), nn.Linear(1000, 3)).double()
+    x, y = torch.randn(200, 5, dtype=torch.float64), torch.arange(200) % 3
+    expected = ds.Problem(net, (x, y), memory="7.5MB")
+    size, gradient = expected.batch_size, expected.gradient()
+    assert size is not None
+    for found in two:
+        assert found[9][0::4] == [7_500_000] * 4
+        assert found[9][1::4] == [size] * 4
+        assert all(num >= 200 / size for num in found[9][2::4])
+        for one in found[9][3::4]:
+            torch.testing.assert_close(one, gradient, rtol=1e-9, atol=1e-12)
+    assert all(torch.equal(one, other) for one, other in zip(two[0][9][3::4], two[1][9][3::4], strict=True))
+
+
+def test_data_that_some_hold_and_others_do_not_are_refused_with_what_to_do(two: list[list[Any]]) -> None:
+    for found in two:
+        assert found[10].startswith("MemoryBudgetError: the data is held by 1 of the 2 processes")
+        assert "Pass the same memory= in each" in found[10]
 
 
 def test_without_a_group_the_problem_is_itself() -> None:

@@ -21,6 +21,7 @@ from deepspectra.derivatives.products import products_of
 from deepspectra.errors import CurvatureError, OptionError, OptionWarning
 from deepspectra.operators.curvature import Hessian
 from deepspectra.operators.parts import Decomposition
+from deepspectra.problem.batches import example_marks
 from deepspectra.problem.example_subsets import problem_of_rows
 from deepspectra.problem.finished_stages import FinishedStages, stages_of
 from deepspectra.problem.memory_budget import refuse_beyond
@@ -310,7 +311,8 @@ def _of_hessian(
     """Shifts of the spectrum of H, and how far its first pairs in the space of gradients are from those of H."""
     rows = parts.held
     groups = _hessians(rows, judge.groups) or [whole]
-    turn, root = stages.run("basis of gradients", lambda: _basis(parts))
+    turn, root = stages.run("basis of gradients", lambda: _basis(parts), stages.order_of(parts.problem.batches))
+    basis = example_marks((turn * root).T)  # eigenvectors may be others when they are computed again
     coordinates = turn * root.square()
     # The basis is Q = Aᵀ turn, and A Q = coordinates; Qᵀ H Q of each group of examples, column by column
     each = [torch.zeros(turn.shape[1], turn.shape[1], dtype=turn.dtype, device=turn.device) for _ in groups]
@@ -328,7 +330,7 @@ def _of_hessian(
                 ]
             )
 
-        found = stages.run(f"products {int(columns[0])}", products)
+        found = stages.run(f"products {int(columns[0])}", products, basis)
         for matrix, product in zip(each, found, strict=True):
             matrix[:, columns] = product
 

@@ -301,9 +301,7 @@ def _attributes(found: Findings) -> dict[str, object]:
         "eigenpairs of H": len(found.pairs["hessian"].values),
         "rtol of eigenpairs": found.effort.rtol,
         "effort": found.effort.name,
-        "probes × steps of densities": "all eigenvalues"
-        if found.effort.dense
-        else f"{found.effort.num_probes} × {found.effort.num_steps}",
+        "probes × steps of densities": _told_densities(found),
         **products.notes,
         **({"finished before a stop": ", ".join(found.ledger.resumed)} if found.ledger.resumed else {}),
         "doubts": "; ".join(found.ledger.doubts) or "none: every eigenpair converged",
@@ -331,6 +329,20 @@ def _attributes(found: Findings) -> dict[str, object]:
         "provenance": provenance(**conditions),
         "thresholds": json.dumps(thresholds),
     }
+
+
+def _told_densities(found: Findings) -> str:
+    """How each was found, in one word if all were alike."""
+    told = {
+        f"{LETTERS[name]}{one.of}": f"{density.num_probes} × {density.num_steps}"
+        if density.num_probes
+        else "all eigenvalues"
+        for one in (found, found.test)
+        if one is not None
+        for name, density in one.densities.items()
+    }
+    ways = set(told.values())
+    return ways.pop() if len(ways) == 1 else ", ".join(f"{name}: {way}" for name, way in told.items())
 
 
 def _test_attributes(found: Findings) -> dict[str, object]:

@@ -120,7 +120,7 @@ class Findings:
         if name == "gauss_newton":
             eps = torch.finfo(torch.promote_types(self.problem.dtype, torch.float32)).eps
             # as in Spectrum
-            rounded = len(nodes) if self.exact is not None else 10 if self.effort.dense else 1
+            rounded = len(nodes) if self.exact is not None else 10 if density.num_probes == 0 else 1
             noise, sizes = eps * rounded * float(nodes.abs().max()), nodes.abs()
             zero = nodes <= max(noise, -float(nodes.min())) if self.is_convex else sizes <= noise
         if bool(zero.all()):

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from torch import Tensor
+
 from deepspectra.errors import ConvergenceWarning
 from deepspectra.problem.finished_stages import FinishedStages
 from deepspectra.results import Cost
@@ -61,15 +63,18 @@ class Ledger:
     _unit: float = field(default=float("nan"), init=False)
     _unpaid: float = field(default=0.0, init=False)  # seconds of stages since the unit was timed
 
-    def run(self, name: str, work: Callable[[Report], Result]) -> Result:
-        """The result of a stage: what `work`, called as in `stage`, returns, or what it did in a stopped run."""
-        entry = self.finished.read(name)
+    def run(self, name: str, work: Callable[[Report], Result], by: Tensor | None = None) -> Result:
+        """The result of a stage: what `work`, called as in `stage`, returns, or what it did in a stopped run.
+
+        Numbers that it goes `by` are those of `FinishedStages.run`.
+        """
+        entry = self.finished.read(name, by)
         if entry is None:
             doubts: list[str] = []
             with self.stage(name) as report, _collecting(doubts):
                 result = work(report)
             self.doubts += doubts
-            self.finished.write(name, (result, self.costs[name], self.gradients[name], doubts))
+            self.finished.write(name, (result, self.costs[name], self.gradients[name], doubts), by)
             return result
         earlier: Result
         earlier, self.costs[name], self.gradients[name], doubts = entry

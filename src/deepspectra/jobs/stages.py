@@ -55,7 +55,8 @@ from deepspectra.rows.held_rows import HeldRows, gram_bytes
 from deepspectra.rows.projections import num_groups
 
 TRACE_PROBES = 8  # of parts whose traces are not known exactly
-BASIS, ROWS, EXACT = "basis of H", "rows of the basis of H", "exact route"  # kept beside results of stages
+BASIS, ROWS = "basis of H", "rows of the basis of H"  # kept beside results of stages, as is what memory chose:
+EXACT, DENSE = "exact route", "dense route"
 ROUNDED = 1e-3  # relatively, by which a sum of squares may fall short of one of its parts
 
 
@@ -76,7 +77,8 @@ def run(
         _size_up(found.test, options)
     if resume is not None:
         ledger.finished = FinishedStages(resume, identity(found, options), problem.batches.group, RESULTS)
-    effort = found.effort
+    for one in filter(None, (found, found.test)):  # memory may differ by now
+        one.effort = one.effort._replace(dense=ledger.finished.once(DENSE + one.of, one.effort.dense))
     with ledger.stage("checking derivatives"):
         hessian = Hessian(problem)
     if ledger.foresees:
@@ -87,7 +89,7 @@ def run(
     basis = _find_pairs(found, "hessian", hessian)
     exact = found.classed and _find_class_structure(found, hessian, basis, options)
     del basis
-    if effort.dense and not exact:
+    if found.effort.dense and not exact:
         _find_density(found, "gauss_newton", GaussNewton(problem))
     if found.classed:
         if not exact:
@@ -241,8 +243,9 @@ def _find_by_products(found: Findings) -> None:
         if "gauss_newton" not in found.densities:
             _find_density(found, "gauss_newton", gauss_newton)
     else:
+        order = found.ledger.finished.order_of(found.problem.batches)
         found.shares["gauss_newton"], vectors = found.ledger.run(
-            "shares of G" + found.of, lambda _: _shares_and_rows(found, gram)
+            "shares of G" + found.of, lambda _: _shares_and_rows(found, gram), order
         )
         pairs, effort = found.pairs["gauss_newton"], found.effort
         counts = effort.num_probes, min(effort.num_steps, gram.shape[0])

@@ -118,7 +118,7 @@ class Batches:
     def _given(self) -> Iterator[Any]:
         """Batches as the source gives them, cut where they are too large."""
         assert self._source is not None
-        return (piece for batch in _read(self._source) for piece in _pieces(batch, self._most))
+        return (piece for batch in _read(self._source) for piece in _halves(batch, self._most))
 
     def mapped(self, function: Callable[[Any], Result]) -> Iterator[Result]:
         """What a function makes of every batch, in order, each made by the process that has the batch."""
@@ -126,6 +126,20 @@ class Batches:
             return map(function, self)
         mine = self.mine()
         return self.group.in_turn(lambda _: function(next(mine)[1]), self.num_batches)
+
+    def order(self) -> Tensor:
+        """One number for each example, in their order, which changes with it and with no cut.
+
+        Cost: the data are read once, and those of other processes brought to all.
+        """
+        return torch.cat(list(self.mapped(example_marks)))
+
+    def recut(self, batch_size: int | None, most: int) -> Batches:
+        """The same examples as `resize` and `limit` cut them, whatever sizes at least as large they had."""
+        other = copy.copy(self)
+        other.resize(batch_size)
+        other.limit(most)
+        return other
 
     def shared(self, group: Group, *, cuts: bool) -> Batches:
         """The same among several processes; where it may be cut and nobody chose sizes, cut into equal shares."""
@@ -172,13 +186,13 @@ class Batches:
             self._cut(whole, math.ceil(num / max(1, round(num / batch_size))))
 
     def limit(self, most: int) -> None:
-        """Cut batches of more than so many examples, in their order, whoever chose their size."""
+        """Halve batches of more than so many examples until none is left, whoever chose their size."""
         if max(self._lengths) <= most:
             return
         if self.held is not None:
-            self.held = [piece for batch in self.held for piece in _pieces(batch, most)]
+            self.held = [piece for batch in self.held for piece in _halves(batch, most)]
         self._most = most
-        self._lengths = [min(most, n - start) for n in self._lengths for start in range(0, n, most)]
+        self._lengths = [cut.stop - cut.start for n in self._lengths for cut in _halved(0, n, most)]
         self.num_batches = len(self._lengths)
 
     def join(self) -> bool:
@@ -236,13 +250,28 @@ class Batches:
             )
 
 
-def _pieces(batch: Any, most: int | None) -> Iterator[Any]:
+def _pieces(batch: Any, size: int) -> Iterator[Any]:
+    """A batch in pieces of so many examples, the last of what is left."""
+    for start in range(0, length(batch), size):
+        yield examples(batch, slice(start, start + size))
+
+
+def _halves(batch: Any, most: int | None) -> Iterator[Any]:
     """A batch in pieces of at most so many examples."""
     if most is None or length(batch) <= most:
         yield batch
     else:
-        for start in range(0, length(batch), most):
-            yield examples(batch, slice(start, start + most))
+        yield from (examples(batch, cut) for cut in _halved(0, length(batch), most))
+
+
+def _halved(start: int, stop: int, most: int) -> Iterator[slice]:
+    """Cuts halved again until none is of more: so those of a smaller number lie within those of a larger."""
+    if stop - start <= most:
+        yield slice(start, stop)
+    else:
+        middle = (start + stop + 1) // 2
+        yield from _halved(start, middle, most)
+        yield from _halved(middle, stop, most)
 
 
 def is_pair(batch: Any) -> bool:
@@ -261,13 +290,16 @@ def is_labelled(batch: Any) -> bool:
 
 
 def _fingerprint(batch: Any) -> tuple[float, float]:
-    """Two numbers that tell whether batches hold the same examples, in any order within the batch.
+    """(Σ u, Σ u²) of its examples' marks u: whether batches hold the same examples, in any order within the batch."""
+    marks = example_marks(batch)
+    return float(marks.sum()), float(marks.square().sum())
 
-    Each example is hashed to one number u, over all its tensors; the mark is (Σ u, Σ u²).
-    """
+
+def example_marks(batch: Any) -> Tensor:
+    """(B,) float64: one number of each example, over all its tensors, which tells it from others."""
     leaves = [leaf for leaf in tensors(batch) if leaf.ndim and len(leaf)]
     if not leaves:
-        return 0.0, 0.0
+        return torch.zeros(0, dtype=torch.float64)
     rows = torch.zeros(max(len(leaf) for leaf in leaves), dtype=torch.float64)
     for position, leaf in enumerate(leaves):
         numbers = leaf.detach()
@@ -276,7 +308,7 @@ def _fingerprint(batch: Any) -> tuple[float, float]:
         flat = numbers.reshape(len(leaf), -1).to("cpu", torch.float64).nan_to_num(nan=math.pi)
         weights = torch.cos(torch.arange(1, flat.shape[1] + 1, dtype=torch.float64) * (position + 1.37))
         rows[: len(leaf)] += flat @ weights
-    return float(rows.sum()), float(rows.square().sum())
+    return rows
 
 
 def _total(marks: list[tuple[float, float]]) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,19 +17,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from deepspectra.errors import FileError, first_line
+from deepspectra.errors import FallbackWarning, FileError, first_line
 from deepspectra.file_writing import save_whole
 from deepspectra.problem.batch_trees import map_tensors
+from deepspectra.problem.batches import Batches
 from deepspectra.problem.parallel import ALONE, Group
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
 from deepspectra.results import Cost, Eigenpairs, Provenance, Separation, versions
 
 RESULTS = (Cost, Density, Eigenpairs, Provenance, Separation)
-FORM = 5  # of what is kept of a stage
+FORM = 6  # of what is kept of a stage
 IDENTITY = "identity"
 SUFFIX = ".pt"
 CLOSE = 1e-5  # by which sums differ between runs, orders of the data and numbers of threads
+SAME = 1e-9  # of the largest, by which numbers that stages go by differ between runs
 Label = str | int | float | None
 Value = TypeVar("Value")
 
@@ -57,6 +60,7 @@ class FinishedStages:
     ) -> None:
         self.folder, self.group = folder, group
         self.results: list[Any] = [*RESULTS, *results]
+        self._told = False  # that something is done again
         if folder is not None:
             group.of_first(lambda: self._claim(folder, identity or {}))
 
@@ -79,15 +83,34 @@ class FinishedStages:
                 "Remove it, or choose another."
             )
 
-    def read(self, name: str) -> Any:
-        """The result of this name; None if there is none."""
-        path = self._path(name)
-        return None if path is None else self.group.of_first(lambda: self._read(path))
+    def order_of(self, batches: Batches) -> Tensor | None:
+        """What a stage whose result has rows in the order of the data goes by; None where nothing is kept."""
+        return None if self.folder is None else batches.order()
 
-    def write(self, name: str, value: object) -> None:
+    def read(self, name: str, by: Tensor | None = None) -> Any:
+        """The result of this name; None if there is none, or one that went by other numbers than these."""
+        path = self._path(name)
+        kept = None if path is None else self.group.of_first(lambda: self._read(path))
+        if kept is None or by is None:
+            return kept
+        earlier, value = kept
+        if self.group.of_first(lambda: _are_close(earlier, by)):
+            return value
+        if not self._told and self.group.rank == 0:
+            warnings.warn(
+                f"the data comes in another order than before the stop, by which the stage {name!r} goes: it is done "
+                "again, and what follows from it. Data in the same order, without shuffling, go on behind it.",
+                FallbackWarning,
+                stacklevel=3,
+            )
+        self._told = True
+        return None
+
+    def write(self, name: str, value: object, by: Tensor | None = None) -> None:
         """Write a result: tensors, numbers and this library's results, in dictionaries and tuples."""
         if (path := self._path(name)) is not None:
-            self.group.of_first(lambda: _save(path, map_tensors(_of_its_size, value)))
+            kept = map_tensors(_of_its_size, value)
+            self.group.of_first(lambda: _save(path, kept if by is None else (by, kept)))
 
     def write_part(self, name: str, value: Tensor) -> None:
         """Write what this process has of a tensor that is spread, in a folder that all of them see."""
@@ -102,12 +125,12 @@ class FinishedStages:
             if path is not None and (part := self._read(path, in_place=True)) is not None:
                 yield part
 
-    def run(self, name: str, work: Callable[[], Value]) -> Value:
-        """What `work` returns, or returned before a stop; never None."""
-        value: Value | None = self.read(name)
+    def run(self, name: str, work: Callable[[], Value], by: Tensor | None = None) -> Value:
+        """What `work` returns, or returned before a stop; never None. Done again if it goes by other numbers."""
+        value: Value | None = self.read(name, by)
         if value is None:
             value = work()
-            self.write(name, value)
+            self.write(name, value, by)
         return value
 
     def once(self, name: str, value: Value) -> Value:
@@ -208,6 +231,14 @@ def _save(path: Path, value: object) -> None:
 def _of_its_size(tensor: Tensor) -> Tensor:
     """A tensor without the rest of a larger storage, which would be saved with it."""
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def _are_close(earlier: Tensor, numbers: Tensor) -> bool:
+    """Whether they are the same numbers in the same order, up to rounding."""
+    if earlier.shape != numbers.shape:
+        return False
+    differences, size = (earlier - numbers).abs(), numbers.abs()
+    return not numbers.numel() or bool(differences.max() <= SAME * size.max())
 
 
 def _agree(earlier: object, value: object) -> bool:

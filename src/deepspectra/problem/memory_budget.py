@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -29,6 +30,7 @@ SHARES = {  # of a problem's memory, by what is in it: so many such shares make 
     "factors": 3,  # features and errors of every layer, for which graphs make room
     "matrix": 3,  # a dense one, and what its eigenvalues take beside; of inner products of gradients the whole
 }
+CONTAINER = Path("/sys/fs/cgroup")  # whose memory is limited and counted here, by Linux' cgroups 2
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -69,7 +71,10 @@ def refuse_beyond(size: float, limit: int, what: str, instead: str) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, within the limit of a container; of a CPU's, the share of one process."""
+    """Bytes that are free on a device; of a CPU's, the share of one process.
+
+    And of a container's limit, what is not in use: files that are cached and not read again make room.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -77,8 +82,11 @@ def free_memory(device: torch.device) -> int:
             available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as limit:
-        available = min(available, int(limit.read()))
+    with contextlib.suppress(OSError, ValueError, StopIteration):  # no such container, or one without a limit
+        limit, used = (int((CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+        counts = (CONTAINER / "memory.stat").read_text().splitlines()
+        cached = next(int(line.split()[1]) for line in counts if line.startswith("inactive_file "))
+        available = min(available, max(0, limit - (used - cached)))
     return available // neighbours()
 
 

@@ -135,10 +135,10 @@ class Problem(_Named):
         self.casts = saved.dtypes & HALF - {self.dtype}
         each = saved.num_bytes / max(1, length(first.batch)) if self.cuts else 0.0
         self.batch_size = suitable_batch_size(each, self.model, self.memory, self.device)
+        most = self.most_examples = largest_batch_size(each, self.model, self.memory)  # of any that may be cut
         if self.cuts:
             by_label = isinstance(self.loss_function, CrossEntropy) and self.reads_pairs
-            sizes = self.batch_size, largest_batch_size(each, self.model, self.memory)
-            cut_anew(module, self.batches, self.parameters, first, sizes, by_label=by_label)
+            cut_anew(module, self.batches, self.parameters, first, (self.batch_size, most), by_label=by_label)
         module.stamp()
 
     def _count(self, first: Trial | None = None) -> None:

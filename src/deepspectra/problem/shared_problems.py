@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from deepspectra.errors import DataError, FallbackWarning
+from deepspectra.errors import DataError, FallbackWarning, MemoryBudgetError
 from deepspectra.problem.batch_trees import tensors
 from deepspectra.problem.parallel import Group, current
 from deepspectra.problem.problem import Problem, check_problem
@@ -30,13 +30,15 @@ def sharded(problem: Problem) -> Problem:
     data, such as eigenvalues of dense matrices, is done by every process.
 
     Args:
-        problem: made alike in every process. A model within DistributedDataParallel is fine.
+        problem: made alike in every process, but for the memory. A model within DistributedDataParallel is fine.
 
     Returns:
-        The problem to be used in its place. Its `memory`, of each process, is the least of all.
+        The problem to be used in its place. Its `memory`, of each process, is the least of all, and batches are cut
+        by it.
 
     Raises:
         DataError: the processes have different weights, data, parameters or losses.
+        MemoryBudgetError: some hold the data in memory, and others have to read them anew at each pass.
         ProcessError: one of them ended, or does not answer.
 
     Cost: the data and weights are read once more. Of a product, two sums of P numbers over the network in addition.
@@ -45,9 +47,9 @@ def sharded(problem: Problem) -> Problem:
     group = current(problem.device)
     if group.size == 1 or problem.batches.group.size > 1:
         return problem
-    _check_alike(problem, group)
-    found = problem.variant(memory=min(group.every(problem.memory)))
-    found.batches = problem.batches.shared(group, cuts=problem.cuts)
+    found = _with_least_memory(problem, group)
+    _check_alike(found, group)
+    found.batches = found.batches.shared(group, cuts=found.cuts)
     if found.batches.num_batches < group.size and group.rank == 0:
         warnings.warn(
             f"{group.size} processes share {found.batches.num_batches} batches, so that some have nothing to do. "
@@ -55,6 +57,23 @@ def sharded(problem: Problem) -> Problem:
             FallbackWarning,
             stacklevel=2,
         )
+    return found
+
+
+def _with_least_memory(problem: Problem, group: Group) -> Problem:
+    """The problem with the least memory of all, in batches as that cuts them."""
+    batches = problem.batches
+    mine = problem.memory, problem.batch_size, problem.most_examples, batches.held is not None
+    memories, sizes, limits, holding = zip(*group.every(mine), strict=True)
+    if len(set(holding)) > 1:
+        raise MemoryBudgetError(
+            f"the data is held by {sum(holding)} of the {group.size} processes, and does not fit a quarter of the "
+            "memory of the others. Pass the same memory= in each."
+        )
+    size, most = min((size for size in sizes if size is not None), default=None), min(limits)
+    found = problem.variant(memory=min(memories), batch_size=size, most_examples=most)
+    if problem.cuts:
+        found.batches = batches.recut(size, most)
     return found
 
 

@@ -93,9 +93,7 @@ class Problem(_Named):
         LossError: the loss is unknown, not a mean, reads parameters itself, or fails on its outputs and targets.
         CurvatureError: the loss cannot be backpropagated.
 
-    Cost: a forward pass over the data, in which the loss that a model gives for mappings is compared with what is
-    taken for it; of one batch or a few of its examples up to four more, the gradient of one batch, and a second
-    reading of a loader.
+    Cost: a forward pass over the data, up to four of one batch, its gradient, and a second reading of a loader.
     """
 
     def __init__(

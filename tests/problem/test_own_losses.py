@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import deepspectra as ds
 from deepspectra import errors
 from deepspectra.problem.losses import SquaredError
-from hugging_face import FAMILIES, casts_up_only, counted, family, own_loss
+from hugging_face import FAMILIES, casts_up_only, counted, family, own_loss, sentences, tf
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -153,6 +153,80 @@ def test_a_sum_divided_by_the_number_of_labels_is_the_mean():
 def test_a_loss_of_another_kind_is_refused_with_what_to_do(loss, kind, match):
     with pytest.raises(kind, match=match):
         ds.Problem(Own(loss), [{"x": X, "labels": Y}])
+
+
+class Weighing(nn.Module):
+    """A model that gives the mean of its rows' losses by weights, which are among its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x, weights, labels):
+        each = F.cross_entropy(self.linear(x), labels, reduction="none").view(2, -1)
+        return SimpleNamespace(loss=(each * weights.view(2, -1)).sum() / weights.sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_that_a_later_batch_masks_or_weighs_are_refused(dtype):
+    torch.manual_seed(0)
+    model, ones = Weighing().to(dtype), torch.ones(6)
+    first = {"x": X, "weights": ones, "labels": Y}
+    even = ds.Problem(model, [first, {"x": 2 * X, "weights": ones, "labels": Y}])
+    expected = (model(X.to(dtype), ones, Y).loss + model(2 * X.to(dtype), ones, Y).loss) / 2
+    assert even.loss() == pytest.approx(float(expected.detach()), rel=1e-5 if dtype != torch.bfloat16 else 0.02)
+    for weights in (torch.tensor([1.0, 1, 1, 1, 0, 0]), torch.linspace(0, 5, 6)):
+        with pytest.raises(errors.LossError, match="weigh or mask rows by another entry than the labels"):
+            ds.Problem(model, [first, {"x": 2 * X, "weights": weights, "labels": Y}])
+
+
+def test_a_batch_of_ignored_labels_may_come_first():
+    batches = [{"x": X, "labels": torch.full((6,), -100)}, {"x": X, "labels": Y}]
+    model = Own(F.cross_entropy)
+    assert ds.Problem(model, batches).loss() == pytest.approx(ds.Problem(model, batches[1:]).loss(), rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-9])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_further_term_is_refused_however_small(size, dtype):
+    torch.manual_seed(0)
+    for term in (lambda z: z.logsumexp(-1).square().mean(), lambda z: F.mse_loss(z, torch.zeros_like(z))):
+        model = Own(lambda z, y, term=term: F.cross_entropy(z, y) + size * term(z)).to(dtype)
+        with pytest.raises(errors.LossError, match="sum of several terms"):
+            ds.Problem(model, [{"x": X, "labels": Y}])
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_the_default_balancing_of_experts_is_refused(balanced):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = tf.MixtralConfig(
+        vocab_size=24, num_key_value_heads=1, num_local_experts=3, output_router_logits=balanced, **sizes
+    )
+    model, batch = tf.MixtralForCausalLM(config).eval(), sentences()
+    if not balanced:
+        assert ds.Problem(model, [batch]).loss() == pytest.approx(float(model(**batch).loss.detach()), rel=1e-5)
+        return
+    assert config.router_aux_loss_coef == 1e-3
+    with pytest.raises(errors.LossError, match="sum of several terms"):
+        ds.Problem(model, [batch])
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_regression_head_takes_batches_of_one_example(size):
+    """Its outputs and labels are squeezed, of one example to scalars."""
+    torch.manual_seed(0)
+    model, x = Own(lambda z, y: F.mse_loss(z.squeeze(), y.squeeze())), torch.randn(5, 3)
+    model.linear = nn.Linear(3, 1)
+    rows = [{"x": one, "labels": one.sum()} for one in x]
+    found = ds.Problem(model, torch.utils.data.DataLoader(rows, batch_size=size))
+    expected = ds.Problem(model.linear, (x, x.sum(1, keepdim=True)), "mse")
+    assert (found.num_examples, found.num_classes) == (5, 1)
+    assert found.loss() == pytest.approx(expected.loss(), rel=1e-5)
+    v = torch.randn(4)
+    for kind in (ds.Hessian, ds.GaussNewton):
+        torch.testing.assert_close(kind(found) @ v, kind(expected) @ v)
+    torch.testing.assert_close(ds.kronecker(found).dense(), ds.kronecker(expected).dense())
 
 
 def test_batches_without_labels_are_refused_by_name():

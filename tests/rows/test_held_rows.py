@@ -74,3 +74,38 @@ def test_memory_is_refused_beforehand() -> None:
     problem.memory = 1000
     with pytest.raises(MemoryBudgetError, match="60 rows"):
         HeldRows(problem).gram()
+
+
+class Tagger(torch.nn.Module):
+    """A class for each token, of which no other matters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.hidden, self.head = torch.nn.Embedding(9, 6), torch.nn.Linear(6, 5), torch.nn.Linear(5, 3)
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.hidden(self.table(tokens))))
+
+
+def test_tokens_that_are_ignored_take_no_rows():
+    torch.manual_seed(0)
+    net, tokens = Tagger().double(), torch.randint(0, 9, (6, 20))
+    labels = torch.full((6, 20), -100)
+    labels[:, :3] = torch.arange(18).view(6, 3) % 3
+    counts = labels >= 0
+    padded = ds.Problem(net, (tokens, labels), batch_size=2, memory="900KB")
+    alone = ds.Problem(net, (tokens[counts], labels[counts]))
+    rows = HeldRows(padded)
+    assert rows.num_reduced == len(rows.gram()) == 2 * 18
+    v = torch.randn(36, 2, dtype=torch.float64)
+    torch.testing.assert_close(rows.gram() @ v, rows.apply_reduced(rows.transpose_reduced(v)))
+    found, expected = ds.gram_spectrum(padded), ds.gram_spectrum(alone)
+    torch.testing.assert_close(found.values, expected.values)
+    torch.testing.assert_close(found.traces, expected.traces)
+    for of in ("gradients", "features"):
+        mine, other = (ds.regions(one, of, num_groups=0) for one in (padded, alone))
+        torch.testing.assert_close(mine.whole.values, other.whole.values, equal_nan=True)
+    mine, other = (ds.layers(one, hessian=False) for one in (padded, alone))
+    for name, layer in other.items():
+        torch.testing.assert_close(mine[name].gradients.values, layer.gradients.values)
+        assert float(mine[name].errors.values.sum()) == pytest.approx(float(layer.errors.values.sum()))

@@ -15,7 +15,7 @@ from deepspectra.analysis.gram_spectrum import gradient_spectrum
 from deepspectra.analysis.knockouts import Knockout
 from deepspectra.operators.parts import decompose
 from deepspectra.rows.averages import METHODS, Averages
-from deepspectra.rows.spectrum import Spectrum, range_of, significant
+from deepspectra.rows.spectrum import Spectrum, range_of, significant, symmetric_pairs, symmetric_values
 from reference import (
     GONE,
     Reference,
@@ -239,3 +239,29 @@ def test_one_rule_says_which_ranks_are_rounding() -> None:
     nothing = Spectrum(torch.ones(4).double(), Averages({"class": none}, none, ("class", "within")))
     for method in METHODS:
         torch.testing.assert_close(nothing.without(("class",), method), torch.ones(4).double())
+
+
+@pytest.mark.parametrize("sign", [1, -1])  # of a definite matrix, and of one with eigenvalues below those zeros
+def test_rows_of_zeros_are_left_out_of_an_eigenproblem(monkeypatch, sign):
+    torch.manual_seed(0)
+    rows = torch.randn(12, 20, dtype=torch.float64)
+    live = torch.tensor([1, 4, 5, 9])
+    rows[[i for i in range(12) if i not in live]] = 0
+    matrix = rows @ rows.T
+    matrix[1, 1] *= sign
+    expected = torch.linalg.eigvalsh(matrix).flip(0)
+    sides = []
+    for name in ("eigh", "eigvalsh"):
+        real = getattr(torch.linalg, name)
+        monkeypatch.setattr(torch.linalg, name, lambda m, real=real: sides.append(len(m)) or real(m))
+    values, vectors = symmetric_pairs(matrix)
+    torch.testing.assert_close(values, expected)
+    torch.testing.assert_close(symmetric_values(matrix), expected)
+    torch.testing.assert_close(vectors * values @ vectors.T, matrix)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(12, dtype=torch.float64))
+    assert sides == [4, 4]
+
+
+def test_an_eigenproblem_that_fails_says_of_what():
+    with pytest.raises(ds.errors.NonFiniteError, match="a matrix of 3 rows"):
+        symmetric_pairs(torch.full((3, 3), torch.nan, dtype=torch.float64))

@@ -17,6 +17,7 @@ from deepspectra.problem.problem import Problem, per_problem
 from deepspectra.rows.captures import captures_of
 from deepspectra.rows.held_rows import gram_of
 from deepspectra.rows.parameter_uses import Matrix
+from deepspectra.rows.spectrum import symmetric_pairs
 
 SMALL = 3000  # rows of the largest Gram matrix that gives eigenvectors at once
 RTOL = 1e-2  # of eigenpairs found by products
@@ -99,9 +100,8 @@ def _small_spectrum(exact: ExactBlock, num: int) -> tuple[Tensor, Tensor] | None
         return None
     if "values" not in exact.remembered or exact.remembered["vectors"].shape[1] < min(num, size, num_rows):
         matrix = _moment(exact) if _is_narrow(exact) else gram_of([exact.batches])
-        values, vectors = torch.linalg.eigh(matrix)
-        leading = vectors.flip(1)[:, : max(num, REMEMBERED)].clone()
-        exact.remembered |= {"values": values.flip(0), "vectors": leading}
+        values, vectors = symmetric_pairs(matrix)
+        exact.remembered |= {"values": values, "vectors": vectors[:, : max(num, REMEMBERED)].clone()}
     return exact.remembered["values"], exact.remembered["vectors"]
 
 

@@ -385,6 +385,8 @@ def _layer(name: str, uses: list[list[Use]], parts: Decomposition, averages: Ave
     first = next((use.slice.shape for use in fed), next(iter(own.values())).shape)
     features = _stacked([layer_inputs(batch).get(name) for batch in uses])
     errors = _stacked([layer_errors(batch).get(name) for batch in uses])
+    live = parts.held.live
+    of_live = averages.map(lambda basis: basis[live])
     single = features is not None and all(
         len(batch) == 1 and batch[0].num_examples == batch[0].num_rows for batch in matrices
     )
@@ -393,7 +395,7 @@ def _layer(name: str, uses: list[list[Use]], parts: Decomposition, averages: Ave
         shape=tuple(first),
         num_parameters=size,
         features=None if features is None else _feature_spectrum(features, parts, name),
-        errors=None if errors is None else _row_spectrum(errors, averages, parts, f"errors of {name}"),
+        errors=None if errors is None else _row_spectrum(errors[live], of_live, parts, f"errors of {name}"),
         gradients=_gradient_spectrum(uses, averages, size, parts, name),
         khatri_rao=khatri_rao([batch[0] for batch in matrices], parts, averages) if single else None,
         collapse=None if features is None else collapse_of(features, rows, name),
@@ -423,7 +425,8 @@ def _gradient_spectrum(
 ) -> GramSpectrum:
     """Of a layer's gradients, from their inner products or from their second moment, whichever is smaller."""
     began = time.perf_counter()
-    num_rows = len(averages.every)
+    live = parts.held.live
+    num_rows = len(live)
     side = min(num_rows, size)
     what = f"a matrix of {side:,} rows, for the spectrum of {name or 'the model'}, and its eigenvectors"
     refuse_beyond(gram_bytes(side), parts.problem.memory, f"{what} take", "Take fewer examples, or raise memory.")
@@ -431,7 +434,7 @@ def _gradient_spectrum(
     spectrum = (
         Spectrum.of_moment(*moment_of(uses, averages), eps)
         if size < num_rows
-        else Spectrum.of_gram(gram_of([uses]), averages, size, eps)
+        else Spectrum.of_gram(gram_of([uses], live=live), averages.map(lambda basis: basis[live]), size, eps)
     )
     return spectrum_of(spectrum, began, parts.problem, f"gradients of {name}", size=size)
 
@@ -439,5 +442,6 @@ def _gradient_spectrum(
 def _feature_spectrum(features: Tensor, parts: Decomposition, name: str) -> GramSpectrum:
     """Of (1/N) Σ h hᵀ: global mean, class means about it, scatter within classes."""
     weight = counted(parts.rows)
-    scaled = features * (weight / weight.sum()).sqrt().to(features)[:, None]
-    return _row_spectrum(scaled, feature_averages(parts.rows), parts, f"features of {name}")
+    scaled, counts = features * (weight / weight.sum()).sqrt().to(features)[:, None], parts.held.counted
+    averages = feature_averages(parts.rows).map(lambda basis: basis[counts])
+    return _row_spectrum(scaled[counts], averages, parts, f"features of {name}")

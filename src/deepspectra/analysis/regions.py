@@ -29,7 +29,7 @@ from deepspectra.problem.problem import Problem
 from deepspectra.results import ByLayer, origin
 from deepspectra.rows.averages import METHODS, WIDE, Averages
 from deepspectra.rows.captures import Complement, num_parameters_of
-from deepspectra.rows.features_and_errors import error_rows, feature_rows, membership
+from deepspectra.rows.features_and_errors import LayerRows, error_rows, feature_rows, membership
 from deepspectra.rows.held_rows import HeldRows, gram_of
 from deepspectra.rows.projections import TWO_WAY, Projections
 from deepspectra.rows.spectrum import Spectrum
@@ -233,12 +233,13 @@ def _grams(parts: Decomposition, of: str) -> Iterator[tuple[str, Tensor, int]]:
     """Inner products of each layer's rows, float64, and how many of their eigenvalues at most are not zero."""
     if of == "gradients":
         for name, uses in parts.held.captures.by_layer():
-            gram = gram_of([uses])
+            gram = gram_of([uses], live=parts.held.live)
             yield name, gram, min(num_parameters_of(parts.problem, name), len(gram))
         return
-    split = feature_rows(parts.held) if of == "features" else error_rows(parts.held)
-    for name in split.matrices:
-        gram = split.layer(name).gram()
+    held = parts.held
+    split, live = (feature_rows(held), held.counted) if of == "features" else (error_rows(held), held.live)
+    for name, matrix in split.matrices.items():
+        gram = LayerRows({name: matrix[live]}).gram()
         yield name, gram, len(gram)
 
 
@@ -250,10 +251,11 @@ class _Judge:
         self.removed = knockouts_of(of, method)
         self.eps = torch.finfo(parts.problem.dtype).eps
         num, size = self.rows.weights.shape
+        self.counted = self.rows.counted.cpu()
         self.each = 1 if of == "features" else size - 1  # rows an example
         self.cuts = (size, size) if of == "features" else (size - 1, size**2)
         matrices = 10 + 2 * num_groups if of == "hessian" else 4
-        num_rows = num * self.each
+        num_rows = len(self.counted) * self.each
         size, what = matrices * 8 * num_rows**2, f"spectra of {num_rows:,} rows take"
         refuse_beyond(size, parts.problem.memory, what, "Take fewer examples, or raise memory.")
         order = torch.randperm(num, generator=seeded(seed))
@@ -268,11 +270,12 @@ class _Judge:
         )
 
     def chosen(self, device: torch.device) -> Iterator[tuple[Tensor, Averages]]:
-        """Which rows are kept, and their averages: all, and all but each group."""
+        """Which rows of those that count are kept, and their averages: all, and all but each group."""
         for left_out in ((), *self.groups):
             kept = torch.ones(len(self.rows.labels), dtype=torch.bool)
             kept[torch.as_tensor(left_out, dtype=torch.long)] = False
-            averages = self._averages(kept.to(self.rows.labels.device))
+            kept = kept[self.counted]
+            averages = self._averages(self.counted[kept].to(self.rows.labels.device))
             yield kept.repeat_interleave(self.each).to(device), averages
 
     def of_spectra(self, spectra: Iterable[Spectrum]) -> Shifts:

@@ -176,7 +176,8 @@ class ElementwiseLoss(MeanLoss):
         self.module = summed
 
     def rows(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """As given, of one shape and type."""
+        """As given, of one shape and type; of one example scalars too, as `squeeze` leaves them."""
+        outputs, targets = torch.atleast_1d(outputs), torch.atleast_1d(targets)
         if outputs.shape != targets.shape:
             raise ShapeError(
                 f"{self.name}: outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} differ in shape, "

@@ -14,12 +14,13 @@ from torch.overrides import TorchFunctionMode
 from deepspectra.errors import DataError, LossError
 from deepspectra.problem.batch_trees import map_tensors
 from deepspectra.problem.batches import Batches, Pair
-from deepspectra.problem.evaluated_model import Evaluated
+from deepspectra.problem.evaluated_model import Evaluated, Forward
 from deepspectra.problem.input_checks import reported, shapes_of
 from deepspectra.problem.losses import Loss
 from deepspectra.problem.named_losses import MODULES, Given, resolve
 
-SAME = 1e-3  # relative, of a mean over rows to the loss that the model gives
+# Relative, of a mean over rows to the loss that the model gives: sums in another order, rounded in the loss's type.
+SAME = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 0.02}
 INSTEAD = "Pass forward=lambda model, batch: (outputs, targets) instead."
 
 
@@ -35,6 +36,12 @@ class Call(NamedTuple):
         """The mean over its rows, whatever reduction was asked for."""
         return self.function(self.outputs, self.targets, **{**self.options, "reduction": "mean"})
 
+    def is_same(self, given: Tensor) -> bool:
+        """Whether this mean is the loss that the model gives, up to rounding; both are NaN where no row counts."""
+        limit = max(SAME.get(one.dtype, 0.0) for one in (self.outputs, given))
+        with torch.no_grad():
+            return torch.allclose(self.mean().double(), given.double(), rtol=limit, atol=0.0, equal_nan=True)
+
     def loss(self) -> Loss:
         """The same as a loss of ours."""
         defaults = inspect.signature(self.function).parameters
@@ -43,26 +50,33 @@ class Call(NamedTuple):
 
 
 class _Calls(TorchFunctionMode):
-    """Within this mode losses are seen as they are called; but for the first time they are not computed."""
+    """Within this mode losses are seen as they are called; of these one, told by its place, is not computed but 0."""
 
-    def __init__(self, *, compute: bool) -> None:
+    def __init__(self, skipped: int | None = None) -> None:
         super().__init__()
-        self.compute = compute
+        self.skipped = skipped
         self.seen: list[Call] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func not in MODULES:
-            return func(*args, **(kwargs or {}))
-        options = inspect.signature(func).bind(*args, **(kwargs or {})).arguments
+            return func(*args, **kwargs)
+        options = inspect.signature(func).bind(*args, **kwargs).arguments
         outputs, targets = options.pop("input"), options.pop("target")
         self.seen.append(Call(func, outputs, targets, options))
-        return func(*args, **(kwargs or {})) if self.compute else outputs.new_zeros(())
+        if self.skipped != len(self.seen) - 1:
+            return func(*args, **kwargs)
+        if options.get("reduction", "mean") != "none":
+            return outputs.new_zeros(())
+        with torch.no_grad():  # for the shape
+            return torch.zeros_like(func(*args, **kwargs))
 
 
 class OwnLoss:
     """A forward function for batches that are mappings, `model(**batch)`, as Hugging Face's models take them.
 
-    Outputs and targets are those with which the model calls its loss, shifted, flattened and masked by itself.
+    Outputs and targets are those with which the model calls its loss, shifted, flattened and masked by itself. That
+    their mean is the loss that the model gives is seen on one batch by `learn`, and on every batch by `compared`.
     """
 
     def __init__(self) -> None:
@@ -70,29 +84,53 @@ class OwnLoss:
 
     def __call__(self, model: nn.Module, batch: Any) -> Pair:
         """Outputs and targets of a batch."""
-        calls = _Calls(compute=False)
+        calls = _Calls(skipped=self.place)
         with calls:
             model(**batch)
-        if self.place >= len(calls.seen):
-            raise DataError(f"the model calls no loss on a batch with {_keys(batch)}; are its labels there?")
-        call = calls.seen[self.place]
+        call = self._called(calls, batch)
         return call.outputs, call.targets
 
+    def compared(self, model: nn.Module, batch: Any) -> Pair:
+        """The same, for a first pass over the data: the loss is computed, and compared with the mean over rows."""
+        calls = _Calls()
+        with calls:
+            given = _loss_of(model(**batch))
+        call = self._called(calls, batch)
+        if given is None or not call.is_same(given):
+            raise LossError(
+                f"for a batch with {_keys(batch)} the loss that the model gives, "
+                f"{'none' if given is None else f'{float(given):.4g}'}, is not the mean over its rows of "
+                f"{call.function.__name__}, {float(call.mean()):.4g}, as it is for the first batch: does it weigh or "
+                "mask rows by another entry than the labels? Label what is not to count by the ignored index, -100. "
+                f"{INSTEAD}"
+            )
+        return call.outputs, call.targets
+
+    def _called(self, calls: _Calls, batch: Any) -> Call:
+        if self.place >= len(calls.seen):
+            raise DataError(f"the model calls no loss on a batch with {_keys(batch)}; are its labels there?")
+        return calls.seen[self.place]
+
     def learn(self, model: nn.Module, batch: Any) -> Loss:
-        """The loss that the model gives, and which call of a pass it is."""
-        calls = _Calls(compute=True)
+        """The loss that the model gives, and which call of a pass it is.
+
+        It is no more than that loss if it is 0 where that is: a term of any size shows, however it is rounded.
+        """
+        calls = _Calls()
         with torch.no_grad(), calls:
-            found = model(**batch)
-        given = found.get("loss") if isinstance(found, Mapping) else getattr(found, "loss", None)
+            given = _loss_of(model(**map_tensors(Tensor.clone, batch)))
         if given is None:
             raise DataError(
                 f"the model gives no loss for a batch with {_keys(batch)}, and a batch that is a mapping needs one: "
                 f"the labels under the name by which the model takes them. {INSTEAD}"
             )
         for place, call in enumerate(calls.seen):
-            if torch.allclose(call.mean().double(), given.double(), rtol=SAME, atol=0.0):
-                self.place = place
-                return call.loss()
+            if call.is_same(given):
+                with torch.no_grad(), _Calls(skipped=place):
+                    rest = _loss_of(model(**map_tensors(Tensor.clone, batch)))
+                if rest is not None and float(rest) == 0:
+                    self.place = place
+                    return call.loss()
         called = ", ".join(call.function.__name__ for call in calls.seen) or "none of PyTorch's functions"
         raise LossError(
             f"the loss that the model gives, {float(given):.4g}, is no mean over rows of one loss of "
@@ -100,10 +138,13 @@ class OwnLoss:
         )
 
 
-def settle_loss(loss: Given, module: Evaluated, batches: Batches, forward: object) -> Loss:
+def settle_loss(loss: Given, module: Evaluated, batches: Batches, forward: object) -> tuple[Loss, Forward]:
     """The loss that is given; on batches that are mappings, unless it is another than the default, the model's own.
 
-    Cost: of mappings a forward pass of a batch.
+    And the forward function for all passes but the first over the data, in which the module's own compares the loss
+    that the model gives for a batch with the mean over its rows.
+
+    Cost: of mappings two forward passes of a batch.
 
     Raises:
         DataError: the model fails on the batch, or gives no loss for it.
@@ -112,11 +153,18 @@ def settle_loss(loss: Given, module: Evaluated, batches: Batches, forward: objec
     known = resolve(loss)
     batch = next(iter(batches))
     if forward is not None or not isinstance(batch, Mapping):
-        return known
-    module.function = function = OwnLoss()
+        return known, module.function
+    function = OwnLoss()
     with reported(DataError, f"the model failed on a batch with {_keys(batch)}, {shapes_of(batch)}"):
-        own = function.learn(module.model, map_tensors(Tensor.clone, batch))
-    return own if loss == "cross_entropy" else known
+        own = function.learn(module.model, batch)
+    module.function = function.compared
+    return own if loss == "cross_entropy" else known, function
+
+
+def _loss_of(found: Any) -> Tensor | None:
+    """The loss among what a model gives."""
+    loss: Tensor | None = found.get("loss") if isinstance(found, Mapping) else getattr(found, "loss", None)
+    return loss
 
 
 def _keys(batch: Mapping[str, Any]) -> str:

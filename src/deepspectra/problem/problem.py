@@ -93,8 +93,7 @@ class Problem(_Named):
         LossError: the loss is unknown, not a mean, reads parameters itself, or fails on its outputs and targets.
         CurvatureError: the loss cannot be backpropagated.
 
-    Cost: a forward pass over the data, and of one batch or a few of its examples up to twice more, the gradient of
-    one batch, and a second reading of a loader.
+    Cost: a forward pass over the data, up to four of one batch, its gradient, and a second reading of a loader.
     """
 
     def __init__(
@@ -123,12 +122,13 @@ class Problem(_Named):
         self.parameters = select_parameters(twin, self._trainable, parameters)
         move, budget = Move(self.device, self.dtype), share(self.memory, "data")
         self.batches = Batches(data, batch_size=batch_size, move=move, budget=budget, pairs=self.reads_pairs)
-        self.loss_function = settle_loss(loss, module, self.batches, forward)
+        self.loss_function, function = settle_loss(loss, module, self.batches, forward)
         self._derived: dict[object, Any] = {}  # what `per_problem` functions have made
         module.suspect(given := unwrapped(model), self.parameters)
         first = settle_layout(module, self.batches, self.loss_function, self.parameters)
         first, self.cuts = settle_cuts(module, self.batches, self.parameters, first, mode)
         self._count(first)
+        module.function = function
         if module.is_caught:
             module.follow(given)
         saved = check_gradient(module, self.loss_function, self._trainable, first, given)

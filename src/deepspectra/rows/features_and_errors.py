@@ -62,7 +62,8 @@ def feature_rows(rows: HeldRows) -> LayerRows:
 
 def error_rows(rows: HeldRows) -> LayerRows:
     """√w_{i,k} e_{i,k} at the output of every layer that has a matrix, a kernel or a table, as N (C − 1) rows."""
-    return LayerRows(_gathered(rows, rows.captures.batches(), layer_errors, rows.num_reduced))
+    num_rows = len(rows.labels) * (rows.weights.shape[1] - 1)
+    return LayerRows(_gathered(rows, rows.captures.batches(), layer_errors, num_rows))
 
 
 def layer_inputs(uses: list[Use]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,10 +61,22 @@ class HeldRows(GradientRows):
         """The processes that share the work; what is held they all hold."""
         return self.problem.batches.group
 
+    @functools.cached_property
+    def counted(self) -> Tensor:
+        """The examples that count (N',): of others, such as ignored tokens, all rows are zero."""
+        (found,) = (self.curvature > 0).nonzero(as_tuple=True)
+        return found
+
+    @functools.cached_property
+    def live(self) -> Tensor:
+        """The reduced rows of these among those of all: (R,), R = N' (C − 1)."""
+        each = self.weights.shape[1] - 1
+        return (self.counted[:, None] * each + torch.arange(each, device=self.counted.device)).flatten()
+
     @property
     def num_reduced(self) -> int:
-        """R = N (C − 1)."""
-        return self.weights.shape[0] * (self.weights.shape[1] - 1)
+        """R = N' (C − 1)."""
+        return len(self.live)
 
     def apply(self, block: Tensor) -> Tensor:
         """A V: (N, C, K). Cost: a third of a gradient a column."""
@@ -80,11 +93,13 @@ class HeldRows(GradientRows):
 
     def apply_reduced(self, block: Tensor) -> Tensor:
         """A V over the R reduced rows: (R, K)."""
-        return self.complement.reduce(self.apply(block)).flatten(0, 1)
+        return self.complement.reduce(self.apply(block)).flatten(0, 1)[self.live]
 
     def transpose_reduced(self, rows: Tensor) -> Tensor:
         """Aᵀ α for α (R, K) over the reduced rows: (P, K)."""
-        return self.transpose(self.complement.expand(rows.view(len(self.labels), -1, rows.shape[1])))
+        every = rows.new_zeros(len(self.labels), self.weights.shape[1] - 1, rows.shape[1])
+        every[self.counted] = rows.view(len(self.counted), -1, rows.shape[1])
+        return self.transpose(self.complement.expand(every))
 
     def _push(self, uses: list[Use], block: Tensor) -> Tensor:
         """(n, C − 1, K) for one batch."""
@@ -143,13 +158,13 @@ class HeldRows(GradientRows):
     # inner products of rows
 
     def gram(self) -> Tensor:
-        """(R, R) float64, inner products of the R = N (C − 1) reduced rows, example by example.
+        """(R, R) float64, inner products of the R = N' (C − 1) reduced rows that count, example by example.
 
         Each stretch of a parameter by the cheaper of two ways: gradients formed and multiplied, or inner
         products of features and of errors. What is not held is captured group by group of parameters.
         """
         refuse_beyond_memory(self.num_reduced, self.problem)
-        return gram_of((uses for _, uses in self.captures.by_layer()), self.group)
+        return gram_of((uses for _, uses in self.captures.by_layer()), self.group, self.live)
 
 
 def gram_bytes(num_rows: int) -> int:
@@ -163,17 +178,21 @@ def refuse_beyond_memory(num_rows: int, problem: Problem) -> None:
     refuse_beyond(gram_bytes(num_rows), problem.memory, what, "Take fewer examples, or raise memory.")
 
 
-def gram_of(layers: Iterable[list[list[Use]]], group: Group = ALONE) -> Tensor:
+def gram_of(layers: Iterable[list[list[Use]]], group: Group = ALONE, live: Tensor | None = None) -> Tensor:
     """Inner products (R, R) of gradients to the parameters of some layers, each of one list of uses a batch.
 
-    Where several processes hold the same, each computes a part.
+    Of all gradients, or of those that are `live`, in ascending order. Where several processes hold the same, each
+    computes a part.
     """
     total = torch.zeros(0)
     for batches in layers:
         sizes = _num_rows(batches)
         if not len(total):
-            total = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64, device=batches[0][0].errors.device)
-        _add_lower(total, batches, sizes, group)
+            device = batches[0][0].errors.device
+            live = torch.arange(sum(sizes), device=device) if live is None else live.to(device)
+            total = torch.zeros(len(live), len(live), dtype=torch.float64, device=device)
+        assert live is not None
+        _add_lower(total, batches, live, sizes, group)
     group.sum(total)
     return total.tril_() + total.tril(-1).T
 
@@ -204,16 +223,16 @@ def moment_of(batches: list[list[Use]], averages: Averages) -> tuple[Tensor, Ave
     return moment, averages.map(lambda _: next(each))
 
 
-def _add_lower(total: Tensor, batches: list[list[Use]], sizes: list[int], group: Group) -> None:
+def _add_lower(total: Tensor, batches: list[list[Use]], live: Tensor, sizes: list[int], group: Group) -> None:
     """Each stretch of a parameter, to the lower half at least."""
     grouped = [by_stretch(uses) for uses in batches]
     for stretch in grouped[0]:
         mine = [group[stretch] for group in grouped]
         factored = [[use for use in batch if isinstance(use, (Matrix, Lookup))] for batch in mine]
         if [len(batch) for batch in factored] == [len(batch) for batch in mine] and _prefers_inner(factored):
-            _add_inner(total, factored, sizes, group)
+            _add_inner(total, factored, live, sizes, group)
         else:
-            _add_formed(total, mine, group)
+            _add_formed(total, mine, live, group)
 
 
 def _prefers_inner(mine: list[list[Matrix | Lookup]]) -> bool:
@@ -224,10 +243,21 @@ def _prefers_inner(mine: list[list[Matrix | Lookup]]) -> bool:
     return each**2 * max(use.inner_cost() for use in uses) < FORMED_OVERHEAD * uses[0].slice.numel
 
 
-def _add_inner(total: Tensor, mine: list[list[Matrix | Lookup]], sizes: list[int], group: Group) -> None:
+class _Piece(NamedTuple):
+    """Gradients of some examples: where they stand among those that are live, and features and errors of each use."""
+
+    place: slice
+    live: Tensor  # which of them are
+    num: int
+    factors: list[tuple[Tensor, Tensor]]
+
+
+def _add_inner(
+    total: Tensor, mine: list[list[Matrix | Lookup]], live: Tensor, sizes: list[int], group: Group
+) -> None:
     """The lower half, some examples by some: small blocks that stay in the cache."""
     inner = mine[0][0].inner
-    pieces: list[tuple[slice, list[tuple[Tensor, Tensor]]]] = []
+    pieces: list[_Piece] = []
     for uses, end in zip(mine, itertools.accumulate(sizes), strict=True):
         num, scalars, *rest = uses[0].errors.shape
         step = max(EXAMPLES, BLOCK_ROWS // max(1, scalars * math.prod(rest[1:])))
@@ -235,24 +265,37 @@ def _add_inner(total: Tensor, mine: list[list[Matrix | Lookup]], sizes: list[int
         for start in range(0, num, step):
             some = slice(start, min(start + step, num))
             first = end - num * scalars
-            rows = slice(first + some.start * scalars, first + some.stop * scalars)
-            pieces.append((rows, [(features[some], errors[some]) for features, errors in factors]))
-    for index, (rows, some_factors) in enumerate(pieces):
-        for column, (columns, others) in enumerate(pieces[: index + 1]):
+            rows = first + some.start * scalars, first + some.stop * scalars
+            place = slice(*torch.searchsorted(live, live.new_tensor(rows)).tolist())
+            if place.start == place.stop:
+                continue
+            counts = torch.zeros(rows[1] - rows[0], dtype=torch.bool, device=live.device)
+            counts[live[place] - rows[0]] = True
+            counts = counts.view(-1, scalars)
+            kept = as_slice(counts.any(0).nonzero()[:, 0])  # scalars of padding count for no example
+            (mine_live,) = counts[:, kept].flatten().nonzero(as_tuple=True)
+            each = [(features[some], errors[some][:, kept]) for features, errors in factors]
+            pieces.append(_Piece(place, mine_live, counts[:, kept].numel(), each))
+    for index, one in enumerate(pieces):
+        for column, other in enumerate(pieces[: index + 1]):
             if not group.owns(index + column):
                 continue
-            for pair in itertools.product(some_factors, others):
-                total[rows, columns] += inner(*pair)
+            for pair in itertools.product(one.factors, other.factors):
+                block = inner(*pair)
+                if len(one.live) < one.num or len(other.live) < other.num:
+                    block = block[one.live[:, None], other.live]
+                total[one.place, other.place] += block
 
 
-def _add_formed(total: Tensor, mine: list[list[Use]], group: Group) -> None:
-    some = mine[0][0]
+def _add_formed(total: Tensor, mine: list[list[Use]], live: Tensor, group: Group) -> None:
+    some, num = mine[0][0], sum(_num_rows(mine))
     rows = some.slice.shape[0] if some.slice.shape else 1
-    width = max(1, BLOCK_BYTES // (len(total) * max(1, some.slice.numel // rows) * some.errors.element_size()))
+    width = max(1, BLOCK_BYTES // (num * max(1, some.slice.numel // rows) * some.errors.element_size()))
     for start in range(0, rows, width):
         chunk = slice(start, min(start + width, rows))
         pieces = [functools.reduce(torch.add, (use.formed(chunk) for use in uses)) for uses in mine]
         formed = torch.cat([piece.flatten(0, 1) for piece in pieces])
+        formed = formed[live] if len(live) < num else formed
         for number, top in enumerate(range(0, len(total), BLOCK_ROWS)):
             if not group.owns(number):
                 continue

@@ -8,11 +8,13 @@ will do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from deepspectra.errors import NonFiniteError, first_line
 from deepspectra.rows.averages import Averages, taken
 
 RANK_RTOL = 1e-6  # of the largest: a smaller singular value or eigenvalue is rounding
@@ -42,7 +44,7 @@ class Spectrum:
         precision: float = 0.0,
         vectors: Tensor | None = None,
     ) -> None:
-        self.values = matrix if matrix.ndim == 1 else torch.linalg.eigvalsh(matrix).flip(0)
+        self.values = matrix if matrix.ndim == 1 else symmetric_values(matrix)
         self.averages = averages
         self.tiny = precision * len(self.values) * float(self.values[0])
         self.vectors = vectors
@@ -51,9 +53,9 @@ class Spectrum:
     @classmethod
     def of_gram(cls, gram: Tensor, averages: Averages, most: int, precision: float) -> Spectrum:
         """From A Aᵀ (N, N) and averages of the rows, of which at most so many eigenvalues differ from zero."""
-        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = symmetric_pairs(gram)
         num = min(len(values), most)
-        values, vectors = values.flip(0)[:num].clamp_min(0), vectors.flip(1)[:, :num]
+        values, vectors = values[:num].clamp_min(0), vectors[:, :num]
         root = values.sqrt()[:, None]
         seen = averages.map(lambda basis: root * (vectors.T @ basis.to(root)))
         return cls(values, seen, precision=precision, vectors=vectors)
@@ -61,9 +63,9 @@ class Spectrum:
     @classmethod
     def of_moment(cls, moment: Tensor, factors: Averages, precision: float) -> Spectrum:
         """From AᵀA (D, D) and AᵀB (D, r)."""
-        values, vectors = torch.linalg.eigh(moment)
-        seen = factors.map(lambda factor: vectors.flip(1).T @ factor)
-        return cls(values.flip(0).clamp_min(0), seen, precision=precision)
+        values, vectors = symmetric_pairs(moment)
+        seen = factors.map(lambda factor: vectors.T @ factor)
+        return cls(values.clamp_min(0), seen, precision=precision)
 
     @classmethod
     def of_rows(cls, rows: Tensor, averages: Averages, precision: float) -> Spectrum:
@@ -83,7 +85,7 @@ class Spectrum:
         else:
             phi = self.averages[name]
             gram = phi.T @ phi if phi.shape[1] <= len(phi) else phi @ phi.T
-            found, forms = torch.linalg.eigvalsh(gram).flip(0), phi.square().sum(1)
+            found, forms = symmetric_values(gram), phi.square().sum(1)
         return found[found > self.tiny], forms
 
     def without(self, removed: Sequence[str], method: str = "subtraction") -> Tensor:
@@ -102,8 +104,53 @@ class Spectrum:
         if "within" in gone:
             rest = rest - moment + averages.every @ averages.every.T
         _, rest = left(rest, averages.together(gone), method)
-        found: Tensor = torch.linalg.eigvalsh(rest).flip(0)
+        found = symmetric_values(rest)
         return found if self._moment is not None else found.clamp_min(0)
+
+
+def symmetric_pairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (R,) of a symmetric matrix, descending, and eigenvectors (R, R).
+
+    Rows of zeros, such as those of tokens that are not counted, are eigenvectors as they are, and cost nothing.
+    """
+    live, dead = _rows_by_zero(matrix)
+    with _named(live):
+        found, inner = torch.linalg.eigh(matrix[live][:, live] if len(dead) else matrix)
+    if not len(dead):
+        return found.flip(0), inner.flip(1)
+    values, order = torch.cat([found, found.new_zeros(len(dead))]).sort(descending=True, stable=True)
+    place = order.argsort()  # of each eigenvector
+    vectors = torch.zeros_like(matrix)
+    vectors[live[:, None], place[: len(live)]] = inner
+    vectors[dead, place[len(live) :]] = 1
+    return values, vectors
+
+
+def symmetric_values(matrix: Tensor) -> Tensor:
+    """The eigenvalues alone."""
+    live, dead = _rows_by_zero(matrix)
+    with _named(live):
+        found = torch.linalg.eigvalsh(matrix[live][:, live] if len(dead) else matrix)
+    return torch.cat([found, found.new_zeros(len(dead))]).sort(descending=True).values
+
+
+def _rows_by_zero(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows of a symmetric matrix are not zero, and which are."""
+    found = matrix.any(1)
+    (live,), (dead,) = found.nonzero(as_tuple=True), (~found).nonzero(as_tuple=True)
+    return live, dead
+
+
+@contextlib.contextmanager
+def _named(live: Tensor) -> Iterator[None]:
+    """An eigenproblem that fails says of what."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise NonFiniteError(
+            f"the eigenvalues of a matrix of {len(live):,} rows cannot be found ({first_line(error)}): gradients "
+            "are NaN, infinite or too large or small to be squared. Check the weights, or take dtype=torch.float64."
+        ) from error
 
 
 def left(image: Tensor, phi: Tensor, method: str) -> tuple[Tensor | None, Tensor]:

@@ -177,7 +177,7 @@ class ElementwiseLoss(MeanLoss):
 
     def rows(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """As given, of one shape and type; of one example scalars too, as `squeeze` leaves them."""
-        outputs, targets = torch.atleast_1d(outputs), torch.atleast_1d(targets)
+        outputs, targets = (values if values.ndim else values[None] for values in (outputs, targets))
         if outputs.shape != targets.shape:
             raise ShapeError(
                 f"{self.name}: outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} differ in shape, "

@@ -146,7 +146,7 @@ def _named(live: Tensor) -> Iterator[None]:
     """An eigenproblem that fails says of what."""
     try:
         yield
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise NonFiniteError(
             f"the eigenvalues of a matrix of {len(live):,} rows cannot be found ({first_line(error)}): gradients "
             "are NaN, infinite or too large or small to be squared. Check the weights, or take dtype=torch.float64."

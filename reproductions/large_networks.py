@@ -40,7 +40,6 @@ from deepspectra.jobs.pace import Pace
 from deepspectra.problem.memory_budget import parse_bytes
 from deepspectra.results import versions
 from reproductions import large_models, large_page
-from reproductions.language_model import PARTS
 from reproductions.large_peers import PEERS, peak_bytes
 
 HERE = Path(__file__).parent.parent
@@ -193,10 +192,8 @@ def measure(name: str, store: Path, budget: Budget, say: Callable[[str], None]) 
     )
     graphs.size = whole
     products_of(problem).release()
-    # The parts and their means are gone when graphs need the room.
-    shares = run.stage(
-        "shares", lambda: pair_shares(ds.decompose(problem, effects="two-way", groups=made.groups), pairs)
-    )
+    parts = ds.decompose(problem, effects="two-way", groups=made.groups)
+    shares = run.stage("shares", lambda: pair_shares(parts, pairs))
     products_of(problem).release()
     curve = run.stage("density", lambda: density(hessian, pairs), lambda found: found.num_products)
     run.keep(
@@ -205,7 +202,7 @@ def measure(name: str, store: Path, budget: Budget, say: Callable[[str], None]) 
         residuals=pairs.residual_norms.tolist(),
         converged=pairs.converged,
         status=pairs.status,
-        parts=PARTS,
+        parts=[*parts, "residual"],
         shares=shares.tolist(),
         density=large_page.curve_of(curve),
         told=str(curve),

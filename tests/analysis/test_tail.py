@@ -142,9 +142,8 @@ def test_what_float32_resolves_is_judged_however_many_eigenvalues_there_are() ->
     values = torch.from_numpy(pareto(2000, 1.8, share=1.0)(np.random.default_rng(0)))
     found = ds.tail(values.float(), num_draws=2)
     assert (found.num, found.num_zero) == (2000, 0)
-    assert float(values.max()) * 2000 * torch.finfo(torch.float32).eps > 2 * float(
-        values.min()
-    )  # the bound of a rank
+    bound_of_rank = float(values.max()) * 2000 * torch.finfo(torch.float32).eps
+    assert bound_of_rank > 2 * float(values.min())
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(600, 200, generator=generator)
     dense = torch.linalg.eigvalsh(root @ root.T / 200)

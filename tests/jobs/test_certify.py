@@ -7,22 +7,26 @@ import torch
 
 from certificates_problems import data, problem
 from deepspectra.errors import FileError, OptionError, TargetError
-from deepspectra.jobs.certify import certified, unseen
+from deepspectra.jobs.certify import certified, named_priors, unseen
 from deepspectra.jobs.command_targets import Choice
 
 FORMAT = Path(__file__).parents[2] / "docs" / "file-format.md"
-FEW = {"epochs": 3, "batch_size": 100, "passes": 2, "basis": None}
+FEW = {
+    "epochs": 3,
+    "batch_size": 100,
+    "passes": 2,
+}
 
 
 def test_unfinished_work_is_taken_up_and_that_of_another_certificate_refused(tmp_path):
-    once = certified(problem(300), "isotropic", None, FEW, folder=tmp_path)
-    again = certified(problem(300), "isotropic", None, FEW | {"minutes": 5.0}, folder=tmp_path)
+    once = certified(problem(300), ["isotropic"], None, FEW, folder=tmp_path)
+    again = certified(problem(300), ["isotropic"], None, FEW | {"minutes": 5.0}, folder=tmp_path)
     assert again.value == once.value
     assert len(list(tmp_path.glob("*.pt"))) == 2  # the descent, and whose it is
     with pytest.raises(FileError, match="seed was 0 and is 1"):
-        certified(problem(300), "isotropic", None, FEW, seed=1, folder=tmp_path)
+        certified(problem(300), ["isotropic"], None, FEW, seed=1, folder=tmp_path)
     with pytest.raises(FileError, match="priors was"):
-        certified(problem(300), "learnt", None, FEW, folder=tmp_path)
+        certified(problem(300), ["learnt"], None, FEW, folder=tmp_path)
 
 
 def test_test_data_are_the_zoos_or_a_function_returns_them(tmp_path, monkeypatch):
@@ -37,6 +41,6 @@ def test_test_data_are_the_zoos_or_a_function_returns_them(tmp_path, monkeypatch
     with pytest.raises(TargetError, match="NoneType"):
         unseen("mine.py:problem", "held.py:no", Choice())
     with pytest.raises(OptionError, match="'isotropic', 'smooth', 'learnt'"):
-        certified(problem(50), "uniform", None, FEW)
+        named_priors("uniform")
     with pytest.raises(OptionError, match="as many inputs"):
-        certified(problem(50), "isotropic", (data(5)[0], torch.zeros(4)), FEW)
+        certified(problem(50), ["isotropic"], (data(5)[0], torch.zeros(4)), FEW)

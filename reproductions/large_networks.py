@@ -11,8 +11,6 @@ stages; memory is the most that the process had in each. With --peers, the inter
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import gc
 import json
 import os
@@ -37,7 +35,7 @@ from deepspectra.file_writing import save_whole
 from deepspectra.jobs.effort import Effort
 from deepspectra.jobs.estimate import density_stage, pairs_stage
 from deepspectra.jobs.pace import Pace
-from deepspectra.problem.memory_budget import parse_bytes
+from deepspectra.problem.memory_budget import parse_bytes, return_freed
 from deepspectra.results import versions
 from reproductions import large_models, large_page
 from reproductions.large_peers import PEERS, peak_bytes
@@ -112,8 +110,7 @@ class Run:
 def forget_peak() -> None:
     """Have the kernel count the most memory of this process anew, without what the last stage freed in pieces."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # the allocator of other systems
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return_freed()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:  # then the peaks are those of all stages so far

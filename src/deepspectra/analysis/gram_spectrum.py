@@ -204,7 +204,7 @@ def gradient_spectrum(parts: Decomposition) -> Spectrum:
     """That of G, of held rows."""
     averages = error_averages(parts.held, parts.projections, tuple(parts))
     eps, size = torch.finfo(parts.problem.dtype).eps, parts.problem.num_parameters
-    return Spectrum.of_gram(parts.held.gram(), averages.map(lambda basis: basis[parts.held.live]), size, eps)
+    return Spectrum.of_gram(parts.held.gram(), averages.at(parts.held.live), size, eps)
 
 
 def gradient_pairs(spectrum: Spectrum, parts: Decomposition, num: int, began: float, seed: int = 0) -> Eigenpairs:

@@ -271,10 +271,11 @@ class _Run:
         found = {name: layer for name in names if (layer := self.stages.read(stages[name])) is not None}
         rows, refusal = parts.held, None
         averages = error_averages(rows, parts.projections, tuple(parts))
+        of_live = averages.at(rows.live)
         left = rows.captures.by_layer(without=frozenset(found))
         for name, uses in announced(left, self.progress, len(names), len(found)):
             try:
-                found[name] = _layer(name, uses, parts, averages)
+                found[name] = _layer(name, uses, parts, averages, of_live)
             except MemoryBudgetError as error:
                 self.left_out[name or "the model"], refusal = str(error), error
                 continue
@@ -376,7 +377,7 @@ def _measured(block: HessianBlock, residual: float, num: int) -> LayerHessian:
     )
 
 
-def _layer(name: str, uses: list[list[Use]], parts: Decomposition, averages: Averages) -> Layer:
+def _layer(name: str, uses: list[list[Use]], parts: Decomposition, averages: Averages, of_live: Averages) -> Layer:
     rows = parts.rows
     own = parameters_of(parts.problem, name)
     size = sum(value.numel() for value in own.values())
@@ -385,8 +386,6 @@ def _layer(name: str, uses: list[list[Use]], parts: Decomposition, averages: Ave
     first = next((use.slice.shape for use in fed), next(iter(own.values())).shape)
     features = _stacked([layer_inputs(batch).get(name) for batch in uses])
     errors = _stacked([layer_errors(batch).get(name) for batch in uses])
-    live = parts.held.live
-    of_live = averages.map(lambda basis: basis[live])
     single = features is not None and all(
         len(batch) == 1 and batch[0].num_examples == batch[0].num_rows for batch in matrices
     )
@@ -395,8 +394,10 @@ def _layer(name: str, uses: list[list[Use]], parts: Decomposition, averages: Ave
         shape=tuple(first),
         num_parameters=size,
         features=None if features is None else _feature_spectrum(features, parts, name),
-        errors=None if errors is None else _row_spectrum(errors[live], of_live, parts, f"errors of {name}"),
-        gradients=_gradient_spectrum(uses, averages, size, parts, name),
+        errors=None
+        if errors is None
+        else _row_spectrum(errors[parts.held.live], of_live, parts, f"errors of {name}"),
+        gradients=_gradient_spectrum(uses, averages, of_live, parts, name),
         khatri_rao=khatri_rao([batch[0] for batch in matrices], parts, averages) if single else None,
         collapse=None if features is None else collapse_of(features, rows, name),
         centred=centred_spectrum([batch[0] for batch in matrices], parts, averages, name)
@@ -421,12 +422,12 @@ def _row_spectrum(rows: Tensor, averages: Averages, parts: Decomposition, what: 
 
 
 def _gradient_spectrum(
-    uses: list[list[Use]], averages: Averages, size: int, parts: Decomposition, name: str
+    uses: list[list[Use]], averages: Averages, of_live: Averages, parts: Decomposition, name: str
 ) -> GramSpectrum:
     """Of a layer's gradients, from their inner products or from their second moment, whichever is smaller."""
     began = time.perf_counter()
     live = parts.held.live
-    num_rows = len(live)
+    num_rows, size = len(live), num_parameters_of(parts.problem, name)
     side = min(num_rows, size)
     what = f"a matrix of {side:,} rows, for the spectrum of {name or 'the model'}, and its eigenvectors"
     refuse_beyond(gram_bytes(side), parts.problem.memory, f"{what} take", "Take fewer examples, or raise memory.")
@@ -434,7 +435,7 @@ def _gradient_spectrum(
     spectrum = (
         Spectrum.of_moment(*moment_of(uses, averages), eps)
         if size < num_rows
-        else Spectrum.of_gram(gram_of([uses], live=live), averages.map(lambda basis: basis[live]), size, eps)
+        else Spectrum.of_gram(gram_of([uses], live=live), of_live, size, eps)
     )
     return spectrum_of(spectrum, began, parts.problem, f"gradients of {name}", size=size)
 
@@ -443,5 +444,5 @@ def _feature_spectrum(features: Tensor, parts: Decomposition, name: str) -> Gram
     """Of (1/N) Σ h hᵀ: global mean, class means about it, scatter within classes."""
     weight = counted(parts.rows)
     scaled, counts = features * (weight / weight.sum()).sqrt().to(features)[:, None], parts.held.counted
-    averages = feature_averages(parts.rows).map(lambda basis: basis[counts])
+    averages = feature_averages(parts.rows).at(counts)
     return _row_spectrum(scaled[counts], averages, parts, f"features of {name}")

@@ -62,6 +62,10 @@ class Averages(Mapping[str, Tensor]):
         bases = {name: change(basis) for name, basis in self.items()}
         return Averages(bases, change(self.every), self.parts, self.first)
 
+    def at(self, rows: Tensor) -> Averages:
+        """Of these rows alone: of the same averages, where all others are zero."""
+        return self.map(lambda basis: basis[rows])
+
     def project(self, part: str, rows: Tensor) -> Tensor:
         """Π α for α (R, K)."""
         basis = (self.every if part == "within" else self[part]).to(rows)

@@ -12,12 +12,12 @@ from deepspectra.jobs.certify_dataset import certificate_dataset
 from deepspectra.jobs.pages import load_pages, save_page
 
 FORMAT = Path(__file__).parents[2] / "docs" / "file-format.md"
-FEW = {"epochs": 3, "batch_size": 100, "passes": 2, "basis": None}
+FEW = {"epochs": 3, "batch_size": 100, "passes": 2}
 
 
 def test_a_strangers_convolutional_network_is_certified_and_its_page_written(tmp_path):
     of = ds.Problem(cnn(), images(200))
-    found = certified(of, "isotropic, learnt", images(100, seed=1), FEW)
+    found = certified(of, ("isotropic", "learnt"), images(100, seed=1), FEW)
     save_page(certificate_dataset(found, of), tmp_path, "certify")
     saved = load_pages(tmp_path)["certify.html"]
     assert float(saved["bound"].sel(bounded="stochastic network", bound_end="bound")) == pytest.approx(found.value)

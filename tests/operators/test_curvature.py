@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import deepspectra as ds
@@ -157,23 +158,36 @@ def test_dtype_computes_a_float32_model_in_float64() -> None:
 def test_graphs_make_way_for_pairs_beside_a_full_basis_only_where_both_do_not_fit(
     wrap: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five vectors in float64 beyond the basis's memory, and graphs that leave room for 4 or for 6."""
+    """Five vectors in float64 beyond the basis's memory, and graphs that leave room for one more or less than those."""
     kept: list[int] = []
+    rows: list[int] = []
     combine = Krylov.combine
-    monkeypatch.setattr(Krylov, "combine", lambda self, s: [kept.append(graphs.num_bytes()), combine(self, s)][1])
+
+    def recorded(krylov: Krylov, coordinates: Tensor) -> Tensor:
+        kept.append(graphs.num_bytes())
+        rows.append(krylov.num_rows)
+        return combine(krylov, coordinates)
+
+    monkeypatch.setattr(Krylov, "combine", recorded)
     problem = digits_problem()
     H, vector = ds.Hessian(problem), 8 * problem.num_parameters
     graphs, allowance = H.products.graphs, H.products.allowance
     H.memory = 13 * vector
-    for room, makes_way in ((6, False), (4, True)):
+
+    def made(room: int | None = None) -> ds.Eigenpairs:
         allowance.size = 10**9
         H @ torch.ones(problem.num_parameters, dtype=torch.float64)
-        allowance.size = graphs.num_bytes() + room * vector
-        pairs = ds.eigenpairs(wrap(H), 5, rtol=1e-2, start="random")
+        allowance.size = 10**9 if room is None else graphs.num_bytes() + room * vector
+        return ds.eigenpairs(wrap(H), 5, rtol=1e-2, start="random")
+
+    made()
+    beyond = rows[-1] + 5 - 13  # how many rows are in use at the end is up to the last restart
+    assert beyond > 1
+    for room, makes_way in ((beyond + 1, False), (beyond - 1, True)):
+        pairs = made(room)
         assert pairs.num_products > 13
         assert (kept[-1] == 0) == makes_way
         assert allowance.reserved == 0
     H.memory = 100 * vector
-    H @ torch.ones(problem.num_parameters, dtype=torch.float64)
-    ds.eigenpairs(wrap(H), 5, rtol=1e-2, start="random")
+    made()
     assert kept[-1] > 0, "pairs and basis fit its own memory"

@@ -156,6 +156,8 @@ class Search:
                 challenge.follow(float(krylov.projected[krylov.num_basis, -1]))
             else:
                 challenge.follow(0.0)
+                if not challenge.passed:  # a Ritz value on the very edge, and x has no more to show
+                    return "revealed"
         self.limits = challenge.limits()
         # Pairs that moved while x was followed have to settle, and to be challenged, anew.
         moved = (self._of_wanted(krylov.ritz())[0] - before).abs() > tolerances

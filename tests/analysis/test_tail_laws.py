@@ -10,7 +10,7 @@ import torch
 
 import deepspectra as ds
 from deepspectra.analysis.bulk_laws import Sample
-from deepspectra.analysis.tail_laws import scan, thresholds_of
+from deepspectra.analysis.tail_laws import comes_nearer, scan, thresholds_of
 from spectra import log_normal, pareto
 
 
@@ -45,3 +45,14 @@ def test_weights_count_as_copies_do() -> None:
         weighted, repeated = scan(name, one, places), scan(name, other, places)
         for field in ("counts", "effective", "rates", "heights"):
             assert getattr(weighted, field) == pytest.approx(getattr(repeated, field))
+
+
+@pytest.mark.parametrize("size", [40, 700, 3000])
+def test_what_is_ruled_out_by_a_few_values_is_ruled_out_by_all(size: int) -> None:
+    for seed in range(30):
+        values = np.random.default_rng(seed).pareto(1 + seed % 3, size) + 1
+        values[: size // 3] = np.exp(np.random.default_rng(seed + 99).normal(0, 1, size // 3))
+        sample = Sample(np.sort(values), np.ones(size))
+        least = float(scan("power law", sample, thresholds_of(sample)).distances.min())
+        for shift in (-1e-3, -1e-9, 1e-9, 1e-3):
+            assert comes_nearer(sample, least + shift) == (shift > 0)

@@ -158,7 +158,7 @@ def test_dtype_computes_a_float32_model_in_float64() -> None:
 def test_graphs_make_way_for_pairs_beside_a_full_basis_only_where_both_do_not_fit(
     wrap: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five vectors in float64 beyond the basis's memory, and graphs that leave room for one more or less than those."""
+    """Five vectors in float64 beyond the basis's memory, and graphs that leave room for one more or one less."""
     kept: list[int] = []
     rows: list[int] = []
     combine = Krylov.combine

@@ -169,7 +169,8 @@ def tail(
         OptionError: an option out of range.
         DataError: no eigenvalues on that side, not finite ones, or only the largest (`Eigenpairs`).
 
-    Cost: num_draws + 3 times 128 n exponentials: a second for 2,000 eigenvalues. No products.
+    Cost: 3 times 128 n exponentials, and num_draws times about 10 n and a sort: a second for 4,000 eigenvalues. No
+    products.
 
     Source: Clauset, Shalizi and Newman 2009, SIAM Review 51(4): x_min, fit, goodness of fit, likelihood ratios.
     Departures: (1) the interval spans those of the fits to the tail, its upper half and quarter, since that of

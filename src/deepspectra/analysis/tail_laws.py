@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NamedTuple
@@ -26,6 +27,8 @@ CRITICAL = {  # of √n D with fitted parameters: 1 % for the power law, 5 % for
 PARTS = (1, 2, 4)  # the tail, its upper half and quarter: a wrong x_min moves them apart
 ROUNDING = 1e-6  # of a log-likelihood
 LARGEST_BLOCK = 2**22  # entries of thresholds × values at once
+SKETCHED = 128  # values at which most thresholds are ruled out
+TOGETHER = 4  # thresholds of the others at once
 
 
 class Scan(NamedTuple):
@@ -108,9 +111,14 @@ def scan(name: Name, sample: Sample, thresholds: Array) -> Scan:
 
     Cost: len(thresholds) × len(values) exponentials.
     """
+    fit = _fitted(name, sample, thresholds)
+    return fit._replace(distances=_distances(name, sample, fit, np.arange(len(thresholds)), 1))
+
+
+def _fitted(name: Name, sample: Sample, thresholds: Array) -> Scan:
+    """The law above each threshold, with no distances yet."""
     x, w = sample.values, sample.counts
-    t = x if name == "exponential" else np.log(x)
-    offsets = thresholds if name == "exponential" else np.log(thresholds)
+    t, offsets = (x, thresholds) if name == "exponential" else (np.log(x), np.log(thresholds))
     first = np.searchsorted(x, thresholds)
     counts, sums, squares = (_from_above(v)[first] for v in (w, w * (t - t[0]), w * (t - t[0]) ** 2))
     shift = offsets - t[0]
@@ -118,21 +126,48 @@ def scan(name: Name, sample: Sample, thresholds: Array) -> Scan:
     heights = np.full(len(first), math.inf)
     if name == "log-normal":
         heights = _height((squares / counts - 2 * shift * sums / counts + shift**2) / means**2)
-    distances = np.empty(len(first))
+    unknown = np.full(len(first), math.nan)
+    return Scan(thresholds, counts, _effective(sample, thresholds, counts), 1 / means, heights, unknown)
+
+
+def _distances(name: Name, sample: Sample, fit: Scan, some: npt.NDArray[np.int_], stride: int) -> Array:
+    """Distances above some of the thresholds, at every so many-th value: no larger than at all of them."""
+    x, w, ranks = sample.values[::stride], sample.counts[::stride], sample.counts.cumsum()[::stride]
+    t, offsets = (x, fit.thresholds) if name == "exponential" else (np.log(x), np.log(fit.thresholds))
+    first = np.searchsorted(x, fit.thresholds)
+    distances = np.zeros(len(some))
     step = max(1, LARGEST_BLOCK // len(x))
-    for k in range(0, len(first), step):
-        rows = slice(k, k + step)
-        start = int(first[rows].min())
-        scaled = np.maximum((t[start:] - offsets[rows, None]) / means[rows, None], 0)
-        mass = _mass(scaled, heights[rows])
-        above = (w.cumsum()[start:] - (w.sum() - counts[rows, None])) / counts[rows, None]
-        below = above - w[start:] / counts[rows, None]
+    for k in range(0, len(some), step):
+        rows = some[k : k + step]
+        start, counts = int(first[rows].min()), fit.counts[rows, None]
+        if start == len(x):
+            continue
+        scaled = np.maximum((t[start:] - offsets[rows, None]) * fit.rates[rows, None], 0)
+        mass = _mass(scaled, fit.heights[rows])
+        above = (ranks[start:] - (sample.total - counts)) / counts
+        below = above - w[start:] / counts
         if sample.error_above is not None:
             below = above = (below + above) / 2  # a node stands for what lies on both sides of it
         apart = np.maximum(np.abs(mass - above), np.abs(mass - below))
         apart[np.arange(start, len(x)) < first[rows, None]] = 0
-        distances[rows] = apart.max(1)
-    return Scan(thresholds, counts, _effective(sample, thresholds, counts), 1 / means, heights, distances)
+        distances[k : k + step] = apart.max(1)
+    return distances
+
+
+def comes_nearer(sample: Sample, distance: float) -> bool:
+    """Whether above some threshold the power law is nearer to the values than that.
+
+    Most thresholds are ruled out by a few of the values, which are a bound from below.
+    """
+    fit = _fitted("power law", sample, thresholds_of(sample))
+    rest = np.arange(len(fit.thresholds))
+    for num in (SKETCHED, 8 * SKETCHED):
+        rest = rest[_distances("power law", sample, fit, rest, 1 + len(sample.values) // num) < distance]
+    return any(
+        bool(_distances("power law", sample, fit, some, 1).min() < distance)
+        for some in np.array_split(rest, math.ceil(len(rest) / TOGETHER) or 1)
+        if len(some)
+    )
 
 
 def thresholds_of(sample: Sample) -> Array:
@@ -158,7 +193,7 @@ def power_law(sample: Sample, fit: Scan, confidence: float, num_draws: int, seed
     """The power law where it is nearest, against spectra drawn from it, each fitted with an x_min of its own."""
     best, distance = fit.best, float(fit.distances[fit.best])
     low, high = _interval(fit, confidence)
-    draws = _resampled(sample, fit, num_draws, seed)
+    nearer = sum(comes_nearer(drawn, distance) for drawn in _resampled(sample, fit, num_draws, seed))
     return PowerLaw(
         exponent=1 + float(fit.rates[best]),
         low=low,
@@ -167,7 +202,7 @@ def power_law(sample: Sample, fit: Scan, confidence: float, num_draws: int, seed
         num_tail=float(fit.counts[best]),
         effective=float(fit.effective[best]),
         distance=distance,
-        p_value=(1 + sum(bool(draw.distances[draw.best] >= distance) for draw in draws)) / (1 + num_draws),
+        p_value=(1 + num_draws - nearer) / (1 + num_draws),
         reach=fit.reach(fit.held("power law")),
     )
 
@@ -186,8 +221,8 @@ def _interval(fit: Scan, confidence: float) -> tuple[float, float]:
     return 1 + float(lows.min()), 1 + float(highs.max())
 
 
-def _resampled(sample: Sample, fit: Scan, num: int, seed: int) -> list[Scan]:
-    """Fits to spectra of as many eigenvalues as are effective: of the law from x_min on, of the values below it.
+def _resampled(sample: Sample, fit: Scan, num: int, seed: int) -> Iterator[Sample]:
+    """Spectra of as many eigenvalues as are effective: of the law from x_min on, of the values below it.
 
     Source: Clauset, Shalizi and Newman 2009, section 4.1.
     """
@@ -196,15 +231,12 @@ def _resampled(sample: Sample, fit: Scan, num: int, seed: int) -> list[Scan]:
     size = max(FEWEST, round(float(fit.effective[best] / share)))
     body = sample.values < x_min
     shares = sample.counts[body] / max(float(sample.counts[body].sum()), np.finfo(float).tiny)
-    found: list[Scan] = []
     for _ in range(num):
         num_tail = int(rng.binomial(size, share))
         drawn = x_min * np.exp(rng.exponential(1 / fit.rates[best], num_tail))
         if num_tail < size:
             drawn = np.concatenate([rng.choice(sample.values[body], size - num_tail, p=shares), drawn])
-        again = Sample(np.sort(drawn), np.ones(size))
-        found.append(scan("power law", again, thresholds_of(again)))
-    return found
+        yield Sample(np.sort(drawn), np.ones(size))
 
 
 def compare(name: Other, sample: Sample, power: Scan, other: Scan) -> Alternative:

@@ -10,6 +10,8 @@ from deepspectra.errors import DataError, LossError, ShapeError
 from deepspectra.problem.label_losses import label_losses
 from deepspectra.problem.losses import Loss, constant
 
+FEW_CLASSES = 16  # fewer than what a processor's vectors hold
+
 
 class CrossEntropy(Loss):
     """Softmax cross-entropy with PyTorch's meaning of class weights, ignored index and label smoothing.
@@ -100,7 +102,7 @@ class CrossEntropy(Loss):
 
     def curvature(self, outputs: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:
         """a_i (p_i ∘ t − p_i (p_iᵀ t)), with t counted from the likeliest class, which changes rounding alone."""
-        p = outputs.detach().softmax(-1)
+        p = _probabilities(outputs.detach())
         tangents = tangents - tangents.gather(-1, p.argmax(-1, keepdim=True))
         centred = tangents - (p * tangents).sum(-1, keepdim=True)
         return self.curvature_weights(outputs, targets)[:, None].to(p) * p * centred
@@ -209,3 +211,8 @@ def _readings(outputs: Tensor, targets: Tensor) -> tuple[bool, bool]:
     """Whether outputs can be (B, C, ...), and (B, ..., C), for these targets (B, ...)."""
     second = outputs.shape[2:] == targets.shape[1:] and outputs.shape[0] == targets.shape[0]
     return second, outputs.shape[:-1] == targets.shape
+
+
+def _probabilities(outputs: Tensor) -> Tensor:
+    """Softmax (n, C); of few classes along columns, where it is vectorised over rows and takes a fifth."""
+    return outputs.softmax(-1) if outputs.shape[-1] >= FEW_CLASSES else outputs.T.contiguous().softmax(0).T

@@ -12,7 +12,7 @@ import xarray as xr
 from typer.testing import CliRunner
 
 import deepspectra as ds
-from commands import finished
+from commands import finished, run
 from deepspectra import cli, errors
 from deepspectra.jobs.pages import load_pages
 
@@ -58,9 +58,10 @@ def make():
 """
 
 
-def run(*arguments, cwd):
+def process(*arguments, cwd):
+    """The command as a user starts it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "deepspectra.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "deepspectra", *map(str, arguments)]
     return finished(command, timeout=300, cwd=cwd, env=environment, check=False)
 
 
@@ -139,7 +140,7 @@ def test_anybodys_model_and_data(analysed, folder):
 
 
 def test_a_module_path_is_a_target_too(folder):
-    done = run("analyze", "mine:problem", "--out", "two", "--num-probes", 1, "--num-steps", 4, cwd=folder)
+    done = process("analyze", "mine:problem", "--out", "two", "--num-probes", 1, "--num-steps", 4, cwd=folder)
     assert done.returncode == 0, done.stderr
 
 
@@ -308,7 +309,7 @@ def test_every_command_that_makes_a_problem_spells_the_same_options():
 
 
 def test_the_demo_ends_with_its_verdict_and_its_report(tmp_path):
-    done = run("demo", "--out", "here", cwd=tmp_path)
+    done = process("demo", "--out", "here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line]
     assert "outlier" in lines[0]

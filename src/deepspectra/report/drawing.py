@@ -151,7 +151,7 @@ def needs(
 
 def blank(table: list[Row]) -> Mark:
     """An empty chart that carries its rows itself."""
-    return alt.Chart({"values": table})
+    return alt.Chart({"values": tuple(table)})  # which Altair does not copy at every step, as it does a list
 
 
 def finished(chart: Mark, **properties: Any) -> alt.LayerChart:

@@ -61,7 +61,7 @@ def make():
 def process(*arguments, cwd):
     """The command as a user starts it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "deepspectra", *map(str, arguments)]
+    command = [str(Path(sys.executable).with_name("deepspectra")), *map(str, arguments)]
     return finished(command, timeout=300, cwd=cwd, env=environment, check=False)
 
 
@@ -391,6 +391,18 @@ def test_a_damaged_file_of_a_command_is_said(tmp_path, stem):
     (tmp_path / f"{stem}.nc").write_bytes(b"\x89HDF\r\n\x1a\n" + b"\xff" * 500)
     with pytest.raises(errors.FileError, match=r"damaged or foreign .*Run the command again"):
         load_pages(tmp_path)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_of_the_command_sleep_while_they_wait(given, expected, monkeypatch):
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="deepspectra")
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    found = []
+    monkeypatch.setattr(cli, "main", lambda: found.append(os.environ["OMP_WAIT_POLICY"]))
+    script.load()()
+    assert found == [expected]
 
 
 @pytest.mark.parametrize("program", ["deepspectra", "deepspectra.cli"])

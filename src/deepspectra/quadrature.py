@@ -85,8 +85,14 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
 
     @property
     def exact(self) -> Tensor:
-        """The eigenvalues known one by one, ascending."""
+        """The eigenvalues known by themselves, ascending; all zeros of a spectrum that is known exactly are one."""
         return self.nodes[self.probes < 0].sort().values
+
+    def num_exact(self, x: Tensor) -> Tensor:
+        """How many of them lie at or below x, of any shape, zeros counted one by one."""
+        values, order = self.nodes[self.probes < 0].sort()
+        counts = (self.weights[self.probes < 0][order] * self.size).round().cumsum(0)
+        return torch.cat([counts.new_zeros(1), counts])[torch.searchsorted(values, x.contiguous(), right=True)]
 
     @property
     def mean(self) -> float:
@@ -285,7 +291,7 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
             f"{'smallest, largest node':<26} {float(low):>12.5g} {float(high):>12.5g}",
             f"{'mean eigenvalue':<26} {self.mean:>12.5g}",
             f"{'mass below zero':<26} {negative:>12.4g}",
-            f"{'eigenvalues known exactly':<26} {len(self.exact):>12,} of {self.size:,}",
+            f"{'eigenvalues known exactly':<26} {round(float(self.num_exact(high))):>12,} of {self.size:,}",
             f"density of {self.provenance.operator}: {how}"
             + (f", deflated pairs to {self.deflation_residual:.1e}" if self.deflation_residual else "")
             + f", {Cost(self.num_products, self.seconds)}",
@@ -311,7 +317,7 @@ def _mass_within(density: Density, a: Tensor, b: Tensor, blur: float, confidence
         density.num_probes,
         confidence,
     )
-    known = torch.searchsorted(density.exact, ends, right=True)
+    known = density.num_exact(ends)
     low, high = low + (known[1] - known[0]).clamp_min(0), high + known[3] - known[2]
     return low / density.size, (high / density.size).clamp_max(1)
 

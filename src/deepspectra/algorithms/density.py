@@ -393,26 +393,29 @@ def _known_rows(operator: InUnits, deflate: Eigenpairs | None, seed: int) -> Ten
         raise DataError(
             f"deflate holds eigenpairs of {theirs}, but A is {operator.name}. Pass eigenpairs of A itself."
         )
-    _refuse_others(operator, deflate, seed)
+    refuse_others(operator, deflate, seed, "deflate")
     return deflate.vectors.T
 
 
-def _refuse_others(operator: InUnits, deflate: Eigenpairs, seed: int) -> None:
-    """A sum of the vectors with random signs, multiplied once, is off by no more than the sum of their residuals."""
-    vectors, count = deflate.vectors, deflate.vectors.shape[1]
+def refuse_others(operator: InUnits, pairs: Eigenpairs, seed: int, name: str) -> None:
+    """Raise DataError unless pairs are the operator's, as far as one product tells.
+
+    A sum of the vectors with random signs, multiplied, is off by no more than the sum of their residuals.
+    """
+    vectors, count = pairs.vectors, pairs.vectors.shape[1]
     run = Probes(operator, 1, None)
     signs = (torch.randint(0, 2, (count, 1), generator=stream(seed, "deflation")) * 2 - 1).to(vectors)
     image = run(vectors @ signs)
     unit = 2.0**operator.exponent
-    values = (deflate.values.double() / unit).to(image)
+    values = (pairs.values.double() / unit).to(image)
     gap = float(norms_of((image - vectors.to(image) @ (values[:, None] * signs.to(image))).T))
     # Rounding is relative to what is multiplied: ‖A‖ as far as seen, times the length √count of the sum.
-    seen = deflate.separation.norm if deflate.separation else 0.0
+    seen = pairs.separation.norm if pairs.separation else 0.0
     norm = max(float(norms_of(image.T)), float(values.abs().max()), count**0.5 * seen / unit)
-    allowed = float(deflate.residual_norms.sum()) / unit + torch.finfo(operator.dtype).eps ** 0.5 * norm
+    allowed = float(pairs.residual_norms.sum()) / unit + torch.finfo(operator.dtype).eps ** 0.5 * norm
     if not gap <= allowed:
         raise DataError(
-            f"deflate holds eigenpairs of {deflate.provenance.operator}, but not of this {operator.name}: a product "
+            f"{name} holds eigenpairs of {pairs.provenance.operator}, but not of this {operator.name}: a product "
             f"differs from what they say by {gap * unit:.2g}, where their residuals allow {allowed * unit:.2g}. "
             "Pass eigenpairs of A itself, as it is now."
         )

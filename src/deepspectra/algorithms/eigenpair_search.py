@@ -294,9 +294,12 @@ class Edge(NamedTuple):
     depth: float  # from the last value to the other end
 
     def levels(self) -> list[float]:
-        """From where on a hidden pair would be wanted, a copy of the second would, and others below."""
+        """From where on a hidden pair would be wanted, a copy of the second would, and others below.
+
+        If the second is a copy of the last, so is any other of it, which is wanted no more than the last is.
+        """
         edge = self.last + self.tolerance / 2
-        return [edge, edge if self.second is None else self.second] + [
+        return [edge, edge if self.second is None else max(edge, self.second)] + [
             self.last - depth * self.depth for depth in DEPTHS
         ]
 

@@ -9,6 +9,8 @@ from deepspectra.algorithms.long_vectors import inner_products, singular
 from deepspectra.argument_checks import check_columns
 from deepspectra.errors import DataError, ShapeError
 
+COARSE = 2**-5  # length, relative, up to which what columns add to others may be the rounding of a short type
+
 
 def overlap(U: Tensor, V: Tensor) -> float:
     """The overlap ‖QᵤᵀQᵥ‖²_F / k of two spans: 0 if orthogonal, 1 if one contains the other.
@@ -41,7 +43,7 @@ def overlap(U: Tensor, V: Tensor) -> float:
 def _kept(sizes: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
     """Which singular values of columns of length 1, descending, are more than rounding."""
     eps = torch.finfo(dtype if dtype.is_floating_point else torch.float64).eps
-    kept: Tensor = sizes > max(shape) ** 0.5 * eps * sizes[0]
+    kept: Tensor = sizes > min(max(shape) ** 0.5 * eps, COARSE) * sizes[0]
     if not bool(kept.any()):
         raise DataError(f"{name} is zero and spans nothing.")
     return kept

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from deepspectra.algorithms.density import refuse_others
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.krylov_basis import Krylov
 from deepspectra.algorithms.long_vectors import rows_that_fit
+from deepspectra.algorithms.probes import InUnits
 from deepspectra.analysis.gram_spectrum import MARGIN
 from deepspectra.analysis.knockouts import NEWEST, Knockout, KnockoutSpace, knockouts
 from deepspectra.argument_checks import Progress, check_margin, seeded
@@ -130,7 +132,8 @@ def attribute(
     Args:
         operator: the Hessian or Gauss-Newton matrix of a problem.
         parts: of `decompose(problem)`, with either kind of effects.
-        pairs: its top eigenpairs; by default the largest C + 3 are computed.
+        pairs: its top eigenpairs; by default the largest C + 3 are computed. Of pairs that have not converged
+            outliers are counted, too, but none is known to be missing.
         margin: see above.
         rtol: of the eigenpairs computed here.
         max_products: to spend on knock-outs; 2C−1 unless given.
@@ -138,8 +141,9 @@ def attribute(
         progress: called with (products so far, None).
 
     Raises:
-        ShapeError: operator and parts belong to problems of different sizes.
-        OptionError: parts not made by `decompose` or of another problem, or a margin below 1.
+        ShapeError: operator, parts or pairs belong to problems of different sizes.
+        DataError: the pairs are those of another operator.
+        OptionError: parts not made by `decompose` or of another problem, pairs of another end, or a margin below 1.
         MemoryBudgetError: memory has no room for the pairs, the class and logit means and one product.
 
     Cost: the edge, about 5 products, and the knock-outs, 2C−1 at most, but no more of them than memory has room for;
@@ -166,6 +170,9 @@ def attribute(
         num = min(parts.projections.num_classes + 3, operator.shape[0])
         pairs, basis = explore(operator, num, rtol=rtol, start="random", seed=seed, progress=report)
         spent = pairs.num_products
+    else:
+        _check_pairs(operator, pairs, seed)
+        spent = 1
     found = attribute_known(
         operator,
         parts,
@@ -177,6 +184,15 @@ def attribute(
         progress=report,
     )
     return replace(found, num_products=spent + found.num_products, seconds=time.perf_counter() - began)
+
+
+def _check_pairs(operator: Operator, pairs: Eigenpairs, seed: int) -> None:
+    """Raise OptionError, ShapeError or DataError unless these are its largest, as far as one product tells."""
+    if pairs.which != "largest":
+        raise OptionError(f"pairs are those of the {pairs.which} end; outliers are among the largest.")
+    if pairs.vectors.shape[0] != operator.shape[0]:
+        raise ShapeError(f"pairs have vectors of length {pairs.vectors.shape[0]:,}, not {operator.shape[0]:,}.")
+    refuse_others(InUnits(operator), pairs, seed, "pairs")
 
 
 def attribute_known(
@@ -236,7 +252,7 @@ def attribute_known(
         threshold=threshold,
         margin=margin,
         num_outliers=found[0].num_outliers,
-        complete=bool(pairs.values[-1] <= threshold),
+        complete=pairs.converged and bool(pairs.values[-1] <= threshold),
         knockouts=found,
         num_products=basis.num_products - before,
         **origin(began, operator, seed=seed),

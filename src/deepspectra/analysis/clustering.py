@@ -20,6 +20,7 @@ from deepspectra.rows.features_and_errors import counted
 from deepspectra.rows.gradients import GradientRows
 from deepspectra.rows.held_rows import HeldRows, gram_of, refuse_beyond_memory
 
+PIECES = 16  # of the examples, a piece at a time
 GROUPS = ("both", "logit", "class", "neither")
 
 
@@ -82,14 +83,14 @@ def clustering(problem: Problem, *, num_examples: int = 200, seed: int = 0) -> C
     gram = _gram_of_logits(problem, rows.weights.numel())
     live = (counted(rows) > 0).nonzero()[:, 0].to(gram.device)
     num = len(rows.labels)
-    inner = gram.view(num, size, num, size)[live][:, :, live]
+    inner = gram.view(num, size, num, size)
     p, labels = rows.probabilities[live].to(inner), rows.labels[live]
-    mixing = p[:, None, :] - torch.eye(size).to(inner)  # g_i = mixing_i J_i
-    crossed = torch.einsum("ika,iajb,jlb->ikjl", mixing, inner, mixing)
+    identity = torch.eye(size).to(inner).expand(len(live), -1, -1)
     every = torch.ones_like(p, dtype=torch.bool)
     other = torch.arange(size, device=labels.device) != labels[:, None]
-    logits, logits_error = _mean_cosines(inner, every, labels)
-    gradients, gradients_error = _mean_cosines(crossed, other, labels)
+    logits, logits_error = _mean_cosines(inner, live, identity, every, labels)
+    mixing = p[:, None, :] - identity  # g_i = mixing_i J_i
+    gradients, gradients_error = _mean_cosines(inner, live, mixing, other, labels)
     return Clustering(
         logits=logits,
         logits_standard_error=logits_error,
@@ -122,21 +123,32 @@ def _drawn(problem: Problem, num_examples: int, seed: int) -> Problem:
     return problem_of_rows(problem, chosen, len(rows.labels))
 
 
-def _mean_cosines(inner: Tensor, valid: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_cosines(
+    inner: Tensor, live: Tensor, mixing: Tensor, valid: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
     """Means over pairs of different examples in each group, (4,), and their standard errors.
 
+    A few examples at a time, beside all, so that no second array is as large as the inner products.
+
     Args:
-        inner: (n, C, n, C) inner products.
-        valid: (n, C) which rows count.
+        inner: (N, C, N, C) inner products of gradients of logits.
+        live: (n,) which examples count.
+        mixing: (n, C, C) the rows that are compared, as combinations of these gradients.
+        valid: (n, C) which of them count.
         labels: (n,).
     """
-    norms = torch.einsum("ikik->ik", inner).clamp_min(0).sqrt()
+    own = torch.stack([inner[i, :, i, :] for i in live.tolist()])
+    norms = torch.einsum("ika,iab,ikb->ik", mixing, own, mixing).clamp_min(0).sqrt()
     scale = (1 / norms.where(norms > 0, math.inf)) * valid
-    cosines = torch.einsum("ik,ikjl,jl->ijkl", scale, inner, scale)
-    there = (scale > 0).to(inner)
-    sums = torch.stack([cosines, torch.einsum("ik,jl->ijkl", there, there)])  # and how many
-    equal = torch.einsum("tijkk->tij", sums)
-    unequal = sums.sum((3, 4)) - equal
+    units, there = scale[:, :, None] * mixing, (scale > 0).to(inner)
+    equal, unequal = inner.new_zeros(2, len(live), len(live)), inner.new_zeros(2, len(live), len(live))
+    equal[1] = there @ there.T  # how many pairs of rows
+    unequal[1] = torch.outer(there.sum(1), there.sum(1)) - equal[1]
+    for some in torch.arange(len(live), device=live.device).chunk(PIECES):
+        halves = torch.einsum("ika,iajb->ikjb", units[some], inner[live[some]][:, :, live])
+        cosines = torch.einsum("ikjb,jlb->ikjl", halves, units)
+        equal[0, some] = torch.einsum("ikjk->ij", cosines)
+        unequal[0, some] = cosines.sum((1, 3)) - equal[0, some]
     same = labels[:, None] == labels
     pair = ~torch.eye(len(labels), dtype=torch.bool, device=inner.device)
     groups = (equal, same & pair), (equal, ~same), (unequal, same & pair), (unequal, ~same)  # as `GROUPS`

@@ -104,7 +104,7 @@ def collapse_of(features: Tensor, rows: GradientRows, layer: str) -> Collapse:
     off = ~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
     num_classes = len(kept)
     between = cosines[off] if len(cosines) > 1 else cosines.new_tensor([torch.nan])
-    nearest = torch.cdist(features[live], means).argmin(1)
+    nearest = torch.cdist(features[live] - centre, centred).argmin(1)  # from the centre, beside which they cancel
     decision = rows.probabilities[live].argmax(1)
     full = torch.full((num_classes, num_classes), torch.nan, dtype=torch.float64)
     index = kept.nonzero().flatten().cpu()

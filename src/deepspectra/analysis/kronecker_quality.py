@@ -281,16 +281,16 @@ class _Comparison:
             furthest = float(pairs.values.abs()[0])
         if isinstance(block, KroneckerSum) and len(block.left) > 1:  # eigenvectors in no closed form
             spectrum = _spectrum(block, None if block.shape[0] > SMALL else block.eigenvalues(), self.seed)
-            vectors = eigenpairs(block, ks[-1], rtol=self.rtol, seed=self.seed).vectors
+            vectors = eigenpairs(block, max(ks, default=1), rtol=self.rtol, seed=self.seed).vectors
         else:
             spectrum = _spectrum(block, block.eigenvalues(), self.seed)
-            _, vectors = block.decomposed.top(ks[-1])
+            _, vectors = block.decomposed.top(max(ks, default=1))
         return Fit(
             frobenius=squared**0.5 / self.norm,
             cosine=product / (self.norm * block.norm),
             spectral=furthest / largest,
             decades=_decades(self.spectrum, spectrum, floor * largest),
-            overlaps=overlap_curve(self.vectors, vectors)[torch.tensor(ks) - 1],
+            overlaps=overlap_curve(self.vectors, vectors)[torch.tensor(ks, dtype=torch.long) - 1],
             trace=block.trace / self.exact.trace,
         )
 

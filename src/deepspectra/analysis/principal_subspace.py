@@ -152,12 +152,13 @@ def _sampled(problem: Problem, num: int | None, num_samples: int | None, *, num_
     wanted = num_samples or max(FEWEST, math.ceil(problem.num_examples / SHARE))
     few = Hessian(problem).sampled(generator, wanted)
     krylov = unchallenged(few, num, generator)
-    values, coefficients, _ = krylov.ritz()
+    values, coefficients, residual_norms = krylov.ritz()
     values, vectors = values.flip(0), krylov.combine(coefficients.flip(1)[:, :num])
+    beyond = float((values + residual_norms.flip(0))[num]) if len(values) > num else 0.0
     norm = error = float("nan")
     if num_checks:
         norm, error = residual_norm(problem, vectors, num_checks, seeded(seed + 1))
-    gap = float(values[num - 1]) - (float(values[num]) if len(values) > num else 0.0)
+    gap = max(0.0, float(values[num - 1]) - beyond)  # the next value may lie above its Ritz value
     bound = overlap_bound(norm + 2 * error, gap, num)
     return Subspace(
         values=values[:num],

@@ -452,3 +452,13 @@ def test_copies_are_found_from_a_sample_too(seed):
     pairs = ds.eigenpairs(operator, 10, rtol=1e-2, start="sampled", seed=seed)
     torch.testing.assert_close(pairs.values, top[:10], rtol=1e-3, atol=0)
     assert pairs.num_products < 30
+
+
+@pytest.mark.parametrize(("copies", "num"), [(3, 2), (5, 3), (8, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_more_copies_than_are_asked_for_do_not_keep_it_from_converging(copies, num, dtype):
+    values = torch.cat([5 * torch.ones(copies), torch.linspace(-0.3, 0.3, 200)])
+    for seed in range(4):
+        pairs = eigenpairs(rotated(values, seed, dtype), num, seed=seed)
+        assert pairs.converged
+        torch.testing.assert_close(pairs.values, torch.full_like(pairs.values, 5), rtol=1e-5, atol=0)

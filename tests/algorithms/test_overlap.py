@@ -60,3 +60,13 @@ def test_overlap_of_the_averaged_subspace_with_a_random_one_is_small_and_with_it
     assert ds.overlap(U, U) == pytest.approx(1, abs=1e-10)
     random = torch.linalg.qr(torch.randn_like(U))[0]
     assert ds.overlap(U, random) == pytest.approx(((U.T @ random) ** 2).sum().item() / U.shape[1], rel=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1000, 20_000])
+def test_columns_of_a_short_type_are_told_apart_however_long(size, dtype):
+    q = torch.linalg.qr(torch.randn(size, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    leaning = torch.stack([q[:, 0], q[:, 0] + 0.3 * q[:, 1]], 1).to(dtype)
+    assert overlap(leaning, q[:, 1].to(dtype)) == pytest.approx(1, abs=1e-3)
+    copies = leaning[:, [0, 0]]
+    assert overlap(copies, q[:, 1].to(dtype)) == pytest.approx(0, abs=1e-3)

@@ -241,3 +241,22 @@ def test_shares_sum_to_one_and_are_quadratic_forms(kind: str, effects: str) -> N
             assert found.shares[j, column].item() == pytest.approx(share, abs=1e-5), (name, j)
     assert found.verdicts
     assert all(isinstance(sentence, str) for sentence in found.verdicts)
+
+
+def test_pairs_must_be_the_largest_of_the_operator(problem):
+    H, parts = ds.Hessian(problem), ds.decompose(problem, effects="two-way")
+    with pytest.raises(errors.OptionError, match="smallest end"):
+        ds.attribute(H, parts, pairs=ds.eigenpairs(H, 3, "smallest"))
+    with pytest.raises(errors.DataError, match="pairs holds eigenpairs"):
+        ds.attribute(H, parts, pairs=ds.eigenpairs(0.1 * H, 13))
+
+
+def test_pairs_that_have_not_converged_leave_the_count_open(problem, attribution):
+    H, parts = ds.Hessian(problem), ds.decompose(problem, effects="two-way")
+    with pytest.warns(errors.ConvergenceWarning):
+        rough = ds.eigenpairs(H, 3, max_products=3)
+    found = ds.attribute(H, parts, pairs=rough)
+    assert attribution.complete
+    assert not found.complete
+    assert found.num_outliers <= attribution.num_outliers
+    assert not found.num_outliers or found.verdicts[0].startswith("At least")

@@ -71,3 +71,16 @@ def test_collapse_is_that_of_layers() -> None:
         assert measures.nc4 == other.nc4
     assert "NC1" in str(alone)
     assert len(str(alone).splitlines()) == len(alone) + 2
+
+
+def test_the_nearest_mean_is_found_far_from_zero() -> None:
+    torch.manual_seed(0)
+    y = torch.arange(60) % 3
+    scattered = 2 * simplex(3).float()[y] + torch.randn(60, 3) / 10
+    model = nn.Linear(3, 3)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(3))
+        model.bias.fill_(-1e4)
+    found = ds.layers(ds.Problem(model, (1e4 + scattered, y)))[""].collapse
+    assert found is not None
+    assert found.nc4 == 0

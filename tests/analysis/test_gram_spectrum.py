@@ -230,3 +230,24 @@ def test_its_density_is_that_of_g_with_the_zeros_that_are_known(num):
     assert found.mean * 93 == pytest.approx(float(matrix.trace()), rel=1e-9)
     for x in torch.logspace(-4, 0, 9, dtype=torch.float64) * values[-1]:
         assert found.cdf(float(x)) == pytest.approx(float((values <= x).double().mean()), abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bands_of_its_density_count_every_zero(seed):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 3)).double()
+    problem = ds.Problem(net, (torch.randn(100, 20).double(), torch.arange(100) % 3))  # 200 rows, 723 parameters
+    values = torch.linalg.eigvalsh(ds.GaussNewton(problem).dense())
+    pairs = ds.eigenpairs(ds.GaussNewton(problem), 5)
+    gram = RowGram(GradientRows(problem))
+    rows = gram.reduced(gram.rows.apply(pairs.vectors))
+    found = nonzero_density(gram, pairs, rows / rows.norm(dim=0), 4, 24, seed=seed)
+    x = torch.tensor([-1.0, 0.0, *torch.logspace(-9, 1, 21).tolist()], dtype=torch.float64) * values[-1]
+    low, high = found.cdf_band(x)
+    truth = (values[:, None] <= x.clamp_min(1e-12) - (x < 0).double()).double().mean(0)
+    assert bool((low <= truth + 1e-9).all())
+    assert bool((truth <= high + 1e-9).all())
+    low, high = found.mass_band(x)
+    masses = found.cdf(x).diff()
+    assert bool((low <= masses + 1e-9).all())
+    assert bool((masses <= high + 1e-9).all())

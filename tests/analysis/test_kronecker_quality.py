@@ -106,3 +106,13 @@ def test_a_module_may_have_several_matrices(tmp_path: Path) -> None:
     data = torch.randn(30, 6), torch.arange(30) % 3
     one, other = (ds.Problem(TwoMatrices(), data) for _ in range(2))
     assert list(ds.kronecker_quality(one)) == list(ds.compare(one, other, resume=tmp_path)) == ["first", "second"]
+
+
+def test_without_an_eigenspace_of_a_size_asked_for_the_rest_is_told() -> None:
+    torch.manual_seed(0)
+    problem = ds.Problem(nn.Linear(10, 2).double(), (torch.randn(6, 10).double(), torch.arange(6) % 2))
+    (layer,) = ds.kronecker_quality(problem, KINDS, ks=(10,)).values()
+    assert layer.ks == ()
+    for fit in layer.fits.values():
+        assert len(fit.overlaps) == 0
+        assert 0 <= fit.cosine <= 1

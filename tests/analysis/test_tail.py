@@ -242,3 +242,10 @@ def test_what_cannot_be_judged_is_refused() -> None:
 def test_copies_of_one_value_have_no_tail() -> None:
     with pytest.raises(DataError, match="no tail"):
         ds.tail(torch.ones(500))
+
+
+def test_ties_of_the_largest_eigenvalues_are_no_tail() -> None:
+    none = ds.tail(torch.tensor([1.0, -1.0] * 50))
+    assert math.isnan(none.power_law.exponent)
+    tied = ds.tail(torch.cat([torch.ones(60), torch.rand(300, generator=torch.Generator().manual_seed(0))]))
+    assert tied.power_law.high < 1e6

@@ -89,7 +89,8 @@ class Attribution(Result):
         count = self.num_outliers
         rule = f"above {self.threshold:.3g}, {self.margin:g} times the bulk's edge {self.bulk_edge:.3g}"
         if not count:
-            return (f"No outlier: no eigenvalue lies {rule}.",)
+            seen = "eigenvalue lies" if self.complete else "pair that was found, not all that there are, lies"
+            return (f"No outlier{'' if self.complete else ' is known'}: no {seen} {rule}.",)
         shares = ", ".join(f"{_percent(share)} {name}" for name, share in self.mean_shares.items())
         return (
             f"{'' if self.complete else 'At least '}{count} outlier{'s' if count > 1 else ''} ({rule}): on average "

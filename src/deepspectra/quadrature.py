@@ -88,12 +88,6 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         """The eigenvalues known by themselves, ascending; all zeros of a spectrum that is known exactly are one."""
         return self.nodes[self.probes < 0].sort().values
 
-    def num_exact(self, x: Tensor) -> Tensor:
-        """How many of them lie at or below x, of any shape, zeros counted one by one."""
-        values, order = self.nodes[self.probes < 0].sort()
-        counts = (self.weights[self.probes < 0][order] * self.size).round().cumsum(0)
-        return torch.cat([counts.new_zeros(1), counts])[torch.searchsorted(values, x.contiguous(), right=True)]
-
     @property
     def mean(self) -> float:
         """The mean eigenvalue, tr A / P."""
@@ -291,13 +285,21 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
             f"{'smallest, largest node':<26} {float(low):>12.5g} {float(high):>12.5g}",
             f"{'mean eigenvalue':<26} {self.mean:>12.5g}",
             f"{'mass below zero':<26} {negative:>12.4g}",
-            f"{'eigenvalues known exactly':<26} {round(float(self.num_exact(high))):>12,} of {self.size:,}",
+            f"{'eigenvalues known exactly':<26} {round(float(_num_exact(self, high))):>12,} of {self.size:,}",
             f"density of {self.provenance.operator}: {how}"
             + (f", deflated pairs to {self.deflation_residual:.1e}" if self.deflation_residual else "")
             + f", {Cost(self.num_products, self.seconds)}",
             *self.provenance.caveats,
         ]
         return "\n".join(rows)
+
+
+def _num_exact(density: Density, x: Tensor) -> Tensor:
+    """How many eigenvalues that are known by themselves lie at or below x, of any shape, zeros counted one by one."""
+    rows = density.probes < 0
+    values, order = density.nodes[rows].sort()
+    counts = (density.weights[rows][order] * density.size).round().cumsum(0)
+    return torch.cat([counts.new_zeros(1), counts])[torch.searchsorted(values, x.contiguous(), right=True)]
 
 
 def _mass_within(density: Density, a: Tensor, b: Tensor, blur: float, confidence: float) -> tuple[Tensor, Tensor]:
@@ -317,7 +319,7 @@ def _mass_within(density: Density, a: Tensor, b: Tensor, blur: float, confidence
         density.num_probes,
         confidence,
     )
-    known = density.num_exact(ends)
+    known = _num_exact(density, ends)
     low, high = low + (known[1] - known[0]).clamp_min(0), high + known[3] - known[2]
     return low / density.size, (high / density.size).clamp_max(1)
 

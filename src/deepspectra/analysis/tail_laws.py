@@ -173,7 +173,7 @@ def comes_nearer(sample: Sample, distance: float) -> bool:
 def thresholds_of(sample: Sample) -> Array:
     """Where a tail may begin: above are enough eigenvalues, known well enough; none if nothing is resolved."""
     x = np.unique(sample.values)
-    # Above the largest is nothing to fit, however many are as large; above quadrature nodes a tail begins between two.
+    # Above the largest is nothing to fit, however many are as large; of quadrature nodes a tail begins between two.
     x = x[:-1] if sample.error_above is None else np.sqrt(x[1:] * x[:-1])
     if not len(x):
         return x

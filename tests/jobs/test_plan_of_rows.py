@@ -83,17 +83,14 @@ def test_tied_weights_which_have_no_kronecker_factors_are_planned_where_none_are
         assert ds.estimate(problem, job).fits
     with pytest.raises(CurvatureError, match="used in different ways"):
         ds.estimate(problem, "compare")
-    planned = [one.name for one in ds.estimate(problem, "analyze", "quick").stages]
-    taken = ds.analyze(problem, effort="quick", num=3, progress=False).dataset.stage.values
-    assert "exact spectrum of G" in planned
-    assert "exact spectrum of G" in taken
+    assert "exact spectrum of G" in [one.name for one in ds.estimate(problem, "analyze", "quick").stages]
 
 
 def test_one_kind_of_rows_may_be_named_and_an_unknown_one_is_refused() -> None:
     one, several = (ds.estimate(classified(12), "regions", of=of) for of in ("gradients", ["gradients"]))
     assert [stage.name for stage in one.stages] == [stage.name for stage in several.stages]
     for of in ("gradient", ["gradients", "inputs"]):
-        with pytest.raises(OptionError, match="of='(gradient|inputs)'; it is one of"):
+        with pytest.raises(OptionError, match=r"of='(gradient|inputs)'; it is one of"):
             ds.estimate(classified(12), "regions", of=of)
 
 

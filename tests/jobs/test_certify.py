@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import deepspectra as ds
 from certificates_problems import data, problem
-from deepspectra.errors import FileError, OptionError, TargetError
+from deepspectra.errors import CertificateError, FileError, OptionError, TargetError
 from deepspectra.jobs.certify import certified, named_priors, unseen
 from deepspectra.jobs.command_targets import Choice
 
@@ -27,6 +28,16 @@ def test_unfinished_work_is_taken_up_and_that_of_another_certificate_refused(tmp
         certified(problem(300), ["isotropic"], None, FEW, seed=1, folder=tmp_path)
     with pytest.raises(FileError, match="priors was"):
         certified(problem(300), ["learnt"], None, FEW, folder=tmp_path)
+
+
+def test_batches_that_can_have_no_certificate_are_refused_before_anything_is_kept(tmp_path):
+    x, y = data(6)
+    batches = [{"x": x.flatten(1), "labels": y}]
+    network = torch.nn.Linear(x[0].numel(), 10)
+    of = ds.Problem(network, batches, forward=lambda model, batch: (model(batch["x"]), batch["labels"]))
+    with pytest.raises(CertificateError, match="another form"):
+        certified(of, ["isotropic"], None, FEW, folder=tmp_path / "stages")
+    assert not (tmp_path / "stages").exists()
 
 
 def test_test_data_are_the_zoos_or_a_function_returns_them(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
-from deepspectra.errors import MemoryBudgetError
+from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
 
 
 class _Once(torch.autograd.Function):
@@ -71,6 +71,27 @@ def test_regions_fit_a_plan_where_their_rows_do(kind: str) -> None:
     else:
         with pytest.raises(MemoryBudgetError):
             ds.regions(wide("400kB"), kind, num_groups=0)
+
+
+def test_tied_weights_which_have_no_kronecker_factors_are_planned_where_none_are_needed() -> None:
+    torch.manual_seed(0)
+    table, head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+    head.weight = table.weight
+    tokens = torch.randint(0, 6, (10, 5))
+    problem = ds.Problem(nn.Sequential(table, nn.Linear(4, 4), nn.Tanh(), head), (tokens, tokens))
+    for job in ("layers", "regions"):
+        assert ds.estimate(problem, job).fits
+    with pytest.raises(CurvatureError, match="used in different ways"):
+        ds.estimate(problem, "compare")
+    assert "exact spectrum of G" in [one.name for one in ds.estimate(problem, "analyze", "quick").stages]
+
+
+def test_one_kind_of_rows_may_be_named_and_an_unknown_one_is_refused() -> None:
+    one, several = (ds.estimate(classified(12), "regions", of=of) for of in ("gradients", ["gradients"]))
+    assert [stage.name for stage in one.stages] == [stage.name for stage in several.stages]
+    for of in ("gradient", ["gradients", "inputs"]):
+        with pytest.raises(OptionError, match=r"of='(gradient|inputs)'; it is one of"):
+            ds.estimate(classified(12), "regions", of=of)
 
 
 def test_kronecker_factors_that_do_not_fit_are_foreseen() -> None:

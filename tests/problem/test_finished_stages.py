@@ -124,6 +124,24 @@ def test_the_folder_of_another_problem_or_of_other_options_is_refused(job, tmp_p
         stages_of("another", [small_problem()], tmp_path)
 
 
+def test_small_options_small_losses_and_what_was_chosen_of_a_loss_tell_computations_apart(tmp_path):
+    def stages(number, scale=1.0, weight=None, **options):
+        x, y = torch.eye(3, dtype=torch.float64), torch.arange(3)
+        network = torch.nn.Linear(3, 3, bias=False).double()
+        network.weight.data = 14.0 * torch.eye(3, dtype=torch.float64)
+        loss = torch.nn.CrossEntropyLoss(weight=None if weight is None else torch.tensor(weight), **options)
+        of = ds.Problem(network, (x, y), loss=loss, forward=lambda model, batch: (scale * model(batch[0]), batch[1]))
+        stages_of("a job", [of], tmp_path / "stages", rtol=number)
+
+    stages(9e-6)  # the loss is 2e-6
+    stages(9e-6)
+    for given in ((1e-9,), (9e-6, 1.1), (9e-6, 1.0, [1.0, 1.0, 20.0])):
+        with pytest.raises(errors.FileError, match="another computation: "):
+            stages(*given)
+    with pytest.raises(errors.FileError, match="ignore_index=7"):
+        stages(9e-6, ignore_index=7)
+
+
 def test_a_layer_that_does_not_fit_is_left_out_and_done_later(tmp_path):
     expected = numbers(ds.layers(small_problem()))
     of, rows = small_problem(), 120

@@ -30,6 +30,14 @@ def test_class_weights_of_binary_losses_follow_the_dtype():
     assert problem.loss() == pytest.approx(float(loss.double()(net(X), targets).detach()))
 
 
+def test_a_variant_in_another_dtype_leaves_the_weights_of_the_loss_as_they_were():
+    weights = torch.tensor([3.3, 7.7, 1.1], dtype=torch.float64)
+    problem = ds.Problem(mlp(), (X, (X[:, :3] > 0).double()), nn.BCEWithLogitsLoss(pos_weight=weights))
+    before = problem.loss()
+    assert problem.to(torch.bfloat16).loss() == pytest.approx(before, rel=0.02)
+    assert problem.loss() == before
+
+
 def test_half_precision_counts_rows_and_elements_exactly():
     net = nn.Linear(5, 300).bfloat16()
     problem = ds.Problem(net, (X.bfloat16(), torch.zeros(12, 300).bfloat16()), "mse")

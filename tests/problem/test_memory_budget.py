@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from deepspectra.rows.captures import captures_of
 from given import X, Y, mlp, refused
 
 
-@pytest.mark.parametrize("memory", ["much", -1, 0, "8 parsecs"])
+@pytest.mark.parametrize("memory", ["much", -1, 0, "8 parsecs", "inf", math.inf, math.nan, "1e400", "8iB", "8T5"])
 def test_memory_that_is_no_size(memory: Any) -> None:
     refused(errors.OptionError, re.escape(str(memory)), lambda: ds.Problem(mlp(), (X, Y), memory=memory))
 
@@ -67,7 +68,19 @@ def test_batches_suit_the_network_unless_their_size_is_given() -> None:
 
 @pytest.mark.parametrize(
     ("given", "size"),
-    [(1000, 1000), ("1000", 1000), ("8GiB", 2**33), ("500 MB", 500_000_000), ("1.5 kib", 1536), ("7b", 7)],
+    [
+        (1000, 1000),
+        ("1000", 1000),
+        ("7b", 7),
+        ("8GiB", 2**33),
+        ("8G", 2**33),
+        ("8 GB", 8 * 10**9),
+        ("500 MB", 500_000_000),
+        ("1.5 kib", 1536),
+        ("2m", 2**21),
+        ("1TiB", 2**40),
+        ("0.5 tb", 5 * 10**11),
+    ],
 )
 def test_sizes_are_read_as_people_write_them(given: int | str, size: int) -> None:
     assert parse_bytes(given) == size

@@ -45,6 +45,7 @@ def certified(
 
     Raises:
         OptionError: there is no such setting.
+        CertificateError: see `certify`.
         FileError: the folder holds unfinished work of another certificate.
     """
     store = None if folder is None else FinishedStages(folder, identity(problem, priors, settings, seed))

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
 
 from deepspectra.certificates.certify import Certificate
+from deepspectra.certificates.networks import examples_of
 from deepspectra.jobs.pages import UNLABELLED, Dataset, Labels, Variables, page_dataset, provenance
 from deepspectra.problem.finished_stages import Label, digest
 from deepspectra.problem.problem import Problem
@@ -78,15 +78,19 @@ def certificate_dataset(found: Certificate, problem: Problem, labels: Labels = U
 def identity(problem: Problem, priors: Sequence[Any], settings: Mapping[str, Any], seed: int) -> dict[str, Label]:
     """What makes a certificate this one and no other, for its unfinished work to be taken up.
 
-    Minutes are left out: they may be more the next time.
+    Minutes are left out: they may be more the next time. The order of the data belongs to it: what is drawn for an
+    example goes by its place.
+
+    Raises:
+        CertificateError: there can be none.
     """
-    data = [part for batch in problem.fixed_batches() for part in batch[:2] if isinstance(part, torch.Tensor)]
+    examples = examples_of(problem)
     weights = [value.detach() for value in problem.model.state_dict().values()]
     counted = {name: value for name, value in settings.items() if name != "minutes"}
     return {
         "weights": digest(weights),
-        "data": digest(data),
-        "examples": problem.num_examples,
+        "data": digest([examples.inputs, examples.labels]),
+        "examples": len(examples),
         "priors": json.dumps([str(prior) for prior in priors]),
         "settings": json.dumps({name: str(value) for name, value in sorted(counted.items())}),
         "seed": seed,

@@ -133,7 +133,7 @@ def estimate(
     job: str = "analyze",
     effort: str = "standard",
     *,
-    of: Sequence[str] = KINDS_OF_REGIONS,
+    of: str | Sequence[str] = KINDS_OF_REGIONS,
     num_groups: int = NUM_GROUPS,
     prior: str | Prior | Sequence[str | Prior] = "isotropic",
     **settings: Any,
@@ -149,7 +149,7 @@ def estimate(
         problem: to be looked at.
         job: "analyze" | "layers" | "regions" | "compare" (with another of the same size) | "certify".
         effort: of an analysis.
-        of: kinds of rows whose regions are looked at,
+        of: kinds of rows whose regions are looked at, or one of them,
         num_groups: of examples left out in turn, there.
         prior: of a certificate, or several, as `certify` takes them, and
         **settings: by name.
@@ -158,7 +158,7 @@ def estimate(
         A plan: `.stages`, `.total_seconds`, `.peak_bytes`, whether it `.fits`, and `.advice`; `str()` is a table.
 
     Raises:
-        OptionError: an unknown job or effort, or settings of a certificate that there are not.
+        OptionError: an unknown job, effort or kind of rows, or settings of a certificate that there are not.
         CertificateError: the network or its data can have no certificate.
         LossError: the job needs class labels, or the loss is the cross-entropy of a single output.
         CurvatureError: the network has no right second derivative, or its examples cannot be told apart, where the
@@ -171,6 +171,9 @@ def estimate(
     check_problem(problem)
     check_choice("job", job, JOBS)
     check_choice("effort", effort, tuple(EFFORTS))
+    kinds = (of,) if isinstance(of, str) else of
+    for kind in kinds:
+        check_choice("of", kind, KINDS_OF_REGIONS)
     if job == "analyze":
         refuse_one_output(problem)
         _, operations = count_operations(problem, problem.loss)
@@ -187,7 +190,7 @@ def estimate(
     if job != "compare":
         check_labelled(problem)
     pace = Pace(problem)
-    return _plan(pace, job, began, _of_rows(pace, job, of, num_groups))
+    return _plan(pace, job, began, _of_rows(pace, job, kinds, num_groups))
 
 
 def foreseen(planned: Callable[..., Plan], *given: Any, **asked: Any) -> Plan | None:
@@ -407,8 +410,7 @@ def _of_comparison(pace: Pace) -> Iterator[Stage]:
     problem = pace.problem
     num_rows = problem.num_examples * pace.scalars
     yield captured(pace, 4)
-    factors = sum(layer.factors for layer in pace.rows.layers.values())
-    yield Stage("Kronecker factors", 0, 0, factors, problem.memory)
+    yield Stage("Kronecker factors", 0, 0, pace.factors, problem.memory)
     for name, layer in pace.rows.layers.items():
         side = min(num_rows, layer.size)
         if side <= SMALL:

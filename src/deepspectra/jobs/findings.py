@@ -16,7 +16,7 @@ from deepspectra.jobs.effort import Effort
 from deepspectra.jobs.stage_meter import Ledger
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.cross_entropy import CrossEntropy
-from deepspectra.problem.finished_stages import Label, digest, identity_of
+from deepspectra.problem.finished_stages import Label, described, digest, identity_of, marks_of
 from deepspectra.problem.losses import SquaredError
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
@@ -132,13 +132,13 @@ class Findings:
 
 def identity(found: Findings, options: Options) -> dict[str, Label]:
     """What makes this computation the one whose finished stages may be taken: its problem and its options."""
-    groups = options.groups
-    marks = found.test.problem.batches.mark if found.test else (None, None)
+    groups, test = options.groups, found.test and found.test.problem
+    of_test = {**marks_of(test, "test data"), "test loss function": described(test.loss_function)} if test else {}
     return {
         "job": "analysis",
         **identity_of(found.problem, found.loss),
-        "test data": marks[0],
-        "squares of the test data": marks[1],
+        "test data": None,
+        **of_test,
         **options._asdict(),
         "groups": "" if groups is None else digest([groups]),
     }

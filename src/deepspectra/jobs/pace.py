@@ -79,7 +79,6 @@ class Layer(NamedTuple):
         num_bytes: of features and errors of all the data.
         pair: seconds of the inner product of two gradients.
         features, errors: bytes of whole inputs, and of errors at whole outputs, as rows of matrices; 0 without.
-        factors: of its Kronecker factors and their eigenvectors.
     """
 
     size: int
@@ -87,7 +86,6 @@ class Layer(NamedTuple):
     pair: float
     features: float = 0.0
     errors: float = 0.0
-    factors: float = 0.0
 
     def has(self, kind: str) -> bool:
         """Whether there are rows of a kind: "features" | "errors" | "gradients"; of "hessian" no layer has."""
@@ -211,13 +209,11 @@ class Pace:
         return self.scalars * self.problem.num_classes * max(8, self.positions * self.problem.dtype.itemsize)
 
     @functools.cached_property
-    def rows(self) -> Rows:
-        """What features and errors of all layers take, of a few examples.
+    def few(self) -> Problem:
+        """A few examples, whose features and errors are measured.
 
         Raises:
-            CurvatureError: they cannot be told apart by example.
-            MemoryBudgetError: by their shape they are too large, or of one example already so large that those of
-                all do not fit.
+            MemoryBudgetError: those are by their shape too large.
         """
         limit = share(self.problem.memory, "factors")
         few = max(2, min(ROWS // self.scalars, min(limit, CAPTURED) // self.row_bytes))
@@ -226,11 +222,23 @@ class Pace:
         refuse_beyond(size, limit, "errors at the outputs take", "Take fewer classes or positions, or raise memory.")
         some = limited(self.one, few) if self.one.num_examples > few and self.one.cuts else self.one
         products_of(some).inherit(products_of(self.problem))
+        return some
+
+    @functools.cached_property
+    def rows(self) -> Rows:
+        """What features and errors of all layers take, of a few examples.
+
+        Raises:
+            CurvatureError: they cannot be told apart by example.
+            MemoryBudgetError: by their shape they are too large, or of one example already so large that those of
+                all do not fit.
+        """
+        some = self.few
         captures, began = captures_of(some), self._now()
         captures.hold()
         seconds = self._now() - began
         scale = self.problem.num_examples / max(1, some.num_examples)
-        found, sizes = {}, {name: value.numel() for name, value in some.parameters.items()}
+        found = {}
         for name, uses in captures.by_layer():
             num_rows = sum(batch[0].num_examples * batch[0].errors.shape[1] for batch in uses)
             num_bytes = scale * sum(use.num_bytes for batch in uses for use in batch)
@@ -239,12 +247,24 @@ class Pace:
                 scale * sum(rows.nbytes for batch in uses for rows in of(batch).values())
                 for of in (layer_inputs, layer_errors)
             )
-            every = [place.shape for place in places(uses[0], sizes) if place.is_matrix]
-            factors = 16.0 * sum(groups * (outputs**2 + inputs**2) for groups, outputs, inputs in every)
-            found[name] = Layer(
-                num_parameters_of(some, name), num_bytes, spent / num_rows**2, features, errors, factors
-            )
+            found[name] = Layer(num_parameters_of(some, name), num_bytes, spent / num_rows**2, features, errors)
         return Rows(scale / self.problem.batches.group.size * seconds, found)
+
+    @functools.cached_property
+    def factors(self) -> float:
+        """Bytes of the Kronecker factors of all layers and their eigenvectors.
+
+        Raises:
+            CurvatureError: there are none, as of a weight that is used in different ways.
+        """
+        sizes = {name: value.numel() for name, value in self.few.parameters.items()}
+        every = [
+            place.shape
+            for _, uses in captures_of(self.few).by_layer()
+            for place in places(uses[0], sizes)
+            if place.is_matrix
+        ]
+        return 16.0 * sum(groups * (outputs**2 + inputs**2) for groups, outputs, inputs in every)
 
     @functools.cached_property
     def bent(self) -> dict[str, float]:

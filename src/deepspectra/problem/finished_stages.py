@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,18 +21,31 @@ from deepspectra.errors import FallbackWarning, FileError, first_line
 from deepspectra.file_writing import save_whole
 from deepspectra.problem.batch_trees import map_tensors
 from deepspectra.problem.batches import Batches
+from deepspectra.problem.losses import Loss
 from deepspectra.problem.parallel import ALONE, Group
 from deepspectra.problem.problem import Problem
 from deepspectra.quadrature import Density
 from deepspectra.results import Cost, Eigenpairs, Provenance, Separation, versions
 
+
+class Measured(NamedTuple):
+    """A number that rounding changes from run to run, by no more than so much."""
+
+    value: float
+    within: float
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
 RESULTS = (Cost, Density, Eigenpairs, Provenance, Separation)
 FORM = 6  # of what is kept of a stage
 IDENTITY = "identity"
 SUFFIX = ".pt"
-CLOSE = 1e-5  # by which sums differ between runs, orders of the data and numbers of threads
+CLOSE = 1e-4  # of a loss, by which it differs between runs, orders of the data and numbers of threads
+CLOSE_MARKS = 1e-7  # of the data's marks
 SAME = 1e-9  # of the largest, by which numbers that stages go by differ between runs
-Label = str | int | float | None
+Label = str | int | float | Measured | None
 Value = TypeVar("Value")
 
 
@@ -59,7 +72,7 @@ class FinishedStages:
         results: Sequence[type] = (),
     ) -> None:
         self.folder, self.group = folder, group
-        self.results: list[Any] = [*RESULTS, *results]
+        self.results: list[Any] = [Measured, *RESULTS, *results]
         self._told = False  # that something is done again
         if folder is not None:
             group.of_first(lambda: self._claim(folder, identity or {}))
@@ -186,7 +199,6 @@ def stages_of(
 
 def identity_of(problem: Problem, loss: float) -> dict[str, Label]:
     """What tells a problem from others: sizes, the version, its loss, digests of weights and data."""
-    first, second = problem.batches.mark
     return {
         "examples": problem.num_examples,
         "classes": problem.num_classes,
@@ -194,13 +206,31 @@ def identity_of(problem: Problem, loss: float) -> dict[str, Label]:
         "dtype": str(problem.dtype),
         "device": str(problem.device),
         "weights": digest([*problem.model.parameters(), *problem.model.buffers()], ",".join(problem.parameter_names)),
-        "data": first,
-        "squares of the data": second,
-        "loss": loss,
-        "loss function": problem.loss_function.name,
+        **marks_of(problem),
+        "loss": Measured(loss, CLOSE * abs(loss)),
+        "loss function": described(problem.loss_function),
         "version": versions()["deepspectra"],
         "form": FORM,
     }
+
+
+def marks_of(problem: Problem, name: str = "data") -> dict[str, Label]:
+    """What tells its examples from others, in whatever order."""
+    first, second = problem.batches.mark
+    size = math.sqrt(problem.num_examples * second)  # of Σ |u| at most
+    return {
+        name: Measured(first, CLOSE_MARKS * size),
+        f"squares of the {name}": Measured(second, CLOSE_MARKS * second),
+    }
+
+
+def described(loss: Loss) -> str:
+    """A loss and what was chosen of it: numbers and words, and digests of tensors."""
+    chosen = {
+        name: digest([value]) if isinstance(value, Tensor) else repr(value)
+        for name, value in sorted(loss.settings().items())
+    }
+    return f"{loss.name}({', '.join(f'{name}={value}' for name, value in chosen.items())})"
 
 
 def digest(tensors: Iterable[Tensor], text: str = "") -> str:
@@ -242,6 +272,6 @@ def _are_close(earlier: Tensor, numbers: Tensor) -> bool:
 
 
 def _agree(earlier: object, value: object) -> bool:
-    if isinstance(earlier, float) and isinstance(value, float):
-        return math.isclose(earlier, value, rel_tol=CLOSE, abs_tol=CLOSE)
+    if isinstance(earlier, Measured) and isinstance(value, Measured):
+        return earlier == value or abs(earlier.value - value.value) <= value.within
     return earlier == value

@@ -8,6 +8,8 @@ that ragged batches, class weights and ignored tokens give what one large batch 
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -67,6 +69,10 @@ class Loss(ABC):
                 ) from error
         return torch.zeros_like(outputs) if product is None else product
 
+    def settings(self) -> dict[str, Any]:
+        """What was chosen of it, by name: numbers, words and tensors."""
+        return _settings(self)
+
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise `DataError` when a target cannot be one, `LossError` when outputs do not fit the loss."""
         if targets.is_floating_point() and not torch.isfinite(targets).all():
@@ -105,6 +111,10 @@ class MeanLoss(Loss):
     def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """1 a row."""
         return constant(1, outputs)
+
+    def settings(self) -> dict[str, Any]:
+        """Those of the callable."""
+        return _settings(self.function)
 
     def misfit(self, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> float:
         """How far a batch's total is from those of a random third of its rows and of the rest, relatively.
@@ -187,7 +197,8 @@ class ElementwiseLoss(MeanLoss):
 
     def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The sum over elements."""
-        value: Tensor = self.module.to(outputs)(outputs, targets)
+        weights = {name: value.to(outputs) for name, value in self.module.named_buffers()}  # others share the module
+        value: Tensor = torch.func.functional_call(self.module, weights, (outputs, targets))
         return value
 
     def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -223,3 +234,20 @@ class SquaredError(ElementwiseLoss):
 def constant(value: float, outputs: Tensor) -> Tensor:
     """(n,) float64, whatever the dtype of the outputs: half precision cannot count to 257."""
     return torch.full((len(outputs),), float(value), dtype=torch.float64, device=outputs.device)
+
+
+def _settings(of: object) -> dict[str, Any]:
+    """Public numbers, words and tensors of a loss, a module or a partial, and of those within."""
+    found = dict(getattr(of, "__dict__", {}))
+    if isinstance(of, nn.Module):
+        found |= dict(itertools.chain(of.named_buffers(), of.named_parameters()))
+        del found["training"]
+    elif isinstance(of, functools.partial):
+        found |= {"of": getattr(of.func, "__name__", of.func), **of.keywords}
+    chosen: dict[str, Any] = {}
+    for name, value in found.items():
+        if isinstance(value, (Loss, nn.Module, functools.partial)):
+            chosen |= {f"{name}.{inner}": one for inner, one in _settings(value).items()}
+        elif not name.startswith("_") and isinstance(value, (bool, int, float, str, Tensor, type(None))):
+            chosen[name] = value
+    return chosen

@@ -31,17 +31,21 @@ SHARES = {  # of a problem's memory, by what is in it: so many such shares make 
     "matrix": 3,  # a dense one, and what its eigenvalues take beside; of inner products of gradients the whole
 }
 CONTAINER = Path("/sys/fs/cgroup")  # whose memory is limited and counted here, by Linux' cgroups 2
-UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {"": 1, "B": 1} | {  # a letter alone is binary, as schedulers and containers read it
+    f"{prefix}{rest}": base**power
+    for power, prefix in enumerate("KMGT", 1)
+    for rest, base in (("", 2**10), ("IB", 2**10), ("B", 10**3))
+}
 
 
 def parse_bytes(memory: int | str) -> int:
-    """Bytes of a number or of a text such as "8GiB" or "500 MB"."""
+    """Bytes of a number or of a text such as "8GiB", "8G", which is the same, or "500 MB"."""
     text = str(memory).strip()
-    number = text.rstrip("BKMGIbkmgi ").strip()
+    number = text.rstrip("BKMGTIbkmgti ").strip()
     unit = text[len(number) :].strip().upper()
     try:
         size = int(float(number) * UNITS[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise OptionError(f"memory={memory!r} is not a size; write bytes, or text such as '8GiB'.") from None
     if size <= 0:
         raise OptionError(f"memory={memory!r} must be positive.")

@@ -17,6 +17,7 @@ from deepspectra.analysis.compare import compare
 from deepspectra.analysis.layers import layers
 from deepspectra.analysis.regions import NUM_GROUPS, regions
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
+from deepspectra.argument_checks import check_choice
 from deepspectra.certificates.binomial_bounds import BOUNDS
 from deepspectra.certificates.posterior import BASES
 from deepspectra.certificates.priors import KINDS as PRIORS
@@ -28,6 +29,7 @@ from deepspectra.jobs.certify_dataset import certificate_dataset
 from deepspectra.jobs.command_output import STAGES, finish, foretell, forget, in_json, kept, status, tell
 from deepspectra.jobs.command_targets import CONSOLE, AsJson, Choice, Moment, Out, Seed, chosen_problem, moments
 from deepspectra.jobs.compare_dataset import comparison_dataset
+from deepspectra.jobs.effort import EFFORTS
 from deepspectra.jobs.estimate import JOBS, estimate, foreseen
 from deepspectra.jobs.layers_dataset import layer_dataset
 from deepspectra.jobs.one_voice import among_all, complain, one_voice
@@ -156,6 +158,7 @@ def analyze_command(
 
     What --num, --num-probes, --num-steps and --rtol are by default follows from the size of the problem.
     """
+    check_choice("effort", effort, tuple(EFFORTS))
     series: dict[str, Analysis] = {}
 
     def look(moment: Moment, stages: Path | None) -> Dataset:

@@ -26,8 +26,8 @@ def class_groups(problem: Problem, num: int, *, num_rows: int = NUM_ROWS, seed: 
 
     Args:
         problem: one with cross-entropy and class labels.
-        num: how many groups, at most C; fewer, with a FallbackWarning, where the logits of classes coincide; arbitrary
-            ones of equal size, with such a warning, where those of all do, as of a head that starts at zero.
+        num: how many groups, at most C; fewer, with a FallbackWarning, where the logits of classes coincide; and
+            arbitrary ones of equal size, with such a warning, where those of all do, as of a head that starts at 0.
         num_rows: rows that logits are taken from, spread evenly over the data.
         seed: of k-means.
 

@@ -51,7 +51,7 @@ class Choice(NamedTuple):
         Path | None, typer.Option(help="Trained weights (safetensors, or a PyTorch state dict).")
     ] = None
     per_class: Annotated[int | None, typer.Option(help="Examples a class; all by default.")] = None
-    limit: Annotated[int | None, typer.Option(help="Look at about so many of the examples, evenly spread.")] = None
+    limit: Annotated[int | None, typer.Option(help="Look at so many of the examples, evenly spread.")] = None
     epochs: Annotated[int | None, typer.Option(help="Epochs of training, if no checkpoint.")] = None
     out: Out = Path()
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over an earlier run's results in OUT.")] = (

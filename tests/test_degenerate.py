@@ -82,6 +82,17 @@ def test_classes_with_the_same_logits_are_one_group_and_that_is_said() -> None:
     assert found[0] == found[1] != found[2] == found[3]
 
 
+def test_classes_that_all_have_the_same_logits_are_in_arbitrary_groups() -> None:
+    model = mlp(4)
+    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
+    problem = ds.Problem(model, data(10, 4))
+    with pytest.warns(FallbackWarning, match="arbitrary"):
+        found = ds.class_groups(problem, 2)
+    assert found.tolist() == [0, 0, 1, 1]
+    assert ds.class_groups(problem, 1).tolist() == [0, 0, 0, 0]
+
+
 def test_the_default_kinds_of_many_labels_an_example_are_without_cfac() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Conv2d(2, 3, 1)).double()
     problem = ds.Problem(model, (torch.randn(4, 1, 3, 3).double(), torch.randint(0, 3, (4, 2, 2))))

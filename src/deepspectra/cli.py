@@ -126,7 +126,7 @@ def _command(name: str, *, out: str, without: tuple[str, ...] = ()) -> Callable[
 def demo(out: Out = Path("deepspectra-demo"), seed: Seed = 0, as_json: AsJson = False) -> None:
     """Train a small network on the embedded digits, analyse it and write the report."""
     check_writable(out)
-    one = chosen_problem(None, Choice(model="mlp-small", out=out, seed=seed))
+    one = chosen_problem(None, Choice(model="mlp-small", out=out, overwrite=True, seed=seed))
     model, data, _ = one.labels
     found = analyze(one.problem, seed=seed).labelled(model=model, data=data, class_names=one.class_names)
     finish(found.dataset, out, "analysis", save=found.save, as_json=as_json)

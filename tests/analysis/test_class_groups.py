@@ -226,6 +226,16 @@ def test_classes_whose_logits_move_together_are_one_group() -> None:
     ds.decompose(problem, groups=found)
 
 
+def test_logits_are_compared_on_rows_spread_over_all_the_data() -> None:
+    weight = torch.tensor([[1, 0, 1], [1, 0, -1], [-1, 0, 1], [-1, 0, -1]])  # by the last input classes go 0 with 2
+    model = nn.Sequential(nn.Linear(3, 4, bias=False))
+    model[0].weight.data = weight.float()
+    x = torch.zeros(100, 3)
+    x[:60, 0], x[60:, 2] = 1, 2  # behind the first rows, as where data are sorted
+    found = ds.class_groups(ds.Problem(model, (x, torch.arange(100) // 25)), 2, num_rows=60)
+    assert found[0] == found[2] != found[1] == found[3]
+
+
 def test_an_analysis_by_groups(tmp_path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))

@@ -63,6 +63,17 @@ def test_an_exact_eigenspace_is_certified(problem):
     assert space.certificate.overlap_at_least > 0.9
 
 
+def test_of_sentences_as_few_are_drawn_as_of_examples_with_a_row_each():
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 9, (400, 5))
+    net = nn.Sequential(nn.Embedding(9, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    sentences = ds.Problem(
+        net, [(tokens, tokens % 3)], forward=lambda model, batch: (model(batch[0]).flatten(0, 1), batch[1].flatten())
+    )
+    space = ds.principal_subspace(sentences, level="sampled", num_checks=0)
+    assert space.certificate.num_samples == 500
+
+
 def test_what_cannot_be_drawn_from_is_refused(problem):
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).double()
     x, y = torch.randn(20, 64, dtype=torch.float64), torch.arange(20) % 10

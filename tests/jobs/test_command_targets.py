@@ -78,3 +78,27 @@ def test_a_training_is_kept_where_it_is_asked_for_and_not_done_again(tmp_path, c
     assert labels.data == "digits, 2 images a class"
     with pytest.raises(OptionError, match="--at follows the training"):
         moments(None, Choice(at="0", checkpoint=tmp_path / WEIGHTS))
+
+
+def test_no_other_network_takes_the_place_of_one_that_results_are_of(tmp_path):
+    chosen = Choice(model="mlp-small", per_class=2, epochs=1, out=tmp_path)
+    loss = chosen_problem(None, chosen).problem.loss()
+    written = (tmp_path / WEIGHTS).read_bytes()
+    changed = (tmp_path / WEIGHTS).stat().st_mtime_ns
+    assert chosen_problem(None, chosen).problem.loss() == loss
+    assert (tmp_path / WEIGHTS).stat().st_mtime_ns == changed
+    for other in ({"epochs": 0}, {"epochs": 2, "at": "1"}, {"model": "lenet"}):
+        with pytest.raises(FileError, match="add --overwrite, if it may go"):
+            moments(None, chosen._replace(**other))
+        assert (tmp_path / WEIGHTS).read_bytes() == written
+    chosen_problem(None, chosen._replace(epochs=0, overwrite=True))
+    assert (tmp_path / WEIGHTS).read_bytes() != written
+
+
+def test_a_network_trained_on_other_examples_is_another(tmp_path):
+    chosen = Choice(model="mlp-small", per_class=2, epochs=1, out=tmp_path, resume=True)
+    chosen_problem(None, chosen, draw=0)
+    with pytest.raises(FileError, match="was trained otherwise"):
+        chosen_problem(None, chosen, draw=1)
+    whole = chosen._replace(per_class=None, epochs=0, out=tmp_path / "whole")
+    assert chosen_problem(None, whole, draw=0).problem.loss() == chosen_problem(None, whole, draw=1).problem.loss()

@@ -106,6 +106,11 @@ def test_a_limited_problem_has_about_so_many_of_the_examples(cut: bool) -> None:
     assert set(map(tuple, inputs.tolist())) <= set(map(tuple, x.tolist()))
     assert whole.num_examples == 90
     assert limited(whole, 1000).num_examples == 90
+    for num in (1, 31, 46, 89) if cut else ():
+        chosen = torch.cat([inputs for inputs, _ in limited(whole, num).batches])
+        at = (torch.cat([inputs for inputs, _ in whole.batches])[:, None] == chosen).all(2).nonzero()[:, 0]
+        assert len(at) == num
+        assert num == 1 or int(at.diff().max()) <= -(-90 // num)
     with pytest.raises(OptionError, match="limit"):
         limited(whole, 0)
 
@@ -142,6 +147,17 @@ def sentences() -> dict[str, Tensor]:
 def tagger(batches: Any, **options: Any) -> ds.Problem:
     torch.manual_seed(0)
     return ds.Problem(Tagger().double().eval(), batches, **options)
+
+
+def test_limited_sentences_are_some_with_counted_tokens() -> None:
+    data = sentences()
+    data["labels"][:, 2:] = -100
+    data["labels"][::2] = -100  # six sentences with two labels each
+    few = limited(tagger([data]), 4)
+    assert few.num_examples == 4
+    assert torch.equal(next(iter(few.batches))["tokens"], data["tokens"][[5, 11]])
+    with_few = limited(tagger([data]), 1)
+    assert with_few.num_examples == 2
 
 
 def test_sentences_are_drawn_with_all_their_tokens() -> None:

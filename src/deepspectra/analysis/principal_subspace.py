@@ -18,12 +18,13 @@ from deepspectra.operators.curvature import Hessian
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.problem import Problem
 from deepspectra.results import Result, origin
+from deepspectra.rows.example_sampling import importance
 from deepspectra.rows.gradients import GradientRows, class_sums
 from deepspectra.rows.projections import Groups, collinear
 
 ROWS_PER_CHUNK = 2**14  # of parameter-sized factors, whose products are summed in float64
 SHARE = 15  # of the examples one in so many is drawn,
-FEWEST = 500  # but not fewer than these
+FEWEST = 500  # but not fewer than have so many rows
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,7 +105,7 @@ def principal_subspace(
         problem: one with cross-entropy and class labels.
         level: "class", "cross_class" or "sampled".
         num: how many directions; by default all that the means span, or C − 1 if sampled.
-        num_samples: examples to draw; by default one in 15, but at least 500.
+        num_samples: examples to draw; by default one in 15, but so many that they have 500 rows.
         num_checks: products with the full Hessian for the certificate; 0 for none.
         groups: (C,) the group of each class, as in `decompose`; not for "sampled".
         seed: of the draw and of the random vectors.
@@ -149,8 +150,10 @@ def _sampled(problem: Problem, num: int | None, num_samples: int | None, *, num_
     if num_samples is not None:
         check_count("num_samples", num_samples, largest=problem.num_examples)
     generator = seeded(seed)
-    wanted = num_samples or max(FEWEST, math.ceil(problem.num_examples / SHARE))
-    few = Hessian(problem).sampled(generator, wanted)
+    if num_samples is None:
+        num_all = len(importance(problem))
+        num_samples = max(math.ceil(FEWEST * num_all / problem.num_examples), math.ceil(num_all / SHARE))
+    few = Hessian(problem).sampled(generator, num_samples)
     krylov = unchallenged(few, num, generator)
     values, coefficients, residual_norms = krylov.ritz()
     values, vectors = values.flip(0), krylov.combine(coefficients.flip(1)[:, :num])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import sys
@@ -50,7 +51,7 @@ class Choice(NamedTuple):
         Path | None, typer.Option(help="Trained weights (safetensors, or a PyTorch state dict).")
     ] = None
     per_class: Annotated[int | None, typer.Option(help="Examples a class; all by default.")] = None
-    limit: Annotated[int | None, typer.Option(help="Look at about so many of the examples, evenly spread.")] = None
+    limit: Annotated[int | None, typer.Option(help="Look at so many of the examples, evenly spread.")] = None
     epochs: Annotated[int | None, typer.Option(help="Epochs of training, if no checkpoint.")] = None
     out: Out = Path()
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over an earlier run's results in OUT.")] = (
@@ -191,13 +192,14 @@ def _zoo_problem(chosen: Choice, draw: int, snapshots: tuple[int, ...] | None) -
     epochs = recipe.epochs if chosen.epochs is None else chosen.epochs
     about: dict[str, str | int] = {"model": model, "data": data, "seed": chosen.seed}
     about |= {"examples": len(examples), "epochs": epochs}
+    about |= {} if chosen.per_class is None else {"draw": draw}
 
     def weights() -> dict[str, Tensor]:
         if chosen.checkpoint is not None:
             zoo.load_checkpoint(chosen.checkpoint, network)
         elif snapshots is None:
             pass
-        elif chosen.resume and _was_trained(network, about, chosen.out, snapshots):
+        elif (chosen.resume or not chosen.overwrite) and _was_trained(network, about, chosen, snapshots):
             CONSOLE.print(f"{model} was trained before: {chosen.out / WEIGHTS}")
         else:
             _train(network, examples, replace(recipe, epochs=epochs), about, chosen, snapshots)
@@ -216,20 +218,27 @@ def _zoo_problem(chosen: Choice, draw: int, snapshots: tuple[int, ...] | None) -
     return _of_split(Subject(problem, names, Labels(model, drawn, chosen.seed), test), chosen)
 
 
-def _was_trained(network: nn.Module, about: dict[str, str | int], out: Path, snapshots: tuple[int, ...]) -> bool:
-    """Load the end of a training that was done before; False unless all that it should leave is there.
+def _was_trained(network: nn.Module, about: dict[str, str | int], chosen: Choice, snapshots: tuple[int, ...]) -> bool:
+    """Load the end of a training that was done before; False, with nothing loaded, unless all that it leaves is there.
 
     Raises:
         FileError: it was another training.
     """
-    expected = {_snapshot(out, epoch): about | {"epochs": epoch} for epoch in snapshots}
-    expected[out / WEIGHTS] = about
-    if not all(path.is_file() for path in expected):
+    expected = {_snapshot(chosen.out, epoch): about | {"epochs": epoch} for epoch in snapshots}
+    expected[chosen.out / WEIGHTS] = about
+    there = [path for path in expected if path.is_file()]
+    advice = "Choose another --out" + ("." if chosen.resume else "; or add --overwrite, if it may go.")
+    found = copy.deepcopy(network)
+    for path in there:  # the end comes last and stays
+        try:
+            earlier = zoo.load_checkpoint(path, found)
+        except FileError as error:
+            raise FileError(f"{error} {advice}") from error
+        if earlier != expected[path]:
+            raise FileError(f"{path} was trained otherwise: {earlier}, not {expected[path]}. {advice}")
+    if len(there) < len(expected):
         return False
-    for path, meta in expected.items():  # the end comes last and stays
-        earlier = zoo.load_checkpoint(path, network)
-        if earlier != meta:
-            raise FileError(f"{path} was trained otherwise: {earlier}, not {meta}. Choose another --out.")
+    network.load_state_dict(found.state_dict())
     return True
 
 

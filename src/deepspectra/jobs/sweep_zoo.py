@@ -105,7 +105,8 @@ class ZooCell:
         at = tuple(int(one) if progress is None else round(one * recipe.epochs) for one in asked)
         if not 0 <= min(at) <= max(at) <= recipe.epochs or None not in (epochs, progress):
             raise OptionError(
-                f"epochs={epochs}, progress={progress}: one of them, from 0 to {recipe.epochs} epochs or to 1."
+                f"epochs={epochs}, progress={progress}: one of them, from 0 to {recipe.epochs} epochs or to 1. "
+                "To train for longer pass training_epochs=, or --training-epochs on the command line."
             )
         found = self._looks(build, train, test, recipe, at, seed)
         return found if isinstance(looks, tuple) else next(found)

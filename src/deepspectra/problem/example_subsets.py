@@ -39,12 +39,12 @@ def some_rows(problem: Problem, num_rows: int) -> Any:
     """
     most, found = 0, None
     for batch in problem.fixed_batches():
-        outputs, targets = problem.values(batch)
-        (counted,) = (problem.loss_function.weights(outputs, targets) > 0).nonzero(as_tuple=True)
+        counts = _counts(problem, batch)
+        (counted,) = counts.nonzero(as_tuple=True)
         if len(counted) <= most:
             continue
         most, found = len(counted), batch
-        each = _rows_an_example(problem, batch, len(outputs))
+        each = _rows_an_example(problem, batch, len(counts))
         if each:
             owners = torch.unique(counted // each)
             num = max(FEWEST_EXAMPLES if each > 1 else 1, num_rows // each)  # of one alone nobody sees how they lie
@@ -62,31 +62,62 @@ def _rows_an_example(problem: Problem, batch: Any, num_rows: int) -> int:
     return num_rows // num if problem.cuts and num and num_rows % num == 0 else 0
 
 
+def evenly_spread(total: int, num: int) -> Tensor:
+    """Which of a number of things are `num` of them, evenly spread: booleans (total,); all where that is too many."""
+    return (torch.arange(total + 1) * num // total).diff() > 0
+
+
 def limited(problem: Problem, num: int) -> Problem:
-    """The problem on about so many of its examples, evenly spread; on whole batches where these cannot be cut.
+    """The problem on examples, evenly spread, with so many rows that count; on whole batches if these are not cut.
+
+    Of examples with many rows, such as sentences, with about so many, of those examples where some count.
 
     Raises:
         OptionError: fewer than one.
     """
     check_count("limit", num)
-    step, seen, batches = max(1, problem.num_examples // num), 0, []
+    chosen = _chosen_examples(problem, num) if problem.cuts else torch.empty(0, dtype=torch.long)
+    start, seen, batches = 0, 0, []
     for batch in problem.fixed_batches():
         if problem.cuts:
-            chosen = torch.tensor(range(-seen % step, length(batch), step), dtype=torch.long, device=problem.device)
-            batches += [examples(batch, chosen)] if len(chosen) else []
-            seen += length(batch)
-        elif seen < num:
+            here = chosen[(chosen >= start) & (chosen < start + length(batch))] - start
+            batches += [examples(batch, here.to(problem.device))] if len(here) else []
+            start += length(batch)
+        elif seen < num and (counted := int(_counts(problem, batch).sum())):
             batches.append(batch)
-            seen += len(problem.values(batch)[0])
+            seen += counted
     move = Move(problem.device, problem.dtype)
     return problem.variant(batches=Batches(batches, batch_size=None, move=move, budget=share(problem.memory, "data")))
+
+
+def _chosen_examples(problem: Problem, num: int) -> Tensor:
+    """Ascending indices of examples, evenly spread over those where rows count, with about so many such rows.
+
+    Cost: a forward pass, or one of the first batch where every example is a row that counts.
+    """
+    total, first = sum(map(length, problem.batches)), next(iter(problem.fixed_batches()))
+    if problem.num_examples == total and len(_counts(problem, first)) == length(first):
+        return evenly_spread(total, num).nonzero()[:, 0]
+
+    def some_count(batch: Any) -> Tensor:
+        counts = _counts(problem, batch)
+        each = _rows_an_example(problem, batch, len(counts))
+        return counts.view(-1, each).any(1) if each else counts.new_ones(length(batch))
+
+    owners = torch.cat(list(problem.fixed_batches().mapped(some_count))).nonzero()[:, 0].cpu()
+    few = max(1, num * len(owners) // problem.num_examples)
+    return owners[evenly_spread(len(owners), few)]
+
+
+def _counts(problem: Problem, batch: Any) -> Tensor:
+    """Which rows of a batch count."""
+    return problem.loss_function.weights(*problem.values(batch)) > 0
 
 
 def first_batch(problem: Problem) -> Problem:
     """The problem on its first batch that has rows that count."""
     for batch in problem.fixed_batches():
-        outputs, targets = problem.values(batch)
-        if bool((problem.loss_function.weights(outputs, targets) > 0).any()):
+        if bool(_counts(problem, batch).any()):
             break
     move = Move(problem.device, problem.dtype)
     return problem.variant(batches=Batches([batch], batch_size=None, move=move, budget=problem.memory))

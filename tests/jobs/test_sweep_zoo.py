@@ -141,7 +141,7 @@ def test_a_training_that_diverges_keeps_its_earlier_looks():
 
 def test_epochs_beyond_the_training_are_refused():
     for looks in ({"epochs": (0, 4)}, {"progress": (0.5, 1.2)}, {"epochs": (1,), "progress": (1,)}):
-        with pytest.raises(errors.OptionError, match="from 0 to 3 epochs or to 1.*--training-epochs"):
+        with pytest.raises(errors.OptionError, match=r"from 0 to 3 epochs or to 1.*--training-epochs"):
             ZooCell(training_epochs=3)(per_class=5, **looks)
 
 

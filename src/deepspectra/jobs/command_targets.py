@@ -219,7 +219,7 @@ def _zoo_problem(chosen: Choice, draw: int, snapshots: tuple[int, ...] | None) -
 
 
 def _was_trained(network: nn.Module, about: dict[str, str | int], chosen: Choice, snapshots: tuple[int, ...]) -> bool:
-    """Load the end of a training that was done before; False, with nothing loaded, unless all that it leaves is there.
+    """Load the end of a training that was done before; False, and nothing loaded, unless all that it leaves is there.
 
     Raises:
         FileError: it was another training.

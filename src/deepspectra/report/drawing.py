@@ -178,6 +178,7 @@ def printed(chart: alt.LayerChart, inches: float | None) -> alt.LayerChart:
     if not 0 < inches < math.inf:
         raise OptionError(f"inches={inches!r}; expected a positive width, or None for that of the page.")
     spec = chart.to_dict()
+    spec["datasets"] = {name: list(table) for name, table in spec.get("datasets", {}).items()}  # see `blank`
     config = spec["config"]
     text = {"labelFontSize": LETTERS, "titleFontSize": LETTERS}
     config["axis"] |= {**text, "titlePadding": 3, "tickSize": 3}

@@ -22,6 +22,7 @@ from deepspectra.errors import FileError, OptionError, TargetError
 from deepspectra.jobs.pages import Labels
 from deepspectra.problem.example_subsets import limited
 from deepspectra.problem.parallel import current
+from deepspectra.problem.memory_budget import parse_bytes
 from deepspectra.problem.problem import Problem
 from deepspectra.problem.shared_problems import sharded
 
@@ -182,6 +183,8 @@ def _of_split(subject: Subject, chosen: Choice) -> Subject:
 
 def _zoo_problem(chosen: Choice, draw: int, snapshots: tuple[int, ...] | None) -> Subject:
     """Data, and a network from a checkpoint or trained here and saved beside the results."""
+    if chosen.memory is not None:
+        parse_bytes(chosen.memory)  # which is wrong, if it is, before a network is trained
     model, data = chosen.model or "mlp", chosen.data or "digits"
     size = zoo.paper_side(model, data)
     examples = zoo.load(data, root=chosen.data_root, per_class=chosen.per_class, size=size, seed=draw)

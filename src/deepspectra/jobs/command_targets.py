@@ -21,8 +21,8 @@ from deepspectra.argument_checks import check_choice
 from deepspectra.errors import FileError, OptionError, TargetError
 from deepspectra.jobs.pages import Labels
 from deepspectra.problem.example_subsets import limited
-from deepspectra.problem.parallel import current
 from deepspectra.problem.memory_budget import parse_bytes
+from deepspectra.problem.parallel import current
 from deepspectra.problem.problem import Problem
 from deepspectra.problem.shared_problems import sharded
 

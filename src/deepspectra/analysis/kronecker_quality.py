@@ -279,12 +279,13 @@ class _Comparison:
         if squared > RESOLVED * torch.finfo(self.exact.dtype).eps * self.norm**2:
             pairs = eigenpairs(self.exact - block, 1, "magnitude", rtol=SPECTRAL_RTOL, seed=self.seed)
             furthest = float(pairs.values.abs()[0])
+        num = max(ks, default=1)
         if isinstance(block, KroneckerSum) and len(block.left) > 1:  # eigenvectors in no closed form
             spectrum = _spectrum(block, None if block.shape[0] > SMALL else block.eigenvalues(), self.seed)
-            vectors = eigenpairs(block, max(ks, default=1), rtol=self.rtol, seed=self.seed).vectors
+            vectors = eigenpairs(block, num, rtol=self.rtol, seed=self.seed).vectors
         else:
             spectrum = _spectrum(block, block.eigenvalues(), self.seed)
-            _, vectors = block.decomposed.top(max(ks, default=1))
+            _, vectors = block.decomposed.top(num)
         return Fit(
             frobenius=squared**0.5 / self.norm,
             cosine=product / (self.norm * block.norm),

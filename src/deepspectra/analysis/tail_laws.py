@@ -28,7 +28,6 @@ PARTS = (1, 2, 4)  # the tail, its upper half and quarter: a wrong x_min moves t
 ROUNDING = 1e-6  # of a log-likelihood
 LARGEST_BLOCK = 2**22  # entries of thresholds × values at once
 SKETCHED = 128  # values at which most thresholds are ruled out
-TOGETHER = 4  # thresholds of the others at once
 
 
 class Scan(NamedTuple):
@@ -161,13 +160,9 @@ def comes_nearer(sample: Sample, distance: float) -> bool:
     """
     fit = _fitted("power law", sample, thresholds_of(sample))
     rest = np.arange(len(fit.thresholds))
-    for num in (SKETCHED, 8 * SKETCHED):
-        rest = rest[_distances("power law", sample, fit, rest, 1 + len(sample.values) // num) < distance]
-    return any(
-        bool(_distances("power law", sample, fit, some, 1).min() < distance)
-        for some in np.array_split(rest, math.ceil(len(rest) / TOGETHER) or 1)
-        if len(some)
-    )
+    for num in (SKETCHED, 8 * SKETCHED, len(sample.values)):  # the last at all of them
+        rest = rest[_distances("power law", sample, fit, rest, 1 + (len(sample.values) - 1) // num) < distance]
+    return len(rest) > 0
 
 
 def thresholds_of(sample: Sample) -> Array:

@@ -149,9 +149,16 @@ def needs(
 # ---------------------------------------------------------------------------------------- shared ingredients
 
 
+class _Rows(alt.InlineData):
+    """Rows that charts share, which Altair would otherwise copy at every step of building one."""
+
+    def __deepcopy__(self, *_: object) -> _Rows:
+        return self
+
+
 def blank(table: list[Row]) -> Mark:
     """An empty chart that carries its rows itself."""
-    return alt.Chart({"values": tuple(table)})  # which Altair does not copy at every step, as it does a list
+    return alt.Chart(_Rows(values=table))
 
 
 def finished(chart: Mark, **properties: Any) -> alt.LayerChart:
@@ -178,7 +185,6 @@ def printed(chart: alt.LayerChart, inches: float | None) -> alt.LayerChart:
     if not 0 < inches < math.inf:
         raise OptionError(f"inches={inches!r}; expected a positive width, or None for that of the page.")
     spec = chart.to_dict()
-    spec["datasets"] = {name: list(table) for name, table in spec.get("datasets", {}).items()}  # see `blank`
     config = spec["config"]
     text = {"labelFontSize": LETTERS, "titleFontSize": LETTERS}
     config["axis"] |= {**text, "titlePadding": 3, "tickSize": 3}

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import deepspectra as ds
 from commands import finished, run
-from deepspectra import cli, errors
+from deepspectra import cli, errors, zoo
 from deepspectra.jobs.pages import load_pages
 
 MINE = """
@@ -265,15 +265,27 @@ def test_layers_of_anybodys_model(folder):
         (("analyze", "mine.py:problem", "--at", "0,1"), "--at follows the training"),
         (("layers", "--at", "3,1"), "epochs in order"),
         (("layers", "--at", "1,x"), "epochs in order"),
-        (("layers", "--per-class", "3", "--epochs", "1", "--at", "5"), "ended before that epoch"),
+        (("layers", "--per-class", "3", "--epochs", "1", "--at", "5"), "training ends at epoch 1"),
         (("analyze", "--memory", "lots"), "memory='lots'"),
+        (("analyze", "--effort", "much"), "effort='much'"),
+        (("analyze", "--rtol", "2"), "rtol must lie between"),
+        (("analyze", "--num", "0"), "--num"),
+        (("analyze", "--limit", "0"), "--limit"),
+        (("regions", "--method", "magic"), "method='magic'"),
+        (("regions", "--num-groups", "1"), "num_groups=1"),
+        (("certify", "--prior", "magic"), "--prior='magic'"),
+        (("certify", "--basis", "magic"), "basis='magic'"),
+        (("certify", "--minutes", "-1"), "minutes must be"),
+        (("certify", "--variant", "magic"), "variant='magic'"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_message(folder, arguments, message, monkeypatch, capsys):
+    def trained(*_, **__):
+        raise AssertionError("a network was trained before what is wrong was seen")
+
+    monkeypatch.setattr(zoo, "train", trained)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    if "--model" in arguments or "--memory" in arguments:
-        arguments = (*arguments, "--epochs", "0")
     monkeypatch.setattr(sys, "argv", ["deepspectra", *arguments])
     with pytest.raises(SystemExit) as stop:
         cli.main()

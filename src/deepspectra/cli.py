@@ -15,21 +15,20 @@ import typer
 
 from deepspectra.analysis.compare import compare
 from deepspectra.analysis.layers import layers
-from deepspectra.analysis.regions import NUM_GROUPS, regions
+from deepspectra.analysis.regions import NUM_GROUPS, check_groups, regions
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
 from deepspectra.argument_checks import check_choice
 from deepspectra.certificates.binomial_bounds import BOUNDS
 from deepspectra.certificates.posterior import BASES
 from deepspectra.certificates.priors import KINDS as PRIORS
-from deepspectra.certificates.settings import VARIANTS
+from deepspectra.certificates.settings import VARIANTS, Settings
 from deepspectra.errors import DeepSpectraError, OptionError
-from deepspectra.jobs.analyze import Analysis, analyze, save_series
+from deepspectra.jobs.analyze import Analysis, Counts, analyze, check_options, save_series
 from deepspectra.jobs.certify import certified, named_priors, unseen
 from deepspectra.jobs.certify_dataset import certificate_dataset
 from deepspectra.jobs.command_output import STAGES, finish, foretell, forget, in_json, kept, status, tell
 from deepspectra.jobs.command_targets import CONSOLE, AsJson, Choice, Moment, Out, Seed, chosen_problem, moments
 from deepspectra.jobs.compare_dataset import comparison_dataset
-from deepspectra.jobs.effort import EFFORTS
 from deepspectra.jobs.estimate import JOBS, estimate, foreseen
 from deepspectra.jobs.layers_dataset import layer_dataset
 from deepspectra.jobs.one_voice import among_all, complain, one_voice
@@ -158,7 +157,8 @@ def analyze_command(
 
     What --num, --num-probes, --num-steps and --rtol are by default follows from the size of the problem.
     """
-    check_choice("effort", effort, tuple(EFFORTS))
+    counts: Counts = {"num": num, "num_probes": num_probes, "num_steps": num_steps, "rtol": rtol, "margin": margin}
+    check_options(effort, **counts)
     series: dict[str, Analysis] = {}
 
     def look(moment: Moment, stages: Path | None) -> Dataset:
@@ -166,15 +166,11 @@ def analyze_command(
         found = analyze(
             problem,
             test=test,
-            num=num,
-            num_probes=num_probes,
-            num_steps=num_steps,
-            rtol=rtol,
-            margin=margin,
             effort=effort,
             seed=chosen.seed,
             groups=groups,
             resume=stages,
+            **counts,
         )
         model, data, _ = labels
         title = f"Spectrum of {target}" if target and not problem.name else ""
@@ -226,6 +222,9 @@ def regions_command(
 ) -> None:
     """Which part makes outliers, bump and bulk: exact knock-outs in decades, for up to some hundred examples."""
     kinds = _kinds_of_regions(of)
+    check_choice("method", method, METHODS)
+    if num_groups is not None:
+        check_groups(num_groups)
 
     def look(moment: Moment, stages: Path | None) -> Dataset:
         problem = moment.subject.problem
@@ -344,10 +343,11 @@ def certify_command(
 ) -> None:
     """A PAC-Bayes bound on the error on unseen data, beside the binomial bound and that of the network as it is."""
     priors = named_priors(prior)
-    _claim(chosen, "certify")
-    problem, _, labels, _ = chosen_problem(target, chosen)
     asked = {"basis": basis, "bound": bound, "minutes": minutes, "variant": variant, "epochs": descent_epochs}
     settings = {name: value for name, value in asked.items() if value is not None}
+    Settings.of(**settings)  # which says what is wrong, if anything is, before a network is trained
+    _claim(chosen, "certify")
+    problem, _, labels, _ = chosen_problem(target, chosen)
     _foretold(problem, chosen, "certify", prior=priors, **settings)
     with kept(chosen, chosen.out, "certify") as stages:
         with status("certifying") as show:

@@ -130,6 +130,17 @@ class Regions(ByLayer[Shifts]):
         return "\n\n".join([*tables, f"decades of λ, ± standard errors{note}; {self.seconds:.3g} s"])
 
 
+def check_groups(num_groups: int, largest: int | None = None) -> None:
+    """See that so many groups of examples can be left out in turn.
+
+    Raises:
+        OptionError: one, or a number below 0, or more than there are examples.
+    """
+    check_count("num_groups", num_groups, 0, largest)
+    if num_groups == 1:
+        raise OptionError("num_groups=1 leaves nothing when its group is left out; it is 0, or at least 2.")
+
+
 def regions(
     problem: Problem,
     of: str = "gradients",
@@ -186,9 +197,7 @@ def regions(
     check_choice("method", method, METHODS)
     if num_groups is None:
         num_groups = min(NUM_GROUPS, problem.num_examples) if problem.num_examples > 1 else 0
-    check_count("num_groups", num_groups, 0, problem.num_examples)
-    if num_groups == 1:
-        raise OptionError("num_groups=1 leaves nothing when its group is left out; it is 0, or at least 2.")
+    check_groups(num_groups, problem.num_examples)
     if of == "hessian" and by_layer:
         warnings.warn(
             "regions: the Hessian is looked at as a whole; by_layer=True changes nothing.",

@@ -233,6 +233,22 @@ class Counts(TypedDict, total=False):
     margin: float | None
 
 
+def check_options(effort: str, **counts: Unpack[Counts]) -> None:
+    """See that `analyze` knows the effort, and that what is to be decided otherwise can be.
+
+    Raises:
+        OptionError: see `analyze`.
+    """
+    check_choice("effort", effort, tuple(EFFORTS))
+    for name in ("num", "num_probes", "num_steps"):
+        if (value := counts.get(name)) is not None:
+            check_count(name, value)
+    if (rtol := counts.get("rtol")) is not None:
+        check_rtol(rtol)
+    if (margin := counts.get("margin")) is not None:
+        check_margin(margin)
+
+
 def analyze(
     problem: Problem,
     *,
@@ -286,6 +302,7 @@ def analyze(
 
     Cost: itemised in the result.
     """
+    check_options(effort, **counts)
     check_problem(problem)
     refuse_one_output(problem)
     classed, ledger = has_labels(problem), Ledger(progress and problem.batches.group.rank == 0, foresees=progress)
@@ -296,14 +313,6 @@ def analyze(
         raise OptionError(f"problem.class_names has {len(names)} names for {problem.num_classes:,} classes.")
     owner, called = _grouped(problem, groups, ledger, seed) if classed else (None, None)
     options = Options(groups=owner, seed=seed, effort=effort, classed=classed, **counts)
-    for name in ("num", "num_probes", "num_steps"):
-        if (value := getattr(options, name)) is not None:
-            check_count(name, value)
-    if options.rtol is not None:
-        check_rtol(options.rtol)
-    if options.margin is not None:
-        check_margin(options.margin)
-    check_choice("effort", effort, tuple(EFFORTS))
     if test is not None:
         _check_same_network(problem, test)
     found = stages.run(problem, ledger, options, None if resume is None else Path(resume), test)

@@ -51,9 +51,9 @@ class Choice(NamedTuple):
     checkpoint: Annotated[
         Path | None, typer.Option(help="Trained weights (safetensors, or a PyTorch state dict).")
     ] = None
-    per_class: Annotated[int | None, typer.Option(help="Examples a class; all by default.")] = None
-    limit: Annotated[int | None, typer.Option(help="Look at so many of the examples, evenly spread.")] = None
-    epochs: Annotated[int | None, typer.Option(help="Epochs of training, if no checkpoint.")] = None
+    per_class: Annotated[int | None, typer.Option(min=1, help="Examples a class; all by default.")] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="Look at so many of the examples, evenly spread.")] = None
+    epochs: Annotated[int | None, typer.Option(min=0, help="Epochs of training, if no checkpoint.")] = None
     out: Out = Path()
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over an earlier run's results in OUT.")] = (
         False
@@ -107,8 +107,6 @@ def moments(target: str | None, chosen: Choice) -> list[Moment]:
     found = []
     for epoch in epochs:
         weights = _snapshot(out, epoch)
-        if not weights.is_file():
-            raise OptionError(f"--at {epoch}: training ended before that epoch.")
         earlier = chosen_problem(None, chosen._replace(checkpoint=weights))
         found.append(Moment(f"epoch {epoch}", weights.parent, earlier))
     return [*found, Moment("end" if epochs else "", out / "end" if epochs else out, final)]
@@ -193,6 +191,8 @@ def _zoo_problem(chosen: Choice, draw: int, snapshots: tuple[int, ...] | None) -
     network = zoo.build(model, input_shape=shape, num_classes=examples.num_classes, seed=chosen.seed)
     recipe = zoo.recipe(model, data, len(examples))
     epochs = recipe.epochs if chosen.epochs is None else chosen.epochs
+    if snapshots and snapshots[-1] > epochs:
+        raise OptionError(f"--at {snapshots[-1]}: training ends at epoch {epochs}.")
     about: dict[str, str | int] = {"model": model, "data": data, "seed": chosen.seed}
     about |= {"examples": len(examples), "epochs": epochs}
     about |= {} if chosen.per_class is None else {"draw": draw}

@@ -343,9 +343,7 @@ def certify_command(
 ) -> None:
     """A PAC-Bayes bound on the error on unseen data, beside the binomial bound and that of the network as it is."""
     priors = named_priors(prior)
-    asked = {"basis": basis, "bound": bound, "minutes": minutes, "variant": variant, "epochs": descent_epochs}
-    settings = {name: value for name, value in asked.items() if value is not None}
-    Settings.of(**settings)  # which says what is wrong, if anything is, before a network is trained
+    settings = Settings.asked(basis=basis, bound=bound, minutes=minutes, variant=variant, epochs=descent_epochs)
     _claim(chosen, "certify")
     problem, _, labels, _ = chosen_problem(target, chosen)
     _foretold(problem, chosen, "certify", prior=priors, **settings)

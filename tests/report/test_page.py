@@ -23,7 +23,7 @@ from deepspectra.jobs.pages import Labels, load_dataset, measured, save_dataset
 from deepspectra.jobs.regions_dataset import regions_dataset
 from deepspectra.report import render
 from deepspectra.report.drawing import PART_COLOURS, number
-from deepspectra.report.figures import FIGURES
+from deepspectra.report.figures import FIGURES, figures_of
 from deepspectra.report.page import _bibtex, _citation, tables_section
 from deepspectra.report.text import percent, quantity
 
@@ -466,7 +466,7 @@ def test_write_names_the_file_it_cannot_write(dataset, tmp_path):
         report.write(dataset, tmp_path / "nowhere" / "report.html")
 
 
-def test_every_page_is_cited_with_its_version():
+def test_every_page_is_cited_with_its_version_and_its_charts_are_valid():
     version = ds.results.versions()["deepspectra"]
     problems = []
     for seed in range(2):
@@ -481,6 +481,10 @@ def test_every_page_is_cited_with_its_version():
         comparison_dataset(ds.compare(*problems), first),
     ]
     for page in pages:
+        drawn = {chart for figure in figures_of(page).values() for chart in figure.drawn(page)}
+        assert drawn
+        for chart in drawn:
+            chart(page).to_dict()  # held against Vega-Lite's schema, as pages are not
         assert f"deepspectra {version}; " in _citation(page)
         assert f"version = {{{version}}}" in _bibtex(page)
         assert json.loads(page.attrs["provenance"])["versions"]["torch"] == torch.__version__

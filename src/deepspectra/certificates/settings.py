@@ -127,6 +127,17 @@ class Settings:
             options = VARIANTS[variant] | options
         return cls(**options)
 
+    @classmethod
+    def asked(cls, **options: Any) -> dict[str, Any]:
+        """Those of these options that are not None, as `of` takes them.
+
+        Raises:
+            OptionError: see `of`; before a network is trained for them.
+        """
+        settings = {name: value for name, value in options.items() if value is not None}
+        cls.of(**settings)
+        return settings
+
     def sentences(self, prior: str) -> list[str]:
         """What these settings make of the posterior about a prior of this kind, and what not."""
         found = []

@@ -279,20 +279,19 @@ def _of_analysis(pace: Pace, effort: Effort, num: int, num_classes: int, of: str
         yield Stage(f"shares of H{of}", 0, num * pace.gradient / 3, held)
     if averaged:
         yield _attribution(pace, effort, num, num_classes, exact=exact)
-    first = effort.dense and not exact and not of
-    if first:
-        yield density_stage(pace, effort, "gauss_newton", "density of G")
     if averaged and not exact:
         held = max(num_classes * pace.vector, _means(pace, num_classes))
         yield Stage("traces of G", 0, num_classes * pace.gradient, held)
-    for kind, letter in (("hessian", "H"), ("residual", "R")):
-        yield density_stage(pace, effort, kind, f"density of {letter}{of}")
+    if effort.dense and not exact:
+        yield from _dense_stages(pace, of)
+    else:
+        kinds = [("hessian", "H"), ("residual", "R"), *([] if exact else [("gauss_newton", "G")])]
+        for kind, letter in kinds:
+            yield density_stage(pace, effort, kind, f"density of {letter}{of}")
     if not exact:
         yield pairs_stage(pace, "gauss_newton", num, of)
         if num_classes:
             yield Stage(f"shares of G{of}", 0, num * pace.product("gauss_newton") / 2, num * pace.vector)
-        if not first:
-            yield density_stage(pace, effort, "gauss_newton", f"density of G{of}")
     if averaged:
         push = pace.gradient if exact else pace.product("gauss_newton") / 2
         yield Stage("classes of outliers", 0, num_classes * push, num * pace.vector)
@@ -332,6 +331,17 @@ def pairs_stage(pace: Pace, kind: str, num: int, of: str = "") -> Stage:
     pairs = mine + num * pace.vector
     stay = kept if kept + pairs - limit <= most else 0
     return Stage(name, products, seconds, max(kept + mine, stay + pairs), host_bytes=hosted)
+
+
+def _dense_stages(pace: Pace, of: str) -> Iterator[Stage]:
+    """All eigenvalues of G and of R by P products each, and of H, the sum of their matrices."""
+    size = pace.problem.num_parameters
+    solved, held = pace.cube * size**3 / 2, 3 * 8 * size**2
+    for kind, letter in (("gauss_newton", "G"), ("residual", "R")):
+        kept = min(pace.graphs(kind), share(pace.problem.memory, "graphs"))
+        seconds = pace.building(kind) + size * pace.product(kind, min(COLUMNS, size)) + solved
+        yield Stage(f"density of {letter}{of}", size, seconds, kept + held)
+    yield Stage(f"density of H{of}", 0, solved, held)
 
 
 def density_stage(pace: Pace, effort: Effort, kind: str, name: str) -> Stage:

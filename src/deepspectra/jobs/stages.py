@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from deepspectra.algorithms.dense_spectrum import exact_density
-from deepspectra.algorithms.density import density
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.krylov_basis import Krylov
-from deepspectra.algorithms.long_vectors import inner_products, room_for_rows, vector_dtype
+from deepspectra.algorithms.long_vectors import inner_products
 from deepspectra.algorithms.overlap import overlap
 from deepspectra.analysis.attribute import Attribution, attribute_known, pair_shares, squared_norms
 from deepspectra.analysis.gram_spectrum import (
@@ -37,8 +34,9 @@ from deepspectra.analysis.three_level_map import drawable, place
 from deepspectra.argument_checks import seeded
 from deepspectra.confidence import standard_error
 from deepspectra.derivatives.products import Products, products_of
-from deepspectra.errors import ConvergenceWarning, CurvatureError, MemoryBudgetError
-from deepspectra.jobs.effort import BACKWARD, FEWEST_STEPS, OperationCounter, count_operations, effort_for
+from deepspectra.errors import CurvatureError, MemoryBudgetError
+from deepspectra.jobs.density_stages import find_dense, find_density
+from deepspectra.jobs.effort import BACKWARD, OperationCounter, count_operations, effort_for
 from deepspectra.jobs.estimate import UNCLASSED_PAIRS, Plan, foreseen, plan_of_analysis
 from deepspectra.jobs.findings import LETTERS, RESULTS, Findings, Options, identity
 from deepspectra.jobs.stage_meter import Ledger, Report
@@ -48,7 +46,6 @@ from deepspectra.operators.curvature import GaussNewton, Hessian, Residual
 from deepspectra.operators.parts import Decomposition
 from deepspectra.problem.finished_stages import FinishedStages
 from deepspectra.problem.problem import Problem
-from deepspectra.quadrature import Density
 from deepspectra.results import Eigenpairs
 from deepspectra.rows.gradients import ROWS_BYTES, GradientRows
 from deepspectra.rows.held_rows import HeldRows, gram_bytes
@@ -90,7 +87,7 @@ def run(
     exact = found.classed and _find_class_structure(found, hessian, basis, options)
     del basis
     if found.effort.dense and not exact:
-        _find_density(found, "gauss_newton", GaussNewton(problem))
+        find_dense(found, hessian)
     if found.classed:
         if not exact:
             found.trace, found.part_traces = ledger.run("traces of G", lambda _: _traces(found))
@@ -133,11 +130,14 @@ def _sources(found: Findings) -> dict[str, Tensor]:
 
 
 def _find_spectra(found: Findings, hessian: Hessian, products: Products, exact: bool) -> None:
-    """Of H and of R, and of G if it is not known."""
-    _find_density(found, "hessian", hessian)
-    products.release()
-    _find_density(found, "residual", Residual(found.problem))
-    products.release()
+    """Of H and of R, and of G if it is not known; but what is known already."""
+    if not found.effort.dense or exact:
+        find_density(found, "hessian", hessian)
+        products.release()
+        find_density(found, "residual", Residual(found.problem))
+        products.release()
+    elif not found.densities:
+        find_dense(found, hessian)
     if not exact:
         _find_by_products(found)
 
@@ -231,7 +231,7 @@ def _find_by_products(found: Findings) -> None:
     _find_pairs(found, "gauss_newton", gauss_newton)
     if not found.classed:
         if "gauss_newton" not in found.densities:
-            _find_density(found, "gauss_newton", gauss_newton)
+            find_density(found, "gauss_newton", gauss_newton)
         gauss_newton.products.release()
         return
     rows = found.parts.rows
@@ -241,7 +241,7 @@ def _find_by_products(found: Findings) -> None:
             "shares of G" + found.of, lambda _: pair_shares(found.parts, found.pairs["gauss_newton"])
         )
         if "gauss_newton" not in found.densities:
-            _find_density(found, "gauss_newton", gauss_newton)
+            find_density(found, "gauss_newton", gauss_newton)
     else:
         order = found.ledger.finished.order_of(found.problem.batches)
         found.shares["gauss_newton"], vectors = found.ledger.run(
@@ -365,34 +365,6 @@ def _find_pairs(found: Findings, name: str, operator: Operator) -> Krylov | None
         found.ledger.finished.write_part(ROWS, basis.part())
         found.ledger.finished.write(BASIS, basis.state())
     return basis
-
-
-def _find_density(found: Findings, name: str, operator: Operator) -> None:
-    """All of it; or by Lanczos quadrature beside the known pairs, with fewer steps if memory asks for it."""
-    known = len(found.pairs[name].values) if name in found.pairs else 0
-    room = sum(room_for_rows(operator, vector_dtype(operator))) - known - 1  # its basis is never rounded
-
-    def work(report: Report) -> Density:
-        if found.effort.dense:
-            return exact_density(operator, report)
-        steps = found.effort.num_steps
-        if FEWEST_STEPS <= room < steps:
-            steps = room
-            warnings.warn(
-                f"the density of {LETTERS[name]} has {room} steps a probe; more do not fit memory",
-                ConvergenceWarning,
-                stacklevel=2,
-            )
-        return density(
-            operator,
-            num_probes=found.effort.num_probes,
-            num_steps=steps,
-            deflate=found.pairs.get(name),
-            seed=found.seed + 2,
-            progress=report,
-        )
-
-    found.densities[name] = found.ledger.run(f"density of {LETTERS[name]}{found.of}", work)
 
 
 def _average(found: Findings, held: float) -> None:

@@ -72,7 +72,7 @@ def shares(dataset: xr.Dataset) -> alt.LayerChart:
             color=alt.Color("ink:N", scale=None),
         )
     )
-    chart = alt.layer(bar, text).add_params(d.operator_selector(operators, everything=False))
+    chart = d.layered(bar, text, choices=[d.operator_selector(operators, everything=False)])
     return d.finished(chart, width=d.WIDTH, height=22 * longest, **title)
 
 
@@ -149,7 +149,7 @@ def knockouts(dataset: xr.Dataset) -> alt.LayerChart:
     )
     y = alt.Y("row:N", sort=order, title=None, axis=split)
     layers = [_knockout_dots(table, x, y), *_knockout_rules(thresholds), _knockout_counts(summary, y)]
-    chart = alt.layer(*layers).add_params(d.operator_selector(d.operators_of(table), everything=False))
+    chart = d.layered(*layers, choices=[d.operator_selector(d.operators_of(table), everything=False)])
     return d.finished(chart, width=d.WIDTH, height=40 * len(order))
 
 

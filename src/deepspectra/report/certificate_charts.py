@@ -8,12 +8,14 @@ import altair as alt
 import xarray as xr
 
 from deepspectra.report.drawing import (
+    APART,
     INK,
     MUTED,
     WIDTH,
     blank,
     choice,
     finished,
+    layered,
     log_axis,
     needs,
     rows,
@@ -87,7 +89,7 @@ def posterior_variances(dataset: xr.Dataset) -> alt.LayerChart:
     rule = blank(lines).transform_filter(shown).mark_rule(color=MUTED, strokeDash=[5, 4]).encode(y=y)
     text = blank(lines).transform_filter(shown).mark_text(align="right", dy=-7, dx=-4, color=MUTED)
     text = text.encode(y=y, x=alt.value(WIDTH), text="label:N")
-    return finished(alt.layer(points, rule, text).add_params(chosen), width=WIDTH, height=330)
+    return finished(layered(points, rule, text, choices=[chosen]), width=WIDTH, height=330)
 
 
 @needs("descent")
@@ -104,4 +106,4 @@ def descent(dataset: xr.Dataset) -> alt.LayerChart:
         charts.append(
             line.encode(x=alt.X("epoch:Q", title="epoch of descent"), y=alt.Y("descent:Q", scale=scale, axis=axis))
         )
-    return finished(alt.layer(*charts).resolve_scale(y="independent"), width=WIDTH, height=240)
+    return finished(layered(*charts, resolve=APART), width=WIDTH, height=240)

@@ -134,5 +134,5 @@ def three_level_map(dataset: xr.Dataset) -> alt.LayerChart:
     true = base.transform_filter(shown + "'true'").mark_point(size=55, filled=False, strokeWidth=1.6)
     captions = base.transform_filter(shown + "'class'").mark_text(fontSize=11, fontWeight=600, color=d.INK)
     captions = captions.encode(text="label:N", color=alt.value(d.INK))
-    chart = alt.layer(means, crossed, true, captions).add_params(d.choice("by", COLOURINGS))
+    chart = d.layered(means, crossed, true, captions, choices=[d.choice("by", COLOURINGS)])
     return d.finished(chart, width=MAP_SIZE, height=MAP_SIZE)

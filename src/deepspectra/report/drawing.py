@@ -44,6 +44,7 @@ OVERLAP = "overlap ‖UᵀV‖² / k"
 LETTERS, POINTS, ASPECT = 7, 72, 0.68  # of a printed chart: their size, points an inch, height by width
 ROW_HEIGHT, ROWS_MARGIN = 0.5, 45  # of a printed chart with a name a row: of the page's height, and points beside
 MOST_ROWS = 40  # more cannot be labelled legibly
+APART = alt.Resolve(scale=alt.ScaleResolveMap(y="independent"))  # layers with vertical axes of their own
 FORMATS = ("svg", "pdf", "png", "html", "json")
 
 
@@ -150,23 +151,41 @@ def needs(
 
 
 class _Rows(alt.InlineData):
-    """Rows that charts share, which Altair would otherwise copy at every step of building one."""
+    """Rows that charts share, which Altair would otherwise copy, and check one by one, at every step of building."""
+
+    _class_is_valid_at_instantiation = False
 
     def __deepcopy__(self, *_: object) -> _Rows:
         return self
 
 
+def carried(table: list[Row]) -> alt.InlineData:
+    """Rows that a chart carries itself."""
+    return _Rows(values=table)
+
+
 def blank(table: list[Row]) -> Mark:
     """An empty chart that carries its rows itself."""
-    return alt.Chart(_Rows(values=table))
+    return alt.Chart(carried(table))
+
+
+def layered(*marks: Mark, choices: Sequence[alt.Parameter] = (), **properties: Any) -> alt.LayerChart:
+    """Marks in one frame, and what a reader chooses.
+
+    In one step, since each further one, such as `add_params`, copies all that there is, several times.
+    """
+    params = [choice.param for choice in choices] or alt.Undefined
+    chart: Any = alt.layer(*marks, params=params, **properties)
+    found: alt.LayerChart = chart
+    return found
 
 
 def finished(chart: Mark, **properties: Any) -> alt.LayerChart:
-    """One visual language: quiet axes, a light grid, text that stays legible in print."""
+    """One visual language: quiet axes, a light grid, text that stays legible in print. It changes the chart."""
     text: dict[str, Any] = {"labelColor": INK, "titleColor": INK, "labelFontSize": 12, "titleFontSize": 12}
     line: dict[str, Any] = {"gridColor": GRID, "domainColor": "#9aa5b1", "tickColor": "#9aa5b1"}
     legend: dict[str, Any] = {"symbolSize": 110, "symbolOpacity": 1, "labelLimit": 400, "columnPadding": 18}
-    finished: alt.LayerChart = chart.properties(**properties).configure(
+    properties["config"] = alt.Config(
         font=FONT,
         background="white",
         padding=4,
@@ -175,6 +194,9 @@ def finished(chart: Mark, **properties: Any) -> alt.LayerChart:
         legend=alt.LegendConfig(**text, **legend, titleFontWeight=500, orient="top", title=None, columns=3),
         title=alt.TitleConfig(anchor="start", fontSize=13, fontWeight=600, color=INK, subtitleColor=MUTED),
     )
+    for name, value in properties.items():
+        chart[name] = value
+    finished: alt.LayerChart = chart
     return finished
 
 

@@ -19,9 +19,11 @@ from deepspectra.report.drawing import (
     Array,
     Mark,
     Row,
+    carried,
     choice,
     colour,
     finished,
+    layered,
     needs,
     plain,
     word,
@@ -35,6 +37,7 @@ ANY, CHOSEN = "any measure", "measure_chosen"
 LAYER, OF_LAYER = "layer", "layer_"  # the names of layers, and what those of their measures begin with
 SHADES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 PALE_CLASS = "#7fc3ea"
+APART = alt.Resolve(scale=alt.ScaleResolveMap(color="independent"))
 
 
 class Line(NamedTuple):
@@ -140,15 +143,14 @@ def by_layer(dataset: xr.Dataset) -> alt.LayerChart:
     """A measure of every layer against depth, one figure an axis, its values by colours; menus choose the rest."""
     axes = [name for name in _axes(dataset) if name != SEED and dataset.sizes[name] > 1]
     menus = {name: _options(dataset, name) for name in axes}
-    params = [choice(f"at_{name}", menus[name], first=_shown_first(dataset, name), menu=f"{name} ") for name in axes]
+    choices = [choice(f"at_{name}", menus[name], first=_shown_first(dataset, name), menu=f"{name} ") for name in axes]
     measures = {name: name.removeprefix(OF_LAYER).replace("_", " ") for name in _of_layers(dataset)}
-    params.append(choice(CHOSEN, measures, first=next(iter(measures)), menu="measure "))
+    choices.append(choice(CHOSEN, measures, first=next(iter(measures)), menu="measure "))
     table = _layer_table(dataset, [*measures])
     alike = [axis for axis in axes if _same_layers(table, axis)]
     parts = [_depth(axis, menus, table) for axis in alike or [SEED]]
-    pairs = [alt.hconcat(*parts[j : j + 2]).resolve_scale(color="independent") for j in range(0, len(parts), 2)]
-    whole = alt.vconcat(*pairs, data={"values": table}).add_params(*params).resolve_scale(color="independent")
-    return finished(whole)
+    pairs = [alt.hconcat(*parts[j : j + 2], resolve=APART) for j in range(0, len(parts), 2)]
+    return finished(_below(pairs, table, choices))
 
 
 def _of_layers(dataset: xr.Dataset) -> list[str]:
@@ -201,7 +203,7 @@ def _depth(axis: str, menus: Mapping[str, list[str]], table: list[Row]) -> Mark:
     tooltip = [word(LAYER, "layer"), alt.Tooltip("height:Q", title="value", format=".4~g")]
     tooltip += [word(f"{name} ", name) for name in dict.fromkeys([*menus, axis])]
     points = base.mark_point(filled=True, size=30, opacity=0.7).encode(y=y, tooltip=tooltip)
-    return alt.layer(mean, points).properties(width=SIZES[2], height=210)
+    return layered(mean, points, width=SIZES[2], height=210)
 
 
 def drawn(
@@ -211,7 +213,7 @@ def drawn(
     columns, scalars = _columns(dataset), _scalars(dataset)
     menus = {name: _options(dataset, name) for name in _axes(dataset) if name != SEED and dataset.sizes[name] > 1}
     first = {name: str((chosen or {}).get(name, _shown_first(dataset, name))) for name in menus}
-    params = [choice(f"at_{name}", menus[name], first=first[name], menu=f"{name} ") for name in menus]
+    choices = [choice(f"at_{name}", menus[name], first=first[name], menu=f"{name} ") for name in menus]
     shown = [family for family in FAMILIES if not families or family.title in families]
     figures = [
         alt.hconcat(*(_figure(dataset, family, lines, column, menus) for column in columns), title=family.title)
@@ -219,12 +221,10 @@ def drawn(
         if (lines := {name: line for name, line in family.lines.items() if name in _measures(dataset)})
     ]
     if not families:
-        params.append(choice(CHOSEN, scalars, menu="measure "))
+        choices.append(choice(CHOSEN, scalars, menu="measure "))
         parts = [_figure(dataset, Family(ANY, {}), {}, column, menus) for column in columns]
         figures.append(alt.hconcat(*parts, title="Any measure, as chosen above"))
-    table = {"values": _table(dataset)}
-    whole = alt.vconcat(*figures, data=table).add_params(*params).resolve_scale(color="independent")
-    return finished(whole)
+    return finished(_below(figures, _table(dataset), choices))
 
 
 def _axes(dataset: xr.Dataset) -> list[str]:
@@ -295,6 +295,11 @@ def _table(dataset: xr.Dataset) -> list[Row]:
     return rows
 
 
+def _below(figures: list[Mark], table: list[Row], choices: list[alt.Parameter]) -> Mark:
+    """Figures of the same rows one below the other, with their menus: in one step, as `layered` layers."""
+    return alt.vconcat(*figures, data=carried(table), params=[choice.param for choice in choices], resolve=APART)
+
+
 def _figure(
     dataset: xr.Dataset,
     family: Family,
@@ -327,7 +332,7 @@ def _figure(
     details = [word(name, name) for name in _axes(dataset)]
     tooltip = [word("label", "measure"), alt.Tooltip("height:Q", title="value", format=".4~g"), *details]
     points = base.mark_point(filled=True, size=26, opacity=0.65).encode(y=y, tooltip=tooltip)
-    return alt.layer(band, mean, points).properties(width=SIZES.get(len(columns), 270), height=190)
+    return layered(band, mean, points, width=SIZES.get(len(columns), 270), height=190)
 
 
 def _scale(values: Array) -> alt.Scale:

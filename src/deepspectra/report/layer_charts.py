@@ -51,7 +51,7 @@ def _chosen_kind(marks: d.Mark, table: list[d.Row], height: int) -> alt.LayerCha
     present = _present(table, "kind", KIND_LABELS)
     first = "gradients" if "gradients" in present else present[0]
     chosen = d.choice("kind", {kind: KIND_LABELS[kind] for kind in present}, first=first)
-    drawn = alt.layer(marks).transform_filter("datum.kind === kind").add_params(chosen)
+    drawn = d.layered(marks, choices=[chosen], transform=[alt.FilterTransform("datum.kind === kind")])
     return d.finished(drawn, width=d.WIDTH, height=height)
 
 
@@ -195,7 +195,7 @@ def kronecker_fits(dataset: xr.Dataset) -> alt.LayerChart:
         color=shade,
         tooltip=[d.word("block", "layer"), d.word("label", "approximation"), d.tip("kronecker_fit", "value")],
     ).transform_filter("datum.fit === fit")
-    return d.finished(alt.layer(lines).add_params(d.choice("fit", FIT_LABELS)), width=d.WIDTH, height=260)
+    return d.finished(d.layered(lines, choices=[d.choice("fit", FIT_LABELS)]), width=d.WIDTH, height=260)
 
 
 @d.needs("kronecker_overlap")
@@ -216,7 +216,7 @@ def kronecker_overlaps(dataset: xr.Dataset) -> alt.LayerChart:
             d.tip("kronecker_overlap", "overlap", ".3f"),
         ],
     ).transform_filter("datum.block === block")
-    return d.finished(alt.layer(lines).add_params(block), width=d.WIDTH, height=220)
+    return d.finished(d.layered(lines, choices=[block]), width=d.WIDTH, height=220)
 
 
 def _approximations(dataset: xr.Dataset, name: str) -> tuple[list[d.Row], alt.Color]:

@@ -42,7 +42,7 @@ def overlap_curves(dataset: xr.Dataset) -> alt.LayerChart:
     text = base.mark_text(align="left", dx=5, dy=-6, baseline="top", color=d.MUTED)
     text = text.encode(y=alt.value(0), text="text:N")
     chosen = d.choice("chosen", layers, menu="layer ")
-    return d.finished(alt.layer(rule, lines, text).add_params(chosen), width=d.WIDTH, height=300)
+    return d.finished(d.layered(rule, lines, text, choices=[chosen]), width=d.WIDTH, height=300)
 
 
 def peaks(dataset: xr.Dataset) -> list[d.Row]:

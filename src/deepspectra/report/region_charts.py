@@ -57,4 +57,4 @@ def region_shifts(dataset: xr.Dataset) -> alt.LayerChart:
         x=alt.X("low:Q"), x2="high:Q", color=alt.value(d.INK), tooltip=tooltip
     )
     height = LANE * len(regions) * len(dataset["removed"])
-    return d.finished(alt.layer(bars, errors).add_params(shown, place), width=d.WIDTH, height=height)
+    return d.finished(d.layered(bars, errors, choices=[shown, place]), width=d.WIDTH, height=height)

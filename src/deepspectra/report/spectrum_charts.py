@@ -120,8 +120,8 @@ def _spectrum(
     marks = [*_outliers(dataset, line), *_edges(dataset, operators, line)] if split == "train" else []
     if marks := marks + _unresolved([row for row in about_zero if row["split"] == split], line):
         layers.append(alt.layer(*marks))
-    chart = alt.layer(*layers).resolve_scale(y="independent")
-    chart = chart.add_params(d.operator_selector(operators, everything=True))
+    choices = [d.operator_selector(operators, everything=True)]
+    chart = d.layered(*layers, choices=choices, resolve=d.APART)
     named = {"title": TITLES[split]} if dataset.sizes["split"] > 1 else {}
     return d.finished(chart, width=d.WIDTH, height=340, **named)
 

@@ -175,7 +175,10 @@ QUESTIONS = {
     "compare": lambda problem: ds.compare(problem, problem),
     "certificate": lambda problem: ds.certify(problem, "learnt", epochs=2, passes=2),
 }
-QUESTIONS |= {f"regions of {of}": partial(ds.regions, of=of) for of in ("gradients", "hessian", "features", "errors")}
+QUESTIONS |= {
+    f"regions of {of}": partial(ds.regions, of=of, num_groups=2)
+    for of in ("gradients", "hessian", "features", "errors")
+}
 QUESTIONS |= {level: partial(ds.principal_subspace, level=level) for level in ("class", "cross_class", "sampled")}
 
 

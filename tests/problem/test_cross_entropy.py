@@ -11,6 +11,8 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra import errors
+from deepspectra.problem.cross_entropy import CrossEntropy
+from deepspectra.problem.losses import Loss
 from deepspectra.problem.named_losses import resolve
 from given import X, Y, mlp, refused
 from nets import CASES, Case, chunks
@@ -117,3 +119,15 @@ def test_the_loss_is_that_of_pytorch_for_every_size_of_logits():
 def test_class_weights_must_be_finite_and_not_negative(weight, loss):
     with pytest.raises(errors.LossError, match="class weights"):
         ds.Problem(mlp(), (X, Y), loss(weight=torch.tensor([1.0, weight, 2.0])))
+
+
+@pytest.mark.parametrize("num_classes", [3, 60])
+def test_the_curvature_of_several_tangents_is_that_of_each(num_classes: int) -> None:
+    torch.manual_seed(0)
+    outputs, tangents = 5 * torch.randn(7, num_classes), torch.randn(4, 7, num_classes)
+    targets = torch.arange(7) % 3
+    for loss in (CrossEntropy(), CrossEntropy(torch.rand(num_classes) + 0.5, label_smoothing=0.1)):
+        found = loss.curvatures(outputs, targets, tangents)
+        for one, product in zip(tangents, found, strict=True):
+            assert torch.equal(product, loss.curvature(outputs, targets, one))
+            torch.testing.assert_close(product, Loss.curvature(loss, outputs, targets, one), rtol=1e-4, atol=1e-5)

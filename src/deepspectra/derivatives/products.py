@@ -193,15 +193,14 @@ class Products:
             _add(self._split(total[chunk]), parts)
 
     def sandwich(self, middle: Callable[[Tensor, Tensor, Tensor], Tensor], block: Tensor) -> Tensor:
-        """Jᵀ B J V with B given by middle(outputs, targets, tangents), in one pass over the data."""
+        """Jᵀ B J V with B given by middle(outputs, targets, tangents (K, ·)), in one pass over the data."""
         total = self.zeros(block.shape[1])
         rows = self._rows(block)
         with self.group.summing(total):
             for _, jacobian in self._jacobians():
                 for columns in few_columns(len(rows), jacobian.outputs):
                     pushed = self._push(jacobian, rows[columns])
-                    bent = [middle(jacobian.outputs, jacobian.targets, tangent) for tangent in pushed]
-                    self._pull(total[columns], jacobian, torch.stack(bent))
+                    self._pull(total[columns], jacobian, middle(jacobian.outputs, jacobian.targets, pushed))
         return _finite(total).T
 
     def pull_each(

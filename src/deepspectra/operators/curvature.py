@@ -190,7 +190,7 @@ class GaussNewton(Curvature):
         self.products.choice.linearize(way)
 
     def _apply(self, block: Tensor) -> Tensor:
-        return self.products.sandwich(self.problem.loss_function.curvature, block).div_(self.problem.total_weight)
+        return self.products.sandwich(self.problem.loss_function.curvatures, block).div_(self.problem.total_weight)
 
 
 class EmpiricalFisher(Curvature):
@@ -217,6 +217,5 @@ class EmpiricalFisher(Curvature):
             if not isinstance(loss, CrossEntropy):
                 raise LossError("the empirical Fisher matrix needs positive row weights.")
             weights = torch.where(weights > 0, weights, 1)
-        shape = (-1, *[1] * (slope.ndim - 1))
-        inner = (slope * tangents).flatten(1).sum(1) / weights
-        return slope * inner.view(shape)
+        inner = (slope * tangents).flatten(2).sum(2) / weights
+        return slope * inner.view(*inner.shape, *[1] * (slope.ndim - 1))

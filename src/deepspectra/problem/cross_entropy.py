@@ -101,9 +101,14 @@ class CrossEntropy(Loss):
         return self._counted(targets, mixed)
 
     def curvature(self, outputs: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:
-        """a_i (p_i ∘ t − p_i (p_iᵀ t)), with t counted from the likeliest class, which changes rounding alone."""
+        """a_i (p_i ∘ t − p_i (p_iᵀ t))."""
+        return self.curvatures(outputs, targets, tangents[None])[0]
+
+    def curvatures(self, outputs: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:
+        """That of each of several, with t counted from the likeliest class, which changes rounding alone."""
         p = _probabilities(outputs.detach())
-        tangents = tangents - tangents.gather(-1, p.argmax(-1, keepdim=True))
+        likeliest = p.argmax(-1, keepdim=True)
+        tangents = tangents - tangents.gather(-1, likeliest.expand(len(tangents), -1, -1))
         centred = tangents - (p * tangents).sum(-1, keepdim=True)
         return self.curvature_weights(outputs, targets)[:, None].to(p) * p * centred
 

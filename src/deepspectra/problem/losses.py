@@ -69,6 +69,10 @@ class Loss(ABC):
                 ) from error
         return torch.zeros_like(outputs) if product is None else product
 
+    def curvatures(self, outputs: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:
+        """`curvature` of each of several tangents, (K, ·) as they are."""
+        return torch.stack([self.curvature(outputs, targets, one) for one in tangents])
+
     def settings(self) -> dict[str, Any]:
         """What was chosen of it, by name: numbers, words and tensors."""
         return _settings(self)

@@ -139,7 +139,7 @@ class GradientRows:
         cells = self._met(projections, block)[0].to(block)
         if part != "within":
             return self.combine(projections, projections.project_cells(part, cells))
-        whole = self.products.sandwich(self.problem.loss_function.curvature, block) / self.problem.total_weight
+        whole = self.products.sandwich(self.problem.loss_function.curvatures, block) / self.problem.total_weight
         return whole - self.combine(projections, cells)
 
     def squared_norms(self, projections: Projections, block: Tensor, parts: tuple[str, ...]) -> Tensor:

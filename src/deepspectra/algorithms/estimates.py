@@ -318,7 +318,7 @@ def _square_left_out(parts: Sketch) -> Found:
 
     The variance of ‖B_i ω_i‖² takes tr B_i⁴. The vector along q_i is (I − P_i) A ω_i = B_i ω_i + Y_i ω_i with
     Y_i = (I − P_i) A P_i, and B_i makes of it tr B_i⁴ + ‖B_i Y_i‖² on average: as ‖B_i q_i‖² is known, and so are
-    ‖B_i‖² and ‖Y_i‖², that is what is taken. Without Y_i an A whose eigenvalues are about ±λ would seem to leave none.
+    ‖B_i‖² and ‖Y_i‖², that is what is taken. Without Y_i an A of eigenvalues about ±λ would seem to leave none.
     """
     gram = inner_products(parts.Z.T, parts.Z.T)
     samples, (along, squares) = parts.squares(gram), parts.remainders(gram)

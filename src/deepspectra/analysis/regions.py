@@ -58,8 +58,8 @@ class Shifts:
             features); "bulk", the larger half of the rest.
         values: (knockouts, regions) mean of |log10 λ_j/λ'_j| over the ranks j of a region, the Wasserstein-1
             distance of the two sets of log λ; a rank that is gone counts as three decades; NaN for an empty region.
-        standard_errors: (knockouts, regions) by the jackknife over groups of examples; NaN without groups, and where a
-            region is empty without one of them: what it moves by is then open beside any other.
+        standard_errors: (knockouts, regions) by the jackknife over groups of examples; NaN without groups, and where
+            a region is empty without one of them: whether it moves more than another is then open.
     """
 
     knockouts: tuple[str, ...]

@@ -53,6 +53,25 @@ def test_two_standard_errors_cover_the_truth_and_are_not_needlessly_wide(estimat
     assert low < root_mean_square(errors) / root_mean_square(claimed) < high
 
 
+SIGNS = {
+    "of size 1": torch.cat([torch.ones(100), -torch.ones(100)]),
+    "about 1": torch.cat([torch.linspace(0.8, 1.2, 100), -torch.linspace(0.8, 1.2, 100)]),
+    "1 beside one of 10": torch.cat([torch.tensor([10.0]), torch.ones(50), -torch.ones(49)]),
+}
+
+
+@estimates
+@pytest.mark.parametrize("spectrum", SIGNS)
+@pytest.mark.parametrize("num_products", [16, 64])
+def test_two_standard_errors_cover_where_eigenvalues_of_both_signs_are_of_one_size(estimate, spectrum, num_products):
+    matrix = rotated(SIGNS[spectrum])
+    runs = [found(estimate(matrix, num_products, seed=seed)) for seed in range(20 if estimate is diagonal else 80)]
+    values, claimed = (torch.stack(numbers) for numbers in zip(*runs, strict=True))
+    errors = values - TRUTHS[estimate](matrix)
+    assert float((errors.abs() <= 2 * claimed).double().mean()) >= 0.93
+    assert root_mean_square(errors) > 0.25 * root_mean_square(claimed)
+
+
 @pytest.mark.parametrize(("estimate", "power"), [(trace, 1), (frobenius_norm, 2)])
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("num_products", [16, 64])

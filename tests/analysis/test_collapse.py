@@ -60,6 +60,14 @@ def test_an_absent_class_has_no_angles() -> None:
     assert found.khatri_rao.class_cosine.isnan().tolist() == [False, False, True, False]
 
 
+def test_outputs_for_classes_without_examples_change_no_measure_of_the_others() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 4).double(), torch.arange(30) % 3
+    found = [ds.collapse(ds.Problem(nn.Linear(4, num).double(), (x, y)))[""] for num in (3, 50)]
+    assert found[1].nc1 == pytest.approx(found[0].nc1)
+    assert found[1].nc2_simplex == pytest.approx(found[0].nc2_simplex)
+
+
 def test_collapse_is_that_of_layers() -> None:
     problem = CASES["conv_pool"]().problem()
     alone, found = ds.collapse(problem), ds.layers(problem)

@@ -53,6 +53,24 @@ def test_inputs_are_described_without_their_bias() -> None:
         assert found[name].input_alignment == pytest.approx(float(vectors[:, -1] @ mean) ** 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inputs_along_one_direction_have_no_second_eigenvalue_made_of_rounding(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 1).double() @ torch.randn(1, 5).double(), labels(60, 3)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    found = ds.dissect(ds.Problem(model, (x, y), dtype=dtype), num_whole=0)
+    assert found["0"].input_ratio == math.inf
+    assert 1 < found["2"].input_ratio < 1e4
+    nothing = ds.dissect(ds.Problem(model, (0 * x, y), dtype=dtype), num_whole=0)
+    assert math.isnan(nothing["0"].input_ratio)
+
+
+def test_a_table_of_one_row_has_no_second_frequency() -> None:
+    model = nn.Sequential(nn.Embedding(1, 4), nn.Flatten(), nn.Linear(8, 3)).double()
+    found = ds.dissect(ds.Problem(model, (torch.zeros(12, 2).long(), labels(12, 3))), num_whole=0)
+    assert found["0"].input_ratio == math.inf
+
+
 def test_one_example_has_eigenvectors_that_are_products() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()

@@ -132,6 +132,19 @@ def test_what_moves_most_must_lead_by_two_standard_errors() -> None:
     assert "±" in str(shifts)
 
 
+def test_nothing_leads_a_region_that_is_empty_without_some_group_of_examples() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    data = torch.randn(6, 6).double(), torch.tensor([0, 0, 0, 1, 1, 2])  # 12 rows, of which one is bulk
+    found, alone = (ds.regions(ds.Problem(model, data), by_layer=False, num_groups=n).whole for n in (6, 0))
+    assert not found.values.isnan().any()
+    assert found.standard_errors[:, 2].isnan().all()
+    assert not found.standard_errors[:, :2].isnan().any()
+    assert {found.moved(name) for name in found.knockouts} == {None}
+    assert found.makes("within", "bulk") is None
+    assert alone.moved("within") == "bulk"
+
+
 def test_in_collapsed_features_class_means_make_the_outliers_and_scatter_the_bulk() -> None:
     torch.manual_seed(0)
     means, y = 3 * torch.randn(4, 30).double(), labels(120, 4)

@@ -52,7 +52,19 @@ def test_measures_follow_their_definitions() -> None:
     assert found.class_share == pytest.approx(float((left.T @ W @ right).square().sum() / W.square().sum()))
     assert found.baseline == pytest.approx(2 * 3 / 18)
     assert error(found.singular_values, torch.linalg.svdvals(W)) < 1e-12
-    assert error(found.class_singular_values, torch.linalg.svdvals(product) / found.decay) < 1e-9
+    assert error(found.class_singular_values, torch.linalg.svdvals(product / found.decay)) < 1e-9
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_singular_values_are_no_less_than_zero_where_weights_grow(sign: int) -> None:
+    torch.manual_seed(0)
+    model, y = nn.Linear(4, 3, bias=False).double(), labels(30, 3)
+    x = torch.randn(30, 4).double() + 2 * torch.eye(3, 4).double()[y]
+    model.weight.data = sign * 0.3 * torch.eye(3, 4).double()
+    found = ds.weights(ds.Problem(model, (x, y)))[""]
+    assert (found.decay > 0) == (sign > 0)
+    h, e = (each.detach() for each in plain(model, x, y))
+    assert error(found.class_singular_values, torch.linalg.svdvals(e.T @ h / found.decay)) < 1e-9
 
 
 def test_features_without_scatter_leave_a_network_at_rest_to_its_class_means() -> None:

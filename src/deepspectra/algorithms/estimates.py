@@ -316,14 +316,16 @@ def _square_ratios(omega: Tensor, image: Tensor) -> Tensor:
 def _square_left_out(parts: Sketch) -> Found:
     """The mean of ‖A‖² − ‖B_i‖² + ‖B_i ω_i‖² over i.
 
-    The variance of ‖B_i ω_i‖² takes tr B_i⁴, which is ‖B_i‖² times the mean of ‖B_i q‖² over q along B_i ω: q_i is
-    one.
+    The variance of ‖B_i ω_i‖² takes tr B_i⁴. The vector along q_i is (I − P_i) A ω_i = B_i ω_i + Y_i ω_i with
+    Y_i = (I − P_i) A P_i, and B_i makes of it tr B_i⁴ + ‖B_i Y_i‖² on average: as ‖B_i q_i‖² is known, and so are
+    ‖B_i‖² and ‖Y_i‖², that is what is taken. Without Y_i an A of eigenvalues about ±λ would seem to leave none.
     """
     gram = inner_products(parts.Z.T, parts.Z.T)
     samples, (along, squares) = parts.squares(gram), parts.remainders(gram)
     beside = (parts.S * (gram @ parts.S)).sum(0)
+    across = gram.trace() - beside + (parts.H @ parts.S).square().sum(0) - parts.h.square()  # ‖Y_i‖²
     value = parts.H.square().sum() + 2 * gram.trace() + (samples - along - beside).mean()
-    variance = _form_variances(along * squares, squares, parts.dimensions).mean()
+    variance = _form_variances(along * (squares + across), squares, parts.dimensions).mean()
     return Found(value.clamp_min(0), (variance / len(samples)).sqrt())
 
 

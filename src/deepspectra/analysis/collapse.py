@@ -24,7 +24,8 @@ class Collapse:
     """Neural collapse of the features that enter a layer.
 
     Attributes:
-        nc1: Tr(Σ_W Σ_B⁺)/C, scatter within classes over that between them; the pseudo-inverse has rank C − 1.
+        nc1: Tr(Σ_W Σ_B⁺)/C, scatter within classes over that between them; the pseudo-inverse has rank C − 1. Here,
+            and in NC2, C counts the classes that have examples.
         nc2_norms: standard deviation over mean of the norms ‖h_c − h̄‖.
         nc2_angles: standard deviation of the cosines between different h_c − h̄.
         nc2_simplex: mean of |cosine + 1/(C − 1)|; 0 for a simplex.
@@ -110,7 +111,7 @@ def collapse_of(features: Tensor, rows: GradientRows, layer: str) -> Collapse:
     index = kept.nonzero().flatten().cpu()
     full[index[:, None], index] = cosines.double().cpu()
     return Collapse(
-        nc1=float(ratios.sum()) / num_classes,
+        nc1=float(ratios.sum()) / len(centred),
         nc2_norms=float(norms.std() / norms.mean()) if len(norms) > 1 else float("nan"),
         nc2_angles=float(between.std()) if len(between) > 1 else float("nan"),
         nc2_simplex=float((between + 1 / max(1, len(cosines) - 1)).abs().mean()),

@@ -34,7 +34,7 @@ class LayerDissection:
         factored_values: (K,) the largest products τ_i γ_j of the eigenvalues of the factors.
         input_correspondence: (I, K) ‖Mat(h_j) v_i‖² with the eigenvectors v_i of A, bias included.
         output_correspondence: (O, K) ‖Mat(h_j)ᵀ u_i‖² with the eigenvectors u_i of S.
-        input_ratio: λ_1/λ_2 of E[xxᵀ], without the bias; ∞ of a single input.
+        input_ratio: λ_1/λ_2 of E[xxᵀ], without the bias; ∞ if all inputs lie along one direction.
         input_alignment: (v_1·E[x])²/‖E[x]‖², without the bias; NaN where E[x] is zero.
         output_values: (O,) largest eigenvalues of E[M].
         closed_form: overlap of the top C − 1 eigenspace of E[M] with the row space of S without 1ᵀS, S the
@@ -204,15 +204,22 @@ def _inputs(exact: ExactBlock, factors: KroneckerSum) -> tuple[float, float]:
     """λ_1/λ_2 of E[xxᵀ] and (v_1·E[x])²/‖E[x]‖², without the bias."""
     if factors.right.ndim == 3:  # rows of a table
         frequencies = factors.right[0, 0].double().sort(descending=True).values
-        return float(frequencies[0] / frequencies[1]), float(frequencies[0] ** 2 / frequencies.square().sum())
+        return _first_ratio(frequencies, 0.0), float(frequencies[0] ** 2 / frequencies.square().sum())
     size = exact.place.shape[2] - (exact.place.bias is not None)
     values, vectors = torch.linalg.eigh(factors.right[0, 0, :size, :size].double())
     total = torch.zeros(size, dtype=torch.float64, device=exact.device)
     for found in exact.positions():
         total += torch.einsum("bt,btd->d", found.counts.to(found.features), found.features).double()
-    tiny = torch.finfo(values.dtype).tiny
-    ratio = float(values[-1] / values[-2].clamp_min(tiny)) if size > 1 else math.inf
-    return ratio, float((vectors[:, -1] @ total).square() / total.square().sum())
+    rounding = size * torch.finfo(exact.dtype).eps
+    return _first_ratio(values.flip(0), rounding), float((vectors[:, -1] @ total).square() / total.square().sum())
+
+
+def _first_ratio(values: Tensor, rounding: float) -> float:
+    """λ_1/λ_2 of descending values; ∞ if there is no second, or nothing but rounding, and NaN of zeros."""
+    if not float(values[0]) > 0:
+        return math.nan
+    there = len(values) > 1 and bool(values[1] > rounding * values[0])
+    return float(values[0] / values[1]) if there else math.inf
 
 
 def _closed_forms(blocks: Blocks, name: str, outputs: int) -> list[Tensor]:

@@ -58,7 +58,8 @@ class Shifts:
             features); "bulk", the larger half of the rest.
         values: (knockouts, regions) mean of |log10 λ_j/λ'_j| over the ranks j of a region, the Wasserstein-1
             distance of the two sets of log λ; a rank that is gone counts as three decades; NaN for an empty region.
-        standard_errors: (knockouts, regions) by the jackknife over groups of examples; NaN without groups.
+        standard_errors: (knockouts, regions) by the jackknife over groups of examples; NaN without groups, and where
+            a region is empty without one of them: whether it moves more than another is then open.
     """
 
     knockouts: tuple[str, ...]
@@ -85,7 +86,8 @@ class Shifts:
         """Whether the region moves more than every other that is not empty; None if that is within the errors."""
         row, column = self.knockouts.index(knockout), self.regions.index(region)
         leads = self.values[row, column] - self.values[row]
-        errors = self.standard_errors[row].nan_to_num()
+        without_groups = bool(self.standard_errors.isnan().all())
+        errors = self.standard_errors[row].nan_to_num(0.0 if without_groups else math.inf)
         sure = SURE * (errors.square() + errors[column].square()).sqrt()
         others = ~leads.isnan()  # none if it is empty itself
         if not others[column]:

@@ -143,7 +143,7 @@ def _explained(
     return LayerWeights(
         name=name,
         singular_values=torch.linalg.svdvals(weight).cpu(),
-        class_singular_values=torch.linalg.svdvals(product)[: len(features)].cpu() / (decay or float("nan")),
+        class_singular_values=torch.linalg.svdvals(product)[: len(features)].cpu() / (abs(decay) or float("nan")),
         rest_cosine=_cosine(weight, -gradient),
         class_cosine=_cosine(weight, product),
         class_share=float(inside),

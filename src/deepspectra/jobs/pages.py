@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Dataset: TypeAlias = "xr.Dataset"  # whose import takes a while
 Variables = dict[str, tuple[tuple[str, ...], Any]]
 """Name → dimensions, and values: an array, or by names, one for each of the first dimensions (see `dataset_of`)."""
+PLAIN = 1e9  # from here on a number is written with a power of ten: all its digits would be taken for known
 STEMS = ("analysis", "layers", "regions", "compare", "certify", "sweep")  # of what the commands save
 
 
@@ -37,9 +38,12 @@ def provenance(**conditions: object) -> str:
 
 def measured(value: float, error: float) -> str:
     """A number to three digits, with its error to two where that shows in them."""
+    largest = max(abs(value), error)
     if not math.isfinite(value) or not error > 5e-4 * abs(value):  # NaN too: one probe has no error
-        return f"{value:.3g}" if not abs(value) >= 1000 else f"{float(f'{value:.3g}'):.0f}"
+        return f"{float(f'{value:.3g}'):.0f}" if 1000 <= abs(value) < PLAIN else f"{value:.3g}"
     digits = 1 - math.floor(math.log10(error))
+    if largest >= PLAIN:
+        return f"{value:.{math.floor(math.log10(largest)) + digits}e} ± {error:.1e}"
     if digits <= 0:
         return f"{round(value, digits):.0f} ± {round(error, digits):.0f}"
     return f"{value:.{digits}f} ± {error:.{digits}f}" if digits <= 5 else f"{value:.2g} ± {error:.2g}"

@@ -67,7 +67,7 @@ def test_a_sweep_without_a_finished_cell_is_a_failure_and_its_page_says_why(fold
         (["size=1"], {}, "the cell takes .*per_class.*; the axes are size"),
         (["seed=1", "swept_cells.py:cell"], {}, "expected an axis"),
         (["seed=1", "seed=2"], {}, "named twice"),
-        (["swept_cells.py:cell", "size=1", "kind=x"], {"training_epochs": 3}, "belong to the zoo"),
+        (["swept_cells.py:cell", "size=1", "kind=x"], {"training_epochs": 3}, "of networks of the zoo"),
     ],
 )
 def test_what_is_wrong_with_the_words_is_said(folder, words, options, message):

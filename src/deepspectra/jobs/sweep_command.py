@@ -61,7 +61,7 @@ def sweep_of(
         options = {"--training-epochs": training_epochs is not None, "--layers": by_layer}
         unused = [name for name, given in options.items() if given]
         if unused:
-            raise OptionError(f"{', '.join(unused)} belong to the zoo; with a target, {targets[0]} decides.")
+            raise OptionError(f"{', '.join(unused)}: of networks of the zoo; with a target, {targets[0]} decides.")
         cell = load_function(targets[0], "that takes a point and returns a mapping of names to numbers")
     else:
         cell = ZooCell(data_root, training_epochs, by_layer=by_layer)

@@ -76,6 +76,12 @@ def test_options_of_the_zoo_are_refused_beside_a_target(mine):
         chosen_problem(f"{mine}:problem", Choice(per_class=3, device="cpu"))
 
 
+def test_a_device_that_is_not_there_is_told_before_a_network_is_trained(tmp_path):
+    with pytest.raises(OptionError, match="device='hpu:7' cannot be used here"):
+        chosen_problem(None, Choice(model="mlp-small", per_class=2, epochs=1, out=tmp_path, device="hpu:7"))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("at", ["3,1", "1,1", "-1", "1,x"])
 def test_epochs_are_given_in_order(at, tmp_path):
     with pytest.raises(OptionError, match=f"--at {at}: expected epochs in order"):

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,12 @@ def test_every_job_has_a_plan(job: str) -> None:
 )
 def test_advice_is_what_would_help(job: str, effort: str, stage: Stage, advice: str) -> None:
     assert advice_of(classified(), job, effort, [stage]) == advice
+
+
+def test_advice_where_a_stage_may_have_nothing() -> None:
+    told = advice_of(classified(), "analyze", "quick", [Stage("pairs", 0, 1, 9, limit=0)])
+    assert re.match(r"It does not fit: \S+ MB for pairs, which may have 0 MB of the ", told)
+    assert told.endswith("Raise memory, lower batch_size, or look at part of the network by parameters=.")
 
 
 def test_errors_of_networks_without_classes_are_all_outputs() -> None:

@@ -23,6 +23,7 @@ from deepspectra.argument_checks import check_choice
 from deepspectra.errors import DeepSpectraError, FileError, OptionError, TargetError
 from deepspectra.jobs.pages import Labels
 from deepspectra.problem.example_subsets import limited
+from deepspectra.problem.input_checks import usable_device
 from deepspectra.problem.memory_budget import parse_bytes
 from deepspectra.problem.parallel import current
 from deepspectra.problem.problem import Problem
@@ -185,7 +186,9 @@ def _of_split(subject: Subject, chosen: Choice) -> Subject:
 def _zoo_problem(chosen: Choice, draw: int, snapshots: tuple[int, ...] | None) -> Subject:
     """Data, and a network from a checkpoint or trained here and saved beside the results."""
     if chosen.memory is not None:
-        parse_bytes(chosen.memory)  # which is wrong, if it is, before a network is trained
+        parse_bytes(chosen.memory)  # which is wrong, if it is, before a network is trained; as the device
+    if chosen.device is not None:
+        usable_device(chosen.device)
     model, data = chosen.model or "mlp", chosen.data or "digits"
     size = zoo.paper_side(model, data)
     examples = zoo.load(data, root=chosen.data_root, per_class=chosen.per_class, size=size, seed=draw)

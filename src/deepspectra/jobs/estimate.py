@@ -226,7 +226,7 @@ def _advice(problem: Problem, job: str, effort: str, stages: Sequence[Stage]) ->
     broken = [stage for stage in stages if not stage.fits]
     seconds = sum(stage.seconds for stage in stages)
     if broken:
-        worst = max(broken, key=lambda stage: stage.num_bytes / stage.limit)
+        worst = max(broken, key=lambda stage: stage.num_bytes / max(1, stage.limit))
         told = (
             f"It does not fit: {size_of(worst.num_bytes)} for {worst.name}, which may have {size_of(worst.limit)} of "
             f"the {size_of(problem.memory)} of memory. "

@@ -251,7 +251,7 @@ def test_layers_of_anybodys_model(folder):
     ("arguments", "message"),
     [
         (("analyze", "mine.py"), "file.py:function"),
-        (("layers", "mine.py:problem", "--epochs", "3"), "--epochs belong to the zoo"),
+        (("layers", "mine.py:problem", "--epochs", "3"), "--epochs: of a network of the zoo"),
         (("analyze", "none.py:problem"), "there is no file"),
         (("analyze", "no_such_module:problem"), "cannot be imported"),
         (("analyze", "mine.py:other"), "has no function"),

@@ -61,3 +61,9 @@ def test_where_no_line_can_change_it_is_said_now_and_then_how_far_it_is(monkeypa
     assert "layers: a (0 of 2 done)" in said
     assert "layers: b (1 of 2 done, about 0 s to go)" in said
     assert "layers: the model (0 of some done)" in said
+
+
+def test_a_verdict_that_is_in_what_is_said_is_said_once(tmp_path, capsys):
+    verdict = numbers().attrs["verdict"]
+    finish(numbers(), tmp_path, "regions", said=f"{verdict.replace('. ', '.' + chr(10))}\n\nA table.")
+    assert capsys.readouterr().out.count("2 outliers.") == 30

@@ -14,6 +14,12 @@ import deepspectra as ds
 def problem():
     return ds.Problem(torch.nn.Linear(2, 3), (torch.ones(6, 2), torch.arange(6) % 3))
 
+def lost():
+    return {}["a"]
+
+def unmet():
+    import no_such_module_at_all
+
 number = 3
 """
 
@@ -48,9 +54,32 @@ def test_what_is_no_target_is_told(mine, target, words):
         load_function(target.format(mine), "that is wanted")
 
 
+@pytest.mark.parametrize(("function", "said"), [("lost", "KeyError: 'a'"), ("unmet", "cannot be imported")])
+def test_a_function_that_fails_is_told_without_the_frames_of_the_command(mine, function, said):
+    with pytest.raises(TargetError) as caught:
+        chosen_problem(f"{mine}:{function}", Choice())
+    assert said in str(caught.value)
+    assert "command_targets" not in str(caught.value)
+    assert (f'{mine}", line' in str(caught.value)) == (function == "lost")  # where it failed
+
+
+def test_a_file_that_is_no_python_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = tmp_path / "no_python_of_mine.py"
+    path.write_text("def problem(:\n")
+    with pytest.raises(TargetError, match=r"(?s)failed by itself:.*no_python_of_mine.py.*SyntaxError"):
+        load_function(f"{path}:problem", "that is wanted")
+
+
 def test_options_of_the_zoo_are_refused_beside_a_target(mine):
-    with pytest.raises(OptionError, match="--per-class, --device belong to the zoo"):
+    with pytest.raises(OptionError, match="--per-class, --device: of a network of the zoo"):
         chosen_problem(f"{mine}:problem", Choice(per_class=3, device="cpu"))
+
+
+def test_a_device_that_is_not_there_is_told_before_a_network_is_trained(tmp_path):
+    with pytest.raises(OptionError, match="device='hpu:7' cannot be used here"):
+        chosen_problem(None, Choice(model="mlp-small", per_class=2, epochs=1, out=tmp_path, device="hpu:7"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("at", ["3,1", "1,1", "-1", "1,x"])

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,19 @@ def test_of_many_classes_groups_are_planned_as_they_are_analysed() -> None:
     assert vectors == 10 * 4 * sum(p.numel() for p in net.parameters())
 
 
+def test_means_of_batches_that_are_not_split_by_class_are_planned_pass_by_pass() -> None:
+    """Of C classes and C² cells each takes a backward pass of its own, where else all classes share them."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 10))
+    data, effort = (torch.randn(100, 5), torch.arange(100) % 10), Effort("quick", 0, 3e-2, None, 2, 4, False, 0)
+    ratios = []
+    for forward in (None, lambda model, batch: (model(batch[0]), batch[1])):
+        plan = plan_of_analysis(ds.Problem(net, [data], forward=forward), effort, 3, 10)
+        seconds = {stage.name: stage.seconds for stage in plan.stages}
+        ratios.append(seconds["averaging: cross-class means"] / seconds["averaging: class means"])
+    assert ratios == pytest.approx([7 / 2, 52 / 6.5])
+
+
 @pytest.mark.parametrize("job", ["layers", "regions"])
 def test_what_a_job_refuses_has_no_plan_and_stops_none(job: str) -> None:
     one = ds.Problem(nn.Linear(4, 1), (torch.randn(6, 4), torch.zeros(6, dtype=torch.long)))
@@ -163,6 +177,12 @@ def test_every_job_has_a_plan(job: str) -> None:
 )
 def test_advice_is_what_would_help(job: str, effort: str, stage: Stage, advice: str) -> None:
     assert advice_of(classified(), job, effort, [stage]) == advice
+
+
+def test_advice_where_a_stage_may_have_nothing() -> None:
+    told = advice_of(classified(), "analyze", "quick", [Stage("pairs", 0, 1, 9, limit=0)])
+    assert re.match(r"It does not fit: \S+ MB for pairs, which may have 0 MB of the ", told)
+    assert told.endswith("Raise memory, lower batch_size, or look at part of the network by parameters=.")
 
 
 def test_errors_of_networks_without_classes_are_all_outputs() -> None:

@@ -67,7 +67,9 @@ def test_a_sweep_without_a_finished_cell_is_a_failure_and_its_page_says_why(fold
         (["size=1"], {}, "the cell takes .*per_class.*; the axes are size"),
         (["seed=1", "swept_cells.py:cell"], {}, "expected an axis"),
         (["seed=1", "seed=2"], {}, "named twice"),
-        (["swept_cells.py:cell", "size=1", "kind=x"], {"training_epochs": 3}, "belong to the zoo"),
+        (["swept_cells.py:cell", "size=1", "kind=x"], {"training_epochs": 3}, "of networks of the zoo"),
+        (["model=mlp,lenet5", "seed=0"], {}, "model='lenet5'; it is one of"),
+        (["swept_cells.py:cell"], {}, "has no axis; add values of what it takes"),
     ],
 )
 def test_what_is_wrong_with_the_words_is_said(folder, words, options, message):

@@ -116,7 +116,7 @@ def test_processes_share_what_is_finished(tmp_path, whole):
 def test_the_folder_of_another_problem_or_of_other_options_is_refused(job, tmp_path):
     with pytest.raises(StoppedError), stopping(after=1):
         STOPPABLE[job](small_problem(), tmp_path)
-    with pytest.raises(errors.FileError, match=r"another computation: .*weights was .*Remove it"):
+    with pytest.raises(errors.FileError, match=r"another computation: .*weights was .*remove this one"):
         STOPPABLE[job](small_problem(seed=3), tmp_path)
     with pytest.raises(errors.FileError, match=r"seed was|eigenvalues of H was"):
         STOPPABLE[job](small_problem(), tmp_path, changed=True)

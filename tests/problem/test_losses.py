@@ -96,3 +96,21 @@ def test_binary_targets_may_be_integers() -> None:
     ours = ds.Problem(model, (X, targets), nn.BCEWithLogitsLoss())
     theirs = ds.Problem(model, (X, targets.double()), nn.BCEWithLogitsLoss())
     assert ours.loss() == pytest.approx(theirs.loss(), rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("targets", "advice"),
+    [
+        (Y[:, None], r"Pass y.squeeze\(1\) of labels \(B, 1\)"),
+        (functional.one_hot(Y, 3), r"y.argmax\(1\) of one-hot labels"),
+        (X[:, 0], "for regression say loss='mse'"),
+    ],
+    ids=["column", "one-hot", "regression"],
+)
+def test_targets_of_another_shape_are_refused_with_what_to_pass(targets: Tensor, advice: str) -> None:
+    refused(errors.ShapeError, advice, lambda: ds.Problem(mlp(), (X, targets)))
+
+
+def test_a_problem_without_classes_speaks_of_outputs() -> None:
+    assert "3 classes, cross_entropy" in repr(ds.Problem(mlp(), (X, Y)))
+    assert "3 outputs, mse" in repr(ds.Problem(mlp(), (X, X[:, :3]), loss="mse"))

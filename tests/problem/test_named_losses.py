@@ -27,6 +27,10 @@ def test_an_unknown_loss(loss: Any) -> None:
     refused(errors.LossError, words, lambda: ds.Problem(mlp(), (X, Y), loss=loss))
 
 
+def test_an_unknown_name_is_answered_with_what_else_can_be_given() -> None:
+    refused(errors.LossError, r"such as nn.BCEWithLogitsLoss\(\)", lambda: ds.Problem(mlp(), (X, Y), loss="bce"))
+
+
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_a_loss_module_that_is_not_a_mean(reduction: str) -> None:
     for module, target in (

@@ -57,3 +57,11 @@ def test_the_caption_of_the_cost_adds_it_up_and_names_the_dearest_stage():
 def test_the_caption_of_regions_says_how_parts_are_taken_out():
     assert "is projected out" in captions.regions(xr.Dataset(attrs={"method": "projection"}))
     assert "is subtracted" in captions.regions(xr.Dataset(attrs={"method": "subtraction"}))
+
+
+def test_the_caption_of_spectra_speaks_of_dots_only_where_there_are_outliers():
+    values = {"eigenvalue": (("operator", "pair"), [[2.0, 1.0]])}
+    for is_outlier in (1.0, 0.0):
+        values["is_outlier"] = (("operator", "pair"), [[is_outlier, 0.0]])
+        text = captions.spectrum(xr.Dataset(values, {"operator": ["hessian"]}))
+        assert ("Dots are outliers" in text) == bool(is_outlier)

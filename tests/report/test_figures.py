@@ -31,3 +31,10 @@ def test_an_analysis_has_the_charts_of_the_numbers_that_it_has():
     figure = figures.FIGURES["cost"]
     assert [chart.name for chart in figure.drawn(dataset)] == ["cost"]
     assert "Together about" in figure.captioned(dataset)
+
+
+def test_subscripts_of_captions_stand_below():
+    text = FIGURES["products"].captioned(xr.Dataset())
+    assert "g<sub>c,k</sub> and h<sub>c</sub> ⊗ e<sub>c,k</sub>" in text
+    fixed = [figure for figure in FIGURES.values() if isinstance(figure.caption, str)]
+    assert [figure.link for figure in fixed if "_{" in figure.captioned(xr.Dataset())] == []

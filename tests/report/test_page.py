@@ -407,6 +407,13 @@ def test_a_missing_variable_leaves_a_page(dataset, name):
     assert "<h2>Glossary</h2>" in report.render(dataset.drop_vars(name))
 
 
+def test_an_exponent_in_the_verdict_is_raised():
+    page = report.render(
+        xr.Dataset(attrs={"verdict": "No outliers. Tails: H power law |λ|^−1.5 (1.3 to 1.7), G none."})
+    )
+    assert 'power law <span style="white-space: nowrap">|λ|<sup>−1.5</sup></span> (1.3' in page
+
+
 def test_an_empty_analysis_leaves_a_page():
     page = report.render(xr.Dataset(attrs={"title": "Nothing yet", "verdict": "No verdict."}))
     assert "No verdict." in page

@@ -37,6 +37,13 @@ def test_numbers_of_a_clock_have_two_digits():
     assert about(None) is about(math.nan) is None
 
 
+def test_a_table_without_shares_is_not_said_to_have_them():
+    values = {"eigenvalue": (("operator", "pair"), [[2.0, 1.0]])}
+    dataset = xr.Dataset(values, {"operator": ["hessian"]})
+    assert "<h3>Eigenvalues <" in tables.eigenvalue(dataset)
+    assert "shares" not in tables.eigenvalue(dataset)
+
+
 def test_an_analysis_without_the_numbers_has_no_table():
     assert tables.eigenvalue(xr.Dataset()) == ""
     assert tables.trace(xr.Dataset()) == ""

@@ -112,8 +112,9 @@ def class_means(
         MemoryBudgetError: the means do not fit the problem's memory; C² P numbers are needed, or C P.
         CurvatureError: features and errors cannot be told apart by example.
 
-    Cost: of gradients, class means one gradient; cross-class means C−1 backward passes on one forward pass. Of
-    errors the latter without weight gradients; of features a forward pass. No eigenanalysis.
+    Cost: of gradients, class means one gradient; cross-class means C−1 backward passes on one forward pass. Batches
+    that cannot be split by class (tokens, `forward=`) take a backward pass for each class, and each of up to C² − C
+    cells, that they touch. Of errors the latter without weight gradients; of features a forward pass.
 
     Source: Papyan, JMLR 21:252 (2020), sections 4–6; the exclusion of k = c is forced by Σ_k p_k g_k = 0.
     """

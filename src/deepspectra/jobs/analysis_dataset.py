@@ -297,7 +297,7 @@ def _attributes(found: Findings) -> dict[str, object]:
         "batches": problem.batches.num_batches,
         "threads": torch.get_num_threads(),
         **({"processes": problem.batches.group.size} if problem.batches.group.size > 1 else {}),
-        "operations of a gradient": f"{found.operations:.2g}, by which effort is chosen where it is not given",
+        "operations of a gradient": f"{found.operations:.2g}, from which an effort's probes, steps and rtol follow",
         "eigenpairs of H": len(found.pairs["hessian"].values),
         "rtol of eigenpairs": found.effort.rtol,
         "effort": found.effort.name,
@@ -387,7 +387,7 @@ def _of_classes(found: Findings) -> list[str]:
     lines = list(found.attribution.verdicts)
     averages = [
         f"{shared:.2f} from the {level.replace('_', '-')} means (about "
-        f"{found.subspace_gradients[level]:.2g} gradients)"
+        f"{float(f'{found.subspace_gradients[level]:.2g}'):,g} gradients)"
         for (level, name), shared in found.overlaps.items()
         if name == "hessian" and not math.isnan(shared)
     ]
@@ -409,7 +409,7 @@ def _of_values(found: Findings) -> list[str]:
         for name, pairs in found.pairs.items()
         for values, errors in [(pairs.values[:3].tolist(), pairs.error_bounds[:3].tolist())]
     ]
-    lines = [f"Largest eigenvalues, with bounds of their errors: {'; '.join(tops)}."]
+    lines = [f"Largest eigenvalues, ± bounds of their errors where three digits show these: {'; '.join(tops)}."]
     num = min(h.vectors.shape[1], g.vectors.shape[1])
     if num:
         same = overlap(h.vectors[:, :num], g.vectors[:, :num])

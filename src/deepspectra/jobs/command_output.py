@@ -45,12 +45,13 @@ def finish(
         dataset: the numbers, with the verdict.
         folder: where they go.
         stem: names the file and the page.
-        said: before the verdict.
+        said: before the verdict, or with it.
         save: what saves them in the folder, if it is more than the dataset.
         as_json: print them, too.
     """
     verdict = wrapped(str(dataset.attrs["verdict"]))
-    typer.echo("\n" + "\n\n".join(filter(None, (said, verdict))) + "\n", err=as_json)
+    has_verdict = " ".join(verdict.split()) in " ".join(said.split())
+    typer.echo("\n" + "\n\n".join(filter(None, (said, "" if has_verdict else verdict))) + "\n", err=as_json)
     explain(verdict)
     page = folder / PAGES.get(stem, f"{stem}.html")
     try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -18,9 +20,10 @@ from torch import Tensor, nn
 
 from deepspectra import zoo
 from deepspectra.argument_checks import check_choice
-from deepspectra.errors import FileError, OptionError, TargetError
+from deepspectra.errors import DeepSpectraError, FileError, OptionError, TargetError
 from deepspectra.jobs.pages import Labels
 from deepspectra.problem.example_subsets import limited
+from deepspectra.problem.input_checks import usable_device
 from deepspectra.problem.memory_budget import parse_bytes
 from deepspectra.problem.parallel import current
 from deepspectra.problem.problem import Problem
@@ -29,6 +32,7 @@ from deepspectra.problem.shared_problems import sharded
 CONSOLE = Console(stderr=True)
 SPLITS = ("train", "test", "both")
 WEIGHTS = "model.safetensors"  # of a trained network, beside its results
+IMPORTING = ("<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>", importlib.__file__)
 AsJson = Annotated[
     bool, typer.Option("--json", help="Numbers as JSON on standard output, all else on standard error.")
 ]
@@ -152,8 +156,8 @@ def _subject_of(target: str, chosen: Choice) -> Subject:
     unused = [f"--{name.replace('_', '-')}" for name in options if getattr(chosen, name) is not None]
     if unused:
         raise OptionError(
-            f"{', '.join(unused)} belong to the zoo; with a target, the function {target} decides. "
-            "Leave them out, and set them where the Problem is made."
+            f"{', '.join(unused)}: of a network of the zoo; with a target, the function {target} decides. "
+            "Leave that out, and set it where the Problem is made."
         )
     problem, *tests = _load_target(target)
     if chosen.split != "train" and not tests:
@@ -182,7 +186,9 @@ def _of_split(subject: Subject, chosen: Choice) -> Subject:
 def _zoo_problem(chosen: Choice, draw: int, snapshots: tuple[int, ...] | None) -> Subject:
     """Data, and a network from a checkpoint or trained here and saved beside the results."""
     if chosen.memory is not None:
-        parse_bytes(chosen.memory)  # which is wrong, if it is, before a network is trained
+        parse_bytes(chosen.memory)  # which is wrong, if it is, before a network is trained; as the device
+    if chosen.device is not None:
+        usable_device(chosen.device)
     model, data = chosen.model or "mlp", chosen.data or "digits"
     size = zoo.paper_side(model, data)
     examples = zoo.load(data, root=chosen.data_root, per_class=chosen.per_class, size=size, seed=draw)
@@ -280,7 +286,9 @@ def _train(
 
 def _load_target(target: str) -> tuple[Problem, ...]:
     """The problem that file.py:function or package.module:function returns, or a pair with that of the test data."""
-    found = load_function(target, "that takes nothing and returns a deepspectra.Problem")()
+    function = load_function(target, "that takes nothing and returns a deepspectra.Problem")
+    with _told_alone(target):
+        found = function()
     problems = found if isinstance(found, tuple) and len(found) == 2 else (found,)
     for problem in problems:
         if not isinstance(problem, Problem):
@@ -291,36 +299,50 @@ def _load_target(target: str) -> tuple[Problem, ...]:
     return problems
 
 
+@contextlib.contextmanager
+def _told_alone(target: str) -> Iterator[None]:
+    """Failures of the user's file or function as errors of this library, with the user's part of the traceback."""
+    try:
+        yield
+    except (DeepSpectraError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except ImportError as error:
+        raise TargetError(f"target {target!r} cannot be imported: {error}") from error
+    except Exception as error:
+        frames = error.__traceback__
+        while frames is not None and (frames.tb_frame.f_code.co_filename in (__file__, *IMPORTING)):
+            frames = frames.tb_next
+        told = "".join(traceback.format_exception(type(error), error, frames)).rstrip()
+        raise TargetError(f"target {target!r} failed by itself:\n{told}") from error
+
+
 def load_function(target: str, purpose: str) -> Callable[..., Any]:
     """file.py:function or package.module:function; `purpose` says which function is expected.
 
     Raises:
-        TargetError: there is none, or it cannot be imported.
+        TargetError: there is none, or its file cannot be imported.
     """
     place, separator, function = target.rpartition(":")
     if not separator or not place or not function:
         raise TargetError(
             f"target {target!r}: expected file.py:function or package.module:function, a function {purpose}."
         )
-    try:
-        if place.endswith(".py"):
-            path = Path(place).resolve()
-            if not path.is_file():
-                raise TargetError(f"target {target!r}: there is no file {path}.")
-            sys.path.insert(0, str(path.parent))  # so that the file can import its neighbours
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[path.stem] = module
+    if place.endswith(".py"):
+        path = Path(place).resolve()
+        if not path.is_file():
+            raise TargetError(f"target {target!r}: there is no file {path}.")
+        sys.path.insert(0, str(path.parent))  # so that the file can import its neighbours
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        with _told_alone(target):
             spec.loader.exec_module(module)
-        else:
-            sys.path.insert(0, str(Path.cwd()))
+    else:
+        sys.path.insert(0, str(Path.cwd()))
+        with _told_alone(target):
             module = importlib.import_module(place)
-    except TargetError:
-        raise
-    except ImportError as error:
-        raise TargetError(f"target {target!r} cannot be imported: {error}") from error
     if not callable(getattr(module, function, None)):
         raise TargetError(f"target {target!r}: {place} has no function {function!r}.")
     found: Callable[..., Any] = getattr(module, function)

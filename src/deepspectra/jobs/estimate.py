@@ -226,7 +226,7 @@ def _advice(problem: Problem, job: str, effort: str, stages: Sequence[Stage]) ->
     broken = [stage for stage in stages if not stage.fits]
     seconds = sum(stage.seconds for stage in stages)
     if broken:
-        worst = max(broken, key=lambda stage: stage.num_bytes / stage.limit)
+        worst = max(broken, key=lambda stage: stage.num_bytes / max(1, stage.limit))
         told = (
             f"It does not fit: {size_of(worst.num_bytes)} for {worst.name}, which may have {size_of(worst.limit)} of "
             f"the {size_of(problem.memory)} of memory. "
@@ -279,19 +279,20 @@ def _of_analysis(pace: Pace, effort: Effort, num: int, num_classes: int, of: str
         yield Stage(f"shares of H{of}", 0, num * pace.gradient / 3, held)
     if averaged:
         yield _attribution(pace, effort, num, num_classes, exact=exact)
+    if effort.dense and not exact:
+        yield from _dense_stages(pace, of)
     if averaged and not exact:
         held = max(num_classes * pace.vector, _means(pace, num_classes))
         yield Stage("traces of G", 0, num_classes * pace.gradient, held)
-    if effort.dense and not exact:
-        yield from _dense_stages(pace, of)
-    else:
-        kinds = [("hessian", "H"), ("residual", "R"), *([] if exact else [("gauss_newton", "G")])]
-        for kind, letter in kinds:
-            yield density_stage(pace, effort, kind, f"density of {letter}{of}")
+    if exact or not effort.dense:
+        yield density_stage(pace, effort, "hessian", f"density of H{of}")
+        yield density_stage(pace, effort, "residual", f"density of R{of}")
     if not exact:
         yield pairs_stage(pace, "gauss_newton", num, of)
         if num_classes:
             yield Stage(f"shares of G{of}", 0, num * pace.product("gauss_newton") / 2, num * pace.vector)
+        if not effort.dense:
+            yield density_stage(pace, effort, "gauss_newton", f"density of G{of}")
     if averaged:
         push = pace.gradient if exact else pace.product("gauss_newton") / 2
         yield Stage("classes of outliers", 0, num_classes * push, num * pace.vector)
@@ -366,8 +367,10 @@ def density_stage(pace: Pace, effort: Effort, kind: str, name: str) -> Stage:
 def _averages(pace: Pace, num_classes: int, *, exact: bool) -> Iterator[Stage]:
     product = pace.gradient if exact else pace.product("gauss_newton")
     means = _means(pace, num_classes)
-    yield Stage("averaging: class means", 0, 2 * product, num_classes * pace.vector)
-    yield Stage("averaging: cross-class means", 0, (2 + num_classes / 2) * product if means else 0, means)
+    # a pass for all classes of a batch together where it can be split by class, else one for each that it has
+    passes = 1 if exact or pace.problem.splits_by_class else min(num_classes, pace.one.num_examples)
+    yield Stage("averaging: class means", 0, (1.5 + passes / 2) * product, num_classes * pace.vector)
+    yield Stage("averaging: cross-class means", 0, (2 + passes * num_classes / 2) * product if means else 0, means)
     if means:
         yield Stage("map of the means", 0, MAP * num_classes**2, 0)
 

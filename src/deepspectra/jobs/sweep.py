@@ -248,14 +248,14 @@ def _run(schedule: Schedule, tasks: Sequence[Task], executor: Submits | int | No
 
 def _warn_of_failures(found: xr.Dataset, folder: Path) -> None:
     for status, advice in {
-        FAILED: "Its error is in the variable error; retry=True does it again.",
+        FAILED: "Its error is in the variable error; retry=True (--retry) does it again.",
         REFUSED: "The variable error says how much they need.",
     }.items():
         errors = found.error.values[found.status.values == status].tolist()
         if errors:
             warnings.warn(
                 f"{len(errors)} of {found.status.size} cells of the sweep in {folder} {status}; the first: "
-                f"{first_line(ValueError(errors[0]))}. {advice}",
+                f"{first_line(ValueError(errors[0])).rstrip('.')}. {advice}",
                 SweepWarning,
                 stacklevel=3,
             )

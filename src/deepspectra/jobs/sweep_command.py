@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from deepspectra import zoo
+from deepspectra.argument_checks import check_choice
 from deepspectra.errors import OptionError
 from deepspectra.jobs.command_targets import load_function
 from deepspectra.jobs.pages import Dataset, load_dataset, write_page
@@ -56,14 +58,19 @@ def sweep_of(
     axes = dict(map(_axis, words[len(targets) :]))
     if len(axes) + len(targets) < len(words):
         raise OptionError("an axis is named twice; give all of its values at once, such as seed=0,1,2.")
+    if not axes:
+        raise OptionError(f"{targets[0]} has no axis; add values of what it takes, such as seed=0,1,2.")
     cell: Cell
     if targets:
         options = {"--training-epochs": training_epochs is not None, "--layers": by_layer}
         unused = [name for name, given in options.items() if given]
         if unused:
-            raise OptionError(f"{', '.join(unused)} belong to the zoo; with a target, {targets[0]} decides.")
+            raise OptionError(f"{', '.join(unused)}: of networks of the zoo; with a target, {targets[0]} decides.")
         cell = load_function(targets[0], "that takes a point and returns a mapping of names to numbers")
     else:
+        for name, known in (("model", zoo.MODEL_NAMES), ("data", zoo.DATA_NAMES)):
+            for value in axes.get(name, ()):
+                check_choice(name, str(value), known)
         cell = ZooCell(data_root, training_epochs, by_layer=by_layer)
         looks = next((name for name in LOOKS if name in axes), None) if looks is None else looks
     found = sweep(cell, axes, folder, looks=looks, executor=processes, memory=memory, retry=retry)

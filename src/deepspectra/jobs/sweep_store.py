@@ -249,7 +249,8 @@ def chosen(whole: xr.Dataset, axes: Mapping[str, list[Value]]) -> xr.Dataset:
 def verdict(status: np.ndarray) -> str:
     """How many cells there are, and what became of them."""
     counts = Counter(status.ravel().tolist())
-    return f"{status.size} cells: {', '.join(f'{num} {what}' for what, num in counts.items())}."
+    cells = "cell" if status.size == 1 else "cells"
+    return f"{status.size} {cells}: {', '.join(f'{num} {what}' for what, num in counts.items())}."
 
 
 def _dataset(manifest: Mapping[str, Any], records: list[Record]) -> xr.Dataset:

@@ -40,7 +40,7 @@ class CrossEntropy(Loss):
                 raise ShapeError(
                     "floating-point targets are class probabilities and need the shape of the logits (B, C): "
                     f"got targets {tuple(targets.shape)} ({targets.dtype}) and logits {tuple(outputs.shape)}. "
-                    "Class indices must have an integer dtype."
+                    "Class indices must have an integer dtype; for regression say loss='mse'."
                 )
             return outputs, targets
         if targets.dtype == torch.bool:
@@ -49,7 +49,8 @@ class CrossEntropy(Loss):
         if not second and not last:
             raise ShapeError(
                 f"cross-entropy: logits {tuple(outputs.shape)} and targets {tuple(targets.shape)} do not match; "
-                "expected (B, C) with (B,), (B, C, ...) with (B, ...), or (B, ..., C) with (B, ...)."
+                "expected (B, C) with (B,), (B, C, ...) with (B, ...), or (B, ..., C) with (B, ...). "
+                "Pass y.squeeze(1) of labels (B, 1), and y.argmax(1) of one-hot labels (B, C)."
             )
         logits = outputs if last and (not second or self._classes_last) else outputs.movedim(1, -1)
         return logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).long()

@@ -93,7 +93,7 @@ class FinishedStages:
         if differences:
             raise FileError(
                 f"{folder} holds stages of another computation: {'; '.join(differences)}. "
-                "Remove it, or choose another."
+                "Give the same data and options, choose another folder, or remove this one."
             )
 
     def order_of(self, batches: Batches) -> Tensor | None:

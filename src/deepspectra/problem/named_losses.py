@@ -46,7 +46,10 @@ def resolve(loss: Given) -> Loss:
         return loss
     if isinstance(loss, str):
         if loss not in NAMED:
-            raise LossError(f"unknown loss {loss!r}; known names: {', '.join(NAMED)}; or pass a callable.")
+            raise LossError(
+                f"unknown loss {loss!r}; known names: {', '.join(NAMED)}; or pass a loss of torch.nn, such as "
+                "nn.BCEWithLogitsLoss(), or a function of outputs and targets."
+            )
         return NAMED[loss]()
     if not callable(loss):
         raise LossError(f"a loss is a name, an nn loss module or a callable, not {type(loss).__name__}.")

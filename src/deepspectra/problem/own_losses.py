@@ -155,7 +155,8 @@ def settle_loss(loss: Given, module: Evaluated, batches: Batches, forward: objec
     if forward is not None or not isinstance(batch, Mapping):
         return known, module.function
     function = OwnLoss()
-    with reported(DataError, f"the model failed on a batch with {_keys(batch)}, {shapes_of(batch)}"):
+    passed = f"the model failed on a batch with {_keys(batch)}, {shapes_of(batch)}, passed by name. {INSTEAD} It said"
+    with reported(DataError, passed):
         own = function.learn(module.model, batch)
     module.function = function.compared
     return own if loss == "cross_entropy" else known, function

@@ -287,9 +287,10 @@ class Problem(_Named):
         self.parameters = _detached(self.model, state["parameters"])
 
     def __repr__(self) -> str:
+        outputs = "classes" if isinstance(self.loss_function, CrossEntropy) else "outputs"
         return (
             f"<Problem: {type(self.model).__name__}, {self.num_parameters:,} parameters, "
-            f"{self.num_examples:,} examples, {self.num_classes} classes, {self.loss_function.name}>"
+            f"{self.num_examples:,} examples, {self.num_classes} {outputs}, {self.loss_function.name}>"
         )
 
 

@@ -263,7 +263,7 @@ def cost(dataset: xr.Dataset) -> alt.LayerChart:
     for row in table:
         row["text"] = d.number(row["cost_gradients"], 2)
     base = d.blank(table).encode(
-        y=alt.Y("stage:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=150)),
+        y=alt.Y("stage:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=200)),
         x=alt.X(
             "cost_gradients:Q",
             scale=alt.Scale(domain=[0, 1.12 * max(row["cost_gradients"] for row in table)], nice=False),

@@ -21,10 +21,13 @@ def spectrum(dataset: xr.Dataset) -> str:
         "what is in them; boxes show the least and the most that each can hold (95 %), none where all eigenvalues "
         "are known. "
         "Where a bin has a box and no line, no more is known. Bars about zero span what is in one bin of "
-        "logarithmic axes, too small to be told apart. Dots are outliers: point at one for its eigenvalue, residual "
-        "norm and shares. Dotted lines are the power laws nearest to the tails, faint where another law is nearer."
+        "logarithmic axes, too small to be told apart. Dotted lines are the power laws nearest to the tails, faint "
+        "where another law is nearer."
     )
-    return read + _zero_sentences(dataset) + _outlier_sentences(dataset)
+    dots = (
+        " Dots are outliers: point at one for its eigenvalue, residual norm and shares." if outliers(dataset) else ""
+    )
+    return read + dots + _zero_sentences(dataset) + _outlier_sentences(dataset)
 
 
 def _zero_sentences(dataset: xr.Dataset) -> str:

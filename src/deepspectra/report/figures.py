@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,8 +43,10 @@ class Figure:
         return {chart: label for chart, label in self.charts.items() if not chart.lacks(dataset)}
 
     def captioned(self, dataset: xr.Dataset) -> str:
-        """The caption for this analysis."""
-        return self.caption if isinstance(self.caption, str) else self.caption(dataset)
+        """The caption for this analysis; g_{c,k} in one that is the same for all has its subscript below."""
+        if isinstance(self.caption, str):
+            return re.sub(r"_(?:\{([^}]+)\}|(\w)\b)", r"<sub>\1\2</sub>", self.caption)
+        return self.caption(dataset)
 
 
 FIGURES = {

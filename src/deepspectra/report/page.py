@@ -157,8 +157,9 @@ def _verdict(dataset: xr.Dataset) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Escaped but for apostrophes, so that terms with one are found."""
-    return html.escape(text, quote=False)
+    """Escaped but for apostrophes, so that terms with one are found; powers of |λ| are raised, on one line."""
+    raised = r'<span style="white-space: nowrap">|λ|<sup>\1</sup></span>'
+    return re.sub(r"\|λ\|\^(−[\d.]+)", raised, html.escape(text, quote=False))
 
 
 def _subject(dataset: xr.Dataset) -> str:

@@ -49,7 +49,7 @@ def _cell_html(value: Cell) -> str:
 
 
 def _table(
-    name: str, heading: str, *needed: str
+    name: str, heading: str | Callable[[xr.Dataset], str], *needed: str
 ) -> Callable[[Callable[[xr.Dataset], Filled]], Callable[[xr.Dataset], str]]:
     """Make a table of what a function finds (heads, rows, places of rows that stand out) in these variables.
 
@@ -59,14 +59,19 @@ def _table(
     def made(fill: Callable[[xr.Dataset], Filled]) -> Callable[[xr.Dataset], str]:
         @functools.wraps(fill)
         def table(dataset: xr.Dataset) -> str:
-            return table_html(name, heading, *fill(dataset)) if holds(dataset, *needed) else ""
+            said = heading if isinstance(heading, str) else heading(dataset)
+            return table_html(name, said, *fill(dataset)) if holds(dataset, *needed) else ""
 
         return table
 
     return made
 
 
-@_table("eigenvalues", "Eigenvalues, and the shares of the outliers (shaded)", "eigenvalue")
+def _of_eigenvalues(dataset: xr.Dataset) -> str:
+    return "Eigenvalues, and the shares of the outliers (shaded)" if holds(dataset, "share") else "Eigenvalues"
+
+
+@_table("eigenvalues", _of_eigenvalues, "eigenvalue")
 def eigenvalue(dataset: xr.Dataset) -> Filled:
     """Every eigenvalue with its error and residual; outliers also with their shares."""
     made = {(row["operator"], row["pair"]): own for row, own in wide(dataset, "pairs")}

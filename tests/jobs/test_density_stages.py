@@ -39,7 +39,7 @@ def test_the_hessian_is_a_sum_and_takes_no_products() -> None:
     np.testing.assert_allclose(nodes(found, "hessian"), exact, atol=1e-12 * abs(exact).max(), rtol=0)
 
 
-def test_behind_a_stop_it_is_found_by_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_behind_a_stop_the_matrices_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, _ = problems()
     undisturbed = ds.analyze(one, progress=False)
 
@@ -51,10 +51,9 @@ def test_behind_a_stop_it_is_found_by_products(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(KeyboardInterrupt):
             ds.analyze(one, progress=False, resume=tmp_path)
     found = ds.analyze(one, progress=False, resume=tmp_path)
-    assert products(found)["H"] == one.num_parameters
+    assert products(found)["H"] == 2 * one.num_parameters
     for operator in ("hessian", "gauss_newton", "residual"):
-        expected = nodes(undisturbed, operator)
-        np.testing.assert_allclose(nodes(found, operator), expected, atol=1e-12 * abs(expected).max(), rtol=0)
+        np.testing.assert_array_equal(nodes(found, operator), nodes(undisturbed, operator))
 
 
 def test_test_data_have_theirs_too() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 from deepspectra.algorithms.dense_spectrum import DenseMatrix, exact_density
 from deepspectra.algorithms.density import density
@@ -17,20 +18,24 @@ from deepspectra.quadrature import Density
 
 def find_dense(found: Findings, hessian: Hessian) -> None:
     """All eigenvalues of G, of R, and of H, which is their sum: a third of the products is not taken."""
-    made: list[DenseMatrix] = []
-    for name, operator in (("gauss_newton", GaussNewton(found.problem)), ("residual", Residual(found.problem))):
+    operators = {"gauss_newton": GaussNewton(found.problem), "residual": Residual(found.problem)}
+    made: dict[str, DenseMatrix] = {}
+    for name, operator in operators.items():
 
-        def alone(report: Report, operator: Curvature = operator) -> Density:
-            made.append(DenseMatrix(operator, report))
-            return made[-1].density()
+        def alone(report: Report, name: str = name, operator: Curvature = operator) -> Density:
+            made[name] = DenseMatrix(operator, report)
+            return made[name].density()
 
         found.densities[name] = found.ledger.run(_named(found, name), alone)
         operator.products.release()
 
     def both(report: Report) -> Density:
-        if len(made) < len(found.densities):  # a stopped run left numbers of one, and no matrix
-            return exact_density(hessian, report)
-        return made[0].add(made.pop(), hessian).density()
+        again = 0
+        for name in [name for name in operators if name not in made]:  # a stopped run left numbers, and no matrix
+            made[name] = DenseMatrix(operators[name], _behind(report, again))
+            again += made[name].num_products
+        whole = made.pop("gauss_newton").add(made.pop("residual"), hessian)
+        return replace(whole.density(), num_products=again)
 
     found.densities["hessian"] = found.ledger.run(_named(found, "hessian"), both)
     hessian.products.release()
@@ -66,3 +71,8 @@ def find_density(found: Findings, name: str, operator: Curvature) -> None:
 
 def _named(found: Findings, name: str) -> str:
     return f"density of {LETTERS[name]}{found.of}"
+
+
+def _behind(report: Report, before: int) -> Report:
+    """Of so many products before."""
+    return lambda done, _: report(before + done, None)

@@ -15,7 +15,7 @@ import xarray as xr
 
 import deepspectra as ds
 from deepspectra import errors, report, zoo
-from deepspectra.jobs import stages
+from deepspectra.jobs import density_stages, stages
 from deepspectra.jobs.effort import effort_for
 from nets import trained_on_digits
 
@@ -246,13 +246,13 @@ def test_the_smallest_networks_are_analysed(route, sizes):
 
 
 def test_values_that_are_not_finite_are_said_and_not_drawn(monkeypatch):
-    original = stages.density
+    original = density_stages.density
 
     def broken(operator, *args, **kwargs):
         found = original(operator, *args, **kwargs)
         return replace(found, weights=found.weights * math.nan) if operator.name == "residual" else found
 
-    monkeypatch.setattr(stages, "density", broken)
+    monkeypatch.setattr(density_stages, "density", broken)
     analysis = analysed("exact", few_examples())
     assert "the density of R has values that are not finite" in analysis.verdict
     assert np.isnan(analysis.dataset.bin_mass.sel(operator="residual")).all()

@@ -288,10 +288,8 @@ class Problem(_Named):
 
     def __repr__(self) -> str:
         outputs = "classes" if isinstance(self.loss_function, CrossEntropy) else "outputs"
-        return (
-            f"<Problem: {type(self.model).__name__}, {self.num_parameters:,} parameters, "
-            f"{self.num_examples:,} examples, {self.num_classes} {outputs}, {self.loss_function.name}>"
-        )
+        sizes = f"{self.num_parameters:,} parameters, {self.num_examples:,} examples, {self.num_classes} {outputs}"
+        return f"<Problem: {type(self.model).__name__}, {sizes}, {self.loss_function.name}>"
 
 
 def _detached(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:

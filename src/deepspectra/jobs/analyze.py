@@ -272,9 +272,9 @@ def analyze(
             computed where P is up to about 3,000 ("quick": seconds), 7,000 ("standard": a minute each) or 18,000
             ("paper": a quarter of an hour), if products are cheap; all of G where it has up to 3,000, 4,500 or 20,000
             gradients N (C − 1). With more of these the matrices of G and R are made, and that of H is their sum. Else
-            densities are drawn from up to 4 × 24, 4 × 256 or 4 × 512 products, fewer for
-            "quick" and "standard" where those take more than half a minute or five minutes of one core; figures have
-            bins as wide as what these leave unresolved.
+            densities are drawn from up to 4 × 24, 4 × 256 or 4 × 512 products, fewer for "quick" and "standard" where
+            those take more than half a minute or five minutes of one core; figures have bins as wide as what these
+            leave unresolved.
         groups: (C,) the group of each class, or a function that gives it, as in `decompose`, or how many
             `class_groups` is to find; C is then the number of groups wherever averages are meant. Names that a
             function gives are those of the report. By default 10 are found where there are over 100 classes.

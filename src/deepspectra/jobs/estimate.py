@@ -280,7 +280,7 @@ def _of_analysis(pace: Pace, effort: Effort, num: int, num_classes: int, of: str
     if averaged:
         yield _attribution(pace, effort, num, num_classes, exact=exact)
     if effort.dense and not exact:
-        yield from _dense_stages(pace, of)
+        yield from _dense_stages(pace, effort, of)
     if averaged and not exact:
         held = max(num_classes * pace.vector, _means(pace, num_classes))
         yield Stage("traces of G", 0, num_classes * pace.gradient, held)
@@ -334,15 +334,12 @@ def pairs_stage(pace: Pace, kind: str, num: int, of: str = "") -> Stage:
     return Stage(name, products, seconds, max(kept + mine, stay + pairs), host_bytes=hosted)
 
 
-def _dense_stages(pace: Pace, of: str) -> Iterator[Stage]:
+def _dense_stages(pace: Pace, effort: Effort, of: str) -> Iterator[Stage]:
     """All eigenvalues of G and of R by P products each, and of H, the sum of their matrices."""
-    size = pace.problem.num_parameters
-    solved, held = pace.cube * size**3 / 2, 3 * 8 * size**2
     for kind, letter in (("gauss_newton", "G"), ("residual", "R")):
-        kept = min(pace.graphs(kind), share(pace.problem.memory, "graphs"))
-        seconds = pace.building(kind) + size * pace.product(kind, min(COLUMNS, size)) + solved
-        yield Stage(f"density of {letter}{of}", size, seconds, kept + held)
-    yield Stage(f"density of H{of}", 0, solved, held)
+        yield density_stage(pace, effort, kind, f"density of {letter}{of}")
+    size = pace.problem.num_parameters
+    yield Stage(f"density of H{of}", 0, pace.cube * size**3 / 2, 3 * 8 * size**2)
 
 
 def density_stage(pace: Pace, effort: Effort, kind: str, name: str) -> Stage:

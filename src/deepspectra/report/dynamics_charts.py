@@ -37,7 +37,7 @@ ANY, CHOSEN = "any measure", "measure_chosen"
 LAYER, OF_LAYER = "layer", "layer_"  # the names of layers, and what those of their measures begin with
 SHADES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 PALE_CLASS = "#7fc3ea"
-APART = alt.Resolve(scale=alt.ScaleResolveMap(color="independent"))
+OWN_COLOURS = alt.Resolve(scale=alt.ScaleResolveMap(color="independent"))
 
 
 class Line(NamedTuple):
@@ -149,7 +149,7 @@ def by_layer(dataset: xr.Dataset) -> alt.LayerChart:
     table = _layer_table(dataset, [*measures])
     alike = [axis for axis in axes if _same_layers(table, axis)]
     parts = [_depth(axis, menus, table) for axis in alike or [SEED]]
-    pairs = [alt.hconcat(*parts[j : j + 2], resolve=APART) for j in range(0, len(parts), 2)]
+    pairs = [alt.hconcat(*parts[j : j + 2], resolve=OWN_COLOURS) for j in range(0, len(parts), 2)]
     return finished(_below(pairs, table, choices))
 
 
@@ -297,7 +297,9 @@ def _table(dataset: xr.Dataset) -> list[Row]:
 
 def _below(figures: list[Mark], table: list[Row], choices: list[alt.Parameter]) -> Mark:
     """Figures of the same rows one below the other, with their menus: in one step, as `layered` layers."""
-    return alt.vconcat(*figures, data=carried(table), params=[choice.param for choice in choices], resolve=APART)
+    return alt.vconcat(
+        *figures, data=carried(table), params=[choice.param for choice in choices], resolve=OWN_COLOURS
+    )
 
 
 def _figure(

@@ -33,8 +33,8 @@ from deepspectra.analysis.attribute import pair_shares
 from deepspectra.derivatives.products import products_of
 from deepspectra.file_writing import save_whole
 from deepspectra.jobs.effort import Effort
-from deepspectra.jobs.estimate import density_stage, pairs_stage
 from deepspectra.jobs.pace import Pace
+from deepspectra.jobs.plan_of_analysis import density_stage, pairs_stage
 from deepspectra.problem.memory_budget import parse_bytes, return_freed
 from deepspectra.results import versions
 from reproductions import large_models, large_page

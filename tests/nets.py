@@ -538,6 +538,14 @@ def trained_on_digits(
     return copy.deepcopy(net), data
 
 
+def classified(num: int = 60, activation: nn.Module | None = None, **options: Any) -> ds.Problem:
+    """Points at random in three classes, and an untrained perceptron."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), activation or nn.Tanh(), nn.Linear(8, 3))
+    return ds.Problem(net, (torch.randn(num, 5, generator=generator), torch.arange(num) % 3), **options)
+
+
 def digits_problem() -> ds.Problem:
     """A network that has learned all the digits, in float64."""
     net, data = trained_on_digits(None, (32, 32), epochs=15, batch=32)

@@ -196,11 +196,10 @@ def layers_command(
 
     def look(moment: Moment, stages: Path | None) -> Dataset:
         problem = moment.subject.problem
-        work = _foretold(problem, chosen, "layers")
-        if kronecker:
-            CONSOLE.print("Kronecker factors are judged besides, in time that is not foreseen.", highlight=False)
+        judged = JUDGED if kronecker else ()
+        work = _foretold(problem, chosen, "layers", kronecker=judged)
         with status("layers", work()) as show:
-            found = layers(problem, kronecker=JUDGED if kronecker else (), resume=stages, progress=show)
+            found = layers(problem, kronecker=judged, resume=stages, progress=show)
         dataset = layer_dataset(found, problem, moment.subject.labels)
         finish(dataset, moment.out, "layers", said=str(found), as_json=chosen.as_json)
         return dataset
@@ -306,6 +305,7 @@ def estimate_command(
     job: Annotated[str, typer.Option(help=f"What is to be done: {', '.join(JOBS)}.")] = JOBS[0],
     effort: Annotated[str, typer.Option(help="Of an analysis: quick, standard or paper.")] = "standard",
     of: Annotated[str, typer.Option(help="Of regions: whose spectra.")] = ",".join(KINDS_OF_REGIONS),
+    kronecker: Annotated[bool, typer.Option(help="Of layers: judge KFAC, EKFAC and CFAC too.")] = False,
     prior: Annotated[str, typer.Option(help="Of certify: its priors, with commas.")] = PRIORS[0],
 ) -> None:
     """Time and memory that a job will take, stage by stage, from one measured batch; the job is not run.
@@ -314,7 +314,7 @@ def estimate_command(
     """
     kinds, priors = _kinds_of_regions(of), named_priors(prior)
     problem = chosen_problem(target, chosen, snapshots=None).problem
-    plan = estimate(problem, job, effort, of=kinds, prior=priors)
+    plan = estimate(problem, job, effort, of=kinds, kronecker=JUDGED if kronecker else (), prior=priors)
     tell(plan, as_json=chosen.as_json)
     if not plan.fits:
         raise typer.Exit(2)

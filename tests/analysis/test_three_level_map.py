@@ -71,3 +71,5 @@ def test_errors() -> None:
     for means in (ds.class_means(problem, of="features"), ds.class_means(problem, level="class")):
         with pytest.raises(OptionError, match="cross-class means"):
             ds.three_level_map(means)
+    with pytest.raises(OptionError, match=r"means is Problem; expected those of class_means"):
+        ds.three_level_map(problem)

@@ -26,21 +26,14 @@ from deepspectra.errors import (
     OptionError,
 )
 from deepspectra.jobs import stages
-from deepspectra.jobs.effort import EFFORTS, Effort
-from deepspectra.jobs.estimate import JOBS, foreseen, num_products_of, pairs_stage, plan_of_analysis
+from deepspectra.jobs.effort import EFFORTS
+from deepspectra.jobs.estimate import JOBS, foreseen
 from deepspectra.jobs.estimate import _advice as advice_of
-from deepspectra.jobs.pace import Pace, Stage
+from deepspectra.jobs.pace import Stage
 from deepspectra.operators.base import Operator
-from nets import trained_on_digits
+from nets import classified, trained_on_digits
 
 UNFORESEEN = {"checking derivatives", "measuring one batch", "class structure"}  # once, small
-
-
-def classified(num: int = 60, **options: Any) -> ds.Problem:
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
-    return ds.Problem(net, (torch.randn(num, 5, generator=generator), torch.arange(num) % 3), **options)
 
 
 def regression(num: int) -> ds.Problem:
@@ -106,19 +99,6 @@ def test_of_many_classes_groups_are_planned_as_they_are_analysed() -> None:
     assert vectors == 10 * 4 * sum(p.numel() for p in net.parameters())
 
 
-def test_means_of_batches_that_are_not_split_by_class_are_planned_pass_by_pass() -> None:
-    """Of C classes and C² cells each takes a backward pass of its own, where else all classes share them."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 10))
-    data, effort = (torch.randn(100, 5), torch.arange(100) % 10), Effort("quick", 0, 3e-2, None, 2, 4, False, 0)
-    ratios = []
-    for forward in (None, lambda model, batch: (model(batch[0]), batch[1])):
-        plan = plan_of_analysis(ds.Problem(net, [data], forward=forward), effort, 3, 10)
-        seconds = {stage.name: stage.seconds for stage in plan.stages}
-        ratios.append(seconds["averaging: cross-class means"] / seconds["averaging: class means"])
-    assert ratios == pytest.approx([7 / 2, 52 / 6.5])
-
-
 @pytest.mark.parametrize("job", ["layers", "regions"])
 def test_what_a_job_refuses_has_no_plan_and_stops_none(job: str) -> None:
     one = ds.Problem(nn.Linear(4, 1), (torch.randn(6, 4), torch.zeros(6, dtype=torch.long)))
@@ -140,11 +120,6 @@ def test_a_command_begins_where_nothing_can_be_foreseen(tmp_path: Path, monkeypa
     words = ["layers", "--model", "mlp-small", "--per-class", "3", "--epochs", "0", "--out", str(tmp_path / "out")]
     found = CliRunner().invoke(app, words)
     assert str(found.exception) == "begun"
-
-
-def test_products_of_pairs_grow_with_their_number_and_end_with_the_space() -> None:
-    assert [num_products_of(num, 10_000) for num in (1, 10, 40)] == [15, 35, 110]
-    assert num_products_of(40, 30) == 30
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -215,35 +190,6 @@ def test_a_basis_in_bfloat16_or_beside_on_the_host_is_planned(monkeypatch: pytes
     assert "lie in host memory" in str(plan)
 
 
-def test_pairs_are_planned_beside_their_basis_and_graphs_only_where_those_fit_too() -> None:
-    for memory, stay in (("1GB", True), (10_800, False)):
-        pace = Pace(classified(memory=memory))
-        graphs, room = pace.graphs("hessian"), pace.problem.memory // 4 // pace.row
-        assert graphs <= pace.problem.memory // 2
-        stage = pairs_stage(pace, "hessian", 1)
-        rows = min(stage.products, room)
-        beside = graphs if stay else 0
-        assert stage.num_bytes == max(graphs + rows * pace.row, beside + (rows + 1) * pace.row)
-
-
-@pytest.mark.filterwarnings("ignore::deepspectra.errors.ConvergenceWarning")
-def test_means_that_are_not_held_and_knock_outs_without_room_are_planned_as_they_run() -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 20))
-    data = (torch.randn(200, 30), torch.arange(200) % 20)
-    vector = 4 * sum(p.numel() for p in net.parameters())
-    effort = Effort("quick", 0, 3e-2, None, 2, 4, False, 0)
-    for num_vectors, held, fits in ((2000, True, True), (150, False, True), (60, False, False)):
-        problem = ds.Problem(net, data, memory=num_vectors * vector)
-        plan = {stage.name: stage for stage in plan_of_analysis(problem, effort, 2, 20).stages}
-        assert ("map of the means" in plan) == held == ds.decompose(problem, effects="two-way").holds_means()
-        assert plan["top eigenpairs of H"].fits
-        assert plan["attribution of H"].fits == fits
-        with contextlib.nullcontext() if fits else pytest.raises(MemoryBudgetError, match="knock-outs"):
-            hessian, parts = ds.Hessian(problem), ds.decompose(problem, effects="two-way")
-            ds.attribute(hessian, parts, pairs=ds.eigenpairs(hessian, 2, rtol=3e-2), max_products=1)
-
-
 def test_unknown_jobs_are_refused() -> None:
     with pytest.raises(OptionError, match="'analyze', 'layers', 'regions', 'compare'"):
         ds.estimate(classified(), "sweep")
@@ -265,24 +211,28 @@ def test_the_command_trains_nothing_writes_nothing_and_gives_json(
     assert {one["of"] for one in json.loads(few.stdout)["stages"]} == {"", "features"}
     assert CliRunner().invoke(app, [*words, "--of", "feature"]).exception.args[0].startswith("--of feature: expected")
     words[-1] = "layers"
+    judged = CliRunner().invoke(app, [*words, "--kronecker", "--json"])
+    assert any(one["name"].startswith("Kronecker factors of ") for one in json.loads(judged.stdout)["stages"])
     tight = CliRunner().invoke(app, [*words, "--memory", "300kB"])
     assert tight.exit_code == 2
     assert "It does not fit" in " ".join(tight.output.split())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["analyze", "layers", "regions", "certify"])
+@pytest.mark.parametrize("job", ["analyze", "layers", "layers with Kronecker factors", "regions", "certify"])
 def test_an_estimate_is_within_a_factor_of_two_of_what_the_job_takes(job: str) -> None:
     """In seconds of this process, with one thread."""
     net, data = trained_on_digits(30, (32, 32), epochs=5)
     make = lambda: ds.Problem(net, (data.inputs, data.targets))  # noqa: E731
     run = {"analyze": functools.partial(ds.analyze, effort="quick", progress=False), "layers": ds.layers}
     run |= {"regions": ds.regions, "certify": ds.certify}
+    kinds = ("kfac", "ekfac", "cfac") if "Kronecker" in job else ()
+    run["layers with Kronecker factors"] = functools.partial(ds.layers, kronecker=kinds)
     run[job](make())  # libraries are read
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        plan = ds.estimate(make(), job, "quick", of=["gradients"])
+        plan = ds.estimate(make(), job.split(maxsplit=1)[0], "quick", of=["gradients"], kronecker=kinds)
         began = time.process_time()
         run[job](make())
         spent = time.process_time() - began

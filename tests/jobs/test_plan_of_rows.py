@@ -11,6 +11,7 @@ from torch import nn
 import deepspectra as ds
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
 from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
+from nets import classified
 
 
 class _Once(torch.autograd.Function):
@@ -30,13 +31,6 @@ class _Once(torch.autograd.Function):
 class OnceOnly(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _Once.apply(x)
-
-
-def classified(num: int = 60, activation: nn.Module | None = None, **options: Any) -> ds.Problem:
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(5, 8), activation or nn.Tanh(), nn.Linear(8, 3))
-    return ds.Problem(net, (torch.randn(num, 5, generator=generator), torch.arange(num) % 3), **options)
 
 
 def wide(memory: str) -> ds.Problem:

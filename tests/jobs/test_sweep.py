@@ -292,12 +292,16 @@ def test_another_cell_version_or_list_of_axes_is_refused(tmp_path):
     cell.version = "1"
     with pytest.raises(errors.FileError, match=r"list of axes was \['x'\] and is \['x', 'z'\]"):
         swept(cell, {"x": [1], "z": [1]}, tmp_path)
+    other = tmp_path / "other"
+    swept(cell, {"x": [1], "z": [1]}, other)
+    with pytest.raises(errors.FileError, match=r"and is \['x'\]. Name the others too, each with the value"):
+        swept(cell, {"x": [1]}, other)
     with pytest.raises(errors.FileError, match="looks was None and is x"):
         swept(cell, {"x": [1]}, tmp_path, looks="x")
     with pytest.raises(errors.FileError, match=r"the cell was .*Counted and is sweep_cells.failing"):
         swept(failing, {"x": [1]}, tmp_path)
     swept(cell, {"x": [2]}, tmp_path)
-    assert len(cell.points) == 2
+    assert len(cell.points) == 3
 
 
 def test_a_function_is_known_by_its_source_and_its_fixed_arguments(tmp_path):

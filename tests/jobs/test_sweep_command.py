@@ -82,3 +82,13 @@ def test_a_missing_function_is_named(folder):
         sweep_of(["swept_cells.py:other", "x=1"], folder)
     with pytest.raises(errors.TargetError, match="a function that takes a point"):
         sweep_of(["swept_cells.py", "x=1"], folder)
+
+
+def test_a_sweep_that_is_stopped_says_how_it_goes_on(folder, monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deepspectra.jobs.sweep_command.sweep", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sweep_of(["swept_cells.py:cell", "size=1", "kind=good"], folder / "out")
+    assert "the same command goes on behind it" in " ".join(capsys.readouterr().err.split())

@@ -47,12 +47,14 @@ def three_level_map(means: ClassMeans, seed: int = 0) -> ThreeLevelMap:
         seed: of t-SNE's start.
 
     Raises:
-        OptionError: no cross-class means, fewer than 4 of them, or more than 2,500.
+        OptionError: no means, no cross-class means, fewer than 4 of them, or more than 2,500.
 
     Cost: inner products of C² means, and t-SNE of C² + C points: about a second for 10 classes.
 
     Source: Papyan 2019, arXiv 1901.08244, section 4, figures 3 to 5. Departure: the weighted form.
     """
+    if not isinstance(means, ClassMeans):
+        raise OptionError(f"means is {type(means).__name__}; expected those of class_means(problem, of='gradients').")
     if means.cross_class_means is None or means.cross_class_weights is None:
         raise OptionError(
             "the map is of cross-class means; pass class_means(problem, of='gradients') or of='errors'."

@@ -135,7 +135,7 @@ class Pace:
     @functools.cached_property
     def gradient(self) -> float:
         """Seconds of a gradient of all the data."""
-        return self.mine * self._timed(self.one.gradient)
+        return self.mine * self.timed(self.one.gradient)
 
     @property
     def vector(self) -> int:
@@ -174,7 +174,7 @@ class Pace:
         if (kind, width) not in self._seconds:
             block = self._block(width)
             operator = self._operator(kind)
-            self._seconds[kind, width] = self._timed(lambda: operator @ block) / width
+            self._seconds[kind, width] = self.timed(lambda: operator @ block) / width
         kept = min(1.0, share(self.problem.memory, "graphs") / max(1.0, self.mine * num_bytes))
         again = 0.0 if kept == 1 else (1 - kept) * build / width
         return self.mine * (self._seconds[kind, width] + again)
@@ -185,7 +185,7 @@ class Pace:
         one = self._block(1)[: self.row // self._dtype.itemsize]
         most = min(BASIS_BYTES, share(self.problem.memory, "basis"))
         many = one.new_ones(max(2, min(256, most // self.row)), len(one))
-        return self._timed(lambda: one - many.T @ (many @ one)) / len(many)
+        return self.timed(lambda: one - many.T @ (many @ one)) / len(many)
 
     @functools.cached_property
     def cube(self) -> float:
@@ -242,7 +242,7 @@ class Pace:
         for name, uses in captures.by_layer():
             num_rows = sum(batch[0].num_examples * batch[0].errors.shape[1] for batch in uses)
             num_bytes = scale * sum(use.num_bytes for batch in uses for use in batch)
-            spent = self._timed(functools.partial(gram_of, [uses]))
+            spent = self.timed(functools.partial(gram_of, [uses]))
             features, errors = (
                 scale * sum(rows.nbytes for batch in uses for rows in of(batch).values())
                 for of in (layer_inputs, layer_errors)
@@ -280,7 +280,7 @@ class Pace:
             v = torch.randn(block.shape[0], 1, generator=torch.Generator().manual_seed(0)).to(self._block(1))
             (residual,) = Residual(self.one).diagonal_blocks([(names, v)])
             if float(residual.norm()) > BENT * float((block @ v).norm()):
-                found[layer] = self.mine * self._timed(functools.partial(block.__matmul__, v))
+                found[layer] = self.mine * self.timed(functools.partial(block.__matmul__, v))
         return found
 
     def _operator(self, kind: str) -> Curvature:
@@ -312,7 +312,7 @@ class Pace:
                 first = self._now() - began
                 if first > LONG:  # beside which what happens only once, the first time, is little
                     break
-            later = self._timed(lambda: operator @ block)
+            later = self.timed(lambda: operator @ block)
             self._builds[kind] = (
                 max(0.0, first - later),
                 graphs.largest("jacobian" if kind == "gauss_newton" else kind),
@@ -320,7 +320,7 @@ class Pace:
             self._seconds[kind, 1] = later
         return self._builds[kind]
 
-    def _timed(self, work: Callable[[], object]) -> float:
+    def timed(self, work: Callable[[], object]) -> float:
         """Seconds of a step: the median of a few, after one that warms up if they are short."""
         found: list[float] = []
         while len(found) < TIMES + 1 and sum(found) < ENOUGH:

@@ -9,6 +9,7 @@ from deepspectra.analysis.layer_blocks import SMALL
 from deepspectra.analysis.regions import BLOCK, WHOLE, knockouts_of
 from deepspectra.errors import CurvatureError
 from deepspectra.jobs.pace import Pace, Stage
+from deepspectra.jobs.plan_of_analysis import num_products_of, pairs_stage
 from deepspectra.problem.memory_budget import share
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.held_rows import gram_bytes
@@ -17,6 +18,7 @@ VALUES = 0.6  # eigenvalues alone, in the same unit
 DOUBLE = 2  # times as long take products in float64, as those of the Hessian's regions are
 BLOCK_PRODUCTS = 100  # with a layer's block of H, where it is not that of G
 CHECKS = 2  # products by which that is seen
+COMPARED = 64  # eigenvectors of a large layer
 
 
 def captured(pace: Pace, times: int = 1) -> Stage:
@@ -90,6 +92,23 @@ def of_regions(pace: Pace, of: Sequence[str], num_groups: int) -> Iterator[Stage
             cubes = rows**3 + VALUES * len(knockouts_of(kind, "subtraction")) * rank**3
             seconds = turns * pace.cube * cubes
             yield Stage(f"{kind} of {name or 'the model'}", 0, seconds, size, limit, few, name, kind, 3)
+
+
+def of_comparison(pace: Pace) -> Iterator[Stage]:
+    """Of two networks alike."""
+    problem = pace.problem
+    num_rows = problem.num_examples * pace.scalars
+    yield captured(pace, 4)
+    yield Stage("Kronecker factors", 0, 0, pace.factors, problem.memory)
+    for name, layer in pace.rows.layers.items():
+        side = min(num_rows, layer.size)
+        if side <= SMALL:
+            seconds = 2 * (layer.pair * num_rows * side + pace.cube * side**3)
+        else:
+            seconds = 2 * num_products_of(COMPARED, side) * pace.product("gauss_newton")
+        yield Stage(f"eigenspaces of {name or 'the model'}", 0, seconds, gram_bytes(min(side, SMALL)), step=name)
+    one = pairs_stage(pace, "gauss_newton", 2 * problem.num_classes, "")
+    yield one._replace(name="top eigenpairs of both", products=2 * one.products, seconds=2 * one.seconds)
 
 
 def _rows_of(pace: Pace, kind: str) -> Stage:

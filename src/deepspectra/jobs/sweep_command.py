@@ -8,7 +8,7 @@ from pathlib import Path
 from deepspectra import zoo
 from deepspectra.argument_checks import check_choice
 from deepspectra.errors import OptionError
-from deepspectra.jobs.command_targets import load_function
+from deepspectra.jobs.command_targets import CONSOLE, load_function
 from deepspectra.jobs.pages import Dataset, load_dataset, write_page
 from deepspectra.jobs.sweep import sweep
 from deepspectra.jobs.sweep_cell import Cell, Value
@@ -73,7 +73,11 @@ def sweep_of(
                 check_choice(name, str(value), known)
         cell = ZooCell(data_root, training_epochs, by_layer=by_layer)
         looks = next((name for name in LOOKS if name in axes), None) if looks is None else looks
-    found = sweep(cell, axes, folder, looks=looks, executor=processes, memory=memory, retry=retry)
+    try:
+        found = sweep(cell, axes, folder, looks=looks, executor=processes, memory=memory, retry=retry)
+    except KeyboardInterrupt:
+        CONSOLE.print(f"What is finished is kept in {folder}: the same command goes on behind it.")
+        raise
     return _told(found, folder)
 
 

@@ -184,7 +184,9 @@ def _check_same(folder: Path, earlier: Mapping[str, Any], new: Mapping[str, Any]
         if earlier[key] != new[key]
     ]
     if differences:
-        raise FileError(f"{folder} holds another sweep: {'; '.join(differences)}. Choose another folder.")
+        same = len(differences) == 1 and set(new["names"]) < set(earlier["names"])
+        instead = "Name the others too, each with the value that is meant, or choose" if same else "Choose"
+        raise FileError(f"{folder} holds another sweep: {'; '.join(differences)}. {instead} another folder.")
     if earlier["version"] != new["version"]:
         raise FileError(
             f"the cells in {folder} are of version {earlier['version']} of {new['cell']}, which is now "

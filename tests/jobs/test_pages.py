@@ -22,6 +22,7 @@ from deepspectra.jobs.pages import (
     save_page,
     titled,
 )
+from deepspectra.report.page import _size_cards
 from nets import CASES
 
 
@@ -71,6 +72,15 @@ def test_a_page_says_what_was_looked_at_and_how():
     assert json.loads(found.attrs["provenance"])["seconds"] == 1.3
     assert json.loads(provenance(probes=3))["probes"] == 3
     assert titled("Spectra of", "net", "") == "Spectra of net"
+
+
+@pytest.mark.parametrize(("case", "card"), [("relu_mlp", "Examples"), ("tied_modules", "Rows")])
+def test_tokens_are_not_called_examples(case, card):
+    problem = CASES[case]().problem()
+    found = page_dataset({"losses": (("network",), np.ones(2))}, {}, problem, Labels(), "Layers of", [], 1.0)
+    name, number, note = _size_cards(found)[1]
+    assert (name, number) == (card, f"{problem.num_examples:,}")
+    assert note.startswith("several an example, in " if card == "Rows" else "in ")
 
 
 def test_what_is_saved_is_loaded_an_analysis_before_others(tmp_path):

@@ -18,6 +18,7 @@ from deepspectra.derivatives.products import products_of
 from deepspectra.derivatives.way_choice import coarse_types
 from deepspectra.errors import CurvatureError, FileError, OptionError, first_line
 from deepspectra.file_writing import save_whole
+from deepspectra.problem.batch_trees import length
 from deepspectra.problem.problem import Problem
 from deepspectra.results import NOTHING, versions
 
@@ -146,6 +147,7 @@ def described(
         "loss": problem.loss_function.name,
         "num_parameters": problem.num_parameters,
         "num_examples": problem.num_examples,
+        "row": "part of an example" if _has_parts(problem) else "example",
         "num_classes": problem.num_classes,
         "dtype": str(problem.dtype).removeprefix("torch."),
         "device": str(problem.device),
@@ -153,6 +155,13 @@ def described(
         "loss_value": loss,
         "accuracy": accuracy,
     }
+
+
+def _has_parts(problem: Problem) -> bool:
+    """Whether an example has several rows, as a sentence has tokens. Cost: one batch forward."""
+    for batch in problem.fixed_batches():
+        return len(problem.values(batch)[0]) > length(batch)
+    return False
 
 
 def titled(subject: str, model: str, data: str) -> str:

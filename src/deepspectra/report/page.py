@@ -214,9 +214,12 @@ def _size_cards(dataset: xr.Dataset) -> list[tuple[str, str, str]]:
     for prefix, of in (("", ""), ("test_", "Test ")):
         names = ("num_examples", "accuracy", "loss_value")
         examples, accuracy, loss = (t.attribute(dataset, prefix + name) for name in names)
-        note = f"in {t.quantity(classes, 'class', 'classes')}" if classes else ""
+        whole = t.attribute(dataset, "row", "example") == "example"
+        notes = ["" if whole else "several an example"]
+        notes += [f"in {t.quantity(classes, 'class', 'classes')}"] if classes else []
         if examples is not None:
-            cards.append((f"{of}examples".capitalize(), f"{examples:,}", note))
+            name = f"{of}{'examples' if whole else 'rows'}".capitalize()
+            cards.append((name, f"{examples:,}", ", ".join(filter(None, notes))))
         if accuracy is not None:
             note = f"loss {number(loss)}" if loss is not None else ""
             cards.append((f"{of}accuracy".capitalize(), f"{accuracy:.2%}", note))

@@ -52,6 +52,24 @@ def llama() -> tuple[nn.Module, list[Batch]]:
     return tf.LlamaForCausalLM(config), [sentences(), sentences((2, 4), padded=False)]
 
 
+def mixtral() -> tuple[nn.Module, list[Batch]]:
+    sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = tf.MixtralConfig(vocab_size=VOCABULARY, num_key_value_heads=1, num_local_experts=3, **sizes)
+    return tf.MixtralForCausalLM(config), [sentences(), sentences((2, 4), padded=False)]
+
+
+def answering() -> tuple[nn.Module, list[Batch]]:
+    """Where an answer starts and where it ends; a position beyond the sentence is none."""
+    sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 6}
+    config = tf.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=8, **sizes)
+    batches = [sentences(), sentences((2, 4), padded=False)]
+    for batch in batches:
+        length = batch.pop("labels").shape[1]
+        batch["start_positions"] = torch.tensor([1, 2, length])[-len(batch["input_ids"]) :]
+        batch["end_positions"] = torch.tensor([3, 2, length])[-len(batch["input_ids"]) :]
+    return tf.BertForQuestionAnswering(config), batches
+
+
 def vit() -> tuple[nn.Module, list[Batch]]:
     sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 6}
     config = tf.ViTConfig(image_size=4, patch_size=2, num_labels=LABELS, **sizes)
@@ -72,9 +90,9 @@ def t5() -> tuple[nn.Module, list[Batch]]:
 
 
 FAMILIES: dict[str, Callable[[], tuple[nn.Module, list[Batch]]]] = {
-    family.__name__: family for family in (bert, masked_bert, gpt2, llama, vit, t5)
+    family.__name__: family for family in (bert, masked_bert, answering, gpt2, llama, mixtral, vit, t5)
 }
-SHIFTED = ("gpt2", "llama")
+SHIFTED = ("gpt2", "llama", "mixtral")
 
 
 def family(name: str) -> tuple[nn.Module, list[Batch]]:
@@ -91,6 +109,9 @@ def family(name: str) -> tuple[nn.Module, list[Batch]]:
 
 def counted(name: str, batch: Batch) -> int:
     """Labels of a batch that are not ignored."""
+    if name == "answering":
+        places = torch.stack([batch["start_positions"], batch["end_positions"]])
+        return int((places < batch["input_ids"].shape[1]).sum())
     labels = batch["labels"][:, 1:] if name in SHIFTED else batch["labels"]
     return int((labels != -100).sum())
 

@@ -17,7 +17,7 @@ from torch.utils import checkpoint
 
 import deepspectra as ds
 from deepspectra import errors
-from deepspectra.problem.evaluated_model import UNCHECKPOINTED
+from deepspectra.problem.plain_operations import PLAIN
 from given import Captured, Net, X, Y, check, normed
 from reference import error
 from truth import truth
@@ -290,10 +290,10 @@ def test_checkpointed_functions_are_differentiated_as_others(reentrant: bool) ->
             run = functools.partial(checkpoint.checkpoint, use_reentrant=reentrant)
             return run(lambda h: self.o(torch.tanh(h)), run(self.a, x))
 
-    before = {name: getattr(checkpoint, name) for name in UNCHECKPOINTED}
+    before = [getattr(holder, name) for holder, name, _ in PLAIN]
     net = Checkpointed()
     check(net, mean=lambda: functional.cross_entropy(net.o(torch.tanh(net.a(X))), Y))
-    assert {name: getattr(checkpoint, name) for name in UNCHECKPOINTED} == before
+    assert [getattr(holder, name) for holder, name, _ in PLAIN] == before
 
 
 def test_checkpointed_functions_tell_their_failures() -> None:

@@ -20,6 +20,7 @@ def test_loss_and_derivatives_of_a_model_as_it_comes_are_those_of_the_loss_it_gi
     assert problem.num_examples == sum(counted(name, batch) for batch in batches)
 
     model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
     leaves = {key: p.detach().requires_grad_() for key, p in model.named_parameters()}
     tangents = torch.randn(problem.num_parameters, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with casts_up_only():
@@ -178,6 +179,50 @@ def test_rows_that_a_later_batch_masks_or_weighs_are_refused(dtype):
     for weights in (torch.tensor([1.0, 1, 1, 1, 0, 0]), torch.linspace(0, 5, 6)):
         with pytest.raises(errors.LossError, match="weigh or mask rows by another entry than the labels"):
             ds.Problem(model, [first, {"x": 2 * X, "weights": weights, "labels": Y}])
+
+
+def test_options_of_another_batch_must_be_those_of_the_first_but_for_the_label_that_is_ignored():
+    torch.manual_seed(0)
+    batches = [{"x": X, "labels": Y}, {"x": X[:4], "labels": Y[:4]}]
+    smoothed = Own(lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1 if len(y) < 6 else 0.0))
+    with pytest.raises(errors.LossError, match="as it is for the first batch"):
+        ds.Problem(smoothed, batches)
+    ignoring = Own(lambda z, y: F.cross_entropy(z, y, ignore_index=int(len(y) < 6)))
+    problem = ds.Problem(ignoring, batches)
+    losses = [float(ignoring(b["x"], b["labels"]).loss.detach()) for b in batches]
+    assert problem.num_examples == 5
+    assert problem.loss() == pytest.approx((3 * losses[0] + 2 * losses[1]) / 5, rel=1e-5)
+
+
+class TwoHeads(nn.Module):
+    """A model that gives the mean, or another combination, of the losses of two heads."""
+
+    def __init__(self, of_second: float = 0.5, num_second: int = 2) -> None:
+        super().__init__()
+        self.heads, self.of_second = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, num_second)]), of_second
+
+    def forward(self, x, first, second):
+        losses = [F.cross_entropy(head(x), y) for head, y in zip(self.heads, (first, second), strict=True)]
+        return SimpleNamespace(loss=(1 - self.of_second) * losses[0] + self.of_second * losses[1])
+
+
+def test_the_mean_of_two_losses_is_one_of_twice_as_many_rows():
+    torch.manual_seed(0)
+    model, batch = TwoHeads().double(), {"x": X.double(), "first": Y, "second": 1 - Y}
+    problem = ds.Problem(model, [batch])
+    assert (problem.num_examples, problem.cuts) == (12, True)
+    assert problem.loss() == pytest.approx(float(model(**batch).loss.detach()), rel=1e-12)
+    halves = [
+        ds.Problem(head, (batch["x"], batch[y])) for head, y in zip(model.heads, ("first", "second"), strict=True)
+    ]
+    expected = torch.block_diag(*(ds.GaussNewton(half).dense() / 2 for half in halves))
+    torch.testing.assert_close(ds.GaussNewton(problem).dense(), expected)
+
+
+@pytest.mark.parametrize("other", [{"of_second": 0.3}, {"num_second": 3}])
+def test_another_combination_of_two_losses_is_refused(other):
+    with pytest.raises(errors.LossError, match="sum of several terms"):
+        ds.Problem(TwoHeads(**other), [{"x": X, "first": Y, "second": 1 - Y}])
 
 
 def test_a_batch_of_ignored_labels_may_come_first():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepspectra.derivatives.ways import Jacobian, Way
 from deepspectra.problem.evaluated_model import Tree
@@ -174,10 +174,9 @@ def _direction(problem: Problem, generator: torch.Generator) -> list[Tensor]:
     direction = {name: _noise(value, generator) for name, value in problem.parameters.items()}
     names = {id(p): name for name, p in problem.model.named_parameters()}
     for module in problem.model.modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
-            name = names.get(id(module.weight))
-            if name in direction:
-                direction[name][module.padding_idx] = 0
+        padding, table = getattr(module, "padding_idx", None), getattr(module, "weight", None)
+        if padding is not None and (name := names.get(id(table))) in direction:
+            direction[name][padding] = 0
     return list(direction.values())
 
 

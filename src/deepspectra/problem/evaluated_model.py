@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils import checkpoint
 
 from deepspectra.errors import DataError, OptionError, ParameterError
 from deepspectra.problem.batch_trees import map_tensors
@@ -20,6 +19,7 @@ from deepspectra.problem.batches import Pair
 from deepspectra.problem.double_precision import DoubleThroughout, names_single
 from deepspectra.problem.losses import Loss
 from deepspectra.problem.model_copy import DROPOUTS, NORMS, named_tensors, twins
+from deepspectra.problem.plain_operations import PLAIN
 
 Tree = dict[str, Tensor]
 Forward = Callable[[nn.Module, Any], Pair]
@@ -47,7 +47,8 @@ class Evaluated(nn.Module):
         self.original: list[tuple[dict[str, Any], str, Any]] = []  # where what was captured stood
         self.differentiates = False  # the forward pass takes derivatives itself, and does not run without gradients
         self.writes = False  # the forward pass writes into its batch, and is given copies
-        self.narrows = False  # operations are asked for float32 by name
+        self.narrows = True  # operations may be asked for float32 by name: known by `stamp`, of the passes before
+        self.asks = False  # they were asked in a pass that was watched
         self.written: set[str] = set()  # buffers that the forward pass writes into
         self.stamps: dict[str, Stamp] = {}  # how other buffers and the parameters were when the problem was made
 
@@ -63,10 +64,14 @@ class Evaluated(nn.Module):
         """Outputs and targets at the given parameters; the others are the model's own."""
         named = {f"model.{name}": value for name, value in parameters.items()}
         batch = map_tensors(Tensor.clone, batch) if self.writes else batch
-        double = self.narrows and next(iter(parameters.values())).dtype == torch.float64
-        with DoubleThroughout() if double else contextlib.nullcontext(), self._replaced(parameters):
+        with self.precise(parameters), self._replaced(parameters):
             pair: tuple[Tensor, Tensor] = torch.func.functional_call(self, named, (batch,))
         return pair
+
+    def precise(self, parameters: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[Any]:
+        """Within this a network in float64 computes in float64 throughout."""
+        double = self.narrows and next(iter(parameters.values())).dtype == torch.float64
+        return DoubleThroughout() if double else contextlib.nullcontext()
 
     def values(self, parameters: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
         """The same without a graph."""
@@ -119,7 +124,8 @@ class Evaluated(nn.Module):
 
     def stamp(self) -> None:
         """Note how the weights are now, but for what the network writes itself; suspect nothing any more."""
-        self.suspects = set()
+        if self.suspects:
+            self.suspects, self.narrows = set(), self.asks
         now = stamps(self.model, "_parameters", "_buffers")
         self.stamps = {name: stamp for name, stamp in now.items() if name not in self.written}
 
@@ -206,7 +212,7 @@ class _Watched(TorchFunctionMode):
         for value in (*args, *kwargs.values()):
             several = value if isinstance(value, (list, tuple)) else (value,)
             self.module.is_caught |= any(id(one) in self.module.suspects for one in several)
-        self.module.narrows |= names_single(func, args, kwargs)
+        self.module.asks |= names_single(func, args, kwargs)
         return func(*args, **kwargs)
 
 
@@ -283,23 +289,6 @@ def forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 # -- how operations run --------------------------------------------------------------------------------------
 
 
-def _nothing_kept(*_: Any, **__: Any) -> Iterator[None]:
-    """Stands around a checkpointed function, and does nothing."""
-    yield
-
-
-class _Called:
-    """What a checkpointed function is called by."""
-
-    @staticmethod
-    def apply(function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:
-        return function(*args)
-
-
-# Names by which torch.utils.checkpoint.checkpoint calls its two kinds, and what runs the function alone.
-UNCHECKPOINTED = {"_checkpoint_without_reentrant_generator": _nothing_kept, "CheckpointFunction": _Called}
-
-
 class _Kernels:
     """Attention by operations that have second derivatives; compiled and checkpointed functions as they were written.
 
@@ -324,10 +313,10 @@ class _Kernels:
                 self.undo.enter_context(sdpa_kernel(SDPBackend.MATH))
                 if "torch._dynamo" in sys.modules:  # else nothing was compiled, and its import takes seconds
                     self.undo.enter_context(torch.compiler.set_stance("force_eager"))
-                for name, plain in UNCHECKPOINTED.items():
-                    if found := vars(checkpoint).get(name):
-                        self.undo.callback(setattr, checkpoint, name, found)
-                        setattr(checkpoint, name, plain)
+                for holder, name, plain in PLAIN:
+                    if found := vars(holder).get(name):
+                        self.undo.callback(setattr, holder, name, found)
+                        setattr(holder, name, plain)
             self.depth += 1
 
     def __exit__(self, *_: object) -> None:

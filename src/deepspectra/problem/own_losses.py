@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +14,14 @@ from torch.overrides import TorchFunctionMode
 from deepspectra.errors import DataError, LossError
 from deepspectra.problem.batch_trees import map_tensors
 from deepspectra.problem.batches import Batches, Pair
-from deepspectra.problem.evaluated_model import Evaluated, Forward
+from deepspectra.problem.evaluated_model import Evaluated, Forward, differentiable
 from deepspectra.problem.input_checks import reported, shapes_of
 from deepspectra.problem.losses import Loss
 from deepspectra.problem.named_losses import MODULES, Given, resolve
 
 # Relative, of a mean over rows to the loss that the model gives: sums in another order, rounded in the loss's type.
 SAME = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 0.02}
+IGNORED = -100  # the label that losses of ours ignore
 INSTEAD = "Pass forward=lambda model, batch: (outputs, targets) instead."
 
 
@@ -42,6 +43,18 @@ class Call(NamedTuple):
         with torch.no_grad():
             return torch.allclose(self.mean().double(), given.double(), rtol=limit, atol=0.0, equal_nan=True)
 
+    def is_like(self, other: Call) -> bool:
+        """Whether it is the same function of other numbers, of as many rows."""
+        return (
+            self.function is other.function
+            and self.outputs.shape == other.outputs.shape
+            and self.targets.shape == other.targets.shape
+            and self.options.keys() == other.options.keys()
+            and all(
+                value is other.options[name] or value == other.options[name] for name, value in self.options.items()
+            )
+        )
+
     def loss(self) -> Loss:
         """The same as a loss of ours."""
         defaults = inspect.signature(self.function).parameters
@@ -49,10 +62,31 @@ class Call(NamedTuple):
         return resolve(functools.partial(self.function, **{**given, "reduction": "mean"}))
 
 
-class _Calls(TorchFunctionMode):
-    """Within this mode losses are seen as they are called; of these one, told by its place, is not computed but 0."""
+def _same(one: Any, other: Any) -> bool:
+    """Whether two options are the same."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return one is other or (not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other)
 
-    def __init__(self, skipped: int | None = None) -> None:
+
+def _joined(calls: Sequence[Call]) -> Call | None:
+    """One call with the rows of several, those of an example side by side, if they are alike."""
+    first = calls[0]
+    if len(calls) == 1:
+        return first
+    if not first.outputs.ndim or not first.targets.ndim or not all(map(first.is_like, calls)):
+        return None
+    outputs, targets = (
+        torch.stack(column, 1).flatten(0, 1)
+        for column in zip(*((call.outputs, call.targets) for call in calls), strict=True)
+    )
+    return first._replace(outputs=outputs, targets=targets)
+
+
+class _Calls(TorchFunctionMode):
+    """Within this mode losses are seen as they are called; of these some, told by place, are not computed but 0."""
+
+    def __init__(self, skipped: Sequence[int] = ()) -> None:
         super().__init__()
         self.skipped = skipped
         self.seen: list[Call] = []
@@ -62,29 +96,39 @@ class _Calls(TorchFunctionMode):
         if func not in MODULES:
             return func(*args, **kwargs)
         options = inspect.signature(func).bind(*args, **kwargs).arguments
-        outputs, targets = options.pop("input"), options.pop("target")
-        self.seen.append(Call(func, outputs, targets, options))
-        if self.skipped != len(self.seen) - 1:
+        self.seen.append(_call(func, dict(options)))
+        if len(self.seen) - 1 not in self.skipped:
             return func(*args, **kwargs)
+        outputs = options["input"]
         if options.get("reduction", "mean") != "none":
             return outputs.new_zeros(())
         with torch.no_grad():  # for the shape
             return torch.zeros_like(func(*args, **kwargs))
 
 
+def _call(function: Callable[..., Tensor], options: dict[str, Any]) -> Call:
+    """A call; what it ignores is labelled by −100, whichever label the batch at hand has for that."""
+    outputs, targets, ignored = options.pop("input"), options.pop("target"), options.pop("ignore_index", IGNORED)
+    if ignored != IGNORED and not targets.is_floating_point():
+        targets = targets.masked_fill(targets == ignored, IGNORED)
+    return Call(function, outputs, targets, options)
+
+
 class OwnLoss:
     """A forward function for batches that are mappings, `model(**batch)`, as Hugging Face's models take them.
 
-    Outputs and targets are those with which the model calls its loss, shifted, flattened and masked by itself. That
-    their mean is the loss that the model gives is seen on one batch by `learn`, and on every batch by `compared`.
+    Outputs and targets are those with which the model calls its loss, shifted, flattened and masked by itself, once
+    or for several rows of each example, such as where an answer starts and where it ends. That their mean is the loss
+    that the model gives is seen on one batch by `learn`, and on every batch by `compared`.
     """
 
     def __init__(self) -> None:
-        self.place = 0  # of the loss among the calls of a pass
+        self.places: Sequence[int] = (0,)  # of the loss among the calls of a pass
+        self.options: dict[str, Any] = {}  # of these
 
     def __call__(self, model: nn.Module, batch: Any) -> Pair:
         """Outputs and targets of a batch."""
-        calls = _Calls(skipped=self.place)
+        calls = _Calls(self.places)
         with calls:
             model(**batch)
         call = self._called(calls, batch)
@@ -96,7 +140,7 @@ class OwnLoss:
         with calls:
             given = _loss_of(model(**batch))
         call = self._called(calls, batch)
-        if given is None or not call.is_same(given):
+        if given is None or not call._replace(options=self.options).is_same(given):
             raise LossError(
                 f"for a batch with {_keys(batch)} the loss that the model gives, "
                 f"{'none' if given is None else f'{float(given):.4g}'}, is not the mean over its rows of "
@@ -107,9 +151,13 @@ class OwnLoss:
         return call.outputs, call.targets
 
     def _called(self, calls: _Calls, batch: Any) -> Call:
-        if self.place >= len(calls.seen):
-            raise DataError(f"the model calls no loss on a batch with {_keys(batch)}; are its labels there?")
-        return calls.seen[self.place]
+        found = _joined([calls.seen[place] for place in self.places]) if self.places[-1] < len(calls.seen) else None
+        if found is None:
+            raise DataError(
+                f"the model calls no loss on a batch with {_keys(batch)}, or fewer than on the first; are its labels "
+                "there?"
+            )
+        return found
 
     def learn(self, model: nn.Module, batch: Any) -> Loss:
         """The loss that the model gives, and which call of a pass it is.
@@ -124,12 +172,14 @@ class OwnLoss:
                 f"the model gives no loss for a batch with {_keys(batch)}, and a batch that is a mapping needs one: "
                 f"the labels under the name by which the model takes them. {INSTEAD}"
             )
-        for place, call in enumerate(calls.seen):
-            if call.is_same(given):
-                with torch.no_grad(), _Calls(skipped=place):
+        every = range(len(calls.seen))
+        for places in [*((place,) for place in every), every][: len(every) + (len(every) > 1)]:
+            call = _joined([calls.seen[place] for place in places])
+            if call is not None and call.is_same(given):
+                with torch.no_grad(), _Calls(places):
                     rest = _loss_of(model(**map_tensors(Tensor.clone, batch)))
                 if rest is not None and float(rest) == 0:
-                    self.place = place
+                    self.places, self.options = places, call.options
                     return call.loss()
         called = ", ".join(call.function.__name__ for call in calls.seen) or "none of PyTorch's functions"
         raise LossError(
@@ -156,7 +206,7 @@ def settle_loss(loss: Given, module: Evaluated, batches: Batches, forward: objec
         return known, module.function
     function = OwnLoss()
     passed = f"the model failed on a batch with {_keys(batch)}, {shapes_of(batch)}, passed by name. {INSTEAD} It said"
-    with reported(DataError, passed):
+    with reported(DataError, passed), differentiable(), module.precise(dict(module.model.named_parameters())):
         own = function.learn(module.model, batch)
     module.function = function.compared
     return own if loss == "cross_entropy" else known, function

@@ -62,7 +62,6 @@ def settle_layout(module: Evaluated, batches: Batches, loss: Loss, parameters: T
 
 def _first_values(module: Evaluated, parameters: Tree, batch: Any) -> Pair:
     """Outputs and targets of a batch; notes whether the network takes derivatives itself, or writes into it."""
-    knew = module.narrows
     twin = map_tensors(Tensor.clone, batch)
     versions = [leaf._version for leaf in tensors(twin)]
     dtype = next(iter(parameters.values())).dtype
@@ -78,8 +77,7 @@ def _first_values(module: Evaluated, parameters: Tree, batch: Any) -> Pair:
             if not module.differentiates:
                 raise
     module.writes = module.writes or [leaf._version for leaf in tensors(twin)] != versions
-    # What was asked for float32 in this pass is float64 from the next on.
-    return pair if module.narrows == knew else module.values(parameters, batch)
+    return pair
 
 
 @dataclass

@@ -11,7 +11,6 @@ from torch import Tensor
 from deepspectra.errors import OptionError
 
 COVERED = math.erf(math.sqrt(2))  # by two standard deviations of a normal variable: 95.4 %
-BISECTIONS = 50
 ROUNDING = 1e-6  # of a count
 
 Number = TypeVar("Number", float, Tensor)
@@ -56,15 +55,19 @@ def count_interval(
     _check(confidence)
     slack = ROUNDING / size
     shares = torch.stack([(low - slack).clamp_min(0), (high + slack).clamp_max(1)]).numpy()
-    below = torch.zeros(2, *low.shape, dtype=torch.float64)
-    above = torch.full_like(below, size)
-    chance = torch.tensor([1 + confidence, 1 - confidence]).view(2, *[1] * low.ndim) / 2
-    for _ in range(BISECTIONS):  # the chance of no more than is seen falls with k
-        count = (below + above) / 2
-        a, b = num_probes * count.numpy() / 2, num_probes * (size - count).numpy() / 2
+    # The chance of no more than is seen falls with k: whole numbers are halved, up to rounding, to the first that has
+    # too little of it for the lower end, and to the last that has enough for the upper one.
+    ends = 2, *[1] * low.ndim
+    chance = torch.tensor([1 + confidence, 1 - confidence]).view(ends) / 2
+    beside = torch.tensor([ROUNDING, -ROUNDING], dtype=torch.float64).view(ends)
+    limits = [[-1, 0], [math.ceil(size - ROUNDING), math.floor(size + ROUNDING) + 1]]
+    below, above = torch.tensor(limits, dtype=torch.float64).view(2, *ends).expand(2, 2, *low.shape)
+    while bool((above - below > 1).any()):
+        count = ((below + above) / 2).floor()
+        a, b = (num_probes / 2 * k.numpy() for k in (count + beside, size - count - beside))
         more = torch.from_numpy(betainc(a, b, shares)) > chance
         below, above = torch.where(more, count, below), torch.where(more, above, count)
-    least, most = (below[0] - ROUNDING).ceil(), (above[1] + ROUNDING).floor()
+    least, most = above[0], below[1]
     return torch.minimum(least, most).clamp_min(0), torch.maximum(least, most)
 
 

@@ -12,6 +12,7 @@ import altair as alt
 import numpy as np
 import vl_convert
 import xarray as xr
+from altair.utils.schemapi import debug_mode
 from numpy.typing import NDArray
 
 from deepspectra.errors import DataError, FileError, OptionError
@@ -124,10 +125,11 @@ class Chart:
         self.needed, self.some, self.reason = needed, some, reason
 
     def __call__(self, dataset: xr.Dataset) -> alt.LayerChart:
-        """The chart."""
+        """The chart, whose ingredients are not held against Vega-Lite's schema one by one: no data change that."""
         if reason := self.lacks(dataset):
             raise DataError(reason)
-        return self.draw(dataset)
+        with debug_mode(False):
+            return self.draw(dataset)
 
     def lacks(self, dataset: xr.Dataset) -> str:
         """Why it cannot be drawn; empty if it can."""
@@ -206,7 +208,7 @@ def printed(chart: alt.LayerChart, inches: float | None) -> alt.LayerChart:
         return chart
     if not 0 < inches < math.inf:
         raise OptionError(f"inches={inches!r}; expected a positive width, or None for that of the page.")
-    spec = chart.to_dict()
+    spec = chart.to_dict(validate=False)
     config = spec["config"]
     text = {"labelFontSize": LETTERS, "titleFontSize": LETTERS}
     config["axis"] |= {**text, "titlePadding": 3, "tickSize": 3}
@@ -232,7 +234,8 @@ def printed(chart: alt.LayerChart, inches: float | None) -> alt.LayerChart:
         if y.get("value", 0) < 0:  # letters above the figure, where the legend is
             config["legend"]["offset"] = 2 * LETTERS
     spec |= {"width": width, "height": height, "autosize": {"type": "fit", "contains": "padding"}}
-    found: alt.LayerChart = alt.LayerChart.from_dict(spec)
+    with debug_mode(False):
+        found: alt.LayerChart = alt.LayerChart.from_dict(spec, validate=False)
     return found
 
 

@@ -1,5 +1,6 @@
 """The command line, run as a user runs it."""
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 import deepspectra as ds
 from commands import finished, run
 from deepspectra import cli, errors, zoo
+from deepspectra.jobs import command_targets
 from deepspectra.jobs.pages import load_pages
 
 MINE = """
@@ -320,8 +322,13 @@ def test_every_command_that_makes_a_problem_spells_the_same_options():
         assert ("--split " in text) == (command == "analyze")
 
 
-def test_the_demo_ends_with_its_verdict_and_its_report(tmp_path):
-    done = process("demo", "--out", "here", cwd=tmp_path)
+def test_the_demo_ends_with_its_verdict_and_its_report(tmp_path, monkeypatch):
+    def fewer(target, chosen):
+        return command_targets.chosen_problem(target, chosen._replace(per_class=5, epochs=2))
+
+    monkeypatch.setattr(cli, "chosen_problem", fewer)
+    monkeypatch.setattr(cli, "analyze", functools.partial(cli.analyze, num_probes=1, num_steps=4))
+    done = run("demo", "--out", "here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line]
     assert "outlier" in lines[0]

@@ -58,7 +58,7 @@ def shares(dataset: xr.Dataset) -> alt.LayerChart:
             title="share of the eigenvalue",
             axis=alt.Axis(format=".0%", tickCount=5),
         ),
-        x2="to:Q",
+        x2=alt.X2("to:Q"),
         color=d.colour({part: d.PART_COLOURS[part] for part in parts}),
         tooltip=[d.word("row", "outlier"), d.word("label", "part"), d.tip("share", "share", ".1~%")],
     )
@@ -67,8 +67,8 @@ def shares(dataset: xr.Dataset) -> alt.LayerChart:
         .mark_text(fontSize=10.5)
         .encode(
             y=alt.Y("row:N", sort=order),
-            x="middle:Q",
-            text="text:N",
+            x=alt.X("middle:Q"),
+            text=alt.Text("text:N"),
             color=alt.Color("ink:N", scale=None),
         )
     )
@@ -178,16 +178,18 @@ def _knockout_rules(thresholds: dict[str, float]) -> list[d.Mark]:
         {"operator": name, "outlier_threshold": value, "text": f"outlier threshold {d.number(value)}"}
         for name, value in thresholds.items()
     ]
-    base = _of_shown(table).encode(x="outlier_threshold:Q")
+    base = _of_shown(table).encode(x=alt.X("outlier_threshold:Q"))
     rule = base.mark_rule(color=d.MUTED, strokeDash=[5, 3])
-    text = base.mark_text(color=d.MUTED, fontSize=11, align="center").encode(y=alt.value(-8), text="text:N")
+    text = base.mark_text(color=d.MUTED, fontSize=11, align="center").encode(
+        y=alt.YValue(-8), text=alt.Text("text:N")
+    )
     return [rule, text]
 
 
 def _knockout_counts(summary: list[d.Row], y: alt.Y) -> d.Mark:
     table = [{"operator": row["operator"], "row": row["row"], "text": outliers_left(row)} for row in summary]
     mark = _of_shown(table).mark_text(align="left", dx=10, fontSize=12, fontWeight=600, color=d.INK)
-    return mark.encode(x=alt.value("width"), y=y, text="text:N")
+    return mark.encode(x=alt.XValue("width"), y=y, text=alt.Text("text:N"))
 
 
 # ------------------------------------------------------------------------------------------------- averaging
@@ -278,5 +280,5 @@ def cost(dataset: xr.Dataset) -> alt.LayerChart:
         ],
     )
     bar = base.mark_bar(color="#7b8794", height={"band": 0.7})
-    text = base.mark_text(align="left", dx=5, color=d.INK).encode(text="text:N")
+    text = base.mark_text(align="left", dx=5, color=d.INK).encode(text=alt.Text("text:N"))
     return d.finished(alt.layer(bar, text), width=d.WIDTH, height=26 * len(order))

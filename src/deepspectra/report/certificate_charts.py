@@ -45,7 +45,7 @@ def bounds(dataset: xr.Dataset) -> alt.LayerChart:
     bars = base.transform_filter("isValid(datum.bound)").mark_bar(height=12, color="#0072B2", opacity=0.35)
     bars = bars.encode(x=alt.X("bound:Q", scale=scale), tooltip=tooltip)
     ends = base.transform_filter("isValid(datum.bound)").mark_text(align="left", dx=5, fontSize=12, color=INK)
-    ends = ends.encode(x="bound:Q", text=alt.Text("bound:Q", format=".4f"))
+    ends = ends.encode(x=alt.X("bound:Q"), text=alt.Text("bound:Q", format=".4f"))
     dots = base.transform_filter("isValid(datum.observed)").mark_point(filled=True, size=70, color=INK)
     dots = dots.encode(x=x, tooltip=tooltip)
     return finished(alt.layer(bars, ends, dots), width=WIDTH, height=ROW * len(names))
@@ -85,10 +85,10 @@ def posterior_variances(dataset: xr.Dataset) -> alt.LayerChart:
     )
     points = blank(table).transform_filter(shown).mark_point(filled=True, size=22, opacity=0.5)
     tooltip = [tip("curvature", "curvature h"), tip("variance", "variance s")]
-    points = points.encode(x=x, y=y, color=alt.value("#0072B2"), tooltip=tooltip)
+    points = points.encode(x=x, y=y, color=alt.ColorValue("#0072B2"), tooltip=tooltip)
     rule = blank(lines).transform_filter(shown).mark_rule(color=MUTED, strokeDash=[5, 4]).encode(y=y)
     text = blank(lines).transform_filter(shown).mark_text(align="right", dy=-7, dx=-4, color=MUTED)
-    text = text.encode(y=y, x=alt.value(WIDTH), text="label:N")
+    text = text.encode(y=y, x=alt.XValue(WIDTH), text=alt.Text("label:N"))
     return finished(layered(points, rule, text, choices=[chosen]), width=WIDTH, height=330)
 
 

@@ -133,6 +133,6 @@ def three_level_map(dataset: xr.Dataset) -> alt.LayerChart:
     crossed = base.transform_filter(shown + "'cross-class'").mark_circle(size=55, opacity=0.95)
     true = base.transform_filter(shown + "'true'").mark_point(size=55, filled=False, strokeWidth=1.6)
     captions = base.transform_filter(shown + "'class'").mark_text(fontSize=11, fontWeight=600, color=d.INK)
-    captions = captions.encode(text="label:N", color=alt.value(d.INK))
+    captions = captions.encode(text=alt.Text("label:N"), color=alt.ColorValue(d.INK))
     chart = d.layered(means, crossed, true, captions, choices=[d.choice("by", COLOURINGS)])
     return d.finished(chart, width=MAP_SIZE, height=MAP_SIZE)

@@ -326,7 +326,7 @@ def _figure(
     scale = alt.Scale(type="log") if family.log else alt.Scale(zero=False)
     y = alt.Y("height:Q", title=None, scale=scale)
     shades = {line.label: line.colour for line in lines.values()}
-    shade = colour(shades, columns=3) if lines else alt.value(INK)
+    shade = colour(shades, columns=3) if lines else alt.ColorValue(INK)
     base = base.encode(x=x, color=shade)
     low_high = {"y": y.aggregate("min"), "y2": alt.Y2("height:Q", aggregate="max")}
     band = base.mark_area(opacity=0.16).encode(**low_high)

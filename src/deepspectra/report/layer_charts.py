@@ -143,10 +143,10 @@ def layer_products(dataset: xr.Dataset) -> alt.LayerChart:
     ]
     base = d.blank(table).encode(x=depth_axis(dataset), color=d.colour(dict(STATISTICS.values())))
     bars = base.mark_rule(opacity=0.45, strokeWidth=2).encode(
-        y=alt.Y("low:Q", title="cosine", scale=alt.Scale(domainMax=1)), y2="high:Q"
+        y=alt.Y("low:Q", title="cosine", scale=alt.Scale(domainMax=1)), y2=alt.Y2("high:Q")
     )
     dots = base.mark_point(filled=True, size=55).encode(
-        y="mean:Q",
+        y=alt.Y("mean:Q"),
         tooltip=[
             d.word("layer", "layer"),
             d.word("label", "of"),
@@ -179,7 +179,7 @@ def layer_collapse(dataset: xr.Dataset) -> alt.LayerChart:
         color=d.colour(shown, columns=2),
         tooltip=[d.word("layer", "layer"), d.word("label", "measure"), d.tip("collapse", "value")],
     )
-    rule = d.blank([{"one": 1}]).mark_rule(color=d.MUTED, strokeDash=[4, 4]).encode(y="one:Q")
+    rule = d.blank([{"one": 1}]).mark_rule(color=d.MUTED, strokeDash=[4, 4]).encode(y=alt.Y("one:Q"))
     return d.finished(alt.layer(*([rule] if low < 1 < high else []), lines), width=d.WIDTH, height=260)
 
 
@@ -249,11 +249,15 @@ def layer_densities(dataset: xr.Dataset) -> alt.LayerChart:
     y = alt.Y("base:Q", scale=alt.Scale(domain=[0, len(names)]), axis=axis)
     shade = d.colour(dict(SERIES[name] for name in _present(table, "series", SERIES)))
     filled = d.blank([row for row in table if row["series"] == "gauss_newton"])
-    areas = filled.mark_area(opacity=0.3).encode(x=x, y=y, y2="top:Q", color=shade, detail="layer:N")
+    areas = filled.mark_area(opacity=0.3).encode(
+        x=x, y=y, y2=alt.Y2("top:Q"), color=shade, detail=alt.Detail("layer:N")
+    )
     tooltip = [d.word("layer", "layer"), d.word("label", "block of")]
     tooltip += [d.tip("layer_density_grid", "|λ|"), d.tip("layer_density", "mass per decade")]
     lines = d.blank(table).mark_line(strokeWidth=1.4)
-    lines = lines.encode(x=x, y=alt.Y("top:Q", title=None), color=shade, detail="layer:N", tooltip=tooltip)
+    lines = lines.encode(
+        x=x, y=alt.Y("top:Q", title=None), color=shade, detail=alt.Detail("layer:N"), tooltip=tooltip
+    )
     found = [row for row in d.rows(dataset, "layer_eigenvalue") if row["kind"] == "gradients"]
     largest = {row["layer"]: row["layer_eigenvalue"] for row in found if row["rank"] == 0}
     marks = [
@@ -268,5 +272,5 @@ def layer_densities(dataset: xr.Dataset) -> alt.LayerChart:
     ]
     ticks = d.blank(marks).mark_rule(color=d.OPERATOR_COLOURS["gauss_newton"], strokeWidth=1)
     tooltip = [d.word("layer", "layer"), d.tip("value", "λ of G")]
-    ticks = ticks.encode(x="value:Q", y="base:Q", y2="top:Q", tooltip=tooltip)
+    ticks = ticks.encode(x=alt.X("value:Q"), y=alt.Y("base:Q"), y2=alt.Y2("top:Q"), tooltip=tooltip)
     return d.finished(alt.layer(areas, lines, ticks), width=d.WIDTH, height=30 + 44 * len(names))

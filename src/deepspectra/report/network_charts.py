@@ -37,10 +37,10 @@ def overlap_curves(dataset: xr.Dataset) -> alt.LayerChart:
     outputs = d.rows(dataset, "layer_outputs", "layer_alignment")
     for row in outputs:
         row["text"] = f"m = {row['layer_outputs']:.0f}, (t·t′)² = {row['layer_alignment']:.2f}"
-    base = d.blank(outputs).transform_filter(shown).encode(x="layer_outputs:Q")
+    base = d.blank(outputs).transform_filter(shown).encode(x=alt.X("layer_outputs:Q"))
     rule = base.mark_rule(color=d.MUTED, strokeDash=[4, 4])
     text = base.mark_text(align="left", dx=5, dy=-6, baseline="top", color=d.MUTED)
-    text = text.encode(y=alt.value(0), text="text:N")
+    text = text.encode(y=alt.YValue(0), text=alt.Text("text:N"))
     chosen = d.choice("chosen", layers, menu="layer ")
     return d.finished(d.layered(rule, lines, text, choices=[chosen]), width=d.WIDTH, height=300)
 

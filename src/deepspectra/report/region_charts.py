@@ -54,7 +54,7 @@ def region_shifts(dataset: xr.Dataset) -> alt.LayerChart:
     ]
     bars = base.mark_bar(opacity=0.8).encode(x=x, tooltip=tooltip)
     errors = base.mark_rule(color=d.INK, strokeWidth=1.2).encode(
-        x=alt.X("low:Q"), x2="high:Q", color=alt.value(d.INK), tooltip=tooltip
+        x=alt.X("low:Q"), x2=alt.X2("high:Q"), color=alt.ColorValue(d.INK), tooltip=tooltip
     )
     height = LANE * len(regions) * len(dataset["removed"])
     return d.finished(d.layered(bars, errors, choices=[shown, place]), width=d.WIDTH, height=height)

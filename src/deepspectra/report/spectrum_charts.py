@@ -148,13 +148,13 @@ def _histograms(
             run += 1
     tips = [d.word("label", "of"), d.tip("start", "λ from"), d.tip("end", "to"), d.tip("mass", "density")]
     band = d.blank(boxes).transform_filter(IS_SHOWN).mark_rect(opacity=0.2, clip=True, strokeWidth=0)
-    band = band.encode(x=line.x, x2="x2:Q", y=alt.Y("low:Q", scale=drawn), y2="high:Q", color=shade)
+    band = band.encode(x=line.x, x2=alt.X2("x2:Q"), y=alt.Y("low:Q", scale=drawn), y2=alt.Y2("high:Q"), color=shade)
     curve = d.blank(steps).transform_filter(IS_SHOWN)
     curve = curve.mark_line(strokeWidth=1.4, clip=True, interpolate="step-after").encode(
         x=line.x,
         y=alt.Y("mass:Q", scale=drawn, axis=d.log_axis(low, high, title=title)),
         color=shade,
-        detail="run:N",
+        detail=alt.Detail("run:N"),
         tooltip=tips,
     )
     return [*([band] if boxes else []), curve]
@@ -178,9 +178,9 @@ def _power_laws(tails: list[d.Row], line: _Line, span: tuple[float, float]) -> l
     y = alt.Y("mass:Q", scale=alt.Scale(type="log", domain=list(span), nice=False))
     shared = {"x": line.x, "y": y, "color": alt.Color("label:N", sort=None)}
     rule = d.blank(ends).transform_filter(IS_SHOWN).mark_line(strokeDash=[2, 2], strokeWidth=2, clip=True)
-    rule = rule.encode(**shared, opacity=alt.Opacity("strength:Q", scale=None), detail="side:N")
+    rule = rule.encode(**shared, opacity=alt.Opacity("strength:Q", scale=None), detail=alt.Detail("side:N"))
     text = d.blank(texts).transform_filter(IS_SHOWN).mark_text(dx=6, dy=-6, align="left", fontSize=11)
-    return [rule, *([text.encode(**shared, text="text:N")] if texts else [])]
+    return [rule, *([text.encode(**shared, text=alt.Text("text:N"))] if texts else [])]
 
 
 def _unresolved(about_zero: list[d.Row], line: _Line) -> list[d.Mark]:
@@ -197,13 +197,13 @@ def _unresolved(about_zero: list[d.Row], line: _Line) -> list[d.Mark]:
         "color": alt.Color("label:N", sort=None),
     }
     base = d.blank(table).transform_filter(IS_SHOWN).encode(**shared)
-    rule = base.mark_rule(strokeWidth=3, opacity=0.5, clip=True).encode(x=line.x, x2="x2:Q")
+    rule = base.mark_rule(strokeWidth=3, opacity=0.5, clip=True).encode(x=line.x, x2=alt.X2("x2:Q"))
     middle = base.transform_calculate(x="(datum.x + datum.x2) / 2")
     texts = [
-        middle.transform_filter("!datum.cut").mark_text(dy=-7, fontSize=11).encode(x=line.x, text="text:N"),
+        middle.transform_filter("!datum.cut").mark_text(dy=-7, fontSize=11).encode(x=line.x, text=alt.Text("text:N")),
         base.transform_filter("datum.cut")
         .mark_text(dy=-7, dx=2, fontSize=11, align="left")
-        .encode(x=alt.value(0), text="text:N"),
+        .encode(x=alt.XValue(0), text=alt.Text("text:N")),
     ]
     return [rule, *texts] if table else []
 
@@ -254,7 +254,7 @@ def _edges(dataset: xr.Dataset, operators: list[str], line: _Line) -> list[d.Mar
                 align=align, dx=offset, fontSize=11, **halo
             )
             height = alt.Y("height:Q", scale=None, axis=None)
-            marks.append(text.encode(y=height, text="text:N"))
+            marks.append(text.encode(y=height, text=alt.Text("text:N")))
     return marks if table else []
 
 

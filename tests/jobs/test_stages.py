@@ -13,6 +13,7 @@ import torch
 import xarray as xr
 
 import deepspectra as ds
+from commands import run
 from deepspectra import errors, zoo
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.krylov_basis import Krylov
@@ -243,9 +244,10 @@ def test_an_analysis_goes_on_without_the_rows_of_its_basis(tmp_path, monkeypatch
 
 
 def test_a_killed_command_goes_on_behind_training_and_stages(tmp_path):
-    command = [sys.executable, "-m", "deepspectra.cli", "analyze", "--per-class", "12", "--epochs", "4"]
-    command += ["--num-probes", "1", "--num-steps", "4", "--resume", "--out", str(tmp_path)]
+    words = ["analyze", "--per-class", "12", "--epochs", "4", "--num-probes", "1", "--num-steps", "4", "--resume"]
+    words += ["--out", str(tmp_path)]
     found = tmp_path / "stages" / "analysis" / "top-eigenpairs-of-H.pt"
+    command = [sys.executable, "-m", "deepspectra.cli", *words]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
         deadline = time.monotonic() + 300
         while not found.exists() and time.monotonic() < deadline:
@@ -254,16 +256,17 @@ def test_a_killed_command_goes_on_behind_training_and_stages(tmp_path):
     assert found.exists(), "no eigenpairs were kept within 300 s; nothing could be stopped behind them"
     assert not (tmp_path / "analysis.nc").exists()
     trained = (tmp_path / "model.safetensors").read_bytes()
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    again = run(*words, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
     assert "was trained before" in again.stderr.replace("\n", " ")
     assert (tmp_path / "model.safetensors").read_bytes() == trained
     with xr.open_dataset(tmp_path / "analysis.nc", engine="h5netcdf") as file:
         assert "top eigenpairs of H" in json.loads(file.attrs["provenance"])["finished before a stop"]
     assert not (tmp_path / "stages").exists()
-    for more, words in (([], "earlier run"), (["--overwrite"], "was trained otherwise")):
-        other = subprocess.run([*command, *more, "--seed", "1"], check=False, capture_output=True, text=True)
+    for more, said in (([], "earlier run"), (["--overwrite"], "was trained otherwise")):
+        other = run(*words, *more, "--seed", "1", cwd=tmp_path)
         assert other.returncode == 2
-        assert words in " ".join(other.stderr.split())
+        assert said in " ".join(other.stderr.split())
 
 
 def test_training_is_skipped_only_if_all_that_it_leaves_is_there(tmp_path):

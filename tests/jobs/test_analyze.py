@@ -44,9 +44,12 @@ def route(request):
     return request.param
 
 
+analysed_once = functools.cache(analysed)  # of each route
+
+
 @pytest.fixture(scope="module")
 def analysis(route):
-    return analysed(route)
+    return analysed_once(route)
 
 
 def test_numbers_agree_with_the_dense_spectrum(analysis):
@@ -68,7 +71,7 @@ def test_numbers_agree_with_the_dense_spectrum(analysis):
 
 
 def test_both_routes_find_the_same():
-    exact, products = (analysed(route).dataset for route in ("exact", "products"))
+    exact, products = (analysed_once(route).dataset for route in ("exact", "products"))
     np.testing.assert_allclose(exact.eigenvalue, products.eigenvalue, rtol=3e-4)
     np.testing.assert_allclose(exact.share.sel(operator="hessian"), products.share.sel(operator="hessian"), atol=1e-9)
     np.testing.assert_allclose(
@@ -85,7 +88,7 @@ def test_both_routes_find_the_same():
 
 
 def test_the_exact_route_knows_all_of_g():
-    problem, dataset = trained(), analysed("exact").dataset
+    problem, dataset = trained(), analysed_once("exact").dataset
     g = dataset.sel(operator="gauss_newton")
     parts = {name: part.dense() for name, part in ds.decompose(problem, effects="two-way").items()}
     edge = float(torch.linalg.eigvalsh(parts["within"])[-1])
@@ -197,7 +200,7 @@ def test_test_data_stand_beside_those_of_training():
     assert dataset.attrs["test_accuracy"] == test.accuracy()
     assert dataset.attrs["test_loss_value"] == pytest.approx(test.loss())
     assert f"on the test data (loss {test.loss():.3g}, accuracy {test.accuracy():.1%})" in found.verdict
-    alone = analysed("exact").dataset
+    alone = analysed_once("exact").dataset
     xr.testing.assert_allclose(dataset.eigenvalue, alone.eigenvalue, rtol=1e-4)
     assert alone.split.values.tolist() == ["train"]
     page = report.render(dataset)

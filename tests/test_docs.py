@@ -34,7 +34,7 @@ def test_the_readme_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"<!-- executed by tests/test_docs.py -->\n```python\n(.*?)```", README.read_text(), re.S)
     assert "per_class=30" in code
-    exec(compile(code.replace("per_class=30", "per_class=10"), str(README), "exec"), {})  # a tenth of the time
+    exec(compile(code.replace("per_class=30", "per_class=10"), str(README), "exec"), {})  # in a third of the time
     assert "outlier" in capsys.readouterr().out
     assert (tmp_path / "run" / "report.html").is_file()
 

@@ -1,5 +1,8 @@
 """Rows of a basis are the same wherever they lie, and rounded ones say by how much."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -88,3 +91,16 @@ def test_rows_at_hand_are_views_and_memory_is_one_piece():
     store[2:3].zero_()
     assert not store.stored(10)[2].any()
     assert store.told == ""
+
+
+@pytest.mark.parametrize("way", ["at hand", "host"])
+def test_rows_are_given_back_as_soon_as_nobody_holds_them(way, monkeypatch):
+    """Not when the garbage collector comes round, which large tensors do not hurry."""
+    store, _ = store_of(way, monkeypatch)
+    held = [weakref.ref(segment.rows) for segment in store._segments]
+    gc.disable()
+    try:
+        del store
+        assert [one() for one in held] == [None] * len(held)
+    finally:
+        gc.enable()

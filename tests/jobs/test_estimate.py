@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import io
 import json
 import re
@@ -31,6 +32,7 @@ from deepspectra.jobs.estimate import JOBS, foreseen
 from deepspectra.jobs.estimate import _advice as advice_of
 from deepspectra.jobs.pace import Stage
 from deepspectra.operators.base import Operator
+from deepspectra.problem.memory_budget import return_freed
 from nets import classified, trained_on_digits
 
 UNFORESEEN = {"checking derivatives", "measuring one batch", "class structure"}  # once, small
@@ -239,3 +241,30 @@ def test_an_estimate_is_within_a_factor_of_two_of_what_the_job_takes(job: str) -
     finally:
         torch.set_num_threads(threads)
     assert spent / 2 <= plan.total_seconds <= 2 * spent
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system counts no peak of memory anew")
+@pytest.mark.parametrize("job", ["analyze", "layers", "layers with Kronecker factors"])
+def test_an_estimate_foresees_the_peak_of_memory(job: str) -> None:
+    """But for libraries and what their routines take for themselves."""
+    net, data = trained_on_digits(20, (512, 512), epochs=20, batch=32)
+    make = lambda: ds.Problem(net, (data.inputs, data.targets))  # noqa: E731
+    kinds = ("kfac", "ekfac", "cfac") if "Kronecker" in job else ()
+    plan = ds.estimate(make(), job.split(maxsplit=1)[0], "quick", kronecker=kinds)
+    problem = make()
+    gc.collect()
+    return_freed()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    if job == "analyze":
+        ds.analyze(problem, effort="quick", progress=False)
+    else:
+        ds.layers(problem, kronecker=kinds)
+    assert plan.peak_bytes / 2 <= _status("VmHWM") - before <= 1.5 * plan.peak_bytes + 150e6
+
+
+def _status(key: str) -> float:
+    """Bytes of memory of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * float(next(line for line in lines if line.startswith(key)).split()[1])

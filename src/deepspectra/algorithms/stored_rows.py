@@ -8,6 +8,7 @@ What does not lie on the device in the working type is brought there in stretche
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,14 +39,14 @@ class StoredRows:
     """
 
     def __init__(self, operator: Operator, capacity: int) -> None:
-        size = operator.shape[0]
-        mine = operator.group.share(size)
+        mine = operator.group.share(operator.shape[0])
         self.like = torch.empty(0, dtype=vector_dtype(operator), device=operator.device)
         self.dtype = stored_type(operator, capacity)
         self.capacity, self.width = capacity, mine.stop - mine.start
+        self._form = _Form(self.like, self.dtype, self.width)
         on_device, on_host = room_for_rows(operator, self.dtype)
         first = min(capacity, max(on_device, capacity - on_host))
-        self._segments = [_Segment(0, first, self, self.like.device)]
+        self._segments = [_Segment(0, first, self._form, self.like.device)]
 
     def __len__(self) -> int:
         return self.capacity
@@ -53,7 +54,7 @@ class StoredRows:
     @property
     def is_rounded(self) -> bool:
         """Whether they are held in a shorter type than they are made in."""
-        return self.dtype != self.like.dtype
+        return self._form.is_rounded
 
     @property
     def are_shared(self) -> bool:
@@ -112,7 +113,7 @@ class StoredRows:
     def gram(self, first: int, last: int) -> Tensor:
         """Inner products (k, k) of successive rows among each other, multiplied and summed in float64, on the CPU."""
         total = torch.zeros(last - first, last - first, dtype=torch.float64, device=self.like.device)
-        step = max(1, self._step(last - first) // 4)  # for they are in float64, too
+        step = max(1, self._form.step(last - first) // 4)  # for they are in float64, too
         for start in range(0, self.width, step):
             rows = self._read(first, last, slice(start, start + step)).double()
             total += rows @ rows.T
@@ -143,7 +144,7 @@ class StoredRows:
         k, m = basis.shape
         small, small_pending = basis.to(self.like), None if pending is None else pending.to(self.like)
         squares = torch.zeros(k + (last - first - m if pending is None else len(pending)), dtype=torch.float64)
-        step = COLUMNS_PER_CHUNK if self.are_shared else self._step(last - first)
+        step = COLUMNS_PER_CHUNK if self.are_shared else self._form.step(last - first)
         for start in range(0, max(1, self.width), step):  # in place: no second basis fits the memory
             columns = slice(start, start + step)
             old = self._read(first, last, columns)
@@ -151,10 +152,6 @@ class StoredRows:
             squares[:k] += self.put(first, small @ old[:m], columns)
             squares[k:] += self.put(first + k, turned, columns)
         return squares
-
-    def _step(self, count: int) -> int:
-        """Columns of so many rows that are brought to the device at once."""
-        return max(1, NUMBERS[self.like.device.type == "cpu"] // max(1, count))
 
     def _read(self, first: int, last: int, columns: slice) -> Tensor:
         """Some columns of successive rows, in the working type."""
@@ -169,7 +166,7 @@ class StoredRows:
             row = max(1, self.width * self.dtype.itemsize)
             fitting = 2 ** (HOST_ROWS * row - 1).bit_length() // row  # pinned memory comes in powers of two
             count = min(fitting, self.capacity - end)
-            self._segments.append(_Segment(end, count, self, torch.device("cpu")))
+            self._segments.append(_Segment(end, count, self._form, torch.device("cpu")))
         for segment in self._segments:
             low, high = max(first, segment.first), min(last, segment.last)
             if low < high:
@@ -180,18 +177,35 @@ class StoredRows:
                 )
 
 
-class _Segment:
-    """Successive rows in one piece of memory."""
+class _Form(NamedTuple):
+    """How rows are made (an empty tensor of their type and device) and held (type, and length)."""
 
-    def __init__(self, first: int, count: int, store: StoredRows, device: torch.device) -> None:
-        self.first, self.last, self.store = first, first + count, store
-        pinned = store.like.device.type == "cuda" and device.type == "cpu"
-        self.rows = torch.empty(count, store.width, dtype=store.dtype, device=device, pin_memory=pinned)
-        self.is_at_hand = not store.is_rounded and device == store.like.device
+    like: Tensor
+    dtype: torch.dtype
+    width: int
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether they are held in a shorter type than they are made in."""
+        return self.dtype != self.like.dtype
+
+    def step(self, count: int) -> int:
+        """Columns of so many rows that are brought to the device at once."""
+        return max(1, NUMBERS[self.like.device.type == "cpu"] // max(1, count))
+
+
+class _Segment:
+    """Successive rows in one piece of memory, which knows nothing of the whole: it goes when that is let go."""
+
+    def __init__(self, first: int, count: int, form: _Form, device: torch.device) -> None:
+        self.first, self.last, self.form = first, first + count, form
+        pinned = form.like.device.type == "cuda" and device.type == "cpu"
+        self.rows = torch.empty(count, form.width, dtype=form.dtype, device=device, pin_memory=pinned)
+        self.is_at_hand = not form.is_rounded and device == form.like.device
 
     def here(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Some of these rows, or of their columns, on the device, in the working type unless told otherwise."""
-        like = self.store.like
+        like = self.form.like
         if rows.device != like.device:  # one by one: a stretch of a row goes straight from pinned memory
             rows = torch.stack([row.to(like.device, non_blocking=True) for row in rows])
         return rows.to(dtype or like.dtype)
@@ -202,10 +216,10 @@ class _Segment:
         if self.is_at_hand:
             yield slice(None), rows
             return
-        step = min(self.store._step(len(rows)), self.store.width)
+        step = min(self.form.step(len(rows)), self.form.width)
         # One place for all: new memory each time costs more than its use.
-        place = self.store.like.new_empty(len(rows), step)
-        for start in range(0, self.store.width, max(1, step)):
+        place = self.form.like.new_empty(len(rows), step)
+        for start in range(0, self.form.width, max(1, step)):
             columns = slice(start, start + step)
             held = rows[:, columns]
             yield columns, place[:, : held.shape[1]].copy_(self.here(held, held.dtype))
@@ -222,10 +236,10 @@ class _Segment:
     def write(self, span: slice, columns: slice, rows: Tensor) -> Tensor:
         """Keep rows (k, ·); squared norms (k,) of their rounding."""
         places = self.rows[span, columns]
-        if not self.store.is_rounded:
+        if not self.form.is_rounded:
             places.copy_(rows)
             return torch.zeros(len(rows), dtype=torch.float64)
-        few, norms = self.store._step(rows.shape[1]), list[Tensor]()
+        few, norms = self.form.step(rows.shape[1]), list[Tensor]()
         for some, place in zip(torch.split(rows, few), torch.split(places, few), strict=True):
             held = some.to(place.dtype)
             place.copy_(held)

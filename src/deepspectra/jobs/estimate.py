@@ -67,7 +67,7 @@ class Plan(Result, Tabular):
     @property
     def peak_bytes(self) -> float:
         """Of the stage that holds most, beside model and data."""
-        return max(stage.num_bytes for stage in self.stages)
+        return max(stage.whole_bytes for stage in self.stages)
 
     @property
     def num_products(self) -> int:
@@ -99,12 +99,17 @@ class Plan(Result, Tabular):
         """A row a stage, as a `pandas.DataFrame`: its name, products, seconds, bytes, and whether they fit."""
         import pandas  # noqa: PLC0415  (its import takes a while)
 
-        rows = [(one.name, one.products, one.seconds, one.num_bytes, one.fits) for one in self.stages]
+        rows = [(one.name, one.products, one.seconds, one.whole_bytes, one.fits) for one in self.stages]
         return pandas.DataFrame(rows, columns=["stage", "products", "seconds", "bytes", "fits"])
 
     def __str__(self) -> str:
         rows = [
-            (one.name, f"{one.products:,}", f"{one.seconds:.2g}", size_of(one.num_bytes) + ("" if one.fits else " !"))
+            (
+                one.name,
+                f"{one.products:,}",
+                f"{one.seconds:.2g}",
+                size_of(one.whole_bytes) + ("" if one.fits else " !"),
+            )
             for one in self.stages
         ]
         rows.append(("in all", f"{self.num_products:,}", f"{self.total_seconds:.2g}", size_of(self.peak_bytes)))

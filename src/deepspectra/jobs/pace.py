@@ -45,13 +45,14 @@ class Stage(NamedTuple):
         name: as the job calls it.
         products: with single vectors.
         seconds: that it takes.
-        num_bytes: that it holds at most, beside model and data.
+        num_bytes: that it holds at most, beside model and data, and what earlier stages found.
         limit: of them, beyond which the job refuses; ∞ where it does with less.
         most: examples with which it would fit, where it is they that do not.
         step: what the job's progress calls it, if it does: a layer, all of them, or products.
         of: what kind of rows it looks at, if there are several.
         grows: power of the number of examples with which its seconds grow, at least.
         host_bytes: of a basis, beside, in the host's memory, where an accelerator has no room for it.
+        beside: bytes of what earlier stages found, which stay.
     """
 
     name: str
@@ -64,6 +65,12 @@ class Stage(NamedTuple):
     of: str = ""
     grows: int = 1
     host_bytes: float = 0.0
+    beside: float = 0.0
+
+    @property
+    def whole_bytes(self) -> float:
+        """Of all that is held then, beside model and data."""
+        return self.num_bytes + self.beside
 
     @property
     def fits(self) -> bool:

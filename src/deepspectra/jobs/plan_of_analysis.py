@@ -28,38 +28,54 @@ def num_products_of(num: int, size: int) -> int:
 
 def of_analysis(pace: Pace, effort: Effort, num: int, num_classes: int, of: str, *, exact: bool) -> Iterator[Stage]:
     """Of so many pairs and classes; ``of`` test data there are no averages; all of G is known where it is `exact`."""
-    averaged = bool(num_classes) and not of
-    held = pace.rows.num_bytes if exact else 0.0
+    averaged, held = bool(num_classes) and not of, 0.0
+
+    def leaving(num_bytes: float, *stages: Stage) -> Iterator[Stage]:
+        """Stages beside what earlier ones found, of which so many bytes more, or less, stay."""
+        nonlocal held
+        yield from (stage._replace(beside=held) for stage in stages)
+        held += num_bytes
+
+    pairs, means = num * pace.vector, _means(pace, num_classes) if averaged else 0
     if not of:
-        yield Stage("loss and gradient", 0, 2 * pace.gradient, pace.batch_graph("hessian"), pace.problem.memory)
-    yield pairs_stage(pace, "hessian", num, of)
+        loss = Stage("loss and gradient", 0, 2 * pace.gradient, pace.batch_graph("hessian"), pace.problem.memory)
+        yield from leaving(0, loss)
+    first = pairs_stage(pace, "hessian", num, of)
+    basis = min(first.products * pace.held_row, share(pace.problem.memory, "basis")) if averaged else 0
+    yield from leaving(pairs + basis, first)
+    rows = pace.rows.num_bytes if exact else 0.0
     if exact:
-        yield Stage(f"class structure{of}", 0, pace.rows.seconds, held)
+        yield from leaving(rows, Stage(f"class structure{of}", 0, pace.rows.seconds, rows))
     if averaged:
-        yield from _averages(pace, num_classes, exact=exact)
+        spans = (num_classes - 1) * pace.vector  # what averaging finds
+        of_classes, *of_cells = _averages(pace, num_classes, exact=exact)
+        yield from leaving(num_classes * pace.vector + spans, of_classes)
+        yield from leaving(means + spans * bool(means), *of_cells)
     if exact:
-        yield _exact_spectrum(pace, held, of)
-        yield Stage(f"shares of H{of}", 0, num * pace.gradient / 3, held)
+        yield from leaving(pairs, _exact_spectrum(pace, of))
+        yield from leaving(-rows, Stage(f"shares of H{of}", 0, num * pace.gradient / 3, 0))
     if averaged:
-        yield _attribution(pace, effort, num, num_classes, exact=exact)
+        held -= means + basis  # its own, too
+        yield from leaving(means, _attribution(pace, effort, num, num_classes, exact=exact))
     if effort.dense and not exact:
-        yield from _dense_stages(pace, effort, of)
+        yield from leaving(0, *_dense_stages(pace, effort, of))
     if averaged and not exact:
-        held = max(num_classes * pace.vector, _means(pace, num_classes))
-        yield Stage("traces of G", 0, num_classes * pace.gradient, held)
+        traces = Stage("traces of G", 0, num_classes * pace.gradient, num_classes * pace.vector)
+        yield from leaving(0, traces)
+    held -= means
     if exact or not effort.dense:
-        yield density_stage(pace, effort, "hessian", f"density of H{of}")
-        yield density_stage(pace, effort, "residual", f"density of R{of}")
+        yield from leaving(0, density_stage(pace, effort, "hessian", f"density of H{of}", num))
+        yield from leaving(0, density_stage(pace, effort, "residual", f"density of R{of}"))
     if not exact:
-        yield pairs_stage(pace, "gauss_newton", num, of)
+        yield from leaving(pairs, pairs_stage(pace, "gauss_newton", num, of))
         if num_classes:
-            yield Stage(f"shares of G{of}", 0, num * pace.product("gauss_newton") / 2, num * pace.vector)
+            yield from leaving(0, Stage(f"shares of G{of}", 0, num * pace.product("gauss_newton") / 2, pairs))
         if not effort.dense:
-            yield density_stage(pace, effort, "gauss_newton", f"density of G{of}")
+            yield from leaving(0, density_stage(pace, effort, "gauss_newton", f"density of G{of}", num))
     if averaged:
         push = pace.gradient if exact else pace.product("gauss_newton") / 2
-        yield Stage("classes of outliers", 0, num_classes * push, num * pace.vector)
-    yield Stage(f"tails{of}", 0, SIDES * TAIL, 0)
+        yield from leaving(0, Stage("classes of outliers", 0, num_classes * push, pairs))
+    yield from leaving(0, Stage(f"tails{of}", 0, SIDES * TAIL, 0))
 
 
 def is_exact(pace: Pace, effort: Effort) -> bool:
@@ -105,8 +121,8 @@ def _dense_stages(pace: Pace, effort: Effort, of: str) -> Iterator[Stage]:
     yield Stage(f"density of H{of}", 0, pace.cube * size**3 / 2, 3 * 8 * size**2)
 
 
-def density_stage(pace: Pace, effort: Effort, kind: str, name: str) -> Stage:
-    """The density of H, R or G: of so many probes and steps, or exact."""
+def density_stage(pace: Pace, effort: Effort, kind: str, name: str, known: int = 0) -> Stage:
+    """The density of H, R or G: of so many probes and steps beside so many known pairs, or exact."""
     size = pace.problem.num_parameters
     kept = min(pace.graphs(kind), share(pace.problem.memory, "graphs"))
     if effort.dense:
@@ -121,7 +137,7 @@ def density_stage(pace: Pace, effort: Effort, kind: str, name: str) -> Stage:
     basis = min(products, room)
     seconds = pace.building(kind) + products * (pace.product(kind, probes) + basis * pace.step)
     seconds += RITZ * pace.cube * basis**3
-    return Stage(name, products, seconds, kept + basis * pace.row)
+    return Stage(name, products, seconds, kept + (known + basis) * pace.row)
 
 
 def _averages(pace: Pace, num_classes: int, *, exact: bool) -> Iterator[Stage]:
@@ -154,7 +170,7 @@ def _attribution(pace: Pace, effort: Effort, num: int, num_classes: int, *, exac
     return Stage("attribution of H", products, seconds, means + basis, means + room * pace.row)
 
 
-def _exact_spectrum(pace: Pace, held: float, of: str) -> Stage:
+def _exact_spectrum(pace: Pace, of: str) -> Stage:
     rows = pace.problem.num_examples * (pace.problem.num_classes - 1)
     seconds = pace.rows.pair * rows**2 + KNOCKED * pace.cube * rows**3
-    return Stage(f"exact spectrum of G{of}", 0, seconds, held + gram_bytes(rows))
+    return Stage(f"exact spectrum of G{of}", 0, seconds, gram_bytes(rows))

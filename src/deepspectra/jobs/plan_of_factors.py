@@ -35,18 +35,22 @@ def of_factors(pace: Pace, kinds: Sequence[str]) -> Iterator[Stage]:
         yield Stage("Kronecker factors", 0, 0, held, pace.problem.memory)
         return
     scale = pace.problem.num_examples / max(1, pace.few.num_examples)
-    seconds = captured(pace).seconds + scale * pace.timed(lambda: all_from(captures_of(pace.few), kinds))
-    yield Stage("Kronecker factors", 0, seconds, held, pace.problem.memory)
+    rows = captured(pace)
+    seconds = rows.seconds + scale * pace.timed(lambda: all_from(captures_of(pace.few), kinds))
+    yield Stage("Kronecker factors", 0, seconds, held, pace.problem.memory, beside=rows.num_bytes)
     blocks = Blocks(pace.few, kinds)
     for name, exact in blocks:
         layer = pace.rows.layers[layer_of(exact.place.weight.name)]
-        rows = round(scale * exact.num_rows)
-        seconds = _of_exact(pace, exact, rows, scale, layer.pair)
+        num_rows = round(scale * exact.num_rows)
+        seconds = _of_exact(pace, exact, num_rows, scale, layer.pair)
         for approximation in blocks.approximations.values():
             seconds += _of_fit(pace, exact, approximation.blocks[name], scale)
-        side = min(rows, exact.shape[0])
-        held = gram_bytes(side) if side <= SMALL else share(pace.problem.memory, "basis")
-        yield Stage(f"Kronecker factors of {name}", 0, seconds, held, grows=2 if rows <= exact.shape[0] else 1)
+        side, grows = min(num_rows, exact.shape[0]), 2 if num_rows <= exact.shape[0] else 1
+        # the compared vectors of both, and the basis of the largest of their difference
+        vectors = (2 * max(DEFAULT.ks) + PAIRS) * exact.shape[0] * exact.dtype.itemsize
+        own = min(vectors, share(pace.problem.memory, "basis")) + (gram_bytes(side) if side <= SMALL else 0)
+        stage = Stage(f"Kronecker factors of {name}", 0, seconds, own, grows=grows)
+        yield stage._replace(beside=held + rows.num_bytes)
 
 
 def _of_exact(pace: Pace, exact: ExactBlock, rows: int, scale: float, pair: float) -> float:

@@ -42,8 +42,9 @@ def of_layers(pace: Pace) -> Iterator[Stage]:
     problem = pace.problem
     num = problem.num_examples
     num_rows = num * (problem.num_classes - 1)
-    yield captured(pace)
-    yield _averages_of_rows(problem)
+    rows, averages = captured(pace), _averages_of_rows(problem)
+    yield rows
+    yield averages
     few = (problem.memory / gram_bytes(1)) ** 0.5 / max(1, problem.num_classes - 1)
     for name, layer in pace.rows.layers.items():
         side = min(num_rows, layer.size)
@@ -59,6 +60,7 @@ def of_layers(pace: Pace) -> Iterator[Stage]:
             few,
             name,
             grows=2 if side == num_rows else 1,
+            beside=rows.num_bytes + averages.num_bytes,
         )
     try:
         bent, checked = pace.bent, pace.building("residual") + CHECKS * pace.product("residual")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deepspectra.errors import ConvergenceWarning
 from deepspectra.problem.finished_stages import FinishedStages
+from deepspectra.problem.memory_budget import return_freed
 from deepspectra.results import Cost
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ Report = Callable[[int, int | None], None]
 Result = TypeVar("Result")
 MEASURING = 1 / 20  # of the time of the stages, spent on measuring their unit
 MOST_MEASURED = 7  # gradients that are timed together
+RETURNED = 0.2  # of a stage, from which what it freed is given back to the system: it takes milliseconds
 WARM_UP = 0.5  # seconds; a first gradient that takes longer is one like any other
 
 
@@ -99,6 +101,8 @@ class Ledger:
 
             yield report
             seconds, spent = time.perf_counter() - began, self.clock() - began_unit
+            if seconds > RETURNED:
+                return_freed()
             bars.update(task, completed=done, total=done, spent=self._gradients_since(began_unit), left="")
             self._measure_unit(spent)
         self.costs[name] = Cost(done, seconds)

@@ -102,6 +102,7 @@ def run(
     found.tails = ledger.run("tails", lambda _: judged_tails(found, thresholds))
     if found.test is not None:
         _look_at_test(found, found.test, options.groups)
+    ledger.gradient, ledger.agree = None, float  # which hold the findings, so that all would stay in memory
     return found
 
 

@@ -50,9 +50,7 @@ class Call(NamedTuple):
             and self.outputs.shape == other.outputs.shape
             and self.targets.shape == other.targets.shape
             and self.options.keys() == other.options.keys()
-            and all(
-                value is other.options[name] or value == other.options[name] for name, value in self.options.items()
-            )
+            and all(_same(value, other.options[name]) for name, value in self.options.items())
         )
 
     def loss(self) -> Loss:

@@ -113,25 +113,27 @@ class HeldRows(GradientRows):
 
     def transpose(self, rows: Tensor) -> Tensor:
         """Aᵀ α for α (N, C, K): (P, K). Cost: a third of a gradient a column, of the examples where α is not 0."""
-        held = self.captures.held
-        if not held:
+        if not self.captures.held:
             return super().transpose(rows)
         total = self.products.zeros(rows.shape[-1])
-        reduced = self.complement.reduce(rows)
-        sizes = [batch.num_rows for batch in held]
-        with self.group.summing(total):
-            self._pull_share(total, list(zip(held, torch.split(reduced, sizes), strict=True)))
+        self._pull_all(total, rows, torch.arange(len(total), device=total.device))
         return total.T
 
-    def _pull_share(self, total: Tensor, every: list[tuple[Captured, Tensor]]) -> None:
-        """Add what this process's share of the batches gives."""
-        for batch, part in every[self.group.rank :: self.group.size]:
+    def _pull_all(self, total: Tensor, rows: Tensor, places: Tensor) -> None:
+        """Add Aᵀ α to these places of (·, P), a process its share of the batches."""
+        held, reduced = self.captures.held, self.complement.reduce(rows)
+        every = list(zip(held, torch.split(reduced, [batch.num_rows for batch in held]), strict=True))
+        with self.group.summing(total):
+            self._pull_share(total, every[self.group.rank :: self.group.size], places)
+
+    def _pull_share(self, total: Tensor, share: list[tuple[Captured, Tensor]], places: Tensor) -> None:
+        for batch, part in share:
             mixed = part.reshape(batch.uses[0].num_examples, -1, part.shape[-1])
             patterns, which = torch.unique(mixed.any(1), dim=1, return_inverse=True)
             for index, live in enumerate(patterns.T):
                 (columns,), (chosen,) = (which == index).nonzero(as_tuple=True), live.nonzero(as_tuple=True)
                 if len(chosen):
-                    self._pull(total, batch.uses, mixed[chosen][:, :, columns], chosen, columns)
+                    self._pull(total, batch.uses, mixed[chosen][:, :, columns], chosen, places[columns])
 
     def _pull(self, total: Tensor, uses: list[Use], mixed: Tensor, chosen: Tensor, columns: Tensor) -> None:
         some = as_slice(chosen)
@@ -151,9 +153,9 @@ class HeldRows(GradientRows):
         if not self.captures.held:
             return super()._means(projections, columns, num, among)
         mixed, live = by_single_class(columns, self.labels, projections.groups)
-        total = self.products.zeros(num).T
-        total[:, live] = self.transpose(self.weights.sqrt()[:, :, None] * mixed)
-        return total
+        total = self.products.zeros(num)
+        self._pull_all(total, self.weights.sqrt()[:, :, None] * mixed, live)
+        return total.T
 
     # inner products of rows
 
@@ -168,8 +170,8 @@ class HeldRows(GradientRows):
 
 
 def gram_bytes(num_rows: int) -> int:
-    """Bytes of a Gram matrix, its eigenvectors and one more like it."""
-    return 3 * 8 * num_rows**2
+    """Bytes of a Gram matrix, its eigenvectors, and twice as much in which LAPACK finds them."""
+    return 4 * 8 * num_rows**2
 
 
 def refuse_beyond_memory(num_rows: int, problem: Problem) -> None:

@@ -98,14 +98,18 @@ class Spectrum:
         averages = self.averages
         parts = averages.parts if self._moment is None else (*averages.parts, "residual")
         gone = taken(removed, parts, first=averages.first, method=method)
+        found = symmetric_values(left(self._beyond(gone), averages.together(gone), method)[1])
+        return found if self._moment is not None else found.clamp_min(0)
+
+    def _beyond(self, gone: Sequence[str]) -> Tensor:
+        """The matrix without its residual, or without what averages leave of the moment."""
         matrix = torch.diag(self.values) if self._matrix.ndim == 1 else self._matrix
         moment = matrix if self._moment is None else self._moment
         rest = moment if "residual" in gone else matrix
-        if "within" in gone:
-            rest = rest - moment + averages.every @ averages.every.T
-        _, rest = left(rest, averages.together(gone), method)
-        found = symmetric_values(rest)
-        return found if self._moment is not None else found.clamp_min(0)
+        if "within" not in gone:
+            return rest
+        every = self.averages.every
+        return torch.addmm(rest - moment, every, every.T)
 
 
 def symmetric_pairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,15 +171,16 @@ def left(image: Tensor, phi: Tensor, method: str) -> tuple[Tensor | None, Tensor
     """
     rows, columns = image.shape
     if method == "subtraction":
-        return None, image - phi @ phi[:columns].T
+        return None, torch.addmm(image, phi, phi[:columns].T, alpha=-1)  # no product beside it: they are large
     q, stays = range_of(phi), None
     if rows == columns:
-        image = image - (image @ q) @ q.T  # all of the space: no need for a basis of what is orthogonal to Q
+        # all of the space: no need for a basis of what is orthogonal to Q
+        image = torch.addmm(image, image @ q, q.T, alpha=-1)
     else:
         # Q reaches beyond the l coordinates; what of them is orthogonal to it is where (I − QQᵀ) changes nothing
         stays = _null_space(q[:columns].T)
         image = image @ stays
-    return stays, image - q @ (q.T @ image)
+    return stays, torch.addmm(image, q, q.T @ image, alpha=-1)
 
 
 def range_of(columns: Tensor, rounding: float = RANK_RTOL) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -29,15 +30,16 @@ def of_factors(pace: Pace, kinds: Sequence[str]) -> Iterator[Stage]:
         one = pace.factors
     except CurvatureError:  # the job says why there are none
         return
-    # an approximation by classes has as many matrices as there are classes
-    held = one * max(1, pace.problem.num_classes * ("cfac" in kinds) + len(set(kinds) - {"cfac"}))
-    if held > pace.problem.memory:
-        yield Stage("Kronecker factors", 0, 0, held, pace.problem.memory)
+    # moments by class, where an approximation asks for them, and as many factors; the others have one each
+    moments = one * (pace.problem.num_classes if "cfac" in kinds else 1)
+    if moments > pace.problem.memory:
+        yield Stage("Kronecker factors", 0, 0, moments, pace.problem.memory)
         return
+    held = moments * ("cfac" in kinds) + one * len(set(kinds) - {"cfac"})
     scale = pace.problem.num_examples / max(1, pace.few.num_examples)
     rows = captured(pace)
     seconds = rows.seconds + scale * pace.timed(lambda: all_from(captures_of(pace.few), kinds))
-    yield Stage("Kronecker factors", 0, seconds, held, pace.problem.memory, beside=rows.num_bytes)
+    yield Stage("Kronecker factors", 0, seconds, moments, pace.problem.memory, beside=rows.num_bytes)
     blocks = Blocks(pace.few, kinds)
     for name, exact in blocks:
         layer = pace.rows.layers[layer_of(exact.place.weight.name)]
@@ -61,8 +63,8 @@ def _of_exact(pace: Pace, exact: ExactBlock, rows: int, scale: float, pair: floa
         return pair * rows**2 + (PAIRS + NUM_PROBES * NUM_STEPS) * scale * _product(pace, exact)
     seconds = pace.cube * side**3
     if size <= rows:
-        return seconds + scale * pace.timed(lambda: [part.T @ part for part in exact.gradients()])
-    return seconds + pair * rows**2 + scale * pace.timed(lambda: list(exact.gradients()))
+        return seconds + scale * pace.timed(lambda: deque((part.T @ part for part in exact.gradients()), 0))
+    return seconds + pair * rows**2 + scale * pace.timed(lambda: deque(exact.gradients(), 0))
 
 
 def _of_fit(pace: Pace, exact: ExactBlock, block: Block, scale: float) -> float:

@@ -10,6 +10,7 @@ import deepspectra as ds
 from deepspectra.errors import FallbackWarning, LossError, MemoryBudgetError, OptionWarning
 from deepspectra.operators.curvature import HessianBlock
 from deepspectra.rows.averages import Averages
+from deepspectra.rows.held_rows import gram_bytes
 from deepspectra.rows.spectrum import Spectrum
 from nets import CASES, CLASSIFICATION, Case, chunks, labels
 from reference import Reference, agrees, case_and_reference, descending, error, inputs_and_errors
@@ -127,7 +128,7 @@ def test_layers_that_do_not_fit_together_are_captured_in_groups() -> None:
     case = CASES["relu_mlp"]()
     whole = ds.layers(case.problem())
     problem = case.problem()
-    problem.memory = 3 * 8 * 60**2 + 1  # the Gram matrix just fits; not all layers at once
+    problem.memory = gram_bytes(60) + 1  # the Gram matrix just fits; not all layers at once
     seen: list[tuple[int, int | None, str]] = []
     parts = ds.layers(problem, progress=lambda *now: seen.append(now))
     assert list(whole) == ["0", "2", "4"]

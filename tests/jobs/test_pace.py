@@ -8,8 +8,8 @@ from torch import nn
 
 import deepspectra as ds
 from deepspectra.derivatives.products import products_of
-from deepspectra.jobs.estimate import pairs_stage as pairs_of
 from deepspectra.jobs.pace import Pace
+from deepspectra.jobs.plan_of_analysis import pairs_stage as pairs_of
 from deepspectra.problem.parallel import Group
 from deepspectra.rows.captures import captures_of
 from nets import language_model

@@ -546,6 +546,15 @@ def classified(num: int = 60, activation: nn.Module | None = None, **options: An
     return ds.Problem(net, (torch.randn(num, 5, generator=generator), torch.arange(num) % 3), **options)
 
 
+def tied_tokens() -> ds.Problem:
+    """Sentences whose table of embeddings is the weight of the output as well: it has no Kronecker factors."""
+    torch.manual_seed(0)
+    table, head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+    head.weight = table.weight
+    tokens = torch.randint(0, 6, (10, 5))
+    return ds.Problem(nn.Sequential(table, nn.Linear(4, 4), nn.Tanh(), head), (tokens, tokens))
+
+
 def digits_problem() -> ds.Problem:
     """A network that has learned all the digits, in float64."""
     net, data = trained_on_digits(None, (32, 32), epochs=15, batch=32)

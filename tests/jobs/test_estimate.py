@@ -31,6 +31,7 @@ from deepspectra.jobs.effort import EFFORTS
 from deepspectra.jobs.estimate import JOBS, foreseen
 from deepspectra.jobs.estimate import _advice as advice_of
 from deepspectra.jobs.pace import Stage
+from deepspectra.jobs.sweep_cell import _forget_peak, _peak
 from deepspectra.operators.base import Operator
 from deepspectra.problem.memory_budget import return_freed
 from nets import classified, trained_on_digits
@@ -255,16 +256,10 @@ def test_an_estimate_foresees_the_peak_of_memory(job: str) -> None:
     problem = make()
     gc.collect()
     return_freed()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    _forget_peak()
+    before = _peak()
     if job == "analyze":
         ds.analyze(problem, effort="quick", progress=False)
     else:
         ds.layers(problem, kronecker=kinds)
-    assert plan.peak_bytes / 2 <= _status("VmHWM") - before <= 1.5 * plan.peak_bytes + 200e6
-
-
-def _status(key: str) -> float:
-    """Bytes of memory of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * float(next(line for line in lines if line.startswith(key)).split()[1])
+    assert plan.peak_bytes / 2 <= _peak() - before <= 1.5 * plan.peak_bytes + 200e6

@@ -9,7 +9,7 @@ from torch import nn
 import deepspectra as ds
 from deepspectra.errors import CurvatureError, MemoryBudgetError
 from deepspectra.jobs.pace import Pace
-from nets import classified
+from nets import classified, tied_tokens
 
 KINDS = ("kfac", "ekfac", "cfac")
 
@@ -50,11 +50,7 @@ def test_factors_that_do_not_fit_are_planned_so_and_refused() -> None:
 
 
 def test_a_network_without_factors_has_the_plan_of_the_rest() -> None:
-    torch.manual_seed(0)
-    table, head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
-    head.weight = table.weight
-    tokens = torch.randint(0, 6, (10, 5))
-    problem = ds.Problem(nn.Sequential(table, nn.Linear(4, 4), nn.Tanh(), head), (tokens, tokens))
+    problem = tied_tokens()
     plans = [ds.estimate(problem, "layers", kronecker=kinds) for kinds in ((), ("kfac",))]
     assert [one.name for one in plans[0].stages] == [one.name for one in plans[1].stages]
     with pytest.raises(CurvatureError, match="used in different ways"):

@@ -11,7 +11,7 @@ from torch import nn
 import deepspectra as ds
 from deepspectra.analysis.regions import OF as KINDS_OF_REGIONS
 from deepspectra.errors import CurvatureError, MemoryBudgetError, OptionError
-from nets import classified
+from nets import classified, tied_tokens
 
 
 class _Once(torch.autograd.Function):
@@ -68,11 +68,7 @@ def test_regions_fit_a_plan_where_their_rows_do(kind: str) -> None:
 
 
 def test_tied_weights_which_have_no_kronecker_factors_are_planned_where_none_are_needed() -> None:
-    torch.manual_seed(0)
-    table, head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
-    head.weight = table.weight
-    tokens = torch.randint(0, 6, (10, 5))
-    problem = ds.Problem(nn.Sequential(table, nn.Linear(4, 4), nn.Tanh(), head), (tokens, tokens))
+    problem = tied_tokens()
     for job in ("layers", "regions"):
         assert ds.estimate(problem, job).fits
     with pytest.raises(CurvatureError, match="used in different ways"):

@@ -119,8 +119,13 @@ def kept(chosen: Choice, out: Path, stem: str) -> Iterator[Path | None]:
         raise
     except BaseException:
         if folder is not None and folder.is_dir():
-            CONSOLE.print(f"What is finished is kept in {folder}: the same command goes on behind it.")
+            say_kept(folder)
         raise
+
+
+def say_kept(folder: Path) -> None:
+    """Say that a command that was stopped goes on."""
+    CONSOLE.print(f"What is finished is kept in {folder}: the same command goes on behind it.")
 
 
 @by_first

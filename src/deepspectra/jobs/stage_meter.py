@@ -25,7 +25,7 @@ Report = Callable[[int, int | None], None]
 Result = TypeVar("Result")
 MEASURING = 1 / 20  # of the time of the stages, spent on measuring their unit
 MOST_MEASURED = 7  # gradients that are timed together
-RETURNED = 0.2  # of a stage, from which what it freed is given back to the system: it takes milliseconds
+RETURNED = 0.2  # seconds of a stage from which what it freed is given back to the system, in milliseconds
 WARM_UP = 0.5  # seconds; a first gradient that takes longer is one like any other
 
 

@@ -102,7 +102,6 @@ def run(
     found.tails = ledger.run("tails", lambda _: judged_tails(found, thresholds))
     if found.test is not None:
         _look_at_test(found, found.test, options.groups)
-    ledger.gradient, ledger.agree = None, float  # which hold the findings, so that all would stay in memory
     return found
 
 
@@ -316,15 +315,15 @@ def _measure_gradient(found: Findings, options: Options) -> None:
     """A gradient, whose time is the unit of every cost."""
     problem, ledger = found.problem, found.ledger
 
-    def gradient() -> None:
-        found.gradient_norm = float(problem.gradient().norm())
+    def gradient() -> float:  # it holds no findings, which hold the ledger: nothing waits for the garbage collector
+        return float(problem.gradient().norm())
 
     ledger.gradient, ledger.agree = gradient, lambda seconds: problem.batches.group.every(seconds)[0]
     if problem.device.type != "cpu":
         ledger.clock = time.perf_counter
     with ledger.stage("loss and gradient"):
         _size_up(found, options)
-        gradient()
+        found.gradient_norm = gradient()
 
 
 def _size_up(found: Findings, options: Options) -> None:

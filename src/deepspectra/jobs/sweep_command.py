@@ -8,7 +8,8 @@ from pathlib import Path
 from deepspectra import zoo
 from deepspectra.argument_checks import check_choice
 from deepspectra.errors import OptionError
-from deepspectra.jobs.command_targets import CONSOLE, load_function
+from deepspectra.jobs.command_output import say_kept
+from deepspectra.jobs.command_targets import load_function
 from deepspectra.jobs.pages import Dataset, load_dataset, write_page
 from deepspectra.jobs.sweep import sweep
 from deepspectra.jobs.sweep_cell import Cell, Value
@@ -76,7 +77,7 @@ def sweep_of(
     try:
         found = sweep(cell, axes, folder, looks=looks, executor=processes, memory=memory, retry=retry)
     except KeyboardInterrupt:
-        CONSOLE.print(f"What is finished is kept in {folder}: the same command goes on behind it.")
+        say_kept(folder)
         raise
     return _told(found, folder)
 

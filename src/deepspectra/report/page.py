@@ -215,11 +215,11 @@ def _size_cards(dataset: xr.Dataset) -> list[tuple[str, str, str]]:
         names = ("num_examples", "accuracy", "loss_value")
         examples, accuracy, loss = (t.attribute(dataset, prefix + name) for name in names)
         whole = t.attribute(dataset, "row", "example") == "example"
-        notes = ["" if whole else "several an example"]
+        notes = [] if whole else ["several an example"]
         notes += [f"in {t.quantity(classes, 'class', 'classes')}"] if classes else []
         if examples is not None:
             name = f"{of}{'examples' if whole else 'rows'}".capitalize()
-            cards.append((name, f"{examples:,}", ", ".join(filter(None, notes))))
+            cards.append((name, f"{examples:,}", ", ".join(notes)))
         if accuracy is not None:
             note = f"loss {number(loss)}" if loss is not None else ""
             cards.append((f"{of}accuracy".capitalize(), f"{accuracy:.2%}", note))

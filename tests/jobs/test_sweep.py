@@ -22,7 +22,7 @@ import xarray as xr
 
 import deepspectra as ds
 import sweep_cells
-from deepspectra import errors
+from deepspectra import cli, errors
 from deepspectra.jobs.sweep_cell import Record, digest
 from deepspectra.jobs.sweep_schedule import Experience, Schedule, Task
 from sweep_cells import Large, broken_training, draws, dying, failing, short_training, training
@@ -433,7 +433,10 @@ def test_cells_are_expected_to_take_what_those_most_like_them_did():
     assert experience.memory([{"model": "a", "size": 9}, {"model": "b", "size": 9}]) == 70
 
 
-def test_the_peak_of_memory_is_that_of_the_cell_alone(tmp_path):
+@pytest.mark.parametrize("kept", [False, True], ids=["freed memory given back", "freed memory kept"])
+def test_the_peak_of_memory_is_that_of_the_cell_alone(kept, tmp_path):
+    if kept:  # as the command line has it, from here on in this process
+        cli._keep_freed_memory()
     found = swept(sweep_cells.block, {"megabytes": [400, 1]}, tmp_path, Immediate())
     large, small = found.peak_memory.values.tolist()
     assert large - small == pytest.approx(400 * 2**20, rel=0.2)

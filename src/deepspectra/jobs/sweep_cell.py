@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from deepspectra.errors import OptionError
+from deepspectra.problem.memory_budget import return_freed
 from deepspectra.results import versions
 
 Value = str | int | float | bool | None
@@ -201,7 +202,11 @@ def _seeded(point: Point) -> Iterator[None]:
 
 
 def _forget_peak() -> None:
-    """Have Linux measure the peak of resident memory anew; elsewhere it is that of the process's life."""
+    """Have Linux measure the peak of resident memory anew; elsewhere it is that of the process's life.
+
+    What cells before have freed and the C library keeps is resident, and not this cell's.
+    """
+    return_freed()
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 

@@ -9,7 +9,7 @@ from torch import nn
 import deepspectra as ds
 from deepspectra.derivatives.products import products_of
 from deepspectra.jobs.pace import Pace
-from deepspectra.jobs.plan_of_analysis import pairs_stage as pairs_of
+from deepspectra.jobs.plan_of_analysis import pairs_stage, typical_products
 from deepspectra.problem.parallel import Group
 from deepspectra.rows.captures import captures_of
 from nets import language_model
@@ -55,12 +55,12 @@ def test_processes_share_out_a_basis() -> None:
     problem = problem_of(nn.Tanh)
     problem.memory = 4 * 4 * problem.num_parameters * 9  # of which a basis has a quarter: 9 vectors of float32
     pace = Pace(problem)
-    alone = pairs_of(pace, "hessian", 4, "")
+    alone = pairs_stage(pace, "hessian", 4, typical_products)
     assert not alone.fits
     problem.batches.group = Group(size=2)
     assert pace.vector == 4 * 75
     assert pace.row == 4 * 38
-    assert pairs_of(pace, "hessian", 4, "").fits
+    assert pairs_stage(pace, "hessian", 4, typical_products).fits
 
 
 def test_timing_a_step_takes_no_more_than_a_basis_may(monkeypatch: pytest.MonkeyPatch) -> None:

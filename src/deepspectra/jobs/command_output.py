@@ -72,6 +72,7 @@ def tell(plan: Plan, *, as_json: bool) -> None:
     stages = [stage._asdict() | {"fits": stage.fits} for stage in plan.stages]
     about = {"job": plan.job, "effort": plan.effort, "what": plan.what, "advice": plan.advice, "fits": plan.fits}
     sums = {"seconds": plan.total_seconds, "products": plan.num_products, "num_bytes": plan.peak_bytes}
+    sums |= {name: getattr(plan, name) for name in ("seconds_at_most", "products_at_most", "bytes_at_most")}
     numbers = {"gradient_seconds": plan.gradient_seconds, "memory_bytes": plan.memory}
     typer.echo(json_line({**about, **sums, **numbers, "stages": stages}) if as_json else str(plan))
 

@@ -75,6 +75,21 @@ class Plan(Result, Tabular):
         return sum(stage.products for stage in self.stages)
 
     @property
+    def seconds_at_most(self) -> float:
+        """Of all stages, where the spectrum has no gaps and searches for eigenpairs give up."""
+        return sum(stage.seconds_at_most for stage in self.stages)
+
+    @property
+    def products_at_most(self) -> int:
+        """The same."""
+        return sum(stage.products_at_most for stage in self.stages)
+
+    @property
+    def bytes_at_most(self) -> float:
+        """Of the stage that then holds most."""
+        return max(stage.bytes_at_most for stage in self.stages)
+
+    @property
     def fits(self) -> bool:
         """Whether no stage needs more memory than it may have."""
         return all(stage.fits for stage in self.stages)
@@ -91,28 +106,51 @@ class Plan(Result, Tabular):
             f"from one batch; {self.num_products:,} products, where a gradient of all the data takes "
             f"{self.gradient_seconds:.2g} s."
         )
+        slow = (
+            f"Where the spectrum has no gaps behind the top eigenpairs, at most {duration(self.seconds_at_most)} and "
+            f"{size_of(self.bytes_at_most)}."
+            if self.seconds_at_most > self.total_seconds
+            else ""
+        )
         hosted = max(stage.host_bytes for stage in self.stages)
         beside = f"Of a basis {size_of(hosted)} lie in host memory, and are brought for each step." if hosted else ""
-        return " ".join(filter(None, [self.what, total, beside, self.advice]))
+        return " ".join(filter(None, [self.what, total, slow, beside, self.advice]))
 
     def to_dataframe(self) -> Any:
-        """A row a stage, as a `pandas.DataFrame`: its name, products, seconds, bytes, and whether they fit."""
+        """A row a stage, as a `pandas.DataFrame`: name, products, seconds, bytes, whether they fit; each at most."""
         import pandas  # noqa: PLC0415  (its import takes a while)
 
-        rows = [(one.name, one.products, one.seconds, one.whole_bytes, one.fits) for one in self.stages]
-        return pandas.DataFrame(rows, columns=["stage", "products", "seconds", "bytes", "fits"])
+        return pandas.DataFrame(
+            {
+                "stage": [one.name for one in self.stages],
+                "products": [one.products for one in self.stages],
+                "seconds": [one.seconds for one in self.stages],
+                "bytes": [one.whole_bytes for one in self.stages],
+                "fits": [one.fits for one in self.stages],
+                "products_at_most": [one.products_at_most for one in self.stages],
+                "seconds_at_most": [one.seconds_at_most for one in self.stages],
+                "bytes_at_most": [one.bytes_at_most for one in self.stages],
+            }
+        )
 
     def __str__(self) -> str:
         rows = [
             (
                 one.name,
-                f"{one.products:,}",
-                f"{one.seconds:.2g}",
-                size_of(one.whole_bytes) + ("" if one.fits else " !"),
+                _range(one.products, one.products_at_most, "{:,}".format),
+                _range(one.seconds, one.seconds_at_most, "{:.2g}".format),
+                _range(one.whole_bytes, one.bytes_at_most, size_of) + ("" if one.fits else " !"),
             )
             for one in self.stages
         ]
-        rows.append(("in all", f"{self.num_products:,}", f"{self.total_seconds:.2g}", size_of(self.peak_bytes)))
+        rows.append(
+            (
+                "in all",
+                _range(self.num_products, self.products_at_most, "{:,}".format),
+                _range(self.total_seconds, self.seconds_at_most, "{:.2g}".format),
+                _range(self.peak_bytes, self.bytes_at_most, size_of),
+            )
+        )
         return text_table(("stage", "products", "seconds", "memory"), rows, self.told)
 
 
@@ -130,9 +168,10 @@ def estimate(
     """What a job will take in time and memory, without running it.
 
     Gradients, products with H, R and G, their graphs, features and errors and their inner products are timed on
-    one batch and scaled to all of them; how many products pairs and knock-outs take depends on the spectrum, and is
-    a typical number here. `analyze` tells the same plan before it begins. Times are those of this machine as it is
-    now, and were within a factor of two of what jobs took on the networks of docs/planning.md.
+    one batch and scaled to all of them. How many products pairs take depends on the gaps of the spectrum: told are
+    a typical number, and at most how many, after which a search gives up. `analyze` tells the same plan before it
+    begins. Times are those of this machine as it is now, and were within a factor of two of what jobs took on the
+    networks of docs/planning.md.
 
     Args:
         problem: to be looked at.
@@ -145,7 +184,8 @@ def estimate(
         **settings: by name.
 
     Returns:
-        A plan: `.stages`, `.total_seconds`, `.peak_bytes`, whether it `.fits`, and `.advice`; `str()` is a table.
+        A plan: `.stages`, `.total_seconds` and `.seconds_at_most`, `.peak_bytes` and `.bytes_at_most`, whether it
+        `.fits`, and `.advice`; `str()` is a table.
 
     Raises:
         OptionError: an unknown job, effort or kind of rows, or settings of a certificate that there are not.
@@ -266,6 +306,12 @@ def _of_rows(pace: Pace, job: str, of: Sequence[str], num_groups: int, kronecker
 
 
 # -- words
+
+
+def _range(typical: float, most: float, worded: Callable[[float], str]) -> str:
+    """A typical number, and at most which."""
+    low, high = worded(typical), worded(most)
+    return low if low == high else f"{low} to {high}"
 
 
 def duration(seconds: float) -> str:

@@ -53,6 +53,8 @@ class Stage(NamedTuple):
         grows: power of the number of examples with which its seconds grow, at least.
         host_bytes: of a basis, beside, in the host's memory, where an accelerator has no room for it.
         beside: bytes of what earlier stages found, which stay.
+        slow_products, slow_seconds, slow_bytes: the products, seconds and bytes (with those beside) of a spectrum
+            without gaps, where a search for eigenpairs gives up; 0 where they are the same.
     """
 
     name: str
@@ -66,11 +68,34 @@ class Stage(NamedTuple):
     grows: int = 1
     host_bytes: float = 0.0
     beside: float = 0.0
+    slow_products: int = 0
+    slow_seconds: float = 0.0
+    slow_bytes: float = 0.0
 
     @property
     def whole_bytes(self) -> float:
         """Of all that is held then, beside model and data."""
         return self.num_bytes + self.beside
+
+    @property
+    def products_at_most(self) -> int:
+        """Where the spectrum has no gaps."""
+        return max(self.products, self.slow_products)
+
+    @property
+    def seconds_at_most(self) -> float:
+        """The same."""
+        return max(self.seconds, self.slow_seconds)
+
+    @property
+    def bytes_at_most(self) -> float:
+        """Of all that is held then."""
+        return max(self.whole_bytes, self.slow_bytes)
+
+    def slower(self, other: Stage) -> Stage:
+        """This one, which at most is the other."""
+        slow = other.products, other.seconds, other.whole_bytes
+        return self._replace(slow_products=slow[0], slow_seconds=slow[1], slow_bytes=slow[2])
 
     @property
     def fits(self) -> bool:

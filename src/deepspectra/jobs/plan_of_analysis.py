@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from deepspectra.algorithms.eigenpairs import enough_products
 from deepspectra.analysis.knockouts import NEWEST
 from deepspectra.errors import CurvatureError, MemoryBudgetError
 from deepspectra.jobs.effort import FEWEST_STEPS, Effort
@@ -21,13 +22,33 @@ RITZ = 8  # eigenproblems of the basis of a density, for what has converged and 
 COLUMNS = 64  # of a dense matrix that go through a graph together, at most
 
 
-def num_products_of(num: int, size: int) -> int:
-    """Products that so many pairs take, about; all of a small space at most."""
+Counted = Callable[[int, int], int]  # pairs, parameters → products that the pairs take
+
+
+def typical_products(num: int, size: int) -> int:
+    """Of a spectrum with gaps behind the pairs; all of a small space at most."""
     return min(size, round(max(15, PAIRS[0] + PAIRS[1] * num)))
+
+
+def most_products(num: int, size: int) -> int:
+    """After which a search gives up, for want of a gap."""
+    return min(size, enough_products(num))
+
+
+def ranged(stages: Callable[[Counted], Iterator[Stage]]) -> Iterator[Stage]:
+    """Stages that take a typical number of products, and at most what they do without gaps in the spectrum."""
+    for typical, slow in zip(stages(typical_products), stages(most_products), strict=True):
+        yield typical.slower(slow)
 
 
 def of_analysis(pace: Pace, effort: Effort, num: int, num_classes: int, of: str, *, exact: bool) -> Iterator[Stage]:
     """Of so many pairs and classes; ``of`` test data there are no averages; all of G is known where it is `exact`."""
+    return ranged(lambda counted: _stages(pace, effort, num, num_classes, of, counted, exact=exact))
+
+
+def _stages(
+    pace: Pace, effort: Effort, num: int, num_classes: int, of: str, counted: Counted, *, exact: bool
+) -> Iterator[Stage]:
     averaged, held = bool(num_classes) and not of, 0.0
 
     def leaving(num_bytes: float, *stages: Stage) -> Iterator[Stage]:
@@ -40,7 +61,7 @@ def of_analysis(pace: Pace, effort: Effort, num: int, num_classes: int, of: str,
     if not of:
         loss = Stage("loss and gradient", 0, 2 * pace.gradient, pace.batch_graph("hessian"), pace.problem.memory)
         yield from leaving(0, loss)
-    first = pairs_stage(pace, "hessian", num, of)
+    first = pairs_stage(pace, "hessian", num, counted, of)
     basis = min(first.products * pace.held_row, share(pace.problem.memory, "basis")) if averaged else 0
     yield from leaving(pairs + basis, first)
     rows = pace.rows.num_bytes if exact else 0.0
@@ -56,7 +77,7 @@ def of_analysis(pace: Pace, effort: Effort, num: int, num_classes: int, of: str,
         yield from leaving(-rows, Stage(f"shares of H{of}", 0, num * pace.gradient / 3, 0))
     if averaged:
         held -= means + basis  # its own, too
-        yield from leaving(means, _attribution(pace, effort, num, num_classes, exact=exact))
+        yield from leaving(means, _attribution(pace, effort, num, num_classes, counted, exact=exact))
     if effort.dense and not exact:
         yield from leaving(0, *_dense_stages(pace, effort, of))
     if averaged and not exact:
@@ -67,7 +88,7 @@ def of_analysis(pace: Pace, effort: Effort, num: int, num_classes: int, of: str,
         yield from leaving(0, density_stage(pace, effort, "hessian", f"density of H{of}", num))
         yield from leaving(0, density_stage(pace, effort, "residual", f"density of R{of}"))
     if not exact:
-        yield from leaving(pairs, pairs_stage(pace, "gauss_newton", num, of))
+        yield from leaving(pairs, pairs_stage(pace, "gauss_newton", num, counted, of))
         if num_classes:
             yield from leaving(0, Stage(f"shares of G{of}", 0, num * pace.product("gauss_newton") / 2, pairs))
         if not effort.dense:
@@ -90,10 +111,10 @@ def is_exact(pace: Pace, effort: Effort) -> bool:
         return False
 
 
-def pairs_stage(pace: Pace, kind: str, num: int, of: str = "") -> Stage:
-    """So many top eigenpairs of H or G, by a typical number of products."""
+def pairs_stage(pace: Pace, kind: str, num: int, counted: Counted, of: str = "") -> Stage:
+    """So many top eigenpairs of H or G."""
     letter = "H" if kind == "hessian" else "G"
-    products = num_products_of(num, pace.problem.num_parameters) + (num if pace.problem.basis else 0)
+    products = counted(num, pace.problem.num_parameters) + (num if pace.problem.basis else 0)
     limit, row = share(pace.problem.memory, "basis"), pace.held_row
     room = limit + pace.host_memory(kind)
     fewest = min(num + SPARE_ROWS, pace.problem.num_parameters)
@@ -157,11 +178,11 @@ def _means(pace: Pace, num_classes: int) -> int:
     return means if means <= share(pace.problem.memory, "graphs") else 0
 
 
-def _attribution(pace: Pace, effort: Effort, num: int, num_classes: int, *, exact: bool) -> Stage:
+def _attribution(pace: Pace, effort: Effort, num: int, num_classes: int, counted: Counted, *, exact: bool) -> Stage:
     product = pace.gradient if exact else pace.product("gauss_newton")
     products = min(num_classes * KNOCKOUTS + 1, effort.knockout_products or num_classes * KNOCKOUTS + 1)
     size, means = pace.problem.num_parameters, _means(pace, num_classes)
-    rows, least = num_products_of(num, size) + products, num + NEWEST + 2 * num_classes + min(products, 1)
+    rows, least = counted(num, size) + products, num + NEWEST + 2 * num_classes + min(products, 1)
     # the basis grows into what graphs and means leave
     room = share(pace.problem.memory, "basis") // pace.row
     room += (share(pace.problem.memory, "graphs") - means) // pace.row

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from deepspectra.analysis.layer_blocks import SMALL
+from deepspectra.analysis.layers import PROBES, STEPS, TRACE_PRODUCTS
 from deepspectra.analysis.regions import BLOCK, WHOLE, knockouts_of
 from deepspectra.errors import CurvatureError
 from deepspectra.jobs.pace import Pace, Stage
-from deepspectra.jobs.plan_of_analysis import num_products_of, pairs_stage
+from deepspectra.jobs.plan_of_analysis import Counted, pairs_stage, ranged
 from deepspectra.problem.memory_budget import share
 from deepspectra.problem.problem import Problem
 from deepspectra.rows.held_rows import gram_bytes
 
 VALUES = 0.6  # eigenvalues alone, in the same unit
 DOUBLE = 2  # times as long take products in float64, as those of the Hessian's regions are
-BLOCK_PRODUCTS = 100  # with a layer's block of H, where it is not that of G
 CHECKS = 2  # products by which that is seen
 COMPARED = 64  # eigenvectors of a large layer
 
@@ -67,8 +68,14 @@ def of_layers(pace: Pace) -> Iterator[Stage]:
     except CurvatureError:  # without second derivatives layers have no blocks of H
         return
     yield Stage("blocks of R", CHECKS, checked, pace.graphs("residual"))
+    yield from ranged(functools.partial(_blocks, pace, bent))
+
+
+def _blocks(pace: Pace, bent: Mapping[str, float], counted: Counted) -> Iterator[Stage]:
+    """Pairs, density and trace of layers' blocks of H, where they are not those of G."""
     for name, seconds in bent.items():
-        products = min(BLOCK_PRODUCTS, 2 * pace.rows.layers[name].size)
+        size = pace.rows.layers[name].size
+        products = counted(pace.problem.num_classes, size) + min(PROBES * STEPS, size) + min(TRACE_PRODUCTS, size)
         yield Stage(f"block of H of {name or 'the model'}", products, products * seconds, pace.graphs("hessian"))
 
 
@@ -98,6 +105,10 @@ def of_regions(pace: Pace, of: Sequence[str], num_groups: int) -> Iterator[Stage
 
 def of_comparison(pace: Pace) -> Iterator[Stage]:
     """Of two networks alike."""
+    return ranged(functools.partial(_comparison, pace))
+
+
+def _comparison(pace: Pace, counted: Counted) -> Iterator[Stage]:
     problem = pace.problem
     num_rows = problem.num_examples * pace.scalars
     yield captured(pace, 4)
@@ -107,9 +118,9 @@ def of_comparison(pace: Pace) -> Iterator[Stage]:
         if side <= SMALL:
             seconds = 2 * (layer.pair * num_rows * side + pace.cube * side**3)
         else:
-            seconds = 2 * num_products_of(COMPARED, side) * pace.product("gauss_newton")
+            seconds = 2 * counted(COMPARED, side) * pace.product("gauss_newton")
         yield Stage(f"eigenspaces of {name or 'the model'}", 0, seconds, gram_bytes(min(side, SMALL)), step=name)
-    one = pairs_stage(pace, "gauss_newton", 2 * problem.num_classes, "")
+    one = pairs_stage(pace, "gauss_newton", 2 * problem.num_classes, counted)
     yield one._replace(name="top eigenpairs of both", products=2 * one.products, seconds=2 * one.seconds)
 
 

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 import deepspectra as ds
+from deepspectra.analysis.products_of_means import _centred, _centred_gram
+from deepspectra.rows.captures import captures_of
+from deepspectra.rows.parameter_uses import Matrix
 from nets import CASES, labels
 from reference import agrees, case_and_reference, descending, error, inputs_and_errors
 
@@ -87,6 +90,37 @@ def test_gradients_without_the_mean_feature(name: str) -> None:
         for part in FIVE:
             expected = centred.T @ ref.projections[part] @ centred
             assert agrees(layer.centred.parts[part], expected, scale)
+
+
+class Turned(nn.Module):
+    """x W + b, with W (inputs, outputs)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(16, 6)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+@pytest.mark.parametrize("kind", ["matrix", "transposed", "convolution", "groups"])
+def test_rows_without_the_mean_feature_have_those_inner_products(kind: str) -> None:
+    """The smaller side decides which are formed; both are the same rows."""
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(4, 6, 2, padding=1, groups=2 if kind == "groups" else 1)
+    first: dict[str, nn.Module] = {"matrix": nn.Linear(16, 6), "transposed": Turned()}
+    model = nn.Sequential(first.get(kind, convolution), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)).double()
+    x = torch.randn(8, 16, dtype=torch.float64)
+    x = x if kind in first else x.view(8, 4, 2, 2)
+    model(x)
+    captures = captures_of(ds.Problem(model, [(x[:3], labels(3, 3)), (x[3:], labels(5, 3))]))
+    captures.hold()
+    uses = [batch[0] for batch in dict(captures.by_layer())["0"]]
+    assert all(isinstance(use, Matrix) and use.slice.transposed == (kind == "transposed") for use in uses)
+    mean = torch.randn(uses[0].features().shape[2], dtype=torch.float64)
+    rows = torch.cat([_centred(use, mean) for use in uses])
+    assert rows.shape == (16, uses[0].slice.numel)
+    assert error(rows @ rows.T, _centred_gram(uses, mean)) < 1e-12
 
 
 def test_logit_means_of_constant_features_are_products_with_them() -> None:

@@ -107,7 +107,8 @@ class Layer:
         collapse: see there; None without features.
         hessian: spectrum of the layer's block of H; None unless asked for, or without second derivatives.
         centred: spectrum of the gradients to the matrix or kernel with h − h̄ in place of the features h: what G's
-            block would be without the mean feature; None where `khatri_rao` is, and for more than 3,000 rows.
+            block would be without the mean feature; None where `khatri_rao` is, and where the smaller
+            of rows and parameters is above 3,000.
     """
 
     name: str
@@ -401,7 +402,7 @@ def _layer(name: str, uses: list[list[Use]], parts: Decomposition, averages: Ave
         khatri_rao=khatri_rao([batch[0] for batch in matrices], parts, averages) if single else None,
         collapse=None if features is None else collapse_of(features, rows, name),
         centred=centred_spectrum([batch[0] for batch in matrices], parts, averages, name)
-        if single and len(averages.every) <= SMALL
+        if single and min(len(averages.every), matrices[0][0].slice.numel) <= SMALL
         else None,
     )
 

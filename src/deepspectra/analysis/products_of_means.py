@@ -13,7 +13,7 @@ from deepspectra.analysis.gram_spectrum import GramSpectrum, spectrum_of
 from deepspectra.operators.parts import Decomposition
 from deepspectra.rows.averages import Averages, positive
 from deepspectra.rows.features_and_errors import counted, membership
-from deepspectra.rows.held_rows import gram_of
+from deepspectra.rows.held_rows import gram_of, moment_of_rows
 from deepspectra.rows.parameter_uses import Matrix
 from deepspectra.rows.spectrum import Spectrum
 
@@ -43,23 +43,41 @@ class KhatriRao:
 
 
 def centred_spectrum(uses: list[Matrix], parts: Decomposition, averages: Averages, name: str) -> GramSpectrum:
-    """Of Σ_t e_t (h_t − h̄)ᵀ, from inner products.
+    """Of Σ_t e_t (h_t − h̄)ᵀ, from the smaller of their second moment and their inner products.
 
-    With s = Σ_t e_t and q = Σ_t e_t (h_tᵀh̄) they are those of the gradients, less s qᵀ and its transpose, plus
-    ‖h̄‖² s sᵀ; with grouped kernels h and h̄ are what enters an output's own group.
+    With grouped kernels h and h̄ are what enters an output's own group.
     """
     began = time.perf_counter()
     weight = counted(parts.rows)
     mean = _mixed_features(uses, (weight / weight.sum())[:, None])[0].mean(0)
+    size, eps = uses[0].slice.numel, torch.finfo(parts.problem.dtype).eps
+    spectrum = (
+        Spectrum.of_moment(*moment_of_rows((_centred(use, mean) for use in uses), averages), eps)
+        if size < len(averages.every)
+        else Spectrum.of_gram(_centred_gram(uses, mean), averages, size, eps)
+    )
+    what = f"gradients of {name} with centred features"
+    return spectrum_of(spectrum, began, parts.problem, what, size=size)
+
+
+def _centred(use: Matrix, mean: Tensor) -> Tensor:
+    """The rows themselves (B·J, o·d), in the order of the parameter."""
+    errors = torch.unflatten(use.errors.sum(3).flatten(0, 1), 1, (use.groups, -1))  # Σ_t e_t, by group
+    common = torch.einsum("rgo,gd->rgod", errors, mean.to(errors).view(use.groups, -1)).flatten(1, 2)
+    return use.formed(slice(None)).flatten(0, 1) - (common.mT if use.slice.transposed else common).flatten(1)
+
+
+def _centred_gram(uses: list[Matrix], mean: Tensor) -> Tensor:
+    """Their inner products (R, R).
+
+    With s = Σ_t e_t and q = Σ_t e_t (h_tᵀh̄) those of the gradients, less s qᵀ and its transpose, plus ‖h̄‖² s sᵀ.
+    """
     pairs = [_summed(use, mean) for use in uses]
     s, q = (torch.cat([pair[j] for pair in pairs]).double() for j in range(2))
     gram = gram_of([[[use] for use in uses]])
     norms = mean.double().square().view(uses[0].groups, -1).sum(1)
     gram += (s * norms.repeat_interleave(s.shape[1] // len(norms))) @ s.T - s @ q.T - q @ s.T
-    size = uses[0].slice.numel
-    spectrum = Spectrum.of_gram(gram, averages, size, torch.finfo(parts.problem.dtype).eps)
-    what = f"gradients of {name} with centred features"
-    return spectrum_of(spectrum, began, parts.problem, what, size=size)
+    return gram
 
 
 def _summed(use: Matrix, mean: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,8 +49,8 @@ def of_layers(pace: Pace) -> Iterator[Stage]:
     few = (problem.memory / gram_bytes(1)) ** 0.5 / max(1, problem.num_classes - 1)
     for name, layer in pace.rows.layers.items():
         side = min(num_rows, layer.size)
-        centred = num_rows if num_rows <= SMALL else 0
-        cubes = 2 * side**3 + min(num, layer.size) ** 3 + min(centred, layer.size) ** 3
+        centred = side if side <= SMALL else 0
+        cubes = (1 + VALUES) * side**3 + min(num, layer.size) ** 3 + centred**3
         seconds = layer.pair * num_rows * side + pace.cube * cubes
         yield Stage(
             f"spectra of {name or 'the model'}",

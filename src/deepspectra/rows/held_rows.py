@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -212,15 +212,27 @@ def moment_of(batches: list[list[Use]], averages: Averages) -> tuple[Tensor, Ave
 
     Cost: R P² multiplications; a batch's gradients are formed at a time.
     """
+    return moment_of_rows(_formed(batches), averages)
+
+
+def _formed(batches: list[list[Use]]) -> Iterator[Tensor]:
+    """Gradients to one layer's parameters, batch by batch."""
     stretches = list(by_stretch(batches[0]))  # in whose order columns stand
-    moment = factors = torch.zeros(())
-    bases = torch.cat([*averages.values(), averages.every], 1)
-    for uses, some in zip(batches, torch.split(bases, _num_rows(batches)), strict=True):
+    for uses in batches:
         mine = by_stretch(uses)
         formed = ([use.formed(slice(None)) for use in mine[stretch]] for stretch in stretches)
-        rows = torch.cat([functools.reduce(torch.add, each).flatten(0, 1) for each in formed], 1)
+        yield torch.cat([functools.reduce(torch.add, each).flatten(0, 1) for each in formed], 1)
+
+
+def moment_of_rows(batches: Iterable[Tensor], averages: Averages) -> tuple[Tensor, Averages]:
+    """AᵀA (D, D) and the factors AᵀB of averages, float64, of rows A (R, D) that are formed batch by batch."""
+    moment = factors = torch.zeros(())
+    bases, first = torch.cat([*averages.values(), averages.every], 1), 0
+    for rows in batches:
+        some = bases[first : first + len(rows)]
         moment = moment + (rows.T @ rows).double()
         factors = factors + (rows.T @ some.to(rows)).double()
+        first += len(rows)
     each = iter(torch.split(factors, [basis.shape[1] for basis in (*averages.values(), averages.every)], 1))
     return moment, averages.map(lambda _: next(each))
 

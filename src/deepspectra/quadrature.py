@@ -139,10 +139,11 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         return mass if isinstance(x, Tensor) else float(mass)
 
     def count_above(self, x: float) -> tuple[float, float]:
-        """How many eigenvalues lie above `x`, and its standard error: two are a 95 % band, NaN with one probe or step.
+        """How many eigenvalues lie above `x`, and its standard error, of which two are a 95 % band.
 
         The error adds that of the probes and the resolution: what a probe's moments say of its mass above x is
-        certain to ± Christoffel's function at x, two errors wide. It is 0 where exact eigenvalues enclose `x`.
+        certain to ± Christoffel's function at x, two errors wide. It is 0 where exact eigenvalues enclose `x`, and NaN
+        with one probe or step.
         """
         above = (self.nodes > x).double()
         count = float(self.size * (self.weights @ above))
@@ -178,7 +179,9 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         eigenvalues a Gaussian probe sees a share that is a Beta(k/2, (d − k)/2) variable. Both bounds are whole
         multiples of 1/P, 0 and 1 at the ends, and are `cdf` itself for a spectrum that is known exactly. Values of x
         that differ by the rounding of products are one. Deflated pairs of residual R move no more eigenvalues past x
-        than they are, none by more than ‖R‖, and none at all past an x in a gap that is wide beside ‖R‖².
+        than they are, none by more than ‖R‖, and none at all past an x in a gap that is wide beside ‖R‖². Locked pairs
+        count as exact: where eigenvalues lie closer than their residuals, 1e-4 of their size, x among them is held
+        less often.
 
         Raises:
             OptionError: confidence is not between 0 and 1.

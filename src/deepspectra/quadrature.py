@@ -111,10 +111,9 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         """Standard errors (k,) of the means over the spectrum of functions with these values (k, M) at the nodes.
 
         zᵀf(A)z/‖z‖² of a Gaussian z in d dimensions varies by 2/(d+2) times the variance of f over the spectrum,
-        which the nodes know better than the scatter of a few probes does, but not those of one step: one node has
-        none. No eigenvalue has less than 1/P. That variance is an estimate, too, low where the mean is when few
-        eigenvalues make both, such as the copies of one that probes are not freed of: it is taken at the upper end of
-        its own band.
+        which the nodes know better than the scatter of a few probes does, and those of one step do not. No eigenvalue
+        has less than 1/P. That variance is an estimate, too, low where the mean is when few eigenvalues make both,
+        such as the copies of one that probes are not freed of: it is taken at the upper end of its own band.
         """
         free = self.probes >= 0
         mass = float(self.weights[free].sum())
@@ -142,8 +141,8 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         """How many eigenvalues lie above `x`, and its standard error, of which two are a 95 % band.
 
         The error adds that of the probes and the resolution: what a probe's moments say of its mass above x is
-        certain to ± Christoffel's function at x, two errors wide. It is 0 where exact eigenvalues enclose `x`, and NaN
-        with one probe or step.
+        certain to ± Christoffel's function at x, two errors wide. It is 0 where exact eigenvalues enclose `x`.
+        NaN with one probe or step.
         """
         above = (self.nodes > x).double()
         count = float(self.size * (self.weights @ above))
@@ -179,9 +178,8 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         eigenvalues a Gaussian probe sees a share that is a Beta(k/2, (d − k)/2) variable. Both bounds are whole
         multiples of 1/P, 0 and 1 at the ends, and are `cdf` itself for a spectrum that is known exactly. Values of x
         that differ by the rounding of products are one. Deflated pairs of residual R move no more eigenvalues past x
-        than they are, none by more than ‖R‖, and none at all past an x in a gap that is wide beside ‖R‖². Locked pairs
-        count as exact: where eigenvalues lie closer than their residuals, 1e-4 of their size, x among them is held
-        less often.
+        than they are, none by more than ‖R‖, and none at all past an x in a gap that is wide beside ‖R‖². Locked
+        pairs count as exact: among eigenvalues closer than 1e-4 of their size, x is held less often.
 
         Raises:
             OptionError: confidence is not between 0 and 1.
@@ -282,8 +280,8 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
 
     def __str__(self) -> str:
         negative = float(torch.where(self.nodes < 0, self.weights, 0.0).sum())
-        few = "probe" if self.num_probes == 1 else "step" if self.num_steps == 1 else ""
-        band = f"no error band from one {few}" if few else "error band over probes"
+        few = [word for word, num in (("probe", self.num_probes), ("step", self.num_steps)) if num == 1]
+        band = f"no error band from one {few[0]}" if few else "error band over probes"
         how = f"{self.num_probes} probes × {self.num_steps} steps, {band}" if self.num_probes else "exact"
         low, high = self.nodes.aminmax()
         rows = [

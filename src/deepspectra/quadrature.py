@@ -30,7 +30,7 @@ class Curve(Tabular, columns=("grid", "density", "standard_error")):
     Attributes:
         grid: (num_points,) ascending, float64: λ on the linear scale, |λ| + ε on the logarithmic one.
         density: (num_points,) mass per unit of λ, or per decade of |λ| + ε.
-        standard_error: (num_points,) of `density`: two of them are a 95 % band; NaN with fewer than two probes.
+        standard_error: (num_points,) of `density`: two of them are a 95 % band; NaN with one probe or step.
         scale: "linear" | "log".
         width: standard deviation of the Gaussian kernel, in units of λ or in decades.
         mass: what the curve integrates to: the mass of the nodes it shows.
@@ -95,7 +95,7 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
 
     @property
     def mean_standard_error(self) -> float:
-        """Of `mean`: two of them are a 95 % band; NaN with one probe, 0 for an exact spectrum."""
+        """Of `mean`: two of them are a 95 % band; NaN with one probe or step, 0 for an exact spectrum."""
         largest = float(self.nodes.abs().max()) or 1.0  # squares of the nodes may overflow
         return largest * float(self._errors(self.nodes[None] / largest))
 
@@ -111,15 +111,15 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         """Standard errors (k,) of the means over the spectrum of functions with these values (k, M) at the nodes.
 
         zᵀf(A)z/‖z‖² of a Gaussian z in d dimensions varies by 2/(d+2) times the variance of f over the spectrum,
-        which the nodes know better than the scatter of a few probes does. No eigenvalue has less than 1/P. That
-        variance is an estimate, too, low where the mean is when few eigenvalues make both, such as the copies of one
-        that probes are not freed of: it is taken at the upper end of its own band.
+        which the nodes know better than the scatter of a few probes does, and those of one step do not. No eigenvalue
+        has less than 1/P. That variance is an estimate, too, low where the mean is when few eigenvalues make both,
+        such as the copies of one that probes are not freed of: it is taken at the upper end of its own band.
         """
         free = self.probes >= 0
         mass = float(self.weights[free].sum())
         if not self.num_probes or not mass:
             return torch.zeros(len(values), dtype=torch.float64)
-        if self.num_probes < 2:
+        if min(self.num_probes, self.num_steps) < 2:
             return torch.full((len(values),), math.nan, dtype=torch.float64)
         means = values[:, free] @ self.weights[free] / mass
         weights = self.weights[free].clamp_min(1 / (self.size * self.num_probes)) / mass
@@ -138,10 +138,11 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         return mass if isinstance(x, Tensor) else float(mass)
 
     def count_above(self, x: float) -> tuple[float, float]:
-        """How many eigenvalues lie above `x`, and its standard error (NaN with one probe); two are a 95 % band.
+        """How many eigenvalues lie above `x`, and its standard error, of which two are a 95 % band.
 
         The error adds that of the probes and the resolution: what a probe's moments say of its mass above x is
         certain to ± Christoffel's function at x, two errors wide. It is 0 where exact eigenvalues enclose `x`.
+        NaN with one probe or step.
         """
         above = (self.nodes > x).double()
         count = float(self.size * (self.weights @ above))
@@ -177,7 +178,8 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         eigenvalues a Gaussian probe sees a share that is a Beta(k/2, (d − k)/2) variable. Both bounds are whole
         multiples of 1/P, 0 and 1 at the ends, and are `cdf` itself for a spectrum that is known exactly. Values of x
         that differ by the rounding of products are one. Deflated pairs of residual R move no more eigenvalues past x
-        than they are, none by more than ‖R‖, and none at all past an x in a gap that is wide beside ‖R‖².
+        than they are, none by more than ‖R‖, and none at all past an x in a gap that is wide beside ‖R‖². Locked
+        pairs count as exact: among eigenvalues closer than 1e-4 of their size, x is held less often.
 
         Raises:
             OptionError: confidence is not between 0 and 1.
@@ -278,7 +280,8 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
 
     def __str__(self) -> str:
         negative = float(torch.where(self.nodes < 0, self.weights, 0.0).sum())
-        band = "no error band from one probe" if self.num_probes == 1 else "error band over probes"
+        few = [word for word, num in (("probe", self.num_probes), ("step", self.num_steps)) if num == 1]
+        band = f"no error band from one {few[0]}" if few else "error band over probes"
         how = f"{self.num_probes} probes × {self.num_steps} steps, {band}" if self.num_probes else "exact"
         low, high = self.nodes.aminmax()
         rows = [

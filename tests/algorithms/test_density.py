@@ -234,6 +234,18 @@ def test_a_count_between_exact_eigenvalues_is_exact():
     assert (round(count, 9), round(error, 9)) == (int((values > 0.01).sum()), 0)
 
 
+@pytest.mark.parametrize("num_probes", [2, 3])
+def test_one_step_does_not_know_the_variance_that_errors_are_made_of(num_probes):
+    found = density(torch.diag(trained(100)), num_probes, 1)
+    assert math.isnan(found.mean_standard_error)
+    assert bool(found.smooth().standard_error.isnan().all())
+    assert math.isnan(found.count_above(0.01)[1])
+    low, high = found.cdf_band(torch.tensor([0.01]))
+    assert float(low) <= float((trained(100) <= 0.01).double().mean()) <= float(high)
+    assert density(torch.eye(2), num_probes, 1).mean_standard_error == 0  # all of it is known
+    assert "no error band" in str(found)
+
+
 @pytest.mark.parametrize("scale", [2.0**-23, 2.0**23])  # about 1e∓7, without rounding
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_densities_scale_with_the_operator(scale, dtype):

@@ -249,3 +249,26 @@ def test_ties_of_the_largest_eigenvalues_are_no_tail() -> None:
     assert math.isnan(none.power_law.exponent)
     tied = ds.tail(torch.cat([torch.ones(60), torch.rand(300, generator=torch.Generator().manual_seed(0))]))
     assert tied.power_law.high < 1e6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_copies_that_differ_by_rounding_are_one_value(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = 1 + torch.finfo(dtype).eps * torch.randn(60, generator=generator, dtype=torch.float64)
+    with pytest.raises(DataError, match="no tail"):
+        ds.tail((3 * noise).to(dtype))
+    for scale in (1.0, 1e-20):
+        with pytest.raises(DataError, match="no tail"):
+            ds.tail(ds.density(2 * scale * torch.eye(60, dtype=dtype), num_probes=4, num_steps=8))
+    none = ds.tail(torch.cat([noise, -noise]).to(dtype))
+    assert none.verdict == "not resolved"
+    assert math.isnan(none.power_law.exponent)
+    tied = ds.tail(torch.cat([noise, torch.rand(300, generator=generator, dtype=torch.float64)]).to(dtype))
+    assert tied.power_law.high < 1e6
+
+
+@pytest.mark.parametrize("scale", [1e-250, 1e200])
+@pytest.mark.parametrize("name", ["covariance 100 × 400", "orthogonal 150", "Pareto 1.5"])
+def test_a_law_has_no_unit(name: str, scale: float) -> None:
+    values = torch.from_numpy(QUICK[name][0](np.random.default_rng(0)))
+    assert ds.tail(scale * values, num_draws=1).verdict == ds.tail(values, num_draws=1).verdict == QUICK[name][1]

@@ -18,6 +18,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
 import deepspectra as ds
@@ -334,6 +335,8 @@ def test_a_function_is_known_by_its_source_and_its_fixed_arguments(tmp_path):
         ({"x": "abc"}, {}, "a list of values"),
         ({"x": [math.nan]}, {}, "has the value nan"),
         ({"x": [(1, 2)]}, {}, "has the value"),
+        ({"x": [torch.ones(2)]}, {}, "has the value"),
+        ({"x": torch.tensor(1)}, {}, "a list of values"),
         ({"seconds": [1]}, {}, "none of status"),
         ({"x y": [1]}, {}, "a Python name"),
         ({"y": [1]}, {}, "the cell takes x; the axes are y"),
@@ -463,6 +466,17 @@ def test_names_and_texts_that_files_do_not_hold_do_no_harm(tmp_path):
     assert again.v.sel(x=0).values.tolist() == [1, 2]
     assert again.text.sel(x=0).item() == "cd?"
     assert "ValueError: ab?" in again.error.sel(x=1).item()
+
+
+@pytest.mark.parametrize("name", [".", "..", "a\0", "a/b", ""])
+def test_measures_that_no_file_can_name_fail_their_cell_alone(name, tmp_path):
+    def odd(x):
+        return {name: 1.0, "a": 2.0} if x else {"a": 3.0}
+
+    with pytest.warns(errors.SweepWarning, match="the cell measures"):
+        found = swept(odd, {"x": [0, 1]}, tmp_path)
+    assert found.status.values.tolist() == ["done", "failed"]
+    same(found, xr.load_dataset(tmp_path / "sweep.nc"))
 
 
 def test_progress_says_how_many_are_done_and_how_long_the_rest_takes(tmp_path, capsys):

@@ -161,3 +161,32 @@ def test_layers_are_drawn_against_depth_along_axes_that_leave_them_the_same():
     assert [part["layer"][0]["encoding"]["color"]["legend"]["title"] for part in pair["hconcat"]] == ["epochs"]
     assert {"at_model", "at_epochs", "measure_chosen"} <= {one["name"] for one in drawn["params"]}
     assert by_layer.lacks(_layered(["a"]).drop_vars("layer_gap")) == "the sweep measured no layers."
+
+
+def test_axes_may_be_called_as_fields_of_figures_are():
+    names = ("height", "label", "key")
+    found = MINE.rename(dict(zip(("per_class", "progress", "seed"), names, strict=True))).assign_attrs(looks="label")
+    spec = drawn(found).to_dict()
+    (rows,) = spec["datasets"].values()
+    calculated = set()
+    for part in (one for row in figures(spec).values() for one in row):
+        for step in part["layer"][0]["transform"]:
+            calculated |= {step["as"]} if isinstance(step.get("as"), str) else set(step.get("as", ()))
+        assert part["layer"][0]["encoding"]["x"]["field"] in names
+    assert calculated
+    assert not calculated & set(rows[0])
+
+
+def test_layers_are_those_of_a_measure_and_no_axis():
+    status = ("layer", np.full(3, "done", dtype=object))
+    axis = xr.Dataset({"status": status, "layer_gap": ("layer", np.arange(3.0))}, {"layer": [0, 1, 2]}, {"looks": ""})
+    text = axis.rename(layer="x").assign(layer=("x", np.array(["a"] * 3, dtype=object)))
+    for found in (axis, text):
+        assert by_layer.lacks(found) == "the sweep measured no layers."
+        assert not dynamics.lacks(found)
+
+
+def test_a_known_measure_without_numbers_is_not_drawn():
+    empty = MINE.assign(value=((*AXES, "value_0"), np.zeros((*MINE.status.shape, 0))))
+    assert "Largest eigenvalue and edge of the bulk" not in figures(dynamics(empty).to_dict())
+    assert _scale(np.array([2**62, 2**62 + 1])).to_dict().get("type") is None

@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from deepspectra.algorithms.long_vectors import unit_of
+
 Array = npt.NDArray[np.float64]
 Name = Literal["Marchenko-Pastur", "semicircle"]
 
@@ -43,6 +45,18 @@ class Sample(NamedTuple):
     def where(self, chosen: npt.NDArray[np.bool_]) -> Sample:
         """Those of them, by a mask (n,)."""
         return Sample(self.values[chosen], self.counts[chosen], self.error_above)
+
+    def merged(self, width: float) -> Sample:
+        """Values within a width of the first of them as one: their mean."""
+        if not (np.diff(self.values) <= width).any():
+            return self
+        starts, at = [], 0
+        while at < len(self.values):
+            starts.append(at)
+            at = int(np.searchsorted(self.values, self.values[at] + width, side="right"))
+        first, counts = self.values[starts], np.add.reduceat(self.counts, starts)
+        beyond = self.values - np.repeat(first, np.diff([*starts, len(self.values)]))
+        return Sample(first + np.add.reduceat(self.counts * beyond, starts) / counts, counts, self.error_above)
 
     def within(self, low: float, high: float) -> Sample:
         """Those between two values."""
@@ -109,7 +123,9 @@ class BulkLaw:
 
 def fit_bulk_law(name: Name, sample: Sample) -> BulkLaw:
     """One of the two, to the bulk of some eigenvalues."""
-    low, high, centre, ratio = _fit(name, sample)
+    unit = unit_of(float(np.abs(sample.values).max(initial=0.0)))  # squares of the values may over- or underflow
+    low, high, centre, ratio = _fit(name, sample._replace(values=sample.values / unit))
+    low, high, centre = low * unit, high * unit, centre * unit
     inside = sample.within(*_reach(name, low, high, sample.total))
     distance = _distance(name, inside, low, high, ratio)
     exact = sample.error_above is None

@@ -181,9 +181,14 @@ def tail(
     began = time.perf_counter()
     _check(side, confidence, num_draws)
     signed, provenance = _read(spectrum)
-    live = signed.where(np.abs(signed.values) > _rounding(signed, provenance))
+    rounding = _rounding(signed, provenance)
+    if len(signed.values) and np.ptp(signed.values) <= rounding:
+        raise DataError(f"all {signed.total:,.0f} eigenvalues are {signed.values[0]:.6g}: there is no tail to judge.")
+    live = signed.where(np.abs(signed.values) > rounding)
     every = _seen_from(live, side)
-    sample, two_sided = every.where(every.values <= above), live.where(np.abs(live.values) <= above)
+    # What differs by rounding are copies of one eigenvalue, and no tail.
+    sample = every.where(every.values <= above).merged(rounding)
+    two_sided = live.where(np.abs(live.values) <= above).merged(rounding)
     if not len(sample.values):
         raise DataError(
             f"no eigenvalue with {SIDES[side]} is left up to above={above:.3g}, and none but zeros without it. "
@@ -243,8 +248,6 @@ def _read(spectrum: Tensor | Density | Exact) -> tuple[Sample, Provenance]:
             f"eigenvalues must be finite floating-point numbers of shape (n,); got {values.dtype} of shape "
             f"{tuple(values.shape)}, {int(values.isfinite().sum())} of them finite."
         )
-    if len(values) and bool((values == values[0]).all()):
-        raise DataError(f"all {len(values):,} eigenvalues are {float(values[0]):g}: there is no tail to judge.")
     known = None if isinstance(spectrum, Tensor) else getattr(spectrum, "provenance", None)
     found = values.detach().double().cpu().sort().values.numpy()
     return Sample(found, np.ones(len(found))), known or Provenance.of(values, "eigenvalues")

@@ -119,11 +119,12 @@ def _fitted(name: Name, sample: Sample, thresholds: Array) -> Scan:
     x, w = sample.values, sample.counts
     t, offsets = (x, thresholds) if name == "exponential" else (np.log(x), np.log(thresholds))
     first = np.searchsorted(x, thresholds)
-    counts, sums, squares = (_from_above(v)[first] for v in (w, w * (t - t[0]), w * (t - t[0]) ** 2))
+    counts, sums = (_from_above(v)[first] for v in (w, w * (t - t[0])))
     shift = offsets - t[0]
     means = np.maximum(sums / counts - shift, np.finfo(float).tiny)
     heights = np.full(len(first), math.inf)
     if name == "log-normal":
+        squares = _from_above(w * (t - t[0]) ** 2)[first]
         heights = _height((squares / counts - 2 * shift * sums / counts + shift**2) / means**2)
     unknown = np.full(len(first), math.nan)
     return Scan(thresholds, counts, _effective(sample, thresholds, counts), 1 / means, heights, unknown)
@@ -169,7 +170,7 @@ def thresholds_of(sample: Sample) -> Array:
     """Where a tail may begin: above are enough eigenvalues, known well enough; none if nothing is resolved."""
     x = np.unique(sample.values)
     # Above the largest is nothing to fit, however many are as large; of quadrature nodes a tail begins between two.
-    x = x[:-1] if sample.error_above is None else np.sqrt(x[1:] * x[:-1])
+    x = x[:-1] if sample.error_above is None else np.sqrt(x[1:]) * np.sqrt(x[:-1])
     if not len(x):
         return x
     counts = _from_above(sample.counts)[np.searchsorted(sample.values, x)]

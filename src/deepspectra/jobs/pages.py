@@ -40,7 +40,9 @@ def provenance(**conditions: object) -> str:
 def measured(value: float, error: float) -> str:
     """A number to three digits, with its error to two where that shows in them."""
     largest = max(abs(value), error)
-    if not math.isfinite(value) or not error > 5e-4 * abs(value):  # NaN too: one probe has no error
+    if math.isfinite(value) and math.isnan(error):
+        return f"{measured(value, 0.0)} ± ?"  # of one probe, which has no error
+    if not math.isfinite(value) or not error > 5e-4 * abs(value):
         return f"{float(f'{value:.3g}'):.0f}" if 1000 <= abs(value) < PLAIN else f"{value:.3g}"
     digits = 1 - math.floor(math.log10(error))
     if largest >= PLAIN:

@@ -122,7 +122,7 @@ def _checked(axes: Mapping[str, Sequence[Value]], looks: str | None) -> dict[str
     for name, values in axes.items():
         if not isinstance(name, str) or not name.isidentifier() or name in RESERVED:
             raise OptionError(f"axis {name!r}: expected a Python name, and none of {', '.join(RESERVED)}.")
-        if isinstance(values, str) or not isinstance(values, Iterable):
+        if isinstance(values, str) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
             raise OptionError(f"axis {name}={values!r}: expected a list of values.")
         grid[name] = plain = [_plain(name, value) for value in values]
         if not plain or len(set(plain)) < len(plain):
@@ -135,7 +135,7 @@ def _checked(axes: Mapping[str, Sequence[Value]], looks: str | None) -> dict[str
 
 
 def _plain(name: str, value: Any) -> Value:
-    if isinstance(value, (np.generic, torch.Tensor)):
+    if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.numel() == 1):
         value = value.item()
     known = isinstance(value, (str, int, float, type(None)))
     if not known or (isinstance(value, float) and not math.isfinite(value)):

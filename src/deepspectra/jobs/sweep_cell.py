@@ -165,7 +165,12 @@ def _arrays(found: object, point: Point, number: int) -> dict[str, np.ndarray]:
         raise OptionError(f"the cell gave {type(found).__name__}; expected a mapping of names to numbers or arrays.")
     arrays = {}
     for name, value in found.items():
-        if not isinstance(name, str) or not name or "/" in name or name in point or name in RESERVED:
+        if (
+            not isinstance(name, str)
+            or not set(name) - {"."}
+            or set(name) & {"/", "\0"}
+            or name in {*point, *RESERVED}
+        ):
             raise OptionError(
                 f"the cell measures {name!r}; expected a text without '/' that is no axis and none of "
                 f"{', '.join(RESERVED)}."

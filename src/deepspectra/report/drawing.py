@@ -239,10 +239,10 @@ def printed(chart: alt.LayerChart, inches: float | None) -> alt.LayerChart:
     return found
 
 
-def colour(colours: Mapping[str, str], **options: Any) -> alt.Color:
-    """Fixed colours, by the labels that the legend shows."""
+def colour(colours: Mapping[str, str], field: str = "label", **options: Any) -> alt.Color:
+    """Fixed colours, by the labels in a field, which the legend shows."""
     scale = alt.Scale(domain=list(colours), range=list(colours.values()))
-    return alt.Color("label:N", scale=scale, legend=alt.Legend(**options), sort=None)
+    return alt.Color(f"{field}:N", scale=scale, legend=alt.Legend(**options), sort=None)
 
 
 def joined_points(table: list[Row], **encodings: Any) -> Mark:

@@ -34,6 +34,7 @@ SEED = "seed"  # the axis over which means are taken
 WIDE_RANGE = 10  # ratio from which an axis of positive numbers is logarithmic
 SIZES = {1: 860, 2: 410, 3: 270}  # widths of figures in a row
 ANY, CHOSEN = "any measure", "measure_chosen"
+KEY, HEIGHT, LABEL = "=key", "=height", "=label"  # made of rows whose fields are also called as axes are
 LAYER, OF_LAYER = "layer", "layer_"  # the names of layers, and what those of their measures begin with
 SHADES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 PALE_CLASS = "#7fc3ea"
@@ -155,11 +156,13 @@ def by_layer(dataset: xr.Dataset) -> alt.LayerChart:
 
 def _of_layers(dataset: xr.Dataset) -> list[str]:
     """Measures that have a number a layer."""
-    dims = set(dataset[LAYER].dims) if LAYER in dataset else set()
+    axes = len(_axes(dataset))
+    if LAYER not in dataset.data_vars or dataset[LAYER].ndim != axes + 1:
+        return []
     return [
         str(name)
         for name, one in dataset.data_vars.items()
-        if str(name).startswith(OF_LAYER) and one.ndim == len(dims) and bool(np.isfinite(one.values).any())
+        if str(name).startswith(OF_LAYER) and one.ndim == axes + 1 and _has_numbers(one)
     ]
 
 
@@ -262,12 +265,12 @@ def _shown_first(dataset: xr.Dataset, name: str) -> str:
 def _scalars(dataset: xr.Dataset) -> list[str]:
     """Measures of one number a cell, of which there are some; what is told of every cell comes last."""
     axes = set(_axes(dataset))
-    found = [
-        str(name)
-        for name, one in dataset.data_vars.items()
-        if set(one.dims) == axes and one.dtype.kind in "iufb" and bool(np.isfinite(one.values).any())
-    ]
+    found = [str(name) for name, one in dataset.data_vars.items() if set(one.dims) == axes and _has_numbers(one)]
     return sorted(found, key=lambda name: name in OF_CELLS)
+
+
+def _has_numbers(measure: xr.DataArray) -> bool:
+    return measure.dtype.kind in "iufb" and bool(np.isfinite(measure.values).any())
 
 
 def _measures(dataset: xr.Dataset) -> dict[str, Array]:
@@ -276,7 +279,7 @@ def _measures(dataset: xr.Dataset) -> dict[str, Array]:
     axes = _axes(dataset)
     found = {name: dataset[name].transpose(*axes).values for name in _scalars(dataset)}
     for name, line in known.items():
-        if line.first and name in dataset and dataset[name].ndim == len(axes) + 1:
+        if line.first and name in dataset and dataset[name].ndim == len(axes) + 1 and _has_numbers(dataset[name]):
             found[name] = dataset[name].transpose(*axes, ...).values[..., 0]
         if line.rest and name in found:
             found[name] = 1 - found[name]
@@ -317,28 +320,30 @@ def _figure(
             base = base.transform_filter(f"datum['{name} '] === at_{name}")
     if lines:
         names = {name: line.label for name, line in lines.items()}
-        base = base.transform_fold(list(names), as_=["key", "height"])
-        base = base.transform_calculate(label=f"({names!r})[datum.key]")
+        base = base.transform_fold(list(names), as_=[KEY, HEIGHT])
+        base = base.transform_calculate(**{LABEL: f"({names!r})[datum['{KEY}']]"})
     else:
-        base = base.transform_calculate(height=f"datum[{CHOSEN}]", label=CHOSEN)
-    base = base.transform_filter("isValid(datum.height)" + (" && datum.height > 0" if family.log else ""))
+        base = base.transform_calculate(**{HEIGHT: f"datum[{CHOSEN}]", LABEL: CHOSEN})
+    height = f"datum['{HEIGHT}']"
+    base = base.transform_filter(f"isValid({height})" + (f" && {height} > 0" if family.log else ""))
     x = alt.X(f"{column}:Q", title=column.replace("_", " "), scale=_scale(dataset[column].values))
     scale = alt.Scale(type="log") if family.log else alt.Scale(zero=False)
-    y = alt.Y("height:Q", title=None, scale=scale)
+    y = alt.Y(f"{HEIGHT}:Q", title=None, scale=scale)
     shades = {line.label: line.colour for line in lines.values()}
-    shade = colour(shades, columns=3) if lines else alt.ColorValue(INK)
+    shade = colour(shades, LABEL, columns=3) if lines else alt.ColorValue(INK)
     base = base.encode(x=x, color=shade)
-    low_high = {"y": y.aggregate("min"), "y2": alt.Y2("height:Q", aggregate="max")}
+    low_high = {"y": y.aggregate("min"), "y2": alt.Y2(f"{HEIGHT}:Q", aggregate="max")}
     band = base.mark_area(opacity=0.16).encode(**low_high)
     mean = base.mark_line(strokeWidth=1.8).encode(y=y.aggregate("mean"))
     details = [word(name, name) for name in _axes(dataset)]
-    tooltip = [word("label", "measure"), alt.Tooltip("height:Q", title="value", format=".4~g"), *details]
+    tooltip = [word(LABEL, "measure"), alt.Tooltip(f"{HEIGHT}:Q", title="value", format=".4~g"), *details]
     points = base.mark_point(filled=True, size=26, opacity=0.65).encode(y=y, tooltip=tooltip)
     return layered(band, mean, points, width=SIZES.get(len(columns), 270), height=190)
 
 
 def _scale(values: Array) -> alt.Scale:
     """Of an axis: logarithmic for numbers of several orders of magnitude, also with zero among them."""
+    values = values.astype(float)  # ten times a large integer may be none
     positive = values[values > 0]
     wide = len(positive) > 1 and positive.max() >= WIDE_RANGE * positive.min()
     if not wide or (values < 0).any():

@@ -32,7 +32,7 @@ def grouped_mm(
 
 
 def std(*args: Any, **options: Any) -> Tensor:
-    """The root of the variance; where that is 0, as of dead units, no derivative but 0: `torch.std` gives NaN twice."""
+    """The root of the variance, constant where that is 0 (dead units): the second derivatives of `torch.std` are NaN."""
     return _STD(*args, **options) if "out" in options else _root(torch.var(*args, **options))
 
 

@@ -32,7 +32,7 @@ def grouped_mm(
 
 
 def std(*args: Any, **options: Any) -> Tensor:
-    """The root of the variance, constant where that is 0 (dead units): the second derivatives of `torch.std` are NaN."""
+    """The root of the variance, constant where that is 0 (dead units): of `torch.std` second derivatives are NaN."""
     return _STD(*args, **options) if "out" in options else _root(torch.var(*args, **options))
 
 

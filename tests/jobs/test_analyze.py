@@ -511,7 +511,7 @@ def test_names_and_margin_are_the_users():
 
 def test_groups_beyond_the_classes_are_refused_by_their_name():
     problem = ds.Problem(torch.nn.Linear(4, 3), (torch.randn(12, 4), torch.arange(12) % 3))
-    with pytest.raises(errors.OptionError, match="^groups must be an integer, at least 1 and at most 3; got 20"):
+    with pytest.raises(errors.OptionError, match=r"^groups must be an integer, at least 1 and at most 3; got 20"):
         ds.analyze(problem, groups=20, progress=False)
 
 

@@ -32,6 +32,7 @@ from deepspectra.jobs.compare_dataset import comparison_dataset
 from deepspectra.jobs.estimate import JOBS, estimate, foreseen
 from deepspectra.jobs.layers_dataset import layer_dataset
 from deepspectra.jobs.one_voice import among_all, complain, one_voice
+from deepspectra.jobs.option_names import in_options
 from deepspectra.jobs.pages import (
     Dataset,
     check_writable,
@@ -105,8 +106,11 @@ def _command(name: str, *, out: str, without: tuple[str, ...] = ()) -> Callable[
     def register(function: Command) -> Command:
         @functools.wraps(function)
         def command(**options: object) -> None:
-            chosen = {field: options.pop(field) for field in spelled}
-            function(**options, chosen=Choice(**chosen))  # type: ignore[arg-type]  # Typer has checked them
+            given = {one.name for one in parameters if options[one.name] != one.default}
+            mine = options.get("target") or options.get("first")  # which decides on its memory
+            with in_options(given if mine else given | {"memory"}):
+                chosen = {field: options.pop(field) for field in spelled}
+                function(**options, chosen=Choice(**chosen))  # type: ignore[arg-type]  # Typer has checked them
 
         parameters: list[inspect.Parameter] = []
         for parameter in inspect.signature(function, eval_str=True).parameters.values():
@@ -338,7 +342,7 @@ def certify_command(
         str | None,
         typer.Option(help="file.py:function that returns unseen (x, y); of the zoo, its test data."),
     ] = None,
-    descent_epochs: Annotated[int | None, typer.Option(help="Epochs of descent on the bound.")] = None,
+    descent_epochs: Annotated[int | None, typer.Option(min=0, help="Epochs of descent on the bound.")] = None,
     minutes: Annotated[float | None, typer.Option(help="After which descent ends.")] = None,
 ) -> None:
     """A PAC-Bayes bound on the error on unseen data, beside the binomial bound and that of the network as it is."""

@@ -164,3 +164,49 @@ def test_rounding_is_the_distance_from_the_same_weights_in_float32(dtype, least)
     assert expected / 2 < found < 2 * expected
     assert least / 10 < jacobian_rounding(coarse, fine, linearize=False) < 100 * least
     assert curvature_rounding(fine, exact, DoubleBackward) < 1e-5
+
+
+class NoNumberTwice(torch.autograd.Function):
+    """The identity, whose second derivative is NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return g + (x - x).square().pow(0.25)
+
+
+def test_derivatives_that_are_no_numbers_are_said_to_be_that() -> None:
+    problem = ds.Problem(mlp(Custom(NoNumberTwice)), (X, Y))
+    with pytest.raises(errors.CurvatureError, match="double backward gives NaN or infinite derivatives"):
+        ds.Hessian(problem)
+
+
+def test_deviations_of_dead_units_are_constant() -> None:
+    """As where speech is pooled: PyTorch's second derivatives of a standard deviation of zeros are NaN."""
+
+    class Pooled(nn.Module):
+        def __init__(self, deviation: Any) -> None:
+            super().__init__()
+            self.a, self.o, self.deviation = nn.Linear(1, 4), nn.Linear(4, 3), deviation
+            self.a.bias.data[0] = -100
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o(self.deviation(torch.relu(self.a(x[..., None]))))
+
+    def alive(h: Tensor) -> Tensor:
+        return torch.cat([h[:, 0, :1], h[..., 1:].var(1).sqrt()], 1)
+
+    products = []
+    for deviation in (alive, lambda h: h.std(1), lambda h: torch.std_mean(h, 1)[0]):
+        torch.manual_seed(0)
+        problem = ds.Problem(Pooled(deviation).double(), (X, Y))
+        v = torch.randn(problem.num_parameters, 2, dtype=torch.float64)
+        products.append(torch.stack([ds.Hessian(problem) @ v, ds.GaussNewton(problem) @ v]))
+    right, *found = products
+    assert right.isfinite().all()
+    assert max(error(one, right) for one in found) < 1e-12

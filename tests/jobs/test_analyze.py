@@ -509,6 +509,12 @@ def test_names_and_margin_are_the_users():
         ds.analyze(problem, progress=False)
 
 
+def test_groups_beyond_the_classes_are_refused_by_their_name():
+    problem = ds.Problem(torch.nn.Linear(4, 3), (torch.randn(12, 4), torch.arange(12) % 3))
+    with pytest.raises(errors.OptionError, match=r"^groups must be an integer, at least 1 and at most 3; got 20"):
+        ds.analyze(problem, groups=20, progress=False)
+
+
 def test_an_untrained_network_is_analysed_without_complaint():
     data = zoo.load("digits", per_class=8)
     net = zoo.build("mlp-bn", input_shape=(1, 8, 8), num_classes=10).eval()

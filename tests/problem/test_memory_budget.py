@@ -91,6 +91,8 @@ def test_what_does_not_fit_is_refused_with_both_sizes_and_what_to_do() -> None:
     words = r"the matrix takes 2\.00 GiB; the memory for it is 0\.50 GiB\. Use fewer rows\."
     with pytest.raises(errors.MemoryBudgetError, match=words):
         refuse_beyond(2**31, 2**29, "the matrix takes", "Use fewer rows.")
+    with pytest.raises(errors.MemoryBudgetError, match=r"takes 3\.00 MiB; the memory for it is 51\.20 KiB\."):
+        refuse_beyond(3 * 2**20, 0.05 * 2**20, "the matrix takes", "Use fewer rows.")
 
 
 def test_a_batch_keeps_so_many_bytes_or_twice_the_weights_or_a_32nd_of_memory() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from deepspectra.problem.plain_operations import PLAIN, grouped_mm, weight_norm
+from deepspectra.problem.plain_operations import PLAIN, grouped_mm, std, std_mean, weight_norm
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])
@@ -33,5 +35,14 @@ def test_grouped_products_are_those_of_pytorch_and_run_in_float64() -> None:
 
 
 def test_every_name_is_there() -> None:
-    missing = [name for holder, name, _ in PLAIN if name not in vars(holder)]
+    missing = [name for holder, name, _ in PLAIN if not hasattr(holder, name)]
     assert set(missing) <= {"_grouped_mm"}
+
+
+@pytest.mark.parametrize("call", [{}, {"dim": 0}, {"dim": 1, "unbiased": False, "keepdim": True}, {"correction": 2}])
+def test_deviations_are_those_of_pytorch_and_differentiable_twice(call: dict[str, Any]) -> None:
+    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    torch.testing.assert_close(std(x, **call), torch.std(x, **call))
+    torch.testing.assert_close(std_mean(x, **call), torch.std_mean(x, **call))
+    assert torch.equal(std(x.detach(), 0, out=x.new_empty(3)), torch.std(x, 0))
+    assert torch.autograd.gradgradcheck(lambda x: std(x, **call), x)

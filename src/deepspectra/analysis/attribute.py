@@ -20,6 +20,7 @@ from deepspectra.dataframes import text_table
 from deepspectra.errors import MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
 from deepspectra.operators.parts import Decomposition, Means
+from deepspectra.problem.memory_budget import in_units
 from deepspectra.results import Eigenpairs, Result, origin
 from deepspectra.rows.averages import taken
 
@@ -272,7 +273,7 @@ def _capacity(operator: Operator, parts: Decomposition, least: int, most: int) -
     if room < min(size, least + min(most, 1)):
         raise MemoryBudgetError(
             f"the knock-outs take at least {least + 1:,} vectors of {size:,} parameters, "
-            f"{parts.num_bytes(least + 1) / 2**30:.1f} GiB, and there is room for {room:,}. Raise memory, put "
+            f"{in_units(parts.num_bytes(least + 1))}, and there is room for {room:,}. Raise memory, put "
             "classes into groups, or restrict the parameters."
         )
     return min(wanted, room)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -167,6 +168,8 @@ class Choice:
             found = self._checked(error)
         except FAILURES as failure:
             return f"{name} failed ({first_line(failure)})"
+        if found == math.inf:
+            return f"{name} gives NaN or infinite derivatives"
         return "" if found <= CHECK_TOLERANCE else f"{name} is wrong by {found:.1e}, relatively ({by})"
 
     def _checked(self, error: Callable[[Problem], float]) -> float:

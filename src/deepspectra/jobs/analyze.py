@@ -335,6 +335,7 @@ def _grouped(
         ledger.tell(f"Averages over the {num:,} classes are taken over {groups} groups, classes with like logits.")
     called = None
     if isinstance(groups, int):
+        check_count("groups", groups, largest=num)
         groups = class_groups(problem, groups, seed=seed)
     elif callable(groups):
         groups, called = numbered(groups, num)

@@ -316,7 +316,11 @@ class _Kernels:
                 for holder, name, plain in PLAIN:
                     if found := vars(holder).get(name):
                         self.undo.callback(setattr, holder, name, found)
-                        setattr(holder, name, plain)
+                    elif hasattr(holder, name):  # inherited
+                        self.undo.callback(delattr, holder, name)
+                    else:
+                        continue
+                    setattr(holder, name, plain)
             self.depth += 1
 
     def __exit__(self, *_: object) -> None:

@@ -69,9 +69,13 @@ def share(memory: int, of: str) -> int:
 def refuse_beyond(size: float, limit: int, what: str, instead: str) -> None:
     """Raise MemoryBudgetError if what would take so many bytes is beyond the limit, the memory or a part of it."""
     if size > limit:
-        raise MemoryBudgetError(
-            f"{what} {size / 2**30:.2f} GiB; the memory for it is {limit / 2**30:.2f} GiB. {instead}"
-        )
+        raise MemoryBudgetError(f"{what} {in_units(size)}; the memory for it is {in_units(limit)}. {instead}")
+
+
+def in_units(size: float) -> str:
+    """Bytes as text, in the largest unit of which they are a tenth."""
+    unit = next((unit for unit in ("GiB", "MiB") if size >= 0.1 * UNITS[unit.upper()]), "KiB")
+    return f"{size / UNITS[unit.upper()]:.2f} {unit}"
 
 
 def free_memory(device: torch.device) -> int:

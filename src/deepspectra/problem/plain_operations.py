@@ -31,6 +31,22 @@ def grouped_mm(
     return product if bias is None else product + bias
 
 
+def std(*args: Any, **options: Any) -> Tensor:
+    """The root of the variance, constant where that is 0 (dead units): of `torch.std` second derivatives are NaN."""
+    return _STD(*args, **options) if "out" in options else _root(torch.var(*args, **options))
+
+
+def std_mean(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """The same beside the mean."""
+    variance, mean = torch.var_mean(*args, **options)
+    return _root(variance), mean
+
+
+def _root(variance: Tensor) -> Tensor:
+    """√x, constant at 0."""
+    return variance.where(variance != 0, 1).sqrt().where(variance != 0, 0)
+
+
 def _nothing_kept(*_: Any, **__: Any) -> Iterator[None]:
     """Stands around a checkpointed function, and does nothing."""
     yield
@@ -44,6 +60,7 @@ class _Called:
         return function(*args)
 
 
+_STD = torch.std
 _GROUPED_MM: Callable[..., Tensor] = vars(torch).get("_grouped_mm")  # type: ignore[assignment]
 
 # Where an operation is reached, by which name, and what stands for it. Of torch.utils.checkpoint.checkpoint these are
@@ -54,4 +71,7 @@ PLAIN: tuple[tuple[Any, str, Any], ...] = (
     (torch, "_weight_norm", weight_norm),
     (sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", weight_norm),
     (torch, "_grouped_mm", grouped_mm),
+    (torch, "std", std),
+    (torch, "std_mean", std_mean),
+    (Tensor, "std", std),
 )

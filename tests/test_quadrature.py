@@ -190,6 +190,26 @@ def test_copies_and_zeros_are_known_exactly_where_a_probe_knows_its_measure():
     assert (float(high[0]), float(low[-1])) == (0, 1)
 
 
+@pytest.mark.parametrize("width", [1e-7, 1e-4, 1e-3])
+def test_locked_pairs_of_a_cluster_leave_open_where_in_it_they_lie(width):
+    """Each is converged, to its residual, and stands for no single one of fifty near eigenvalues."""
+    cluster = 1 + width * torch.linspace(0, 1, 50, dtype=torch.float64)
+    values = torch.cat([cluster, torch.zeros(150, dtype=torch.float64)])
+    x = 1 + width * torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
+    truth, seeds = (values <= x[:, None]).double().mean(1), range(40)
+    held, counted = torch.zeros(len(x)), 0
+    for seed in seeds:
+        found = density(values.diag(), 4, 16, seed=seed)
+        low, high = found.cdf_band(x)
+        held += ((low <= truth + 1e-12) & (truth <= high + 1e-12)).double()
+        count, error = found.count_above(float(x[4]))
+        counted += abs(count - 200 * (1 - float(truth[4]))) <= 2 * error
+        (start, end) = found.mass_band(torch.tensor([0.5, 1.5], dtype=torch.float64))
+        assert end - start < 0.2  # nothing is loose away from it
+    assert held.min() >= 0.9 * len(seeds)
+    assert counted >= 0.9 * len(seeds)
+
+
 def test_deflated_pairs_widen_a_band_by_what_they_may_move():
     values = torch.cat([torch.tensor([10.0, 8.0, 6.0]), torch.linspace(0, 1, 197)]).double()
     A, x = Matrix(rotated(values)), torch.linspace(-0.5, 12, 101, dtype=torch.float64)

@@ -58,6 +58,7 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         num_steps: Krylov steps a probe was given; the resolution at which an exact spectrum is drawn.
         deflation_residual: the largest ‖A v − λ v‖/|λ| of the deflated pairs, 0 without.
         num_deflated: how many pairs were.
+        residuals: (M,) ‖A v − λ v‖ of eigenvalues that were locked, 0 of other nodes; None if there are none.
         others_below: above it lies no eigenvalue of the rest, as `eigenpairs` says of the largest; ∞ if nobody says.
         merged: whether copies of nodes were: no probe with fewer nodes than steps is known to have no others.
         num_products: products spent.
@@ -73,6 +74,7 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
     others_below: float = math.inf
     merged: bool = False
     num_products: int = 0
+    residuals: Tensor | None = None
 
     def __getstate__(self) -> dict[str, object]:
         """What is saved: the fields, and nothing that is made of them."""
@@ -141,14 +143,15 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         """How many eigenvalues lie above `x`, and its standard error, of which two are a 95 % band.
 
         The error adds that of the probes and the resolution: what a probe's moments say of its mass above x is
-        certain to ± Christoffel's function at x, two errors wide. It is 0 where exact eigenvalues enclose `x`.
-        NaN with one probe or step.
+        certain to ± Christoffel's function at x, two errors wide, and locked eigenvalues are to their residuals. It
+        is 0 where exact eigenvalues enclose `x`. NaN with one probe or step.
         """
         above = (self.nodes > x).double()
         count = float(self.size * (self.weights @ above))
         if not self.num_probes:
             return count, 0.0
         blur = sum(self._resolution(x, rows, jacobi) for rows, jacobi in self._measures)
+        blur += float(_loose(self, torch.tensor(x, dtype=torch.float64), self.probes < self.num_probes)[0])
         return count, self.size * math.hypot(float(self._errors(above[None])), blur / 2)
 
     @cached_property
@@ -179,7 +182,8 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         multiples of 1/P, 0 and 1 at the ends, and are `cdf` itself for a spectrum that is known exactly. Values of x
         that differ by the rounding of products are one. Deflated pairs of residual R move no more eigenvalues past x
         than they are, none by more than ‖R‖, and none at all past an x in a gap that is wide beside ‖R‖². Locked
-        pairs count as exact: among eigenvalues closer than 1e-4 of their size, x is held less often.
+        pairs with x within their residual lie on either side of it, and others blur the rest by its square over
+        their distance.
 
         Raises:
             OptionError: confidence is not between 0 and 1.
@@ -211,16 +215,7 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
             return mass, mass.clone()
         largest = float(self.nodes.abs().max())
         rounding = max(ROUNDING * torch.finfo(getattr(torch, self.provenance.dtype)).eps, LEAST_ROUNDING)
-        low, high = _mass_within(self, a, b, rounding * largest, confidence)
-        if self.deflation_residual:
-            values = self.exact.abs().topk(self.num_deflated).values  # no smaller than those deflated
-            norm = self.deflation_residual * float(values.norm())  # of R, at most
-            passed = [(x.isfinite() & ~_parted(self, x, norm)).double() for x in (a, b)]
-            moved = (passed[0] + passed[1]) * self.num_deflated / self.size
-            reach = rounding * largest + norm
-            least, most = _mass_within(self, a, b, reach, confidence)
-            low, high = torch.maximum(low - moved, least), torch.minimum(high + moved, most)
-        return low, high
+        return _beside_deflated(self, a, b, rounding * largest, confidence)
 
     def smooth(
         self,
@@ -297,33 +292,70 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         return "\n".join(rows)
 
 
-def _num_exact(density: Density, x: Tensor) -> Tensor:
-    """How many eigenvalues that are known by themselves lie at or below x, of any shape, zeros counted one by one."""
+def _num_exact(density: Density, x: Tensor, sign: int = 0) -> Tensor:
+    """How many eigenvalues that are known by themselves lie at or below x, of any shape, zeros counted one by one.
+
+    With a sign the locked ones are moved by their residuals: up for the fewest, down for the most.
+    """
     rows = density.probes < 0
-    values, order = density.nodes[rows].sort()
+    values = density.nodes if density.residuals is None else density.nodes + sign * density.residuals
+    values, order = values[rows].sort()
     counts = (density.weights[rows][order] * density.size).round().cumsum(0)
     return torch.cat([counts.new_zeros(1), counts])[torch.searchsorted(values, x.contiguous(), right=True)]
 
 
+def _loose(density: Density, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The mass of those rows' locked eigenvalues with x within their residuals; by what others blur the rest.
+
+    Without k rows and columns a matrix has up to k eigenvalues less below x (Cauchy), and what is left of it,
+    [[Θ − x, Rᵀ], [R, A₂ − x]], as many as Θ and A₂ − x − R(Θ − x)⁻¹Rᵀ (Sylvester), whose last term is at most
+    Σ_i r_i²/|θ_i − x|.
+    """
+    if density.residuals is None or not bool((locked := density.residuals > 0).any()):
+        return torch.zeros_like(x), torch.zeros_like(x)
+    residuals, weights = density.residuals[locked], density.weights[locked]
+    distances = (density.nodes[locked] - x[..., None]).abs()
+    near = distances <= residuals
+    beyond = torch.where(near, 0.0, residuals.square() / distances.clamp_min(TINY))
+    return near.double() @ (weights * rows[locked]), beyond @ weights * density.size
+
+
+def _beside_deflated(density: Density, a: Tensor, b: Tensor, blur: float, confidence: float) -> tuple[Tensor, Tensor]:
+    """Bounds of the mass in (a, b]: deflated pairs pass an end or not, or no eigenvalue is moved by more than ‖R‖."""
+    low, high = _mass_within(density, a, b, blur, confidence)
+    if not density.deflation_residual:
+        return low, high
+    values = density.exact.abs().topk(density.num_deflated).values  # no smaller than those deflated
+    norm = density.deflation_residual * float(values.norm())  # of R, at most
+    passed = [(x.isfinite() & ~_parted(density, x, norm)).double() for x in (a, b)]
+    moved = (passed[0] + passed[1]) * density.num_deflated / density.size
+    least, most = _mass_within(density, a, b, blur + norm, confidence)
+    return torch.maximum(low - moved, least), torch.minimum(high + moved, most)
+
+
 def _mass_within(density: Density, a: Tensor, b: Tensor, blur: float, confidence: float) -> tuple[Tensor, Tensor]:
-    """Bounds of the mass in (a, b] if no eigenvalue is further off than `blur`."""
-    ends = torch.stack([a + blur, b - blur, a - blur, b + blur])
+    """Bounds of the mass in (a, b] if no eigenvalue is further off than `blur`, and what is locked as it says."""
+    ends, (near, reach) = torch.stack([a, b]), _loose(density, torch.stack([a, b]), density.probes >= 0)
+    reach = torch.where(ends.isfinite(), reach, 0.0) + blur
+    ends = torch.stack([a + reach[0], b - reach[1], a - reach[0], b + reach[1]])
     least, most = torch.zeros(2, *ends.shape, dtype=torch.float64)
     for _, jacobi in density._measures:
         found = jacobi.mass_below(ends.flatten().numpy())
         least += torch.from_numpy(found[0]).view(ends.shape)
         most += torch.from_numpy(found[1]).view(ends.shape)
     free = float(density.weights[density.probes >= 0].sum())
+    slack = near.sum(0) / free  # of eigenvalues that only some probes know
     least, most = (torch.where(ends == -math.inf, 0.0, mass / free).clamp(0, 1) for mass in (least, most))
     low, high = count_interval(
-        (least[1] - most[0]).clamp_min(0),
-        (most[3] - least[2]).clamp_min(0),
+        (least[1] - most[0] - slack).clamp_min(0),
+        (most[3] - least[2] + slack).clamp(0, 1),
         free * density.size,
         density.num_probes,
         confidence,
     )
-    known = _num_exact(density, ends)
-    low, high = low + (known[1] - known[0]).clamp_min(0), high + known[3] - known[2]
+    start, end = torch.stack([a + blur, a - blur]), torch.stack([b - blur, b + blur])
+    low = low + (_num_exact(density, end[0], 1) - _num_exact(density, start[0], -1)).clamp_min(0)
+    high = high + _num_exact(density, end[1], -1) - _num_exact(density, start[1], 1)
     return low / density.size, (high / density.size).clamp_max(1)
 
 

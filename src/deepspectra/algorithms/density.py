@@ -120,11 +120,12 @@ def density(
         groups = _without_basis(run, known, num_probes, num_steps, generator)
     values = torch.zeros(0) if deflate is None else deflate.values.cpu()
     unit = 2.0**scaled.exponent
-    nodes, weights, probes = _assemble(values.double() / unit, groups, operator.shape[0])
+    nodes, weights, probes, residuals = _assemble(values.double() / unit, groups, operator.shape[0])
     return Density(
         nodes=nodes * unit,
         weights=weights,
         probes=probes,
+        residuals=residuals * unit,
         num_probes=num_probes,
         num_steps=num_steps,
         deflation_residual=0.0 if deflate is None else deflate.worst,
@@ -326,33 +327,42 @@ def _joined(ends: Ends, others: Ends) -> Ends:
 
 
 def _agreed(ends: list[Tensor], counts: Tensor) -> Tensor:
-    """Mean over the probes of the values (k,) that all groups lock, inwards up to the first on which they differ."""
+    """Values that all groups lock, their mean over the probes, inwards up to the first on which they differ (2, k).
+
+    With residuals, of the group that has it largest and is furthest from the mean.
+    """
     found = torch.stack([end[:, : min(other.shape[1] for other in ends)] for end in ends])  # (groups, 2, k)
     values, reach = found[:, 0], found[:, 1].amax(0)
     rounding = 10 * torch.finfo(torch.float64).eps * values.abs().amax(0)
     same = (values.amax(0) - values.amin(0) <= 2 * reach + rounding).long()
-    return counts / counts.sum() @ values[:, : int(same.cumprod(0).sum())]
+    mean = counts / counts.sum() @ values
+    return torch.stack([mean, reach + (values - mean).abs().amax(0)])[:, : int(same.cumprod(0).sum())]
 
 
-def _assemble(known: Tensor, groups: list[_Group], size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One quadrature: exact nodes of weight 1/P, and the mean over the probes of what they have beside."""
+def _assemble(known: Tensor, groups: list[_Group], size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One quadrature: exact nodes of weight 1/P, and the mean over the probes of what they have beside.
+
+    Nodes, weights, probes, and residuals of what was locked.
+    """
     counts = torch.tensor([len(group.shares) for group in groups], dtype=torch.float64)
     agreed = [_agreed(list(ends), counts) for ends in zip(*(group.locked for group in groups), strict=True)]
-    exact = torch.cat([known, *agreed])
+    exact, given = torch.cat([known, *(each[0] for each in agreed)]), torch.zeros_like(known)
     nodes, weights, probes = [exact], [torch.full_like(exact, 1 / size)], [torch.full(exact.shape, -1)]
+    residuals = [torch.cat([given, *(each[1] for each in agreed)])]
     first, num_probes = 0, int(counts.sum())
     for group in groups:
         count = len(group.shares)
         # Values that only some groups lock stay theirs: they are known, but not to all probes.
-        own = torch.cat([end[0, len(both) :] for end, both in zip(group.locked, agreed, strict=True)])
+        own, lost = torch.cat([e[:, both.shape[1] :] for e, both in zip(group.locked, agreed, strict=True)], 1)
         left = max(0.0, 1 - (len(exact) + len(own)) / size)
         shares = torch.cat([torch.full((count, len(own)), 1 / size, dtype=torch.float64), left * group.shares], 1)
         nodes.append(torch.cat([own, group.nodes]).repeat(count))
+        residuals.append(torch.cat([lost, torch.zeros_like(group.nodes)]).repeat(count))
         weights.append(shares.flatten() / num_probes)
         probes.append(torch.arange(first, first + count).repeat_interleave(shares.shape[1]))
         first += count
     total = torch.cat(weights)
-    return torch.cat(nodes), total / total.sum(), torch.cat(probes)
+    return torch.cat(nodes), total / total.sum(), torch.cat(probes), torch.cat(residuals)
 
 
 def _group_sizes(operator: Operator, num_probes: int, num_steps: int, num_known: int) -> list[int]:

@@ -127,7 +127,7 @@ def test_anybodys_classifier_is_certified(folder):
     assert not (folder / "mlp" / "stages").exists()  # finished
     done = run("certify", "mine.py:classifier", "--test", "mine.py:points", "--out", "seen", *options, cwd=folder)
     assert done.returncode == 2
-    assert "400 of 400 inputs of test= are among the examples" in done.stderr
+    assert "400 of 400 inputs of --test are among the examples" in done.stderr
 
 
 def test_anybodys_model_and_data(analysed, folder):

@@ -53,12 +53,12 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         weights: (M,) non-negative, sum to 1.
         probes: (M,) which probe a node belongs to; −1 for an eigenvalue known by itself, of weight 1/P, or for all
             zeros of a spectrum that is known exactly.
+        residuals: (M,) ‖A v − λ v‖ of eigenvalues that were locked, 0 of other nodes.
         num_probes: random probes averaged over; 0 for a spectrum that is known exactly. Eigenvalues that some of them
             were freed of, but not all, are nodes of weight 1/P among theirs.
         num_steps: Krylov steps a probe was given; the resolution at which an exact spectrum is drawn.
         deflation_residual: the largest ‖A v − λ v‖/|λ| of the deflated pairs, 0 without.
         num_deflated: how many pairs were.
-        residuals: (M,) ‖A v − λ v‖ of eigenvalues that were locked, 0 of other nodes; None if there are none.
         others_below: above it lies no eigenvalue of the rest, as `eigenpairs` says of the largest; ∞ if nobody says.
         merged: whether copies of nodes were: no probe with fewer nodes than steps is known to have no others.
         num_products: products spent.
@@ -67,6 +67,7 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
     nodes: Tensor
     weights: Tensor
     probes: Tensor
+    residuals: Tensor
     num_probes: int
     num_steps: int
     deflation_residual: float = 0.0
@@ -74,7 +75,6 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
     others_below: float = math.inf
     merged: bool = False
     num_products: int = 0
-    residuals: Tensor | None = None
 
     def __getstate__(self) -> dict[str, object]:
         """What is saved: the fields, and nothing that is made of them."""
@@ -298,8 +298,7 @@ def _num_exact(density: Density, x: Tensor, sign: int = 0) -> Tensor:
     With a sign the locked ones are moved by their residuals: up for the fewest, down for the most.
     """
     rows = density.probes < 0
-    values = density.nodes if density.residuals is None else density.nodes + sign * density.residuals
-    values, order = values[rows].sort()
+    values, order = (density.nodes + sign * density.residuals)[rows].sort()
     counts = (density.weights[rows][order] * density.size).round().cumsum(0)
     return torch.cat([counts.new_zeros(1), counts])[torch.searchsorted(values, x.contiguous(), right=True)]
 
@@ -311,8 +310,7 @@ def _loose(density: Density, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     [[Θ − x, Rᵀ], [R, A₂ − x]], as many as Θ and A₂ − x − R(Θ − x)⁻¹Rᵀ (Sylvester), whose last term is at most
     Σ_i r_i²/|θ_i − x|.
     """
-    if density.residuals is None or not bool((locked := density.residuals > 0).any()):
-        return torch.zeros_like(x), torch.zeros_like(x)
+    locked = density.residuals > 0
     residuals, weights = density.residuals[locked], density.weights[locked]
     distances = (density.nodes[locked] - x[..., None]).abs()
     near = distances <= residuals

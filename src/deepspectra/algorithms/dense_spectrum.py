@@ -78,6 +78,7 @@ def of_all(values: Tensor, provenance: Provenance, seconds: float = 0.0, num_pro
         nodes=nodes,
         weights=weights,
         probes=torch.full((len(nodes),), -1),
+        residuals=torch.zeros_like(nodes),
         num_probes=0,
         num_steps=DRAWN_STEPS,
         num_products=num_products,

@@ -309,6 +309,7 @@ def nonzero_density(
         nodes=torch.cat([found.nodes, zero]),
         weights=torch.cat([found.weights * share, zero + (1 - share)]),
         probes=torch.cat([found.probes, found.probes.new_full((1,), -1)]),
+        residuals=torch.cat([found.residuals, zero]),
         provenance=Provenance.of(gram.rows.problem, seed=seed),
     )
 

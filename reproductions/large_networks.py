@@ -34,7 +34,7 @@ from deepspectra.derivatives.products import products_of
 from deepspectra.file_writing import save_whole
 from deepspectra.jobs.effort import Effort
 from deepspectra.jobs.pace import Pace
-from deepspectra.jobs.plan_of_analysis import density_stage, pairs_stage
+from deepspectra.jobs.plan_of_analysis import density_stage, pairs_stage, typical_products
 from deepspectra.problem.memory_budget import parse_bytes, return_freed
 from deepspectra.results import versions
 from reproductions import large_models, large_page
@@ -136,7 +136,7 @@ def plan(made: large_models.Made) -> dict[str, Any]:
         "gradient": pace.gradient,
         "product": pace.product("hessian"),
         "graphs": pace.graphs("hessian"),
-        "pairs": pairs_stage(pace, "hessian", NUM).seconds,
+        "pairs": pairs_stage(pace, "hessian", NUM, typical_products).seconds,
         "density": density_stage(pace, effort, "hessian", "density of H").seconds,
         "shares": push,
         "batches": problem.batches.num_batches,

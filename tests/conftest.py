@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from deepspectra.analysis import three_level_map
+
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: several workers share the cores
 
@@ -55,6 +57,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _seeded() -> None:
     """Each test starts from the same global seed, so that none depends on the order they run in."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _short_maps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps of means are laid out in fewer steps where they are not what is tested: it is half of a small analysis."""
+    if request.path.stem != "test_three_level_map":
+        monkeypatch.setattr(three_level_map, "ITERATIONS", 250)
 
 
 @pytest.fixture

@@ -244,8 +244,8 @@ def test_an_analysis_goes_on_without_the_rows_of_its_basis(tmp_path, monkeypatch
 
 
 def test_a_killed_command_goes_on_behind_training_and_stages(tmp_path):
-    words = ["analyze", "--per-class", "12", "--epochs", "4", "--num-probes", "1", "--num-steps", "4", "--resume"]
-    words += ["--out", str(tmp_path)]
+    words = ["analyze", "--model", "mlp-small", "--per-class", "6", "--epochs", "4", "--effort", "quick"]
+    words += ["--num-probes", "1", "--num-steps", "4", "--resume", "--out", str(tmp_path)]
     found = tmp_path / "stages" / "analysis" / "top-eigenpairs-of-H.pt"
     command = [sys.executable, "-m", "deepspectra.cli", *words]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:

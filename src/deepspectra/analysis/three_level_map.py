@@ -17,6 +17,7 @@ from deepspectra.rows.averages import positive
 MOST_MEANS = 2500  # cross-class means that are placed
 FEWEST_MEANS = 4
 EXACT_POINTS = 500  # up to which all pairs are as fast as approximations
+ITERATIONS = 1000  # of the descent, at most
 
 
 @dataclass(frozen=True, repr=False)
@@ -103,6 +104,7 @@ def place(gram: Tensor, cells: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         method="exact" if len(rows) <= EXACT_POINTS else "barnes_hut",
         init="random",
         perplexity=min(size, (len(rows) - 1) / 3),
+        max_iter=ITERATIONS,
         random_state=seed % 2**32,  # of scikit-learn, whose seeds are shorter
     )
     largest = float(distances.max()) or 1.0

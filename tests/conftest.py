@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,11 +60,13 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _short_maps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def _short_maps(request: pytest.FixtureRequest) -> Iterator[None]:
     """Maps of means are laid out in fewer steps where they are not what is tested: it is half of a small analysis."""
-    if request.path.stem != "test_three_level_map":
-        monkeypatch.setattr(three_level_map, "ITERATIONS", 250)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.stem != "test_three_level_map":
+            patch.setattr(three_level_map, "ITERATIONS", 250)
+        yield
 
 
 @pytest.fixture

@@ -146,7 +146,7 @@ def test_a_layer_that_does_not_fit_is_left_out_and_done_later(tmp_path):
     expected = numbers(ds.layers(small_problem()))
     of, rows = small_problem(), 120
     of.memory = 3 * 8 * rows**2 - 1  # less than the Gram matrix of the first layer takes, more than of the others
-    with pytest.warns(errors.FallbackWarning, match=r"layers leaves out 0: .* GiB.*raise memory"):
+    with pytest.warns(errors.FallbackWarning, match=r"layers leaves out 0: .* 0.44 MiB.*raise memory"):
         found = ds.layers(of, resume=tmp_path)
     assert (list(found), list(found.left_out)) == (["2", "4"], ["0"])
     assert "left out: 0: a matrix of 120 rows" in str(found)

@@ -151,7 +151,7 @@ class Density(Result, Tabular, columns=("nodes", "weights", "probes")):
         if not self.num_probes:
             return count, 0.0
         blur = sum(self._resolution(x, rows, jacobi) for rows, jacobi in self._measures)
-        blur += float(_loose(self, torch.tensor(x, dtype=torch.float64), self.probes < self.num_probes)[0])
+        blur += float(_loose(self, torch.tensor(x, dtype=torch.float64), torch.ones_like(self.probes))[0])
         return count, self.size * math.hypot(float(self._errors(above[None])), blur / 2)
 
     @cached_property

@@ -11,7 +11,7 @@ import deepspectra as ds
 from deepspectra.algorithms.eigenpairs import explore
 from spectra import Function
 
-SIZE = 2**19
+SIZE = 2**20
 PAIRS = {"num": 3, "rtol": 3e-2, "start": "random"}
 WORK = {  # what is done, and vectors that memory holds
     "exact": (12, lambda A: ds.eigenpairs(A, **PAIRS)),

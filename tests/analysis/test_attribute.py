@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import deepspectra as ds
 from deepspectra import errors
@@ -249,6 +250,35 @@ def test_pairs_must_be_the_largest_of_the_operator(problem):
         ds.attribute(H, parts, pairs=ds.eigenpairs(H, 3, "smallest"))
     with pytest.raises(errors.DataError, match="pairs holds eigenpairs"):
         ds.attribute(H, parts, pairs=ds.eigenpairs(0.1 * H, 13))
+
+
+def largest_without_means(H, parts):
+    means = sum(parts[name].dense().double() for name in ("class", "logit", "interaction", "true"))
+    return float(torch.linalg.eigvalsh(H.dense().double() - means)[-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_pairs_that_span_their_own_start_are_gone_on_from(num, dtype):
+    """The random vector beside them is not the one, at the same seed, in whose Krylov space they lie."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype)
+        problem = ds.Problem(net, (torch.randn(60, 6).to(dtype), torch.arange(60) % 4))
+        H, parts = ds.Hessian(problem), ds.decompose(problem, effects="two-way")
+        with pytest.warns(errors.ConvergenceWarning):
+            rough = ds.eigenpairs(H, num, max_products=num, start="random", seed=seed)
+        found = ds.attribute(H, parts, pairs=rough, seed=seed)
+        truth = largest_without_means(H, parts)  # which a Ritz value is below
+        assert 0.9 * truth <= found.bulk_edge <= (1 + 1e-5) * truth
+
+
+def test_all_pairs_of_a_small_space_leave_no_other_direction():
+    torch.manual_seed(0)
+    problem = ds.Problem(nn.Linear(2, 3).double(), (torch.randn(30, 2).double(), torch.arange(30) % 3))
+    H, parts = ds.Hessian(problem), ds.decompose(problem, effects="two-way")
+    found = ds.attribute(H, parts, pairs=ds.eigenpairs(H, 9))
+    assert found.bulk_edge == pytest.approx(largest_without_means(H, parts), rel=1e-6)
 
 
 def test_pairs_that_have_not_converged_leave_the_count_open(problem, attribution):

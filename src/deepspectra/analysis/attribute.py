@@ -12,10 +12,10 @@ from deepspectra.algorithms.density import refuse_others
 from deepspectra.algorithms.eigenpairs import explore
 from deepspectra.algorithms.krylov_basis import Krylov
 from deepspectra.algorithms.long_vectors import rows_that_fit
-from deepspectra.algorithms.probes import InUnits
+from deepspectra.algorithms.probes import InUnits, stream
 from deepspectra.analysis.gram_spectrum import MARGIN
 from deepspectra.analysis.knockouts import NEWEST, Knockout, KnockoutSpace, knockouts
-from deepspectra.argument_checks import Progress, check_margin, seeded
+from deepspectra.argument_checks import Progress, check_margin
 from deepspectra.dataframes import text_table
 from deepspectra.errors import MemoryBudgetError, OptionError, ShapeError
 from deepspectra.operators.base import Operator
@@ -228,8 +228,9 @@ def attribute_known(
         try:
             if basis is None:
                 basis = Krylov.of_pairs(operator, pairs, capacity)
-                basis.append_random(seeded(seed))
-                basis.expand(1)
+                basis.append_random(stream(seed, "attribution"))  # another one than pairs are sought from
+                if basis.num_pending:
+                    basis.expand(1)
             elif len(basis.rows) < capacity:
                 basis.enlarge(capacity)
             space = KnockoutSpace(basis, num, lambda done: progress and progress(done - before, None))

@@ -131,7 +131,8 @@ def test_every_job_has_a_plan(job: str) -> None:
     assert all(one.seconds >= 0 and one.num_bytes >= 0 for one in plan.stages)
     assert plan.total_seconds == sum(one.seconds for one in plan.stages) > 0
     table = plan.to_dataframe()
-    assert list(table.columns)[:5] == ["stage", "products", "seconds", "bytes", "fits"]
+    at_most = ["products_at_most", "seconds_at_most", "bytes_at_most"]
+    assert list(table.columns) == ["stage", "products", "seconds", "bytes", "fits", *at_most]
     assert (table.seconds_at_most >= table.seconds).all()
     assert len(table) == len(plan.stages)
     assert "in all" in str(plan)
@@ -261,4 +262,4 @@ def test_an_estimate_foresees_the_peak_of_memory(job: str) -> None:
         ds.analyze(problem, effort="quick", progress=False)
     else:
         ds.layers(problem, kronecker=kinds)
-    assert plan.peak_bytes / 2 <= _peak() - before <= 1.5 * plan.peak_bytes + 200e6
+    assert plan.peak_bytes / 2 <= _peak() - before <= 1.5 * plan.peak_bytes + 150e6

@@ -94,8 +94,7 @@ class Stage(NamedTuple):
 
     def slower(self, other: Stage) -> Stage:
         """This one, which at most is the other."""
-        slow = other.products, other.seconds, other.whole_bytes
-        return self._replace(slow_products=slow[0], slow_seconds=slow[1], slow_bytes=slow[2])
+        return self._replace(slow_products=other.products, slow_seconds=other.seconds, slow_bytes=other.whole_bytes)
 
     @property
     def fits(self) -> bool:
